@@ -1,0 +1,32 @@
+"""EPIC (PIC, arXiv 2410.15332): isolated chunks; the first and last 32 rows of each are recomputed."""
+
+from cacheslide.correction import EdgeRows
+from cacheslide.keys import ContentKeying
+from cacheslide.placement import Placement
+from cacheslide.policy import Encoding, ReusePolicy
+
+EDGE = 32  # the paper's setting, section 5
+
+
+def delta() -> ReusePolicy:
+    """Cached keys are re-rotated to their new positions."""
+    return ReusePolicy(
+        "epic",
+        "EPIC",
+        keying=ContentKeying(),
+        encoding=Encoding("isolated"),
+        placement=Placement("delta"),
+        correction=EdgeRows(EDGE, EDGE),
+    )
+
+
+def stale() -> ReusePolicy:
+    """Cached keys keep the positions of their isolated encoding."""
+    return ReusePolicy(
+        "epic_stale",
+        "EPIC, stale positions",
+        keying=ContentKeying(),
+        encoding=Encoding("isolated"),
+        placement=Placement("stored"),
+        correction=EdgeRows(EDGE, EDGE),
+    )

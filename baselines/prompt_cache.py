@@ -1,0 +1,18 @@
+"""PromptCache (PDC, arXiv 2311.04934): modules encoded in isolation at schema-assigned positions."""
+
+from cacheslide.keys import ContentKeying
+from cacheslide.placement import Placement
+from cacheslide.policy import Encoding, ReusePolicy
+
+SLOT = 64  # positions a schema reserves for an updated segment, in multiples; one stored copy per position
+
+
+def policy() -> ReusePolicy:
+    """No attention between modules and no correction, as in the paper's comparison."""
+    return ReusePolicy(
+        "prompt_cache",
+        "PromptCache",
+        keying=ContentKeying(positioned=True),
+        encoding=Encoding("isolated", at_slot=True),
+        placement=Placement("stored", slot=SLOT),
+    )

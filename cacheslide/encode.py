@@ -1,0 +1,109 @@
+"""Computes the KV that a policy caches for a prompt's chunks, exactly, in the context its encoding names."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cacheslide.keys import ChunkKey, fixed_text
+from cacheslide.placement import Piece, PlacedChunks, Placement
+from cacheslide.policy import Encoding
+from cacheslide.prefill import PrefillRequest, SelectivePrefill
+from cacheslide.prompt import Chunk, Prompt
+from cacheslide.store.base import ChunkKV, ChunkStore
+
+
+class ChunkEncoder:
+    """Fills a store with the chunks of prompts.
+
+    Parameters
+    ----------
+    model : ModelAdapter with `new_kv`, `dtype`, `device`
+    store : ChunkStore
+    store_dtype : torch.dtype
+        What K, V and layer inputs are kept in.
+    capture : frozenset of int
+        Layers whose inputs are kept with every chunk.
+    """
+
+    def __init__(
+        self, model, store: ChunkStore, store_dtype: torch.dtype, capture: frozenset[int] = frozenset()
+    ) -> None:
+        self.model, self.store, self.store_dtype, self.capture = model, store, store_dtype, capture
+        self.executor = SelectivePrefill(model)
+
+    def encode(
+        self,
+        encoding: Encoding,
+        prompt: Prompt,
+        positions: Sequence[int],
+        chunks: Sequence[Chunk],
+        keys: Sequence[ChunkKey],
+    ) -> int:
+        """Compute and store the chunks that are missing; returns how many."""
+        missing = [not self.store.contains(key) for key in keys]
+        if any(missing):
+            {"in_prompt": self._in_prompt, "fixed_chain": self._fixed_chain, "isolated": self._isolated}[encoding.kind](
+                encoding, prompt, positions, chunks, keys, missing
+            )
+        return sum(missing)
+
+    def _in_prompt(self, encoding, prompt, positions, chunks, keys, missing) -> None:
+        end = chunks[-1].end  # what comes after the last fixed token cannot influence it
+        kv, inputs, where = self._prefill(prompt.token_ids[:end], positions[:end])
+        for chunk, key, new in zip(chunks, keys, missing, strict=True):
+            if new:
+                self._keep(key, kv, inputs, where, chunk.start, chunk.end)
+
+    def _fixed_chain(self, encoding, prompt, positions, chunks, keys, missing) -> None:
+        text = fixed_text(prompt)
+        ends = [sum(len(c) for c in chunks[: i + 1]) for i in range(len(chunks))]
+        known = missing.index(True)  # a history that grew: its old chunks are exact in this chain, only the tail is new
+        pieces = [
+            Piece(chunk, len(chunk.positions)) for key in keys[:known] if (chunk := self.store.get(key)) is not None
+        ]
+        kv, inputs, where = self._prefill(text, range(len(text)), pieces)
+        for chunk, key, end, new in zip(chunks, keys, ends, missing, strict=True):
+            if new:
+                self._keep(key, kv, inputs, where, end - len(chunk), end)
+
+    def _isolated(self, encoding, prompt, positions, chunks, keys, missing) -> None:
+        for chunk, key, new in zip(chunks, keys, missing, strict=True):
+            if new:
+                first = positions[chunk.start] if encoding.at_slot else 0
+                span = range(first, first + len(chunk))
+                kv, inputs, where = self._prefill(prompt.token_ids[chunk.start : chunk.end], span)
+                self._keep(key, kv, inputs, where, 0, len(chunk))
+
+    def _prefill(self, token_ids: Sequence[int], positions: Sequence[int], known: Sequence[Piece] = ()):
+        """Exact KV of `token_ids`; `known` pieces are its first rows, already exact at these positions."""
+        ids = torch.tensor(token_ids, device=self.model.device)
+        where = torch.tensor(list(positions), device=self.model.device)
+        kv, done = self.model.new_kv(len(ids)), sum(p.length for p in known)
+        if known:
+            source = PlacedChunks(known, where[:done], Placement("stored"), self.model.rotary, self.model.dtype)
+            rows = torch.arange(done, device=ids.device)
+            for layer in range(self.model.num_layers):
+                kv.write(layer, rows, *source.layer(layer))
+        request = PrefillRequest(ids[done:], where[done:], kv, reused=rows_none(ids), start=done)
+        [out] = self.executor.run([request], capture=self.capture)
+        return kv, (out.layer_inputs, done), where
+
+    def _keep(
+        self, key: ChunkKey, kv, inputs: tuple[dict[int, Tensor], int], where: Tensor, start: int, end: int
+    ) -> None:
+        rows = torch.arange(start, end, device=where.device)
+        pairs = [kv.read(layer, rows) for layer in range(self.model.num_layers)]
+        captured, offset = inputs
+        chunk = ChunkKV(
+            torch.stack([k for k, _ in pairs]),
+            torch.stack([v for _, v in pairs]),
+            where[start:end],
+            {layer: x[start - offset : end - offset] for layer, x in captured.items()},
+        )
+        self.store.put(key, chunk.to(self.store_dtype))
+
+
+def rows_none(like: Tensor) -> Tensor:
+    """No rows: an empty index tensor on the device of `like`."""
+    return torch.zeros(0, dtype=torch.int64, device=like.device)

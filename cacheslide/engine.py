@@ -1,0 +1,208 @@
+"""One engine for every system: plan what a prompt can reuse, fill the store, prefill, and say what happened."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from cacheslide.encode import ChunkEncoder, rows_none
+from cacheslide.errors import PromptError, StoreError
+from cacheslide.keys import CacheIdentity, ChunkKey, chunk_keys
+from cacheslide.placement import Piece, PlacedChunks
+from cacheslide.policy import ReusePolicy
+from cacheslide.prefill import PrefillOutput, PrefillRequest, SelectivePrefill
+from cacheslide.prompt import Chunk, Prompt
+from cacheslide.store.base import ChunkStore
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a policy makes of a prompt: its (transformed) text, row positions, chunks and their keys."""
+
+    prompt: Prompt
+    positions: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+    keys: tuple[ChunkKey, ...]
+
+
+@dataclass
+class Receipt:
+    """What really happened to one request. Rows are tokens; bytes are those read from the store."""
+
+    system: str
+    rows: int
+    rows_reused: int = 0
+    rows_recomputed: int = 0
+    row_layer_share: float = 1.0
+    rows_per_layer: list[int] = field(default_factory=list)
+    chunks: int = 0
+    chunks_hit: int = 0
+    bytes_loaded: int = 0
+    fallback: str = ""
+    alpha: dict[int, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict:
+        """For a JSON record."""
+        return asdict(self)
+
+
+@dataclass
+class Prefilled:
+    """A completed prompt: its KV of `length` rows, the last row's logits [vocab_size], the next position."""
+
+    kv: object
+    length: int
+    next_position: int
+    logits: Tensor | None
+    receipt: Receipt
+    output: PrefillOutput
+
+
+class ReuseEngine:
+    """Serves prompts under one policy.
+
+    Parameters
+    ----------
+    model : ModelAdapter with `new_kv`, `model_id`, `dtype`, `device`
+    policy : ReusePolicy
+    store : ChunkStore
+    chunk_size : int
+        Fixed segments are cached in pieces of at most this many tokens.
+    suffix_len : int
+        This many tokens at the prompt's end are always recomputed; at least 1 when logits are wanted.
+    namespace : str
+        Tenants of different namespaces never see each other's chunks.
+    """
+
+    def __init__(
+        self,
+        model,
+        policy: ReusePolicy,
+        store: ChunkStore,
+        *,
+        chunk_size: int = 1024,
+        suffix_len: int = 1,
+        namespace: str = "",
+        store_dtype: torch.dtype | None = None,
+        capture: frozenset[int] = frozenset(),
+    ) -> None:
+        if suffix_len < 1:
+            raise PromptError(f"suffix_len must be at least 1, not {suffix_len}")
+        self.model, self.policy, self.store = model, policy, store
+        self.chunk_size, self.suffix_len = chunk_size, suffix_len
+        store_dtype = store_dtype or model.dtype
+        self.identity = CacheIdentity(model.model_id, str(store_dtype), namespace=namespace)
+        self.encoder = ChunkEncoder(model, store, store_dtype, capture | policy.probe_layers)
+        self.executor = SelectivePrefill(model)
+
+    def plan(self, prompt: Prompt) -> Plan:
+        """Positions, chunks and keys of `prompt`; touches neither model nor store."""
+        prompt = self.policy.transform(prompt)
+        positions = self.policy.placement.positions(prompt)
+        if positions[-1] >= self.model.rotary.max_positions:
+            raise PromptError(
+                f"the prompt needs {positions[-1] + 1} positions, the model has {self.model.rotary.max_positions}"
+            )
+        chunks = prompt.chunks(self.chunk_size) if self.policy.reuses else ()
+        keys = chunk_keys(self.policy.keying, self.policy.encoding.name, self.identity, prompt, chunks, positions)
+        return Plan(prompt, tuple(positions), chunks, tuple(keys))
+
+    def build(self, prompt: Prompt) -> int:
+        """Compute and store the chunks of `prompt` that the store lacks; returns how many."""
+        plan = self.plan(prompt)
+        if not plan.chunks:
+            return 0
+        return self.encoder.encode(self.policy.encoding, plan.prompt, plan.positions, plan.chunks, plan.keys)
+
+    def prefill(self, prompt: Prompt, following: int = 0, room: int = 0) -> Prefilled:
+        """Complete the KV of `prompt`, reusing what the store holds. See `prefill_batch`."""
+        return self.prefill_batch([prompt], following, room)[0]
+
+    @torch.inference_mode()
+    def prefill_batch(self, prompts: Sequence[Prompt], following: int = 0, room: int = 0) -> list[Prefilled]:
+        """Complete the KV of several prompts in one packed run.
+
+        `following` tokens will be appended with `extend` before anything is generated: they count towards
+        `suffix_len`, so that prefilling a context first and a question later reuses the same rows as doing both
+        at once. `room` rows of the KV buffer are left for them and for generated tokens.
+        """
+        prepared = [self._prepare(p, following, room) for p in prompts]
+        outputs = self.executor.run([request for request, _, _ in prepared])
+        return [self._finish(*p, output) for p, output in zip(prepared, outputs, strict=True)]
+
+    def _prepare(self, prompt: Prompt, following: int, room: int) -> tuple[PrefillRequest, Plan, Receipt]:
+        plan, device = self.plan(prompt), self.model.device
+        rows = len(plan.prompt)
+        ids = torch.tensor(plan.prompt.token_ids, device=device)
+        positions = torch.tensor(plan.positions, device=device)
+        receipt = Receipt(self.policy.name, rows, chunks=len(plan.chunks))
+        limit = rows - max(0, self.suffix_len - following)
+        pieces, spans = [], []
+        for chunk, key in zip(plan.chunks, plan.keys, strict=True):
+            length = min(chunk.end, limit) - chunk.start
+            held = self._fetch(key, receipt) if length > 0 else None
+            if held is not None:
+                receipt.chunks_hit += 1
+                receipt.bytes_loaded += held.nbytes
+                pieces.append(Piece(held, length))
+                spans.append(torch.arange(chunk.start, chunk.start + length, device=device))
+        reused = torch.cat(spans) if spans else rows_none(ids)
+        if plan.chunks and not spans and not receipt.fallback:
+            receipt.fallback = "no chunk of this prompt is in the store"
+        source = None
+        if pieces:
+            place = self.policy.placement
+            source = PlacedChunks(pieces, positions[reused], place, self.model.rotary, self.model.dtype)
+        request = PrefillRequest(
+            ids,
+            positions,
+            self.model.new_kv(rows + following + room),
+            reused,
+            source,
+            self.policy.correction,
+            tuple(p.length for p in pieces),
+        )
+        return request, plan, receipt
+
+    def _fetch(self, key: ChunkKey, receipt: Receipt):
+        try:
+            return self.store.get(key)
+        except StoreError as broken:  # a damaged chunk is recomputed, never served
+            receipt.fallback = str(broken)
+            return None
+
+    def _finish(self, request: PrefillRequest, plan: Plan, receipt: Receipt, output: PrefillOutput) -> Prefilled:
+        receipt.rows_recomputed = len(output.selected)
+        receipt.rows_reused = len(request.reused) - len(output.selected)
+        receipt.rows_per_layer = output.rows_computed
+        receipt.row_layer_share = output.row_layer_share(receipt.rows)
+        receipt.alpha = output.alpha
+        logits = None if output.hidden is None else self.model.logits(output.hidden[None])[0]
+        return Prefilled(request.kv, receipt.rows, plan.positions[-1] + 1, logits, receipt, output)
+
+    @torch.inference_mode()
+    def extend(self, state: Prefilled, token_ids: Sequence[int]) -> Tensor:
+        """Append tokens behind `state` (computed exactly over its KV); returns the last one's logits [vocab_size].
+
+        `state.length` and `state.next_position` move on; set them back to try another continuation.
+        """
+        ids = torch.tensor(token_ids, device=self.model.device)
+        positions = torch.arange(state.next_position, state.next_position + len(ids), device=ids.device)
+        request = PrefillRequest(ids, positions, state.kv, rows_none(ids), start=state.length)
+        [out] = self.executor.run([request])
+        state.length += len(ids)
+        state.next_position += len(ids)
+        return self.model.logits(out.hidden[None])[0]
+
+    def generate(self, state: Prefilled, logits: Tensor, max_new_tokens: int, stop: frozenset[int]) -> list[int]:
+        """Greedy continuation of at most `max_new_tokens` ids, up to and without the first id in `stop`."""
+        out: list[int] = []
+        while len(out) < max_new_tokens:
+            token = int(logits.argmax())
+            if token in stop:
+                break
+            out.append(token)
+            if len(out) < max_new_tokens:
+                logits = self.extend(state, [token])
+        return out

@@ -1,0 +1,50 @@
+"""Reads safetensors checkpoints, in one file or in shards with an index, and names what is missing."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cacheslide.errors import ModelError
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of the checkpoint folder `path`."""
+    path = Path(path)
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"no weights in {path}: expected model.safetensors or model.safetensors.index.json")
+    for file in files:
+        if not file.is_file():
+            raise ModelError(f"weights are incomplete: {file.name} is missing from {path}")
+    return files
+
+
+def load_weights(path: Path, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """All tensors of the checkpoint, converted to `dtype` on `device`."""
+    out: dict[str, Tensor] = {}
+    for file in weight_files(path):
+        try:
+            with safe_open(file, framework="pt", device="cpu") as f:
+                out.update({name: f.get_tensor(name).to(device=device, dtype=dtype) for name in f.keys()})
+        except SafetensorError as broken:
+            raise ModelError(f"{file.name} cannot be read: {broken}") from None
+    return out
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 over config.json and the weight files: the model's part of every chunk key."""
+    h = hashlib.sha256((Path(path) / "config.json").read_bytes())
+    for file in weight_files(path):
+        h.update(file.name.encode())
+        with file.open("rb") as f:
+            while block := f.read(1 << 22):
+                h.update(block)
+    return h.hexdigest()

@@ -1,0 +1,1 @@
+"""Position encodings: rotary tables and delta rotation (rope). CoPE and CCPE join them here."""

@@ -1,0 +1,96 @@
+"""The store's interface and its unit, the KV of one chunk."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cacheslide.errors import StoreError
+from cacheslide.keys import ChunkKey
+
+
+@dataclass(frozen=True)
+class ChunkKV:
+    """The KV of one chunk of n tokens, as it was computed.
+
+    Attributes
+    ----------
+    k, v : Tensor [layers, n, kv_heads, head_dim]
+        Keys rotated at `positions`.
+    positions : Tensor [n], int64
+        The position indices the chunk was encoded at.
+    layer_inputs : dict of int to Tensor [n, hidden_size]
+        Inputs of the probe layers, where a promoting policy asked for them.
+    generation : int
+        0 for exactly computed KV; corrected KV that is kept counts how often it was built on corrected KV.
+    """
+
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+    layer_inputs: dict[int, Tensor] = field(default_factory=dict)
+    generation: int = 0
+
+    def __post_init__(self) -> None:
+        n = len(self.positions)
+        if self.k.shape != self.v.shape or self.k.dim() != 4 or self.k.shape[1] != n:
+            raise StoreError(f"chunk shapes disagree: k {tuple(self.k.shape)}, v {tuple(self.v.shape)}, {n} positions")
+        if any(len(x) != n for x in self.layer_inputs.values()):
+            raise StoreError(f"layer inputs must hold {n} rows each")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = (self.k, self.v, self.positions, *self.layer_inputs.values())
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def to(self, dtype: torch.dtype) -> "ChunkKV":
+        """The same chunk with K, V and layer inputs in `dtype`, in memory of its own."""
+        return ChunkKV(
+            self.k.to(dtype, copy=True),
+            self.v.to(dtype, copy=True),
+            self.positions.clone(),
+            {layer: x.to(dtype, copy=True) for layer, x in self.layer_inputs.items()},
+            self.generation,
+        )
+
+
+@dataclass
+class StoreStats:
+    """Counts since the store was opened."""
+
+    hits: int = 0
+    misses: int = 0
+    puts: int = 0
+    evictions: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+
+class ChunkStore(ABC):
+    """Maps chunk keys to `ChunkKV`. A key names its content: putting it twice is harmless."""
+
+    def __init__(self) -> None:
+        self.stats = StoreStats()
+
+    @abstractmethod
+    def contains(self, key: ChunkKey) -> bool:
+        """Whether `get` would find the chunk; changes nothing."""
+
+    @abstractmethod
+    def get(self, key: ChunkKey) -> ChunkKV | None:
+        """The chunk, or None when it is not (or no longer) here."""
+
+    @abstractmethod
+    def put(self, key: ChunkKey, chunk: ChunkKV) -> None:
+        """Keep the chunk; StoreError when it can never fit."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Chunks held."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held."""

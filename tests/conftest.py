@@ -1,0 +1,49 @@
+"""Shared fixtures: small random checkpoints and the dense oracle of the selective prefill."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from cacheslide.model.reference import ReferenceLlama
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def save_random(path: Path, kind: str = "llama", **changes) -> Path:
+    """A random checkpoint of `kind` in Hugging Face format; weights large enough for contexts to matter."""
+    torch.manual_seed(7)
+    config, model = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}[kind]
+    model(config(**(SHAPE | changes))).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A 5-layer GQA Llama with odd sizes."""
+    return save_random(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint) -> ReferenceLlama:
+    """The reference model over `checkpoint`, float32."""
+    return ReferenceLlama.from_pretrained(checkpoint)
+
+
+def random_ids(n: int, seed: int) -> tuple[int, ...]:
+    """`n` token ids of the small vocabulary."""
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(3, 97, (n,), generator=g).tolist())

@@ -1,0 +1,125 @@
+"""The reference Llama against transformers, and its refusals."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cacheslide.engine import ReuseEngine
+from cacheslide.errors import ModelError
+from cacheslide.keys import CacheIdentity
+from cacheslide.model.config import LlamaConfig
+from cacheslide.model.reference import ReferenceLlama, row_attention
+from cacheslide.policy import ReusePolicy
+from cacheslide.prompt import Prompt, Role, Segment
+from cacheslide.store import MemoryChunkStore
+from tests.conftest import SHAPE, random_ids, save_random
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def logits(path, ids):
+    engine = ReuseEngine(ReferenceLlama.from_pretrained(path), ReusePolicy("r", "R"), MemoryChunkStore())
+    return engine.prefill(Prompt((Segment(ids, Role.RECOMPUTE),))).logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"num_key_value_heads": 4}),
+        ("llama", {"num_key_value_heads": 1}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 5e4}}),
+        ("llama", {"rope_parameters": LLAMA3}),
+        ("mistral", {"sliding_window": None}),
+    ],
+)
+def test_logits_match_transformers(tmp_path, kind, changes):
+    save_random(tmp_path, kind, **changes)
+    ids = random_ids(131, 3)
+    with torch.no_grad():
+        want = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(torch.tensor([ids])).logits[0, -1]
+    torch.testing.assert_close(logits(tmp_path, ids), want, atol=2e-4, rtol=1e-4)
+
+
+def test_rope_scaling_in_the_old_spelling():
+    raw = {
+        **SHAPE,
+        "architectures": ["LlamaForCausalLM"],
+        "rope_theta": 5e4,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+    }
+    config = LlamaConfig.from_dict(raw)
+    assert config.rope_theta == 5e4
+    assert config.rope_scaling == {"type": "linear", "factor": 2.0}
+
+
+def test_sliding_window_becomes_the_length_limit():
+    raw = {**SHAPE, "architectures": ["MistralForCausalLM"], "sliding_window": 128}
+    assert LlamaConfig.from_dict(raw).max_positions == 128
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"num_key_value_heads": 3}, "KV heads"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+    ],
+)
+def test_unsupported_checkpoints_are_refused_by_name(checkpoint, tmp_path, change, named):
+    raw = json.loads((checkpoint / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "model.safetensors").symlink_to(checkpoint / "model.safetensors")
+    with pytest.raises(ModelError, match=named):
+        ReferenceLlama.from_pretrained(tmp_path)
+
+
+def test_missing_pieces_are_named(checkpoint, tmp_path):
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        ReferenceLlama.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    with pytest.raises(ModelError, match="no weights"):
+        ReferenceLlama.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:-5000])
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        ReferenceLlama.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "heads", "kv_heads", "dim"), [(1, 1, 1, 2), (7, 6, 2, 10), (300, 4, 4, 8), (700, 3, 1, 50)]
+)
+def test_row_attention_equals_masked_softmax(keys, heads, kv_heads, dim):
+    g = torch.Generator().manual_seed(keys)
+    k, v = torch.randn(2, keys + 5, kv_heads, dim, generator=g)
+    k[keys:] = v[keys:] = float("nan")  # rows beyond the last query must never be read
+    rows = torch.unique(torch.randint(0, keys, (max(1, keys // 2),), generator=g))
+    rows = torch.unique(torch.cat((rows, torch.tensor([keys - 1]))))
+    q = torch.randn(len(rows), heads, dim, generator=g)
+    full_k, full_v = (t[:keys].repeat_interleave(heads // kv_heads, 1) for t in (k, v))
+    scores = torch.einsum("nhd,khd->hnk", q, full_k) / dim**0.5
+    scores.masked_fill_(torch.arange(keys)[None, None] > rows[None, :, None], float("-inf"))
+    want = torch.einsum("hnk,khd->nhd", scores.softmax(-1), full_v)
+    torch.testing.assert_close(row_attention(q, k, v, rows), want, atol=1e-5, rtol=1e-5)
+
+
+def test_identity_separates_models_dtypes_and_tenants():
+    base = CacheIdentity("m", "float32")
+    others = [
+        CacheIdentity("n", "float32"),
+        CacheIdentity("m", "bfloat16"),
+        CacheIdentity("m", "float32", namespace="t"),
+    ]
+    assert len({c.digest() for c in [base, *others]}) == 4

@@ -104,6 +104,14 @@ class ChunkEncoder:
         self.store.put(key, chunk.to(self.store_dtype))
 
 
+def prefill_exact(model, token_ids: Sequence[int], first_position: int = 0):
+    """The KV buffer of `token_ids` prefilled in full at positions `first_position`, `first_position` + 1, ..."""
+    ids = torch.tensor(token_ids, device=model.device)
+    kv, positions = model.new_kv(len(ids)), torch.arange(len(ids), device=ids.device) + first_position
+    SelectivePrefill(model).run([PrefillRequest(ids, positions, kv, reused=rows_none(ids))])
+    return kv
+
+
 def rows_none(like: Tensor) -> Tensor:
     """No rows: an empty index tensor on the device of `like`."""
     return torch.zeros(0, dtype=torch.int64, device=like.device)

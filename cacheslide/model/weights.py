@@ -33,7 +33,7 @@ def load_weights(path: Path, dtype: torch.dtype, device: str) -> dict[str, Tenso
     for file in weight_files(path):
         try:
             with safe_open(file, framework="pt", device="cpu") as f:
-                out.update({name: f.get_tensor(name).to(device=device, dtype=dtype) for name in f.keys()})
+                out.update({name: f.get_tensor(name).to(device=device, dtype=dtype) for name in f.keys()})  # noqa: SIM118 (safe_open is no mapping)
         except SafetensorError as broken:
             raise ModelError(f"{file.name} cannot be read: {broken}") from None
     return out

@@ -1,0 +1,98 @@
+"""The `cacheslide` command: list the systems, or answer one prompt with chunk caches kept in a folder."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from cacheslide.errors import CacheSlideError, PromptError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. An error a user can act on is one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(prog="cacheslide", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    systems = commands.add_parser("systems", help="list the registered reuse systems")
+    systems.set_defaults(run=_systems)
+    run = commands.add_parser("run", help="prefill a prompt under a system and answer it")
+    run.add_argument("model", help="folder of a Llama or Mistral checkpoint with its tokenizer")
+    run.add_argument("--prompt", required=True, type=Path, help="JSON file with the prompt's segments (see README)")
+    run.add_argument("--previous", type=Path, help="the turn before: its fixed segments are cached first")
+    run.add_argument("--system", default="cacheslide", help="a name from `cacheslide systems`")
+    run.add_argument("--store", type=Path, help="folder to keep chunk caches in; without it they live in memory")
+    run.add_argument("--layer", type=int, help="selection layer (default: the system's own)")
+    run.add_argument("--share", type=float, help="share of the reused rows to recompute (default: the system's own)")
+    run.add_argument("--chunk-size", type=int, default=1024, help="tokens a chunk at most")
+    run.add_argument("--suffix-len", type=int, default=1, help="tokens at the end that are always recomputed")
+    run.add_argument("--max-new-tokens", type=int, default=32)
+    run.add_argument("--device", default="cpu")
+    run.set_defaults(run=_run)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except CacheSlideError as error:
+        print(f"cacheslide: {error}", file=sys.stderr)
+        return 2
+
+
+def _systems(args: argparse.Namespace) -> int:
+    from cacheslide.policy import load_policy, policy_names
+
+    for name in policy_names():
+        policy = load_policy(name)
+        parts = (policy.keying, policy.encoding.name, policy.placement, policy.correction)
+        print(f"{name:24} {policy.title}\n{'':24} {' · '.join(map(str, parts))}")
+    return 0
+
+
+def _read_prompt(path: Path, tokenizer):
+    """A prompt from {"segments": [{"text" or "token_ids", "role", "name"?}, ...]}; BOS goes before the first text."""
+    from cacheslide.prompt import Prompt, Segment
+
+    try:
+        raw = json.loads(path.read_text())["segments"]
+        out = []
+        for i, s in enumerate(raw):
+            ids = s.get("token_ids")
+            if ids is None:
+                bos = tokenizer.bos_token_id
+                ids = ([bos] if i == 0 and bos is not None else []) + tokenizer.encode(
+                    s["text"], add_special_tokens=False
+                )
+            out.append(Segment(tuple(ids), s["role"], s.get("name", "")))
+    except OSError as error:
+        raise PromptError(f"cannot read {path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise PromptError(f"{path} is not valid JSON: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PromptError(f"{path}: every segment needs text or token_ids, and a role ({error!r})") from None
+    return Prompt(tuple(out))
+
+
+def _run(args: argparse.Namespace) -> int:
+    from transformers import AutoTokenizer
+
+    from cacheslide.engine import ReuseEngine
+    from cacheslide.model.reference import ReferenceLlama
+    from cacheslide.policy import load_policy
+    from cacheslide.store import DirectoryChunkStore, MemoryChunkStore
+
+    policy = load_policy(args.system)
+    policy = policy if args.layer is None else policy.at_layer(args.layer)
+    policy = policy if args.share is None else policy.at_share(args.share)
+    model = ReferenceLlama.from_pretrained(args.model, device=args.device)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+    store = MemoryChunkStore() if args.store is None else DirectoryChunkStore(args.store)
+    engine = ReuseEngine(model, policy, store, chunk_size=args.chunk_size, suffix_len=args.suffix_len)
+    prompt = _read_prompt(args.prompt, tokenizer)
+    if args.previous is not None:
+        engine.build(_read_prompt(args.previous, tokenizer))
+    state = engine.prefill(prompt, room=args.max_new_tokens)
+    stop = frozenset(i for i in [tokenizer.eos_token_id] if i is not None)
+    ids = engine.generate(state, state.logits, args.max_new_tokens, stop)
+    print(json.dumps({"text": tokenizer.decode(ids, skip_special_tokens=True), "receipt": state.receipt.as_dict()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

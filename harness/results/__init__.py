@@ -1,0 +1,1 @@
+"""Results: one versioned record schema, provenance, statistics, and the summary that figures read."""

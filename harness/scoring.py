@@ -1,0 +1,30 @@
+"""Scores one answer by every metric; an example's own metric decides what counts as its score."""
+
+from collections.abc import Sequence
+
+from harness.metrics.answers import exact_match, token_f1
+from harness.metrics.rouge import rouge_l
+from harness.tasks.example import Question, TaskExample
+
+
+def score(prediction: str, answers: Sequence[str]) -> dict[str, float]:
+    """F1 and EM with HotPotQA's normalisation, and Rouge-L recall, each in [0, 1]."""
+    return {
+        "f1": token_f1(prediction, answers),
+        "em": exact_match(prediction, answers),
+        "rouge_l": rouge_l(prediction, answers).recall,
+    }
+
+
+def question_record(example: TaskExample, question: Question, prediction: str) -> dict:
+    """One question's part of a record. `success` is an exact match: the answer (or patch) can be used as it is."""
+    scores = score(prediction, question.answers)
+    return {
+        "id": question.id,
+        "depth": question.depth,
+        "volatile": question.volatile,
+        "prediction": prediction,
+        "answers": list(question.answers),
+        "success": scores["em"],
+        **scores,
+    }

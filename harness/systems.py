@@ -1,0 +1,28 @@
+"""The systems of a run: registered policies with the run's selection layer, share and window applied."""
+
+from collections.abc import Iterable, Sequence
+
+from cacheslide.policy import ReusePolicy, load_policy
+
+
+def resolve(names: Iterable[str], layer: int | None = None, share: float | None = None) -> list[ReusePolicy]:
+    """Load policies by name; `layer` is the common selection layer, `share` an equal share of recomputed rows."""
+    out = []
+    for name in names:
+        policy = load_policy(name)
+        if layer is not None:
+            policy = policy.at_layer(layer)
+        if share is not None:
+            policy = policy.at_share(share)
+        out.append(policy)
+    return out
+
+
+def recipes(policies: Sequence[ReusePolicy]) -> dict[str, tuple[ReusePolicy, frozenset[int]]]:
+    """For each kind of chunk cache: one policy that can build it, and the layer inputs its readers need."""
+    out: dict[str, tuple[ReusePolicy, frozenset[int]]] = {}
+    for policy in policies:
+        if policy.reuses:
+            builder, layers = out.get(policy.recipe, (policy, frozenset()))
+            out[policy.recipe] = builder, layers | policy.probe_layers
+    return out

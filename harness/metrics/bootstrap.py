@@ -1,0 +1,180 @@
+"""Percentile bootstrap intervals (Efron & Tibshirani, 1993, chapter 13) for means, quantiles and paired comparisons.
+
+Scores are clustered: several questions share one prompt, so their scores rise and fall together. The resampled unit
+is therefore the cluster (the prompt). Latencies have one value a unit: reduce repeated timings of a prompt to
+their median first. One unit has no spread to resample: its interval is None, never NaN.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cacheslide.errors import DataError
+
+RESAMPLES = 10_000
+BLOCK = 2**22  # numbers held at a time while resampling, about 32 MiB
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic of a sample with its interval, in the unit of the values.
+
+    Parameters
+    ----------
+    statistic : str
+        "mean", "mean difference", "median", "p95", "ratio of medians", …
+    n : int
+        Units that were resampled: clusters for means and differences, values for quantiles.
+    values : int
+        Values behind the statistic (a pair counts once).
+    value : float
+        The statistic of the sample itself.
+    low, high : float or None
+        Ends of the percentile interval; None when n is 1.
+    level : float
+        Nominal coverage of the interval.
+    """
+
+    statistic: str
+    n: int
+    values: int
+    value: float
+    low: float | None
+    high: float | None
+    level: float
+
+
+def mean(
+    values: ArrayLike,
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of `values`, shape (values,), resampling clusters.
+
+    A resample of clusters has the mean (sum of their values) / (number of their values), so clusters may differ in
+    size. `clusters` gives each value's cluster; without it every value is one.
+    """
+    return _clustered_mean("mean", _vector(values), clusters, level, resamples, seed)
+
+
+def paired_difference(
+    a: ArrayLike,
+    b: ArrayLike,
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of `a - b`, where a[i] and b[i] are two systems' scores on the same question; see `mean`.
+
+    The pairing removes the differences between questions, which both systems share.
+    """
+    first, second = _pair(a, b)
+    return _clustered_mean("mean difference", first - second, clusters, level, resamples, seed)
+
+
+def quantile(
+    values: ArrayLike, q: float, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> Estimate:
+    """The q-quantile of `values`, shape (values,), by linear interpolation.
+
+    No interval of an extreme quantile reaches beyond the largest value seen, so it is too narrow in small samples:
+    a 95th percentile wants some hundred values.
+    """
+    sample = _vector(values)
+    if not 0 < q < 1:
+        raise DataError(f"q must lie between 0 and 1, not {q}")
+    draws = _resample(len(sample), resamples, seed, lambda index: np.quantile(sample[index], q, axis=1))
+    name = "median" if q == 0.5 else f"p{100 * q:g}"
+    return _estimate(name, len(sample), len(sample), float(np.quantile(sample, q)), draws, level)
+
+
+def median(values: ArrayLike, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+    """Median of `values`; see `quantile`."""
+    return quantile(values, 0.5, level=level, resamples=resamples, seed=seed)
+
+
+def p95(values: ArrayLike, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+    """95th percentile of `values`; see `quantile`."""
+    return quantile(values, 0.95, level=level, resamples=resamples, seed=seed)
+
+
+def ratio_of_medians(
+    a: ArrayLike, b: ArrayLike, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> Estimate:
+    """median(a) / median(b) of paired positive values, for example two systems' latencies on the same prompts.
+
+    Both medians of a resample are taken over the same prompts.
+    """
+    first, second = _pair(a, b)
+    if (first <= 0).any() or (second <= 0).any():
+        raise DataError("a ratio of medians needs positive values")
+    draws = _resample(
+        len(first),
+        resamples,
+        seed,
+        lambda index: np.median(first[index], axis=1) / np.median(second[index], axis=1),
+    )
+    value = float(np.median(first) / np.median(second))
+    return _estimate("ratio of medians", len(first), len(first), value, draws, level)
+
+
+def _clustered_mean(
+    name: str,
+    sample: NDArray,
+    clusters: Sequence[Hashable] | None,
+    level: float,
+    resamples: int,
+    seed: int,
+) -> Estimate:
+    labels = range(len(sample)) if clusters is None else clusters
+    if len(labels) != len(sample):
+        raise DataError(f"{len(sample)} values but {len(labels)} cluster labels")
+    number: dict[Hashable, int] = {}
+    cluster_of = np.array([number.setdefault(label, len(number)) for label in labels])
+    sums, sizes = np.bincount(cluster_of, weights=sample), np.bincount(cluster_of)
+    draws = _resample(len(number), resamples, seed, lambda index: sums[index].sum(axis=1) / sizes[index].sum(axis=1))
+    return _estimate(name, len(number), len(sample), float(sample.mean()), draws, level)
+
+
+def _resample(n: int, resamples: int, seed: int, statistic: Callable[[NDArray], NDArray]) -> NDArray | None:
+    """Statistic of each resample, shape (resamples,); `statistic` maps unit indices (rows, n) to (rows,)."""
+    if resamples < 1:
+        raise DataError(f"resamples must be 1 or more, not {resamples}")
+    if n == 1:
+        return None
+    rng = np.random.default_rng(seed)
+    rows = max(1, BLOCK // n)
+    blocks = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+    return np.concatenate([statistic(rng.integers(0, n, size=(block, n))) for block in blocks])
+
+
+def _estimate(name: str, n: int, values: int, value: float, draws: NDArray | None, level: float) -> Estimate:
+    if not 0 < level < 1:
+        raise DataError(f"level must lie between 0 and 1, not {level}")
+    if draws is None:
+        return Estimate(name, n, values, value, None, None, level)
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(name, n, values, value, float(low), float(high), level)
+
+
+def _vector(values: ArrayLike) -> NDArray:
+    sample = np.asarray(values, dtype=float)
+    if sample.ndim != 1 or sample.size == 0:
+        raise DataError(f"expected a list of one value or more, got shape {sample.shape}")
+    if not np.isfinite(sample).all():
+        raise DataError("values must be finite; keep failed requests apart")
+    return sample
+
+
+def _pair(a: ArrayLike, b: ArrayLike) -> tuple[NDArray, NDArray]:
+    first, second = _vector(a), _vector(b)
+    if len(first) != len(second):
+        raise DataError(f"paired values must have equal lengths, got {len(first)} and {len(second)}")
+    return first, second

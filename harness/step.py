@@ -1,0 +1,43 @@
+"""What every workflow script does around its work: log what it prints, and end on an expected error with one line."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from cacheslide.errors import CacheSlideError
+
+
+class _Both:
+    """Writes to a terminal and a log; the log gets no carriage-return progress updates."""
+
+    def __init__(self, terminal: TextIO, log: TextIO) -> None:
+        self.terminal, self.log = terminal, log
+
+    def write(self, text: str) -> int:
+        if not text.startswith("\r"):
+            self.log.write(text)
+        return self.terminal.write(text)
+
+    def flush(self) -> None:
+        self.terminal.flush()
+        self.log.flush()
+
+    def isatty(self) -> bool:
+        return self.terminal.isatty()
+
+
+@contextmanager
+def step(log: str | Path, name: str) -> Iterator[None]:
+    """Run a workflow step: stderr also goes to `log`; a `CacheSlideError` becomes one line and exit status 1."""
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    with Path(log).open("w", encoding="utf-8") as file:
+        before, sys.stderr = sys.stderr, _Both(sys.stderr, file)
+        try:
+            yield
+        except CacheSlideError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            sys.exit(1)
+        finally:
+            sys.stderr = before

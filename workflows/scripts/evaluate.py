@@ -1,0 +1,10 @@
+"""Every system answers the questions of one data set."""
+
+from harness.step import step
+from harness.study import selected_layer, step_accuracy
+
+s = snakemake
+with step(s.log[0], s.rule):
+    layer = selected_layer(s.input.layer)
+    share = s.params.get("share")
+    step_accuracy(s.params.config, s.input.data, s.input.chunks, layer, list(s.output), s.threads, share)

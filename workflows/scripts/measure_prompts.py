@@ -1,0 +1,8 @@
+"""Reusable share and moves of the prompts."""
+
+from harness.step import step
+from harness.study import step_prompts
+
+s = snakemake
+with step(s.log[0], s.rule):
+    step_prompts(s.params.config, list(s.input.data), s.output[0])

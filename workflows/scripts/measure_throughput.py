@@ -1,0 +1,9 @@
+"""Requests a second of every system and batch."""
+
+from harness.step import step
+from harness.study import selected_layer, step_throughput
+
+s = snakemake
+with step(s.log[0], s.rule):
+    layer = selected_layer(s.input.layer)
+    step_throughput(s.params.config, s.input.data, layer, s.output[0], s.threads)

@@ -1,0 +1,66 @@
+# Two commands set everything up by themselves on a fresh clone: `make smoke` and `make test`.
+# PYTHON=/path/to/python3.12 picks the interpreter, BACKEND=gpu the CUDA build of vLLM.
+
+SHELL := /bin/bash
+# Stay with the backend that .venv was made for, so that `make smoke` after `make install-gpu` does not undo it.
+BACKEND ?= $(if $(wildcard .venv/.installed-gpu),gpu,cpu)
+PYTHON ?=
+PYTEST ?=
+export PYTHON
+# Nothing here talks to a usage server, and forked tokenizers should not warn about it.
+export VLLM_NO_USAGE_STATS := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+BIN := .venv/bin
+SNAKEMAKE := $(BIN)/snakemake
+SMK := Snakefile $(wildcard workflows/*.smk)
+
+# What these targets read is in the tree; offline, a forgotten download fails at once instead of hanging.
+smoke test full lint: export HF_HUB_OFFLINE := 1
+smoke test full lint: export HF_DATASETS_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-gpu install-rag install-slurm test smoke full lint format lock clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
+
+install:  ## make or refresh .venv (all other targets do this first)
+	@scripts/install.sh $(BACKEND)
+
+install-gpu:  ## the same with the CUDA build of vLLM
+	@scripts/install.sh gpu
+
+install-rag:  ## .venv-rag, RAGatouille's own environment
+	@scripts/install.sh rag
+
+install-slurm: install  ## add Snakemake's Slurm executor to .venv
+	@scripts/install.sh slurm
+
+smoke: install  ## the study in small: figures/smoke/, results/smoke/report.html
+	$(SNAKEMAKE) --configfile config/smoke.yaml -- smoke
+
+test: install  ## all tests; PYTEST="-k name" passes options on
+	$(BIN)/python -m pytest $(PYTEST)
+
+full: install  ## the full CPU set, hours: results/cpu/, figures/cpu/
+	$(SNAKEMAKE) --configfile config/cpu.yaml -- reproduce-all
+
+lint: install  ## ruff, snakemake --lint, snakefmt, as in CI
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(SNAKEMAKE) --lint
+	$(BIN)/snakefmt --check $(SMK)
+
+format: install  ## rewrite the sources in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt $(SMK)
+
+lock: install  ## compile requirements/*.txt from pyproject.toml (scripts/lock.sh --upgrade for newer versions)
+	scripts/lock.sh
+
+clean:  ## remove what `make smoke` and the tests made; .venv stays
+	rm -rf results/smoke figures/smoke .snakemake .pytest_cache .ruff_cache build *.egg-info
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

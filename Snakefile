@@ -1,0 +1,48 @@
+from snakemake.utils import min_version
+
+min_version("9.20")
+
+
+# Only when none is given: Snakemake merges files, and the keys of this one would show through in another.
+if not workflow.overwrite_configfiles:
+
+    configfile: "config/smoke.yaml"
+
+
+include: "workflows/common.smk"
+
+
+check_config(config)
+
+
+wildcard_constraints:
+    part="[a-z0-9-]+",
+    dataset="[a-z0-9-]+",
+    tokens="[0-9]+",
+
+
+include: "workflows/data.smk"
+include: "workflows/chunks.smk"
+include: "workflows/evaluate.smk"
+include: "workflows/figures.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        study(),
+    localrule: True
+
+
+rule smoke:
+    input:
+        smoke_study,
+    localrule: True
+
+
+rule:
+    name:
+        "reproduce-all"
+    input:
+        study(),
+    localrule: True

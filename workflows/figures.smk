@@ -1,0 +1,120 @@
+# Tables, figures and the report. They read results only: each can be made again without running the model.
+
+
+rule summarize:
+    input:
+        accuracy=records("accuracy"),
+        equal_share=records("equal_share"),
+        latency=latency_records(),
+        throughput=result("throughput.jsonl"),
+        cksim=result("cksim.jsonl"),
+        prompts=result("prompts.json"),
+        layer=result("selection_layer.json"),
+    output:
+        result("summary.json"),
+    log:
+        log_file("summary"),
+    conda:
+        "envs/cacheslide.yaml"
+    params:
+        config=config,
+    script:
+        "scripts/summarize.py"
+
+
+rule fig03:
+    """How much of a prompt is reusable."""
+    input:
+        result("prompts.json"),
+    output:
+        figure("fig03"),
+    log:
+        log_file("figures/fig03"),
+    conda:
+        "envs/cacheslide.yaml"
+    params:
+        figure="fig03",
+    script:
+        "scripts/plot.py"
+
+
+rule fig04a:
+    """KV similarity against position shift."""
+    input:
+        result("cksim.jsonl"),
+    output:
+        figure("fig04a"),
+    log:
+        log_file("figures/fig04a"),
+    conda:
+        "envs/cacheslide.yaml"
+    params:
+        figure="fig04a",
+    script:
+        "scripts/plot.py"
+
+
+rule fig05:
+    """How far a fixed segment moves."""
+    input:
+        result("prompts.json"),
+    output:
+        figure("fig05"),
+    log:
+        log_file("figures/fig05"),
+    conda:
+        "envs/cacheslide.yaml"
+    params:
+        figure="fig05",
+    script:
+        "scripts/plot.py"
+
+
+rule fig10:
+    """Accuracy against time to first token."""
+    input:
+        result("summary.json"),
+    output:
+        figure("fig10"),
+    log:
+        log_file("figures/fig10"),
+    conda:
+        "envs/cacheslide.yaml"
+    params:
+        figure="fig10",
+    script:
+        "scripts/plot.py"
+
+
+rule throughput:
+    """Throughput and correct answers a second, by batch."""
+    input:
+        result("throughput.jsonl"),
+    output:
+        figure("throughput"),
+    log:
+        log_file("figures/throughput"),
+    conda:
+        "envs/cacheslide.yaml"
+    params:
+        figure="throughput",
+    script:
+        "scripts/plot.py"
+
+
+rule report:
+    """One HTML file that needs nothing beside it: claims, figures, conditions, how to rerun each."""
+    input:
+        summary=result("summary.json"),
+        figures=[path for name in FIGURES for path in figure(name)],
+    output:
+        result("report.html"),
+    log:
+        log_file("report"),
+    conda:
+        "envs/cacheslide.yaml"
+    params:
+        config=config,
+        figures=FIGURES,
+    script:
+        "scripts/report.py"

@@ -4,7 +4,7 @@ from cacheslide.keys import ContentKeying
 from cacheslide.placement import Placement
 from cacheslide.policy import Encoding, ReusePolicy
 
-SLOT = 64  # positions a schema reserves for an updated segment, in multiples; one stored copy per position
+SLOT = 256  # positions a schema reserves for an updated segment, in multiples; one stored copy per position
 
 
 def policy() -> ReusePolicy:

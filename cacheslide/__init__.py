@@ -1,20 +1,27 @@
 """CacheSlide: reuse of the KV cache of fixed prompt segments whose position slides from turn to turn."""
 
-from cacheslide.engine import Prefilled, Receipt, ReuseEngine
-from cacheslide.errors import CacheSlideError
-from cacheslide.policy import ReusePolicy, load_policy, policy_names
-from cacheslide.prompt import Prompt, Role, Segment
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
-__all__ = [
-    "CacheSlideError",
-    "Prefilled",
-    "Prompt",
-    "Receipt",
-    "ReuseEngine",
-    "ReusePolicy",
-    "Role",
-    "Segment",
-    "load_policy",
-    "policy_names",
-]
+
+# Imported on first use: PyTorch takes seconds to load, and not every importer of a submodule needs it.
+_EXPORTS = {
+    "CacheSlideError": "cacheslide.errors",
+    "Prefilled": "cacheslide.engine",
+    "Prompt": "cacheslide.prompt",
+    "Receipt": "cacheslide.engine",
+    "ReuseEngine": "cacheslide.engine",
+    "ReusePolicy": "cacheslide.policy",
+    "Role": "cacheslide.prompt",
+    "Segment": "cacheslide.prompt",
+    "load_policy": "cacheslide.policy",
+    "policy_names": "cacheslide.policy",
+}
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'cacheslide' has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from cacheslide.engine import ReuseEngine
+from cacheslide.engine import Prefilled, ReuseEngine
 from cacheslide.errors import ConfigError, ModelError
 from cacheslide.model.reference import ReferenceLlama
 from cacheslide.policy import ReusePolicy
 from cacheslide.prompt import Prompt, Role, Segment
 from cacheslide.store.base import ChunkStore
+from harness.answering import answer_branches, branch_room
 from harness.tasks.example import TaskExample, TextSegment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,14 +91,12 @@ class ReferenceBackend:
             capture=capture,
         )
 
-    def answer(self, engine: ReuseEngine, state, question: str, max_new_tokens: int) -> str:
-        """Ask `question` behind a prefilled context, leaving `state` as it was; returns the decoded answer."""
-        length, position = state.length, state.next_position
-        logits = engine.extend(state, self.encode(question))
-        ids = engine.generate(state, logits, max_new_tokens, self.stop_ids())
-        state.length, state.next_position = length, position
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    def answers(self, state: Prefilled, example: TaskExample, max_new_tokens: int) -> list[str]:
+        """The answers to all questions of `example` behind a prefilled context, decoded."""
+        ids = [self.encode(q.text) for q in example.questions]
+        found = answer_branches(self.model, state, ids, max_new_tokens, self.stop_ids())
+        return [self.tokenizer.decode(a, skip_special_tokens=True).strip() for a in found]
 
     def room(self, example: TaskExample, max_new_tokens: int) -> int:
-        """Rows to leave free behind a context for any of its questions and their answers."""
-        return max(len(self.encode(q.text)) for q in example.questions) + max_new_tokens
+        """Rows to leave free behind a context for all of its questions and their answers."""
+        return branch_room([self.encode(q.text) for q in example.questions], max_new_tokens)

@@ -28,3 +28,8 @@ def question_record(example: TaskExample, question: Question, prediction: str) -
         "success": scores["em"],
         **scores,
     }
+
+
+def question_records(example: TaskExample, predictions: Sequence[str]) -> list[dict]:
+    """The records of all questions of an example, in order."""
+    return [question_record(example, q, p) for q, p in zip(example.questions, predictions, strict=True)]

@@ -22,7 +22,7 @@ from harness.experiments.similarity import measure_similarity
 from harness.experiments.throughput import measure_throughput
 from harness.results.provenance import config_hash, file_hash
 from harness.results.records import RecordWriter, write_json
-from harness.systems import recipes, resolve
+from harness.systems import recipes, resolve, scalable
 from harness.tasks.data import read_examples
 
 Config = Mapping[str, Any]
@@ -66,8 +66,13 @@ def step_chunks(config: Config, data: str, layer: int, output: str, threads: int
 def step_accuracy(
     config: Config, data: str, chunks: str, layer: int, outputs: Sequence[str], threads: int, share: float | None = None
 ) -> None:
-    """Every system's answers on one data set; `outputs` are the systems' files, in the configuration's order."""
+    """Every system's answers on one data set; `outputs` are the systems' files, in the configuration's order.
+
+    With `share`, only the systems that recompute a choosable number of rows take part.
+    """
     backend, policies = backend_of(config, threads), policies_of(config, layer, share)
+    if share is not None:
+        policies = [p for p in policies if p.name in scalable(config["systems"])]
     by_recipe = recipes(policies)
     dataset = Path(data).stem
     writers = {
@@ -80,7 +85,15 @@ def step_accuracy(
     }
     label = f"accuracy, {dataset}" if share is None else f"equal share, {dataset}"
     store = DirectoryChunkStore(chunks)
-    evaluate(backend, read_examples(data), policies, store, settings_of(config), writers, progress=label)
+    evaluate(
+        backend,
+        read_examples(data, questions=config["accuracy"]["questions"]),
+        policies,
+        store,
+        settings_of(config),
+        writers,
+        progress=label,
+    )
     for writer in writers.values():
         writer.finish()
 
@@ -88,7 +101,7 @@ def step_accuracy(
 def step_select_layer(config: Config, data: Sequence[str], output: str, threads: int) -> None:
     """The selection layer, chosen on validation data."""
     backend = backend_of(config, threads)
-    examples = {Path(d).stem: read_examples(d) for d in data}
+    examples = {Path(d).stem: read_examples(d, questions=config["validation"]["questions"]) for d in data}
     result = select_layer(backend, examples, settings_of(config), config["topk"])
     write_json(output, result | {"data_hashes": {Path(d).stem: file_hash(d) for d in data}})
 

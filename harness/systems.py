@@ -18,6 +18,11 @@ def resolve(names: Iterable[str], layer: int | None = None, share: float | None 
     return out
 
 
+def scalable(names: Iterable[str]) -> list[str]:
+    """Those systems whose number of recomputed rows can be set: the ones an equal-share comparison is about."""
+    return [n for n in names if load_policy(n).at_share(0.5) != load_policy(n).at_share(0.25)]
+
+
 def recipes(policies: Sequence[ReusePolicy]) -> dict[str, tuple[ReusePolicy, frozenset[int]]]:
     """For each kind of chunk cache: one policy that can build it, and the layer inputs its readers need."""
     out: dict[str, tuple[ReusePolicy, frozenset[int]]] = {}

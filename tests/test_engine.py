@@ -35,7 +35,7 @@ def test_every_system_is_registered():
 
 
 def test_unknown_systems_are_named_with_the_known_ones():
-    with pytest.raises(PolicyError, match="unknown system 'magic'.*cacheslide"):
+    with pytest.raises(PolicyError, match=r"unknown system 'magic'.*cacheslide"):
         load_policy("magic")
 
 
@@ -71,8 +71,8 @@ def test_exact_where_it_must_be(model, name):
 def test_prompt_cache_misses_when_a_slot_is_outgrown(model):
     engine = ReuseEngine(model, load_policy("prompt_cache"), MemoryChunkStore(), chunk_size=16)
     engine.build(prompt(7, 3))
-    assert engine.prefill(prompt(64, 5)).receipt.chunks_hit == 7
-    outgrown = engine.prefill(prompt(65, 5)).receipt
+    assert engine.prefill(prompt(256, 5)).receipt.chunks_hit == 7
+    outgrown = engine.prefill(prompt(257, 5)).receipt
     assert outgrown.chunks_hit == 1  # the system prompt sits before the slot
 
 

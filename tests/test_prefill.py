@@ -63,9 +63,8 @@ def oracle(model, ids, positions, from_layer, resting, placed):
 def run(model, policy, before, now, chunk_size=16):
     engine = ReuseEngine(model, policy, MemoryChunkStore(), chunk_size=chunk_size)
     engine.build(before)
-    request, plan, receipt = engine._prepare(now, 0, 0)
-    done = engine.prefill(now)
-    return engine, request, done
+    request, _, _ = engine._prepare(now, 0, 0)
+    return engine, request, engine.prefill(now)
 
 
 def placed_cache(model, request, resting_index):
@@ -87,7 +86,7 @@ CASES = [
 @pytest.mark.parametrize(("correction", "layer"), CASES)
 def test_equals_the_dense_forward_with_overwritten_rows(model, make, rotation, correction, layer):
     now = prompt(13, 5)
-    engine, request, done = run(model, make(correction, rotation=rotation), prompt(7, 3), now)
+    _, request, done = run(model, make(correction, rotation=rotation), prompt(7, 3), now)
     chosen = torch.isin(request.reused, done.output.selected)
     index = (~chosen).nonzero()[:, 0]
     placed = placed_cache(model, request, index)
@@ -207,7 +206,7 @@ def test_fusion_mixes_cached_and_fresh(model, fusion):
 def test_swap_exchanges_converged_rows(model, reading, tau, leave):
     rule = TopDeviation(0.2, 1, swap=Swap(tau, every=2, reading=reading))
     now = prompt(13, 5)
-    _, request, done = run(model, chain(rule, "in_prompt"), prompt(7, 3), now)
+    _, _, done = run(model, chain(rule, "in_prompt"), prompt(7, 3), now)
     _, _, plain = run(model, chain(TopDeviation(0.2, 1), "in_prompt"), prompt(7, 3), now)
     first, last = plain.output.selected, done.output.selected
     assert len(first) == len(last)

@@ -13,7 +13,7 @@ from cacheslide.prompt import Prompt, Role
 from cacheslide.store.base import ChunkStore
 from harness.backend import EngineSettings, ReferenceBackend
 from harness.results.records import RecordWriter, guarded
-from harness.scoring import question_record
+from harness.scoring import question_records
 from harness.tasks.example import TaskExample
 
 
@@ -55,9 +55,7 @@ def _one(backend, example, policy, store, settings, max_new_tokens, exact) -> di
     started = time.perf_counter()
     state = engine.prefill(prompt, following=shortest, room=backend.room(example, max_new_tokens))
     seconds = time.perf_counter() - started
-    answers = [
-        question_record(example, q, backend.answer(engine, state, q.text, max_new_tokens)) for q in example.questions
-    ]
+    similarity = _similarity(exact, state.kv.k, prompt) if _aligned(policy) else None
     return {
         "system": policy.name,
         "task": example.task,
@@ -66,8 +64,8 @@ def _one(backend, example, policy, store, settings, max_new_tokens, exact) -> di
         "reusable_share": prompt.reusable_share(),
         "prefill_seconds": seconds,
         "receipt": state.receipt.as_dict(),
-        "cksim": _similarity(exact, state.kv.k, prompt) if _aligned(policy) else None,
-        "questions": answers,
+        "cksim": similarity,
+        "questions": question_records(example, backend.answers(state, example, max_new_tokens)),
     }
 
 

@@ -12,7 +12,7 @@ from cacheslide.store.memory import MemoryChunkStore
 from harness.backend import EngineSettings, ReferenceBackend
 from harness.experiments.chunks import build_chunks
 from harness.results.records import RecordWriter, guarded
-from harness.scoring import question_record
+from harness.scoring import question_records
 from harness.tasks.example import TaskExample
 
 
@@ -72,8 +72,5 @@ def _answers(backend, engine, state, example, context, max_new_tokens) -> dict:
     state.length, state.next_position = len(plan.prompt), plan.positions[-1] + 1
     return {
         "receipt": receipt,
-        "questions": [
-            question_record(example, q, backend.answer(engine, state, q.text, max_new_tokens))
-            for q in example.questions
-        ],
+        "questions": question_records(example, backend.answers(state, example, max_new_tokens)),
     }

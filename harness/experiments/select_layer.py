@@ -7,7 +7,7 @@ from tqdm import tqdm
 from cacheslide.store.memory import MemoryChunkStore
 from harness.backend import EngineSettings, ReferenceBackend
 from harness.experiments.chunks import build_chunks
-from harness.scoring import question_record
+from harness.scoring import question_records
 from harness.systems import resolve
 from harness.tasks.example import TaskExample
 
@@ -22,14 +22,14 @@ def select_layer(
     systems: Sequence[str] = ("cacheslide", "cacheblend"),
     max_new_tokens: int = 8,
 ) -> dict:
-    """Sweep the selection layer over layers 1 .. L-1.
+    """Sweep the selection layer over layers 1 .. L/2; beyond, the layers computed in full leave little to save.
 
     The choice is the smallest layer at which the first of `systems`, at `share` of the reused rows, is within
     `MARGIN` F1 of recompute on every data set; where none is, the layer with the highest worst-case F1.
     Layer 0 is left out: its keys do not depend on context, so their deviation says nothing.
     """
     table: dict[str, dict[str, float]] = {}
-    layers = range(1, backend.model.num_layers)
+    layers = range(1, max(2, backend.model.num_layers // 2 + 1))
     for dataset, examples in data.items():
         arms = {"recompute": resolve(["recompute"])[0]}
         for name in systems:
@@ -46,10 +46,8 @@ def select_layer(
             for name, policy in arms.items():
                 engine = backend.engine(policy, store, settings)
                 state = engine.prefill(prompt, following=1, room=room)
-                totals[name] += sum(
-                    question_record(example, q, backend.answer(engine, state, q.text, max_new_tokens))["f1"]
-                    for q in example.questions
-                )
+                found = question_records(example, backend.answers(state, example, max_new_tokens))
+                totals[name] += sum(q["f1"] for q in found)
             count += len(example.questions)
         table[dataset] = {name: total / count for name, total in totals.items()}
     return {"layer": _choose(table, systems[0], layers), "share": share, "margin": MARGIN, "f1": table}

@@ -1,0 +1,44 @@
+"""Data files of a run: written from the synthetic family or taken from a real data set, read back as examples.
+
+A data set's name is `style-mix` for the synthetic family (hotpotqa-sparse, hotpotqa-deep, swebench-sparse,
+swebench-deep) or a name of `harness.tasks.registry`.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from cacheslide.errors import DataError
+from harness.tasks.example import TaskExample, take
+from harness.tasks.synthetic import MIXES, STYLES, read_rows, write_rows
+
+
+def synthetic_names() -> list[str]:
+    """The synthetic data sets."""
+    return [f"{style}-{mix}" for style in STYLES for mix in MIXES]
+
+
+def write_dataset(path: str | Path, name: str, split: str, seed: int, count: int, tokens: int) -> str:
+    """Write `count` prompts of about `tokens` tokens of the synthetic data set `name`; returns the file's SHA-256."""
+    if name not in synthetic_names():
+        raise DataError(f"unknown synthetic data set {name!r} (known: {', '.join(synthetic_names())})")
+    style, mix = name.split("-")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return write_rows(Path(path), style, mix, split, seed, count, tokens)
+
+
+def read_examples(path: str | Path, count: int | None = None, questions: int | None = None) -> list[TaskExample]:
+    """Examples of a data file; at most `count` of them, each with its first `questions` questions.
+
+    The file's stem names the data set, as `write_dataset` leaves it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no data at {path}")
+    name = path.stem
+    if name in synthetic_names():
+        found = read_rows(path)
+    else:
+        from harness.tasks import registry  # imports Hugging Face's `datasets`, which takes seconds
+
+        found = registry.load(name, "test", path=path)
+    return [replace(e, questions=e.questions[:questions]) for e in take(found, count)]

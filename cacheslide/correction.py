@@ -119,8 +119,12 @@ class TopDeviation:
             raise PolicyError("swap and promotion are two answers to one question: choose one")
 
     def at_share(self, share: float) -> "TopDeviation":
-        """The same rule selecting `share` of the reused rows."""
-        return replace(self, share=share)
+        """The same rule recomputing `share` of the reused rows in the end, its promotions scaled along."""
+        total = self.share + sum(p.share for p in self.promote)
+        if not self.promote or not total:
+            return replace(self, share=share)
+        scaled = tuple(replace(p, share=p.share * share / total) for p in self.promote)
+        return replace(self, share=self.share * share / total, promote=scaled)
 
 
 Correction = NoCorrection | EdgeRows | TopDeviation

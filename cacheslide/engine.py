@@ -26,6 +26,19 @@ class Plan:
     keys: tuple[ChunkKey, ...]
 
 
+def make_plan(
+    policy: ReusePolicy, identity: CacheIdentity, prompt: Prompt, chunk_size: int, max_positions: int
+) -> Plan:
+    """What `policy` makes of `prompt`; a serving scheduler, which has no model, plans with it too."""
+    prompt = policy.transform(prompt)
+    positions = policy.placement.positions(prompt)
+    if positions[-1] >= max_positions:
+        raise PromptError(f"the prompt needs {positions[-1] + 1} positions, the model has {max_positions}")
+    chunks = prompt.chunks(chunk_size) if policy.reuses else ()
+    keys = chunk_keys(policy.keying, policy.encoding.name, identity, prompt, chunks, positions)
+    return Plan(prompt, tuple(positions), chunks, tuple(keys))
+
+
 @dataclass
 class Receipt:
     """What really happened to one request. Rows are tokens; bytes are those read from the store."""
@@ -98,15 +111,7 @@ class ReuseEngine:
 
     def plan(self, prompt: Prompt) -> Plan:
         """Positions, chunks and keys of `prompt`; touches neither model nor store."""
-        prompt = self.policy.transform(prompt)
-        positions = self.policy.placement.positions(prompt)
-        if positions[-1] >= self.model.rotary.max_positions:
-            raise PromptError(
-                f"the prompt needs {positions[-1] + 1} positions, the model has {self.model.rotary.max_positions}"
-            )
-        chunks = prompt.chunks(self.chunk_size) if self.policy.reuses else ()
-        keys = chunk_keys(self.policy.keying, self.policy.encoding.name, self.identity, prompt, chunks, positions)
-        return Plan(prompt, tuple(positions), chunks, tuple(keys))
+        return make_plan(self.policy, self.identity, prompt, self.chunk_size, self.model.rotary.max_positions)
 
     def build(self, prompt: Prompt) -> int:
         """Compute and store the chunks of `prompt` that the store lacks; returns how many."""

@@ -1,6 +1,7 @@
 """What every workflow script does around its work: log what it prints, and end on an expected error with one line."""
 
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,9 @@ def step(log: str | Path, name: str) -> Iterator[None]:
             yield
         except CacheSlideError as error:
             print(f"{name}: {error}", file=sys.stderr)
+            sys.exit(1)
+        except Exception:
+            traceback.print_exc()  # a defect: its trace belongs into the log too
             sys.exit(1)
         finally:
             sys.stderr = before

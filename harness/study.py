@@ -20,9 +20,9 @@ from harness.experiments.prompts import measure_prompts
 from harness.experiments.select_layer import select_layer
 from harness.experiments.similarity import measure_similarity
 from harness.experiments.throughput import measure_throughput
-from harness.results.provenance import config_hash, file_hash
+from harness.results.provenance import config_hash, file_hash, machine
 from harness.results.records import RecordWriter, write_json
-from harness.systems import recipes, resolve, scalable
+from harness.systems import recipes, resolve, to_scale
 from harness.tasks.data import read_examples
 
 Config = Mapping[str, Any]
@@ -52,7 +52,8 @@ def selected_layer(path: str | Path) -> int:
 
 
 def _header(config: Config, data: str | Path, **more: Any) -> dict[str, Any]:
-    return {"run": config["run"], "config_hash": config_hash(dict(config)), "data_hash": file_hash(data), **more}
+    identity = {"config_hash": config_hash(dict(config)), "data_hash": file_hash(data), "measured_on": machine()}
+    return {"run": config["run"], **identity, **more}
 
 
 def step_chunks(config: Config, data: str, layer: int, output: str, threads: int) -> None:
@@ -68,11 +69,11 @@ def step_accuracy(
 ) -> None:
     """Every system's answers on one data set; `outputs` are the systems' files, in the configuration's order.
 
-    With `share`, only the systems that recompute a choosable number of rows take part.
+    With `share`, only systems that do not recompute that share by themselves are run.
     """
     backend, policies = backend_of(config, threads), policies_of(config, layer, share)
     if share is not None:
-        policies = [p for p in policies if p.name in scalable(config["systems"])]
+        policies = [p for p in policies if p.name in to_scale(config["systems"], share)]
     by_recipe = recipes(policies)
     dataset = Path(data).stem
     writers = {

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from cacheslide.correction import Correction
 from cacheslide.policy import ReusePolicy, load_policy
 
 
@@ -20,7 +21,16 @@ def resolve(names: Iterable[str], layer: int | None = None, share: float | None 
 
 def scalable(names: Iterable[str]) -> list[str]:
     """Those systems whose number of recomputed rows can be set: the ones an equal-share comparison is about."""
-    return [n for n in names if load_policy(n).at_share(0.5) != load_policy(n).at_share(0.25)]
+    return [n for n in names if _rule(n, 0.5) != _rule(n, 0.25)]
+
+
+def to_scale(names: Iterable[str], share: float) -> list[str]:
+    """The scalable systems that do not recompute `share` by themselves: those worth running again at that share."""
+    return [n for n in scalable(names) if _rule(n, share) != load_policy(n).correction]
+
+
+def _rule(name: str, share: float) -> Correction:
+    return load_policy(name).at_share(share).correction
 
 
 def recipes(policies: Sequence[ReusePolicy]) -> dict[str, tuple[ReusePolicy, frozenset[int]]]:

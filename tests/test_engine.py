@@ -1,5 +1,7 @@
 """The engine over whole prompts: who hits, who falls back, and what receipts say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from baselines.window_padding import pad
 from cacheslide import Prompt, ReuseEngine, Role, Segment, load_policy, policy_names
 from cacheslide.correction import TopDeviation
 from cacheslide.errors import ModelError, PolicyError, PromptError
+from cacheslide.placement import Placement
 from cacheslide.policy import Encoding, ReusePolicy
 from cacheslide.store import DirectoryChunkStore, MemoryChunkStore
 from tests.conftest import random_ids
@@ -69,10 +72,11 @@ def test_exact_where_it_must_be(model, name):
 
 
 def test_prompt_cache_misses_when_a_slot_is_outgrown(model):
-    engine = ReuseEngine(model, load_policy("prompt_cache"), MemoryChunkStore(), chunk_size=16)
+    policy = replace(load_policy("prompt_cache"), placement=Placement("stored", slot=64))
+    engine = ReuseEngine(model, policy, MemoryChunkStore(), chunk_size=16)
     engine.build(prompt(7, 3))
-    assert engine.prefill(prompt(256, 5)).receipt.chunks_hit == 7
-    outgrown = engine.prefill(prompt(257, 5)).receipt
+    assert engine.prefill(prompt(64, 5)).receipt.chunks_hit == 7
+    outgrown = engine.prefill(prompt(65, 5)).receipt
     assert outgrown.chunks_hit == 1  # the system prompt sits before the slot
 
 
@@ -147,3 +151,6 @@ def test_contradicting_policies_are_refused():
     assert policy.correction.layer == 3 and policy.probe_layers == {3, 4, 5}
     assert load_policy("epic").at_share(0.26).correction.edges(256) == (34, 33)
     assert load_policy("cacheblend").at_share(0.26).correction == TopDeviation(0.26)
+    scaled = load_policy("cacheslide_promote").at_share(0.5).correction
+    assert scaled.share + sum(p.share for p in scaled.promote) == pytest.approx(0.5)
+    assert scaled.share == pytest.approx(2 * scaled.promote[0].share)

@@ -8,7 +8,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 from snakemake.utils import validate
 
-from harness.systems import scalable
+from harness.systems import to_scale
 
 SCHEMA = Path(workflow.basedir, "workflows", "schemas", "config.schema.yaml")
 FIGURES = ["fig03", "fig04a", "fig05", "fig10", "throughput"]
@@ -110,10 +110,10 @@ def data_of(part):
 
 
 def per_system(stage):
-    """One file of records a system; {dataset} stays a wildcard. An equal share concerns the systems that can scale."""
+    """One file of records a system; {dataset} stays a wildcard. At an equal share, those that have to be run again."""
     systems = config["systems"]
     if stage == "equal_share":
-        systems = scalable(systems)
+        systems = to_scale(systems, config["topk"])
     return [result(f"{stage}/{{dataset}}/{system}.jsonl") for system in systems]
 
 

@@ -25,19 +25,21 @@ def evaluate(
     settings: EngineSettings,
     writers: Mapping[str, RecordWriter],
     max_new_tokens: int = 8,
+    similarity: bool = True,
     progress: str | None = "accuracy",
 ) -> None:
     """Write one record per example and policy to `writers[policy.name]`.
 
     The context is prefilled once per system and each question asked behind it, which gives exactly what
-    prefilling context and question together would (tested), at a fraction of the cost.
+    prefilling context and question together would (tested), at a fraction of the cost. `similarity` adds CKSim
+    per layer against an exact prefill of the same prompt.
     """
     for example in tqdm(examples, desc=progress, disable=progress is None, mininterval=1):
         exact = None
         for policy in policies:
             if example.id in writers[policy.name].done:
                 continue
-            if exact is None:
+            if similarity and exact is None:
                 exact = prefill_exact(backend.model, backend.prompt(example.segments).token_ids).k
             guarded(
                 writers[policy.name],
@@ -55,7 +57,8 @@ def _one(backend, example, policy, store, settings, max_new_tokens, exact) -> di
     started = time.perf_counter()
     state = engine.prefill(prompt, following=shortest, room=backend.room(example, max_new_tokens))
     seconds = time.perf_counter() - started
-    similarity = _similarity(exact, state.kv.k, prompt) if _aligned(policy) else None
+    compared = exact is not None and _aligned(policy)
+    similar = _similarity(exact, state.kv.k, prompt) if compared else None
     return {
         "system": policy.name,
         "task": example.task,
@@ -64,7 +67,7 @@ def _one(backend, example, policy, store, settings, max_new_tokens, exact) -> di
         "reusable_share": prompt.reusable_share(),
         "prefill_seconds": seconds,
         "receipt": state.receipt.as_dict(),
-        "cksim": similarity,
+        "cksim": similar,
         "questions": question_records(example, backend.answers(state, example, max_new_tokens)),
     }
 

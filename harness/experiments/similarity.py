@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from cacheslide.encode import prefill_exact
+from cacheslide.errors import DataError
 from cacheslide.metrics import cksim
 from harness.backend import ReferenceBackend
 from harness.results.records import RecordWriter, guarded
@@ -47,7 +48,7 @@ def _prefix_text(backend: ReferenceBackend, others: Sequence[TaskExample], lengt
             ids += backend.encode(s.text)
         if len(ids) >= length:
             return ids[:length]
-    raise ValueError(f"the other prompts hold {len(ids)} tokens, a prefix needs {length}")
+    raise DataError(f"the other prompts hold {len(ids)} tokens, a prefix needs {length}")
 
 
 def _one(backend, segment, alone, prefix) -> dict:

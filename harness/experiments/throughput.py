@@ -59,6 +59,7 @@ def _closed_loop(backend, engine, examples, batch, max_new_tokens) -> dict:
                     "ttft_seconds": first - sent,
                     "finished_seconds": now - started,
                     "decode_tokens": len(ids),
+                    "rows_reused": state.receipt.rows_reused,
                     "question": question_record(example, example.questions[0], text),
                 }
             )

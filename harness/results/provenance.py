@@ -70,12 +70,9 @@ def config_hash(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def provenance(config: dict[str, Any], data: dict[str, str], model_id: str) -> dict[str, Any]:
-    """Everything needed to say what made a result; `data` maps a data set's name to its hash."""
-    status = _git("status", "--porcelain", "--untracked-files=no")
+def machine() -> dict[str, Any]:
+    """What a measurement runs on: hardware, and the versions that can change its numbers."""
     return {
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": None if status is None else bool(status),
         "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
         "os": f"{platform.system()} {platform.release()}",
         "cpu": _cpu(),
@@ -83,6 +80,15 @@ def provenance(config: dict[str, Any], data: dict[str, str], model_id: str) -> d
         "torch_threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": _gpus(),
+    }
+
+
+def provenance(config: dict[str, Any], data: dict[str, str], model_id: str) -> dict[str, Any]:
+    """Everything needed to say what made a result; `data` maps a data set's name to its hash."""
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return machine() | {
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if status is None else bool(status),
         "config_hash": config_hash(config),
         "data_hashes": data,
         "model": model_id,

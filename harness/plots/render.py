@@ -1,0 +1,30 @@
+"""Figures by name: what the workflow calls."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+import matplotlib as mpl
+
+from cacheslide.errors import DataError
+from harness.plots import fig03, fig04a, fig05, fig10, throughput
+from harness.plots.style import RC, save
+
+FIGURES: dict[str, ModuleType] = {
+    "fig03": fig03,
+    "fig04a": fig04a,
+    "fig05": fig05,
+    "fig10": fig10,
+    "throughput": throughput,
+}
+
+
+def render(name: str, source: str | Path, outputs: Iterable[str | Path]) -> None:
+    """Draw figure `name` from the result file `source` and write it to every path of `outputs`."""
+    if name not in FIGURES:
+        raise DataError(f"unknown figure {name!r} (known: {', '.join(FIGURES)})")
+    if not Path(source).is_file():
+        raise DataError(f"{name} reads {source}, which does not exist")
+    module = FIGURES[name]
+    with mpl.rc_context(RC):
+        save(module.draw(module.load(source)), outputs)

@@ -1,0 +1,148 @@
+"""How every figure looks: one colour, marker and short name per system, and files that are the same byte for byte.
+
+Colours are Okabe and Ito's, which stay apart for colour-blind readers. A system is also told by its marker, and
+variants of one system by hollow against filled, so that a grey print reads as well.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+
+from cacheslide.errors import DataError
+
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+GREY = "#6B6B6B"
+
+RC = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "savefig.dpi": 160,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "cacheslide",
+    "pdf.fonttype": 42,
+    "path.simplify": True,
+}
+METADATA: dict[str, dict[str, Any]] = {
+    "svg": {"Date": None, "Creator": "CacheSlide"},
+    "pdf": {"CreationDate": None, "ModDate": None, "Creator": "CacheSlide", "Producer": "Matplotlib"},
+    "png": {"Software": "CacheSlide"},
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one system is drawn."""
+
+    label: str
+    colour: str
+    marker: str
+    filled: bool = True
+    line: str = "-"
+
+    @property
+    def ink(self) -> str:
+        """The colour for text: darkened, since the light ones are hard to read as letters."""
+        return to_hex([0.72 * c for c in to_rgb(self.colour)])
+
+    @property
+    def size(self) -> float:
+        """Marker size: hollow ones are rings around a filled one that lies at the same place."""
+        return 9.5 if self.marker == "*" or not self.filled else 7.5
+
+    @property
+    def points(self) -> dict[str, Any]:
+        """Keyword arguments of `Axes.plot` for its marker."""
+        face = self.colour if self.filled else "none"
+        return {
+            "color": self.colour,
+            "marker": self.marker,
+            "markerfacecolor": face,
+            "markeredgecolor": self.colour,
+            "markeredgewidth": 1.4,
+        }
+
+
+LOOKS = {
+    "recompute": Look("Recompute", BLACK, "s"),
+    "context_cache": Look("ContextCache", GREY, "P"),
+    "prompt_cache": Look("PromptCache", PURPLE, "D"),
+    "cacheblend": Look("CacheBlend", ORANGE, "^"),
+    "cacheblend_stale": Look("CacheBlend, stale", ORANGE, "^", False, "--"),
+    "epic": Look("EPIC", GREEN, "v"),
+    "epic_stale": Look("EPIC, stale", GREEN, "v", False, "--"),
+    "window_padding": Look("Window padding", SKY, "X"),
+    "naive_reuse": Look("Naive reuse", GREY, "d", False, ":"),
+    "cacheslide": Look("CacheSlide", BLUE, "o"),
+    "cacheslide_first_turn": Look("CacheSlide, first turn", BLUE, "o", False, "--"),
+    "cacheslide_promote": Look("CacheSlide, promotion", VERMILLION, "*"),
+}
+_SPARE_COLOURS = (SKY, PURPLE, GREEN, ORANGE, VERMILLION, GREY)
+_SPARE_MARKERS = ("p", "h", "<", ">", "8", "H")
+
+
+def look(system: str, title: str = "") -> Look:
+    """The look of `system`; one that is not listed gets a hollow one drawn from its name, the same in every figure."""
+    if system in LOOKS:
+        return LOOKS[system]
+    seed = crc32(system.encode())
+    colour, marker = _SPARE_COLOURS[seed % 6], _SPARE_MARKERS[seed // 6 % 6]
+    return Look(title or system, colour, marker, False, "-.")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of `width` by `height` inches in the house style, tied to no window."""
+    with mpl.rc_context(RC):
+        return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, outputs: Iterable[str | Path]) -> None:
+    """Write `figure` to every path, in the format its suffix says, without dates."""
+    for path in map(Path, outputs):
+        kind = path.suffix.removeprefix(".")
+        if kind not in METADATA:
+            raise DataError(f"{path}: figures are written as {', '.join(METADATA)}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.stem}.part{path.suffix}")
+        try:
+            with mpl.rc_context(RC):
+                figure.savefig(part, format=kind, metadata=METADATA[kind])
+            part.replace(path)
+        except OSError as full:
+            part.unlink(missing_ok=True)
+            raise DataError(f"cannot write {path}: {full}") from None
+
+
+def nothing(axes: Axes, reason: str) -> None:
+    """Say in an empty panel why it is empty."""
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", color=GREY, wrap=True)
+
+
+def error_bar(
+    axes: Axes, x: float, y: float, colour: str, *, across: Sequence | None = None, up: Sequence | None = None
+):
+    """Thin interval lines through (x, y); `across` and `up` are (low, high), either end may be None."""
+    for ends, horizontal in ((across, True), (up, False)):
+        if ends and None not in ends:
+            xs, ys = ([ends[0], ends[1]], [y, y]) if horizontal else ([x, x], [ends[0], ends[1]])
+            axes.plot(xs, ys, color=colour, lw=1.0, alpha=0.75, solid_capstyle="butt", zorder=2)

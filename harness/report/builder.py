@@ -1,0 +1,104 @@
+"""report.html: one file that needs nothing beside it, made from summary.json and the figures."""
+
+import base64
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from cacheslide.errors import DataError
+from harness.report import prose, words
+from harness.report.claims import judge
+from harness.report.paper import CLAIMS
+from harness.results.headline import KEYS
+from harness.results.runs import read_json
+from harness.results.summary import SCHEMA
+
+HERE = Path(__file__).parent
+MEDIA = {".svg": "image/svg+xml", ".png": "image/png"}
+
+
+def build_report(summary_path: str | Path, figures: Iterable[str | Path], output: str | Path) -> None:
+    """Write the report of a run.
+
+    Parameters
+    ----------
+    summary_path : path
+        summary.json; every number in the text comes from it.
+    figures : iterable of path
+        Figure files; of each name the vector form is embedded, PNG where there is none.
+    output : path
+    """
+    summary = read_json(summary_path)
+    if summary.get("schema") != SCHEMA:
+        raise DataError(f"{summary_path}: schema {summary.get('schema')!r}, expected {SCHEMA!r}")
+    html = render(summary, embed(figures))
+    output = Path(output)
+    part = output.with_name(f".{output.name}.part")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(html, encoding="utf-8")
+        part.replace(output)
+    except OSError as full:
+        part.unlink(missing_ok=True)
+        raise DataError(f"cannot write {output}: {full}") from None
+
+
+def embed(figures: Iterable[str | Path]) -> dict[str, str]:
+    """Figure name -> data URI. Images, not inline SVG, so that the figures' ids cannot clash."""
+    best: dict[str, Path] = {}
+    for path in map(Path, figures):
+        if path.suffix in MEDIA and (path.stem not in best or path.suffix == ".svg"):
+            best[path.stem] = path
+    out = {}
+    for name, path in best.items():
+        if not path.is_file():
+            raise DataError(f"figure {path} does not exist")
+        out[name] = f"data:{MEDIA[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return out
+
+
+def render(summary: Mapping[str, Any], images: Mapping[str, str]) -> str:
+    """The report as HTML."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"cell": words.cell, "percent": words.percent, "number": words.number, "size": words.size}
+    summary = dict(summary)
+    findings = [judge(claim, summary) for claim in CLAIMS]
+    return environment.get_template("report.html.j2").render(
+        s=summary,
+        run=summary["run"],
+        opening=prose.opening(summary, findings),
+        headline={key: summary["headline"][key] for key in KEYS},
+        requirements=prose.requirements(summary),
+        claims=[(c, f, command(c.target, summary["run"])) for c, f in zip(CLAIMS, findings, strict=True)],
+        figures=[(name, images[name], prose.CAPTIONS.get(name, name)) for name in images],
+        reruns=[(name, command(name, summary["run"])) for name in (*images, f"results/{summary['run']}/summary.json")],
+        everything=command("reproduce-all", summary["run"]),
+        accuracy=by_system(summary["accuracy"]),
+        equal_share=by_system(summary["equal_share"]),
+    )
+
+
+def command(target: str, run: str) -> str:
+    """The shell command that makes `target`; options last, since Snakemake reads on behind --configfile."""
+    return f".venv/bin/snakemake {target.format(run=run)} --configfile config/{run}.yaml" if target else ""
+
+
+def by_system(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Accuracy rows as a table: scopes across, systems down; plus the depths and kinds of question that occur."""
+    rows = [r for r in rows if r["questions"]]
+    table: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        table.setdefault(row["system"], {"title": row["title"]})[f"{row['scope']}:{row['name']}"] = row
+    mixes = [r for r in rows if r["scope"] == "mix"]
+    return {
+        "systems": list(table.values()),
+        "mixes": list(dict.fromkeys(r["name"] for r in mixes)),
+        "datasets": list(dict.fromkeys(r["name"] for r in rows if r["scope"] == "dataset")),
+        "depths": sorted({d["depth"] for r in mixes for d in r["by_depth"]}),
+        "cksim": any(r["cksim_by_layer"] for r in mixes),
+        "layers": max((len(r["cksim_by_layer"]) for r in mixes if r["cksim_by_layer"]), default=0),
+    }

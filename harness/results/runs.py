@@ -1,0 +1,135 @@
+"""Reads the files of one run: records with their settings, failures apart, whatever of them exists."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cacheslide.errors import DataError
+from harness.systems import scalable, to_scale
+from harness.results.records import read_failures, read_records, read_settings
+
+MIXES = ("sparse", "deep")
+REFERENCE, NAIVE, OURS = "recompute", "naive_reuse", "cacheslide"
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """One record file in memory."""
+
+    settings: dict[str, Any]
+    records: list[dict[str, Any]]
+    failures: list[dict[str, Any]]
+
+
+BySystem = dict[str, RecordFile]
+
+
+@dataclass
+class Run:
+    """Everything measured under one configuration; parts that were not measured are empty or None.
+
+    `accuracy`, `equal_share` and `sweep` map data set, then system, to records; `latency` maps the nominal
+    prompt length in tokens.
+    """
+
+    config: dict[str, Any]
+    accuracy: dict[str, BySystem] = field(default_factory=dict)
+    equal_share: dict[str, BySystem] = field(default_factory=dict)
+    sweep: dict[str, BySystem] = field(default_factory=dict)
+    latency: dict[int, RecordFile] = field(default_factory=dict)
+    throughput: RecordFile | None = None
+    cksim: RecordFile | None = None
+    prompts: dict[str, Any] | None = None
+    layer: dict[str, Any] | None = None
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """What figures and tables call each system."""
+        out = dict((self.prompts or {}).get("titles", {}))
+        for timed in (*self.latency.values(), self.throughput):
+            out |= timed.settings.get("titles", {}) if timed else {}
+        for stage in (self.sweep, self.equal_share, self.accuracy):
+            for files in stage.values():
+                out |= {s: f.settings["title"] for s, f in files.items() if "title" in f.settings}
+        return out
+
+    def order(self, systems: Iterable[str]) -> list[str]:
+        """`systems` in the configuration's order, then those it does not name, by name."""
+        named = {s: i for i, s in enumerate(self.config.get("systems", []))}
+        return sorted(set(systems), key=lambda s: (named.get(s, len(named)), s))
+
+    def failures(self) -> list[dict[str, Any]]:
+        """Every failed request, and where it failed."""
+        out = []
+        for stage in ("accuracy", "equal_share", "sweep"):
+            for dataset, files in getattr(self, stage).items():
+                for system, file in files.items():
+                    where = {"stage": stage, "dataset": dataset, "system": system}
+                    out += [where | f for f in file.failures]
+        for tokens, file in self.latency.items():
+            out += [{"stage": "latency", "tokens": tokens} | f for f in file.failures]
+        for stage in ("throughput", "cksim"):
+            file = getattr(self, stage)
+            out += [{"stage": stage} | f for f in file.failures] if file else []
+        return out
+
+
+def mix_of(dataset: str) -> str:
+    """The dependency mix of a data set called style-mix; any other data set is a group of its own."""
+    tail = dataset.rpartition("-")[2]
+    return tail if tail in MIXES else dataset
+
+
+def read_file(path: str | Path) -> RecordFile:
+    """All of a record file."""
+    try:
+        return RecordFile(read_settings(path), list(read_records(path)), read_failures(path))
+    except (json.JSONDecodeError, UnicodeDecodeError, StopIteration, AttributeError, KeyError) as broken:
+        raise DataError(f"{path} is not a record file: {broken}") from None
+
+
+def load_run(config: dict[str, Any], **paths: Any) -> Run:
+    """Read what exists of a run.
+
+    Parameters
+    ----------
+    config : dict
+        The run's configuration.
+    **paths
+        `accuracy`, `equal_share`, `sweep`, `latency`: lists of record files; `throughput`, `cksim`: one record
+        file; `prompts`, `layer`: one JSON file. Absent files are left out: the summary says what is missing.
+    """
+    run = Run(config)
+    for stage in ("accuracy", "equal_share", "sweep"):
+        for path in _existing(paths.get(stage)):
+            getattr(run, stage).setdefault(path.parent.name, {})[path.stem] = read_file(path)
+    for dataset, files in run.equal_share.items():  # those that recompute this share by themselves ran once
+        own = run.accuracy.get(dataset, {})
+        files |= {s: own[s] for s in scalable(own) if s not in files and s not in to_scale([s], config.get("topk", 0))}
+    for path in _existing(paths.get("latency")):
+        if not path.stem.isdigit():
+            raise DataError(f"{path}: a latency file is called by its prompt length, such as 4096.jsonl")
+        run.latency[int(path.stem)] = read_file(path)
+    run.latency = dict(sorted(run.latency.items()))
+    for stage in ("throughput", "cksim"):
+        for path in _existing(paths.get(stage)):
+            setattr(run, stage, read_file(path))
+    for stage in ("prompts", "layer"):
+        for path in _existing(paths.get(stage)):
+            setattr(run, stage, read_json(path))
+    return run
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file; DataError naming it when it is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as broken:
+        raise DataError(f"{path} is not JSON: {broken}") from None
+
+
+def _existing(given: Any) -> list[Path]:
+    listed = [] if given is None else [given] if isinstance(given, str | Path) else list(given)
+    return [p for p in map(Path, listed) if p.is_file()]

@@ -1,0 +1,89 @@
+"""summary.json: every table, the headline, conditions and provenance of one run. Figures and report read it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cacheslide.errors import ModelError
+from cacheslide.model.weights import fingerprint
+from harness.results.curves import cksim_table, layer_sweep, prompts_table
+from harness.results.headline import headline
+from harness.results.intervals import LEVEL
+from harness.results.provenance import config_hash, provenance
+from harness.results.records import write_json
+from harness.results.runs import Run, load_run
+from harness.results.tables import accuracy_ratios, accuracy_table
+from harness.results.timing import latency_ratios, latency_table, throughput_table
+
+SCHEMA = "cacheslide.summary/1"
+
+
+def summarize(config: Mapping[str, Any], output: str | Path, **paths: Any) -> dict[str, Any]:
+    """Read a run's results and write its summary to `output`; see `harness.results.runs.load_run` for `paths`."""
+    summary = build_summary(load_run(dict(config), **paths), progress="summary")
+    write_json(output, summary)
+    return summary
+
+
+def build_summary(run: Run, progress: str | None = None) -> dict[str, Any]:
+    """The summary of a run. Parts that were not measured are empty, and the headline says why."""
+    summary: dict[str, Any] = {
+        "schema": SCHEMA,
+        "run": run.config.get("run"),
+        "level": LEVEL,
+        "titles": run.titles,
+        "conditions": conditions(run),
+        "accuracy": accuracy_table(run, "accuracy", progress and f"{progress}, accuracy"),
+        "accuracy_ratios": accuracy_ratios(run),
+        "equal_share": accuracy_table(run, "equal_share", progress and f"{progress}, equal share"),
+        "sweep": accuracy_table(run, "sweep"),
+        "latency": latency_table(run),
+        "latency_ratios": latency_ratios(run),
+        "throughput": throughput_table(run),
+        "cksim": cksim_table(run),
+        "prompts": prompts_table(run),
+        "selection_layer": layer_sweep(run),
+        "failures": run.failures(),
+        "provenance": provenance(run.config, data_hashes(run), model_hash(run.config)),
+    }
+    return headline(summary) | summary
+
+
+def conditions(run: Run) -> dict[str, Any]:
+    """Under what the numbers hold: the configuration, and the configurations the records were made under."""
+    files = [f for stage in (run.accuracy, run.equal_share, run.sweep) for d in stage.values() for f in d.values()]
+    files += [*run.latency.values(), *(f for f in (run.throughput, run.cksim) if f)]
+    made = sorted({f.settings["config_hash"] for f in files if "config_hash" in f.settings})
+    machines = {json.dumps(f.settings["measured_on"], sort_keys=True) for f in files if "measured_on" in f.settings}
+    return {
+        "measured_on": [json.loads(m) for m in sorted(machines)],
+        "device": run.config.get("device", "cpu"),
+        "dtype": run.config.get("dtype"),
+        "model": run.config.get("model"),
+        "selection_layer": (run.layer or {}).get("layer"),
+        "config": run.config,
+        "record_config_hashes": made,
+        "records_of_other_configs": [h for h in made if h != config_hash(run.config)],
+    }
+
+
+def data_hashes(run: Run) -> dict[str, str]:
+    """Hash of the prompts behind every result, from the records' own headers."""
+    out = {}
+    for stage in ("accuracy", "equal_share", "sweep"):
+        for dataset, files in getattr(run, stage).items():
+            out |= {f"{stage}/{dataset}": f.settings["data_hash"] for f in files.values() if "data_hash" in f.settings}
+    named = {f"latency/{tokens}": f for tokens, f in run.latency.items()}
+    named |= {"throughput": run.throughput, "cksim": run.cksim}
+    out |= {name: f.settings["data_hash"] for name, f in named.items() if f and "data_hash" in f.settings}
+    out |= {f"validation/{d}": h for d, h in (run.layer or {}).get("data_hashes", {}).items()}
+    return out
+
+
+def model_hash(config: Mapping[str, Any]) -> str:
+    """Hash of the checkpoint's configuration and weights, or what stood in the way of taking it."""
+    try:
+        return fingerprint(Path(config["model"]))
+    except (KeyError, OSError, ModelError) as missing:
+        return f"not available: {type(missing).__name__}"

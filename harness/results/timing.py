@@ -1,0 +1,167 @@
+"""Latency and throughput tables. Gate, then time: a speed-up needs proof of reuse and answers from the same run."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from harness.results import intervals
+from harness.results.runs import OURS, REFERENCE, RecordFile, Run
+from harness.results.tables import receipt_totals
+
+NOT_COMPARED = "the reference of the comparison"
+
+
+def gate(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Why no speed-up may be reported for a system's timed requests; empty when it may.
+
+    Every request must have reused rows and every request's answers must have been scored in the same run.
+    """
+    if not samples:
+        return "not timed"
+    idle = sum(s["receipt"]["rows_reused"] <= 0 for s in samples)
+    if idle:
+        return f"nothing was reused in {idle} of {len(samples)} timed requests"
+    unscored = sum(not s.get("questions") for s in samples)
+    if unscored:
+        return f"no answers were scored for {unscored} of {len(samples)} timed requests"
+    return ""
+
+
+def latency_table(run: Run) -> list[dict[str, Any]]:
+    """One row per prompt length and system. A prompt's repeats are reduced to their median first.
+
+    `ttft_ratio` is the median over prompts of TTFT / TTFT of recompute on the same prompt; `row_layer_share` is
+    the ratio that computing nothing but the active rows of each layer would give, and `efficiency` how much of it
+    was reached.
+    """
+    rows = []
+    for tokens, file in run.latency.items():
+        systems = run.order(name for r in file.records for name in r["systems"])
+        rows += [_latency_row(run, tokens, file, system) for system in systems]
+    return rows
+
+
+def latency_ratios(run: Run) -> list[dict[str, Any]]:
+    """How many times CacheSlide's TTFT fits into each other system's, by prompt length (median over prompts)."""
+    out = []
+    for tokens, file in run.latency.items():
+        ours = _samples(file, OURS)
+        for system in run.order(name for r in file.records for name in r["systems"] if name != OURS):
+            other = _samples(file, system)
+            both = [key for key in ours if key in other]
+            reason = gate([ours[key] for key in both])
+            if not reason and system != REFERENCE:
+                reason = gate([other[key] for key in both])
+                reason = reason and f"{system}: {reason}"
+            ratio = None
+            if not reason:
+                ratio = intervals.median([_ttft(other[key]) / _ttft(ours[key]) for key in both])
+            out.append({"tokens": tokens, "system": system, "speedup": ratio, "speedup_reason": reason})
+    return out
+
+
+def _samples(file: RecordFile, system: str) -> dict[str, dict[str, Any]]:
+    return {r["id"]: r["systems"][system] for r in file.records if r["systems"].get(system, {}).get("ttft_seconds")}
+
+
+def _ttft(sample: Mapping[str, Any]) -> float:
+    return float(np.median(sample["ttft_seconds"]))
+
+
+def _latency_row(run: Run, tokens: int, file: RecordFile, system: str) -> dict[str, Any]:
+    own, reference = _samples(file, system), _samples(file, REFERENCE)
+    row = {"tokens": tokens, "system": system, "title": run.titles.get(system, system), "prompts": len(own)}
+    if not own:
+        return row | {"ttft_ratio": None, "ratio_reason": "not timed"}
+    seconds = [_ttft(s) for s in own.values()]
+    row |= {
+        "prompt_tokens": float(np.mean([r["tokens"] for r in file.records if r["id"] in own])),
+        "repeats": min(len(s["ttft_seconds"]) for s in own.values()),
+        "warmups": file.settings.get("warmups", run.config.get("latency", {}).get("warmups")),
+        "ttft_median": intervals.median(seconds),
+        "ttft_p95": intervals.p95(seconds),
+        **receipt_totals([s["receipt"] for s in own.values()]),
+    }
+    scored = [(key, q["f1"]) for key, s in own.items() for q in s.get("questions", [])]
+    row["f1"] = intervals.mean([f1 for _, f1 in scored], [key for key, _ in scored]) if scored else None
+    both = [key for key in own if key in reference]
+    reason = NOT_COMPARED if system == REFERENCE else gate([own[key] for key in both])
+    if not reason and len(both) < len(own):
+        reason = f"recompute was timed on {len(both)} of {len(own)} prompts"
+    ratio = None
+    if not reason:
+        ratio = intervals.median([_ttft(own[key]) / _ttft(reference[key]) for key in both])
+    row |= {"ttft_ratio": ratio, "ratio_reason": reason}
+    row["efficiency"] = row["row_layer_share"] / ratio["value"] if ratio else None
+    return row
+
+
+def throughput_table(run: Run) -> list[dict[str, Any]]:
+    """One row per system and batch size; intervals resample the rounds of the closed loop."""
+    if run.throughput is None:
+        return []
+    by_key = {(r["system"], r["batch"]): r for r in run.throughput.records}
+    rows = []
+    for system in run.order(s for s, _ in by_key):
+        for batch in sorted(b for s, b in by_key if s == system):
+            record, reference = by_key[system, batch], by_key.get((REFERENCE, batch))
+            rows.append(_throughput_row(run, record, reference))
+    return rows
+
+
+def _throughput_row(run: Run, record: Mapping[str, Any], reference: Mapping[str, Any] | None) -> dict[str, Any]:
+    requests, seconds, rounds = record["requests"], round_seconds(record), _rounds(record)
+    correct = [r["question"]["success"] for r in requests]
+    ones = [1.0] * len(requests)
+    ttft = [r["ttft_seconds"] for r in requests]
+    row = {
+        "system": record["system"],
+        "title": run.titles.get(record["system"], record["system"]),
+        "batch": record["batch"],
+        "requests": len(requests),
+        "rounds": len(set(rounds)),
+        "qps": intervals.ratio_of_sums(ones, seconds, rounds),
+        "qps_correct": intervals.ratio_of_sums(correct, seconds, rounds),
+        "success": float(np.mean(correct)),
+        "ttft_median": float(np.median(ttft)),
+        "ttft_p95": float(np.quantile(ttft, 0.95)),
+        "row_layer_share": record["row_layer_share"],
+    }
+    reason = _throughput_gate(record, reference)
+    ratio = None
+    if not reason:
+        ratio = intervals.ratio_of_sums(round_seconds(reference), seconds, rounds)
+    return row | {"qps_ratio": ratio, "ratio_reason": reason}
+
+
+def _throughput_gate(record: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
+    if record["system"] == REFERENCE:
+        return NOT_COMPARED
+    if reference is None:
+        return "recompute was not run at this batch size"
+    if len(reference["requests"]) != len(record["requests"]):
+        return "recompute answered another number of requests"
+    counted = [r["rows_reused"] for r in record["requests"] if "rows_reused" in r]
+    idle = sum(n <= 0 for n in counted)
+    if idle:
+        return f"nothing was reused in {idle} of {len(counted)} requests"
+    if not counted and record["row_layer_share"] >= 1.0:
+        return "nothing was reused: every row of every layer was computed"
+    return ""
+
+
+def _rounds(record: Mapping[str, Any]) -> list[int]:
+    """The round of every request: the loop serves `batch` requests at a time, in order."""
+    return [i // record["batch"] for i in range(len(record["requests"]))]
+
+
+def round_seconds(record: Mapping[str, Any]) -> list[float]:
+    """Every request's share of its round's time; they add up to the time of the whole loop."""
+    rounds = _rounds(record)
+    ends = [0.0] * (max(rounds) + 1)
+    for i, r in zip(rounds, record["requests"], strict=True):
+        ends[i] = max(ends[i], r["finished_seconds"])
+    lengths = np.diff([0.0, *ends])
+    sizes = np.bincount(rounds)
+    return [float(lengths[i] / sizes[i]) for i in rounds]

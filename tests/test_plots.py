@@ -1,0 +1,113 @@
+"""Figures: written, not empty, the same byte for byte, and drawn from whatever a run holds."""
+
+from itertools import pairwise
+
+import pytest
+from PIL import Image
+
+from cacheslide.errors import DataError
+from harness.plots import fig03, fig04a, fig05, fig10, labels, style, throughput
+from harness.plots.render import FIGURES, render
+from harness.results.runs import Run, read_json
+from harness.results.summary import build_summary, summarize
+from tests import made_run
+
+SYSTEMS = ["recompute", "context_cache", "cacheblend", "cacheblend_stale", "naive_reuse", "cacheslide"]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The result file of every figure."""
+    root = tmp_path_factory.mktemp("made")
+    cfg, paths = made_run.make_run(root, {"systems": SYSTEMS}, prompts_each=5)
+    summarize(cfg, root / "summary.json", **paths)
+    prompts = paths["prompts"]
+    return {
+        "fig03": prompts,
+        "fig04a": paths["cksim"],
+        "fig05": prompts,
+        "fig10": str(root / "summary.json"),
+        "throughput": paths["throughput"],
+    }
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_written_and_repeatable(name, sources, tmp_path):
+    kinds = ("svg", "pdf", "png")
+    for folder in "ab":
+        render(name, sources[name], [tmp_path / folder / f"{name}.{kind}" for kind in kinds])
+    for kind in kinds:
+        first, second = ((tmp_path / folder / f"{name}.{kind}").read_bytes() for folder in "ab")
+        assert first == second, f"{name}.{kind} differs between two runs"
+        assert len(first) > 5000
+    assert sorted(p.suffix for p in (tmp_path / "a").iterdir()) == [".pdf", ".png", ".svg"]
+    image = Image.open(tmp_path / "a" / f"{name}.png").convert("L")
+    assert image.width > 900
+    assert image.getextrema()[0] < 40 and image.getpixel((1, 1)) == 255
+    svg = (tmp_path / "a" / f"{name}.svg").read_text()
+    assert "<dc:date>" not in svg and "<image" not in svg
+
+
+def test_figures_of_an_empty_run_say_so():
+    empty = build_summary(Run({}))
+    for module, results in ((fig03, {}), (fig04a, []), (fig05, {}), (fig10, empty), (throughput, [])):
+        figure = module.draw(results)
+        assert any(
+            "was measured" in t.get_text() or "were measured" in t.get_text() for a in figure.axes for t in a.texts
+        )
+
+
+def test_unknown_figure_or_source_is_one_line(tmp_path):
+    with pytest.raises(DataError, match="known: fig03"):
+        render("fig99", tmp_path / "x.json", [])
+    with pytest.raises(DataError, match="does not exist"):
+        render("fig03", tmp_path / "x.json", [])
+    with pytest.raises(DataError, match="not JSON"):
+        (tmp_path / "x.json").write_text("{")
+        render("fig03", tmp_path / "x.json", [])
+
+
+def test_every_system_looks_different():
+    looks = {(v.colour, v.marker, v.filled, v.line) for v in style.LOOKS.values()}
+    assert len(looks) == len(style.LOOKS)
+    grey = {(v.marker, v.filled, v.line) for v in style.LOOKS.values()}
+    assert len(grey) >= len(style.LOOKS) - 1  # promotion aside, print tells them apart without colour
+    assert style.look("some_new_system", "New") == style.look("some_new_system", "New")
+    assert style.look("some_new_system", "New").label == "New"
+
+
+def test_pareto_front():
+    def at(x, y):
+        return fig10.Point("s", "s", x, y, None, (None, None))
+
+    front = fig10.pareto([at(3, 0.9), at(1, 0.2), at(2, 0.5), at(2, 0.4), at(4, 0.9), at(2.5, 0.3)])
+    assert [(p.x, p.y) for p in front] == [(1, 0.2), (2, 0.5), (3, 0.9)]
+    assert fig10.steps(front) == ([1, 2, 2, 3, 3], [0.2, 0.2, 0.5, 0.5, 0.9])
+
+
+def test_systems_that_failed_the_gate_are_named_not_drawn(sources):
+    summary = read_json(sources["fig10"])
+    for row in summary["latency"]:
+        if row["system"] == "cacheblend":
+            row["ttft_ratio"] = None
+    texts = [[t.get_text() for t in axes.texts] for axes in fig10.draw(summary).axes]
+    assert sum("CacheBlend" in t for t in texts) == 2  # the two mixes only
+    assert sum(any(s.startswith("not shown") and "CacheBlend" in s for s in t) for t in texts) == 2
+
+
+def test_labels_do_not_overlap(sources):
+    """In every panel of figure 10, with points as close as CacheSlide and its variants are."""
+    figure = fig10.draw(read_json(sources["fig10"]))
+    renderer = labels.FigureCanvasAgg(figure).get_renderer()
+    for axes in figure.axes:
+        boxes = [t.get_window_extent(renderer) for t in axes.texts if not t.get_text().startswith("not shown")]
+        assert len(boxes) == len(SYSTEMS)
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+
+
+def test_spread_keeps_order_and_gap():
+    out = labels.spread([1.0, 1.01, 1.02, 5.0], gap=0.5, low=0.0, high=6.0)
+    assert out == sorted(out) and all(b - a >= 0.5 - 1e-9 for a, b in pairwise(out))
+    tight = labels.spread([3.0] * 5, gap=10.0, low=0.0, high=4.0)
+    assert tight == pytest.approx([0.0, 1.0, 2.0, 3.0, 4.0])
+    assert labels.spread([], 1, 0, 1) == []

@@ -98,15 +98,19 @@ def test_missing_pieces_are_named(checkpoint, tmp_path):
         ReferenceLlama.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("first", [None, 0, 3, 40])
 @pytest.mark.parametrize(
     ("keys", "heads", "kv_heads", "dim"), [(1, 1, 1, 2), (7, 6, 2, 10), (300, 4, 4, 8), (700, 3, 1, 50)]
 )
-def test_row_attention_equals_masked_softmax(keys, heads, kv_heads, dim):
+def test_row_attention_equals_masked_softmax(keys, heads, kv_heads, dim, first):
+    """Scattered rows, and all rows from `first` on."""
     g = torch.Generator().manual_seed(keys)
     k, v = torch.randn(2, keys + 5, kv_heads, dim, generator=g)
     k[keys:] = v[keys:] = float("nan")  # rows beyond the last query must never be read
     rows = torch.unique(torch.randint(0, keys, (max(1, keys // 2),), generator=g))
     rows = torch.unique(torch.cat((rows, torch.tensor([keys - 1]))))
+    if first is not None:
+        rows = torch.arange(min(first, keys - 1), keys)
     q = torch.randn(len(rows), heads, dim, generator=g)
     full_k, full_v = (t[:keys].repeat_interleave(heads // kv_heads, 1) for t in (k, v))
     scores = torch.einsum("nhd,khd->hnk", q, full_k) / dim**0.5

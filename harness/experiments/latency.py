@@ -28,16 +28,22 @@ def measure_latency(
     max_new_tokens: int = 8,
     progress: str | None = "latency",
 ) -> None:
-    """One record per example: for every system its TTFT samples, receipt and answers.
+    """One record per example: for every system `repeats` TTFT samples, its receipt and answers.
+
+    `warmups` uncounted rounds over all systems precede the first example of the process.
 
     TTFT runs from the tokenised prompt to the first answer token: lookup, load, placement, prefill, logits.
     The same run's answers give the accuracy that stands beside it (gate, then time).
     """
-    for example in tqdm(examples, desc=progress, disable=progress is None, mininterval=1):
+    todo = [e for e in examples if e.id not in writer.done]
+    for i, example in enumerate(tqdm(todo, desc=progress, disable=progress is None, mininterval=1)):
+        cold = 0 if i else warmups
         guarded(
             writer,
             example.id,
-            lambda example=example: _one(backend, example, policies, settings, warmups, repeats, seed, max_new_tokens),
+            lambda example=example, cold=cold: _one(
+                backend, example, policies, settings, cold, repeats, seed, max_new_tokens
+            ),
         )
 
 

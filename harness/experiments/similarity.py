@@ -53,7 +53,8 @@ def _prefix_text(backend: ReferenceBackend, others: Sequence[TaskExample], lengt
 
 def _one(backend, segment, alone, prefix) -> dict:
     n, shift = len(segment), len(prefix)
-    here, there = torch.arange(n), torch.arange(n) + shift
+    here = torch.arange(n, device=backend.model.device)
+    there = here + shift
     moved = torch.stack([backend.model.rotary.move(k, here, there) for k in alone])
     unseen = prefill_exact(backend.model, segment, first_position=shift).k  # there, but without the prefix
     behind = prefill_exact(backend.model, (*prefix, *segment)).k[:, shift:]

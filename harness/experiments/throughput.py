@@ -48,6 +48,8 @@ def _closed_loop(backend, engine, examples, batch, max_new_tokens) -> dict:
     for at in range(0, len(prompts), batch):
         sent = time.perf_counter()
         states = engine.prefill_batch(prompts[at : at + batch], room=max_new_tokens)
+        for state in states:
+            int(state.logits.argmax())  # the first token exists only once the device has finished
         first = time.perf_counter()
         for example, state in zip(examples[at : at + batch], states, strict=True):
             ids = engine.generate(state, state.logits, max_new_tokens, backend.stop_ids())

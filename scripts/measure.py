@@ -1,0 +1,139 @@
+"""Make a configuration's records without Snakemake, for a machine that has PyTorch but no package index.
+
+`python scripts/measure.py config/h200.yaml` writes results/<run>/ as the workflow would (data, selection layer,
+accuracy, equal share, prompts, CKSim, latency, throughput). `--only accuracy,latency` picks steps, `--jobs 4` measures
+data sets side by side (never the timed steps). `python scripts/measure.py config/h200.yaml --finish` turns the records
+into summary, figures and report, on any machine.
+"""
+
+import argparse
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import yaml
+
+from cacheslide.errors import CacheSlideError, ConfigError
+from harness import study
+from harness.plots.render import render
+from harness.report.builder import build_report
+from harness.results.summary import summarize
+from harness.systems import to_scale
+from harness.tasks.data import write_dataset
+
+STEPS = ("data", "layer", "prompts", "accuracy", "cksim", "latency", "throughput")
+FIGURES = {  # and what each is drawn from
+    "fig03": "prompts.json",
+    "fig04a": "cksim.jsonl",
+    "fig05": "prompts.json",
+    "fig10": "summary.json",
+    "throughput": "throughput.jsonl",
+}
+
+
+def data(config: dict, root: Path) -> None:
+    """Every prompt file of the run."""
+    parts = [(part, part, d) for part in ("accuracy", "validation") for d in config["datasets"]]
+    parts += [(part, part, config[part]["dataset"]) for part in ("throughput", "cksim")]
+    parts += [(f"latency-{n}", "latency", config["latency"]["dataset"]) for n in config["latency"]["tokens"]]
+    for folder, part, dataset in parts:
+        spec = config[part]
+        tokens = int(folder.split("-")[1]) if part == "latency" else spec["tokens"]
+        count = spec["requests"] if part == "throughput" else spec["prompts"]
+        split = "validation" if part == "validation" else "test"
+        write_dataset(root / "data" / folder / f"{dataset}.jsonl", dataset, split, config["seed"], count, tokens)
+
+
+def one_dataset(config: dict, root: Path, dataset: str, threads: int) -> None:
+    """Chunk caches and both accuracy stages of one data set; the caches go when they are done."""
+    path, layer = str(root / f"data/accuracy/{dataset}.jsonl"), study.selected_layer(root / "selection_layer.json")
+    chunks = root / "chunks" / dataset
+    study.step_chunks(config, path, layer, str(chunks), threads)
+    for stage, share, systems in (
+        ("accuracy", None, config["systems"]),
+        ("equal_share", config["topk"], to_scale(config["systems"], config["topk"])),
+    ):
+        outputs = [str(root / stage / dataset / f"{s}.jsonl") for s in systems]
+        study.step_accuracy(config, path, str(chunks), layer, outputs, threads, share)
+    shutil.rmtree(chunks)
+
+
+def measure(config: dict, root: Path, steps: list[str], jobs: int, threads: int) -> None:
+    """Run the chosen steps in order."""
+
+    def drawn_from(part: str, folder: str = "") -> str:
+        return str(root / "data" / (folder or part) / f"{config[part]['dataset']}.jsonl")
+
+    def all_data(part: str) -> list[str]:
+        return [str(root / "data" / part / f"{d}.jsonl") for d in config["datasets"]]
+
+    if "data" in steps:
+        data(config, root)
+    if "layer" in steps:
+        study.step_select_layer(config, all_data("validation"), str(root / "selection_layer.json"), threads * jobs)
+    layer = study.selected_layer(root / "selection_layer.json")
+    if "prompts" in steps:
+        study.step_prompts(config, all_data("accuracy"), str(root / "prompts.json"))
+    if "accuracy" in steps:
+        n = len(config["datasets"])
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            list(pool.map(one_dataset, [config] * n, [root] * n, config["datasets"], [threads] * n))
+    if "cksim" in steps:
+        study.step_similarity(config, drawn_from("cksim"), str(root / "cksim.jsonl"), threads)
+    if "latency" in steps:
+        for tokens in config["latency"]["tokens"]:
+            prompts = drawn_from("latency", f"latency-{tokens}")
+            study.step_latency(config, prompts, layer, str(root / f"latency/{tokens}.jsonl"), threads)
+    if "throughput" in steps:
+        study.step_throughput(config, drawn_from("throughput"), layer, str(root / "throughput.jsonl"), threads)
+
+
+def finish(config: dict, root: Path, figures: Path) -> None:
+    """Summary, figures and report of the records that are there."""
+    summarize(
+        config,
+        root / "summary.json",
+        **{stage: sorted(root.glob(f"{stage}/*/*.jsonl")) for stage in ("accuracy", "equal_share")},
+        latency=sorted(root.glob("latency/*.jsonl")),
+        throughput=root / "throughput.jsonl",
+        cksim=root / "cksim.jsonl",
+        prompts=root / "prompts.json",
+        layer=root / "selection_layer.json",
+    )
+    drawn = []
+    for name, source in FIGURES.items():
+        if (root / source).is_file():
+            outputs = [figures / f"{name}.{kind}" for kind in ("svg", "pdf", "png")]
+            render(name, root / source, outputs)
+            drawn += outputs
+    build_report(root / "summary.json", drawn, root / "report.html")
+
+
+def main() -> int:
+    """Command line; an error a user can act on is one line and exit status 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--only", default=",".join(STEPS), help="steps, separated by commas")
+    parser.add_argument("--jobs", type=int, default=1, help="data sets measured side by side")
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch threads a job")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--finish", action="store_true", help="summary, figures and report instead of measuring")
+    args = parser.parse_args()
+    try:
+        config, steps = yaml.safe_load(args.config.read_text()), args.only.split(",")
+        if unknown := sorted(set(steps) - set(STEPS)):
+            raise ConfigError(f"unknown step {', '.join(unknown)} (known: {', '.join(STEPS)})")
+        if args.finish:
+            finish(config, args.results / config["run"], Path("figures") / config["run"])
+        else:
+            measure(config, args.results / config["run"], steps, args.jobs, args.threads)
+    except (CacheSlideError, OSError) as error:
+        print(f"measure: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import DataError
-from harness.systems import scalable, to_scale
 from harness.results.records import read_failures, read_records, read_settings
+from harness.systems import scalable, to_scale
 
 MIXES = ("sparse", "deep")
 REFERENCE, NAIVE, OURS = "recompute", "naive_reuse", "cacheslide"

@@ -1,0 +1,72 @@
+"""Deep supervision: at every layer that should know an answer already, ask for it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from harness.training.data import END, IGNORE, LINK, QUESTION, SECOND_WORD, SETTLED
+from harness.training.model import Trainee
+
+SHARE = {SETTLED: 0.2, LINK: 1.0, QUESTION: 1.0, SECOND_WORD: 1.0, END: 0.1}
+
+
+def needed_layer(hops: Tensor, schedule: str) -> Tensor:
+    """The layer (from 0) after which `hops` hops should be resolved.
+
+    "linear" takes a layer a hop. "double" follows two pointers at once: a link learns its target's target in
+    layer 1, that one's target's target in layer 2, and so reaches 1, 3, 7 hops after layers 1, 2, 3.
+    """
+    if schedule == "linear":
+        return hops
+    return (hops > 0).long() + (hops > 1).long() + (hops > 3).long() + 8 * (hops > 7).long()
+
+
+def training_loss(
+    model: Trainee, batch: dict[str, Tensor], aux: float, schedule: str, gather: float, pointers: float, depth: int = 5
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch and, for the log, its parts and which labels were answered right."""
+    states, gather_loss = model(batch["ids"], batch["scratch"], batch["asked"], batch["hinted"], batch["pos"])
+    kind, final = batch["kind"], states[-1]
+    weight = torch.zeros_like(kind, dtype=torch.float32)
+    for k, share in SHARE.items():
+        of_kind = kind == k
+        weight = weight + of_kind * (share / of_kind.sum().clamp_min(1))
+    logits = model.logits(final)
+    answer = (F.cross_entropy(logits, batch["y1"], reduction="none") * weight).sum()
+    resolved = kind <= QUESTION
+    y1, y2, w = batch["y1"], batch["y2"], weight
+
+    def both(state: Tensor, mask: Tensor) -> Tensor:
+        first = F.cross_entropy(model.logits(state), y1, reduction="none")
+        second = F.cross_entropy(model.logits(state, "second"), y2, reduction="none", ignore_index=IGNORE)
+        return ((first + second) * w * mask).sum()
+
+    second = F.cross_entropy(model.logits(final, "second"), y2, reduction="none", ignore_index=IGNORE)
+    loss = answer + (second * w * resolved).sum()
+    last = min(depth, len(states) - 2)
+    # a question reads what statements have come to mean, once they have: no hurry, and no pointers of its own
+    need = torch.where(kind == QUESTION, last, needed_layer(batch["hops"], schedule))
+    for layer in range(1, last + 1):
+        loss = loss + aux / last * both(states[layer], resolved & (need <= layer))
+    if pointers and schedule == "double":
+        for layer, name in ((1, "ptr2"), (2, "ptr4")):
+            at = batch[name] != IGNORE
+            if layer < len(states):
+                ce = F.cross_entropy(
+                    model.logits(states[layer], "pointer"), batch[name], reduction="sum", ignore_index=IGNORE
+                )
+                loss = loss + pointers * ce / at.sum().clamp_min(1)
+    right = logits.argmax(-1) == batch["y1"]
+    return loss + gather * gather_loss, {"answer": answer.detach(), "gather": gather_loss.detach(), "right": right}
+
+
+def accuracy(batch: dict[str, Tensor], right: Tensor) -> dict[str, float]:
+    """Share right by kind and depth; the `bare` figures are over rows without any hint."""
+    kind, depth, bare = batch["kind"], batch["depth"], batch["bare"]
+    cells = {}
+    for name, mask in (("", torch.ones_like(bare)), ("bare ", bare)):
+        cells[name + "question"] = mask & (kind == QUESTION)
+        cells[name + "second"] = mask & (kind == SECOND_WORD)
+        for d in range(1, 5):
+            cells[f"{name}link{d}"] = mask & (kind == LINK) & (depth == d)
+    return {k: (right & m).sum().item() / n for k, m in cells.items() if (n := m.sum().item())}

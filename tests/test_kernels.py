@@ -1,0 +1,193 @@
+"""The plain kernels against the model's own maths, the dispatch, and the Triton kernels under Triton's interpreter."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from cacheslide import kernels
+from cacheslide.correction import deviation
+from cacheslide.model.reference import row_attention as model_attention
+from cacheslide.positions.rope import Rotary, inverse_frequencies
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def paged(lengths: list[int], kv_heads: int, dim: int, block: int, seed: int, dtype=torch.float32, device="cpu"):
+    """A poisoned cache with shuffled blocks, its table, and every request's keys and values [rows, kv_heads, dim].
+
+    Blocks and rows that no request owns hold NaN, and so do the table's spare blocks: reading one shows.
+    """
+    g = torch.Generator().manual_seed(seed)
+    width = max(-(-n // block) for n in lengths) + 2
+    order = torch.randperm(len(lengths) * width + 3, generator=g)
+    kv = torch.full((len(order), kv_heads, block, 2 * dim), float("nan"))
+    table = order[: len(lengths) * width].reshape(len(lengths), width).int()
+    dense = []
+    for blocks, n in zip(table, lengths, strict=True):
+        both = torch.randn(n, kv_heads, 2 * dim, generator=g)
+        at = torch.arange(n)
+        kv[blocks[at // block].long(), :, at % block] = both
+        dense.append(tuple(x.to(device, dtype) for x in both.chunk(2, dim=-1)))
+    return kv.to(device, dtype), table.to(device), dense
+
+
+def scattered(lengths: list[int], shares: list[float], seed: int, device="cpu"):
+    """Ascending rows of each request, its last row among them, and their bounds."""
+    g = torch.Generator().manual_seed(seed)
+    rows = []
+    for n, share in zip(lengths, shares, strict=True):
+        count = round(share * n)
+        chosen = torch.randperm(n - 1, generator=g)[: max(count - 1, 0)] if count else torch.empty(0, dtype=torch.long)
+        rows.append(torch.cat([chosen, torch.tensor([n - 1] if count else [], dtype=torch.long)]).sort().values)
+    bounds = torch.tensor([0, *(len(r) for r in rows)]).cumsum(0)
+    return torch.cat(rows).int().to(device), bounds.int().to(device)
+
+
+def other_layout(kv: torch.Tensor) -> torch.Tensor:
+    """The same cache in another memory order: heads outside the slots of a block become heads inside, or back."""
+    return kv.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize("heads,kv_heads,dim", [(4, 4, 10), (6, 2, 16), (8, 1, 9)])
+def test_plain_attention_is_the_models_attention(heads, kv_heads, dim):
+    lengths = [300, 17, 40, 1]
+    kv, table, dense = paged(lengths, kv_heads, dim, 16, seed=1)
+    rows, cu_rows = scattered(lengths, [0.95, 1.0, 0.0, 1.0], seed=2)
+    q = torch.randn(len(rows), heads, dim)
+    out = kernels.row_attention(q, rows, cu_rows, table, other_layout(kv))
+    for (begin, end), (k, v) in zip(pairwise(cu_rows.tolist()), dense, strict=True):
+        if begin < end:
+            want = model_attention(q[begin:end], k, v, rows[begin:end].long())
+            torch.testing.assert_close(out[begin:end], want, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_writes_where_it_is_told_and_scales():
+    kv, table, _ = paged([20], 2, 8, 16, seed=3)
+    rows, cu_rows = scattered([20], [0.5], seed=4)
+    q, out = torch.randn(10, 4, 8), torch.full((10, 4, 8), float("nan"))
+    assert kernels.row_attention(q, rows, cu_rows, table, kv, scale=0.5, out=out) is out
+    plain = kernels.row_attention(q * 0.5 * 8**0.5, rows, cu_rows, table, kv)
+    torch.testing.assert_close(out, plain)
+
+
+def test_no_rows_at_all_are_no_error():
+    kv, table, _ = paged([5], 2, 8, 16, seed=5)
+    none = torch.zeros(0, dtype=torch.int32)
+    assert kernels.row_attention(torch.empty(0, 4, 8), none, torch.zeros(2).int(), table, kv).shape == (0, 4, 8)
+    before = kv.clone()
+    rotary = Rotary(inverse_frequencies(8, 1e4), 64)
+    kernels.place_rows(torch.empty(0, 2, 8), torch.empty(0, 2, 8), none.long(), none, kv, rotary)
+    kernels.place_rows(torch.ones(2, 2, 8), torch.ones(2, 2, 8), torch.tensor([-1, -1]), none, kv, rotary)
+    assert torch.equal(kv.nan_to_num(9.0), before.nan_to_num(9.0))
+    assert kernels.row_deviation(torch.empty(0, 2, 8), torch.empty(0, 2, 8), None, rotary).shape == (0,)
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_plain_placement_is_delta_rotation(moved):
+    rotary, layers, n = Rotary(inverse_frequencies(10, 1e4), 128), 3, 30
+    k, v = torch.randn(layers, n, 2, 10), torch.randn(layers, n, 2, 10)
+    source, target = torch.arange(n) + 40, torch.arange(n) * 3
+    caches = [other_layout(torch.full((6, 2, 16, 20), float("nan"))) for _ in range(layers)]
+    slots = torch.randperm(96)[:n]
+    slots[4:9] = -1
+    kernels.place_layers(k, v, slots, (target - source).int() if moved else None, caches, rotary)
+    written = slots[slots >= 0]
+    for layer, kv in enumerate(caches):
+        want = rotary.move(k[layer], source, target) if moved else k[layer]
+        got = kv[written // 16, :, written % 16]
+        torch.testing.assert_close(got, torch.cat((want, v[layer]), -1)[slots >= 0])
+        assert int(kv.isnan().sum()) == (96 - len(written)) * 2 * 20  # nothing else was touched
+
+
+def test_plain_deviation_is_the_corrections():
+    rotary = Rotary(inverse_frequencies(10, 1e4), 128)
+    fresh, cached, deltas = torch.randn(9, 2, 10), torch.randn(9, 2, 10), torch.arange(-4, 5)
+    want = deviation(fresh, rotary.rotate(cached, deltas))
+    torch.testing.assert_close(kernels.row_deviation(fresh, cached, deltas.int(), rotary), want)
+    turned = rotary.rotate(cached, deltas)
+    assert kernels.row_deviation(turned, cached, deltas, rotary).max() == 0
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        ({"q": torch.randn(3, 4, 8, dtype=torch.float64)}, "float64"),
+        ({"q": torch.randn(3, 4, 6)}, "do not fit"),
+        ({"q": torch.randn(3, 3, 8)}, "do not fit"),
+        ({"q": torch.randn(3, 8, 4).transpose(1, 2)}, "contiguous"),
+        ({"scale": -1.0}, "above 0"),
+    ],
+)
+def test_attention_refuses_what_it_cannot_do(change, reason):
+    kv, table, _ = paged([3], 2, 8, 16, seed=6)
+    given = {"q": torch.randn(3, 4, 8), "rows": torch.arange(3).int(), "cu_rows": torch.tensor([0, 3]).int()}
+    given |= {"block_table": table, "kv": kv} | change
+    with pytest.raises(ValueError, match=reason):
+        kernels.row_attention(**given)
+
+
+def test_placement_refuses_what_does_not_fit():
+    rotary, kv = Rotary(inverse_frequencies(8, 1e4), 64), torch.zeros(2, 2, 16, 16)
+    k, slots = torch.zeros(1, 3, 2, 8), torch.arange(3)
+    with pytest.raises(ValueError, match="disagree"):
+        kernels.place_layers(k, k, slots[:2], None, [kv], rotary)
+    with pytest.raises(ValueError, match="do not fit"):
+        kernels.place_layers(k[:, :, :1], k[:, :, :1], slots, None, [kv], rotary)
+    with pytest.raises(ValueError, match="disagree"):
+        kernels.row_deviation(k[0], k[0, :2], None, rotary)
+
+
+def test_a_cpu_call_needs_no_triton():
+    """A machine without Triton can import the package and run the plain kernels."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from cacheslide import kernels\n"
+        "z = torch.zeros(1, 1, 2); i = torch.zeros(1).int()\n"
+        "kernels.row_attention(z, i, torch.tensor([0, 1]), i[None], torch.zeros(1, 1, 16, 4)); print('ran')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "ran", done.stderr
+
+
+def test_triton_kernels_under_the_interpreter():
+    """Triton decides at import whether it interprets, so these tests need a process of their own."""
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels_triton.py"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) >= 30, done.stdout[-1000:]  # skipping everything would be no test
+
+
+def test_the_rule_for_tiles_and_its_tuning():
+    """Few tiles are cut along the keys, dense rows are not packed, small devices get fewer stages."""
+    pytest.importorskip("triton")
+    launch = pytest.importorskip("cacheslide.kernels.launch")
+    tuning = pytest.importorskip("cacheslide.kernels.tuning")
+    work = launch.Work(410, 1, 8192, 32, 8, 128, 16, torch.bfloat16)
+    few, many = launch.choose_tiling(work), launch.choose_tiling(replace(work, rows=2130))
+    assert few.chunk == 4096 and many.chunk == 0 and many.pack
+    assert not launch.choose_tiling(replace(work, rows=8192)).pack
+    tiny = launch.Device(132, 100 << 10)
+    assert launch._shared_bytes(launch.choose_tiling(replace(work, rows=2130), tiny), 128) <= 100 << 10
+    options = tuning.candidates(work, launch.Device())
+    assert options[0] == few and len(options) == len(set(options)) <= 20
+    assert all(o.chunk % o.keys == 0 and o.chunk < 8192 for o in options)
+    assert tuning.fastest(options, lambda o: abs(o.chunk - 2048) + o.lanes) == min(
+        options, key=lambda o: abs(o.chunk - 2048) + o.lanes
+    )
+
+    def fails(option):
+        if option != options[-1]:
+            raise tuning.OutOfResources(1, 0, "shared memory")
+        return 1.0
+
+    assert tuning.fastest(options, fails) == options[-1]

@@ -1,0 +1,109 @@
+"""The KV connector vLLM talks to: hands every call to the half that lives in this process."""
+
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+
+from cacheslide.vllm.geometry import Geometry
+from cacheslide.vllm.metrics import ReuseMetrics, ReuseStats
+from cacheslide.vllm.params import FIELD, ServerOptions
+from cacheslide.vllm.scheduler_side import SchedulerSide
+from cacheslide.vllm.support import check, check_policy
+from cacheslide.vllm.worker_side import WorkerSide
+
+
+class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
+    """Claims all but the last token of a prompt whose chunks are known, and completes those rows before the step."""
+
+    def __init__(self, vllm_config, role: KVConnectorRole, kv_cache_config) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        check(vllm_config, kv_cache_config)
+        options = ServerOptions.from_extra_config(self._kv_transfer_config.kv_connector_extra_config)
+        geometry = Geometry.of(vllm_config)
+        check_policy(options.system, geometry.num_layers, geometry.ranks)
+        self.scheduler: SchedulerSide | None = None
+        self.worker: WorkerSide | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            self.scheduler = SchedulerSide(vllm_config, options, geometry)
+        else:
+            self.worker = WorkerSide(vllm_config, options)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache: what it drops is a later miss."""
+        return False
+
+    # --- scheduler -------------------------------------------------------------------------------------------------
+
+    def on_new_request(self, request) -> None:
+        self.scheduler.arrive(request)
+
+    def get_num_new_matched_tokens(self, request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return self.scheduler.claim(request, num_computed_tokens), False
+
+    def update_state_after_alloc(self, request, blocks, num_external_tokens: int) -> None:
+        self.scheduler.allocated(request, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output) -> KVConnectorMetadata:
+        return self.scheduler.step(scheduler_output)
+
+    def update_connector_output(self, connector_output) -> None:
+        if (report := connector_output.kv_connector_worker_meta) is not None:
+            self.scheduler.heard(report)
+
+    def request_finished_all_groups(self, request, block_ids) -> tuple[bool, dict[str, Any] | None]:
+        receipt = self.scheduler.finish(request)
+        return False, None if receipt is None else {FIELD: receipt}
+
+    def has_pending_push_work(self) -> bool:
+        """Keeps an idle engine stepping while chunks wait to be encoded."""
+        return bool(self.scheduler.jobs)
+
+    def get_kv_connector_stats(self) -> ReuseStats | None:
+        return self.scheduler.take_stats() if self.scheduler is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ReuseStats:
+        return ReuseStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, vllm_config, metric_types, labelnames, per_engine_labelvalues) -> ReuseMetrics:
+        return ReuseMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def reset_cache(self) -> bool:
+        self.scheduler.reset()
+        return True
+
+    # --- worker ----------------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches) -> None:
+        self.worker.attach()
+
+    def start_load_kv(self, forward_context, **kwargs: Any) -> None:
+        self.worker.load(self._get_connector_metadata())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Rows are complete before the forward starts."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer, attn_metadata, **kwargs: Any) -> None:
+        """Chunks are copied after the forward."""
+
+    def wait_for_save(self) -> None:
+        self.worker.save(self._get_connector_metadata())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[None, None]:
+        self.worker.encode(self._get_connector_metadata())  # the one hook that steps without a forward call too
+        return None, None
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        return self.worker.take_report()
+
+    def shutdown(self) -> None:
+        if self.scheduler is not None:
+            self.scheduler.close()

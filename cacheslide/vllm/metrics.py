@@ -1,0 +1,78 @@
+"""Counters of what reuse did, for vLLM's log line and its Prometheus endpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+from cacheslide.vllm.reasons import KINDS, kind_of
+
+COUNTERS = {
+    "requests": "Marked requests that finished",
+    "rows": "Prompt tokens of marked requests",
+    "rows_reused": "Prompt tokens whose cached KV was used",
+    "rows_recomputed": "Prompt tokens with cached KV that was recomputed",
+    "rows_prefix_cached": "Prompt tokens of marked requests found in vLLM's prefix cache",
+    "chunks": "Chunks of marked requests",
+    "chunks_hit": "Chunks found in the store",
+    "bytes_loaded": "Bytes of chunk KV read",
+}
+
+
+@dataclass
+class ReuseStats(KVConnectorStats):
+    """Counts since the last report: the keys of `COUNTERS`, and `fallback.<kind>`."""
+
+    def record(self, receipt: Mapping[str, Any]) -> None:
+        """Count one finished request."""
+        found = {"requests": 1} | {name: receipt[name] for name in COUNTERS if name != "requests"}
+        if kind := kind_of(receipt["fallback"]):
+            found[f"fallback.{kind}"] = 1
+        self._add(found)
+
+    def _add(self, counts: Mapping[str, int]) -> None:
+        for name, count in counts.items():
+            self.data[name] = self.data.get(name, 0) + count
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self.data = {}
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        """Add another period's counts."""
+        self._add(other.data)
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """What vLLM logs."""
+        return dict(self.data)
+
+    def is_empty(self) -> bool:
+        """Whether nothing was counted."""
+        return not self.data
+
+
+class ReuseMetrics(KVConnectorPromMetrics):
+    """`cacheslide:*` counters per engine."""
+
+    def __init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self.counters = {}
+        for name, what in COUNTERS.items():
+            counter = self._counter_cls(name=f"cacheslide:{name}", documentation=what, labelnames=labelnames)
+            for engine, labels in per_engine_labelvalues.items():
+                self.counters[engine, name] = counter.labels(*labels)
+        fallbacks = self._counter_cls(
+            name="cacheslide:fallbacks",
+            documentation="Marked requests computed exactly, in part or whole, by reason",
+            labelnames=[*labelnames, "reason"],
+        )
+        for engine, labels in per_engine_labelvalues.items():
+            for kind in KINDS:
+                self.counters[engine, f"fallback.{kind}"] = fallbacks.labels(*labels, kind)
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Add one report's counts."""
+        for name, count in transfer_stats_data.items():
+            self.counters[engine_idx, name].inc(count)

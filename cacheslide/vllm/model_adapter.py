@@ -1,0 +1,137 @@
+"""A `ModelAdapter` over the model that vLLM has loaded: its own projections, norms and MLP, called layer by layer."""
+
+import gc
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.model_executor.models.interfaces_base import is_text_generation_model
+
+from cacheslide.errors import ModelError
+from cacheslide.model.adapter import RowGroup
+from cacheslide.model.reference import DenseKV, row_attention
+from cacheslide.positions.rope import Rotary, inverse_frequencies
+from cacheslide.vllm.attention import choose
+from cacheslide.vllm.kv_layout import PagedKV, PagedLayer
+
+_PROBED = 1024  # positions at which the model's rotation is compared with ours
+_MLP_ROWS = 8192  # rows whose MLP runs at once: bounds activation memory that vLLM's profiling run has not seen
+
+
+def find_model(static_forward_context: Mapping[str, object]) -> torch.nn.Module:
+    """The loaded causal language model whose attention layers vLLM registered in `static_forward_context`.
+
+    vLLM hands a connector the KV caches but not the model. Looking for it once among the live modules leaves the
+    model registry, and with it every other server of this installation, untouched.
+    """
+    for module in gc.get_objects():
+        # issubclass, since isinstance would ask every live object for its __class__, which proxies compute
+        if issubclass(type(module), torch.nn.Module) and is_text_generation_model(type(module)):
+            layers = getattr(getattr(module, "model", None), "layers", None)
+            attention = getattr(getattr(layers[0], "self_attn", None), "attn", None) if layers else None
+            if attention is not None and static_forward_context.get(attention.layer_name) is attention:
+                return module
+    raise ModelError("the loaded model was not found among this process's modules")
+
+
+def rotary_of(model: torch.nn.Module, config) -> Rotary:
+    """Our rotation tables for the model's; ModelError unless they are the same rotation."""
+    theirs = model.model.layers[0].self_attn.rotary_emb
+    parameters = dict(config.rope_parameters)
+    inv = inverse_frequencies(theirs.head_size, float(parameters.pop("rope_theta", 10000.0)), parameters)
+    cos, sin = theirs.cos_sin_cache.float().chunk(2, dim=-1)
+    ours = Rotary(inv, len(cos), cos.device)
+    if not theirs.is_neox_style or cos.shape != ours.cos.shape:
+        raise ModelError("only full rotary embeddings in the half-split layout are supported")
+    # Their angles are float32: the further out, the further off. A wrong schedule shows in the first positions.
+    apart = max((x[:_PROBED] - y[:_PROBED]).abs().max().item() for x, y in ((cos, ours.cos), (sin, ours.sin)))
+    if apart > {torch.bfloat16: 5e-3, torch.float16: 1e-3}.get(theirs.cos_sin_cache.dtype, 3e-4):
+        raise ModelError(f"the model rotates differently from what its rope parameters say: {config.rope_parameters}")
+    if theirs.cos_sin_cache.dtype == torch.float32:  # one table for rotating and for moving; a rounded one moves worse
+        ours.cos, ours.sin = cos, sin
+    return ours
+
+
+class VllmModel:
+    """A loaded Llama, Mistral, Qwen2 or Qwen3 as the executor sees it; this rank's heads only.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        What vLLM loaded.
+    config : transformers PretrainedConfig
+        Its text configuration.
+    """
+
+    def __init__(self, model: torch.nn.Module, config) -> None:
+        self.model = model
+        self.layers = list(model.model.layers)
+        self.num_layers = len(self.layers)
+        self.rotary = rotary_of(model, config)
+        self.paged = [PagedLayer(layer.self_attn.attn) for layer in self.layers]
+        self.attend_paged = choose(self.paged[0])
+        first = self.layers[0].self_attn
+        self.shape = SimpleNamespace(
+            num_layers=self.num_layers, num_kv_heads=first.num_kv_heads, head_dim=first.head_dim
+        )
+        self.hidden_size = config.hidden_size
+        self.scale = float(first.attn.impl.scale)
+        norm = self.layers[0].input_layernorm.weight
+        self.dtype, self.device = norm.dtype, norm.device
+        self.schema_positions = False  # rows of this run may sit at positions below 0, which vLLM's tables lack
+
+    def new_kv(self, capacity: int) -> DenseKV:
+        """Scratch KV outside the paged cache, for encoding chunks."""
+        return DenseKV(self.shape, capacity, self.dtype, self.device)
+
+    def paged_kv(self, block_ids: Sequence[int], manager_block: int) -> PagedKV:
+        """A request's KV in the paged cache."""
+        return PagedKV(self.paged, block_ids, manager_block)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """See `ModelAdapter.embed`."""
+        return self.model.model.embed_input_ids(token_ids)
+
+    def qkv(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `ModelAdapter.qkv`."""
+        attention = self.layers[layer].self_attn
+        dim = attention.head_dim
+        if not len(hidden):
+            empty = hidden.new_zeros(0, 1, dim)
+            return empty.expand(0, attention.num_heads, dim), *2 * (empty.expand(0, attention.num_kv_heads, dim),)
+        projected, _ = attention.qkv_proj(self.layers[layer].input_layernorm(hidden))
+        q, k, v = projected.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
+        if hasattr(attention, "q_norm"):
+            q = attention.q_norm(q.unflatten(-1, (-1, dim))).flatten(1)
+            k = attention.k_norm(k.unflatten(-1, (-1, dim))).flatten(1)
+        if not self.schema_positions:
+            q, k = attention.rotary_emb(positions, q, k)
+        q, k, v = (x.unflatten(-1, (-1, dim)) for x in (q, k, v))
+        if self.schema_positions:
+            q, k = self.rotary.rotate(q, positions), self.rotary.rotate(k, positions)
+        return q, k, v
+
+    def attend(self, layer: int, q: Tensor, groups: Sequence[RowGroup]) -> Tensor:
+        """See `ModelAdapter.attend`. Groups are all in the paged cache, or all scratch."""
+        if all(isinstance(g.kv, PagedKV) for g in groups):
+            return self.attend_paged(self.paged[layer], layer, q, groups, self.scale)
+        parts = zip(q.split([len(g.rows) for g in groups]), groups, strict=True)
+        return torch.cat([row_attention(x, g.kv.k[layer], g.kv.v[layer], g.rows) for x, g in parts if len(g.rows)])
+
+    def finish(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
+        """See `ModelAdapter.finish`."""
+        block = self.layers[layer]
+        projected, _ = block.self_attn.o_proj(attended.flatten(1))
+        hidden = hidden + projected  # not the fused norm: it would overwrite rows that the executor still holds
+        parts = [x + block.mlp(block.post_attention_layernorm(x)) for x in hidden.split(_MLP_ROWS)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `ModelAdapter.logits`."""
+        return self.model.compute_logits(self.model.model.norm(hidden)).float()
+
+    def reduce_scores(self, scores: Tensor) -> Tensor:
+        """See `ModelAdapter.reduce_scores`."""
+        return tensor_model_parallel_all_reduce(scores) if get_tensor_model_parallel_world_size() > 1 else scores

@@ -1,0 +1,162 @@
+"""What a server and a request may ask for: the connector's options and the marks in `kv_transfer_params`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+from cacheslide.errors import ConfigError, PromptError
+from cacheslide.policy import ReusePolicy, load_policy
+from cacheslide.prompt import Prompt, Role
+
+FIELD = "cacheslide"
+ENCODE = ("later", "now", "off")
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """`kv_connector_extra_config` of the connector.
+
+    Attributes
+    ----------
+    policy : str
+        The system of requests that name none.
+    chunk_size, suffix_len : int
+        As in `ReuseEngine`.
+    namespace : str
+        Part of every chunk key of this server.
+    store_gib : float
+        Chunk KV kept per worker; the least recently used chunks leave first.
+    store_device : str
+        "cpu" (host memory, pinned beside a GPU) or "model" (the model's own device).
+    encode : str
+        When chunks that need a prefill of their own get it: "later" (in a following step), "now" (in the step that
+        completes the request's prefill) or "off".
+    encode_tokens_per_step : int
+        At most this many tokens of such prefills a step (one chunk chain may exceed it).
+    rows_per_step : int
+        At most this many rows are completed by reuse in one step (one request may exceed it); others wait.
+    """
+
+    policy: str = "cacheslide"
+    chunk_size: int = 1024
+    suffix_len: int = 1
+    namespace: str = ""
+    store_gib: float = 4.0
+    store_device: str = "cpu"
+    encode: str = "later"
+    encode_tokens_per_step: int = 8192
+    rows_per_step: int = 65536
+
+    def __post_init__(self) -> None:
+        for name, least in (("chunk_size", 1), ("suffix_len", 1), ("encode_tokens_per_step", 1), ("rows_per_step", 1)):
+            if not _is_count(getattr(self, name)) or getattr(self, name) < least:
+                raise ConfigError(f"{name} must be an integer of at least {least}, not {getattr(self, name)!r}")
+        if not isinstance(self.store_gib, int | float) or self.store_gib < 0:
+            raise ConfigError(f"store_gib must be a number of at least 0, not {self.store_gib!r}")
+        if self.store_device not in ("cpu", "model"):
+            raise ConfigError(f"store_device must be 'cpu' or 'model', not {self.store_device!r}")
+        if self.encode not in ENCODE:
+            raise ConfigError(f"encode must be one of {', '.join(ENCODE)}, not {self.encode!r}")
+
+    @property
+    def system(self) -> ReusePolicy:
+        """The reuse policy of requests that name none."""
+        return policy_of(self.policy)
+
+    @classmethod
+    def from_extra_config(cls, extra: Mapping[str, Any]) -> "ServerOptions":
+        """From the parsed JSON; a key that is not an option is an error."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(extra) - known)
+        if unknown:
+            raise ConfigError(f"unknown connector option {', '.join(unknown)} (known: {', '.join(sorted(known))})")
+        return cls(**extra)
+
+
+@dataclass(frozen=True)
+class Marks:
+    """`kv_transfer_params["cacheslide"]` of one request.
+
+    `segments` are the fixed spans, half-open in tokens; everything between them is updated text. `policy`, `share`
+    and `layer` override the server's system, the share of reused rows it recomputes and its selection layer.
+    """
+
+    segments: tuple[tuple[int, int], ...]
+    policy: str | None = None
+    share: float | None = None
+    layer: int | None = None
+    namespace: str = ""
+    encode: str | None = None
+
+    @classmethod
+    def parse(cls, params: Mapping[str, Any] | None) -> "Marks | None":
+        """The marks in a request's `kv_transfer_params`; None without any; PromptError naming what is wrong."""
+        if params is not None and not isinstance(params, Mapping):
+            raise PromptError(f"kv_transfer_params must be an object, not {type(params).__name__}")
+        raw = (params or {}).get(FIELD)
+        if raw is None:
+            return None
+        if not isinstance(raw, Mapping):
+            raise PromptError(f"{FIELD} must be an object, not {type(raw).__name__}")
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(map(str, set(raw) - known))
+        if unknown:
+            raise PromptError(f"{FIELD}: unknown key {', '.join(unknown)} (known: {', '.join(sorted(known))})")
+        if "segments" not in raw:
+            raise PromptError(f"{FIELD}: 'segments' is missing; give the fixed spans as [[start, end], ...]")
+        marks = cls(**{**raw, "segments": _spans(raw["segments"])})
+        marks._check()
+        return marks
+
+    def _check(self) -> None:
+        for name, kind in (("policy", str), ("encode", str)):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), kind):
+                raise PromptError(f"{FIELD}: {name} must be a string, not {getattr(self, name)!r}")
+        if not isinstance(self.namespace, str):
+            raise PromptError(f"{FIELD}: namespace must be a string, not {self.namespace!r}")
+        if self.encode is not None and self.encode not in ENCODE:
+            raise PromptError(f"{FIELD}: encode must be one of {', '.join(ENCODE)}, not {self.encode!r}")
+        if self.share is not None and (isinstance(self.share, bool) or not isinstance(self.share, int | float)):
+            raise PromptError(f"{FIELD}: share must be a number in [0, 1], not {self.share!r}")
+        if self.layer is not None and not _is_count(self.layer):
+            raise PromptError(f"{FIELD}: layer must be an integer, not {self.layer!r}")
+
+    def system(self, default: str) -> ReusePolicy:
+        """The reuse policy asked for, `default` where the request names none."""
+        return policy_of(self.policy or default, self.share, self.layer)
+
+    def prompt(self, token_ids) -> Prompt:
+        """The marked prompt; PromptError when a span does not fit it."""
+        return Prompt.from_spans(token_ids, self.segments)
+
+
+def marks_of(prompt: Prompt, **options: Any) -> dict[str, Any]:
+    """`kv_transfer_params` for `prompt`: what a client sends beside `prompt.token_ids`."""
+    spans = [
+        [start, start + len(s.token_ids)]
+        for s, start in zip(prompt.segments, prompt.starts, strict=True)
+        if s.role is Role.REUSE
+    ]
+    return {FIELD: {"segments": spans, **options}}
+
+
+@lru_cache(maxsize=256)
+def policy_of(name: str, share: float | None = None, layer: int | None = None) -> ReusePolicy:
+    """A registered system with its share and selection layer changed; cached, since every request asks."""
+    policy = load_policy(name)
+    policy = policy if share is None else policy.at_share(float(share))
+    return policy if layer is None else policy.at_layer(layer)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _spans(raw: Any) -> tuple[tuple[int, int], ...]:
+    if not isinstance(raw, list | tuple):
+        raise PromptError(f"{FIELD}: segments must be a list of [start, end] pairs, not {type(raw).__name__}")
+    for pair in raw:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(map(_is_count, pair)):
+            raise PromptError(f"{FIELD}: a segment must be a pair of integers [start, end], not {pair!r}")
+    return tuple((a, b) for a, b in raw)

@@ -1,0 +1,37 @@
+"""Keeps approximate KV out of exact requests' reach: block hashes that no other request can have.
+
+vLLM finds shared blocks by a chain of hashes. From the first block that holds a row vLLM itself did not compute, the
+chain of that request is mixed with a secret of its own. Blocks before it stay shared; the request still finds its own
+blocks again after a preemption.
+"""
+
+import hashlib
+import secrets
+
+
+class _ApartHasher:
+    """A request's block hasher whose hashes from block `first` on carry `salt`."""
+
+    def __init__(self, plain, first: int) -> None:
+        self.plain, self.first, self.salt = plain, first, secrets.token_bytes(16)
+
+    def __call__(self, request) -> list[bytes]:
+        at = len(request.block_hashes)
+        return [
+            plain if at + i < self.first else hashlib.sha256(plain + self.salt).digest()
+            for i, plain in enumerate(self.plain(request))
+        ]
+
+
+def key_apart(request, first: int) -> None:
+    """Give blocks `first`, `first` + 1, ... of a vLLM `request` hashes of their own, also those yet to come."""
+    hasher = request._block_hasher
+    if hasher is None:  # prefix caching is off
+        return
+    if isinstance(hasher, _ApartHasher):
+        if first >= hasher.first:
+            return
+        hasher = hasher.plain  # rows are computed anew: a new secret, lest old blocks join the new ones
+    request._block_hasher = _ApartHasher(hasher, first)
+    del request.block_hashes[first:]
+    request.update_block_hashes()

@@ -1,0 +1,22 @@
+"""Why a marked request was computed exactly, in words for its receipt and as a few kinds for the counters."""
+
+NOT_STORED = "no chunk of this prompt is in the store"
+NOT_STORED_BEYOND = "no chunk of this prompt beyond vLLM's prefix cache is in the store"
+COVERED = "vLLM's prefix cache holds the whole prompt"
+PROMPT_LOGPROBS = "prompt_logprobs needs every row computed by vLLM"
+LOST = "a chunk that the index named was not in the worker's store; its rows were recomputed"
+
+_KINDS = {
+    NOT_STORED: "not_stored",
+    NOT_STORED_BEYOND: "not_stored",
+    COVERED: "prefix_cache",
+    PROMPT_LOGPROBS: "prompt_logprobs",
+    LOST: "lost_chunk",
+}
+KINDS = (*dict.fromkeys(_KINDS.values()), "refused")
+RETRY = ("", NOT_STORED, NOT_STORED_BEYOND, COVERED)  # may be different when the request is scheduled again
+
+
+def kind_of(reason: str) -> str:
+    """One of `KINDS`; "" for no fallback."""
+    return _KINDS.get(reason, "refused") if reason else ""

@@ -1,0 +1,55 @@
+"""`cacheslide serve MODEL`: vLLM's OpenAI server with the connector switched on.
+
+Options that this command does not know go to vLLM as they are.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import fields
+
+from cacheslide.vllm import CONNECTOR
+from cacheslide.vllm.params import ServerOptions
+
+_CPU_BLOCK = 32  # vLLM's CPU attention wants blocks of a multiple of this
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, and one flag for every option of the connector."""
+    parser.add_argument("model", help="folder or name of a Llama, Mistral, Qwen2 or Qwen3 checkpoint")
+    for option in fields(ServerOptions):
+        flag = f"--{option.name.replace('_', '-')}"
+        parser.add_argument(flag, type=type(option.default), default=option.default, help=f"default: {option.default}")
+
+
+def command(args: argparse.Namespace, rest: list[str]) -> list[str]:
+    """The server's command line; ConfigError for options out of range."""
+    options = {f.name: getattr(args, f.name) for f in fields(ServerOptions)}
+    ServerOptions(**options).system  # noqa: B018 (an unknown system stops here, not after minutes of loading)
+    transfer = {"kv_connector": CONNECTOR, "kv_role": "kv_both", "kv_connector_extra_config": options}
+    # Not vLLM's own command: it asks for a distribution of the name vllm, which the CPU build is not.
+    line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args.model]
+    line += ["--kv-transfer-config", json.dumps(transfer)]
+    if not any(x.split("=")[0] == "--block-size" for x in rest) and _on_cpu():
+        line += ["--block-size", str(_CPU_BLOCK)]
+    return line + rest
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Become the server: does not return."""
+    parser = argparse.ArgumentParser(prog="cacheslide serve", description=__doc__, allow_abbrev=False)
+    add_arguments(parser)
+    args, rest = parser.parse_known_args(argv)
+    line = command(args, rest)
+    os.execv(line[0], line)
+
+
+if __name__ == "__main__":
+    main()

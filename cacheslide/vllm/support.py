@@ -1,0 +1,77 @@
+"""What the connector cannot serve is refused when the engine starts, by name and with the reason."""
+
+from typing import Any
+
+from cacheslide.correction import TopDeviation
+from cacheslide.errors import ConfigError, ModelError, PolicyError
+from cacheslide.model.config import SUPPORTED as LLAMA_LIKE
+from cacheslide.policy import ReusePolicy
+from cacheslide.positions.rope import KNOWN_ROPE_TYPES
+
+FAMILIES = (*LLAMA_LIKE, "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_CACHE_DTYPES = ("auto", "float16", "half", "bfloat16", "float32", "float")
+
+
+def check(vllm_config: Any, kv_cache_config: Any) -> None:
+    """Raise ModelError or ConfigError for what would be served wrongly."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    architectures = list(model.architectures)
+    if not architectures or architectures[0] not in FAMILIES:
+        raise ModelError(f"CacheSlide does not serve {', '.join(architectures)} (known: {', '.join(FAMILIES)})")
+    _check_model(model.hf_text_config)
+    refusals = {
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "dual batch overlap": getattr(parallel, "enable_dbo", False),
+        "LoRA": vllm_config.lora_config is not None,
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "M-RoPE": model.uses_mrope,
+        "pooling models": model.runner_type != "generate",
+        "a kv_role other than kv_both": vllm_config.kv_transfer_config.kv_role != "kv_both",
+        f"the KV cache type {vllm_config.cache_config.cache_dtype}": (
+            vllm_config.cache_config.cache_dtype not in _CACHE_DTYPES
+        ),
+        "prefix_match_unit": getattr(vllm_config.cache_config, "prefix_match_unit", None) is not None,
+        "prompt embeddings": getattr(model, "enable_prompt_embeds", False),
+    }
+    for what, asked in refusals.items():
+        if asked:
+            raise ConfigError(f"CacheSlide does not work with {what}: switch it off, or serve without the connector")
+    _check_cache(kv_cache_config)
+
+
+def _check_model(config: Any) -> None:
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    kind = rope.get("rope_type", "default")
+    if kind not in KNOWN_ROPE_TYPES:
+        raise ModelError(f"rope type {kind!r} is not supported (known: {', '.join(KNOWN_ROPE_TYPES)})")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError("partial rotary embeddings are not supported")
+    for name in ("llama_4_scaling", "ada_rms_norm_t_cond", "dual_chunk_attention_config", "qk_norm"):
+        if getattr(config, name, None):
+            raise ModelError(f"{name} is not supported")
+    if not getattr(config, "is_causal", True):
+        raise ModelError("bidirectional attention is not supported")
+
+
+def _check_cache(kv_cache_config: Any) -> None:
+    groups = kv_cache_config.kv_cache_groups
+    specs = {type(g.kv_cache_spec).__name__ for g in groups}
+    if len(groups) != 1 or specs != {"FullAttentionSpec"}:
+        raise ModelError(f"one group of full-attention layers is needed, not {len(groups)} of {', '.join(specs)}")
+    spec = groups[0].kv_cache_spec
+    if spec.sliding_window is not None or spec.attention_chunk_size is not None:
+        raise ModelError("sliding-window and chunked attention are not supported")
+
+
+def check_policy(policy: ReusePolicy, layers: int, ranks: int) -> None:
+    """Raise PolicyError for a system that this model, or this many tensor-parallel ranks, cannot run."""
+    rule = policy.correction
+    if not isinstance(rule, TopDeviation):
+        return
+    last = max([rule.layer, *(p.layer for p in rule.promote)])
+    if last >= layers:
+        raise PolicyError(f"{policy.name} selects at layer {last}, but the model has {layers} layers")
+    if ranks > 1 and (rule.swap is not None or rule.fusion not in ("replace", "constant")):
+        raise PolicyError(f"{policy.name}: swaps and weighted fusion see one rank's heads only; not with {ranks} ranks")

@@ -1,0 +1,153 @@
+"""The worker's half: completes prompts from cached chunks, copies chunks out of the paged cache, encodes others."""
+
+import torch
+from torch import Tensor
+
+from cacheslide.encode import ChunkEncoder, rows_none
+from cacheslide.engine import Receipt
+from cacheslide.keys import ChunkKey
+from cacheslide.placement import Piece, PlacedChunks
+from cacheslide.prefill import PrefillOutput, PrefillRequest, SelectivePrefill
+from cacheslide.prompt import Chunk
+from cacheslide.store.base import ChunkKV
+from cacheslide.vllm.mailbox import post
+from cacheslide.vllm.model_adapter import VllmModel, find_model
+from cacheslide.vllm.params import ServerOptions
+from cacheslide.vllm.plans import LoadPlan, SavePlan, StepPlan, WorkerReport
+from cacheslide.vllm.reasons import LOST
+from cacheslide.vllm.store import WorkerStore
+
+
+class Shifted:
+    """A `KVSource` whose keys are turned by `by` more positions: a schema laid so that its last row fits vLLM's."""
+
+    def __init__(self, source: PlacedChunks, by: int) -> None:
+        self.source, self.by = source, by
+
+    def layer(self, layer: int, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `KVSource.layer`."""
+        k, v = self.source.layer(layer, index)
+        return self.source.rotary.rotate(k, torch.full((len(k),), self.by, device=k.device)), v
+
+    def inputs(self, layer: int, index: Tensor) -> Tensor | None:
+        """See `KVSource.inputs`."""
+        return self.source.inputs(layer, index)
+
+
+class WorkerSide:
+    """One rank's chunks and the runs over its share of the model."""
+
+    def __init__(self, vllm_config, options: ServerOptions) -> None:
+        self.vllm_config, self.options = vllm_config, options
+        self.block_size = vllm_config.cache_config.block_size
+        self.engine_id = vllm_config.kv_transfer_config.engine_id
+        self.model: VllmModel | None = None
+        self.report = WorkerReport()
+
+    def attach(self) -> None:
+        """Find the loaded model; the paged cache exists by now."""
+        config = self.vllm_config
+        found = find_model(config.compilation_config.static_forward_context)
+        self.model = VllmModel(found, config.model_config.hf_text_config)
+        on_host = self.options.store_device == "cpu"
+        device = torch.device("cpu") if on_host else self.model.device
+        self.store = WorkerStore(device, pinned=on_host and self.model.device.type == "cuda")
+        self.executor = SelectivePrefill(self.model)
+
+    @torch.inference_mode()
+    def load(self, step: StepPlan) -> None:
+        """Complete the rows of all requests that reuse chunks in this step, in one packed run."""
+        if step.forget:
+            self.store.clear()
+        if not step.loads:
+            return
+        prepared = [self._prepare(plan) for plan in step.loads]
+        self.model.schema_positions = any(plan.positions is not None for plan in step.loads)
+        try:
+            outputs = self.executor.run([request for request, _ in prepared])
+        finally:
+            self.model.schema_positions = False
+        for plan, (request, receipt), output in zip(step.loads, prepared, outputs, strict=True):
+            self._note(plan, request, receipt, output)
+
+    def _prepare(self, plan: LoadPlan) -> tuple[PrefillRequest, Receipt]:
+        device = self.model.device
+        ids = torch.tensor(plan.token_ids[plan.start : plan.end], device=device)
+        own = torch.arange(plan.start, plan.end, device=device)
+        schema = own if plan.positions is None else torch.tensor(plan.positions[plan.start : plan.end], device=device)
+        # vLLM numbers the last row, and what it generates, by row: the schema moves as a whole to meet it.
+        shift = 0 if plan.positions is None else len(plan.token_ids) - 1 - plan.positions[-1]
+        receipt = Receipt(plan.system, len(plan.token_ids), chunks=plan.chunks)
+        pieces, spans = [], []
+        for key, chunk in plan.reuse:
+            first, end = max(chunk.start, plan.start), min(chunk.end, plan.limit)
+            held = self.store.get(key) if first < end else None
+            if held is None:
+                self._missing(key, receipt, wanted=first < end)
+                continue
+            receipt.chunks_hit += 1
+            receipt.bytes_loaded += held.nbytes
+            pieces.append(Piece(_tail(held, first - chunk.start), end - first))
+            spans.append(torch.arange(first - plan.start, end - plan.start, device=device))
+        reused = torch.cat(spans) if spans else rows_none(ids)
+        source = None
+        if pieces:
+            source = PlacedChunks(pieces, schema[reused], plan.placement, self.model.rotary, self.model.dtype)
+            source = Shifted(source, shift) if shift else source
+        kv = self.model.paged_kv(plan.block_ids, self.block_size)
+        lengths = tuple(p.length for p in pieces)
+        return PrefillRequest(ids, schema + shift, kv, reused, source, plan.correction, lengths, plan.start), receipt
+
+    def _missing(self, key: ChunkKey, receipt: Receipt, wanted: bool) -> None:
+        if wanted:
+            receipt.fallback = LOST
+            self.report.missing.add(key)
+
+    def _note(self, plan: LoadPlan, request: PrefillRequest, receipt: Receipt, output: PrefillOutput) -> None:
+        receipt.rows_recomputed = len(output.selected)
+        receipt.rows_reused = len(request.reused) - len(output.selected)
+        receipt.rows_per_layer = output.rows_computed
+        computed = sum(output.rows_computed) + len(output.rows_computed)  # vLLM itself computes the last row
+        receipt.row_layer_share = computed / (receipt.rows * len(output.rows_computed))
+        receipt.alpha = output.alpha
+        said = receipt.as_dict() | {"rows_prefix_cached": plan.start, "measured": True}
+        self.report.receipts[plan.req_id] = said
+        post(self.engine_id, plan.req_id, said)
+
+    @torch.inference_mode()
+    def save(self, step: StepPlan) -> None:
+        """Copy chunks of exactly prefilled requests out of the paged cache, before its blocks can be reused."""
+        for plan in step.saves:
+            self.store.drop(plan.evict)
+            self._save(plan)
+
+    def _save(self, plan: SavePlan) -> None:
+        kv = self.model.paged_kv(plan.block_ids, self.block_size)
+        for key, chunk in plan.chunks:
+            self.store.put(key, self._chunk(kv, chunk))
+
+    def _chunk(self, kv, chunk: Chunk) -> ChunkKV:
+        rows = torch.arange(chunk.start, chunk.end, device=self.model.device)
+        pairs = [kv.read(layer, rows) for layer in range(self.model.num_layers)]
+        return ChunkKV(torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs]), rows)
+
+    @torch.inference_mode()
+    def encode(self, step: StepPlan) -> None:
+        """Prefill chunks that no request's own prefill provides."""
+        for job in step.encodes:
+            self.store.drop(job.evict)
+            encoder = ChunkEncoder(self.model, self.store, self.model.dtype, job.capture)
+            encoder.encode(job.encoding, job.prompt, job.positions, job.chunks, job.keys)
+
+    def take_report(self) -> WorkerReport | None:
+        """What happened since the last call."""
+        report, self.report = self.report, WorkerReport()
+        return report if report.receipts or report.missing else None
+
+
+def _tail(chunk: ChunkKV, start: int) -> ChunkKV:
+    """The chunk without its first `start` rows; shares its memory."""
+    if not start:
+        return chunk
+    inputs: dict[int, Tensor] = {layer: x[start:] for layer, x in chunk.layer_inputs.items()}
+    return ChunkKV(chunk.k[:, start:], chunk.v[:, start:], chunk.positions[start:], inputs, chunk.generation)

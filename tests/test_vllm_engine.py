@@ -1,0 +1,490 @@
+"""The connector inside a running vLLM (CPU): parity with the reference engine, batches, prefix cache, preemption."""
+
+import os
+
+import pytest
+import torch
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # scheduler, worker and test in one process
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+    TORCH_COMPILE_DISABLE="1",  # the CPU runner's warm-up compiles for most of a minute
+    HF_HUB_OFFLINE="1",
+)
+pytest.importorskip("vllm")
+
+from vllm import LLM, SamplingParams
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.exceptions import VLLMValidationError
+
+from cacheslide import ReuseEngine
+from cacheslide.model.reference import ReferenceLlama
+from cacheslide.prefill import SelectivePrefill
+from cacheslide.prompt import Prompt, Role, Segment
+from cacheslide.store import MemoryChunkStore
+from cacheslide.vllm import CONNECTOR
+from cacheslide.vllm.params import marks_of, policy_of
+from tests.conftest import save_random
+from tests.test_prefill import prompt
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+CHUNK, BLOCK, FIXED = 16, 32, (60, 90, 45)
+SHAPE = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 96, "max_position_embeddings": 1024}
+FIRST, SECOND = prompt(37, 3, fixed=FIXED), prompt(53, 5, fixed=FIXED)  # two turns: the fixed text has moved by 16
+
+
+class Served:
+    """A vLLM engine with the connector, and hands on its insides."""
+
+    def __init__(self, path, connector: bool = True, **options) -> None:
+        transfer = {
+            "kv_connector": CONNECTOR,
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"chunk_size": CHUNK, "encode": "now", **options},
+        }
+        self.llm = LLM(
+            str(path),
+            dtype="float32",
+            max_model_len=512,
+            block_size=BLOCK,
+            enforce_eager=True,
+            skip_tokenizer_init=True,
+            max_logprobs=97,
+            max_num_batched_tokens=128,  # shorter than the prompts: exact prefills run in chunks
+            max_num_seqs=16,
+            kv_transfer_config=transfer if connector else None,
+        )
+        self.core = self.llm.llm_engine.engine_core.engine_core
+        self.plans = []
+        if connector:
+            self.scheduler, self.worker = self.core.scheduler.connector.scheduler, get_kv_transfer_group().worker
+            load = self.worker.load
+            self.worker.load = lambda step: (self.plans.extend(step.loads), load(step))[1]
+
+    def ask(self, prompts, marks=None, tokens: int = 4, **sampling):
+        """Outputs of a batch: greedy, all log-probabilities."""
+        marks = marks or [None] * len(prompts)
+        settings = {"max_tokens": tokens, "temperature": 0, "logprobs": 97, "detokenize": False, "ignore_eos": True}
+        params = [
+            SamplingParams(**settings | sampling, extra_args=None if m is None else {"kv_transfer_params": m})
+            for m in marks
+        ]
+        inputs = [{"prompt_token_ids": list(p.token_ids)} for p in prompts]
+        return self.llm.generate(inputs, params, use_tqdm=False)
+
+    def one(self, p, tokens: int = 4, share=None, **marks):
+        """One request under a system."""
+        marks = marks if share is None else marks | {"share": share}
+        return self.ask([p], [marks_of(p, **marks)], tokens)[0]
+
+    def plain(self, p, tokens: int = 4):
+        """One request without marks."""
+        return self.ask([p], None, tokens)[0]
+
+    def poison(self) -> None:
+        """No shared blocks, and garbage in all of them: what a load leaves out cannot happen to be right."""
+        assert self.llm.reset_prefix_cache()
+        g = torch.Generator().manual_seed(0)
+        for paged in self.worker.model.paged:
+            paged.cache.copy_(torch.randn(paged.cache[:1].shape, generator=g).expand_as(paged.cache))
+
+    def fresh(self) -> None:
+        """As after a start: nothing stored, nothing shared."""
+        self.scheduler.reset()
+        self.poison()
+
+    def kv(self, rows: int):
+        """K and V [layers, rows, kv_heads, head_dim] of the last loaded request, read from its blocks."""
+        kv = self.worker.model.paged_kv(self.plans[-1].block_ids, BLOCK)
+        pairs = [kv.read(layer, torch.arange(rows)) for layer in range(self.worker.model.num_layers)]
+        return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
+
+
+def tokens(output) -> list[int]:
+    return list(output.outputs[0].token_ids)
+
+
+def receipt(output) -> dict:
+    return output.kv_transfer_params["cacheslide"]
+
+
+def logprobs(output, at: int = 0) -> torch.Tensor:
+    """All log-probabilities [vocab] of a generated token."""
+    found = output.outputs[0].logprobs[at]
+    return torch.tensor([found[t].logprob for t in sorted(found)])
+
+
+def assert_same(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Equal at every layer, to 1e-5 of the layer's largest value (about 7 in this model)."""
+    for layer, (x, y) in enumerate(zip(got, want, strict=True)):
+        assert (x - y).abs().max() <= tolerance * y.abs().max(), f"layer {layer}"
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return save_random(tmp_path_factory.mktemp("vllm"), **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def stock(path):
+    """What vLLM without the connector says to both turns; run first, since a process has one connector."""
+    engine = Served(path, connector=False)
+    outputs = [*engine.ask([FIRST, SECOND]), engine.plain(SECOND)]
+    engine.core.shutdown()
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def served(path, stock):
+    engine = Served(path)
+    yield engine
+    engine.core.shutdown()
+
+
+@pytest.fixture(scope="module")
+def reference(path, served):
+    """The reference engine's model with vLLM's rotation tables (made from float32 angles, ours from float64)."""
+    model = ReferenceLlama.from_pretrained(path)
+    cos, sin = served.worker.model.layers[0].self_attn.rotary_emb.cos_sin_cache.chunk(2, dim=-1)
+    assert (model.rotary.cos - cos).abs().max() < 1e-4 > (model.rotary.sin - sin).abs().max()
+    model.rotary.cos, model.rotary.sin = cos, sin
+    return model
+
+
+SYSTEMS = {
+    "context_cache": {},
+    "prompt_cache": {},
+    "cacheblend": {},
+    "cacheblend_stale": {"layer": 2},
+    "epic": {"share": 0.26},  # its 64 edge rows would cover these chunks whole
+    "epic_stale": {"share": 0.26},
+    "window_padding": {},
+    "naive_reuse": {},
+    "cacheslide": {},
+    "cacheslide_first_turn": {"layer": 3},
+    "cacheslide_promote": {},
+}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_system_leaves_the_kv_that_the_reference_engine_leaves(served, reference, system):
+    policy = policy_of(system, **SYSTEMS[system])
+    first, second = policy.transform(FIRST), policy.transform(SECOND)
+    engine = ReuseEngine(reference, policy, MemoryChunkStore(), chunk_size=CHUNK)
+    engine.build(first)
+    want = engine.prefill(second)
+    served.fresh()
+    assert receipt(served.one(first, policy=system, **SYSTEMS[system]))["chunks_hit"] == 0
+    served.poison()
+    output = served.one(second, 1, policy=system, **SYSTEMS[system])
+    got = receipt(output)
+    for name in ("rows_reused", "rows_recomputed", "chunks_hit", "bytes_loaded"):
+        assert got[name] == getattr(want.receipt, name), name
+    assert got["row_layer_share"] == pytest.approx(want.receipt.row_layer_share)
+    assert got["measured"] and not got["fallback"] and got["rows_reused"] > 0
+    rows = len(second) - 1  # the last one is vLLM's own
+    k, v = served.kv(rows)
+    shift = want.next_position - len(second)  # a schema's positions run ahead of vLLM's by as much
+    assert (shift > 0) is (system == "prompt_cache")
+    if shift:
+        k = torch.stack([reference.rotary.rotate(x, torch.full((rows,), shift)) for x in k])
+    assert_same(k, want.kv.k[:, :rows], 2e-5 if shift else 1e-5)  # vLLM's table at 500 positions is off by that much
+    assert_same(v, want.kv.v[:, :rows])
+    torch.testing.assert_close(logprobs(output), want.logits.log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_requests_without_marks_get_the_bits_of_stock_vllm(served, stock):
+    served.fresh()
+    for got, want in zip([*served.ask([FIRST, SECOND]), served.plain(SECOND)], stock, strict=True):
+        assert tokens(got) == tokens(want) and got.kv_transfer_params is None
+        assert all(torch.equal(logprobs(got, i), logprobs(want, i)) for i in range(4))
+
+
+@pytest.mark.parametrize("system", ["cacheslide", "cacheblend", "epic"])
+def test_share_one_is_plain_vllm_and_share_zero_is_not(served, system):
+    served.fresh()
+    truth = served.plain(SECOND)
+    served.poison()
+    served.one(FIRST, policy=system)
+    served.poison()
+    full = served.one(SECOND, policy=system, share=1.0)
+    assert tokens(full) == tokens(truth) and receipt(full)["rows_reused"] == 0 < receipt(full)["chunks_hit"]
+    torch.testing.assert_close(logprobs(full), logprobs(truth), atol=1e-4, rtol=1e-4)
+    served.poison()
+    none = served.one(SECOND, policy=system, share=0.0)
+    assert receipt(none)["rows_recomputed"] == 0 < receipt(none)["rows_reused"]
+    assert (logprobs(none) - logprobs(truth)).abs().max() > 1e-2
+
+
+def test_a_load_that_does_nothing_is_noticed(served, monkeypatch):
+    """The control of the tests above: with the run left out, the poisoned blocks show."""
+    served.fresh()
+    truth = served.plain(SECOND)
+    served.poison()
+    served.one(FIRST)
+    served.poison()
+    with monkeypatch.context() as patch:
+        patch.setattr(SelectivePrefill, "run", lambda self, requests: [])
+        patch.setattr(served.worker, "load", lambda step: None)
+        broken = served.one(SECOND, share=1.0)
+    assert (logprobs(broken) - logprobs(truth)).abs().max() > 1e-2
+
+
+def test_a_mixed_batch_equals_its_requests_one_by_one(served):
+    """Systems, shares, first sights and plain requests in one step: corrected in one packed run, beside the rest."""
+    served.fresh()
+    for system in ("cacheslide", "epic", "cacheslide_first_turn"):
+        served.one(FIRST, policy=system)
+    third, fourth = prompt(9, 8, question=11, fixed=FIXED[:2]), prompt(44, 21, fixed=FIXED)
+    cut = prompt(20, 70, fixed=(40,))  # its last chunk is new
+    batch = [
+        (SECOND, marks_of(SECOND)),
+        (SECOND, None),
+        (third, marks_of(third, policy="epic", share=0.3)),
+        (third, marks_of(third, policy="cacheslide_first_turn", share=0.5)),
+        (fourth, marks_of(fourth, share=0.7)),
+        (cut, marks_of(cut, encode="off")),
+        (third, None),
+    ]
+    alone = []
+    for p, marks in batch:
+        served.poison()
+        alone += served.ask([p], [marks])
+    served.poison()
+    served.plans.clear()
+    runs = served.worker.executor.run
+    sizes = []
+    served.worker.executor.run = lambda requests: (sizes.append(len(requests)), runs(requests))[1]
+    try:
+        together = served.ask([p for p, _ in batch], [m for _, m in batch])
+    finally:
+        served.worker.executor.run = runs
+    assert sizes == [1, 4]  # the first step's tokens went to the exact prefill behind its first request
+    for got, want, (_, marks) in zip(together, alone, batch, strict=True):
+        assert tokens(got) == tokens(want)
+        torch.testing.assert_close(logprobs(got), logprobs(want), atol=1e-4, rtol=1e-4)
+        if marks is not None:
+            for name in ("rows_reused", "rows_recomputed", "chunks_hit", "fallback"):
+                assert receipt(got)[name] == receipt(want)[name]
+
+
+def test_approximate_blocks_serve_no_other_request(served):
+    served.fresh()
+    truth = served.plain(SECOND)
+    served.poison()
+    served.one(FIRST)
+    served.poison()
+    first = served.one(SECOND, share=0.0)
+    assert receipt(first)["rows_reused"] > 0
+    plain = served.plain(SECOND)
+    assert plain.num_cached_tokens == 0 and torch.equal(logprobs(plain), logprobs(truth))
+    served.poison()
+    served.one(SECOND, share=0.0)
+    again = served.one(SECOND, share=1.0)  # nor another marked request
+    assert receipt(again)["rows_prefix_cached"] == 0
+    torch.testing.assert_close(logprobs(again), logprobs(truth), atol=1e-4, rtol=1e-4)
+
+
+def test_exact_blocks_are_shared_and_never_written(served):
+    served.fresh()
+    truth = served.plain(SECOND)
+    served.poison()
+    served.one(FIRST)
+    served.poison()
+    head = Prompt((Segment(SECOND.token_ids[:100], Role.RECOMPUTE),))
+    served.plain(head)
+    blocks = 96 // BLOCK
+    output = served.one(SECOND, share=0.0)
+    assert receipt(output)["rows_prefix_cached"] == 96 and served.plans[-1].start == 96
+    shared = served.plans[-1].block_ids[:blocks]
+    before = [p.cache[shared].clone() for p in served.worker.model.paged]
+    served.one(SECOND, share=1.0)
+    assert served.plans[-1].block_ids[:blocks] == shared
+    assert all(torch.equal(p.cache[shared], x) for p, x in zip(served.worker.model.paged, before, strict=True))
+    plain = served.plain(SECOND)
+    assert plain.num_cached_tokens == 96
+    torch.testing.assert_close(logprobs(plain), logprobs(truth), atol=1e-4, rtol=1e-4)
+
+
+def test_a_prefix_hit_inside_a_chunk_reuses_the_rest_of_it(served, reference):
+    """Rows behind the hit: all selected equals plain; none selected equals the engine's cached rows, moved."""
+    served.fresh()
+    truth = served.plain(SECOND)
+    served.poison()
+    served.one(FIRST, policy="naive_reuse")
+    served.poison()
+    served.plain(Prompt((Segment(SECOND.token_ids[:100], Role.RECOMPUTE),)))
+    output = served.one(SECOND, 1, policy="naive_reuse")
+    assert receipt(output)["rows_prefix_cached"] == 96 and receipt(output)["rows_reused"] == 6 + sum(FIXED) - (96 - 53)
+    engine = ReuseEngine(reference, policy_of("naive_reuse"), MemoryChunkStore(), chunk_size=CHUNK)
+    engine.build(FIRST)
+    want = engine.prefill(SECOND)
+    k, v = served.kv(len(SECOND) - 1)
+    reused = torch.arange(96, 59 + sum(FIXED))
+    assert_same(k[:, reused], want.kv.k[:, reused])
+    assert_same(v[:, reused], want.kv.v[:, reused])
+    torch.testing.assert_close(logprobs(served.plain(SECOND)), logprobs(truth), atol=1e-4, rtol=1e-4)
+
+
+def test_a_schema_does_not_read_blocks_whose_keys_sit_elsewhere(served):
+    served.fresh()
+    served.one(FIRST, policy="prompt_cache")
+    served.poison()
+    want = served.one(SECOND, policy="prompt_cache")
+    served.poison()
+    served.plain(Prompt((Segment(SECOND.token_ids[:100], Role.RECOMPUTE),)))
+    got = served.one(SECOND, policy="prompt_cache")
+    assert receipt(got)["rows_prefix_cached"] == 0 and receipt(got)["rows_reused"] == receipt(want)["rows_reused"] > 0
+    assert torch.equal(logprobs(got), logprobs(want))
+
+
+@pytest.mark.parametrize("system", ["naive_reuse", "cacheslide", "cacheblend"])
+def test_corrected_kv_is_never_stored(served, reference, system):
+    """A history that grew: its new chunks are encoded exactly, not copied from the corrected request's blocks."""
+    grown = prompt(53, 5, fixed=(*FIXED, 40))
+    served.fresh()
+    served.one(FIRST, policy=system)
+    served.poison()
+    output = served.one(grown, policy=system, share=0.0)
+    assert 0 < receipt(output)["chunks_hit"] < receipt(output)["chunks"]
+    engine = ReuseEngine(reference, policy_of(system), MemoryChunkStore(), chunk_size=CHUNK)
+    engine.build(grown)
+    new = list(served.scheduler.index._sizes)[-3:]
+    want = [engine.store.get(key) for key in engine.plan(grown).keys[-3:]]
+    for key, chunk in zip(new, want, strict=True):
+        got = served.worker.store.get(key)
+        assert torch.equal(got.positions, chunk.positions) and got.generation == 0
+        assert_same(got.k, chunk.k)
+        assert_same(got.v, chunk.v)
+
+
+def test_a_preempted_request_goes_on_where_it_was(served):
+    served.fresh()
+    served.one(FIRST)
+    served.poison()
+    want = served.one(SECOND, 24, share=0.5)
+    served.poison()
+    engine, done = served.llm.llm_engine, []
+    settings = {"max_tokens": 24, "temperature": 0, "detokenize": False, "ignore_eos": True}
+    for i, marks in enumerate([marks_of(SECOND, share=0.5), None]):
+        extra = None if marks is None else {"kv_transfer_params": marks}
+        params = SamplingParams(**settings, extra_args=extra)
+        engine.add_request(str(i), {"prompt_token_ids": list(SECOND.token_ids)}, params)
+    for step in range(60):
+        if step == 9:
+            before = len(served.plans)
+            assert served.core.scheduler.reset_prefix_cache(reset_running_requests=True)
+        done += [o for o in engine.step() if o.finished]
+    outputs = {o.request_id: o for o in done}
+    assert len(served.plans) > before  # claimed again, since its blocks were gone
+    assert tokens(outputs["0"]) == tokens(want)
+    assert tokens(outputs["1"]) == tokens(served.plain(SECOND, 24))
+    assert not served.scheduler.tracked and not served.scheduler.prefilling
+
+
+def test_aborted_requests_leave_nothing_behind(served):
+    served.fresh()
+    served.one(FIRST)
+    engine = served.llm.llm_engine
+    params = SamplingParams(max_tokens=50, detokenize=False, extra_args={"kv_transfer_params": marks_of(SECOND)})
+    for name, steps in (("waiting", 0), ("running", 2)):
+        engine.add_request(name, {"prompt_token_ids": list(SECOND.token_ids)}, params)
+        for _ in range(steps):
+            engine.step()
+        engine.abort_request([name])
+        engine.step()
+    assert not served.scheduler.tracked and not served.scheduler.prefilling and not served.scheduler.box
+
+
+def test_several_samples_of_one_prompt(served):
+    served.fresh()
+    served.one(FIRST)
+    served.poison()
+    [output] = served.ask([SECOND], [marks_of(SECOND, share=1.0)], n=3, temperature=1.0, seed=5)
+    truth = served.plain(SECOND)
+    assert len(output.outputs) == 3
+    for sample in output.outputs:
+        found = torch.tensor([sample.logprobs[0][t].logprob for t in sorted(sample.logprobs[0])])
+        torch.testing.assert_close(found, logprobs(truth), atol=1e-4, rtol=1e-4)
+
+
+def test_prompt_logprobs_are_computed_exactly(served):
+    served.fresh()
+    [want] = served.ask([SECOND], prompt_logprobs=0)
+    served.one(FIRST)
+    [got] = served.ask([SECOND], [marks_of(SECOND)], prompt_logprobs=0)
+    assert "prompt_logprobs" in receipt(got)["fallback"] and receipt(got)["chunks_hit"] == 0
+    pick = [[next(iter(x.values())).logprob for x in o.prompt_logprobs[1:]] for o in (got, want)]
+    assert pick[0] == pick[1] and len(pick[0]) == len(SECOND) - 1
+
+
+def test_namespaces_and_salts_keep_tenants_apart(served):
+    served.fresh()
+    served.one(FIRST, namespace="a")
+    served.poison()
+    assert receipt(served.one(SECOND, namespace="b"))["chunks_hit"] == 0
+    served.poison()
+    assert receipt(served.one(SECOND, namespace="a"))["chunks_hit"] > 0
+    served.poison()
+    inputs = {"prompt_token_ids": list(SECOND.token_ids), "cache_salt": "tenant"}
+    extra = {"kv_transfer_params": marks_of(SECOND, namespace="a")}
+    params = SamplingParams(max_tokens=2, detokenize=False, extra_args=extra)
+    [output] = served.llm.generate([inputs], params, use_tqdm=False)
+    assert receipt(output)["chunks_hit"] == 0 and "no chunk" in receipt(output)["fallback"]
+
+
+@pytest.mark.parametrize(
+    ("marks", "reason"),
+    [
+        ([[0, 10]], "must be an object"),
+        ({}, "'segments' is missing"),
+        ({"segments": [[0, 10], [5, 20]]}, "overlaps"),
+        ({"segments": [[0, 10_000]]}, "outside the prompt"),
+        ({"segments": [[0, 10]], "policy": "magic"}, "unknown system 'magic'"),
+        ({"segments": [[0, 10]], "polcy": "epic"}, "unknown key polcy"),
+        ({"segments": [[0, 10]], "share": 1.5}, "share must lie in"),
+        ({"segments": [[6, 59], [70, 80]], "policy": "window_padding"}, "rewrites prompts"),
+    ],
+)
+def test_malformed_marks_are_refused_at_the_door(served, marks, reason):
+    with pytest.raises(VLLMValidationError, match=reason):
+        served.ask([SECOND], [{"cacheslide": marks}])
+    assert not served.scheduler.tracked and not served.llm.llm_engine.has_unfinished_requests()
+
+
+def test_a_chunk_the_worker_lost_is_recomputed(served):
+    served.fresh()
+    served.one(FIRST)
+    truth = served.plain(SECOND)
+    served.poison()
+    key = next(iter(served.worker.store._chunks))
+    served.worker.store.drop([key])
+    output = served.one(SECOND, share=1.0)
+    assert "was not in the worker's store" in receipt(output)["fallback"] and key not in served.scheduler.index
+    torch.testing.assert_close(logprobs(output), logprobs(truth), atol=1e-4, rtol=1e-4)
+
+
+def test_a_small_store_evicts_and_stays_bounded(served, monkeypatch):
+    served.fresh()
+    capacity = 9 * served.scheduler.geometry.chunk_bytes(CHUNK, 0)
+    monkeypatch.setattr(served.scheduler.index, "capacity", capacity)
+    for seed in (3, 5, 7):
+        p = prompt(20, seed, fixed=(40 + seed, 20))
+        served.one(p, policy="epic", share=0.3)
+        assert served.scheduler.index.nbytes == served.worker.store.nbytes <= capacity
+        assert set(served.scheduler.index._sizes) == set(served.worker.store._chunks)
+    assert served.worker.store.stats.evictions > 0
+
+
+def test_encoding_later_happens_in_a_following_step(served):
+    served.fresh()
+    served.one(FIRST, 1, encode="later")
+    assert len(served.scheduler.jobs) == 1 and served.core.scheduler.has_requests()  # a server goes on stepping
+    served.core.step_fn()
+    assert not served.scheduler.jobs and not served.core.scheduler.has_requests()
+    served.poison()
+    assert receipt(served.one(SECOND))["chunks_hit"] > 0

@@ -1,5 +1,7 @@
 """The worker's half: completes prompts from cached chunks, copies chunks out of the paged cache, encodes others."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -55,10 +57,17 @@ class WorkerSide:
         self.executor = SelectivePrefill(self.model)
 
     @torch.inference_mode()
-    def load(self, step: StepPlan) -> None:
-        """Complete the rows of all requests that reuse chunks in this step, in one packed run."""
+    def begin(self, step: StepPlan) -> None:
+        """Before anything writes to the cache in this step: keep what finished requests leave in their old blocks."""
         if step.forget:
             self.store.clear()
+        for plan in step.keeps:
+            self.store.drop(plan.evict)
+            self._save(plan)
+
+    @torch.inference_mode()
+    def load(self, step: StepPlan) -> None:
+        """Complete the rows of all requests that reuse chunks in this step, in one packed run."""
         if not step.loads:
             return
         prepared = [self._prepare(plan) for plan in step.loads]
@@ -124,7 +133,7 @@ class WorkerSide:
     def _save(self, plan: SavePlan) -> None:
         kv = self.model.paged_kv(plan.block_ids, self.block_size)
         for key, chunk in plan.chunks:
-            self.store.put(key, self._chunk(kv, chunk))
+            self.store.put(key, replace(self._chunk(kv, chunk), generation=plan.generation))
 
     def _chunk(self, kv, chunk: Chunk) -> ChunkKV:
         rows = torch.arange(chunk.start, chunk.end, device=self.model.device)

@@ -181,6 +181,9 @@ def test_found_spans_keep_the_order_of_the_earlier_prompt():
     assert 0.8 * 900 < covered <= 900
     assert all(second[s:e] == a[s - 90 : e - 90] for s, e in found if e <= 390)
     assert all(x[1] <= y[0] for x, y in pairwise(found))
+    stuck = tokens(90, 12) + a + tokens(20, 15) + b + c  # the first update has stayed: the fixed spans are the same
+    assert [(s, e) for s, e in memory.meet("t", stuck) if s >= 100] == [(s, e) for s, e in found if s >= 100]
+    assert memory.meet("t", stuck)[0] == found[0]
     swapped = SpanMemory(32, 10_000)
     swapped.meet("t", first)
     rows = [row for s, e in swapped.meet("t", c + tokens(50, 14) + a) for row in range(s, e)]

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vllm.v1.request import RequestStatus
+
 from cacheslide.engine import Plan, Receipt, make_plan
 from cacheslide.errors import CacheSlideError, PolicyError, StoreError
 from cacheslide.keys import CacheIdentity, ChunkKey
@@ -61,6 +63,7 @@ class SchedulerSide:
         self.box = open_box(self.engine_id)
         self.index = ChunkIndex(int(options.store_gib * 2**30))
         self.tracked: dict[str, _Tracked] = {}
+        self.running: dict[str, Any] = {}  # vLLM's requests that have blocks, marked or not
         self.prefilling: dict[str, None] = {}  # tracked requests whose prompt is not complete yet, in order of arrival
         self.jobs: deque[tuple[EncodeJob, bool]] = deque()  # and whether it may not wait
         self.keeps: list[SavePlan] = []  # of requests that finished since the last step
@@ -138,6 +141,8 @@ class SchedulerSide:
             return 0
         if self.rows_planned and self.rows_planned + want > self.options.rows_per_step:
             return None
+        if self._shares_unfinished_blocks(request, computed):
+            return None
         tracked.reason = ""
         tracked.generation = max(self.index.generation(key) for key, _ in reuse)
         self.rows_planned += want
@@ -145,8 +150,26 @@ class SchedulerSide:
         key_apart(request, computed // self.block_size)
         return want
 
+    def _shares_unfinished_blocks(self, request, computed: int) -> bool:
+        """Whether the `computed` rows from the prefix cache are, in part, those that this step's forward will fill.
+
+        vLLM shares a block as soon as the request that computes it is scheduled. Its own attention then finds the
+        rows there, but reuse runs before the forward. Hashes are chained, so one comparison a request is enough.
+        """
+        hits = computed // self.block_size
+        for other in self.running.values():
+            if other.status != RequestStatus.RUNNING:
+                continue
+            unfilled = other.num_computed_tokens // self.block_size  # its first block that is not full yet
+            if unfilled < min(hits, len(other.block_hashes)):
+                shared = other.block_hashes[unfilled] == request.block_hashes[unfilled]
+                if shared:
+                    return True
+        return False
+
     def allocated(self, request, external: int) -> None:
         """vLLM gave the request its blocks; `external` of its rows are ours to complete."""
+        self.running[request.request_id] = request
         tracked = self.tracked.get(request.request_id)
         if tracked is not None:
             tracked.loading = external > 0
@@ -154,6 +177,7 @@ class SchedulerSide:
 
     def finish(self, request, block_ids: Sequence[int] = ()) -> dict[str, Any] | None:
         """Forget the request, whose rows lie in `block_ids`; returns its receipt, None for one without marks."""
+        self.running.pop(request.request_id, None)
         tracked = self.tracked.pop(request.request_id, None)
         self.prefilling.pop(request.request_id, None)
         measured = self.box.pop(request.request_id, None)

@@ -46,10 +46,11 @@ def _marks(token_ids: Sequence[int], rate: int) -> list[int]:
 
 @dataclass
 class _Seen:
-    """The spans of an earlier prompt, in order."""
+    """The spans of an earlier prompt, in order, and which of them were taken for fixed text."""
 
     tenant: str
     spans: list[bytes]
+    fixed: frozenset[int]
 
 
 class SpanMemory:
@@ -74,12 +75,15 @@ class SpanMemory:
         cuts = content_cuts(token_ids, *self.sizes)
         names = [_name(token_ids[a:b]) for a, b in cuts]
         best = self._most_alike(tenant, names, cuts)
-        found = [] if best is None else _in_order(names, self._prompts[best].spans)
+        found: list[int] = []
         if best is not None:
+            seen = self._prompts[best]
+            pairs = _in_order(names, seen.spans)
+            found = _fixed(pairs, seen.fixed)
             self._prompts.move_to_end(best)
-            if len(found) == len(self._prompts[best].spans):  # the prompt has grown: one memory of it is enough
+            if len(pairs) == len(seen.spans):  # the prompt has grown: one memory of it is enough
                 self._forget(best)
-        self._learn(tenant, names)
+        self._learn(tenant, names, frozenset(found))
         return [cuts[i] for i in found]
 
     def _most_alike(self, tenant: str, names: Sequence[bytes], cuts: Sequence[tuple[int, int]]) -> int | None:
@@ -90,11 +94,11 @@ class SpanMemory:
                 shared[prompt] += end - start
         return max(shared, key=lambda prompt: (shared[prompt], prompt)) if shared else None
 
-    def _learn(self, tenant: str, names: list[bytes]) -> None:
+    def _learn(self, tenant: str, names: list[bytes], fixed: frozenset[int]) -> None:
         if len(names) > self.known:
             return
         prompt, self._next = self._next, self._next + 1
-        self._prompts[prompt] = _Seen(tenant, names)
+        self._prompts[prompt] = _Seen(tenant, names, fixed)
         self.held += len(names)
         for name in names:
             self._where.setdefault((tenant, name), OrderedDict())[prompt] = None
@@ -121,17 +125,27 @@ def _name(token_ids: Sequence[int]) -> bytes:
     return hashlib.blake2b(np.asarray(token_ids, dtype=np.int64).tobytes(), digest_size=16).digest()
 
 
-def _in_order(new: Sequence[bytes], old: Sequence[bytes]) -> list[int]:
-    """Indices into `new` of a longest common subsequence with `old` (Hunt and Szymanski)."""
+def _fixed(pairs: Sequence[tuple[int, int]], before: frozenset[int]) -> list[int]:
+    """The matched spans that count as fixed text.
+
+    Updated text that happens to stay for a turn would come between the fixed spans and change the key of every one
+    behind it. So among them only those count that counted before; behind the last of them everything does.
+    """
+    last = max((old for _, old in pairs if old in before), default=-1)
+    return [new for new, old in pairs if old in before or old > last]
+
+
+def _in_order(new: Sequence[bytes], old: Sequence[bytes]) -> list[tuple[int, int]]:
+    """Pairs of indices into `new` and `old`: a longest common subsequence (Hunt and Szymanski)."""
     places: dict[bytes, list[int]] = {}
     for j, name in enumerate(old):
         places.setdefault(name, []).append(j)
     ends: list[int] = []  # the smallest place in `old` at which a subsequence of each length can end
-    links: list[tuple[int, object]] = []
+    links: list[tuple[tuple[int, int], object]] = []
     for i, name in enumerate(new):
         for j in reversed(places.get(name, ())):
             at = bisect_left(ends, j)
-            link = (i, links[at - 1] if at else None)
+            link = ((i, j), links[at - 1] if at else None)
             ends[at : at + 1], links[at : at + 1] = [j], [link]
     found, link = [], links[-1] if links else None
     while link is not None:

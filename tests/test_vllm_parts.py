@@ -11,6 +11,8 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.v1.request import RequestStatus
+
 from cacheslide.correction import Swap, TopDeviation
 from cacheslide.errors import ConfigError, ModelError, PolicyError, PromptError, StoreError
 from cacheslide.model.adapter import RowGroup
@@ -312,8 +314,11 @@ def request(req_id: str = "r", turn=TURN, **marks):
         prompt_token_ids=list(turn.token_ids),
         kv_transfer_params=marks_of(turn, **marks),
         cache_salt=None,
-        sampling_params=SimpleNamespace(prompt_logprobs=None),
+        sampling_params=SimpleNamespace(prompt_logprobs=None, max_tokens=8, detokenize=True),
         _block_hasher=None,
+        block_hashes=[],
+        num_computed_tokens=0,
+        status=RequestStatus.RUNNING,
     )
 
 
@@ -364,6 +369,67 @@ def test_a_step_takes_no_more_rows_than_allowed():
     scheduler.allocated(asked[0], len(TURN) - 1)
     scheduler.step(step_output({"0": 1}, {"0": len(TURN) - 1}))
     assert scheduler.claim(asked[1], 0) == len(TURN) - 1
+
+
+def test_blocks_that_another_request_fills_in_this_step_are_waited_for():
+    scheduler, asked, plain = side(), request(), request("plain")
+    scheduler.arrive(asked)
+    know(scheduler)
+    plain.kv_transfer_params, plain.block_hashes = None, [b"0", b"1", b"2", b"3"]
+    asked.block_hashes = [b"0", b"1", b"x", b"y"]
+    scheduler.allocated(plain, 0)
+    assert scheduler.claim(asked, 32) is None  # both blocks are shared and not computed yet
+    plain.num_computed_tokens = 20
+    assert scheduler.claim(asked, 32) is None and scheduler.claim(asked, 16) == len(TURN) - 17
+    plain.num_computed_tokens = 40
+    assert scheduler.claim(asked, 32) == len(TURN) - 33
+    plain.num_computed_tokens, plain.status = 0, RequestStatus.PREEMPTED  # it computes nothing now
+    assert scheduler.claim(asked, 32) == len(TURN) - 33
+    plain.status = RequestStatus.RUNNING
+    assert scheduler.finish(plain) is None and scheduler.claim(asked, 32) == len(TURN) - 33
+
+
+def finished(asked, generated: int):
+    """The request as vLLM hands it over at its end."""
+    asked.all_token_ids = [*asked.prompt_token_ids, *range(3, 3 + generated)]
+    asked.num_computed_tokens = len(asked.all_token_ids) - 1
+    return asked
+
+
+def test_history_leaves_with_the_next_step_that_is_planned():
+    """With async scheduling a step is planned before the one it follows has ended: the copy rides with the one after."""
+    scheduler, asked = side(), request(policy="naive_reuse", history=len(TURN) - 5)
+    scheduler.arrive(asked)
+    scheduler.claim(asked, 0)
+    scheduler.allocated(asked, 0)
+    scheduler.step(step_output({"r": len(TURN)}, {"r": 0}))
+    assert not scheduler.step(step_output({"r": 1}, {"r": len(TURN)})).keeps
+    receipt = scheduler.finish(finished(asked, 30), [7, 8, 9])
+    assert receipt["history"] == {
+        "start": len(TURN) - 5,
+        "end": len(TURN) + 29,
+        "generation": 0,
+        "from": "blocks",
+    }
+    assert all(key in scheduler.index for plan in scheduler.keeps for key, _ in plan.chunks)
+    [keep] = scheduler.step(step_output({}, {})).keeps
+    rows = [(chunk.start, chunk.end) for _, chunk in keep.chunks]
+    assert keep.block_ids == [7, 8, 9] and rows[0][0] == len(TURN) - 5 and rows[-1][1] == len(TURN) + 29
+    assert not scheduler.step(step_output({}, {})).keeps
+
+
+def test_a_prompt_that_spans_were_found_in_is_planned_with_them():
+    scheduler = side(find_spans=True, span_tokens=8)
+    first, again, beam = (request(str(i)) for i in range(3))
+    for asked in (first, again, beam):
+        asked.kv_transfer_params = None
+    beam.sampling_params = SimpleNamespace(prompt_logprobs=None, max_tokens=1, detokenize=False)
+    scheduler.arrive(beam)
+    assert not scheduler.tracked and not scheduler.memory.held
+    scheduler.arrive(first)
+    assert "seen before" in scheduler.finish(first)["fallback"]
+    scheduler.arrive(again)
+    assert sum(len(c) for c in scheduler.tracked["1"].plan.chunks) == len(TURN)
 
 
 def test_a_request_that_cannot_be_planned_is_computed_exactly():

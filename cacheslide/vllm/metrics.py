@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from prometheus_client import REGISTRY
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from cacheslide.vllm.reasons import KINDS, kind_of
@@ -18,6 +19,13 @@ COUNTERS = {
     "chunks_hit": "Chunks found in the store",
     "bytes_loaded": "Bytes of chunk KV read",
 }
+
+
+def _forget_counters() -> None:
+    """Let a second engine of this process count anew, as vLLM does with its own counters."""
+    for collector in list(REGISTRY._collector_to_names):
+        if getattr(collector, "_name", "").startswith("cacheslide:"):
+            REGISTRY.unregister(collector)
 
 
 @dataclass
@@ -58,6 +66,7 @@ class ReuseMetrics(KVConnectorPromMetrics):
 
     def __init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        _forget_counters()
         self.counters = {}
         for name, what in COUNTERS.items():
             counter = self._counter_cls(name=f"cacheslide:{name}", documentation=what, labelnames=labelnames)

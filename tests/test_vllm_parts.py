@@ -397,7 +397,7 @@ def finished(asked, generated: int):
 
 
 def test_history_leaves_with_the_next_step_that_is_planned():
-    """With async scheduling a step is planned before the one it follows has ended: the copy rides with the one after."""
+    """Async scheduling plans a step before the one it follows has ended: the copy rides with the one after."""
     scheduler, asked = side(), request(policy="naive_reuse", history=len(TURN) - 5)
     scheduler.arrive(asked)
     scheduler.claim(asked, 0)

@@ -60,10 +60,9 @@ def vllm_environment() -> Iterator[None]:
     """What an engine of a test module needs to be told by environment variables, for that module only."""
     import torch._dynamo  # has read its variable when it was imported, maybe before
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(disable=True):
         for name, value in VLLM_ENVIRONMENT.items():
             patch.setenv(name, value)
-        patch.setattr(torch._dynamo.config, "disable", True)
         yield
 
 

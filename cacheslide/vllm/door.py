@@ -16,6 +16,8 @@ from cacheslide.vllm.params import FIELD, Marks, ServerOptions, raw_marks
 from cacheslide.vllm.separators import cut
 from cacheslide.vllm.servers import adapt_servers
 
+_REFUSALS = 4096  # remembered at most
+_REFUSED: dict[tuple, str] = {}  # template and senders of messages that it does not render alone, and why
 _CHAT = "cacheslide_chat"  # beside a rendered prompt: the messages it was rendered from, and how
 
 
@@ -153,12 +155,21 @@ def _chat_spans(marks: Any, request, prompt, renderer) -> tuple[list[tuple[int, 
     alone = replace(chat_params, chat_template_kwargs=settings, return_assistant_tokens_mask=False)
 
     def prefix(k: int, special: bool) -> list[int]:
-        _, rendered = renderer.render_messages(list(messages[:k]), alone)
+        shape = (chat_params.chat_template, tuple(m.get("role") for m in messages[:k]))
+        if shape in _REFUSED:  # asked again, vLLM would write the template's error into its log for every request
+            raise PromptError(_REFUSED[shape])
+        try:
+            _, rendered = renderer.render_messages(list(messages[:k]), alone)
+        except Exception as error:
+            if len(_REFUSED) < _REFUSALS:
+                _REFUSED[shape] = str(error)
+            raise
         if "prompt_token_ids" in rendered:
             return rendered["prompt_token_ids"]
         return renderer.tokenizer.encode(rendered["prompt"], add_special_tokens=special)
 
     ids = request.prompt_token_ids
-    tries = [spans_of(roles, ids, lambda k, s=special: prefix(k, s)) for special in (False, True)]
-    spans, why = max(tries, key=lambda found: sum(end - start for start, end in found[0]))
+    spans, why = spans_of(roles, ids, lambda k: prefix(k, False))
+    if not spans:  # a request may ask for special tokens that the template has not written
+        spans, why = spans_of(roles, ids, lambda k: prefix(k, True))
     return spans, why if why or spans else "no message of this chat is fixed"

@@ -15,6 +15,7 @@ from cacheslide.keys import PrefixKeying
 from cacheslide.policy import ReusePolicy
 from cacheslide.prompt import Prompt
 from cacheslide.vllm.plans import EncodeJob, SavePlan
+from cacheslide.vllm.tracked import Tracked
 
 
 def job_of(policy: ReusePolicy, plan: Plan, renew: bool = False) -> EncodeJob:
@@ -24,7 +25,7 @@ def job_of(policy: ReusePolicy, plan: Plan, renew: bool = False) -> EncodeJob:
     )
 
 
-def keep_history(side, request, tracked, block_ids: list[int]) -> dict[str, Any] | None:
+def keep_history(side, request, tracked: Tracked, block_ids: list[int]) -> dict[str, Any] | None:
     """Keep a finished request's rows from `tracked.history` on.
 
     Parameters

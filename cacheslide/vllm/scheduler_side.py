@@ -3,15 +3,14 @@
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from vllm.v1.request import RequestStatus
 
-from cacheslide.engine import Plan, Receipt, make_plan
+from cacheslide.engine import Receipt, make_plan
 from cacheslide.errors import CacheSlideError, PolicyError, StoreError
 from cacheslide.keys import CacheIdentity, ChunkKey
-from cacheslide.policy import ReusePolicy
 from cacheslide.prompt import Chunk
 from cacheslide.vllm import reasons
 from cacheslide.vllm.geometry import Geometry
@@ -24,33 +23,9 @@ from cacheslide.vllm.plans import EncodeJob, LoadPlan, SavePlan, StepPlan, Worke
 from cacheslide.vllm.prefix_cache import key_apart
 from cacheslide.vllm.spans import SpanMemory
 from cacheslide.vllm.support import check_policy
+from cacheslide.vllm.tracked import Tracked
 
 logger = logging.getLogger("vllm.cacheslide")  # below vLLM's logger, so that its handler prints it
-
-
-@dataclass
-class _Tracked:
-    """A marked request from its arrival to its end."""
-
-    rows: int
-    system: str
-    reason: str = ""  # why it is computed exactly
-    policy: ReusePolicy | None = None
-    plan: Plan | None = None
-    encode: str = "later"
-    schema: bool = False  # its rows' positions are not their indices
-    exact: bool = True  # every row so far was computed by vLLM itself
-    identity: CacheIdentity | None = None
-    spans: tuple[tuple[int, int], ...] = ()  # fixed, in tokens
-    history: int | None = None  # rows from here on are fixed text of the next turn
-    generation: int = 0  # the highest one of the chunks it reuses
-    note: str = ""
-    kept: bool = False
-    start: int = 0  # rows before it come from vLLM's prefix cache
-    reuse: tuple[tuple[ChunkKey, Chunk], ...] = ()
-    loading: bool = False
-    block_ids: list[int] = field(default_factory=list)
-    receipt: dict[str, Any] | None = None
 
 
 class SchedulerSide:
@@ -62,7 +37,7 @@ class SchedulerSide:
         self.engine_id = vllm_config.kv_transfer_config.engine_id
         self.box = open_box(self.engine_id)
         self.index = ChunkIndex(int(options.store_gib * 2**30))
-        self.tracked: dict[str, _Tracked] = {}
+        self.tracked: dict[str, Tracked] = {}
         self.running: dict[str, Any] = {}  # vLLM's requests that have blocks, marked or not
         self.prefilling: dict[str, None] = {}  # tracked requests whose prompt is not complete yet, in order of arrival
         self.jobs: deque[tuple[EncodeJob, bool]] = deque()  # and whether it may not wait
@@ -83,7 +58,7 @@ class SchedulerSide:
                 return
             tracked = self._plan(request, marks)
         except CacheSlideError as wrong:
-            tracked = _Tracked(rows, "", reason=str(wrong), kept=True)
+            tracked = Tracked(rows, "", reason=str(wrong), kept=True)
         self.tracked[request.request_id] = tracked
         self.prefilling[request.request_id] = None
 
@@ -95,7 +70,7 @@ class SchedulerSide:
         one_beam = sampling.max_tokens == 1 and not sampling.detokenize  # a new request each token: see servers.py
         return None if one_beam else Marks(find=True)
 
-    def _plan(self, request, marks: Marks) -> _Tracked:
+    def _plan(self, request, marks: Marks) -> Tracked:
         policy = marks.system(self.options.policy)
         check_policy(policy, self.geometry.num_layers, self.geometry.ranks)
         tenant = "\0".join((self.options.namespace, marks.namespace, request.cache_salt or ""))
@@ -106,7 +81,7 @@ class SchedulerSide:
             raise PolicyError(f"{policy.name} rewrites prompts: apply its transform before sending")
         identity = CacheIdentity(self.geometry.model_id, self.geometry.dtype, namespace=tenant)
         plan = make_plan(policy, identity, prompt, self.options.chunk_size, self.geometry.max_positions)
-        tracked = _Tracked(len(prompt), policy.name, policy=policy, plan=plan, identity=identity)
+        tracked = Tracked(len(prompt), policy.name, policy=policy, plan=plan, identity=identity)
         tracked.encode = marks.encode or self.options.encode
         tracked.spans, tracked.history, tracked.note = marks.segments, marks.history, marks.note
         tracked.schema = plan.positions[-1] != len(prompt) - 1
@@ -191,7 +166,7 @@ class SchedulerSide:
         self.stats.record(receipt)
         return receipt
 
-    def _forecast(self, tracked: _Tracked) -> dict[str, Any]:
+    def _forecast(self, tracked: Tracked) -> dict[str, Any]:
         """The receipt of an exactly computed request, or of one whose worker has not reported yet."""
         receipt = Receipt(tracked.system, tracked.rows, chunks=len(tracked.plan.chunks) if tracked.plan else 0)
         receipt.fallback = tracked.reason
@@ -224,7 +199,7 @@ class SchedulerSide:
         self._emit_jobs(step, waited, idle=not output.num_scheduled_tokens)
         return step
 
-    def _load(self, req_id: str, tracked: _Tracked, end: int) -> LoadPlan:
+    def _load(self, req_id: str, tracked: Tracked, end: int) -> LoadPlan:
         plan, policy = tracked.plan, tracked.policy
         return LoadPlan(
             req_id,
@@ -241,7 +216,7 @@ class SchedulerSide:
             plan.positions if tracked.schema else None,
         )
 
-    def _keep(self, tracked: _Tracked, step: StepPlan) -> None:
+    def _keep(self, tracked: Tracked, step: StepPlan) -> None:
         """The request's prompt is complete in this step: keep its chunks, or have them encoded."""
         plan, policy = tracked.plan, tracked.policy
         missing = {k: c for k, c in zip(plan.keys, plan.chunks, strict=True) if k not in self.index}

@@ -127,6 +127,21 @@ def test_canonical_chunks_are_always_encoded_exactly(served, reference):
         assert_same(want.v, chunk.v, 2e-5)
 
 
+@pytest.mark.parametrize("system", ["cacheblend", "epic", "cacheslide_promote", "recompute", "prompt_cache"])
+def test_every_other_encoding_is_looked_up_where_it_was_left(served, system):
+    served.fresh()
+    talk = Talk(served, policy=system)
+    for turn in range(2):
+        prompt, start = talk.prompt()
+        if system == "recompute":  # nothing to keep, and nothing to fall over
+            marks = {"cacheslide": {"segments": [[0, 6]], "history": start, "policy": system}}
+            assert receipt(served.ask([prompt], [marks])[0])["history"] is None
+            continue
+        got, _ = talk.say()
+        assert got["history"]["from"] == "encode" and got["chunks_hit"] == (got["chunks"] if turn else 0)
+        assert bool(got["chunks"]) and got["generation"] == 0
+
+
 def test_history_is_copied_before_the_next_step_gives_its_blocks_away(served, reference):
     """The pool holds little more than one request: those that wait take the blocks in the very next step."""
     served.fresh()

@@ -92,6 +92,8 @@ def admit(request, prompt, renderer, extra_config: Mapping[str, Any]) -> None:
         raw = raw_marks(params)
         if raw is None:
             return
+        if getattr(request, "resumable", False):
+            raise PromptError("a prompt that is streamed in pieces cannot be marked: its end is not known")
         options = ServerOptions.from_extra_config(extra_config)
         resolved = _resolve(raw, request, prompt, renderer, options)
         marks = Marks.parse({FIELD: resolved})

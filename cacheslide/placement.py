@@ -64,6 +64,8 @@ class PlacedChunks:
         Position indices of the reused rows in this prompt; R is the sum of the pieces' lengths.
     shift : int
         Positions by which the whole prompt is laid out further on than its schema says; part of `target` already.
+    device : torch.device, optional
+        Where the rows go; `target` and the chunks' positions may stay on the host, which alone compares them.
     """
 
     def __init__(
@@ -74,14 +76,15 @@ class PlacedChunks:
         rotary: Rotary,
         dtype: torch.dtype,
         shift: int = 0,
+        device: torch.device | None = None,
     ) -> None:
-        self.pieces, self.rotary, self.dtype, self.device = pieces, rotary, dtype, target.device
+        self.pieces, self.rotary, self.dtype, self.device = pieces, rotary, dtype, device or target.device
         self.deltas: Tensor | None = None  # turn of each row's key, in positions; None when no key turns
         if placement.rotation == "delta":
             source = torch.cat([p.chunk.positions[: p.length] for p in pieces]).to(target.device)
-            self.deltas = None if torch.equal(source, target) else target - source
+            self.deltas = None if torch.equal(source, target) else (target - source).to(self.device)
         elif shift:
-            self.deltas = torch.full_like(target, shift)
+            self.deltas = torch.full_like(target, shift, device=self.device)
         self._held: tuple[int, Tensor, Tensor] | None = None
 
     def layer(self, layer: int, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -112,7 +115,6 @@ class PlacedChunks:
         return self._rows([p.chunk.layer_inputs[layer] for p in self.pieces])[index]
 
     def _rows(self, parts: list[Tensor]) -> Tensor:
-        cut = [
-            x[: p.length].to(self.device, self.dtype, non_blocking=True) for x, p in zip(parts, self.pieces, strict=True)
-        ]
+        to = {"device": self.device, "dtype": self.dtype, "non_blocking": True}
+        cut = [x[: p.length].to(**to) for x, p in zip(parts, self.pieces, strict=True)]
         return torch.cat(cut)

@@ -19,6 +19,7 @@ class WorkerStore(MemoryChunkStore):
     def put(self, key: ChunkKey, chunk: ChunkKV) -> None:
         """See `ChunkStore.put`."""
         moved = {name: getattr(chunk, name).to(self.device) for name in ("k", "v")}
+        moved["positions"] = chunk.positions.cpu()  # read by the host alone
         moved["layer_inputs"] = {layer: x.to(self.device) for layer, x in chunk.layer_inputs.items()}
         if self.pinned:
             moved = moved | {name: moved[name].pin_memory() for name in ("k", "v")}

@@ -31,10 +31,11 @@ def find_model(static_forward_context: Mapping[str, object]) -> torch.nn.Module:
     """
     for module in gc.get_objects():
         # issubclass, since isinstance would ask every live object for its __class__, which proxies compute
-        if issubclass(type(module), torch.nn.Module) and is_text_generation_model(type(module)):
+        if issubclass(type(module), torch.nn.Module):
             layers = getattr(getattr(module, "model", None), "layers", None)
             attention = getattr(getattr(layers[0], "self_attn", None), "attn", None) if layers else None
-            if attention is not None and static_forward_context.get(attention.layer_name) is attention:
+            registered = attention is not None and static_forward_context.get(attention.layer_name) is attention
+            if registered and is_text_generation_model(type(module)):
                 return module
     raise ModelError("the loaded model was not found among this process's modules")
 

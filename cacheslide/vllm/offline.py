@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.params import FIELD
@@ -32,6 +33,11 @@ def open_engine(model: str, connector: Mapping[str, Any] | None, **options: Any)
 def close_engine(engine: LLM) -> None:
     """Stop it and give its memory back."""
     engine.llm_engine.engine_core.shutdown()
+
+
+def worker_of():
+    """The connector's worker half, for looking into an engine that lives in this process."""
+    return get_kv_transfer_group().worker
 
 
 def ask(

@@ -46,6 +46,13 @@ class Placement:
         return out
 
 
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """`x` on `device`; from the host to a GPU without waiting for work that is queued there."""
+    if x.device.type == "cpu" and torch.device(device).type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Piece:
     """The first `length` rows of a cached chunk, to be placed at consecutive rows."""
@@ -82,7 +89,7 @@ class PlacedChunks:
         self.deltas: Tensor | None = None  # turn of each row's key, in positions; None when no key turns
         if placement.rotation == "delta":
             source = torch.cat([p.chunk.positions[: p.length] for p in pieces]).to(target.device)
-            self.deltas = None if torch.equal(source, target) else (target - source).to(self.device)
+            self.deltas = None if torch.equal(source, target) else send(target - source, self.device)
         elif shift:
             self.deltas = torch.full_like(target, shift, device=self.device)
         self._held: tuple[int, Tensor, Tensor] | None = None

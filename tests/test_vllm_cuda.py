@@ -5,6 +5,7 @@ rounding on a CPU holds here up to bfloat16; answers of the shipped model say wh
 """
 
 import os
+import warnings
 
 import pytest
 import torch
@@ -48,10 +49,14 @@ class Cuda:
     def fresh(self, store: str) -> None:
         """An empty store on `store`, and garbage in every block."""
         self.scheduler.reset()
-        assert self.engine.reset_prefix_cache()
         on_host = store == "cpu"
         self.worker.store = WorkerStore(torch.device("cpu") if on_host else self.worker.model.device, pinned=on_host)
         self.worker.stream = torch.cuda.Stream() if on_host else None
+        self.poison()
+
+    def poison(self) -> None:
+        """No shared blocks, and garbage in all of them."""
+        assert self.engine.reset_prefix_cache()
         for paged in self.worker.model.paged:
             paged.cache.normal_()
 
@@ -95,6 +100,7 @@ def test_kv_is_the_reference_engines(cuda, prompts, system, store):
     before, now = cuda.turns(prompts[0], prompts[0].questions[0].text)
     cuda.fresh(store)
     run(cuda, before, policy=system)
+    cuda.poison()
     got = run(cuda, now, policy=system).receipt
     policy = policy_of(system)
     engine = ReuseEngine(cuda.reference.model, policy, MemoryChunkStore(), chunk_size=CHUNK)
@@ -120,6 +126,7 @@ def test_every_row_recomputed_is_plain_and_none_is_not(cuda, prompts, store):
     plain = ReuseEngine(cuda.reference.model, policy_of("recompute"), MemoryChunkStore()).prefill(now).kv
     rows, off = len(now) - 1, {}
     for share in (1.0, 0.0):
+        cuda.poison()
         run(cuda, now, share=share)
         k, v = cuda.kv(rows)
         off[share] = max(
@@ -151,6 +158,29 @@ def test_a_mixed_batch_of_packed_and_plain_requests(cuda, prompts):
     assert [a.token_ids for a in together] == [a.token_ids for a in alone]
     assert all((a.receipt is None) == (m is None) for a, m in zip(together, marks, strict=True))
     assert all(a.receipt["rows_reused"] > 0 for a in together if a.receipt)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_load_never_waits_for_the_device(cuda, prompts, store, monkeypatch):
+    before, now = cuda.turns(prompts[3], prompts[3].questions[0].text)
+    cuda.fresh(store)
+    run(cuda, before)
+    cuda.poison()
+    load, waits = cuda.worker.load, []
+
+    def watched(step) -> None:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                load(step)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits.extend(f"{w.filename}:{w.lineno}" for w in seen if "synchroniz" in str(w.message))
+
+    monkeypatch.setattr(cuda.worker, "load", watched)
+    assert run(cuda, now).receipt["rows_reused"] > 0
+    assert not waits, waits
 
 
 def score(cuda, prompts, **marks) -> float:

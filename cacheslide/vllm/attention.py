@@ -8,7 +8,8 @@ from torch import Tensor
 from cacheslide import kernels
 from cacheslide.model.adapter import RowGroup
 from cacheslide.model.reference import row_attention
-from cacheslide.vllm.kv_layout import PagedLayer, send
+from cacheslide.placement import send
+from cacheslide.vllm.kv_layout import PagedLayer
 
 PagedAttention = Callable[[int, Tensor, Sequence[RowGroup], float], Tensor]
 

@@ -11,6 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from cacheslide.placement import send
+
 _SCRATCH_BLOCK = 64
 _DIGIT = 7  # bits of an index written at once: up to 127 is exact in every dtype a cache may have
 
@@ -144,10 +146,3 @@ def scratch_kv(layers: int, rows: int, heads: int, dim: int, dtype: torch.dtype,
     shape = (layers, blocks, _SCRATCH_BLOCK, heads, 2 * dim)
     memory = torch.full(shape, float("nan"), dtype=dtype, device=device).transpose(2, 3)
     return PagedKV([OpenLayer(x) for x in memory], range(blocks), _SCRATCH_BLOCK)
-
-
-def send(x: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on `device`, without waiting for work that is queued there."""
-    if torch.device(device).type != "cuda":
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)

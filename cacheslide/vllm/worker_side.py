@@ -7,12 +7,11 @@ from cacheslide.correction import TopDeviation
 from cacheslide.encode import ChunkEncoder, rows_none
 from cacheslide.engine import Receipt
 from cacheslide.keys import ChunkKey
-from cacheslide.placement import Piece, PlacedChunks
+from cacheslide.placement import Piece, PlacedChunks, send
 from cacheslide.prefill import PrefillOutput, PrefillRequest, SelectivePrefill
 from cacheslide.prompt import Chunk
 from cacheslide.store.base import ChunkKV
 from cacheslide.vllm.fetch import LayerFetch
-from cacheslide.vllm.kv_layout import send
 from cacheslide.vllm.mailbox import post
 from cacheslide.vllm.model_adapter import VllmModel, find_model
 from cacheslide.vllm.paged_source import PagedChunks
@@ -43,6 +42,10 @@ class WorkerSide:
         self.executor = SelectivePrefill(self.model)
         on_gpu = self.model.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.model.device) if on_gpu and on_host else None
+        if on_gpu:
+            from cacheslide.vllm.warmup import warm_up  # Triton is there only with a GPU
+
+            warm_up(self.model, config.model_config.max_model_len)
 
     @torch.inference_mode()
     def load(self, step: StepPlan) -> None:

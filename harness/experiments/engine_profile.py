@@ -60,10 +60,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     load = worker.load
 
     def timed(step) -> None:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         started = time.perf_counter()
+        events[0].record()
         load(step)
+        events[1].record()
         if step.loads:
-            spent.append(1e3 * (time.perf_counter() - started))
+            spent.append((started, time.perf_counter(), events))
 
     worker.load = timed
     prompts = Prompts(args.tokens, 31000)
@@ -72,15 +75,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     for system in ("recompute", *(system_name(s) for s in args.shares)):
         for _ in range(3):
             once(engine, prompts, system, 1)
-        spent.clear()
-        ttft = [once(engine, prompts, system, 1)["ttft"][0] for _ in range(5)]
-        torch.cuda.synchronize()
-        host = sorted(spent)[len(spent) // 2] if spent else None
-        found[system] = {"ttft_ms": [1e3 * t for t in ttft], "worker_host_ms": host}
+        ttft, parts = [], []
+        for _ in range(5):
+            spent.clear()
+            asked = time.perf_counter()
+            ttft.append(1e3 * once(engine, prompts, system, 1)["ttft"][0])
+            torch.cuda.synchronize()
+            for started, ended, events in spent:
+                device = events[0].elapsed_time(events[1])
+                parts.append(
+                    {"before_ms": 1e3 * (started - asked), "host_ms": 1e3 * (ended - started), "device_ms": device}
+                )
+        found[system] = {"ttft_ms": ttft, "worker": parts}
         found[system] |= profiled(lambda system=system: (once(engine, prompts, system, 1), torch.cuda.synchronize()))
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
-        print(system, found[system]["ttft_ms"], "host", host, "device", found[system]["device_us"] / 1e3, flush=True)
+        print(system, ttft, parts, "device", found[system]["device_us"] / 1e3, flush=True)
         for name, count, us in found[system]["kernels"][:18]:
             print(f"  {us / 1e3:8.2f} ms {count:5d}  {name}", flush=True)
     close_engine(engine)

@@ -163,7 +163,7 @@ class _Rows:
         rows, device = len(request.token_ids), request.token_ids.device
         self.reused = request.reused
         self.live = torch.ones(rows, dtype=torch.bool, device=device)
-        self.live[self.reused] = False
+        self.live.index_fill_(0, self.reused, False)  # assigning a number would wait for the device
         self.mask = torch.zeros(len(self.reused), dtype=torch.bool, device=device)  # reused rows now active
         self.scores: Tensor | None = None  # deviation at the selection layer, of every reused row
         self.alpha: Tensor | None = None  # the paper's fusion weight, carried from layer to layer
@@ -224,7 +224,7 @@ class _Rows:
         every = torch.arange(len(self.reused), device=hidden.device)
         self.scores = self._score(layer, every, qkv[1][self.reused], qkv[2][self.reused])
         count = rows_of_share(self.rule.share, len(self.reused))
-        self.mask[top_rows(self.scores, count)] = True
+        self.mask.index_fill_(0, top_rows(self.scores, count), True)
         if self.rule.swap:
             self.stopped = hidden[self.reused].clone()
         self._activate_chosen(count)
@@ -287,7 +287,7 @@ class _Rows:
         scores = self._score(layer + 1, self.resting, k, v)
         new = top_rows(scores, rows_of_share(share, len(self.reused)))
         order = torch.cat((self.active, rows[new])).argsort()
-        self.mask[self.resting[new]] = True
+        self.mask.index_fill_(0, self.resting[new], True)
         self._activate_chosen(len(self.chosen) + len(new))
         return torch.cat((hidden, probed[new]))[order]
 

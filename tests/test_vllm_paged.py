@@ -44,9 +44,9 @@ class Paged(ReferenceLlama):
 
     def new_kv(self, capacity):
         c = self.config
-        kv = scratch_kv(c.num_layers, capacity + 130, c.num_kv_heads, c.head_dim, self.dtype, self.device)
+        kv = scratch_kv(c.num_layers, capacity + 130, c.num_kv_heads, c.head_dim, self.dtype, self.device, 8)
         order = torch.randperm(len(kv.blocks), generator=torch.Generator().manual_seed(capacity))
-        return PagedKV(kv.layers, order.tolist(), 64)  # blocks in any order
+        return PagedKV(kv.layers, order.tolist(), 8)  # blocks in any order
 
     def attend(self, layer, q, groups):
         return self.kernel(layer, q, groups, self.config.head_dim**-0.5)

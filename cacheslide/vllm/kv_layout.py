@@ -13,7 +13,6 @@ from torch import Tensor
 
 from cacheslide.placement import send
 
-_SCRATCH_BLOCK = 64
 _DIGIT = 7  # bits of an index written at once: up to 127 is exact in every dtype a cache may have
 
 
@@ -140,9 +139,11 @@ class OpenLayer:
         return self.cache.transpose(1, 2).flatten(0, 1)[slots].chunk(2, dim=-1)
 
 
-def scratch_kv(layers: int, rows: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> PagedKV:
+def scratch_kv(
+    layers: int, rows: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device, block: int
+) -> PagedKV:
     """KV of `rows` rows [layers of (blocks, heads, block, 2 * dim)] outside vLLM's cache; unwritten rows hold NaN."""
-    blocks = -(-rows // _SCRATCH_BLOCK)
-    shape = (layers, blocks, _SCRATCH_BLOCK, heads, 2 * dim)
+    blocks = -(-rows // block)
+    shape = (layers, blocks, block, heads, 2 * dim)
     memory = torch.full(shape, float("nan"), dtype=dtype, device=device).transpose(2, 3)
-    return PagedKV([OpenLayer(x) for x in memory], range(blocks), _SCRATCH_BLOCK)
+    return PagedKV([OpenLayer(x) for x in memory], range(blocks), block)

@@ -94,7 +94,8 @@ class VllmModel:
         """Scratch KV outside the paged cache, for encoding chunks."""
         s = self.shape
         if self.open:
-            return scratch_kv(s.num_layers, capacity, s.num_kv_heads, s.head_dim, self.dtype, self.device)
+            block = self.paged[0].block_size  # the kernels are compiled for it
+            return scratch_kv(s.num_layers, capacity, s.num_kv_heads, s.head_dim, self.dtype, self.device, block)
         return DenseKV(s, capacity, self.dtype, self.device)
 
     @contextmanager

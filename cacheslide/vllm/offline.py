@@ -35,6 +35,18 @@ def close_engine(engine: LLM) -> None:
     engine.llm_engine.engine_core.shutdown()
 
 
+def move_store(engine: LLM, where: str) -> None:
+    """Move the chunks of all workers to "cpu" or "model", to compare both homes in one engine.
+
+    The call travels as a pickled function: set VLLM_ALLOW_INSECURE_SERIALIZATION=1 before opening the engine.
+    """
+    engine.collective_rpc(_move_store, args=(where,))
+
+
+def _move_store(_worker, where: str) -> None:
+    worker_of().move_store(where)
+
+
 def worker_of():
     """The connector's worker half, for looking into an engine that lives in this process."""
     return get_kv_transfer_group().worker

@@ -32,6 +32,12 @@ class WorkerStore(MemoryChunkStore):
                 self._bytes -= chunk.nbytes
                 self.stats.evictions += 1
 
+    def hand_over(self, to: "WorkerStore") -> None:
+        """Give every chunk to another store and forget it."""
+        for key, chunk in list(self._chunks.items()):
+            to.put(key, chunk)
+            self.drop([key])
+
     def clear(self) -> None:
         """Forget everything."""
         self.drop(list(self._chunks))

@@ -36,16 +36,24 @@ class WorkerSide:
         config = self.vllm_config
         found = find_model(config.compilation_config.static_forward_context)
         self.model = VllmModel(found, config.model_config.hf_text_config)
-        on_host = self.options.store_device == "cpu"
-        device = torch.device("cpu") if on_host else self.model.device
-        self.store = WorkerStore(device, pinned=on_host and self.model.device.type == "cuda")
+        self.store = self._open_store(self.options.store_device)
         self.executor = SelectivePrefill(self.model)
-        on_gpu = self.model.device.type == "cuda"
-        self.stream = torch.cuda.Stream(self.model.device) if on_gpu and on_host else None
-        if on_gpu:
+        if self.model.device.type == "cuda":
             from cacheslide.vllm.warmup import warm_up  # Triton is there only with a GPU
 
             warm_up(self.model, config.model_config.max_model_len)
+
+    def _open_store(self, where: str) -> WorkerStore:
+        """An empty store; one in host memory beside a GPU is pinned, and read on a stream of its own."""
+        device = torch.device("cpu") if where == "cpu" else self.model.device
+        pinned = where == "cpu" and self.model.device.type == "cuda"
+        self.stream = torch.cuda.Stream(self.model.device) if pinned else None
+        return WorkerStore(device, pinned)
+
+    def move_store(self, where: str) -> None:
+        """Move all chunks to the host ("cpu") or to the model's device ("model")."""
+        before, self.store = self.store, self._open_store(where)
+        before.hand_over(self.store)
 
     @torch.inference_mode()
     def load(self, step: StepPlan) -> None:

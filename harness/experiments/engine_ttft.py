@@ -8,6 +8,7 @@ One JSON line a cell goes to --out as soon as it is measured; `harness.results.s
 
 import argparse
 import json
+import os
 import random
 import sys
 import tempfile
@@ -71,25 +72,27 @@ def system_name(share: float | None) -> str:
     return f"cacheslide@{share:g}"
 
 
-def once(engine, prompts: Prompts, system: str, batch: int) -> dict[str, Any]:
-    """One batch under one system: TTFT in seconds of each request, and what the receipts say."""
+def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> dict[str, Any]:
+    """One batch under one system: TTFT in seconds of each request, and what the receipts say.
+
+    Under tensor parallelism ask for two `tokens`: the receipt of a request that ends with its first is a forecast.
+    """
     from cacheslide.vllm.offline import ask
 
     if system == "prefix_cache_ideal":
-        answers = ask(engine, [prompts.shared_prefix() for _ in range(batch)])
+        answers = ask(engine, [prompts.shared_prefix() for _ in range(batch)], tokens=tokens)
         if min(a.cached_tokens for a in answers) < 0.8 * REUSED * prompts.tokens:
             raise RuntimeError("the prefix cache did not hold the shared prefix")
         return {"ttft": [a.ttft for a in answers]}
     turns = [prompts.turn() for _ in range(batch)]
     if system == "recompute":
-        answers = ask(engine, [ids for ids, _ in turns])
+        answers = ask(engine, [ids for ids, _ in turns], tokens=tokens)
         if max(a.cached_tokens for a in answers) > 64:
             raise RuntimeError("a recomputed prompt was found in the prefix cache")
         return {"ttft": [a.ttft for a in answers]}
     share = float(system.split("@")[1])
     marks = [{"cacheslide": {"segments": spans, "share": share, "encode": "off"}} for _, spans in turns]
-    # Under tensor parallelism the receipt of a request that ends with its first token is only a forecast.
-    answers = ask(engine, [ids for ids, _ in turns], marks, tokens=2)
+    answers = ask(engine, [ids for ids, _ in turns], marks, tokens=tokens)
     for a in answers:
         if not a.receipt["measured"] or a.receipt["chunks_hit"] != CHUNKS or a.receipt["fallback"]:
             raise RuntimeError(f"reuse did not happen: {a.receipt}")
@@ -111,30 +114,44 @@ def fill(engine, prompts: Prompts) -> None:
     ask(engine, [prompts.shared_prefix()])
 
 
-def cells(engine, args: argparse.Namespace, store: str, write) -> None:
-    """Every length and batch; the systems of a cell take turns."""
-    systems = ["recompute", "prefix_cache_ideal", *(system_name(s) for s in args.shares)]
-    for tokens in args.lengths:
-        prompts = Prompts(tokens, args.vocabulary, seed=tokens)
+def cells(engine, args: argparse.Namespace, write) -> None:
+    """Every length, store and batch; the systems of a cell take turns.
+
+    What does not read the store is measured once, beside the first store.
+    """
+    from cacheslide.vllm.offline import move_store
+
+    plain = ["recompute", "prefix_cache_ideal"]
+    for length in args.lengths:
+        prompts = Prompts(length, args.vocabulary, seed=length)
         fill(engine, prompts)
-        for batch in args.batches:
-            repeats = args.repeats if batch == 1 else max(2, args.repeats // 2)
-            found: dict[str, list] = {s: [] for s in systems}
-            failed: dict[str, str] = {}
-            for turn in range(args.warmups + repeats):
-                for system in systems:
-                    if system in failed:
-                        continue
-                    try:
-                        said = once(engine, prompts, system, batch)
-                    except RuntimeError as wrong:
-                        failed[system] = str(wrong)
-                        continue
-                    if turn >= args.warmups:
-                        found[system].append(said)
-            for system in systems:
-                write({"kind": "cell", "store": store, "tokens": tokens, "batch": batch, "system": system,
-                       "warmups": args.warmups, "runs": found[system], "failed": failed.get(system)})  # fmt: skip
+        for store in args.stores:
+            move_store(engine, store)
+            systems = [*(plain if store == args.stores[0] else []), *(system_name(s) for s in args.shares)]
+            for batch in args.batches:
+                for system, (runs, failed) in _cell(engine, prompts, systems, batch, args).items():
+                    write({"kind": "cell", "store": store, "tokens": length, "batch": batch, "system": system,
+                           "runs": runs, "failed": failed})  # fmt: skip
+
+
+def _cell(engine, prompts: Prompts, systems: list[str], batch: int, args: argparse.Namespace) -> dict[str, tuple]:
+    """Runs of every system, and why one failed."""
+    repeats = args.repeats if batch == 1 else max(2, args.repeats // 2)
+    warmups = args.warmups if batch * prompts.tokens <= args.warm_tokens else 0  # long cells warm up in shorter ones
+    found: dict[str, list] = {s: [] for s in systems}
+    failed: dict[str, str] = {}
+    for turn in range(warmups + repeats):
+        for system in systems:
+            if system in failed:
+                continue
+            try:
+                said = once(engine, prompts, system, batch, args.answer_tokens)
+            except RuntimeError as wrong:
+                failed[system] = str(wrong)
+                continue
+            if turn >= warmups:
+                found[system].append(said)
+    return {s: (found[s], failed.get(s)) for s in systems}
 
 
 def overhead(stock, plugged, args: argparse.Namespace, write) -> None:
@@ -167,6 +184,7 @@ def _now() -> float:
 
 def measure(args: argparse.Namespace, write) -> None:
     """Open the engines one after the other and measure. What fails is written down, and the rest goes on."""
+    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for `move_store`, between own processes
     from cacheslide.vllm.offline import close_engine, open_engine
 
     model = args.model or str(shaped(args.shape, Path(tempfile.mkdtemp()) / args.shape))
@@ -180,21 +198,37 @@ def measure(args: argparse.Namespace, write) -> None:
         "max_num_batched_tokens": args.batched_tokens,
     } | ({"load_format": "dummy"} if not args.model else {})
     options |= json.loads(args.engine)
-    for store in args.stores:
-        opened = []
-        try:
-            plugged = open_engine(model, {"store_device": store, "store_gib": args.store_gib}, **options)
-            opened.append(plugged)
-            if args.stock and store == args.stores[0]:
-                opened.append(open_engine(model, None, **options))
-                overhead(opened[1], plugged, args, write)
-                close_engine(opened.pop())
-            cells(plugged, args, store, write)
-        except Exception:  # one engine that fails must not take the other's results along
-            write({"kind": "error", "store": store, "error": traceback.format_exc()[-4000:]})
-        finally:
-            for engine in opened:
-                close_engine(engine)
+    opened = []
+    try:
+        plugged = open_engine(model, {"store_device": args.stores[0], "store_gib": args.store_gib}, **options)
+        opened.append(plugged)
+        write({"kind": "engine"} | described(plugged))
+        if args.stock:
+            opened.append(open_engine(model, None, **options))
+            overhead(opened[1], plugged, args, write)
+            close_engine(opened.pop())
+        cells(plugged, args, write)
+    except Exception:  # what was measured before stays
+        write({"kind": "error", "error": traceback.format_exc()[-4000:]})
+    finally:
+        for engine in opened:
+            close_engine(engine)
+
+
+def described(engine) -> dict[str, Any]:
+    """How the engine runs: the settings that its times depend on."""
+    config = engine.llm_engine.vllm_config
+    return {
+        "async_scheduling": bool(config.scheduler_config.async_scheduling),
+        "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
+        "compilation_mode": str(config.compilation_config.mode),
+        "v2_model_runner": bool(config.use_v2_model_runner),
+        "block_size": config.cache_config.block_size,
+        "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+        "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+        "dtype": str(config.model_config.dtype),
+        "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
+    }
 
 
 def parser() -> argparse.ArgumentParser:
@@ -211,6 +245,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--store-gib", type=float, default=8.0)
     p.add_argument("--repeats", type=int, default=6, help="of a cell with one request; half of it with several")
     p.add_argument("--warmups", type=int, default=1)
+    p.add_argument("--warm-tokens", type=int, default=150_000, help="no warm-ups in cells of more prompt tokens")
+    p.add_argument("--answer-tokens", type=int, default=1, help="2 under tensor parallelism")
     p.add_argument("--stock", action="store_true", help="compare plain requests with an engine without the connector")
     p.add_argument("--plain-tokens", type=int, default=8192)
     p.add_argument("--plain-decode", type=int, default=64)

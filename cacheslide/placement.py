@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +47,11 @@ class Placement:
         return out
 
 
+def tensor_of(numbers: Sequence[int]) -> Tensor:
+    """Integers as an int64 tensor; `torch.tensor` takes a millisecond for what numpy does in a tenth."""
+    return torch.from_numpy(np.array(numbers, dtype=np.int64))
+
+
 def send(x: Tensor, device: torch.device | str) -> Tensor:
     """`x` on `device`; from the host to a GPU without waiting for work that is queued there."""
     if x.device.type == "cpu" and torch.device(device).type == "cuda":
@@ -55,10 +61,16 @@ def send(x: Tensor, device: torch.device | str) -> Tensor:
 
 @dataclass(frozen=True)
 class Piece:
-    """The first `length` rows of a cached chunk, to be placed at consecutive rows."""
+    """`length` rows of a cached chunk from row `first` on, to be placed at consecutive rows."""
 
     chunk: ChunkKV
     length: int
+    first: int = 0
+
+    @property
+    def rows(self) -> slice:
+        """Its rows in the chunk."""
+        return slice(self.first, self.first + self.length)
 
 
 class PlacedChunks:
@@ -88,7 +100,7 @@ class PlacedChunks:
         self.pieces, self.rotary, self.dtype, self.device = pieces, rotary, dtype, device or target.device
         self.deltas: Tensor | None = None  # turn of each row's key, in positions; None when no key turns
         if placement.rotation == "delta":
-            source = torch.cat([p.chunk.positions[: p.length] for p in pieces]).to(target.device)
+            source = torch.cat([p.chunk.positions[p.rows] for p in pieces]).to(target.device)
             self.deltas = None if torch.equal(source, target) else send(target - source, self.device)
         elif shift:
             self.deltas = torch.full_like(target, shift, device=self.device)
@@ -123,5 +135,5 @@ class PlacedChunks:
 
     def _rows(self, parts: list[Tensor]) -> Tensor:
         to = {"device": self.device, "dtype": self.dtype, "non_blocking": True}
-        cut = [x[: p.length].to(**to) for x, p in zip(parts, self.pieces, strict=True)]
+        cut = [x[p.rows].to(**to) for x, p in zip(parts, self.pieces, strict=True)]
         return torch.cat(cut)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from cacheslide.errors import PromptError
 
@@ -108,7 +108,7 @@ class Prompt:
     @cached_property
     def token_ids(self) -> tuple[int, ...]:
         """All token ids, in order."""
-        return tuple(t for s in self.segments for t in s.token_ids)
+        return tuple(chain.from_iterable(s.token_ids for s in self.segments))
 
     @cached_property
     def starts(self) -> tuple[int, ...]:

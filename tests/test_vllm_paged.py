@@ -75,7 +75,7 @@ def test_rows_placed_in_the_cache_equal_rows_written_one_layer_at_a_time(model, 
     plain, n = request.source, paged.num_layers
     pieces = [Piece(p.chunk, p.length) for p in plain.pieces]
     first = rule.layer if isinstance(rule, TopDeviation) else 0
-    fetch = LayerFetch(pieces, first, n, "cpu", torch.float32, depth=2) if fetched else None
+    fetch = LayerFetch(pieces, first, n, torch.device("cpu"), group=2) if fetched else None
     target = request.positions[request.reused]
     settings = (pieces, target, policy.placement, paged.rotary, torch.float32, 0, torch.device("cpu"))
     request.source = PagedChunks(*settings, Caches(request.kv.layers), fetch)
@@ -104,16 +104,17 @@ def chunk_of(layers: int, rows: int, seed: int) -> ChunkKV:
     return ChunkKV(*(torch.randn(layers, rows, 2, 4, generator=g) for _ in range(2)), torch.arange(rows))
 
 
-@pytest.mark.parametrize("depth", [1, 3, 9])
-def test_prefetched_layers_hold_their_rows_until_released(depth):
-    pieces = [Piece(chunk_of(6, 5, 0), 5), Piece(chunk_of(6, 7, 1), 4)]
-    fetch = LayerFetch(pieces, 1, 6, torch.device("cpu"), torch.float32, depth=depth)
+@pytest.mark.parametrize(("group", "depth"), [(1, 1), (2, 2), (3, 1), (9, 9)])
+def test_prefetched_layers_hold_their_rows_until_the_next_group(group, depth):
+    pieces = [Piece(chunk_of(6, 5, 0), 5), Piece(chunk_of(6, 7, 1), 4, first=2)]
+    fetch = LayerFetch(pieces, 1, 6, torch.device("cpu"), group=group, depth=depth)
     for layer in range(1, 6):
         for _ in range(2):  # scores are taken from a layer before it is placed
-            k, v = fetch.layer(layer)
-            assert torch.equal(k, torch.cat([p.chunk.k[layer, : p.length] for p in pieces]))
-            assert torch.equal(v, torch.cat([p.chunk.v[layer, : p.length] for p in pieces]))
-        fetch.release(layer)
-        if layer < 5 and depth == 1:
-            with pytest.raises(LookupError, match=f"layer {layer} is not under way"):
-                fetch.layer(layer)
+            end, parts = fetch.group(layer)
+            assert layer < end <= 6 and (end == 6 or (end - 1) % group == 0)
+            for (k, v), piece in zip(parts, pieces, strict=True):
+                assert torch.equal(k, piece.chunk.k[layer:end, piece.rows])
+                assert torch.equal(v, piece.chunk.v[layer:end, piece.rows])
+    if group < 5:
+        with pytest.raises(LookupError, match="layer 1 is not under way"):
+            fetch.group(1)

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cacheslide.placement import send
+from cacheslide.placement import send, tensor_of
 
 _DIGIT = 7  # bits of an index written at once: up to 127 is exact in every dtype a cache may have
 
@@ -103,7 +103,7 @@ class PagedKV:
         self.layers = layers
         size, device = layers[0].block_size, layers[0].cache.device
         pieces = manager_block // size  # a kernel may see a scheduler's block as several
-        ids = torch.tensor(block_ids, dtype=torch.int64)
+        ids = tensor_of(block_ids)
         self.blocks = send((ids[:, None] * pieces + torch.arange(pieces)).flatten(), device)
         self.table = self.blocks.to(torch.int32)
         self.slots = (self.blocks[:, None] * size + torch.arange(size, device=device)).flatten()

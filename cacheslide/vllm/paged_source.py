@@ -10,7 +10,7 @@ from cacheslide import kernels
 from cacheslide.model.adapter import KVBuffer
 from cacheslide.placement import Piece, PlacedChunks, Placement
 from cacheslide.positions.rope import Rotary
-from cacheslide.vllm.fetch import LayerFetch
+from cacheslide.vllm.fetch import LayerFetch, Parts
 from cacheslide.vllm.kv_layout import PagedKV, PagedLayer
 
 
@@ -57,30 +57,33 @@ class PagedChunks(PlacedChunks):
         self.fetch = fetch
         ends = list(accumulate((p.length for p in pieces), initial=0))
         self.spans, self.rows = [slice(a, b) for a, b in pairwise(ends)], ends[-1]
-        self._index: Tensor | None = None  # the rows that were placed last
-        self._slots: Tensor | None = None
+        self._index: Tensor | None = None  # the rows that were placed last,
+        self._slots: Tensor | None = None  # where they went,
+        self._placed = 0  # and the first layer in which they have not been placed
 
     def place(self, layer: int, index: Tensor, kv: KVBuffer, rows: Tensor) -> None:
-        """See `KVSource.place`. Chunks on the device are placed in all layers from `layer` on in one go."""
+        """See `KVSource.place`. Whatever is on the device is placed at once, in all layers from `layer` on."""
         if not isinstance(kv, PagedKV):
             super().place(layer, index, kv, rows)
             return
-        new = index is not self._index
-        if new:
-            self._index = index
+        if index is not self._index:
+            self._index, self._placed = index, layer
             self._slots = torch.full((self.rows,), -1, dtype=torch.int64, device=self.device)
             self._slots[index] = kv.slots[rows]
-        if self.fetch is not None:
-            k, v = self.fetch.layer(layer)
-            self._launch(k[None], v[None], slice(None), layer, layer + 1)
-            self.fetch.release(layer)
-        elif new:
-            for piece, span in zip(self.pieces, self.spans, strict=True):
-                held = slice(layer, None), slice(0, piece.length)
-                self._launch(piece.chunk.k[held], piece.chunk.v[held], span, layer, None)
+        if layer >= self._placed:
+            self._placed, parts = self._parts(layer)
+            for (k, v), span in zip(parts, self.spans, strict=True):
+                self._launch(k, v, span, layer)
 
-    def _launch(self, k: Tensor, v: Tensor, span: slice, first: int, end: int | None) -> None:
-        layers = slice(first, end)
+    def _parts(self, layer: int) -> tuple[int, Parts]:
+        """Keys and values [layers, rows, ...] of every piece in layers [layer, end) at once, and that end."""
+        if self.fetch is not None:
+            return self.fetch.group(layer)
+        held = [(p.chunk.k[layer:, p.rows], p.chunk.v[layer:, p.rows]) for p in self.pieces]
+        return len(self.caches), held
+
+    def _launch(self, k: Tensor, v: Tensor, span: slice, layer: int) -> None:
+        layers = slice(layer, layer + len(k))
         turns = None if self.turns is None else self.turns[span]
         pointers = None if self.pointers is None else self.pointers[layers]
         kernels.place_layers(k, v, self._slots[span], turns, self.caches[layers], self.rotary, pointers)
@@ -94,17 +97,8 @@ class PagedChunks(PlacedChunks):
 
     def _deviation(self, layer: int, fresh: Tensor, name: str) -> Tensor:
         """Of all rows; only keys turn."""
-        turns = self.turns if name == "k" else None
-        if self.fetch is not None:
-            cached = self.fetch.layer(layer)["kv".index(name)]
-            return kernels.row_deviation(fresh, cached, turns, self.rotary)
-        parts = [
-            kernels.row_deviation(
-                fresh[span],
-                getattr(piece.chunk, name)[layer, : piece.length],
-                None if turns is None else turns[span],
-                self.rotary,
-            )
-            for piece, span in zip(self.pieces, self.spans, strict=True)
-        ]
-        return torch.cat(parts)
+        turns, found = self.turns if name == "k" else None, []
+        for pair, span in zip(self._parts(layer)[1], self.spans, strict=True):
+            cached, by = pair["kv".index(name)][0], None if turns is None else turns[span]
+            found.append(kernels.row_deviation(fresh[span], cached, by, self.rotary))
+        return torch.cat(found)

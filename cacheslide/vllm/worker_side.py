@@ -7,7 +7,7 @@ from cacheslide.correction import TopDeviation
 from cacheslide.encode import ChunkEncoder, rows_none
 from cacheslide.engine import Receipt
 from cacheslide.keys import ChunkKey
-from cacheslide.placement import Piece, PlacedChunks, send
+from cacheslide.placement import Piece, PlacedChunks, send, tensor_of
 from cacheslide.prefill import PrefillOutput, PrefillRequest, SelectivePrefill
 from cacheslide.prompt import Chunk
 from cacheslide.store.base import ChunkKV
@@ -70,9 +70,9 @@ class WorkerSide:
 
     def _prepare(self, plan: LoadPlan) -> tuple[PrefillRequest, Receipt]:
         device = self.model.device
-        ids = send(torch.tensor(plan.token_ids[plan.start : plan.end]), device)
-        own = range(plan.start, plan.end)
-        positions = torch.tensor(own if plan.positions is None else plan.positions[plan.start : plan.end])
+        ids = send(tensor_of(plan.token_ids[plan.start : plan.end]), device)
+        own = torch.arange(plan.start, plan.end)
+        positions = own if plan.positions is None else tensor_of(plan.positions[plan.start : plan.end])
         # vLLM numbers the last row, and what it generates, by row: the schema moves as a whole to meet it.
         shift = 0 if plan.positions is None else len(plan.token_ids) - 1 - plan.positions[-1]
         positions += shift
@@ -86,7 +86,7 @@ class WorkerSide:
                 continue
             receipt.chunks_hit += 1
             receipt.bytes_loaded += held.nbytes
-            pieces.append(Piece(_tail(held, first - chunk.start), end - first))
+            pieces.append(Piece(held, end - first, first - chunk.start))
             spans.append(torch.arange(first - plan.start, end - plan.start))
         reused = torch.cat(spans) if spans else rows_none(positions)
         source = self._source(pieces, positions[reused], plan, shift) if pieces else None
@@ -111,7 +111,7 @@ class WorkerSide:
         fetch = None
         if pieces[0].chunk.k.device != model.device:
             first = plan.correction.layer if isinstance(plan.correction, TopDeviation) else 0
-            fetch = LayerFetch(pieces, first, model.num_layers, model.device, model.dtype, self.stream)
+            fetch = LayerFetch(pieces, first, model.num_layers, model.device, self.stream)
         return PagedChunks(*settings, device=model.device, caches=model.caches, fetch=fetch)
 
     def _missing(self, key: ChunkKey, receipt: Receipt, wanted: bool) -> None:
@@ -160,11 +160,3 @@ class WorkerSide:
         """What happened since the last call."""
         report, self.report = self.report, WorkerReport()
         return report if report.receipts or report.missing else None
-
-
-def _tail(chunk: ChunkKV, start: int) -> ChunkKV:
-    """The chunk without its first `start` rows; shares its memory."""
-    if not start:
-        return chunk
-    inputs: dict[int, Tensor] = {layer: x[start:] for layer, x in chunk.layer_inputs.items()}
-    return ChunkKV(chunk.k[:, start:], chunk.v[:, start:], chunk.positions[start:], inputs, chunk.generation)

@@ -1,8 +1,8 @@
 """TTFT inside one vLLM engine by system, length, batch, share and store: `python -m harness.experiments.engine_ttft`.
 
 Prompts are random ids: 5 % updated text, eight fixed chunks of together 90 %, 5 % updated text. The updated text
-differs from request to request in content and length, so that every chunk slides and no prefix is shared. Systems take
-turns; a marked request whose receipt does not show eight hits stops its cell: nothing is timed that did not happen.
+differs from request to request in content and length, so that every chunk slides and no prefix is shared. Systems
+take turns; a marked request whose receipt misses a chunk stops its cell: nothing is timed that did not happen.
 One JSON line a cell goes to --out as soon as it is measured; `harness.results.serving` makes the tables.
 """
 
@@ -94,7 +94,7 @@ def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> 
     marks = [{"cacheslide": {"segments": spans, "share": share, "encode": "off"}} for _, spans in turns]
     answers = ask(engine, [ids for ids, _ in turns], marks, tokens=tokens)
     for a in answers:
-        if not a.receipt["measured"] or a.receipt["chunks_hit"] != CHUNKS or a.receipt["fallback"]:
+        if not a.receipt["measured"] or a.receipt["chunks_hit"] != a.receipt["chunks"] or a.receipt["fallback"]:
             raise RuntimeError(f"reuse did not happen: {a.receipt}")
     return {
         "ttft": [a.ttft for a in answers],
@@ -115,20 +115,21 @@ def fill(engine, prompts: Prompts) -> None:
 
 
 def cells(engine, args: argparse.Namespace, write) -> None:
-    """Every length, store and batch; the systems of a cell take turns.
+    """Every batch, store and length; the systems of a cell take turns.
 
     What does not read the store is measured once, beside the first store.
     """
     from cacheslide.vllm.offline import move_store
 
     plain = ["recompute", "prefix_cache_ideal"]
-    for length in args.lengths:
-        prompts = Prompts(length, args.vocabulary, seed=length)
+    drawn = {length: Prompts(length, args.vocabulary, seed=length) for length in args.lengths}
+    for prompts in drawn.values():
         fill(engine, prompts)
+    for batch in args.batches:
         for store in args.stores:
             move_store(engine, store)
             systems = [*(plain if store == args.stores[0] else []), *(system_name(s) for s in args.shares)]
-            for batch in args.batches:
+            for length, prompts in drawn.items():
                 for system, (runs, failed) in _cell(engine, prompts, systems, batch, args).items():
                     write({"kind": "cell", "store": store, "tokens": length, "batch": batch, "system": system,
                            "runs": runs, "failed": failed})  # fmt: skip
@@ -200,7 +201,8 @@ def measure(args: argparse.Namespace, write) -> None:
     options |= json.loads(args.engine)
     opened = []
     try:
-        plugged = open_engine(model, {"store_device": args.stores[0], "store_gib": args.store_gib}, **options)
+        connector = {"store_device": args.stores[0], "store_gib": args.store_gib, "chunk_size": max(args.lengths)}
+        plugged = open_engine(model, connector, **options)
         opened.append(plugged)
         write({"kind": "engine"} | described(plugged))
         if args.stock:

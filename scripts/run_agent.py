@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from run_cacheslide import load_examples, summary, write
 
 from cacheslide.errors import CacheSlideError
-from cacheslide.vllm.offline import OfflineEngine, add_arguments, from_arguments
+from cacheslide.vllm.runs import Engine, add_arguments, from_arguments
 from cacheslide.vllm.turns import Turns
 from harness.scoring import score
 from harness.tasks.example import TaskExample
@@ -70,7 +70,7 @@ class Library:
         return found[0], "\n".join(hits[:WINDOW]) or f"nothing found for {argument}"
 
 
-def run_example(engine: OfflineEngine, example: TaskExample, turns: int, max_new_tokens: int) -> list[dict]:
+def run_example(engine: Engine, example: TaskExample, turns: int, max_new_tokens: int) -> list[dict]:
     """One example's records, a turn each; the last one holds the answer and its scores."""
     head, *rest = [s for s in example.segments if s.role == "reuse"]
     issue, documents = (rest[0], rest[1:]) if rest and rest[0].name == "issue" else (None, rest)

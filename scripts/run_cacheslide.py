@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from cacheslide.errors import CacheSlideError, DataError
-from cacheslide.vllm.offline import OfflineEngine, add_arguments, from_arguments
+from cacheslide.vllm.runs import Engine, add_arguments, from_arguments
 from harness.scoring import score
 from harness.tasks.data import synthetic_names
 from harness.tasks.example import TaskExample, TextSegment
@@ -38,7 +38,7 @@ def load_examples(dataset: str, split: str | None, data: str | None, count: int)
     return list(registry.load(name, split or SPLITS.get(name, "test"), path=data, limit=count))
 
 
-def tokens(engine: OfflineEngine, segments: Sequence[TextSegment], question: str) -> tuple[list[int], dict]:
+def tokens(engine: Engine, segments: Sequence[TextSegment], question: str) -> tuple[list[int], dict]:
     """Token ids and marks; segments are tokenised one by one, so that no token straddles a boundary."""
     ids, spans = engine.begin(), []
     for number, segment in enumerate(segments):
@@ -49,7 +49,7 @@ def tokens(engine: OfflineEngine, segments: Sequence[TextSegment], question: str
     return ids + engine.encode(question), {"segments": spans}
 
 
-def answer(engine: OfflineEngine, example: TaskExample, max_new_tokens: int) -> list[dict]:
+def answer(engine: Engine, example: TaskExample, max_new_tokens: int) -> list[dict]:
     """Records of an example's questions."""
     engine.ask(*tokens(engine, example.previous, example.questions[0].text), 1)
     newline = engine.encode("\n")

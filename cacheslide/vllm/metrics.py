@@ -21,13 +21,6 @@ COUNTERS = {
 }
 
 
-def _forget_counters() -> None:
-    """Let a second engine of this process count anew, as vLLM does with its own counters."""
-    for collector in list(REGISTRY._collector_to_names):
-        if getattr(collector, "_name", "").startswith("cacheslide:"):
-            REGISTRY.unregister(collector)
-
-
 @dataclass
 class ReuseStats(KVConnectorStats):
     """Counts since the last report: the keys of `COUNTERS`, and `fallback.<kind>`."""
@@ -61,12 +54,19 @@ class ReuseStats(KVConnectorStats):
         return not self.data
 
 
+def _unregister() -> None:
+    """Drop the counters of an engine that this process had before, as vLLM does with its own."""
+    for collector in list(REGISTRY._collector_to_names):
+        if str(getattr(collector, "_name", "")).startswith("cacheslide:"):
+            REGISTRY.unregister(collector)
+
+
 class ReuseMetrics(KVConnectorPromMetrics):
     """`cacheslide:*` counters per engine."""
 
     def __init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        _forget_counters()
+        _unregister()
         self.counters = {}
         for name, what in COUNTERS.items():
             counter = self._counter_cls(name=f"cacheslide:{name}", documentation=what, labelnames=labelnames)

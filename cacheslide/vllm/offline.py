@@ -1,117 +1,77 @@
-"""vLLM's offline engine with or without the connector, asked one prompt at a time: what the scripts run on."""
+"""An offline vLLM engine with or without the connector, and requests whose time to first token is known."""
 
-import argparse
-import os
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cacheslide.vllm import CONNECTOR
-from cacheslide.vllm.params import FIELD, ServerOptions
+from vllm import LLM, SamplingParams
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-_CPU_BLOCK = 32  # vLLM's CPU attention wants blocks of a multiple of this
+from cacheslide.vllm import CONNECTOR
+from cacheslide.vllm.params import FIELD
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What one request gave; `ttft` in seconds by the engine's clock, `seconds` by the caller's."""
+class Answered:
+    """One request: seconds from its arrival to its first token, its output ids, and its receipt if it was marked."""
 
-    text: str
-    token_ids: list[int]
     ttft: float
-    seconds: float
+    token_ids: list[int]
     receipt: dict[str, Any] | None
+    cached_tokens: int
 
 
-class OfflineEngine:
-    """A loaded model.
+def open_engine(model: str, connector: Mapping[str, Any] | None, **options: Any) -> LLM:
+    """A vLLM engine over `model`; `connector` holds the connector's options, None leaves it out.
 
-    Parameters
-    ----------
-    model : str
-        Folder or name of a checkpoint.
-    options : ServerOptions or None
-        The connector's options; None runs vLLM without it.
-    **engine
-        What vLLM's `LLM` takes.
+    `options` are `vllm.LLM`'s. Statistics are on: they hold the time of the first token.
     """
+    transfer = {"kv_connector": CONNECTOR, "kv_role": "kv_both", "kv_connector_extra_config": dict(connector or {})}
+    return LLM(model, kv_transfer_config=None if connector is None else transfer, disable_log_stats=False, **options)
 
-    def __init__(self, model: str, options: ServerOptions | None, **engine: Any) -> None:
-        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for results
-        from vllm import LLM
-        from vllm.platforms import current_platform
 
-        if current_platform.is_cpu():
-            engine = {"block_size": _CPU_BLOCK, "enforce_eager": True} | engine
-        if options is not None:
-            options.system  # noqa: B018 (an unknown system stops here, not after minutes of loading)
-            transfer = {"kv_connector": CONNECTOR, "kv_role": "kv_both", "kv_connector_extra_config": vars(options)}
-            engine |= {"kv_transfer_config": transfer}
-        self.options = options
-        self.llm = LLM(model, disable_log_stats=False, **engine)  # the statistics hold the time to first token
-        self.tokenizer = self.llm.get_tokenizer()
+def close_engine(engine: LLM) -> None:
+    """Stop it and give its memory back."""
+    engine.llm_engine.engine_core.shutdown()
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text` alone, without special tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def begin(self) -> list[int]:
-        """What a prompt begins with: BOS, where the tokenizer has one."""
-        return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+def move_store(engine: LLM, where: str) -> None:
+    """Move the chunks of all workers to "cpu" or "model", to compare both homes in one engine.
 
-    def ask(
-        self, token_ids: Sequence[int], marks: dict[str, Any] | None, max_new_tokens: int, stop_ids: Sequence[int] = ()
-    ) -> Answer:
-        """Complete a prompt greedily. `marks` is the object inside `cacheslide`; dropped without connector."""
-        from vllm import SamplingParams
+    The call travels as a pickled function: set VLLM_ALLOW_INSECURE_SERIALIZATION=1 before opening the engine.
+    """
+    engine.collective_rpc(_move_store, args=(where,))
 
-        extra = None if marks is None or self.options is None else {"kv_transfer_params": {FIELD: marks}}
-        settings = SamplingParams(
-            max_tokens=max_new_tokens, temperature=0, stop_token_ids=list(stop_ids), extra_args=extra
+
+def _move_store(_worker, where: str) -> None:
+    worker_of().move_store(where)
+
+
+def worker_of():
+    """The connector's worker half, for looking into an engine that lives in this process."""
+    return get_kv_transfer_group().worker
+
+
+def ask(
+    engine: LLM,
+    prompts: Sequence[Sequence[int]],
+    marks: Sequence[Mapping[str, Any] | None] | None = None,
+    tokens: int = 1,
+    **sampling: Any,
+) -> list[Answered]:
+    """Greedy continuations of `tokens` ids of all prompts, which arrive together. `marks` as in `marks_of`."""
+    settings = {"max_tokens": tokens, "temperature": 0.0, "detokenize": False, "ignore_eos": True} | sampling
+    params = [
+        SamplingParams(**settings, extra_args=None if m is None else {"kv_transfer_params": dict(m)})
+        for m in marks or [None] * len(prompts)
+    ]
+    outputs = engine.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
+    return [
+        Answered(
+            o.metrics.first_token_latency,
+            list(o.outputs[0].token_ids),
+            (o.kv_transfer_params or {}).get(FIELD),
+            o.num_cached_tokens or 0,
         )
-        began = time.perf_counter()
-        [output] = self.llm.generate([{"prompt_token_ids": list(token_ids)}], settings, use_tqdm=False)
-        seconds = time.perf_counter() - began
-        first = output.outputs[0]
-        receipt = (output.kv_transfer_params or {}).get(FIELD)
-        return Answer(first.text, list(first.token_ids), output.metrics.first_token_latency, seconds, receipt)
-
-    def close(self) -> None:
-        """Stop the engine."""
-        self.llm.llm_engine.engine_core.shutdown()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that both scripts share."""
-    parser.add_argument("--model", required=True, help="folder or name of a Llama, Mistral, Qwen2 or Qwen3 checkpoint")
-    parser.add_argument("--split", help="split of the data set (default: its usual one)")
-    parser.add_argument("--data", help="a file with the data set's rows, instead of the hub or datasets/local/")
-    parser.add_argument("--max_examples", type=int, default=20)
-    parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--enable_cacheslide", action="store_true", help="without it: vLLM as it is, prefix cache on")
-    parser.add_argument("--system", default="cacheslide", help="reuse system, a name from `cacheslide systems`")
-    parser.add_argument("--chunk_size", type=int, default=1024)
-    parser.add_argument("--suffix_len", type=int, default=1, help="tokens at the end that are always recomputed")
-    parser.add_argument("--tensor_parallel_size", type=int, default=1)
-    parser.add_argument("--gpu_memory_utilization", type=float, default=0.9)
-    parser.add_argument("--max_model_len", type=int)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--output", help="JSON file for the results; without it they go to standard output")
-
-
-def from_arguments(args: argparse.Namespace) -> OfflineEngine:
-    """The engine that the shared flags describe."""
-    options = None
-    if args.enable_cacheslide:
-        options = ServerOptions(
-            policy=args.system, chunk_size=args.chunk_size, suffix_len=args.suffix_len, encode="now"
-        )
-    return OfflineEngine(
-        args.model,
-        options,
-        dtype=args.dtype,
-        tensor_parallel_size=args.tensor_parallel_size,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        max_model_len=args.max_model_len,
-    )
+        for o in outputs
+    ]

@@ -246,3 +246,16 @@ def test_a_chat_template_without_boundaries_is_computed_exactly_and_says_why(fre
         fresh.chat(messages(1), sampling({"messages": ["reuse"] * 3}), chat_template=TEMPLATE, use_tqdm=False)
     with pytest.raises(VLLMValidationError, match="in a chat request only"):
         fresh.generate(joined(1), settings, use_tqdm=False)
+
+
+def test_a_template_that_refuses_is_asked_once(fresh, monkeypatch):
+    """vLLM logs every error of a template with its trace; the same chat must not fill the log."""
+    renderer = fresh.llm_engine.input_processor.renderer
+    asked, plain = [], renderer.render_messages
+    monkeypatch.setattr(renderer, "render_messages", lambda m, p: (asked.append(len(m)), plain(m, p))[1])
+    strict = "{% if messages|length < 3 %}{{ raise_exception('too short') }}{% endif %}" + TEMPLATE
+    for turn in range(2):
+        settings = sampling({"messages": {"updated": [1, 4]}})
+        output = fresh.chat(messages(turn), settings, chat_template=strict, use_tqdm=False)[0]
+        assert "the first 1 messages alone (too short)" in receipt(output)["note"] and receipt(output)["chunks"] > 3
+    assert asked.count(1) == 1 and asked.count(5) == 2

@@ -68,8 +68,15 @@ class Engine:
         began = time.perf_counter()
         [got] = ask(self.llm, [token_ids], [params], max_new_tokens, ignore_eos=False, stop_token_ids=list(stop_ids))
         seconds = time.perf_counter() - began
+        self._settle()
         text = self.tokenizer.decode(got.token_ids, skip_special_tokens=True)
         return Answer(text, got.token_ids, got.ttft, seconds, got.receipt)
+
+    def _settle(self) -> None:
+        """Have waiting chunks encoded: an engine in this process rests where one of its own would go on stepping."""
+        core = getattr(self.llm.llm_engine.engine_core, "engine_core", None)
+        while core is not None and core.scheduler.has_requests():
+            core.step_fn()
 
     def close(self) -> None:
         """Stop the engine."""

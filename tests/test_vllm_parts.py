@@ -18,6 +18,7 @@ from cacheslide.errors import ConfigError, ModelError, PolicyError, PromptError,
 from cacheslide.model.adapter import RowGroup
 from cacheslide.policy import load_policy
 from cacheslide.positions.rope import inverse_frequencies
+from cacheslide.prompt import Prompt
 from cacheslide.vllm import serve
 from cacheslide.vllm.attention import RowKernel, choose, gathered
 from cacheslide.vllm.connector import CacheSlideConnector
@@ -35,6 +36,7 @@ from tests.test_prefill import prompt
 
 GEOMETRY = Geometry("model", "torch.float32", 5, 2, 32, 64, 4, 1024, 1)
 TURN = prompt(20, 3)  # system 6 | updated 20 | fixed 23, 31, 17 | question 5
+FIXED_END = len(TURN) - 5
 
 
 # --- options and marks -----------------------------------------------------------------------------------------------
@@ -338,16 +340,16 @@ def step_output(scheduled: dict[str, int], computed: dict[str, int], blocks=None
 
 
 @pytest.mark.parametrize(("computed", "hits"), [(0, 7), (16, 6), (49, 4), (80, 2)])
-def test_claims_start_behind_the_prefix_cache_and_leave_the_last_row(computed, hits):
+def test_claims_start_behind_the_prefix_cache_and_end_with_the_last_chunk(computed, hits):
     scheduler, asked = side(), request()
     scheduler.arrive(asked)
     assert scheduler.claim(asked, computed) == 0  # nothing is stored yet
     know(scheduler)
-    assert scheduler.claim(asked, computed) == len(TURN) - 1 - computed
+    assert scheduler.claim(asked, computed) == FIXED_END - computed
     assert len(scheduler.tracked["r"].reuse) == hits
-    scheduler.allocated(asked, len(TURN) - 1 - computed)
-    [load] = scheduler.step(step_output({"r": 1}, {"r": len(TURN) - 1})).loads
-    assert (load.start, load.end, load.limit) == (computed, len(TURN) - 1, len(TURN) - 1)
+    scheduler.allocated(asked, FIXED_END - computed)
+    [load] = scheduler.step(step_output({"r": 5}, {"r": FIXED_END})).loads
+    assert (load.start, load.end, load.limit) == (computed, FIXED_END, len(TURN) - 1)
     assert load.positions is None and load.block_ids == [1, 2, 3]
 
 
@@ -365,10 +367,18 @@ def test_a_step_takes_no_more_rows_than_allowed():
     for r in asked:
         scheduler.arrive(r)
     know(scheduler, "0")
-    assert [scheduler.claim(r, 0) for r in asked] == [len(TURN) - 1, None, None]
-    scheduler.allocated(asked[0], len(TURN) - 1)
-    scheduler.step(step_output({"0": 1}, {"0": len(TURN) - 1}))
-    assert scheduler.claim(asked[1], 0) == len(TURN) - 1
+    assert [scheduler.claim(r, 0) for r in asked] == [FIXED_END, None, None]
+    scheduler.allocated(asked[0], FIXED_END)
+    scheduler.step(step_output({"0": 5}, {"0": FIXED_END}))
+    assert scheduler.claim(asked[1], 0) == FIXED_END
+
+
+def test_the_last_row_is_vllms_own_where_the_prompt_ends_with_a_chunk():
+    ends_fixed = Prompt(TURN.segments[:-1])
+    scheduler, asked = side(), request(turn=ends_fixed)
+    scheduler.arrive(asked)
+    know(scheduler)
+    assert scheduler.claim(asked, 0) == len(ends_fixed) - 1
 
 
 def test_blocks_that_another_request_fills_in_this_step_are_waited_for():

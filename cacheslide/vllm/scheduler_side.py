@@ -100,14 +100,16 @@ class SchedulerSide:
         tracked = self.tracked.get(request.request_id)
         if tracked is None or tracked.reason not in reasons.RETRY:
             return 0
-        want = tracked.rows - 1 - computed
-        limit = tracked.rows - self.options.suffix_len
+        limit = tracked.rows - max(1, self.options.suffix_len)
         reuse = tuple(
             (key, chunk)
             for key, chunk in zip(tracked.plan.keys, tracked.plan.chunks, strict=True)
             if key in self.index and max(chunk.start, computed) < min(chunk.end, limit)
         )
         tracked.start, tracked.reuse = computed, reuse
+        # Behind the last reused row the text is exact work over completed KV: vLLM does it best itself, together with
+        # the last row, for which it reads all weights anyway.
+        want = min(limit, max((chunk.end for _, chunk in reuse), default=tracked.rows)) - computed
         if want <= 0 or not reuse:
             stored = any(key in self.index for key in tracked.plan.keys)
             tracked.reason = reasons.NOT_STORED_BEYOND if stored else reasons.NOT_STORED

@@ -383,6 +383,7 @@ def test_the_last_row_is_vllms_own_where_the_prompt_ends_with_a_chunk():
 
 def test_blocks_that_another_request_fills_in_this_step_are_waited_for():
     scheduler, asked, plain = side(), request(), request("plain")
+    reused = TURN.chunks(16)[-1].end
     scheduler.arrive(asked)
     know(scheduler)
     plain.kv_transfer_params, plain.block_hashes = None, [b"0", b"1", b"2", b"3"]
@@ -390,13 +391,13 @@ def test_blocks_that_another_request_fills_in_this_step_are_waited_for():
     scheduler.allocated(plain, 0)
     assert scheduler.claim(asked, 32) is None  # both blocks are shared and not computed yet
     plain.num_computed_tokens = 20
-    assert scheduler.claim(asked, 32) is None and scheduler.claim(asked, 16) == len(TURN) - 17
+    assert scheduler.claim(asked, 32) is None and scheduler.claim(asked, 16) == reused - 16
     plain.num_computed_tokens = 40
-    assert scheduler.claim(asked, 32) == len(TURN) - 33
+    assert scheduler.claim(asked, 32) == reused - 32
     plain.num_computed_tokens, plain.status = 0, RequestStatus.PREEMPTED  # it computes nothing now
-    assert scheduler.claim(asked, 32) == len(TURN) - 33
+    assert scheduler.claim(asked, 32) == reused - 32
     plain.status = RequestStatus.RUNNING
-    assert scheduler.finish(plain) is None and scheduler.claim(asked, 32) == len(TURN) - 33
+    assert scheduler.finish(plain) is None and scheduler.claim(asked, 32) == reused - 32
 
 
 def finished(asked, generated: int):

@@ -13,6 +13,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from harness.systems import STOCK
+
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
@@ -152,7 +154,8 @@ def test_configuration_is_valid_and_named_after_its_run(path):
     config = yaml.safe_load(path.read_text())
     Draft202012Validator(SCHEMA).validate(config)
     assert config["run"] == path.stem
-    assert set(config["systems"]) <= PROJECT["entry-points"]["cacheslide.policies"].keys()
+    stock = STOCK.keys() if config.get("backend") == "vllm" else set()
+    assert set(config["systems"]) <= PROJECT["entry-points"]["cacheslide.policies"].keys() | stock
     assert f"`{path.name}`" in (ROOT / "config/README.md").read_text()
 
 

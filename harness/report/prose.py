@@ -35,8 +35,9 @@ CAPTIONS = {
     ),
     "throughput": (
         "Throughput in a closed loop by number of concurrent requests: all requests, and correctly answered ones. "
-        "Bars are 95 % intervals over the loop's rounds. The backend serves in rounds, so this is not the throughput "
-        "of a serving engine with continuous batching."
+        "Bars are 95 % intervals over the loop's rounds. The reference backend serves in rounds, so its numbers are "
+        "not the throughput of a serving engine; vLLM batches continuously, and a round is then as many answers in a "
+        "row as there are clients."
     ),
 }
 

@@ -12,6 +12,7 @@ from cacheslide.vllm.params import policy_of
 from harness import study
 from harness.configuration import check
 from harness.inventory import FIGURES, data_spec, figures_of, prompt_files
+from harness.plots import render
 from harness.systems import STOCK, recipes, resolve, scalable
 from harness.vllm_backend import marked_as
 
@@ -75,6 +76,7 @@ def test_prompt_files_name_every_part_once():
     assert data_spec(found, "latency-4096") == {"split": "test", "prompts": 5, "tokens": 4096}
     assert data_spec(found, "throughput") == {"split": "test", "prompts": 8, "tokens": 768}
     assert data_spec(found, "validation")["split"] == "validation"
+    assert set(FIGURES) == set(render.FIGURES)
 
 
 def test_cksim_and_chunk_files_say_that_they_are_the_reference_backends():

@@ -194,6 +194,15 @@ def test_targets_resolve_with_the_default_profile(targets):
     assert re.search(r"^fig04a +1$", done.stdout + done.stderr, re.MULTILINE)
 
 
+def test_a_configuration_for_vllm_leaves_out_cksim_and_chunk_files():
+    done = snakemake("--dry-run", "--forceall", "reproduce-all", "--configfile", "config/smoke-vllm.yaml")
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "config: cksim is left out: CKSim reads the KV of every layer" in said
+    assert re.search(r"^evaluate +1$", said, re.MULTILINE) and re.search(r"^fig10 +1$", said, re.MULTILINE)
+    assert not re.search(r"^(build_chunks|measure_cksim|fig04a) +1$", said, re.MULTILINE)
+
+
 def test_install_says_that_python_is_too_old(tmp_path):
     old = tmp_path / "python3.9"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2\nexit 1\n')

@@ -133,10 +133,12 @@ def _missing(summary: Summary) -> list[str]:
 
 def _scope(summary: Summary) -> str:
     where = {"cpu": "a CPU", "cuda": "a GPU"}.get(summary["conditions"]["device"], "this device")
+    on_vllm = summary["conditions"].get("config", {}).get("backend") == "vllm"
+    how = "inside vLLM" if on_vllm else "in plain PyTorch without a serving engine"
     return (
-        f"All numbers are of {summary['conditions']['model']} with this repository's prompts on {where}, in plain "
-        "PyTorch without a serving engine, not of the paper's models on its A100: absolute times are not comparable "
-        "with the paper's, and ratios only as far as the same work is saved."
+        f"All numbers are of {summary['conditions']['model']} with this repository's prompts on {where}, {how}, not of "
+        "the paper's models on its A100: absolute times are not comparable with the paper's, and ratios only as far as "
+        "the same work is saved."
     )
 
 

@@ -30,10 +30,11 @@ class Response:
     """Answers to the questions of one example, and how they came about.
 
     `receipts` holds one a request: a backend that prefills the context once for all questions has one. `cksim` is
-    per layer, over the fixed rows, None where it was not measured. Times are in seconds.
+    per layer, over the fixed rows, None where it was not measured. `seconds` is the time of the prefill, or to the
+    first token; None where requests of one batch share it.
     """
 
-    seconds: float
+    seconds: float | None
     receipts: list[dict[str, Any]]
     texts: list[str] = field(default_factory=list)
     cksim: list[float] | None = None
@@ -48,7 +49,7 @@ class Responder(Protocol):
         """Drop all caches and fill them from the previous turn of `examples`; returns what that took, by cache."""
 
     def respond(self, system: System, example: TaskExample, max_new_tokens: int) -> Response:
-        """Answer every question of `example`; `seconds` is their prefill, or all of them in one batch."""
+        """Answer every question of `example`."""
 
     def first_token(self, system: System, example: TaskExample, max_new_tokens: int, answer: bool) -> Response:
         """Time the first token of the first question; with `answer`, all questions are answered as well."""
@@ -77,13 +78,13 @@ class ReferenceResponder:
         self, backend: ReferenceBackend, settings: EngineSettings, chunks: str | None = None, similarity: bool = False
     ) -> None:
         self.backend, self.settings, self.similarity = backend, settings, similarity
-        self.folder = None if chunks is None else DirectoryChunkStore(chunks)
-        self.store = self.folder or MemoryChunkStore()
+        self.prebuilt = chunks is not None
+        self.store = MemoryChunkStore() if chunks is None else DirectoryChunkStore(chunks)
         self._exact: tuple[str, torch.Tensor] | None = None
 
     def fill(self, examples: Sequence[TaskExample], systems: Sequence[System]) -> dict[str, Any]:
         """See `Responder.fill`."""
-        if self.folder is not None:
+        if self.prebuilt:
             return {}
         self.store = MemoryChunkStore()
         return build_chunks(self.backend, examples, systems, self.store, self.settings, progress=None)

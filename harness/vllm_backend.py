@@ -85,10 +85,7 @@ class VllmResponder:
         """See `Responder.respond`: all questions are one batch of requests, each of which completes the context."""
         self._before_stock(system, [example])
         asks = [self._ask(system, example, q.text, max_new_tokens) for q in example.questions]
-        started = time.perf_counter()
-        answers = self.engine.run(asks)
-        seconds = time.perf_counter() - started
-        return self._response(system, asks, answers, seconds)
+        return self._response(system, asks, self.engine.run(asks), None)
 
     def first_token(self, system: System, example: TaskExample, max_new_tokens: int, answer: bool) -> Response:
         """See `Responder.first_token`. From handing the token ids to vLLM to its first token."""
@@ -146,7 +143,7 @@ class VllmResponder:
         marks = marks_of(prompt, namespace=_namespace(system), **marked_as(system))
         return Ask(prompt.token_ids, max_new_tokens, marks, self.stop)
 
-    def _response(self, system: System, asks: list[Ask], answers: list[Answer], seconds: float) -> Response:
+    def _response(self, system: System, asks: list[Ask], answers: list[Answer], seconds: float | None) -> Response:
         receipts = [self._receipt(system, ask, answer) for ask, answer in zip(asks, answers, strict=True)]
         texts = [self.backend.decode(a.token_ids) for a in answers]
         return Response(seconds, receipts, texts)

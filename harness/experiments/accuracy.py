@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from tqdm import tqdm
 
+from cacheslide.errors import CacheSlideError
 from harness.responders import Responder
 from harness.results.records import RecordWriter, guarded
 from harness.scoring import question_records
@@ -25,8 +26,13 @@ def evaluate(
     for responder, systems in sessions:
         for example in tqdm(examples, desc=progress, disable=progress is None, mininterval=1):
             todo = [s for s in systems if example.id not in writers[s.name].done]
-            if todo:
+            if not todo:
+                continue
+            try:
                 responder.fill([example], todo)
+            except CacheSlideError as error:
+                for system in todo:
+                    writers[system.name].fail(example.id, error)
             for system in todo:
                 guarded(
                     writers[system.name],

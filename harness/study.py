@@ -12,7 +12,7 @@ import torch
 
 from cacheslide.errors import ConfigError
 from cacheslide.store.directory import DirectoryChunkStore
-from cacheslide.vllm.offline import EngineOptions
+from cacheslide.vllm.in_process import EngineOptions
 from harness.backend import EngineSettings, ReferenceBackend
 from harness.experiments.accuracy import evaluate
 from harness.experiments.chunks import build_chunks

@@ -9,7 +9,6 @@ import gc
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from cacheslide.engine import Receipt
 from cacheslide.errors import ModelError, PolicyError
 from cacheslide.policy import ReusePolicy
 from cacheslide.prompt import Prompt
-from cacheslide.vllm.offline import Answer, Ask, EngineOptions, OfflineEngine
+from cacheslide.vllm.in_process import Answer, Ask, EngineOptions, InProcessEngine
 from cacheslide.vllm.params import marks_of, policy_of
 from harness.backend import EngineSettings
 from harness.responders import Response, load_record
@@ -46,10 +45,10 @@ class VllmBackend(Tokens):
         except (OSError, KeyError, ValueError) as missing:
             raise ModelError(f"{path}: config.json does not say num_hidden_layers: {missing}") from None
 
-    def engine(self, settings: EngineSettings, connector: bool) -> OfflineEngine:
+    def engine(self, settings: EngineSettings, connector: bool) -> InProcessEngine:
         """A running engine, with the connector or without."""
         extra = {"chunk_size": settings.chunk_size, "suffix_len": settings.suffix_len, "encode": "now"}
-        return OfflineEngine(self.path, self.dtype, self.device, self.options, extra if connector else None)
+        return InProcessEngine(self.path, self.dtype, self.device, self.options, extra if connector else None)
 
 
 def vllm_sessions(
@@ -60,15 +59,14 @@ def vllm_sessions(
     marked = [s for s in systems if not isinstance(s, Stock)]
     for some, connector in ((stock, False), (marked, True)):
         if some:
-            with ExitStack() as stack:
-                engine = stack.enter_context(backend.engine(settings, connector))
+            with backend.engine(settings, connector) as engine:
                 yield VllmResponder(backend, engine), some
 
 
 class VllmResponder:
     """Requests to one engine. Systems never share a chunk: each has a namespace of its own."""
 
-    def __init__(self, backend: VllmBackend, engine: OfflineEngine) -> None:
+    def __init__(self, backend: VllmBackend, engine: InProcessEngine) -> None:
         self.backend, self.engine, self.stop = backend, engine, backend.stop_ids()
 
     def fill(self, examples: Sequence[TaskExample], systems: Sequence[System]) -> dict[str, Any]:

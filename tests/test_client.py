@@ -194,7 +194,7 @@ def test_a_server_that_never_answers_is_ended_with_its_children(tmp_path):
 
 
 def test_command_lines():
-    from cacheslide.vllm.offline import EngineOptions
+    from cacheslide.vllm.in_process import EngineOptions
 
     flags = engine_flags(EngineOptions(max_model_len=64, enforce_eager=True, kv_cache_gib=0.5), "bfloat16")
     assert flags[:2] == ["--dtype", "bfloat16"] and "--enforce-eager" in flags and "--store-gib" not in flags

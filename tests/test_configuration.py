@@ -7,7 +7,7 @@ import yaml
 
 from cacheslide.errors import ConfigError, PolicyError
 from cacheslide.policy import load_policy, policy_names
-from cacheslide.vllm.offline import EngineOptions
+from cacheslide.vllm.in_process import EngineOptions
 from cacheslide.vllm.params import policy_of
 from harness import study
 from harness.configuration import check

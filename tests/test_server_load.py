@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from cacheslide.policy import load_policy
-from cacheslide.vllm.offline import EngineOptions
+from cacheslide.vllm.in_process import EngineOptions
 from cacheslide.vllm.params import marks_of
 from harness.client.load import closed_loop
 from harness.client.server import Server, connector_command, engine_flags

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from cacheslide.errors import PromptError
-from cacheslide.vllm.offline import Ask
+from cacheslide.vllm.in_process import Ask
 from harness import study
 from harness.backend import EngineSettings
 from harness.responders import ReferenceResponder

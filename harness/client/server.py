@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import CacheSlideError
-from cacheslide.vllm.offline import EngineOptions, environment
+from cacheslide.vllm.in_process import EngineOptions, environment
 from harness.client.stream import Endpoint
 
 HOST = "127.0.0.1"

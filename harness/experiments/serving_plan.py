@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from cacheslide.errors import ConfigError, ModelError
-from cacheslide.vllm.offline import EngineOptions
+from cacheslide.vllm.in_process import EngineOptions
 from harness.systems import STOCK, resolve, scalable
 
 _LISTS = {"systems": str, "tokens": int, "batches": int, "shares": float, "store_devices": str, "rates": float}

@@ -102,7 +102,7 @@ def prepare(device: str, eager: bool) -> None:
             sys.modules["torch._dynamo.config"].disable = True
 
 
-class OfflineEngine:
+class InProcessEngine:
     """One vLLM engine; a context manager that frees it.
 
     Parameters
@@ -152,7 +152,7 @@ class OfflineEngine:
             raise ConfigError(f"vLLM does not start with these options: {refused}") from None
         self._sent = 0
 
-    def __enter__(self) -> "OfflineEngine":
+    def __enter__(self) -> "InProcessEngine":
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -1,5 +1,7 @@
 """The study inside vLLM: the same answers and the same rows reused as on the reference backend."""
 
+import os
+
 import pytest
 
 pytest.importorskip("vllm")
@@ -42,6 +44,15 @@ CONFIG = {
     "throughput": {"systems": ["cacheslide"], "batches": [2]},
 }
 LAYER = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment():
+    """What an engine sets up in its process must not reach servers that other tests start."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

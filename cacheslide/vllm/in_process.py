@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import ConfigError, PromptError
-from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.params import FIELD
 
 
@@ -126,26 +125,20 @@ class InProcessEngine:
         connector: Mapping[str, Any] | None = None,
     ) -> None:
         prepare(device, options.enforce_eager)
-        from vllm import LLM
         from vllm.platforms import current_platform
+
+        from cacheslide.vllm.offline import open_engine
 
         if current_platform.is_cpu() is not (device == "cpu"):
             raise ConfigError(f"device {device}: the installed vLLM is built for {current_platform.device_type}")
-        transfer = None
-        if connector is not None:
-            store = {"store_gib": options.store_gib, "store_device": options.store_device}
-            transfer = {
-                "kv_connector": CONNECTOR,
-                "kv_role": "kv_both",
-                "kv_connector_extra_config": store | dict(connector),
-            }
+        store = {"store_gib": options.store_gib, "store_device": options.store_device}
         try:
-            self.llm = LLM(
+            self.llm = open_engine(
                 str(model),
+                None if connector is None else store | dict(connector),
                 dtype=dtype,
                 skip_tokenizer_init=True,
                 enable_prefix_caching=connector is None,
-                kv_transfer_config=transfer,
                 **options.arguments(),
             )
         except ValueError as refused:
@@ -224,7 +217,9 @@ class InProcessEngine:
         """Stop the engine and give its memory back."""
         if self.llm is None:
             return
-        self.llm.llm_engine.engine_core.shutdown()
+        from cacheslide.vllm.offline import close_engine
+
+        close_engine(self.llm)
         self.llm = None
         gc.collect()
         if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():

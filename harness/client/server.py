@@ -79,6 +79,7 @@ class Server:
         self.command = [*command, "--host", HOST, "--port", str(self.port)]
         self.endpoint = Endpoint(f"http://{HOST}:{self.port}", model)
         self.environment = {**os.environ, **environment(device, eager)}
+        self.environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # of engines in this process, not of a server's
         self.process: subprocess.Popen | None = None
 
     def __enter__(self) -> "Server":

@@ -76,7 +76,7 @@ def test_prompt_files_name_every_part_once():
     assert data_spec(found, "latency-4096") == {"split": "test", "prompts": 5, "tokens": 4096}
     assert data_spec(found, "throughput") == {"split": "test", "prompts": 8, "tokens": 768}
     assert data_spec(found, "validation")["split"] == "validation"
-    assert set(FIGURES) == set(render.FIGURES)
+    assert set(FIGURES) <= set(render.FIGURES)  # others are drawn from benchmarks, not from a run
 
 
 def test_cksim_and_chunk_files_say_that_they_are_the_reference_backends():

@@ -10,6 +10,7 @@ from cacheslide.engine import ReuseEngine
 from cacheslide.errors import PolicyError
 from cacheslide.keys import ContentKeying, FixedChainKeying
 from cacheslide.model.adapter import RowGroup
+from cacheslide.model.reference import ReferenceLlama
 from cacheslide.placement import Placement
 from cacheslide.policy import Encoding, ReusePolicy
 from cacheslide.prompt import Prompt, Role, Segment
@@ -213,6 +214,33 @@ def test_swap_exchanges_converged_rows(model, reading, tau, leave):
     # everything converged: all leave at layer 3 and the next ones by deviation take their place
     assert torch.isin(first, last).any().item() is not leave
     assert not done.kv.k[:, : len(now)].isnan().any()
+
+
+class OneOfTwo(ReferenceLlama):
+    """A rank whose twin holds the same heads: every sum over ranks doubles, and nothing that is chosen may change."""
+
+    ranks = 2
+
+    def reduce_scores(self, scores):
+        return 2 * scores
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        TopDeviation(0.3, 1, fusion="paper"),
+        TopDeviation(0.3, 1, fusion="wiener"),
+        TopDeviation(0.2, 1, swap=Swap(0.02, every=1)),
+        TopDeviation(0.1, 1, promote=(Promotion(1, 0.2),)),
+    ],
+    ids=["paper", "wiener", "swap", "promote"],
+)
+def test_what_ranks_compare_is_summed_over_all_of_them(model, checkpoint, rule):
+    twin = OneOfTwo.from_pretrained(checkpoint)
+    one, two = (run(m, chain(rule, "in_prompt"), prompt(7, 3), prompt(13, 5))[2] for m in (model, twin))
+    assert torch.equal(one.output.selected, two.output.selected)
+    assert one.receipt.alpha == pytest.approx(two.receipt.alpha)
+    torch.testing.assert_close(one.logits, two.logits)
 
 
 def test_two_steps_equal_one(model):

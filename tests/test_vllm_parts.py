@@ -13,7 +13,6 @@ pytest.importorskip("vllm")
 
 from vllm.v1.request import RequestStatus
 
-from cacheslide.correction import Swap, TopDeviation
 from cacheslide.errors import ConfigError, ModelError, PolicyError, PromptError, StoreError
 from cacheslide.model.adapter import RowGroup
 from cacheslide.policy import load_policy
@@ -34,7 +33,7 @@ from cacheslide.vllm.scheduler_side import SchedulerSide
 from cacheslide.vllm.support import check, check_policy
 from tests.test_prefill import prompt
 
-GEOMETRY = Geometry("model", "torch.float32", 5, 2, 32, 64, 4, 1024, 1)
+GEOMETRY = Geometry("model", "torch.float32", 5, 2, 32, 64, 4, 1024)
 TURN = prompt(20, 3)  # system 6 | updated 20 | fixed 23, 31, 17 | question 5
 FIXED_END = len(TURN) - 5
 
@@ -257,13 +256,10 @@ def test_caches_of_other_attention_are_refused(cache):
         check(engine_config(), cache)
 
 
-def test_systems_that_a_model_or_its_ranks_cannot_run():
+def test_systems_that_a_model_cannot_run():
     with pytest.raises(PolicyError, match="layer 5, but the model has 5 layers"):
-        check_policy(policy_of("cacheslide", None, 5), 5, 1)
-    swaps = load_policy("cacheslide").__class__("s", "S", correction=TopDeviation(0.1, swap=Swap()))
-    check_policy(swaps, 5, 1)
-    with pytest.raises(PolicyError, match="not with 2 ranks"):
-        check_policy(swaps, 5, 2)
+        check_policy(policy_of("cacheslide", None, 5), 5)
+    check_policy(policy_of("cacheslide", None, 4), 5)
 
 
 def test_chunks_are_named_by_the_files_the_weights_came_from(tmp_path):

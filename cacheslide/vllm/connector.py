@@ -26,7 +26,7 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
         check(vllm_config, kv_cache_config)
         options = ServerOptions.from_extra_config(self._kv_transfer_config.kv_connector_extra_config)
         geometry = Geometry.of(vllm_config)
-        check_policy(options.system, geometry.num_layers, geometry.ranks)
+        check_policy(options.system, geometry.num_layers)
         self.scheduler: SchedulerSide | None = None
         self.worker: WorkerSide | None = None
         if role == KVConnectorRole.SCHEDULER:

@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Geometry:
-    """Layers, this rank's KV heads, sizes in elements, `itemsize` in bytes; `ranks` share the heads."""
+    """Layers, this rank's KV heads, sizes in elements, `itemsize` in bytes."""
 
     model_id: str
     dtype: str
@@ -19,7 +19,6 @@ class Geometry:
     hidden_size: int
     itemsize: int
     max_positions: int
-    ranks: int
 
     @classmethod
     def of(cls, vllm_config) -> "Geometry":
@@ -35,7 +34,6 @@ class Geometry:
             hidden_size=config.hidden_size,
             itemsize=torch.empty(0, dtype=model.dtype).element_size(),
             max_positions=max(model.max_model_len, config.max_position_embeddings),
-            ranks=parallel.tensor_parallel_size,
         )
 
     def chunk_bytes(self, rows: int, probes: int) -> int:

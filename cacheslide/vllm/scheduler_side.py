@@ -72,7 +72,7 @@ class SchedulerSide:
 
     def _plan(self, request, marks: Marks) -> Tracked:
         policy = marks.system(self.options.policy)
-        check_policy(policy, self.geometry.num_layers, self.geometry.ranks)
+        check_policy(policy, self.geometry.num_layers)
         tenant = "\0".join((self.options.namespace, marks.namespace, request.cache_salt or ""))
         if marks.find:
             marks = replace(marks, segments=tuple(self.memory.meet(tenant, request.prompt_token_ids)))

@@ -65,13 +65,11 @@ def _check_cache(kv_cache_config: Any) -> None:
         raise ModelError("sliding-window and chunked attention are not supported")
 
 
-def check_policy(policy: ReusePolicy, layers: int, ranks: int) -> None:
-    """Raise PolicyError for a system that this model, or this many tensor-parallel ranks, cannot run."""
+def check_policy(policy: ReusePolicy, layers: int) -> None:
+    """Raise PolicyError for a system that this model cannot run."""
     rule = policy.correction
     if not isinstance(rule, TopDeviation):
         return
     last = max([rule.layer, *(p.layer for p in rule.promote)])
     if last >= layers:
         raise PolicyError(f"{policy.name} selects at layer {last}, but the model has {layers} layers")
-    if ranks > 1 and (rule.swap is not None or rule.fusion not in ("replace", "constant")):
-        raise PolicyError(f"{policy.name}: swaps and weighted fusion see one rank's heads only; not with {ranks} ranks")

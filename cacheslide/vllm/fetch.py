@@ -21,8 +21,8 @@ Parts = list[tuple[Tensor, Tensor]]
 class Rings:
     """Device memory for what is under way, kept from run to run: a prefetch must not wait for an allocator.
 
-    A run takes its memory piece by piece and gives it back as a whole; the next run's copies wait for whatever the
-    run before has issued, so nothing is overwritten that is still read.
+    A run takes its memory piece by piece and gives it back as a whole with `run_over`; the next run's copies wait for
+    what was issued until then, and not for vLLM's own work since.
     """
 
     def __init__(self, device: torch.device, stream: "torch.cuda.Stream | None" = None) -> None:
@@ -36,7 +36,14 @@ class Rings:
                 torch.cuda.current_stream(self.device).wait_stream(self.stream)
             self.memory = torch.empty(0, dtype=torch.uint8)  # give the old memory back before asking for more
             self.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            self.run_over()  # the allocator hands out memory that work already issued may still use
         self.used = 0
+
+    def run_over(self) -> None:
+        """Everything that reads what was taken has been issued."""
+        if self.stream is not None:
+            self.idle = torch.cuda.Event()
+            self.idle.record(torch.cuda.current_stream(self.device))
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor out of what was reserved, at a multiple of 256 bytes."""
@@ -86,7 +93,7 @@ class LayerFetch:
         self.oldest = self.next = 0  # groups that may still be asked for, and the first that is not under way
         if self.stream is not None:
             self.ready = [torch.cuda.Event() for _ in range(self.depth)]
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # whoever used this memory before is done
+            self.stream.wait_event(rings.idle)
         for _ in range(self.depth):
             self._issue()
 

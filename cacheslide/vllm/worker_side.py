@@ -77,6 +77,7 @@ class WorkerSide:
         prepared = [self._prepare(plan, *parts) for plan, parts in zip(step.loads, found, strict=True)]
         with self.model.running(any(plan.positions is not None for plan in step.loads)):
             outputs = self.executor.run([request for request, _ in prepared])
+        self.rings.run_over()
         for plan, (request, receipt), output in zip(step.loads, prepared, outputs, strict=True):
             self._note(plan, request, receipt, output)
 

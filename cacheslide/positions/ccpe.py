@@ -1,0 +1,95 @@
+"""CCPE, chunked contextual position encoding (paper section 4.2, Alg. 1): canonical gate masses of updated slots.
+
+Under CoPE a fixed chunk's keys lie as many positions away from a query as the gates between them add up to. An
+updated segment in between changes that sum every turn. CCPE fixes it: seen from the fixed chunks behind it, an updated
+slot always takes up Γ positions (one number a layer, head and slot), whatever text fills it. Inside chunks, and for
+queries that are recomputed every turn, live gates count.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cacheslide.errors import PromptError
+
+
+@dataclass(frozen=True)
+class SlotMasses:
+    """The updated slots of a call's requests, and what each weighs.
+
+    Attributes
+    ----------
+    bounds : Tensor [slots, 2], int32
+        First row and end row of every slot; ascending and disjoint inside a request, none empty.
+    cu_slots : Tensor [requests + 1], int32
+        Request i owns slots cu_slots[i]..cu_slots[i + 1].
+    masses : Tensor [slots, heads], float32
+        Γ of every slot for every query head, in positions, at least 0.
+    canonical : Tensor [n], bool
+        Which query rows cross slots by Γ (those of fixed chunks); a slot counts for rows at or behind its end.
+    cap : bool
+        Whether the slot's own keys may lie at most Γ positions deep in it, so that positions never fall towards
+        the left at the slot's edge.
+    """
+
+    bounds: Tensor
+    cu_slots: Tensor
+    masses: Tensor
+    canonical: Tensor
+    cap: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bounds.dim() != 2 or self.bounds.shape[1] != 2 or self.masses.shape[0] != len(self.bounds):
+            raise PromptError(f"slots {tuple(self.bounds.shape)} and masses {tuple(self.masses.shape)} disagree")
+
+    def of(self, request: int, rows: slice) -> "SlotMasses":
+        """The slots of one request, for the queries `rows` of the packed call."""
+        begin, end = self.cu_slots[request : request + 2].tolist()
+        cu = torch.tensor([0, end - begin], dtype=torch.int32)
+        return SlotMasses(self.bounds[begin:end], cu, self.masses[begin:end], self.canonical[rows], self.cap)
+
+
+def crossing_positions(gates: Tensor, rows: Tensor, slots: SlotMasses) -> Tensor:
+    """Contextual positions of keys with canonical masses, not yet clamped.
+
+    Parameters
+    ----------
+    gates : Tensor [heads, n, keys]
+        0 where the key lies behind the query.
+    rows : Tensor [n]
+        The queries' rows.
+    slots : SlotMasses
+        Of one request.
+
+    Returns
+    -------
+    Tensor [heads, n, keys]
+        For a crossing query: outside slots the live gates of the keys outside slots plus Γ of every slot passed; inside
+        a slot the live gates of its keys on top of the position at its end.
+    """
+    live = suffix_sum(gates)
+    pairs = slots.bounds.tolist()
+    crosses = [(slots.canonical & (rows >= end))[None, :, None] for _, end in pairs]
+    outer = gates.clone()
+    for (first, end), crossing, mass in zip(pairs, crosses, slots.masses, strict=True):
+        inside = outer[:, :, first:end]
+        jump = torch.zeros_like(inside)
+        jump[:, :, 0] = mass.to(gates.dtype)[:, None]
+        outer[:, :, first:end] = torch.where(crossing, jump, inside)
+    outer = suffix_sum(outer)
+    result = outer.clone()
+    for (first, end), crossing, mass in zip(pairs, crosses, slots.masses, strict=True):
+        if end >= gates.shape[2]:
+            continue  # no query lies behind it
+        entry = outer[:, :, end : end + 1]
+        deep = live[:, :, first:end] - live[:, :, end : end + 1]
+        if slots.cap:
+            deep = torch.minimum(deep, mass.to(gates.dtype)[:, None, None])
+        result[:, :, first:end] = torch.where(crossing, entry + deep, outer[:, :, first:end])
+    return result
+
+
+def suffix_sum(gates: Tensor) -> Tensor:
+    """Sums from the right along the last dimension: out[j] = gates[j] + gates[j + 1] + ..."""
+    return gates.flip(-1).cumsum(-1).flip(-1)

@@ -1,12 +1,22 @@
 """CoPE's plain reference against a direct reading of its definition, and CCPE's canonical masses."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from cacheslide.errors import PromptError
+from cacheslide.kernels import cope as kernels
 from cacheslide.positions import cope
 from cacheslide.positions.ccpe import SlotMasses
 from cacheslide.positions.cope import cope_attention, query_blocks
+from tests.test_kernels import other_layout, paged, scattered
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def made(n, keys, heads, kv_heads, dim, p_max, seed=0, dtype=torch.float32):
@@ -107,3 +117,52 @@ def test_gradients_go_through_gates_and_table(monkeypatch):
 def test_disagreeing_slots_are_refused():
     with pytest.raises(PromptError, match="disagree"):
         SlotMasses(torch.zeros(2, 2).int(), torch.tensor([0, 2]).int(), torch.zeros(1, 4), torch.ones(3).bool())
+
+
+def test_paged_and_ragged_is_the_same_attention():
+    lengths = [40, 9, 23]
+    kv, table, dense = paged(lengths, 2, 6, 16, seed=6)
+    rows, cu_rows = scattered(lengths, [0.5, 0.0, 1.0], seed=7)
+    q, embedding = torch.randn(len(rows), 4, 6), torch.randn(8, 6)
+    masses, canonical = torch.rand(2, 4), torch.rand(len(rows)) < 0.5
+    slots = SlotMasses(torch.tensor([[3, 9], [2, 5]]).int(), torch.tensor([0, 1, 1, 2]).int(), masses, canonical)
+    out = kernels.cope_attention(q, rows, cu_rows, table, other_layout(kv), embedding, slots=slots)
+    for i in (0, 2):
+        begin, end = cu_rows[i : i + 2].tolist()
+        part = slice(begin, end)
+        want = cope_attention(q[part], *dense[i], embedding, rows[part], slots=slots.of(i, part))
+        torch.testing.assert_close(out[part], want)
+    last = torch.tensor([n - 1 for n in lengths]).int()
+    one = kernels.cope_decode(q[:3], last, table, kv, embedding)
+    for i in range(3):
+        torch.testing.assert_close(one[i : i + 1], cope_attention(q[i : i + 1], *dense[i], embedding, last[i : i + 1]))
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        ({"embedding": torch.randn(4, 8, dtype=torch.float64)}, "float64"),
+        ({"embedding": torch.randn(1, 8)}, "p_max"),
+        ({"embedding": torch.randn(4, 6)}, "position table"),
+        ({"q": torch.randn(3, 3, 8)}, "do not fit"),
+        ({"q": torch.randn(3, 8, 4).transpose(1, 2)}, "contiguous"),
+        ({"scale": 0.0}, "above 0"),
+    ],
+)
+def test_attention_refuses_what_it_cannot_do(change, reason):
+    kv, table, _ = paged([3], 2, 8, 16, seed=6)
+    given = {"q": torch.randn(3, 4, 8), "rows": torch.arange(3).int(), "cu_rows": torch.tensor([0, 3]).int()}
+    given |= {"block_table": table, "kv": kv, "embedding": torch.randn(4, 8)} | change
+    with pytest.raises(ValueError, match=reason):
+        kernels.cope_attention(**given)
+
+
+def test_triton_kernels_under_the_interpreter():
+    """Triton decides at import whether it interprets, so these tests need a process of their own."""
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels_cope.py"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) >= 60, done.stdout[-1000:]  # skipping everything would be no test

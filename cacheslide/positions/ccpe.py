@@ -69,19 +69,18 @@ def crossing_positions(gates: Tensor, rows: Tensor, slots: SlotMasses) -> Tensor
         a slot the live gates of its keys on top of the position at its end.
     """
     live = suffix_sum(gates)
-    pairs = slots.bounds.tolist()
+    kept = slots.bounds[:, 1] < gates.shape[2]  # behind the end of any other slot there is no query
+    pairs, masses = slots.bounds[kept].tolist(), slots.masses[kept]
     crosses = [(slots.canonical & (rows >= end))[None, :, None] for _, end in pairs]
     outer = gates.clone()
-    for (first, end), crossing, mass in zip(pairs, crosses, slots.masses, strict=True):
+    for (first, end), crossing, mass in zip(pairs, crosses, masses, strict=True):
         inside = outer[:, :, first:end]
         jump = torch.zeros_like(inside)
         jump[:, :, 0] = mass.to(gates.dtype)[:, None]
         outer[:, :, first:end] = torch.where(crossing, jump, inside)
     outer = suffix_sum(outer)
     result = outer.clone()
-    for (first, end), crossing, mass in zip(pairs, crosses, slots.masses, strict=True):
-        if end >= gates.shape[2]:
-            continue  # no query lies behind it
+    for (first, end), crossing, mass in zip(pairs, crosses, masses, strict=True):
         entry = outer[:, :, end : end + 1]
         deep = live[:, :, first:end] - live[:, :, end : end + 1]
         if slots.cap:

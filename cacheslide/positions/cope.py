@@ -1,8 +1,8 @@
 """CoPE, contextual position encoding (Golovneva et al., arXiv 2405.18719), in plain PyTorch.
 
 Query i and key j <= i: gate g_ij = sigmoid(q_i·k_j / sqrt(d)); position p_ij = sum of g_ik for k = j..i, at most
-p_max - 1; the score gains an entry interpolated from the position logits z_i = table·q_i at p_ij. Keys are not rotated, so
-a cached key serves wherever its row moves to. The functions handle a block of queries at a time and never hold more
+p_max - 1; the score gains an entry interpolated from the position logits z_i = table·q_i at p_ij. Keys are not rotated,
+so a cached key serves wherever its row moves to. The functions handle a block of queries at a time and never hold more
 than a bounded number of (query, key) pairs.
 """
 

@@ -8,7 +8,7 @@ Once every row's gate sum has reached p_max - 1 the keys further left share one 
 import triton
 import triton.language as tl
 
-from cacheslide.kernels.cope_tiles import NEVER, block_ids, gated_tile, key_offsets, load, plain_tile, triangle
+from cacheslide.kernels.cope_tiles import NEVER, block_ids, fetch, gated_tile, key_offsets, load, plain_tile, triangle
 
 
 @triton.jit(do_not_specialize=["requests"])  # batches come in every size: one compilation serves all
@@ -23,7 +23,7 @@ def _cope_attention(
 ):  # fmt: skip
     """One tile of rows and PACK query heads. `scale` includes log2(e); RUN is the longest run of whole tiles.
 
-    `entries` is scratch, float32 [programs, PAD_P + 1, BLOCK_M]: the position logits (base 2) of each program's rows.
+    `entries` is scratch, float32 [programs, PAD_P + 2, BLOCK_M]: the position logits (base 2) of each program's rows.
     """
     TILE_ROWS: tl.constexpr = BLOCK_M // PACK
     LAST: tl.constexpr = P_MAX - 1
@@ -56,7 +56,7 @@ def _cope_attention(
     wide = (d < HEAD_DIM)[None, :]
     row64 = row.to(tl.int64)
     queries = load(q + row64[:, None] * q_row + head[:, None] * q_head + d[None, :], wide, PAD_DIM > HEAD_DIM)
-    entries += program.to(tl.int64) * ((PAD_P + 1) * BLOCK_M)
+    entries += program.to(tl.int64) * ((PAD_P + 2) * BLOCK_M)
     p = tl.arange(0, PAD_P)
     embedded = tl.load(embedding + p[:, None] * e_row + d[None, :], mask=wide & (p < P_MAX)[:, None], other=0.0)
     logits = tl.dot(queries, tl.trans(embedded), input_precision=PRECISION) * 1.4426950408889634
@@ -94,7 +94,10 @@ def _cope_attention(
             slot = tl.where(skip, slot - 1, slot)
             ahead = skip & (slot >= slot_begin)
         inside = False
-        entry = carry
+        # The sums with which a slot is entered are kept in memory: carried through the loop they trip the compiler.
+        entered = entries + (PAD_P + 1) * BLOCK_M
+        tl.store(entered + lane, carry)
+        tl.debug_barrier()
     while (stop > 0) & ((not done) | (stop % BLOCK_N != 0) | (stop > free)):
         edge = 0  # the next row at which something changes
         if SLOTS:
@@ -103,7 +106,7 @@ def _cope_attention(
             slot_first = tl.where(known, tl.load(slot_bounds + 2 * at_slot), 0)
             slot_end = tl.where(known, tl.load(slot_bounds + 2 * at_slot + 1), 0)
             mass = tl.load(masses + at_slot * heads + head)
-            entry = tl.where((not inside) & (stop <= slot_end), carry, entry)
+            entry = fetch(entered, lane, ASM)
             inside = inside | (stop <= slot_end)
             crossing = crosses & (q_rows >= slot_end)
             edge = tl.where(inside, slot_first, slot_end)
@@ -140,6 +143,8 @@ def _cope_attention(
             base = tl.where(leaves, NEVER, base)  # sums may have fallen
             slot = tl.where(leaves, slot - 1, slot)
             inside = inside & (not leaves)
+            tl.store(entered + lane, carry, mask=(lane >= 0) & (not inside))
+            tl.debug_barrier()
         least = tl.min(carry, 0)
         done = least >= LAST
         if SLOTS:

@@ -92,7 +92,7 @@ def cope_attention(
     grid = (heads // pack, n // (tiling.lanes // pack) + requests)
     p_max = embedding.shape[0]
     padded_p = max(16, triton.next_power_of_2(p_max))
-    entries = torch.empty(grid[0] * grid[1], padded_p + 1, tiling.lanes, dtype=torch.float32, device=q.device)
+    entries = torch.empty(grid[0] * grid[1], padded_p + 2, tiling.lanes, dtype=torch.float32, device=q.device)
     given = (out,) * 4 if slots is None else (slots.bounds, slots.cu_slots, slots.masses, slots.canonical)
     scale = (dim**-0.5 if scale is None else scale) * math.log2(math.e)
     _cope_attention[grid](

@@ -38,6 +38,11 @@ class Blocks:
     table: Tensor
 
     @property
+    def block_size(self) -> int:
+        """Slots of a block."""
+        return self.k.shape[2]
+
+    @property
     def strides(self) -> tuple[int, int, int]:
         """Of a block, a head and a slot."""
         return self.k.stride()[:3]
@@ -79,7 +84,7 @@ def cope_attention(
 ) -> Tensor:
     """See `cacheslide.kernels.cope.cope_attention`; `lse` [n, heads] float32 receives log2 of the softmax's sums."""
     n, heads, dim = q.shape
-    kv_heads, block_size = blocks.k.shape[1:3]
+    kv_heads, block_size = blocks.k.shape[1], blocks.block_size
     out = torch.empty_like(q) if out is None else out
     if not n:
         return out

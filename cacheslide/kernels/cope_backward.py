@@ -2,9 +2,9 @@
 
 With x the scores incl. their entries, A the weights, p the positions: dx_ij = A_ij (do_i·v_j - delta_i); a gate's
 gradient is dg_ik = sum of dp_ij for j <= k, where dp_ij = dx_ij times the entries' slope at p_ij. Sums over gates run
-from the right, sums over dp from the left: a first pass over the unsaturated keys finds each row's total of dp, a second
-one, from right to left again, takes what is left of it. Gradients of keys and values are added up atomically: their last
-bits depend on the order in which programs run.
+from the right, sums over dp from the left: a first pass over the unsaturated keys finds each row's total of dp, a
+second one, from right to left again, takes what is left of it. Gradients of keys and values are added up atomically:
+their last bits depend on the order in which programs run.
 """
 
 import triton

@@ -131,7 +131,7 @@ def slots_of(bounds, cap):
 
 @pytest.mark.parametrize("cap", [False, True])
 @pytest.mark.parametrize("shift", [SATURATING, SLOW, NEVER])
-@pytest.mark.parametrize("bounds", [[[3, 40], [41, 60]], [[0, 16], [16, 20], [70, 95]], [[10, 11]]])
+@pytest.mark.parametrize("bounds", [[[3, 40], [41, 60]], [[0, 16], [16, 16], [16, 20], [48, 48], [70, 95]], [[10, 11]]])
 def test_slots_are_crossed_by_their_mass(bounds, shift, cap):
     bounds = [[a * SIZE, b * SIZE] for a, b in bounds]
     slots = slots_of(bounds, cap)

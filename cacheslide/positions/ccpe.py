@@ -21,7 +21,8 @@ class SlotMasses:
     Attributes
     ----------
     bounds : Tensor [slots, 2], int32
-        First row and end row of every slot; ascending and disjoint inside a request, none empty.
+        First row and end row of every slot; ascending and disjoint inside a request. An empty slot is crossed too:
+        that is how a chunk is encoded behind the fixed chunks alone.
     cu_slots : Tensor [requests + 1], int32
         Request i owns slots cu_slots[i]..cu_slots[i + 1].
     masses : Tensor [slots, heads], float32
@@ -70,22 +71,22 @@ def crossing_positions(gates: Tensor, rows: Tensor, slots: SlotMasses) -> Tensor
     """
     live = suffix_sum(gates)
     kept = slots.bounds[:, 1] < gates.shape[2]  # behind the end of any other slot there is no query
-    pairs, masses = slots.bounds[kept].tolist(), slots.masses[kept]
+    pairs = slots.bounds[kept].tolist()
     crosses = [(slots.canonical & (rows >= end))[None, :, None] for _, end in pairs]
     outer = gates.clone()
-    for (first, end), crossing, mass in zip(pairs, crosses, masses, strict=True):
-        inside = outer[:, :, first:end]
-        jump = torch.zeros_like(inside)
-        jump[:, :, 0] = mass.to(gates.dtype)[:, None]
-        outer[:, :, first:end] = torch.where(crossing, jump, inside)
+    for (first, end), crossing in zip(pairs, crosses, strict=True):
+        outer[:, :, first:end] = outer[:, :, first:end].masked_fill(crossing, 0)
     outer = suffix_sum(outer)
-    result = outer.clone()
-    for (first, end), crossing, mass in zip(pairs, crosses, masses, strict=True):
-        entry = outer[:, :, end : end + 1]
+    result, jumps = outer.clone(), torch.zeros_like(outer[:, :, :1])
+    # From right to left: `jumps` are the masses of the slots already crossed.
+    for (first, end), crossing, mass in reversed(list(zip(pairs, crosses, slots.masses[kept], strict=True))):
+        mass = mass.to(gates.dtype)[:, None, None]
         deep = live[:, :, first:end] - live[:, :, end : end + 1]
-        if slots.cap:
-            deep = torch.minimum(deep, mass.to(gates.dtype)[:, None, None])
-        result[:, :, first:end] = torch.where(crossing, entry + deep, outer[:, :, first:end])
+        deep = torch.minimum(deep, mass) if slots.cap else deep
+        entered = outer[:, :, end : end + 1] + jumps + deep
+        result[:, :, first:end] = torch.where(crossing, entered, result[:, :, first:end])
+        jumps = jumps + crossing * mass
+        result[:, :, :first] += crossing * mass
     return result
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cacheslide.errors import PromptError
+from cacheslide.prompt import Prompt, Role
 
 
 @dataclass(frozen=True)
@@ -93,3 +94,42 @@ def crossing_positions(gates: Tensor, rows: Tensor, slots: SlotMasses) -> Tensor
 def suffix_sum(gates: Tensor) -> Tensor:
     """Sums from the right along the last dimension: out[j] = gates[j] + gates[j + 1] + ..."""
     return gates.flip(-1).cumsum(-1).flip(-1)
+
+
+@dataclass(frozen=True)
+class PromptSlots:
+    """Where the updated slots of one token sequence lie, and which of its rows belong to fixed chunks.
+
+    `bounds` holds (first row, end row) of every slot in front of the last fixed segment, in the template's order, so
+    that slot i is always calibrated slot i; in a chain of fixed segments alone a slot is empty. `canonical` is bool
+    [rows].
+    """
+
+    bounds: tuple[tuple[int, int], ...]
+    canonical: Tensor
+
+
+def slots_in(prompt: Prompt) -> PromptSlots:
+    """The slots of a prompt. Updated segments beside each other are one slot."""
+    return _slots(prompt, with_updated=True)
+
+
+def slots_between(prompt: Prompt) -> PromptSlots:
+    """The same slots, empty, in the chain of the prompt's fixed segments (the canonical encoding's text)."""
+    return _slots(prompt, with_updated=False)
+
+
+def _slots(prompt: Prompt, with_updated: bool) -> PromptSlots:
+    bounds: list[tuple[int, int]] = []
+    flags: list[bool] = []
+    pending = None  # where the slot that is open begins
+    for segment in prompt.segments:
+        if segment.role is Role.REUSE:
+            if pending is not None:
+                bounds.append((pending, len(flags)))
+                pending = None
+            flags += [True] * len(segment.token_ids)
+        else:
+            pending = len(flags) if pending is None else pending
+            flags += [False] * (len(segment.token_ids) if with_updated else 0)
+    return PromptSlots(tuple(bounds), torch.tensor(flags, dtype=torch.bool))

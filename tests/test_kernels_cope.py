@@ -63,8 +63,8 @@ def check(lengths, shares, heads, kv_heads, dim, block, dtype, shift=0.0, p_max=
 
 def tiling(dtype, **changes):
     """Small tiles under the interpreter, so that tiny inputs cross their edges; else tiles of real size."""
-    small = {"lanes": 16, "keys": 16, "warps": 4, "stages": 2}
-    real = {"lanes": 32, "keys": 32, "warps": 4, "stages": 2} if dtype == torch.float32 else {}
+    small = {"lanes": 16, "keys": 16, "warps": 4, "stages": 2, "far_keys": 32}
+    real = {"lanes": 32, "keys": 32, "warps": 4, "stages": 2, "far_keys": 32} if dtype == torch.float32 else {}
     return launch.CopeTiling(**((small if INTERPRETED else real) | changes))
 
 
@@ -208,7 +208,7 @@ def check_gradients(got, exact, do, bound):
 def test_gradients(batch, heads, kv_heads, length, dim, p_max, shift, dtype):
     length = length * 10 if SIZE > 1 else min(length, 21)
     q, k, v, embedding, do = sequences(batch, heads, kv_heads, length, dim, p_max, dtype, shift)
-    cut = launch.CopeTiling(16, 16, 4, 2, pack=False) if INTERPRETED else None
+    cut = launch.CopeTiling(16, 16, 4, 2, pack=False, far_keys=32) if INTERPRETED else None
     block = 16 if INTERPRETED else None
     out, lse = whole.forward(q, k, v, embedding, dim**-0.5, cut)
     got = whole.backward(q, k, v, embedding, out, lse, do, dim**-0.5, block, block)
@@ -229,10 +229,10 @@ def test_a_long_packed_batch(heads, kv_heads, shift):
 
 @gpu
 @pytest.mark.skipif(INTERPRETED, reason="needs CUDA")
-@pytest.mark.parametrize("lanes,keys,warps,stages", [(128, 64, 8, 3), (64, 64, 4, 2), (64, 128, 4, 2)])
+@pytest.mark.parametrize("lanes,keys,warps,stages,far", [(128, 64, 8, 3, 128), (64, 64, 4, 2, 64), (64, 32, 4, 2, 64)])
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 129, 3000])
-def test_tiles_of_real_size_at_every_edge(length, lanes, keys, warps, stages):
-    cut = launch.CopeTiling(lanes=lanes, keys=keys, warps=warps, stages=stages)
+def test_tiles_of_real_size_at_every_edge(length, lanes, keys, warps, stages, far):
+    cut = launch.CopeTiling(lanes=lanes, keys=keys, warps=warps, stages=stages, far_keys=far)
     for share in (1 / length, 1.0):
         check([length, 40], [share, 0.5], 6, 2, 128, 16, torch.float16, SLOW, 64, tiling=cut)
 

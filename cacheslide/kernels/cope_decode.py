@@ -144,7 +144,7 @@ def cope_decode(
     _decode[(chunks * n * kv_heads,)](
         q, rows, blocks.table, blocks.k, blocks.v, entries, sums, parts, lse, n, chunks, scale,
         *q.stride()[:2], parts.stride(0), lse.stride(0), blocks.table.stride(0), *blocks.strides,
-        BLOCK_SIZE=block_size, LAST=p_max - 1, CHUNK=chunk, AHEAD=16, ASM=_ASM, KV_HEADS=kv_heads, **sizes,
+        BLOCK_SIZE=block_size, LAST=p_max - 1, CHUNK=chunk, AHEAD=64, ASM=_ASM, KV_HEADS=kv_heads, **sizes,
         num_warps=8 if chunk > 128 else 4,
     )  # fmt: skip
     block = max(1, 2048 // padded)

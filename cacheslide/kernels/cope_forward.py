@@ -18,10 +18,12 @@ def _cope_attention(
     q_row, q_head, out_row, out_head, lse_row, table_row, kv_block, kv_head, kv_slot, e_row,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr,
     P_MAX: tl.constexpr, PAD_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RUN: tl.constexpr,
-    SLOTS: tl.constexpr, CAPPED: tl.constexpr, LSE: tl.constexpr, GATE: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    FAR_N: tl.constexpr, FAR_STAGES: tl.constexpr, SLOTS: tl.constexpr, CAPPED: tl.constexpr, LSE: tl.constexpr,
+    GATE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows and PACK query heads. `scale` includes log2(e); RUN is the longest run of whole tiles.
+
+    Keys left of where all rows have saturated are taken FAR_N, a multiple of BLOCK_N, at a time.
 
     `entries` is scratch, float32 [programs, PAD_P + 2, BLOCK_M]: the position logits (base 2) of each program's rows.
     """
@@ -156,11 +158,16 @@ def _cope_attention(
     if stop > 0:
         constant = tl.load(entries + LAST * BLOCK_M + lane)
         top -= constant
-        blocks = block_ids(table, stop - BLOCK_N, limit, BLOCK_SIZE, BLOCK_N)
-        for i in tl.range(0, stop // BLOCK_N, num_stages=STAGES):
-            first = stop - (i + 1) * BLOCK_N
-            offsets = key_offsets(blocks, first, limit, kv_block, kv_slot, BLOCK_SIZE, BLOCK_N, False)
-            blocks = block_ids(table, first - BLOCK_N, limit, BLOCK_SIZE, BLOCK_N)
+        while stop % FAR_N != 0:
+            stop -= BLOCK_N
+            blocks = block_ids(table, stop, limit, BLOCK_SIZE, BLOCK_N)
+            offsets = key_offsets(blocks, stop, limit, kv_block, kv_slot, BLOCK_SIZE, BLOCK_N, False)
+            acc, top, total = plain_tile(acc, top, total, queries, k, v, offsets, scale, HEAD_DIM, PAD_DIM, PRECISION)
+        blocks = block_ids(table, stop - FAR_N, limit, BLOCK_SIZE, FAR_N)
+        for i in tl.range(0, stop // FAR_N, num_stages=FAR_STAGES):
+            first = stop - (i + 1) * FAR_N
+            offsets = key_offsets(blocks, first, limit, kv_block, kv_slot, BLOCK_SIZE, FAR_N, False)
+            blocks = block_ids(table, first - FAR_N, limit, BLOCK_SIZE, FAR_N)
             acc, top, total = plain_tile(acc, top, total, queries, k, v, offsets, scale, HEAD_DIM, PAD_DIM, PRECISION)
         top += constant
     if LSE:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -20,13 +20,18 @@ _LONG_RUN = 32  # whole tiles between two looks at whether all rows have saturat
 
 @dataclass(frozen=True)
 class CopeTiling:
-    """`lanes` query lanes (rows times packed heads) by `keys` keys, and the launch's warps and stages."""
+    """`lanes` query lanes (rows times packed heads) by `keys` keys, the launch's warps and stages.
+
+    Once all rows have saturated, keys are taken `far_keys` (a multiple of `keys`) at a time, in `far_stages` stages.
+    """
 
     lanes: int = 128
     keys: int = 64
     warps: int = 8
     stages: int = 3
     pack: bool = True
+    far_keys: int = 128
+    far_stages: int = 2
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,13 @@ def choose_tiling(work: Work, device: Device) -> CopeTiling:
     group = work.heads // work.kv_heads
     least = triton.next_power_of_2(group)
     if work.dtype == torch.float32:  # exact products run outside the tensor cores: small tiles, or registers spill
-        return CopeTiling(lanes=max(32, least), keys=32, warps=4, stages=2)
+        return CopeTiling(lanes=max(32, least), keys=32, warps=4, stages=2, far_keys=32)
     dense = 2 * work.rows >= work.span * work.requests
     tiles = triton.cdiv(work.rows * group, 128) * work.kv_heads
     if work.dim > 128:
-        return CopeTiling(lanes=max(64, least), keys=32, warps=4, stages=2, pack=not dense)
+        return CopeTiling(lanes=max(64, least), keys=32, warps=4, stages=2, pack=not dense, far_keys=32)
     if tiles < 2 * device.multiprocessors:
-        return CopeTiling(lanes=max(64, least), warps=4, stages=3, pack=not dense or least > 64)
+        return CopeTiling(lanes=max(64, least), warps=4, stages=2, pack=not dense or least > 64, far_keys=64)
     return CopeTiling(lanes=max(128, least), pack=not dense)
 
 
@@ -106,15 +111,9 @@ def cope_attention(
         blocks.table.stride(0), *blocks.strides, embedding.stride(0),
         BLOCK_SIZE=block_size, GROUP=heads // kv_heads, PACK=pack, HEAD_DIM=dim,
         PAD_DIM=max(16, triton.next_power_of_2(dim)), P_MAX=p_max, PAD_P=padded_p, BLOCK_M=tiling.lanes,
-        BLOCK_N=tiling.keys, RUN=_LONG_RUN, SLOTS=slots is not None, CAPPED=slots is not None and slots.cap,
-        LSE=lse is not None, GATE=_GATE[q.dtype], PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        BLOCK_N=tiling.keys, RUN=_LONG_RUN, FAR_N=max(tiling.far_keys, tiling.keys), FAR_STAGES=tiling.far_stages,
+        SLOTS=slots is not None, CAPPED=slots is not None and slots.cap, LSE=lse is not None, GATE=_GATE[q.dtype],
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         STAGES=tiling.stages, ASM=_ASM, num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return out
-
-
-def smaller(tiling: CopeTiling) -> CopeTiling:
-    """The next tiling to try where this one asks for more than the device has."""
-    if tiling.stages > 2:
-        return replace(tiling, stages=tiling.stages - 1)
-    return replace(tiling, keys=tiling.keys // 2)

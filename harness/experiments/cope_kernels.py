@@ -33,7 +33,8 @@ BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTEN
 DECODES = ((8, 16384), (1, 16384), (32, 4096))  # requests, tokens
 BOUND = 1e-2  # ||out - want|| / ||want||, bfloat16
 PARTS = {"prefill": 130, "decode": 60, "training": 50}  # seconds
-TILINGS = ((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2))  # lanes, keys, warps, stages
+# lanes, keys, warps, stages, keys and stages once saturated
+TILINGS = ((128, 64, 8, 3, 128, 2), (128, 64, 8, 3, 64, 3), (64, 64, 4, 2, 64, 2), (128, 32, 8, 3, 128, 2))
 
 
 def made(requests: int, tokens: int, shift: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -105,7 +106,7 @@ def prefill_case(tokens: int, gates: str, repeats: int) -> dict[str, Any]:
     case = {"tokens": tokens, "gates": gates, **gates_seen(q[pick][::8], keys, rows[pick][::8]), "tilings": {}}
     runs, errors = {}, {}
     for option in TILINGS:
-        cut = cope_launch.CopeTiling(*option, pack=False)
+        cut = cope_launch.CopeTiling(*option[:4], False, *option[4:])
         out = torch.full_like(q, float("nan"))
 
         def ours(cut=cut, out=out) -> Tensor:

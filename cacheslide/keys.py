@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from cacheslide.prompt import Chunk, Prompt, Role
 
 ChunkKey = str
@@ -26,7 +28,7 @@ def _digest(*parts: bytes) -> bytes:
 
 
 def _ids(token_ids: Sequence[int]) -> bytes:
-    return b"".join(t.to_bytes(4, "little") for t in token_ids)
+    return np.asarray(token_ids, dtype="<u4").tobytes()
 
 
 @dataclass(frozen=True)

@@ -21,17 +21,27 @@ from cacheslide.correction import (
     fuse,
     fusion_weight,
     rows_of_share,
+    squared_norm,
     top_rows,
 )
 from cacheslide.errors import PolicyError
+from cacheslide.metrics import cksim
 from cacheslide.model.adapter import KVBuffer, ModelAdapter, RowGroup
 
 
 class KVSource(Protocol):
-    """Cached KV of a request's reused rows, already moved to where those rows sit in this prompt."""
+    """Cached KV of a request's reused rows, moved to where those rows sit in this prompt."""
 
     def layer(self, layer: int, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values [n, kv_heads, head_dim] of the reused rows, or of those at `index`."""
+        ...
+
+    def place(self, layer: int, index: Tensor, kv: KVBuffer, rows: Tensor) -> None:
+        """Write the reused rows at `index` [n] into `kv` at `rows` [n]; later layers may be written along with it."""
+        ...
+
+    def deviation(self, layer: int, index: Tensor, k: Tensor, v: Tensor, metric: str) -> Tensor:
+        """Deviation, float32 [n], of fresh k, v [n, kv_heads, head_dim] from the reused rows at `index`."""
         ...
 
     def inputs(self, layer: int, index: Tensor) -> Tensor | None:
@@ -69,16 +79,24 @@ class PrefillRequest:
 class PrefillOutput:
     """What a run leaves beside the KV.
 
-    `hidden` [hidden_size] is the last row's final state, None when that row was not active. `rows_computed[l]`
-    counts rows whose attention and MLP ran in layer l, `selected` [S] the reused rows (local) recomputed after
-    the last change, `alpha[l]` the mean fusion weight, `layer_inputs[l]` [T, hidden_size] what was captured.
+    `rows_computed[l]` counts rows whose attention and MLP ran in layer l, `selected` [S] the reused rows (local)
+    recomputed after the last change, `alpha[l]` the mean fusion weight, `layer_inputs[l]` [T, hidden_size] what
+    was captured, `active` [n] and `final` [n, hidden_size] the rows that ran to the end and their final states.
     """
 
-    hidden: Tensor | None
+    rows: int
     rows_computed: list[int]
     selected: Tensor
     alpha: dict[int, float]
     layer_inputs: dict[int, Tensor]
+    active: Tensor
+    final: Tensor | None = None
+
+    @property
+    def hidden(self) -> Tensor | None:
+        """The last row's final state [hidden_size]; None when that row was not active. Waits for the device."""
+        ends_active = len(self.active) and int(self.active[-1]) == self.rows - 1
+        return self.final[-1] if ends_active else None
 
     def row_layer_share(self, rows: int) -> float:
         """Share of the prompt's row-layers that were computed: the ideal ratio of prefill times."""
@@ -96,7 +114,7 @@ class SelectivePrefill:
         """Complete the KV of every request.
 
         `capture` names layers whose inputs are kept; it asks for runs without reused rows, since an inactive
-        row has no layer input to keep.
+        row has no layer input to keep. Nothing here waits for the device, unless a policy swaps rows.
         """
         model = self.model
         states = [_Rows(r, model) for r in requests]
@@ -104,28 +122,37 @@ class SelectivePrefill:
             raise PolicyError("layer inputs can be captured only from a full prefill")
         hidden = model.embed(_cat([s.request.token_ids[s.active] for s in states]))
         for layer in range(model.num_layers):
-            parts = list(hidden.split([len(s.active) for s in states]))
-            for s, x in zip(states, parts, strict=True):
-                if layer in capture:
-                    s.output.layer_inputs[layer] = x
-            q, k, v = model.qkv(layer, hidden, _cat([s.active_positions for s in states]))
             sizes = [len(s.active) for s in states]
-            entered = [
-                s.enter(layer, *tensors)
-                for s, *tensors in zip(states, parts, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-            ]
-            hidden, q = _cat([e[0] for e in entered]), _cat([e[1] for e in entered])
+            parts = hidden.split(sizes)
+            if layer in capture:
+                for s, x in zip(states, parts, strict=True):
+                    s.output.layer_inputs[layer] = x.clone()  # `finish` may overwrite its input
+            q, k, v = model.qkv(layer, hidden, _cat([s.active_positions for s in states]))
+            rows = zip(states, parts, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+            entered = [s.enter(layer, *tensors) for s, *tensors in rows]
+            hidden, q = _joined(hidden, parts, [e[0] for e in entered]), _joined(q, (), [e[1] for e in entered])
             if len(hidden):
-                attended = model.attend(layer, q, [s.group(s.active) for s in states])
+                attended = model.attend(layer, q, [s.group for s in states])
                 hidden = model.finish(layer, hidden, attended)
-            parts = list(hidden.split([len(s.active) for s in states]))
-            hidden = _cat([s.promote(layer, x) for s, x in zip(states, parts, strict=True)])
+            parts = hidden.split([len(s.active) for s in states])
+            hidden = _joined(hidden, parts, [s.promote(layer, x) for s, x in zip(states, parts, strict=True)])
         parts = hidden.split([len(s.active) for s in states])
         return [s.close(x) for s, x in zip(states, parts, strict=True)]
 
 
-def _cat(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _joined(whole: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """The parts `after` as one tensor: `whole` itself when they still are its parts `before`."""
+    unchanged = len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True))
+    return whole if unchanged else _cat(after)
+
+
+def _where(mask: Tensor, count: int) -> Tensor:
+    """Ascending indices of the `count` set entries of `mask`; unlike `nonzero` it does not wait for the device."""
+    return mask.to(torch.uint8).sort(descending=True, stable=True).indices[:count]
 
 
 class _Rows:
@@ -136,40 +163,42 @@ class _Rows:
         rows, device = len(request.token_ids), request.token_ids.device
         self.reused = request.reused
         self.live = torch.ones(rows, dtype=torch.bool, device=device)
-        self.live[self.reused] = False
-        self.chosen = torch.zeros(len(self.reused), dtype=torch.bool, device=device)  # reused rows now active
-        self.output = PrefillOutput(None, [], self.reused[:0], {}, {})
+        self.live.index_fill_(0, self.reused, False)  # assigning a number would wait for the device
+        self.mask = torch.zeros(len(self.reused), dtype=torch.bool, device=device)  # reused rows now active
         self.scores: Tensor | None = None  # deviation at the selection layer, of every reused row
         self.alpha: Tensor | None = None  # the paper's fusion weight, carried from layer to layer
         self.stopped: Tensor | None = None  # hidden state of each reused row where it left (for swaps)
         self.selects = isinstance(self.rule, TopDeviation) and len(self.reused) > 0
         if self.selects and self.rule.layer >= model.num_layers:
             raise PolicyError(f"selection layer {self.rule.layer} is beyond the model's {model.num_layers} layers")
+        count = 0
         if isinstance(self.rule, EdgeRows):
-            self.chosen = _edge_mask(self.rule, request.chunk_lengths, device)
+            self.mask, count = _edge_mask(self.rule, request.chunk_lengths, device)
         if self.selects:
+            self.chosen = self.reused[:0]
             self._activate(torch.arange(rows, device=device))
         else:
-            self._activate_chosen()
+            self._activate_chosen(count)
+        self.output = PrefillOutput(rows, [], self.reused[:0], {}, {}, self.active)
 
     def _activate(self, active: Tensor) -> None:
         self.active = active
         self.active_positions = self.request.positions[active]
+        self.group = RowGroup(self.request.kv, active + self.request.start)
 
-    def _activate_chosen(self) -> None:
-        mask = self.live.clone()
-        mask[self.reused] = self.chosen
-        self._activate(mask.nonzero()[:, 0])
-        self.resting = (~self.chosen).nonzero()[:, 0]  # indices into `reused`
-
-    def group(self, rows: Tensor) -> RowGroup:
-        """These local rows as a group of the packed call."""
-        return RowGroup(self.request.kv, rows + self.request.start)
+    def _activate_chosen(self, count: int) -> None:
+        """The live rows and the `count` reused rows set in `mask` become the active ones."""
+        everyone = self.live.clone()
+        everyone[self.reused] = self.mask
+        self._activate(_where(everyone, len(everyone) - len(self.reused) + count))
+        self.chosen = _where(self.mask, count)  # indices into `reused`
+        self.resting = _where(~self.mask, len(self.mask) - count)  # likewise
+        self.resting_rows = self.reused[self.resting] + self.request.start
 
     def enter(self, layer: int, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Select, fuse and write this layer's KV; returns hidden and q of the rows that go on."""
         if self.selects and layer < self.rule.layer:
-            self._write(layer, self.active, k, v)
+            self._write(layer, k, v)
         else:
             if self.selects and layer == self.rule.layer:
                 hidden, q, k, v = self._select(layer, hidden, q, k, v)
@@ -177,41 +206,37 @@ class _Rows:
                 hidden, q, k, v = self._swap(layer, hidden, q, k, v)
             if self.selects and self.rule.fusion != "replace":
                 k, v = self._fuse(layer, k, v)
-            self._write(layer, self.active, k, v)
             if len(self.reused) and len(self.resting):
-                self._write(layer, self.reused[self.resting], *self.request.source.layer(layer, self.resting))
+                self.request.source.place(layer, self.resting, self.request.kv, self.resting_rows)
+            self._write(layer, k, v)
         self.output.rows_computed.append(len(self.active))
         return hidden, q
 
-    def _write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
-        if len(rows):
-            self.request.kv.write(layer, rows + self.request.start, k, v)
+    def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        if len(k):
+            self.request.kv.write(layer, self.group.rows, k, v)
 
     def _score(self, layer: int, index: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Deviation of fresh k, v [n, ...] of the reused rows at `index` [n], summed over ranks."""
-        ck, cv = self.request.source.layer(layer, index)
-        d = torch.zeros(len(index), device=k.device)
-        if "k" in self.rule.metric:
-            d = d + deviation(k, ck)
-        if "v" in self.rule.metric:
-            d = d + deviation(v, cv)
-        return self.model.reduce_scores(d)
+        return self.model.reduce_scores(self.request.source.deviation(layer, index, k, v, self.rule.metric))
 
     def _select(self, layer: int, hidden: Tensor, *qkv: Tensor) -> tuple[Tensor, ...]:
         every = torch.arange(len(self.reused), device=hidden.device)
         self.scores = self._score(layer, every, qkv[1][self.reused], qkv[2][self.reused])
-        self.chosen[top_rows(self.scores, rows_of_share(self.rule.share, len(self.reused)))] = True
+        count = rows_of_share(self.rule.share, len(self.reused))
+        self.mask.index_fill_(0, top_rows(self.scores, count), True)
         if self.rule.swap:
             self.stopped = hidden[self.reused].clone()
-        self._activate_chosen()
+        self._activate_chosen(count)
         return tuple(t[self.active] for t in (hidden, *qkv))
 
     def _swap(self, layer: int, hidden: Tensor, *qkv: Tensor) -> tuple[Tensor, ...]:
-        chosen = self.chosen.nonzero()[:, 0]
+        chosen = self.chosen
         at = torch.searchsorted(self.active, self.reused[chosen])  # where the chosen rows sit among the active
         ck, _ = self.request.source.layer(layer, chosen)
-        leaves = self.rule.swap.converged(qkv[1][at], ck)
-        leaving, waiting = chosen[leaves], (~self.chosen).nonzero()[:, 0]
+        alike = self.model.reduce_scores(cksim(qkv[1][at], ck)) / self.model.ranks
+        leaves = self.rule.swap.converged(alike)
+        leaving, waiting = chosen[leaves], self.resting
         entering = waiting[top_rows(self.scores[waiting], len(leaving))]
         if not len(entering):
             return hidden, *qkv
@@ -222,23 +247,23 @@ class _Rows:
         stays = torch.ones(len(self.active), dtype=torch.bool, device=hidden.device)
         stays[at[leaves]] = False
         order = torch.cat((self.active[stays], self.reused[entering])).argsort()
-        self.chosen[leaving], self.chosen[entering] = False, True
-        self._activate_chosen()
+        self.mask[leaving], self.mask[entering] = False, True
+        self._activate_chosen(len(chosen) - len(leaving) + len(entering))
         pairs = zip((hidden, *qkv), (fresh, *added), strict=True)
         return tuple(torch.cat((old[stays], new))[order] for old, new in pairs)
 
     def _fuse(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        chosen = self.chosen.nonzero()[:, 0]
-        at = torch.searchsorted(self.active, self.reused[chosen])
-        ck, cv = self.request.source.layer(layer, chosen)
+        at = torch.searchsorted(self.active, self.reused[self.chosen])
+        ck, cv = self.request.source.layer(layer, self.chosen)
         d = self.model.reduce_scores(deviation(k[at], ck))
-        alpha = fusion_weight(self.rule.fusion, d, ck, self.rule.constant)
+        size = self.model.reduce_scores(squared_norm(ck))
+        alpha = fusion_weight(self.rule.fusion, d, size, self.rule.constant)
         if self.rule.fusion == "paper":  # Alg. 2 fuses with the weight of the layer before, then updates it
             if self.alpha is None:
                 self.alpha = alpha.new_full((len(self.reused),), float("nan"))
-            carried = self.alpha[chosen]
-            self.alpha[chosen], alpha = alpha, torch.where(carried.isnan(), alpha, carried)
-        self.output.alpha[layer] = float(alpha.mean()) if len(alpha) else 0.0
+            carried = self.alpha[self.chosen]
+            self.alpha[self.chosen], alpha = alpha, torch.where(carried.isnan(), alpha, carried)
+        self.output.alpha[layer] = alpha.mean() if len(alpha) else alpha.new_zeros(())
         k, v = k.clone(), v.clone()
         k[at], v[at] = fuse(k[at], ck, alpha), fuse(v[at], cv, alpha)
         return k, v
@@ -255,29 +280,32 @@ class _Rows:
         positions = self.request.positions[rows]
         cached = cached.to(hidden.dtype)
         q, _, _ = self.model.qkv(layer, cached, positions)
-        probed = self.model.finish(layer, cached, self.model.attend(layer, q, [self.group(rows)]))
+        group = RowGroup(self.request.kv, self.resting_rows)
+        probed = self.model.finish(layer, cached, self.model.attend(layer, q, [group]))
         self.output.rows_computed[layer] += len(rows)
         _, k, v = self.model.qkv(layer + 1, probed, positions)
         scores = self._score(layer + 1, self.resting, k, v)
         new = top_rows(scores, rows_of_share(share, len(self.reused)))
         order = torch.cat((self.active, rows[new])).argsort()
-        self.chosen[self.resting[new]] = True
-        self._activate_chosen()
+        self.mask.index_fill_(0, self.resting[new], True)
+        self._activate_chosen(len(self.chosen) + len(new))
         return torch.cat((hidden, probed[new]))[order]
 
     def close(self, hidden: Tensor) -> PrefillOutput:
         """The request's output after the last layer."""
-        self.output.selected = self.reused[self.chosen]
-        if len(self.active) and int(self.active[-1]) == len(self.request.token_ids) - 1:
-            self.output.hidden = hidden[-1]
-        return self.output
+        output = self.output
+        output.selected, output.active, output.final = self.reused[self.chosen], self.active, hidden
+        if output.alpha:
+            output.alpha = dict(zip(output.alpha, torch.stack(list(output.alpha.values())).tolist(), strict=True))
+        return output
 
 
-def _edge_mask(rule: EdgeRows, lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Bool [sum of lengths]: the head and tail rows of every run."""
-    parts = []
+def _edge_mask(rule: EdgeRows, lengths: Sequence[int], device: torch.device) -> tuple[Tensor, int]:
+    """Bool [sum of lengths]: the head and tail rows of every run; and how many they are."""
+    parts = [torch.zeros(0, dtype=torch.bool)]
     for length in lengths:
         head, tail = rule.edges(length)
-        at = torch.arange(length, device=device)
+        at = torch.arange(length)
         parts.append((at < head) | (at >= length - tail))
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool, device=device)
+    mask = torch.cat(parts)
+    return mask.to(device), int(mask.sum())

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from cacheslide.errors import PromptError
 
@@ -30,7 +30,8 @@ class Segment:
     name: str = ""
 
     def __post_init__(self) -> None:
-        if any(not isinstance(t, int) or isinstance(t, bool) or t < 0 for t in self.token_ids):
+        # In bulk: a server checks every token of every prompt.
+        if not set(map(type, self.token_ids)) <= {int} or (self.token_ids and min(self.token_ids) < 0):
             raise PromptError(f"segment {self.name!r}: token ids must be integers >= 0")
         try:
             object.__setattr__(self, "role", Role(self.role))
@@ -107,7 +108,7 @@ class Prompt:
     @cached_property
     def token_ids(self) -> tuple[int, ...]:
         """All token ids, in order."""
-        return tuple(t for s in self.segments for t in s.token_ids)
+        return tuple(chain.from_iterable(s.token_ids for s in self.segments))
 
     @cached_property
     def starts(self) -> tuple[int, ...]:

@@ -184,8 +184,8 @@ def test_rows_of_two_requests_in_the_open_layout(manager_block):
     for mine, theirs in (([0, 2, 6], [1, 5]), ([1, 3, 5], [0, 6]), ([4], [0, 1, 2, 3]), ([], [2])):
         groups = [RowGroup(kv, torch.tensor(r, dtype=torch.int64)) for kv, r in ((first, mine), (second, theirs))]
         q = torch.randn(len(mine) + len(theirs), 4, 6, generator=g)
-        want = gathered(layer, 0, q, groups, 6**-0.5)
-        torch.testing.assert_close(attend(layer, 0, q, groups, 6**-0.5), want, atol=1e-6, rtol=1e-6)
+        want = gathered(0, q, groups, 6**-0.5)
+        torch.testing.assert_close(attend(0, q, groups, 6**-0.5), want, atol=1e-6, rtol=1e-6)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

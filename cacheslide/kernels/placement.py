@@ -29,7 +29,7 @@ def _turn(k, at, delta, cos, sin, positions, there, HALF: tl.constexpr, d):
     return a * c - b * s, b * c + a * s
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["slots", "deltas", "caches"])
 def _place(
     k, v, slots, deltas, caches, cos, sin, rows, heads, positions,
     k_layer, k_row, k_head, v_layer, v_row, v_head, kv_block, kv_head, kv_slot,
@@ -63,7 +63,7 @@ def _place(
     tl.store(at + 3 * HALF, v_high.to(DTYPE), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["deltas", "out"])  # a chunk's part of a request may start anywhere
 def _deviation(
     fresh, cached, deltas, cos, sin, out, heads, positions, fresh_row, fresh_head, cached_row, cached_head,
     HALF: tl.constexpr, PAD_HALF: tl.constexpr, PAD_HEADS: tl.constexpr, ROTATE: tl.constexpr,

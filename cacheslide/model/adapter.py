@@ -38,6 +38,7 @@ class ModelAdapter(Protocol):
 
     num_layers: int
     rotary: Rotary
+    ranks: int  # tensor-parallel ranks that share the heads
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids [n] -> hidden states [n, hidden_size]."""
@@ -52,7 +53,10 @@ class ModelAdapter(Protocol):
         ...
 
     def finish(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Output projection, residuals and MLP: -> hidden [n, hidden_size], the next layer's input."""
+        """Output projection, residuals and MLP: -> hidden [n, hidden_size], the next layer's input.
+
+        `hidden` is used up: an adapter may overwrite it.
+        """
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ from torch import Tensor
 from cacheslide import kernels
 from cacheslide.model.adapter import RowGroup
 from cacheslide.model.reference import row_attention
+from cacheslide.placement import send
 from cacheslide.vllm.kv_layout import PagedLayer
 
-PagedAttention = Callable[[PagedLayer, int, Tensor, Sequence[RowGroup], float], Tensor]
+PagedAttention = Callable[[int, Tensor, Sequence[RowGroup], float], Tensor]
 
 
-def gathered(paged: PagedLayer, layer: int, q: Tensor, groups: Sequence[RowGroup], scale: float) -> Tensor:
+def gathered(layer: int, q: Tensor, groups: Sequence[RowGroup], scale: float) -> Tensor:
     """Read each request's keys out of the cache and attend in plain PyTorch; right for every layout."""
     out = []
     for part, group in zip(q.split([len(g.rows) for g in groups]), groups, strict=True):
@@ -27,22 +28,27 @@ class RowKernel:
     """All requests in one launch over the paged cache, where keys and values of a slot lie beside each other."""
 
     def __init__(self) -> None:
-        self._key: tuple | None = None
+        self._groups: tuple[RowGroup, ...] = ()
 
-    def __call__(self, paged: PagedLayer, layer: int, q: Tensor, groups: Sequence[RowGroup], scale: float) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, groups: Sequence[RowGroup], scale: float) -> Tensor:
         """See `gathered`."""
-        rows = torch.cat([g.rows for g in groups]).to(torch.int32)
-        return kernels.row_attention(q, rows, *self._shared(groups, q.device), paged.cache, scale)
+        rows, cu_rows, table = self._shared(tuple(groups), q.device)
+        return kernels.row_attention(q, rows, cu_rows, table, groups[0].kv.layers[layer].cache, scale)
 
-    def _shared(self, groups: Sequence[RowGroup], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Row offsets and block table: the same for all layers between two selections, so they are sent once."""
-        key = tuple((len(g.rows), g.kv) for g in groups)  # holds the buffers, lest another takes an address
-        if key != self._key:
+    def _shared(self, groups: tuple[RowGroup, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, offsets and block table: the same for all layers between two selections, so they are made once."""
+        same = len(groups) == len(self._groups) and all(a is b for a, b in zip(groups, self._groups, strict=True))
+        if not same:
+            rows = torch.cat([g.rows for g in groups]).to(torch.int32)
             sizes = torch.tensor([0] + [len(g.rows) for g in groups], dtype=torch.int32)
-            cu_rows = sizes.cumsum(0, dtype=torch.int32).to(device)
+            cu_rows = send(sizes.cumsum(0, dtype=torch.int32), device)
             table = torch.nn.utils.rnn.pad_sequence([g.kv.table for g in groups], batch_first=True)
-            self._key, self._made = key, (cu_rows, table)
+            self._groups, self._made = groups, (rows, cu_rows, table)
         return self._made
+
+    def forget(self) -> None:
+        """Let go of the last call's requests."""
+        self._groups = ()
 
 
 def choose(paged: PagedLayer) -> PagedAttention:

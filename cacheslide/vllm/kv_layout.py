@@ -11,6 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from cacheslide.placement import send, tensor_of
+
 _DIGIT = 7  # bits of an index written at once: up to 127 is exact in every dtype a cache may have
 
 
@@ -54,7 +56,9 @@ class PagedLayer:
 
     def _update(self, cache: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
         if len(slots):  # an empty launch is an error on CUDA
-            k, v = k.to(cache.dtype).contiguous(), v.to(cache.dtype).contiguous()
+            k, v = k.to(cache.dtype), v.to(cache.dtype)
+            if self.packed:  # the open layout's kernel takes rows at any stride
+                k, v = k.contiguous(), v.contiguous()
             self.attention.impl.do_kv_cache_update(self.attention, k, v, cache, slots)
 
     @cached_property
@@ -99,15 +103,47 @@ class PagedKV:
         self.layers = layers
         size, device = layers[0].block_size, layers[0].cache.device
         pieces = manager_block // size  # a kernel may see a scheduler's block as several
-        ids = torch.tensor(block_ids, dtype=torch.int64, device=device)
-        self.blocks = (ids[:, None] * pieces + torch.arange(pieces, device=device)).flatten()
+        ids = tensor_of(block_ids)
+        self.blocks = send((ids[:, None] * pieces + torch.arange(pieces)).flatten(), device)
         self.table = self.blocks.to(torch.int32)
         self.slots = (self.blocks[:, None] * size + torch.arange(size, device=device)).flatten()
+        self._asked: tuple[Tensor, Tensor] | None = None
 
     def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
         """See `KVBuffer.write`."""
-        self.layers[layer].write(self.slots[rows], k, v)
+        self.layers[layer].write(self._slots_of(rows), k, v)
 
     def read(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """See `KVBuffer.read`."""
-        return self.layers[layer].read(self.slots[rows])
+        return self.layers[layer].read(self._slots_of(rows))
+
+    def _slots_of(self, rows: Tensor) -> Tensor:
+        if self._asked is None or self._asked[0] is not rows:  # every layer asks for the same rows: look once
+            self._asked = rows, self.slots[rows]
+        return self._asked[1]
+
+
+class OpenLayer:
+    """A layer's cache in the open layout, owned by nobody else: scratch for prefills outside vLLM's cache."""
+
+    def __init__(self, cache: Tensor) -> None:
+        self.cache, self.block_size, self.packed = cache, cache.shape[2], False
+
+    def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """See `PagedLayer.write`."""
+        at = self.cache.transpose(1, 2).flatten(0, 1)
+        at.index_copy_(0, slots, torch.cat((k, v), dim=-1).to(at.dtype))
+
+    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """See `PagedLayer.read`."""
+        return self.cache.transpose(1, 2).flatten(0, 1)[slots].chunk(2, dim=-1)
+
+
+def scratch_kv(
+    layers: int, rows: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device, block: int
+) -> PagedKV:
+    """KV of `rows` rows [layers of (blocks, heads, block, 2 * dim)] outside vLLM's cache; unwritten rows hold NaN."""
+    blocks = -(-rows // block)
+    shape = (layers, blocks, block, heads, 2 * dim)
+    memory = torch.full(shape, float("nan"), dtype=dtype, device=device).transpose(2, 3)
+    return PagedKV([OpenLayer(x) for x in memory], range(blocks), block)

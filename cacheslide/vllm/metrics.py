@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from prometheus_client import REGISTRY
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from cacheslide.vllm.reasons import KINDS, kind_of
@@ -53,11 +54,19 @@ class ReuseStats(KVConnectorStats):
         return not self.data
 
 
+def _unregister() -> None:
+    """Drop the counters of an engine that this process had before, as vLLM does with its own."""
+    for collector in list(REGISTRY._collector_to_names):
+        if str(getattr(collector, "_name", "")).startswith("cacheslide:"):
+            REGISTRY.unregister(collector)
+
+
 class ReuseMetrics(KVConnectorPromMetrics):
     """`cacheslide:*` counters per engine."""
 
     def __init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        _unregister()
         self.counters = {}
         for name, what in COUNTERS.items():
             counter = self._counter_cls(name=f"cacheslide:{name}", documentation=what, labelnames=labelnames)

@@ -1,7 +1,8 @@
 """A `ModelAdapter` over the model that vLLM has loaded: its own projections, norms and MLP, called layer by layer."""
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -13,8 +14,10 @@ from cacheslide.errors import ModelError
 from cacheslide.model.adapter import RowGroup
 from cacheslide.model.reference import DenseKV, row_attention
 from cacheslide.positions.rope import Rotary, inverse_frequencies
-from cacheslide.vllm.attention import choose
-from cacheslide.vllm.kv_layout import PagedKV, PagedLayer
+from cacheslide.vllm.attention import RowKernel, choose
+from cacheslide.vllm.kv_layout import PagedKV, PagedLayer, scratch_kv
+from cacheslide.vllm.operators import fused_norms, operators
+from cacheslide.vllm.paged_source import Caches
 
 _PROBED = 1024  # positions at which the model's rotation is compared with ours
 _MLP_ROWS = 8192  # rows whose MLP runs at once: bounds activation memory that vLLM's profiling run has not seen
@@ -28,10 +31,11 @@ def find_model(static_forward_context: Mapping[str, object]) -> torch.nn.Module:
     """
     for module in gc.get_objects():
         # issubclass, since isinstance would ask every live object for its __class__, which proxies compute
-        if issubclass(type(module), torch.nn.Module) and is_text_generation_model(type(module)):
+        if issubclass(type(module), torch.nn.Module):
             layers = getattr(getattr(module, "model", None), "layers", None)
             attention = getattr(getattr(layers[0], "self_attn", None), "attn", None) if layers else None
-            if attention is not None and static_forward_context.get(attention.layer_name) is attention:
+            registered = attention is not None and static_forward_context.get(attention.layer_name) is attention
+            if registered and is_text_generation_model(type(module)):
                 return module
     raise ModelError("the loaded model was not found among this process's modules")
 
@@ -70,7 +74,10 @@ class VllmModel:
         self.layers = list(model.model.layers)
         self.num_layers = len(self.layers)
         self.rotary = rotary_of(model, config)
+        self.ranks = get_tensor_model_parallel_world_size()
         self.paged = [PagedLayer(layer.self_attn.attn) for layer in self.layers]
+        self.open = not self.paged[0].packed  # the cache's layout
+        self.caches = Caches(self.paged)
         self.attend_paged = choose(self.paged[0])
         first = self.layers[0].self_attn
         self.shape = SimpleNamespace(
@@ -80,11 +87,28 @@ class VllmModel:
         self.scale = float(first.attn.impl.scale)
         norm = self.layers[0].input_layernorm.weight
         self.dtype, self.device = norm.dtype, norm.device
-        self.schema_positions = False  # rows of this run may sit at positions below 0, which vLLM's tables lack
+        self.ops = operators(self.device)
+        self.schema_positions = False
 
-    def new_kv(self, capacity: int) -> DenseKV:
+    def new_kv(self, capacity: int) -> DenseKV | PagedKV:
         """Scratch KV outside the paged cache, for encoding chunks."""
-        return DenseKV(self.shape, capacity, self.dtype, self.device)
+        s = self.shape
+        if self.open:
+            block = self.paged[0].block_size  # the kernels are compiled for it
+            return scratch_kv(s.num_layers, capacity, s.num_kv_heads, s.head_dim, self.dtype, self.device, block)
+        return DenseKV(s, capacity, self.dtype, self.device)
+
+    @contextmanager
+    def running(self, schema_positions: bool = False) -> Iterator[None]:
+        """Around a run. `schema_positions`: its rows may sit at positions below 0, which vLLM's tables lack."""
+        self.schema_positions = schema_positions
+        try:
+            with fused_norms(self.device):
+                yield
+        finally:
+            self.schema_positions = False
+            if isinstance(self.attend_paged, RowKernel):
+                self.attend_paged.forget()
 
     def paged_kv(self, block_ids: Sequence[int], manager_block: int) -> PagedKV:
         """A request's KV in the paged cache."""
@@ -107,7 +131,7 @@ class VllmModel:
             q = attention.q_norm(q.unflatten(-1, (-1, dim))).flatten(1)
             k = attention.k_norm(k.unflatten(-1, (-1, dim))).flatten(1)
         if not self.schema_positions:
-            q, k = attention.rotary_emb(positions, q, k)
+            q, k = self.ops(attention.rotary_emb)(positions, q, k)
         q, k, v = (x.unflatten(-1, (-1, dim)) for x in (q, k, v))
         if self.schema_positions:
             q, k = self.rotary.rotate(q, positions), self.rotary.rotate(k, positions)
@@ -116,7 +140,7 @@ class VllmModel:
     def attend(self, layer: int, q: Tensor, groups: Sequence[RowGroup]) -> Tensor:
         """See `ModelAdapter.attend`. Groups are all in the paged cache, or all scratch."""
         if all(isinstance(g.kv, PagedKV) for g in groups):
-            return self.attend_paged(self.paged[layer], layer, q, groups, self.scale)
+            return self.attend_paged(layer, q, groups, self.scale)
         parts = zip(q.split([len(g.rows) for g in groups]), groups, strict=True)
         return torch.cat([row_attention(x, g.kv.k[layer], g.kv.v[layer], g.rows) for x, g in parts if len(g.rows)])
 
@@ -124,9 +148,14 @@ class VllmModel:
         """See `ModelAdapter.finish`."""
         block = self.layers[layer]
         projected, _ = block.self_attn.o_proj(attended.flatten(1))
-        hidden = hidden + projected  # not the fused norm: it would overwrite rows that the executor still holds
-        parts = [x + block.mlp(block.post_attention_layernorm(x)) for x in hidden.split(_MLP_ROWS)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        normed, hidden = block.post_attention_layernorm(projected, hidden)
+        for x, residual in zip(normed.split(_MLP_ROWS), hidden.split(_MLP_ROWS), strict=True):
+            residual += self._mlp(block.mlp, x)
+        return hidden
+
+    def _mlp(self, mlp: torch.nn.Module, x: Tensor) -> Tensor:
+        gates, _ = mlp.gate_up_proj(x)
+        return mlp.down_proj(self.ops(mlp.act_fn)(gates))[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `ModelAdapter.logits`."""
@@ -134,4 +163,4 @@ class VllmModel:
 
     def reduce_scores(self, scores: Tensor) -> Tensor:
         """See `ModelAdapter.reduce_scores`."""
-        return tensor_model_parallel_all_reduce(scores) if get_tensor_model_parallel_world_size() > 1 else scores
+        return tensor_model_parallel_all_reduce(scores) if self.ranks > 1 else scores

@@ -17,10 +17,11 @@ class _ApartHasher:
 
     def __call__(self, request) -> list[bytes]:
         at = len(request.block_hashes)
-        return [
-            plain if at + i < self.first else hashlib.sha256(plain + self.salt).digest()
-            for i, plain in enumerate(self.plain(request))
-        ]
+        return [plain if at + i < self.first else self.own(plain) for i, plain in enumerate(self.plain(request))]
+
+    def own(self, plain: bytes) -> bytes:
+        """The hash that takes the place of `plain`."""
+        return hashlib.sha256(plain + self.salt).digest()
 
 
 def key_apart(request, first: int) -> None:
@@ -32,6 +33,5 @@ def key_apart(request, first: int) -> None:
         if first >= hasher.first:
             return
         hasher = hasher.plain  # rows are computed anew: a new secret, lest old blocks join the new ones
-    request._block_hasher = _ApartHasher(hasher, first)
-    del request.block_hashes[first:]
-    request.update_block_hashes()
+    request._block_hasher = apart = _ApartHasher(hasher, first)
+    request.block_hashes[first:] = [apart.own(plain) for plain in request.block_hashes[first:]]

@@ -19,6 +19,7 @@ class WorkerStore(MemoryChunkStore):
     def put(self, key: ChunkKey, chunk: ChunkKV) -> None:
         """See `ChunkStore.put`."""
         moved = {name: getattr(chunk, name).to(self.device) for name in ("k", "v")}
+        moved["positions"] = chunk.positions.cpu()  # read by the host alone
         moved["layer_inputs"] = {layer: x.to(self.device) for layer, x in chunk.layer_inputs.items()}
         if self.pinned:
             moved = moved | {name: moved[name].pin_memory() for name in ("k", "v")}
@@ -30,6 +31,12 @@ class WorkerStore(MemoryChunkStore):
             if (chunk := self._chunks.pop(key, None)) is not None:
                 self._bytes -= chunk.nbytes
                 self.stats.evictions += 1
+
+    def hand_over(self, to: "WorkerStore") -> None:
+        """Give every chunk to another store and forget it."""
+        for key, chunk in list(self._chunks.items()):
+            to.put(key, chunk)
+            self.drop([key])
 
     def clear(self) -> None:
         """Forget everything."""

@@ -3,35 +3,22 @@
 import torch
 from torch import Tensor
 
+from cacheslide.correction import TopDeviation
 from cacheslide.encode import ChunkEncoder, rows_none
 from cacheslide.engine import Receipt
 from cacheslide.keys import ChunkKey
-from cacheslide.placement import Piece, PlacedChunks
+from cacheslide.placement import Piece, PlacedChunks, send, tensor_of
 from cacheslide.prefill import PrefillOutput, PrefillRequest, SelectivePrefill
 from cacheslide.prompt import Chunk
 from cacheslide.store.base import ChunkKV
+from cacheslide.vllm.fetch import LayerFetch
 from cacheslide.vllm.mailbox import post
 from cacheslide.vllm.model_adapter import VllmModel, find_model
+from cacheslide.vllm.paged_source import PagedChunks
 from cacheslide.vllm.params import ServerOptions
 from cacheslide.vllm.plans import LoadPlan, SavePlan, StepPlan, WorkerReport
 from cacheslide.vllm.reasons import LOST
 from cacheslide.vllm.store import WorkerStore
-
-
-class Shifted:
-    """A `KVSource` whose keys are turned by `by` more positions: a schema laid so that its last row fits vLLM's."""
-
-    def __init__(self, source: PlacedChunks, by: int) -> None:
-        self.source, self.by = source, by
-
-    def layer(self, layer: int, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `KVSource.layer`."""
-        k, v = self.source.layer(layer, index)
-        return self.source.rotary.rotate(k, torch.full((len(k),), self.by, device=k.device)), v
-
-    def inputs(self, layer: int, index: Tensor) -> Tensor | None:
-        """See `KVSource.inputs`."""
-        return self.source.inputs(layer, index)
 
 
 class WorkerSide:
@@ -49,10 +36,24 @@ class WorkerSide:
         config = self.vllm_config
         found = find_model(config.compilation_config.static_forward_context)
         self.model = VllmModel(found, config.model_config.hf_text_config)
-        on_host = self.options.store_device == "cpu"
-        device = torch.device("cpu") if on_host else self.model.device
-        self.store = WorkerStore(device, pinned=on_host and self.model.device.type == "cuda")
+        self.store = self._open_store(self.options.store_device)
         self.executor = SelectivePrefill(self.model)
+        if self.model.device.type == "cuda":
+            from cacheslide.vllm.warmup import warm_up  # Triton is there only with a GPU
+
+            warm_up(self.model, config.model_config.max_model_len)
+
+    def _open_store(self, where: str) -> WorkerStore:
+        """An empty store; one in host memory beside a GPU is pinned, and read on a stream of its own."""
+        device = torch.device("cpu") if where == "cpu" else self.model.device
+        pinned = where == "cpu" and self.model.device.type == "cuda"
+        self.stream = torch.cuda.Stream(self.model.device) if pinned else None
+        return WorkerStore(device, pinned)
+
+    def move_store(self, where: str) -> None:
+        """Move all chunks to the host ("cpu") or to the model's device ("model")."""
+        before, self.store = self.store, self._open_store(where)
+        before.hand_over(self.store)
 
     @torch.inference_mode()
     def load(self, step: StepPlan) -> None:
@@ -62,21 +63,19 @@ class WorkerSide:
         if not step.loads:
             return
         prepared = [self._prepare(plan) for plan in step.loads]
-        self.model.schema_positions = any(plan.positions is not None for plan in step.loads)
-        try:
+        with self.model.running(any(plan.positions is not None for plan in step.loads)):
             outputs = self.executor.run([request for request, _ in prepared])
-        finally:
-            self.model.schema_positions = False
         for plan, (request, receipt), output in zip(step.loads, prepared, outputs, strict=True):
             self._note(plan, request, receipt, output)
 
     def _prepare(self, plan: LoadPlan) -> tuple[PrefillRequest, Receipt]:
         device = self.model.device
-        ids = torch.tensor(plan.token_ids[plan.start : plan.end], device=device)
-        own = torch.arange(plan.start, plan.end, device=device)
-        schema = own if plan.positions is None else torch.tensor(plan.positions[plan.start : plan.end], device=device)
+        ids = send(tensor_of(plan.token_ids[plan.start : plan.end]), device)
+        own = torch.arange(plan.start, plan.end)
+        positions = own if plan.positions is None else tensor_of(plan.positions[plan.start : plan.end])
         # vLLM numbers the last row, and what it generates, by row: the schema moves as a whole to meet it.
         shift = 0 if plan.positions is None else len(plan.token_ids) - 1 - plan.positions[-1]
+        positions += shift
         receipt = Receipt(plan.system, len(plan.token_ids), chunks=plan.chunks)
         pieces, spans = [], []
         for key, chunk in plan.reuse:
@@ -87,16 +86,33 @@ class WorkerSide:
                 continue
             receipt.chunks_hit += 1
             receipt.bytes_loaded += held.nbytes
-            pieces.append(Piece(_tail(held, first - chunk.start), end - first))
-            spans.append(torch.arange(first - plan.start, end - plan.start, device=device))
-        reused = torch.cat(spans) if spans else rows_none(ids)
-        source = None
-        if pieces:
-            source = PlacedChunks(pieces, schema[reused], plan.placement, self.model.rotary, self.model.dtype)
-            source = Shifted(source, shift) if shift else source
-        kv = self.model.paged_kv(plan.block_ids, self.block_size)
-        lengths = tuple(p.length for p in pieces)
-        return PrefillRequest(ids, schema + shift, kv, reused, source, plan.correction, lengths, plan.start), receipt
+            pieces.append(Piece(held, end - first, first - chunk.start))
+            spans.append(torch.arange(first - plan.start, end - plan.start))
+        reused = torch.cat(spans) if spans else rows_none(positions)
+        source = self._source(pieces, positions[reused], plan, shift) if pieces else None
+        request = PrefillRequest(
+            ids,
+            send(positions, device),
+            self.model.paged_kv(plan.block_ids, self.block_size),
+            send(reused, device),
+            source,
+            plan.correction,
+            tuple(p.length for p in pieces),
+            plan.start,
+        )
+        return request, receipt
+
+    def _source(self, pieces: list[Piece], target: Tensor, plan: LoadPlan, shift: int) -> PlacedChunks:
+        """Cached rows on their way to positions `target` [R], on the host; a kernel places them where it can."""
+        model = self.model
+        settings = pieces, target, plan.placement, model.rotary, model.dtype, shift
+        if not model.open:
+            return PlacedChunks(*settings, device=model.device)
+        fetch = None
+        if pieces[0].chunk.k.device != model.device:
+            first = plan.correction.layer if isinstance(plan.correction, TopDeviation) else 0
+            fetch = LayerFetch(pieces, first, model.num_layers, model.device, self.stream)
+        return PagedChunks(*settings, device=model.device, caches=model.caches, fetch=fetch)
 
     def _missing(self, key: ChunkKey, receipt: Receipt, wanted: bool) -> None:
         if wanted:
@@ -137,17 +153,10 @@ class WorkerSide:
         for job in step.encodes:
             self.store.drop(job.evict)
             encoder = ChunkEncoder(self.model, self.store, self.model.dtype, job.capture)
-            encoder.encode(job.encoding, job.prompt, job.positions, job.chunks, job.keys)
+            with self.model.running():
+                encoder.encode(job.encoding, job.prompt, job.positions, job.chunks, job.keys)
 
     def take_report(self) -> WorkerReport | None:
         """What happened since the last call."""
         report, self.report = self.report, WorkerReport()
         return report if report.receipts or report.missing else None
-
-
-def _tail(chunk: ChunkKV, start: int) -> ChunkKV:
-    """The chunk without its first `start` rows; shares its memory."""
-    if not start:
-        return chunk
-    inputs: dict[int, Tensor] = {layer: x[start:] for layer, x in chunk.layer_inputs.items()}
-    return ChunkKV(chunk.k[:, start:], chunk.v[:, start:], chunk.positions[start:], inputs, chunk.generation)

@@ -1,0 +1,44 @@
+"""Compiles the kernels before the first request needs them: compiling takes seconds, a prefill less."""
+
+import logging
+import time
+
+import torch
+
+from cacheslide import kernels
+from cacheslide.kernels import launch
+from cacheslide.vllm.model_adapter import VllmModel
+
+logger = logging.getLogger("vllm.cacheslide")
+_ROWS, _SPANS = (16, 128, 512, 1024, 2048, 4096, 8192), (2048, 8192, 32768)
+
+
+def warm_up(model: VllmModel, max_tokens: int) -> None:
+    """Launch every kernel once in the variants that prompts of up to `max_tokens` tokens lead to."""
+    started = time.perf_counter()
+    attention = model.layers[0].self_attn
+    heads, kv_heads, dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
+    kv, device = model.paged[0].cache, model.device
+    size, count = kv.shape[2], 64  # rows of the launches; only their variants matter
+    q = torch.zeros(count, heads, dim, dtype=model.dtype, device=device)
+    rows, bounds = torch.arange(count, dtype=torch.int32, device=device), torch.tensor([0, count], dtype=torch.int32)
+    # A width that is a multiple of 16, and one that is not: Triton compiles them apart.
+    tables = [torch.zeros(1, n, dtype=torch.int32, device=device) for n in (-(-max_tokens // size // 16) * 16, 7)]
+    found = set()
+    for span in _SPANS:
+        for n in _ROWS:
+            if n <= span <= max(max_tokens, _SPANS[0]):
+                work = launch.Work(n, 1, span, heads, kv_heads, dim, size, model.dtype)
+                found.add(launch.choose_tiling(work, launch.device_of(q)))
+    for tiling in found:
+        for table in tables:
+            launch.row_attention(q, rows, bounds.to(device), table, kv, model.scale, max_row=count - 1, tiling=tiling)
+    k = torch.zeros(model.num_layers, count, kv_heads, dim, dtype=model.dtype, device=device)
+    nowhere = torch.full((count,), -1, dtype=torch.int64, device=device)
+    turns = torch.zeros(count, dtype=torch.int32, device=device)
+    caches, pointers = model.caches.get()
+    for deltas in (turns, None):
+        kernels.place_layers(k, k, nowhere, deltas, caches, model.rotary, pointers)
+        kernels.row_deviation(k[0], k[0], deltas, model.rotary)
+    torch.cuda.synchronize(device)
+    logger.info("CacheSlide's kernels: %d tilings, %.1f s", len(found), time.perf_counter() - started)

@@ -1,0 +1,120 @@
+"""The GPU's way of placing cached rows, run on the CPU: open-layout caches, fused placement, layer-wise prefetch."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from cacheslide.correction import EdgeRows, NoCorrection, Promotion, Swap, TopDeviation
+from cacheslide.engine import ReuseEngine
+from cacheslide.model.reference import ReferenceLlama
+from cacheslide.placement import Piece, PlacedChunks
+from cacheslide.prefill import SelectivePrefill
+from cacheslide.store import MemoryChunkStore
+from cacheslide.store.base import ChunkKV
+from cacheslide.vllm.attention import RowKernel
+from cacheslide.vllm.fetch import LayerFetch
+from cacheslide.vllm.kv_layout import PagedKV, scratch_kv
+from cacheslide.vllm.paged_source import Caches, PagedChunks
+from tests.test_prefill import chain, prompt
+
+RULES = {
+    "none": NoCorrection(),
+    "edges": EdgeRows(3, 2),
+    "first_layer": TopDeviation(0.26, 0),
+    "top": TopDeviation(0.26, 2),
+    "zero": TopDeviation(0.0, 1),
+    "all": TopDeviation(1.0, 1),
+    "keys_and_values": TopDeviation(0.4, 1, metric="kv"),
+    "fused": TopDeviation(0.3, 1, fusion="paper"),
+    "swap": TopDeviation(0.2, 1, swap=Swap(tau=2.0, every=2)),  # everything converged: all rows change places
+    "swap_some": TopDeviation(0.4, 1, swap=Swap(tau=0.02, every=1)),
+    "promote": TopDeviation(0.1, 1, promote=(Promotion(1, 0.2), Promotion(2, 0.1))),
+}
+
+
+class Paged(ReferenceLlama):
+    """The reference model over paged caches: what vLLM's model is to the worker on a GPU."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.kernel = RowKernel()
+
+    def new_kv(self, capacity):
+        c = self.config
+        kv = scratch_kv(c.num_layers, capacity + 130, c.num_kv_heads, c.head_dim, self.dtype, self.device, 8)
+        order = torch.randperm(len(kv.blocks), generator=torch.Generator().manual_seed(capacity))
+        return PagedKV(kv.layers, order.tolist(), 8)  # blocks in any order
+
+    def attend(self, layer, q, groups):
+        return self.kernel(layer, q, groups, self.config.head_dim**-0.5)
+
+
+@pytest.fixture(scope="module")
+def paged(checkpoint) -> Paged:
+    return Paged.from_pretrained(checkpoint)
+
+
+def kv_of(kv, layers: int, rows: int):
+    pairs = [kv.read(layer, torch.arange(rows)) for layer in range(layers)]
+    return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
+
+
+@pytest.mark.parametrize("fetched", [False, True], ids=["on_device", "from_host"])
+@pytest.mark.parametrize("rotation", ["delta", "stored"])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_rows_placed_in_the_cache_equal_rows_written_one_layer_at_a_time(model, paged, rule, rotation, fetched):
+    policy, now = chain(rule, rotation=rotation), prompt(13, 5)
+    engines = [ReuseEngine(m, policy, MemoryChunkStore(), chunk_size=16) for m in (model, paged)]
+    for engine in engines:
+        engine.build(prompt(7, 3))
+    want = engines[0].prefill(now)
+    request, _, _ = engines[1]._prepare(now, 0, 0)
+    plain, n = request.source, paged.num_layers
+    pieces = [Piece(p.chunk, p.length) for p in plain.pieces]
+    first = rule.layer if isinstance(rule, TopDeviation) else 0
+    fetch = LayerFetch(pieces, first, n, torch.device("cpu"), group=2) if fetched else None
+    target = request.positions[request.reused]
+    settings = (pieces, target, policy.placement, paged.rotary, torch.float32, 0, torch.device("cpu"))
+    request.source = PagedChunks(*settings, Caches(request.kv.layers), fetch)
+    [output] = SelectivePrefill(paged).run([request])
+    assert torch.equal(output.selected, want.output.selected)
+    assert output.rows_computed == want.output.rows_computed
+    for got, expected in zip(kv_of(request.kv, n, len(now)), (want.kv.k, want.kv.v), strict=True):
+        torch.testing.assert_close(got, expected[:, : len(now)], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.hidden, want.output.hidden, atol=1e-5, rtol=1e-5)
+
+
+def test_a_shifted_prompt_turns_keys_by_the_shift_as_well(model):
+    k, v = torch.randn(5, 8, 2, 10), torch.randn(5, 8, 2, 10)
+    chunk = ChunkKV(k, v, torch.arange(4, 12))
+    for rotation, turn in (("delta", 29), ("stored", 9)):
+        placement = replace(chain(NoCorrection()).placement, rotation=rotation)
+        moved, values = PlacedChunks(
+            [Piece(chunk, 8)], torch.arange(33, 41), placement, model.rotary, torch.float32, shift=9
+        ).layer(3)
+        torch.testing.assert_close(moved, model.rotary.rotate(k[3], torch.full((8,), turn)), atol=1e-6, rtol=1e-6)
+        assert torch.equal(values, v[3])
+
+
+def chunk_of(layers: int, rows: int, seed: int) -> ChunkKV:
+    g = torch.Generator().manual_seed(seed)
+    return ChunkKV(*(torch.randn(layers, rows, 2, 4, generator=g) for _ in range(2)), torch.arange(rows))
+
+
+@pytest.mark.parametrize(("group", "depth"), [(1, 1), (2, 2), (3, 1), (9, 9)])
+def test_prefetched_layers_hold_their_rows_until_the_next_group(group, depth):
+    pieces = [Piece(chunk_of(6, 5, 0), 5), Piece(chunk_of(6, 7, 1), 4, first=2)]
+    fetch = LayerFetch(pieces, 1, 6, torch.device("cpu"), group=group, depth=depth)
+    for layer in range(1, 6):
+        for _ in range(2):  # scores are taken from a layer before it is placed
+            end, parts = fetch.group(layer)
+            assert layer < end <= 6 and (end == 6 or (end - 1) % group == 0)
+            for (k, v), piece in zip(parts, pieces, strict=True):
+                assert torch.equal(k, piece.chunk.k[layer:end, piece.rows])
+                assert torch.equal(v, piece.chunk.v[layer:end, piece.rows])
+    if group < 5:
+        with pytest.raises(LookupError, match="layer 1 is not under way"):
+            fetch.group(1)

@@ -76,7 +76,7 @@ def dense(model, prompt, slots=None):
     for layer in range(model.num_layers):
         q, k, v = model.qkv(layer, hidden[-1], rows)
         kv.write(layer, rows, k, v)
-        hidden.append(model.finish(layer, hidden[-1], model.attend(layer, q, [RowGroup(kv, rows)])))
+        hidden.append(model.finish(layer, hidden[-1].clone(), model.attend(layer, q, [RowGroup(kv, rows)])))
     return hidden, kv
 
 

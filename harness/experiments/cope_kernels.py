@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cacheslide.kernels import cope_reference
 from cacheslide.positions.cope import scores_and_gates
+from harness.experiments import cope_trained
 from harness.experiments.kernels import FLUSH_BYTES, GateError, median_ms, relative_error
 from harness.results.provenance import ROOT, provenance
 
@@ -32,7 +33,7 @@ SHIFTS = {"mean_0.5": 0.0, "mean_0.01": -5.1, "never": -8.1}
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 DECODES = ((8, 16384), (1, 16384), (32, 4096))  # requests, tokens
 BOUND = 1e-2  # ||out - want|| / ||want||, bfloat16
-PARTS = {"prefill": 130, "decode": 60, "training": 50}  # seconds
+PARTS = {"prefill": 140, "decode": 55, "training": 45, "trained": 60}  # seconds; the last with --adapter only
 # lanes, keys, warps, stages, keys and stages once saturated
 TILINGS = ((128, 64, 8, 3, 128, 2), (128, 64, 8, 3, 64, 3), (64, 64, 4, 2, 64, 2), (128, 32, 8, 3, 128, 2))
 
@@ -220,13 +221,15 @@ CASES: dict[str, Callable[[int], Sequence[tuple[str, Callable[[], dict]]]]] = {
     ],
     "training": lambda n: [(f"{4096}_{g}", lambda g=g: training_case(4096, g, n)) for g in SHIFTS],
 }  # fmt: skip
+TOOLS = cope_trained.Tools(check, gates_seen, BACKENDS)
 
 
-def run_part(part: str, out: Path, repeats: int) -> None:
-    """All cases of a part, written after each."""
+def run_part(part: str, out: Path, repeats: int, trained: tuple[Path, Path] | None = None) -> None:
+    """All cases of a part, written after each; `trained` are the folders of a model and its adapter."""
     torch.manual_seed(0)
     done: dict[str, Any] = {}
-    for name, case in CASES[part](repeats):
+    cases = cope_trained.cases(*trained, TOOLS, repeats) if part == "trained" else CASES[part](repeats)
+    for name, case in cases:
         started = time.monotonic()
         try:
             done[name] = case()
@@ -261,11 +264,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--commit", help="git commit of these sources, where the folder is no git checkout")
+    parser.add_argument("--model", type=Path, default=ROOT / "models/tiny-llama-12m", help="the adapter's base model")
+    parser.add_argument("--adapter", type=Path, help="a trained CoPE adapter: its own gates are timed too")
     parser.add_argument("--part", choices=PARTS, help="run this part alone, here, and write its cases only")
     args = parser.parse_args(argv)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.part:
-        return run_part(args.part, args.out, args.repeats)
+        return run_part(args.part, args.out, args.repeats, (args.model, args.adapter))
     sources = [*sorted((ROOT / "cacheslide/kernels").glob("cope*.py")), Path(__file__).resolve()]
     made_by = provenance({"repeats": args.repeats, "tilings": TILINGS, "seconds": PARTS}, {}, "random tensors")
     made_by["git_commit"] = made_by["git_commit"] or args.commit
@@ -283,8 +288,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     result: dict[str, Any] = {"schema": 1, "provenance": made_by, "conditions": conditions}
     for part, seconds in PARTS.items():
+        if part == "trained" and not args.adapter:
+            continue
         file = args.out.with_suffix(f".{part}.tmp")
         command = [sys.executable, "-m", "harness.experiments.cope_kernels", "--part", part, "--out", str(file)]
+        command += ["--model", str(args.model), "--adapter", str(args.adapter)] if args.adapter else []
         state = "finished"
         try:
             code = subprocess.run([*command, "--repeats", str(args.repeats)], timeout=seconds, cwd=ROOT).returncode

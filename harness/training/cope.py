@@ -117,7 +117,8 @@ class CopeRun:
         self.model = model.to(self.device)
         self.stack = CopeStack(self.model, AdapterSettings(**s.adapter))
         if s.checkpointing:
-            self.model.activation_checkpointing_enable()
+            newer = getattr(self.model, "activation_checkpointing_enable", None)  # the other name is on its way out
+            (newer or self.model.gradient_checkpointing_enable)()
         self.base_hash = fingerprint(base)
         named = self.stack.named()
         tables = [p for n, p in named.items() if n.endswith(".positions")]

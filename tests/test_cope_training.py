@@ -139,13 +139,13 @@ def run(base, out, resume=False, **changes):
 
 
 def test_a_run_learns_layer_by_layer_then_answers_and_resumes(base, tmp_path):
-    first = run(base, tmp_path, steps=12, local=0.5)
+    first = run(base, tmp_path, steps=12, local=0.5, fade=0.5)
     first.train()
     first.save()
     kinds = [e["local"] for e in first.curve]
     assert kinds == sorted(kinds, reverse=True) and {True, False} == set(kinds) and first.step == 12
     assert "question" in first.curve[-1] and "question" not in first.curve[0]
-    second = run(base, tmp_path, resume=True, steps=14, local=0.5)
+    second = run(base, tmp_path, resume=True, steps=14, local=0.5, fade=0.5)
     assert second.step == 12 and len(second.curve) == 12 and second.spent > 0.1
     for a, b in zip(first.stack.parameters(), second.stack.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -1,8 +1,8 @@
 """Train a CoPE adapter for the small model: `python -m harness.training.cope --config FILE --model DIR --out DIR`.
 
 Continued pretraining on the task's prompts with the backbone frozen. First every layer learns, from the native stack's
-own layer inputs, to give the layer's native output; then the whole stack learns to follow the native states and to
-answer. On CUDA attention is the fused kernel in both directions.
+own layer inputs, to give the layer's native output; then the inputs fade over to what the layers before it make, and the
+whole stack learns to follow the native states and to answer. On CUDA attention is the fused kernel in both directions.
 Time-boxed: it stops by the clock, writes the adapter and its own state every minute, and goes on with `--resume`.
 """
 
@@ -36,8 +36,12 @@ LABELLED = 10.0  # weight of a labelled position in the distance to the native s
 
 @dataclass(frozen=True)
 class CopeSettings:
-    """A run. `rows` are lists of RowSpec with weights, as in a training stage; `local` the share of the time in which
-    layers learn one by one; `follow` the weight of the distance to the native states after that."""
+    """A run. `rows` are lists of RowSpec with weights, as in a training stage.
+
+    `local` is the share of the time in which layers learn one by one, `fade` the share of the rest in which their
+    inputs fade over, `follow` the weight of the distance to the native states in that rest, `joint` the factor of its
+    learning rates.
+    """
 
     rows: list[dict]
     adapter: dict
@@ -48,8 +52,10 @@ class CopeSettings:
     table_lr: float = 1e-2
     warmup: int = 50
     decay: float = 0.35
-    local: float = 0.5
+    local: float = 0.6
+    fade: float = 0.4
     follow: float = 1.0
+    joint: float = 0.3
     workers: int = 14
     log_every: int = 20
     save_seconds: float = 60.0
@@ -67,16 +73,18 @@ def settings(path: Path, changes: list[str]) -> CopeSettings:
     return CopeSettings(**raw)
 
 
-def layer_inputs(model, hidden: Tensor, given: list[Tensor] | None = None) -> list[Tensor]:
+def layer_inputs(model, hidden: Tensor, given: list[Tensor] | None = None, own: float = 1.0) -> list[Tensor]:
     """Hidden states [batch, length, width] before every layer and behind the last, without the final norm.
 
-    With `given`, layer i is fed given[i] instead of what the layer before it made.
+    With `given`, layer i is fed what the layer before it made with weight `own`, and given[i] with the rest.
     """
     body, states = model.model, [hidden]
     at = torch.arange(hidden.shape[1], device=hidden.device)[None]
     angles = body.rotary_emb(hidden, at)
     for i, layer in enumerate(body.layers):
-        x = states[-1] if given is None else given[i]
+        x = states[-1]
+        if given is not None and own < 1:
+            x = given[i] + own * (x - given[i]) if own else given[i]
         states.append(layer(x, attention_mask=None, position_ids=at, position_embeddings=angles))
     return states
 
@@ -155,26 +163,38 @@ class CopeRun:
                 saved = self.seconds
         self.model.eval()
 
+    def schedule(self) -> tuple[bool, float, float]:
+        """Whether layers learn one by one, the weight of their own inputs, and the learning rates' factor.
+
+        Both halves end with low rates: the first, so that the second starts from layers that have settled.
+        """
+        s, share = self.s, self.share
+        warm = min(1.0, (self.step + 1) / s.warmup)
+        if share < s.local:
+            return True, 0.0, warm * min(1.0, max(0.1, (1 - share / s.local) / s.decay))
+        done = (share - s.local) / max(1e-9, 1 - s.local)
+        own = min(1.0, done / s.fade) if s.fade else 1.0
+        return False, own, s.joint * warm * min(1.0, max(0.02, (1 - done) / s.decay))
+
     def update(self, batch: dict[str, Tensor]) -> None:
         """One optimiser step."""
         s, ids = self.s, batch["ids"]
         weight = (ids != self.special["pad"]).float()
         weight.view(-1)[batch["pos"]] = LABELLED
-        factor = min(1.0, (self.step + 1) / s.warmup) * min(1.0, max(0.02, (1 - self.share) / s.decay))
+        local, own, factor = self.schedule()
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * factor
-        local = self.share < s.local
         self.optimizer.zero_grad()
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             hidden = self.model.model.embed_tokens(ids)
             with torch.no_grad(), self.stack.off():
                 native = layer_inputs(self.model, hidden)
-            mine = layer_inputs(self.model, hidden, native if local else None)
+            mine = layer_inputs(self.model, hidden, native, own)
             apart = distances(mine, native, weight)
             loss, right = sum(apart), None
             if not local:
                 answer, right = answer_loss(self.model, mine[-1], batch)
-                loss = answer + s.follow * loss / len(apart)
+                loss = own * answer + s.follow * loss / len(apart)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.stack.parameters(), 1.0)
         self.optimizer.step()

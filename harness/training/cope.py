@@ -1,8 +1,8 @@
 """Train a CoPE adapter for the small model: `python -m harness.training.cope --config FILE --model DIR --out DIR`.
 
 Continued pretraining on the task's prompts with the backbone frozen. First every layer learns, from the native stack's
-own layer inputs, to give the layer's native output; then the inputs fade over to what the layers before it make, and the
-whole stack learns to follow the native states and to answer. On CUDA attention is the fused kernel in both directions.
+own layer inputs, to give the layer's native output; then the inputs fade over to what the layers before it make, and
+the whole stack learns to follow the native states and to answer. On CUDA attention is the fused kernel both ways.
 Time-boxed: it stops by the clock, writes the adapter and its own state every minute, and goes on with `--resume`.
 """
 

@@ -152,6 +152,11 @@ def test_a_run_learns_layer_by_layer_then_answers_and_resumes(base, tmp_path):
         assert torch.equal(first.optimizer.state[a]["exp_avg"], second.optimizer.state[b]["exp_avg"])
     second.train()
     assert second.step == 14
+    second.finish()
+    second.save()
+    shipped = cope.load_adapter(tmp_path, base)
+    assert all(x.dtype == torch.bfloat16 for x in shipped.tensors.values())
+    assert all(torch.equal(shipped.tensors[n].float(), p) for n, p in second.stack.named().items())
     frozen = [p for p in second.model.parameters() if not p.requires_grad]
     fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     assert sum(p.numel() for p in frozen) == sum(p.numel() for p in fresh.parameters())

@@ -133,7 +133,7 @@ class CopeRun:
         factors = [p for n, p in named.items() if not n.endswith(".positions")]
         groups = [{"params": factors, "rate": s.lr}, {"params": tables, "rate": s.table_lr}]
         self.optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.98), weight_decay=0.0)
-        self.step, self.curve = 0, []
+        self.step, self.curve, self.dtype = 0, [], torch.float32
         if resume:
             self._resume()
         self.started = time.time()
@@ -212,11 +212,18 @@ class CopeRun:
         self.curve.append(entry)
         print(json.dumps(entry), flush=True)
 
+    def finish(self) -> None:
+        """Round what was trained to bfloat16, as it is shipped, so that the scores are those of the shipped adapter."""
+        with torch.no_grad():
+            for parameter in self.stack.parameters():
+                parameter.copy_(parameter.bfloat16())
+        self.dtype = torch.bfloat16
+
     def save(self, scores: dict | None = None) -> None:
         """Write the adapter, the optimiser's state and what was logged."""
         device = torch.cuda.get_device_name() if self.device == "cuda" else "CPU"
         notes = {"steps": self.step, "seconds": round(self.seconds, 1), "device": device, "torch": torch.__version__}
-        save_adapter(self.stack.adapter(self.base_hash, notes), self.out)
+        save_adapter(self.stack.adapter(self.base_hash, notes, self.dtype), self.out)
         state = {}
         for name, parameter in self.stack.named().items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -262,6 +269,7 @@ def main() -> None:
     args = parser.parse_args()
     run = CopeRun(settings(args.config, args.set), args.model, args.out, args.resume)
     run.train()
+    run.finish()
     run.save()
     print(f"trained {run.step} steps in {run.seconds:.0f} s", flush=True)
     if run.s.eval_prompts:

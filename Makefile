@@ -17,11 +17,11 @@ SNAKEMAKE := $(BIN)/snakemake
 SMK := Snakefile $(wildcard workflows/*.smk)
 
 # What these targets read is in the tree; offline, a forgotten download fails at once instead of hanging.
-smoke test full lint: export HF_HUB_OFFLINE := 1
-smoke test full lint: export HF_DATASETS_OFFLINE := 1
+smoke smoke-vllm test full lint: export HF_HUB_OFFLINE := 1
+smoke smoke-vllm test full lint: export HF_DATASETS_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu install-rag install-slurm test smoke full lint format lock clean
+.PHONY: help install install-gpu install-rag install-slurm test smoke smoke-vllm full lint format lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -40,6 +40,9 @@ install-slurm: install  ## add Snakemake's Slurm executor to .venv
 
 smoke: install  ## the study in small: figures/smoke/, results/smoke/report.html
 	$(SNAKEMAKE) --configfile config/smoke.yaml -- smoke
+
+smoke-vllm: install  ## the study in small inside vLLM: results/smoke-vllm/report.html
+	$(SNAKEMAKE) --configfile config/smoke-vllm.yaml -- reproduce-all
 
 test: install  ## all tests; PYTEST="-k name" passes options on
 	$(BIN)/python -m pytest $(PYTEST)
@@ -62,5 +65,5 @@ lock: install  ## compile requirements/*.txt from pyproject.toml (scripts/lock.s
 	scripts/lock.sh
 
 clean:  ## remove what `make smoke` and the tests made; .venv stays
-	rm -rf results/smoke figures/smoke .snakemake .pytest_cache .ruff_cache build *.egg-info
+	rm -rf results/smoke figures/smoke results/smoke-vllm figures/smoke-vllm .snakemake .pytest_cache .ruff_cache build *.egg-info
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The `cacheslide` command: list the systems, or answer one prompt with chunk caches kept in a folder."""
+"""The `cacheslide` command: list the systems, answer one prompt with chunk caches kept in a folder, or serve."""
 
 import argparse
 import json
@@ -29,8 +29,15 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--device", default="cpu")
     run.set_defaults(run=_run)
     add_command(commands)
-    args = parser.parse_args(argv)
+    # Its options are vLLM's too, which only its own parser lets through; it is the one command that needs vLLM.
+    commands.add_parser("serve", help="an OpenAI server: vLLM with the connector (`cacheslide serve --help`)")
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["serve"]:
+            from cacheslide.vllm import serve
+
+            return serve.main(argv[1:])
+        args = parser.parse_args(argv)
         return args.run(args)
     except CacheSlideError as error:
         print(f"cacheslide: {error}", file=sys.stderr)

@@ -1,20 +1,18 @@
-"""The in-process backend: a tokenizer and the reference model, turning task examples into engine prompts."""
+"""The reference backend: the plain-PyTorch model and its tokenizer."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cacheslide.engine import Prefilled, ReuseEngine
-from cacheslide.errors import ConfigError, ModelError
+from cacheslide.errors import ConfigError
 from cacheslide.model.reference import ReferenceLlama
 from cacheslide.policy import ReusePolicy
-from cacheslide.prompt import Prompt, Role, Segment
 from cacheslide.store.base import ChunkStore
 from harness.answering import answer_branches, branch_room
-from harness.tasks.example import TaskExample, TextSegment
+from harness.tasks.example import TaskExample
+from harness.tokens import Tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,7 +33,7 @@ class EngineSettings:
     store_dtype: str = "float32"
 
 
-class ReferenceBackend:
+class ReferenceBackend(Tokens):
     """Loads a checkpoint folder with its tokenizer.
 
     Parameters
@@ -47,31 +45,12 @@ class ReferenceBackend:
 
     def __init__(self, path: str | Path, dtype: str = "float32", device: str = "cpu") -> None:
         self.model = ReferenceLlama.from_pretrained(path, dtype_of(dtype), device)
-        try:
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError) as missing:
-            raise ModelError(f"no tokenizer in {path}: {missing}") from None
+        super().__init__(path)
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of `text` alone, without special tokens."""
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
-
-    def prompt(self, segments: Sequence[TextSegment], question: str = "") -> Prompt:
-        """Segments tokenised one by one, so that no token straddles a boundary; BOS goes into the first."""
-        first = () if self.tokenizer.bos_token_id is None else (self.tokenizer.bos_token_id,)
-        out = []
-        for s in segments:
-            out.append(Segment(first + self.encode(s.text), Role(s.role), s.name))
-            first = ()
-        if question:
-            out.append(Segment(self.encode(question), Role.RECOMPUTE, "question"))
-        return Prompt(tuple(out))
-
-    def stop_ids(self) -> frozenset[int]:
-        """Ids that end an answer: end of sequence and the newline."""
-        newline = self.encode("\n")
-        ids = {self.tokenizer.eos_token_id, newline[-1] if len(newline) == 1 else None}
-        return frozenset(i for i in ids if i is not None)
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return self.model.num_layers
 
     def engine(
         self,
@@ -93,10 +72,9 @@ class ReferenceBackend:
 
     def answers(self, state: Prefilled, example: TaskExample, max_new_tokens: int) -> list[str]:
         """The answers to all questions of `example` behind a prefilled context, decoded."""
-        ids = [self.encode(q.text) for q in example.questions]
-        found = answer_branches(self.model, state, ids, max_new_tokens, self.stop_ids())
-        return [self.tokenizer.decode(a, skip_special_tokens=True).strip() for a in found]
+        found = answer_branches(self.model, state, self.questions(example), max_new_tokens, self.stop_ids())
+        return [self.decode(a) for a in found]
 
     def room(self, example: TaskExample, max_new_tokens: int) -> int:
         """Rows to leave free behind a context for all of its questions and their answers."""
-        return branch_room([self.encode(q.text) for q in example.questions], max_new_tokens)
+        return branch_room(self.questions(example), max_new_tokens)

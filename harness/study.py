@@ -4,14 +4,15 @@ A configuration is the validated content of config/*.yaml; config/README.md expl
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cacheslide.policy import ReusePolicy
+from cacheslide.errors import ConfigError
 from cacheslide.store.directory import DirectoryChunkStore
+from cacheslide.vllm.in_process import EngineOptions
 from harness.backend import EngineSettings, ReferenceBackend
 from harness.experiments.accuracy import evaluate
 from harness.experiments.chunks import build_chunks
@@ -20,19 +21,41 @@ from harness.experiments.prompts import measure_prompts
 from harness.experiments.select_layer import select_layer
 from harness.experiments.similarity import measure_similarity
 from harness.experiments.throughput import measure_throughput
+from harness.inventory import NO_CKSIM, has_chunk_files, has_cksim
+from harness.responders import Responder, reference_sessions
 from harness.results.provenance import config_hash, file_hash, machine
 from harness.results.records import RecordWriter, write_json
-from harness.systems import recipes, resolve, to_scale
+from harness.systems import System, recipes, resolve, to_scale
 from harness.tasks.data import read_examples
+from harness.tokens import Tokens
+from harness.vllm_backend import VllmBackend, vllm_sessions
 
 Config = Mapping[str, Any]
 
 
-def backend_of(config: Config, threads: int | None = None) -> ReferenceBackend:
+Backend = ReferenceBackend | VllmBackend
+
+
+def backend_of(config: Config, threads: int | None = None) -> Backend:
     """The backend a configuration names; `threads` cores for PyTorch."""
     if threads:
         torch.set_num_threads(threads)
-    return ReferenceBackend(config["model"], config["dtype"], config["device"])
+    model, dtype, device = config["model"], config["dtype"], config["device"]
+    if config.get("backend", "reference") == "vllm":
+        return VllmBackend(model, dtype, device, EngineOptions(**config.get("vllm", {})))
+    return ReferenceBackend(model, dtype, device)
+
+
+def sessions_of(
+    config: Config, backend: Backend, systems: Sequence[System], chunks: str | None = None, similarity: bool = False
+) -> Iterator[tuple[Responder, Sequence[System]]]:
+    """The responders that `systems` need, one at a time, each with the systems it serves.
+
+    `chunks` is a folder of caches and `similarity` adds CKSim to answers; both are the reference backend's.
+    """
+    if isinstance(backend, VllmBackend):
+        return vllm_sessions(backend, systems, settings_of(config))
+    return reference_sessions(backend, systems, settings_of(config), chunks, similarity)
 
 
 def settings_of(config: Config) -> EngineSettings:
@@ -40,7 +63,7 @@ def settings_of(config: Config) -> EngineSettings:
     return EngineSettings(config["chunk_size"], config["suffix_len"], config["store_dtype"])
 
 
-def policies_of(config: Config, layer: int, share: float | None = None, part: str = "") -> list[ReusePolicy]:
+def policies_of(config: Config, layer: int, share: float | None = None, part: str = "") -> list[System]:
     """The systems of a configuration, or of one `part` of it that names its own, at the common selection layer."""
     names = config.get(part, {}).get("systems") or config["systems"]
     return resolve(names, layer=layer, share=share)
@@ -57,7 +80,9 @@ def _header(config: Config, data: str | Path, **more: Any) -> dict[str, Any]:
 
 
 def step_chunks(config: Config, data: str, layer: int, output: str, threads: int) -> None:
-    """Chunk KV caches of one data set, for every recipe its systems read."""
+    """Chunk KV caches of one data set, for every recipe its systems read; for the reference backend only."""
+    if not has_chunk_files(config):
+        raise ConfigError("chunk caches are built inside the engine with backend: vllm; skip this step")
     backend = backend_of(config, threads)
     store = DirectoryChunkStore(output)
     report = build_chunks(backend, read_examples(data), policies_of(config, layer), store, settings_of(config))
@@ -65,11 +90,18 @@ def step_chunks(config: Config, data: str, layer: int, output: str, threads: int
 
 
 def step_accuracy(
-    config: Config, data: str, chunks: str, layer: int, outputs: Sequence[str], threads: int, share: float | None = None
+    config: Config,
+    data: str,
+    chunks: str | None,
+    layer: int,
+    outputs: Sequence[str],
+    threads: int,
+    share: float | None = None,
 ) -> None:
     """Every system's answers on one data set; `outputs` are the systems' files, in the configuration's order.
 
-    With `share`, only systems that do not recompute that share by themselves are run.
+    With `share`, only systems that do not recompute that share by themselves are run. `chunks` is the folder that
+    `step_chunks` filled; the vLLM backend needs none.
     """
     backend, policies = backend_of(config, threads), policies_of(config, layer, share)
     if share is not None:
@@ -85,16 +117,8 @@ def step_accuracy(
         for p, out in zip(policies, outputs, strict=True)
     }
     label = f"accuracy, {dataset}" if share is None else f"equal share, {dataset}"
-    store = DirectoryChunkStore(chunks)
-    evaluate(
-        backend,
-        read_examples(data, questions=config["accuracy"]["questions"]),
-        policies,
-        store,
-        settings_of(config),
-        writers,
-        progress=label,
-    )
+    examples = read_examples(data, questions=config["accuracy"]["questions"])
+    evaluate(sessions_of(config, backend, policies, chunks, similarity=True), examples, writers, progress=label)
     for writer in writers.values():
         writer.finish()
 
@@ -103,7 +127,8 @@ def step_select_layer(config: Config, data: Sequence[str], output: str, threads:
     """The selection layer, chosen on validation data."""
     backend = backend_of(config, threads)
     examples = {Path(d).stem: read_examples(d, questions=config["validation"]["questions"]) for d in data}
-    result = select_layer(backend, examples, settings_of(config), config["topk"])
+    sessions = sessions_of(config, backend, resolve(["recompute", "cacheslide", "cacheblend"]))
+    result = select_layer(sessions, backend.num_layers, examples, config["topk"])
     write_json(output, result | {"data_hashes": {Path(d).stem: file_hash(d) for d in data}})
 
 
@@ -113,16 +138,8 @@ def step_latency(config: Config, data: str, layer: int, output: str, threads: in
     writer = RecordWriter(
         output, _header(config, data, layer=layer, titles={p.name: p.title for p in policies}, **part)
     )
-    measure_latency(
-        backend,
-        read_examples(data),
-        policies,
-        settings_of(config),
-        writer,
-        part["warmups"],
-        part["repeats"],
-        config["seed"],
-    )
+    sessions, examples = sessions_of(config, backend, policies), read_examples(data)
+    measure_latency(sessions, policies, examples, writer, part["warmups"], part["repeats"], config["seed"])
     writer.finish()
 
 
@@ -133,12 +150,14 @@ def step_throughput(config: Config, data: str, layer: int, output: str, threads:
     writer = RecordWriter(
         output, _header(config, data, layer=layer, titles={p.name: p.title for p in policies}, **part)
     )
-    measure_throughput(backend, read_examples(data), policies, settings_of(config), writer, part["batches"])
+    measure_throughput(sessions_of(config, backend, policies), read_examples(data), writer, part["batches"])
     writer.finish()
 
 
 def step_similarity(config: Config, data: str, output: str, threads: int) -> None:
-    """CKSim against shift."""
+    """CKSim against shift; ConfigError on a backend that does not show the KV of every layer."""
+    if not has_cksim(config):
+        raise ConfigError(NO_CKSIM)
     backend, part = backend_of(config, threads), config["cksim"]
     writer = RecordWriter(output, _header(config, data, **part))
     measure_similarity(backend, read_examples(data), part["shifts"], writer)
@@ -148,4 +167,4 @@ def step_similarity(config: Config, data: str, output: str, threads: int) -> Non
 def step_prompts(config: Config, data: Sequence[str], output: str) -> None:
     """Reusable share and moves of the prompts."""
     examples = {Path(d).stem: read_examples(d) for d in data}
-    write_json(output, measure_prompts(backend_of(config), examples, resolve(config["systems"])))
+    write_json(output, measure_prompts(Tokens(config["model"]), examples, resolve(config["systems"])))

@@ -1,15 +1,37 @@
 """The systems of a run: registered policies with the run's selection layer, share and window applied."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from cacheslide.correction import Correction
 from cacheslide.policy import ReusePolicy, load_policy
 
 
-def resolve(names: Iterable[str], layer: int | None = None, share: float | None = None) -> list[ReusePolicy]:
-    """Load policies by name; `layer` is the common selection layer, `share` an equal share of recomputed rows."""
-    out = []
+@dataclass(frozen=True)
+class Stock:
+    """vLLM by itself: no connector, no marks. Only backend: vllm runs it."""
+
+    name: str
+    title: str
+    prefix_caching: bool
+
+    @property
+    def reuses(self) -> bool:
+        """It reads no chunk caches."""
+        return False
+
+
+System = ReusePolicy | Stock
+STOCK = {s.name: s for s in (Stock("vllm", "vLLM", False), Stock("vllm_prefix_cache", "vLLM, prefix cache", True))}
+
+
+def resolve(names: Iterable[str], layer: int | None = None, share: float | None = None) -> list[System]:
+    """Load systems by name; `layer` is the common selection layer, `share` an equal share of recomputed rows."""
+    out: list[System] = []
     for name in names:
+        if name in STOCK:
+            out.append(STOCK[name])
+            continue
         policy = load_policy(name)
         if layer is not None:
             policy = policy.at_layer(layer)
@@ -21,7 +43,7 @@ def resolve(names: Iterable[str], layer: int | None = None, share: float | None 
 
 def scalable(names: Iterable[str]) -> list[str]:
     """Those systems whose number of recomputed rows can be set: the ones an equal-share comparison is about."""
-    return [n for n in names if _rule(n, 0.5) != _rule(n, 0.25)]
+    return [n for n in names if n not in STOCK and _rule(n, 0.5) != _rule(n, 0.25)]
 
 
 def to_scale(names: Iterable[str], share: float) -> list[str]:
@@ -33,7 +55,7 @@ def _rule(name: str, share: float) -> Correction:
     return load_policy(name).at_share(share).correction
 
 
-def recipes(policies: Sequence[ReusePolicy]) -> dict[str, tuple[ReusePolicy, frozenset[int]]]:
+def recipes(policies: Sequence[System]) -> dict[str, tuple[ReusePolicy, frozenset[int]]]:
     """For each kind of chunk cache: one policy that can build it, and the layer inputs its readers need."""
     out: dict[str, tuple[ReusePolicy, frozenset[int]]] = {}
     for policy in policies:

@@ -17,47 +17,39 @@ import yaml
 
 from cacheslide.errors import CacheSlideError, ConfigError
 from harness import study
+from harness.configuration import check
+from harness.inventory import FIGURES, NO_CKSIM, data_spec, figures_of, has_chunk_files, has_cksim, prompt_files
 from harness.plots.render import render
 from harness.report.builder import build_report
 from harness.results.summary import summarize
 from harness.systems import to_scale
 from harness.tasks.data import write_dataset
 
+SCHEMA = Path(__file__).resolve().parents[1] / "workflows/schemas/config.schema.yaml"
 STEPS = ("data", "layer", "prompts", "accuracy", "cksim", "latency", "throughput")
-FIGURES = {  # and what each is drawn from
-    "fig03": "prompts.json",
-    "fig04a": "cksim.jsonl",
-    "fig05": "prompts.json",
-    "fig10": "summary.json",
-    "throughput": "throughput.jsonl",
-}
 
 
 def data(config: dict, root: Path) -> None:
     """Every prompt file of the run."""
-    parts = [(part, part, d) for part in ("accuracy", "validation") for d in config["datasets"]]
-    parts += [(part, part, config[part]["dataset"]) for part in ("throughput", "cksim")]
-    parts += [(f"latency-{n}", "latency", config["latency"]["dataset"]) for n in config["latency"]["tokens"]]
-    for folder, part, dataset in parts:
-        spec = config[part]
-        tokens = int(folder.split("-")[1]) if part == "latency" else spec["tokens"]
-        count = spec["requests"] if part == "throughput" else spec["prompts"]
-        split = "validation" if part == "validation" else "test"
-        write_dataset(root / "data" / folder / f"{dataset}.jsonl", dataset, split, config["seed"], count, tokens)
+    for part, dataset in prompt_files(config):
+        spec = data_spec(config, part)
+        path = root / "data" / part / f"{dataset}.jsonl"
+        write_dataset(path, dataset, spec["split"], config["seed"], spec["prompts"], spec["tokens"])
 
 
 def one_dataset(config: dict, root: Path, dataset: str, threads: int) -> None:
     """Chunk caches and both accuracy stages of one data set; the caches go when they are done."""
     path, layer = str(root / f"data/accuracy/{dataset}.jsonl"), study.selected_layer(root / "selection_layer.json")
     chunks = root / "chunks" / dataset
-    study.step_chunks(config, path, layer, str(chunks), threads)
+    if has_chunk_files(config):
+        study.step_chunks(config, path, layer, str(chunks), threads)
     for stage, share, systems in (
         ("accuracy", None, config["systems"]),
         ("equal_share", config["topk"], to_scale(config["systems"], config["topk"])),
     ):
         outputs = [str(root / stage / dataset / f"{s}.jsonl") for s in systems]
         study.step_accuracy(config, path, str(chunks), layer, outputs, threads, share)
-    shutil.rmtree(chunks)
+    shutil.rmtree(chunks, ignore_errors=True)
 
 
 def measure(config: dict, root: Path, steps: list[str], jobs: int, threads: int) -> None:
@@ -80,7 +72,9 @@ def measure(config: dict, root: Path, steps: list[str], jobs: int, threads: int)
         n = len(config["datasets"])
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             list(pool.map(one_dataset, [config] * n, [root] * n, config["datasets"], [threads] * n))
-    if "cksim" in steps:
+    if "cksim" in steps and not has_cksim(config):
+        print(f"measure: cksim is left out: {NO_CKSIM}", file=sys.stderr)
+    elif "cksim" in steps:
         study.step_similarity(config, drawn_from("cksim"), str(root / "cksim.jsonl"), threads)
     if "latency" in steps:
         for tokens in config["latency"]["tokens"]:
@@ -103,7 +97,8 @@ def finish(config: dict, root: Path, figures: Path) -> None:
         layer=root / "selection_layer.json",
     )
     drawn = []
-    for name, source in FIGURES.items():
+    for name in figures_of(config):
+        source = FIGURES[name]
         if (root / source).is_file():
             outputs = [figures / f"{name}.{kind}" for kind in ("svg", "pdf", "png")]
             render(name, root / source, outputs)
@@ -123,6 +118,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         config, steps = yaml.safe_load(args.config.read_text()), args.only.split(",")
+        check(config, SCHEMA)
         if unknown := sorted(set(steps) - set(STEPS)):
             raise ConfigError(f"unknown step {', '.join(unknown)} (known: {', '.join(STEPS)})")
         if args.finish:

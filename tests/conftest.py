@@ -1,5 +1,6 @@
 """Shared fixtures: small random checkpoints and the dense oracle of the selective prefill."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,28 @@ def checkpoint(tmp_path_factory) -> Path:
 def model(checkpoint) -> ReferenceLlama:
     """The reference model over `checkpoint`, float32."""
     return ReferenceLlama.from_pretrained(checkpoint)
+
+
+VLLM_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # scheduler, worker and test in one process
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_COMPILE_DISABLE": "1",  # the CPU runner's warm-up compiles for most of a minute
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def vllm_environment() -> Iterator[None]:
+    """What an engine of a test module needs to be told by environment variables, for that module only."""
+    import torch._dynamo  # has read its variable when it was imported, maybe before
+
+    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(disable=True):
+        for name, value in VLLM_ENVIRONMENT.items():
+            patch.setenv(name, value)
+        yield
 
 
 def random_ids(n: int, seed: int) -> tuple[int, ...]:

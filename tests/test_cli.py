@@ -1,6 +1,9 @@
 """The `cacheslide` command: answers, and bad input in one line with status 2."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -72,3 +75,42 @@ def test_missing_files_and_unknown_systems(capsys, tmp_path):
     ]:
         code, _, err = run(capsys, "run", *args)
         assert code == 2 and said in err and err.count("\n") == 1, err
+
+
+def test_serve_hands_the_process_over_to_vllm(capsys, monkeypatch):
+    pytest.importorskip("vllm")
+    became = []
+    monkeypatch.setattr(os, "execv", lambda path, line: became.append((path, line)))
+    code, _, _ = run(
+        capsys, "serve", MODEL, "--policy", "epic", "--store-gib", "0.5", "--port", "8123", "--block-size=64"
+    )
+    [(path, line)] = became
+    assert code is None and path == line[0] == sys.executable
+    assert line[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", MODEL]
+    transfer = json.loads(line[line.index("--kv-transfer-config") + 1])
+    assert transfer["kv_connector"] == "CacheSlideConnector" and transfer["kv_role"] == "kv_both"
+    assert (transfer["kv_connector_extra_config"]["policy"], line[-3:]) == (
+        "epic",
+        ["--port", "8123", "--block-size=64"],
+    )
+    for wrong, said in (("--chunk-size=0", "chunk_size must be"), ("--policy=magic", "unknown system 'magic'")):
+        code, _, err = run(capsys, "serve", MODEL, wrong)
+        assert code == 2 and said in err and err.count("\n") == 1
+    assert len(became) == 1
+
+
+def test_serve_says_what_it_needs(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", "--help"])
+    assert stop.value.code == 0 and "--rows-per-step" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0 and "serve" in capsys.readouterr().out
+    monkeypatch.setattr("cacheslide.vllm.serve.find_spec", lambda name: None)
+    code, _, err = run(capsys, "serve", MODEL)
+    assert code == 2 and "serving needs vLLM" in err
+
+
+def test_the_other_commands_do_without_vllm():
+    script = "import sys; from cacheslide.cli import main; main(['systems']); sys.exit('vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0

@@ -13,11 +13,14 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from harness.systems import STOCK
+
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
-# The configurations of the study; training*.yaml belong to harness.training, which checks them itself.
-CONFIGS = sorted(path for path in (ROOT / "config").glob("*.yaml") if not path.stem.startswith("training"))
+# The configurations of the study; harness.training and harness.experiments.serving check theirs themselves.
+OTHERS = ("training", "serving")
+CONFIGS = sorted(path for path in (ROOT / "config").glob("*.yaml") if not path.stem.startswith(OTHERS))
 SCHEMA = yaml.safe_load((ROOT / "workflows/schemas/config.schema.yaml").read_text())
 
 
@@ -134,7 +137,8 @@ def leaves(schema: dict, prefix: str = "") -> set[str]:
 
 
 def test_every_configuration_key_is_documented_and_no_other():
-    rows = re.findall(r"^\| `([a-z_.]+)` \| .+ \| .+ \|$", (ROOT / "config/README.md").read_text(), re.MULTILINE)
+    study = (ROOT / "config/README.md").read_text().split("\n## Servers")[0]
+    rows = re.findall(r"^\| `([a-z_.]+)` \| .+ \| .+ \|$", study, re.MULTILINE)
     documented = [row for row in rows if not row.endswith(".yaml")]
     assert len(documented) == len(set(documented))
     assert set(documented) == leaves(SCHEMA)
@@ -152,7 +156,8 @@ def test_configuration_is_valid_and_named_after_its_run(path):
     config = yaml.safe_load(path.read_text())
     Draft202012Validator(SCHEMA).validate(config)
     assert config["run"] == path.stem
-    assert set(config["systems"]) <= PROJECT["entry-points"]["cacheslide.policies"].keys()
+    stock = STOCK.keys() if config.get("backend") == "vllm" else set()
+    assert set(config["systems"]) <= PROJECT["entry-points"]["cacheslide.policies"].keys() | stock
     assert f"`{path.name}`" in (ROOT / "config/README.md").read_text()
 
 
@@ -187,6 +192,15 @@ def test_targets_resolve_with_the_default_profile(targets):
     done = snakemake("--dry-run", "--forceall", *targets)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^fig04a +1$", done.stdout + done.stderr, re.MULTILINE)
+
+
+def test_a_configuration_for_vllm_leaves_out_cksim_and_chunk_files():
+    done = snakemake("--dry-run", "--forceall", "reproduce-all", "--configfile", "config/smoke-vllm.yaml")
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "config: cksim is left out: CKSim reads the KV of every layer" in said
+    assert re.search(r"^evaluate +1$", said, re.MULTILINE) and re.search(r"^fig10 +1$", said, re.MULTILINE)
+    assert not re.search(r"^(build_chunks|measure_cksim|fig04a) +1$", said, re.MULTILINE)
 
 
 def test_install_says_that_python_is_too_old(tmp_path):

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from cacheslide import ReuseEngine, load_policy
-from cacheslide.errors import DataError, ModelError
+from cacheslide.errors import DataError, ModelError, PromptError
 from cacheslide.store import MemoryChunkStore
 from harness import study
 from harness.answering import answer_branches, branch_room
 from harness.backend import EngineSettings, ReferenceBackend
+from harness.experiments.accuracy import evaluate
 from harness.experiments.select_layer import _choose
-from harness.results.records import read_failures, read_records, read_settings
+from harness.results.records import RecordWriter, read_failures, read_records, read_settings
 from harness.systems import recipes, resolve, scalable, to_scale
 from harness.tasks.data import read_examples, write_dataset
 from tests.conftest import random_ids
@@ -187,6 +188,21 @@ def test_clear_errors(tmp_path):
         write_dataset(tmp_path / "x.jsonl", "hotpotqa-wide", "test", 0, 1, 700)
     with pytest.raises(ModelError, match=r"config\.json is missing"):
         ReferenceBackend(tmp_path)
+
+
+def test_a_prompt_whose_caches_cannot_be_filled_is_a_failure_of_every_system(data, tmp_path):
+    class Refuses:
+        def fill(self, examples, systems):
+            raise PromptError("the prompt is too long")
+
+    systems = resolve(["recompute", "cacheslide"])
+    writers = {s.name: RecordWriter(tmp_path / f"{s.name}.jsonl", {}) for s in systems}
+    evaluate([(Refuses(), systems)], read_examples(data), writers, progress=None)
+    for name, writer in writers.items():
+        writer.finish()
+        assert [f["failure"] for f in read_failures(tmp_path / f"{name}.jsonl")] == [
+            "PromptError: the prompt is too long"
+        ] * 3
 
 
 def test_segments_are_tokenised_apart_with_bos_first(data):

@@ -8,6 +8,7 @@ from PIL import Image
 from cacheslide.errors import DataError
 from harness.plots import fig03, fig04a, fig05, fig10, labels, style, throughput
 from harness.plots.render import FIGURES, render
+from harness.results.provenance import ROOT
 from harness.results.runs import Run, read_json
 from harness.results.summary import build_summary, summarize
 from tests import made_run
@@ -28,6 +29,7 @@ def sources(tmp_path_factory):
         "fig05": prompts,
         "fig10": str(root / "summary.json"),
         "throughput": paths["throughput"],
+        "serving": str(ROOT / "results/h200/serving.json"),
     }
 
 

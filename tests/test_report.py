@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from cacheslide.errors import DataError
+from harness.inventory import NO_CKSIM
 from harness.plots.render import FIGURES
 from harness.report import prose
 from harness.report.builder import build_report, command, render
@@ -75,6 +76,15 @@ def test_every_claim_stands_in_the_page_with_a_verdict(page, summary):
         finding = judge(claim, summary)
         assert finding.measured
         assert bool(claim.target) == (claim.rule != "none yet")
+
+
+def test_a_run_inside_vllm_says_so_and_why_it_has_no_cksim(summary):
+    config = summary["conditions"]["config"] | {"backend": "vllm"}
+    served = summary | {"cksim": [], "conditions": summary["conditions"] | {"config": config}}
+    findings = [judge(claim, served) for claim in CLAIMS if claim.figure == "4a"]
+    assert findings and any(NO_CKSIM in f.measured for f in findings)
+    assert "inside vLLM" in " ".join(prose.opening(served, findings))
+    assert "without a serving engine" in " ".join(prose.opening(summary, findings))
 
 
 def test_the_page_fetches_nothing(page):

@@ -16,7 +16,7 @@ pytest.importorskip("vllm")
 from tests.conftest import SHAPE as TINY
 from tests.test_vllm_engine import CHUNK, FIRST, SECOND, SHAPE, Served, assert_same, logprobs, receipt, tokens
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_environment")]
 
 FAMILIES = {
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),

@@ -15,7 +15,7 @@ from cacheslide.prefill import SelectivePrefill
 from cacheslide.store import MemoryChunkStore
 from cacheslide.store.base import ChunkKV
 from cacheslide.vllm.attention import RowKernel
-from cacheslide.vllm.fetch import LayerFetch
+from cacheslide.vllm.fetch import LayerFetch, Rings, ring_bytes
 from cacheslide.vllm.kv_layout import PagedKV, scratch_kv
 from cacheslide.vllm.paged_source import Caches, PagedChunks
 from tests.test_prefill import chain, prompt
@@ -62,6 +62,14 @@ def kv_of(kv, layers: int, rows: int):
     return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
 
 
+def rings_for(pieces, layers: int, *sizes, **named) -> Rings:
+    """Exactly the memory that a prefetch says it takes, full of NaN."""
+    rings = Rings("cpu")
+    rings.reserve(ring_bytes(pieces, layers, *sizes, **named))
+    rings.memory.fill_(255)
+    return rings
+
+
 @pytest.mark.parametrize("fetched", [False, True], ids=["on_device", "from_host"])
 @pytest.mark.parametrize("rotation", ["delta", "stored"])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -75,7 +83,7 @@ def test_rows_placed_in_the_cache_equal_rows_written_one_layer_at_a_time(model, 
     plain, n = request.source, paged.num_layers
     pieces = [Piece(p.chunk, p.length) for p in plain.pieces]
     first = rule.layer if isinstance(rule, TopDeviation) else 0
-    fetch = LayerFetch(pieces, first, n, torch.device("cpu"), group=2) if fetched else None
+    fetch = LayerFetch(pieces, first, n, rings_for(pieces, n - first, group=2), group=2) if fetched else None
     target = request.positions[request.reused]
     settings = (pieces, target, policy.placement, paged.rotary, torch.float32, 0, torch.device("cpu"))
     request.source = PagedChunks(*settings, Caches(request.kv.layers), fetch)
@@ -107,7 +115,7 @@ def chunk_of(layers: int, rows: int, seed: int) -> ChunkKV:
 @pytest.mark.parametrize(("group", "depth"), [(1, 1), (2, 2), (3, 1), (9, 9)])
 def test_prefetched_layers_hold_their_rows_until_the_next_group(group, depth):
     pieces = [Piece(chunk_of(6, 5, 0), 5), Piece(chunk_of(6, 7, 1), 4, first=2)]
-    fetch = LayerFetch(pieces, 1, 6, torch.device("cpu"), group=group, depth=depth)
+    fetch = LayerFetch(pieces, 1, 6, rings_for(pieces, 5, group, depth), group=group, depth=depth)
     for layer in range(1, 6):
         for _ in range(2):  # scores are taken from a layer before it is placed
             end, parts = fetch.group(layer)

@@ -11,11 +11,14 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.v1.request import RequestStatus
+
 from cacheslide.correction import Swap, TopDeviation
 from cacheslide.errors import ConfigError, ModelError, PolicyError, PromptError, StoreError
 from cacheslide.model.adapter import RowGroup
 from cacheslide.policy import load_policy
 from cacheslide.positions.rope import inverse_frequencies
+from cacheslide.prompt import Prompt
 from cacheslide.vllm import serve
 from cacheslide.vllm.attention import RowKernel, choose, gathered
 from cacheslide.vllm.connector import CacheSlideConnector
@@ -33,6 +36,7 @@ from tests.test_prefill import prompt
 
 GEOMETRY = Geometry("model", "torch.float32", 5, 2, 32, 64, 4, 1024, 1)
 TURN = prompt(20, 3)  # system 6 | updated 20 | fixed 23, 31, 17 | question 5
+FIXED_END = len(TURN) - 5
 
 
 # --- options and marks -----------------------------------------------------------------------------------------------
@@ -312,8 +316,11 @@ def request(req_id: str = "r", turn=TURN, **marks):
         prompt_token_ids=list(turn.token_ids),
         kv_transfer_params=marks_of(turn, **marks),
         cache_salt=None,
-        sampling_params=SimpleNamespace(prompt_logprobs=None),
+        sampling_params=SimpleNamespace(prompt_logprobs=None, max_tokens=8, detokenize=True),
         _block_hasher=None,
+        block_hashes=[],
+        num_computed_tokens=0,
+        status=RequestStatus.RUNNING,
     )
 
 
@@ -333,16 +340,16 @@ def step_output(scheduled: dict[str, int], computed: dict[str, int], blocks=None
 
 
 @pytest.mark.parametrize(("computed", "hits"), [(0, 7), (16, 6), (49, 4), (80, 2)])
-def test_claims_start_behind_the_prefix_cache_and_leave_the_last_row(computed, hits):
+def test_claims_start_behind_the_prefix_cache_and_end_with_the_last_chunk(computed, hits):
     scheduler, asked = side(), request()
     scheduler.arrive(asked)
     assert scheduler.claim(asked, computed) == 0  # nothing is stored yet
     know(scheduler)
-    assert scheduler.claim(asked, computed) == len(TURN) - 1 - computed
+    assert scheduler.claim(asked, computed) == FIXED_END - computed
     assert len(scheduler.tracked["r"].reuse) == hits
-    scheduler.allocated(asked, len(TURN) - 1 - computed)
-    [load] = scheduler.step(step_output({"r": 1}, {"r": len(TURN) - 1})).loads
-    assert (load.start, load.end, load.limit) == (computed, len(TURN) - 1, len(TURN) - 1)
+    scheduler.allocated(asked, FIXED_END - computed)
+    [load] = scheduler.step(step_output({"r": 5}, {"r": FIXED_END})).loads
+    assert (load.start, load.end, load.limit) == (computed, FIXED_END, len(TURN) - 1)
     assert load.positions is None and load.block_ids == [1, 2, 3]
 
 
@@ -360,10 +367,80 @@ def test_a_step_takes_no_more_rows_than_allowed():
     for r in asked:
         scheduler.arrive(r)
     know(scheduler, "0")
-    assert [scheduler.claim(r, 0) for r in asked] == [len(TURN) - 1, None, None]
-    scheduler.allocated(asked[0], len(TURN) - 1)
-    scheduler.step(step_output({"0": 1}, {"0": len(TURN) - 1}))
-    assert scheduler.claim(asked[1], 0) == len(TURN) - 1
+    assert [scheduler.claim(r, 0) for r in asked] == [FIXED_END, None, None]
+    scheduler.allocated(asked[0], FIXED_END)
+    scheduler.step(step_output({"0": 5}, {"0": FIXED_END}))
+    assert scheduler.claim(asked[1], 0) == FIXED_END
+
+
+def test_the_last_row_is_vllms_own_where_the_prompt_ends_with_a_chunk():
+    ends_fixed = Prompt(TURN.segments[:-1])
+    scheduler, asked = side(), request(turn=ends_fixed)
+    scheduler.arrive(asked)
+    know(scheduler)
+    assert scheduler.claim(asked, 0) == len(ends_fixed) - 1
+
+
+def test_blocks_that_another_request_fills_in_this_step_are_waited_for():
+    scheduler, asked, plain = side(), request(), request("plain")
+    reused = TURN.chunks(16)[-1].end
+    scheduler.arrive(asked)
+    know(scheduler)
+    plain.kv_transfer_params, plain.block_hashes = None, [b"0", b"1", b"2", b"3"]
+    asked.block_hashes = [b"0", b"1", b"x", b"y"]
+    scheduler.allocated(plain, 0)
+    assert scheduler.claim(asked, 32) is None  # both blocks are shared and not computed yet
+    plain.num_computed_tokens = 20
+    assert scheduler.claim(asked, 32) is None and scheduler.claim(asked, 16) == reused - 16
+    plain.num_computed_tokens = 40
+    assert scheduler.claim(asked, 32) == reused - 32
+    plain.num_computed_tokens, plain.status = 0, RequestStatus.PREEMPTED  # it computes nothing now
+    assert scheduler.claim(asked, 32) == reused - 32
+    plain.status = RequestStatus.RUNNING
+    assert scheduler.finish(plain) is None and scheduler.claim(asked, 32) == reused - 32
+
+
+def finished(asked, generated: int):
+    """The request as vLLM hands it over at its end."""
+    asked.all_token_ids = [*asked.prompt_token_ids, *range(3, 3 + generated)]
+    asked.num_computed_tokens = len(asked.all_token_ids) - 1
+    return asked
+
+
+def test_history_leaves_with_the_next_step_that_is_planned():
+    """Async scheduling plans a step before the one it follows has ended: the copy rides with the one after."""
+    scheduler, asked = side(), request(policy="naive_reuse", history=len(TURN) - 5)
+    scheduler.arrive(asked)
+    scheduler.claim(asked, 0)
+    scheduler.allocated(asked, 0)
+    scheduler.step(step_output({"r": len(TURN)}, {"r": 0}))
+    assert not scheduler.step(step_output({"r": 1}, {"r": len(TURN)})).keeps
+    receipt = scheduler.finish(finished(asked, 30), [7, 8, 9])
+    assert receipt["history"] == {
+        "start": len(TURN) - 5,
+        "end": len(TURN) + 29,
+        "generation": 0,
+        "from": "blocks",
+    }
+    assert all(key in scheduler.index for plan in scheduler.keeps for key, _ in plan.chunks)
+    [keep] = scheduler.step(step_output({}, {})).keeps
+    rows = [(chunk.start, chunk.end) for _, chunk in keep.chunks]
+    assert keep.block_ids == [7, 8, 9] and rows[0][0] == len(TURN) - 5 and rows[-1][1] == len(TURN) + 29
+    assert not scheduler.step(step_output({}, {})).keeps
+
+
+def test_a_prompt_that_spans_were_found_in_is_planned_with_them():
+    scheduler = side(find_spans=True, span_tokens=8)
+    first, again, beam = (request(str(i)) for i in range(3))
+    for asked in (first, again, beam):
+        asked.kv_transfer_params = None
+    beam.sampling_params = SimpleNamespace(prompt_logprobs=None, max_tokens=1, detokenize=False)
+    scheduler.arrive(beam)
+    assert not scheduler.tracked and not scheduler.memory.held
+    scheduler.arrive(first)
+    assert "seen before" in scheduler.finish(first)["fallback"]
+    scheduler.arrive(again)
+    assert sum(len(c) for c in scheduler.tracked["1"].plan.chunks) == len(TURN)
 
 
 def test_a_request_that_cannot_be_planned_is_computed_exactly():

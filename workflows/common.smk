@@ -1,17 +1,20 @@
 # Names and helper functions of the workflow; the rules are in the other files.
 import sys
-from importlib.metadata import entry_points
 from pathlib import Path
 
-import yaml
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
-from snakemake.utils import validate
-
+from cacheslide.errors import CacheSlideError
+from harness.configuration import check
+from harness.inventory import (
+    FIGURES,
+    NO_CKSIM,
+    data_spec,
+    figures_of,
+    has_cksim,
+    has_chunk_files,
+)
 from harness.systems import to_scale
 
 SCHEMA = Path(workflow.basedir, "workflows", "schemas", "config.schema.yaml")
-FIGURES = ["fig03", "fig04a", "fig05", "fig10", "throughput"]
 
 
 def stop(reason):
@@ -21,33 +24,13 @@ def stop(reason):
 
 
 def check_config(config):
-    """Fill in the schema's defaults; stop on an unknown key, a wrong value or a system that is not installed."""
-    schema = yaml.safe_load(SCHEMA.read_text())
-    error = best_match(Draft202012Validator(schema).iter_errors(config))
-    if error is not None:
-        where = ".".join(str(step) for step in error.absolute_path) or "the file"
-        reason = error.message
-        if error.validator == "additionalProperties":
-            unknown = sorted(set(error.instance) - set(error.schema["properties"]))
-            reason = f"unknown key {', '.join(unknown)}"
-        stop(f"{where}: {reason}; config/README.md lists every key")
-    validate(config, str(SCHEMA))
-
-    known = sorted(entry_points(group="cacheslide.policies").names)
-    for system in config["systems"]:
-        if system not in known:
-            stop(
-                f"systems: unknown system {system!r}; installed are {', '.join(known)}"
-            )
-    for part in ("latency", "throughput"):
-        for system in config[part]["systems"]:
-            if system not in config["systems"]:
-                stop(f"{part}.systems: {system!r} is not one of this run's systems")
-    for part in ("latency", "throughput", "cksim"):
-        if config[part]["dataset"] not in config["datasets"]:
-            stop(
-                f"{part}.dataset: {config[part]['dataset']!r} is not one of this run's datasets"
-            )
+    """Fill in the schema's defaults; stop where harness.configuration finds something wrong."""
+    try:
+        check(config, SCHEMA)
+    except CacheSlideError as wrong:
+        stop(wrong)
+    if not has_cksim(config):
+        print(f"config: cksim is left out: {NO_CKSIM}", file=sys.stderr)
 
 
 def result(path):
@@ -58,6 +41,11 @@ def result(path):
 def figure(name):
     """The three files of a figure: vector for the web and for print, PNG to look at."""
     return multiext(f"figures/{config['run']}/{name}", ".svg", ".pdf", ".png")
+
+
+def chunk_files(wildcards):
+    """The caches an evaluation reads; a vLLM engine fills its own."""
+    return result(f"chunks/{wildcards.dataset}") if has_chunk_files(config) else []
 
 
 def log_file(path):
@@ -83,21 +71,9 @@ def tokenizer_files(wildcards):
     return sorted(str(path) for path in Path(config["model"]).glob("tokenizer*"))
 
 
-def data_spec(wildcards):
-    """What to generate for one part of the study: split, prompts, tokens a prompt, questions a prompt.
-
-    `part` is accuracy, validation, throughput, cksim or latency-TOKENS.
-    """
-    part, _, tokens = wildcards.part.partition("-")
-    settings = config[part]
-    return {
-        "split": "validation" if part == "validation" else "test",
-        "prompts": (
-            settings["requests"] if part == "throughput" else settings["prompts"]
-        ),
-        "tokens": int(tokens) if tokens else settings["tokens"],
-        "questions": settings.get("questions", 1),
-    }
+def spec_of(wildcards):
+    """What to generate for one part of the study."""
+    return data_spec(config, wildcards.part)
 
 
 def data(part, dataset="{dataset}"):
@@ -128,7 +104,7 @@ def latency_records():
 
 def study():
     """Everything that a configuration makes."""
-    figures = [path for name in FIGURES for path in figure(name)]
+    figures = [path for name in figures_of(config) for path in figure(name)]
     return [result("summary.json"), result("report.html"), *figures]
 
 

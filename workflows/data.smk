@@ -11,7 +11,7 @@ rule generate_data:
     conda:
         "envs/cacheslide.yaml"
     params:
-        spec=data_spec,
+        spec=spec_of,
         seed=config["seed"],
         model=config["model"],
     script:

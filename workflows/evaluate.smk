@@ -26,7 +26,7 @@ rule select_layer:
 rule evaluate:
     input:
         data=data("accuracy"),
-        chunks=result("chunks/{dataset}"),
+        chunks=chunk_files,
         layer=result("selection_layer.json"),
         model=model_files,
     output:
@@ -50,7 +50,7 @@ rule equal_share:
     """The same, with every system made to recompute an equal share of the reused rows."""
     input:
         data=data("accuracy"),
-        chunks=result("chunks/{dataset}"),
+        chunks=chunk_files,
         layer=result("selection_layer.json"),
         model=model_files,
     output:
@@ -111,20 +111,22 @@ rule measure_throughput:
         "scripts/measure_throughput.py"
 
 
-rule measure_cksim:
-    input:
-        data=data("cksim", config["cksim"]["dataset"]),
-        model=model_files,
-    output:
-        result("cksim.jsonl"),
-    log:
-        log_file("cksim"),
-    conda:
-        "envs/cacheslide.yaml"
-    threads: all_cores
-    resources:
-        exclusive=1,
-    params:
-        config=config,
-    script:
-        "scripts/measure_cksim.py"
+if has_cksim(config):
+
+    rule measure_cksim:
+        input:
+            data=data("cksim", config["cksim"]["dataset"]),
+            model=model_files,
+        output:
+            result("cksim.jsonl"),
+        log:
+            log_file("cksim"),
+        conda:
+            "envs/cacheslide.yaml"
+        threads: all_cores
+        resources:
+            exclusive=1,
+        params:
+            config=config,
+        script:
+            "scripts/measure_cksim.py"

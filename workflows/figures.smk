@@ -7,7 +7,7 @@ rule summarize:
         equal_share=records("equal_share"),
         latency=latency_records(),
         throughput=result("throughput.jsonl"),
-        cksim=result("cksim.jsonl"),
+        cksim=result("cksim.jsonl") if has_cksim(config) else [],
         prompts=result("prompts.json"),
         layer=result("selection_layer.json"),
     output:
@@ -25,7 +25,7 @@ rule summarize:
 rule fig03:
     """How much of a prompt is reusable."""
     input:
-        result("prompts.json"),
+        result(FIGURES["fig03"]),
     output:
         figure("fig03"),
     log:
@@ -38,26 +38,28 @@ rule fig03:
         "scripts/plot.py"
 
 
-rule fig04a:
-    """KV similarity against position shift."""
-    input:
-        result("cksim.jsonl"),
-    output:
-        figure("fig04a"),
-    log:
-        log_file("figures/fig04a"),
-    conda:
-        "envs/cacheslide.yaml"
-    params:
-        figure="fig04a",
-    script:
-        "scripts/plot.py"
+if has_cksim(config):
+
+    rule fig04a:
+        """KV similarity against position shift."""
+        input:
+            result(FIGURES["fig04a"]),
+        output:
+            figure("fig04a"),
+        log:
+            log_file("figures/fig04a"),
+        conda:
+            "envs/cacheslide.yaml"
+        params:
+            figure="fig04a",
+        script:
+            "scripts/plot.py"
 
 
 rule fig05:
     """How far a fixed segment moves."""
     input:
-        result("prompts.json"),
+        result(FIGURES["fig05"]),
     output:
         figure("fig05"),
     log:
@@ -73,7 +75,7 @@ rule fig05:
 rule fig10:
     """Accuracy against time to first token."""
     input:
-        result("summary.json"),
+        result(FIGURES["fig10"]),
     output:
         figure("fig10"),
     log:
@@ -89,7 +91,7 @@ rule fig10:
 rule throughput:
     """Throughput and correct answers a second, by batch."""
     input:
-        result("throughput.jsonl"),
+        result(FIGURES["throughput"]),
     output:
         figure("throughput"),
     log:
@@ -106,7 +108,7 @@ rule report:
     """One HTML file that needs nothing beside it: claims, figures, conditions, how to rerun each."""
     input:
         summary=result("summary.json"),
-        figures=[path for name in FIGURES for path in figure(name)],
+        figures=[path for name in figures_of(config) for path in figure(name)],
     output:
         result("report.html"),
     log:
@@ -115,6 +117,6 @@ rule report:
         "envs/cacheslide.yaml"
     params:
         config=config,
-        figures=FIGURES,
+        figures=figures_of(config),
     script:
         "scripts/report.py"

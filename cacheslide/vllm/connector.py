@@ -58,12 +58,12 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
             self.scheduler.heard(report)
 
     def request_finished_all_groups(self, request, block_ids) -> tuple[bool, dict[str, Any] | None]:
-        receipt = self.scheduler.finish(request)
+        receipt = self.scheduler.finish(request, list(block_ids[0]))
         return False, None if receipt is None else {FIELD: receipt}
 
     def has_pending_push_work(self) -> bool:
-        """Keeps an idle engine stepping while chunks wait to be encoded."""
-        return bool(self.scheduler.jobs)
+        """Keeps an idle engine stepping while chunks wait to be encoded or copied."""
+        return bool(self.scheduler.jobs or self.scheduler.keeps)
 
     def get_kv_connector_stats(self) -> ReuseStats | None:
         return self.scheduler.take_stats() if self.scheduler is not None else None
@@ -84,6 +84,10 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches) -> None:
         self.worker.attach()
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        self.worker.begin(connector_metadata)  # the one hook that always comes before the forward
 
     def start_load_kv(self, forward_context, **kwargs: Any) -> None:
         self.worker.load(self._get_connector_metadata())

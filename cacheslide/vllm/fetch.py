@@ -5,6 +5,7 @@ overlap, section 4.4). Layers travel in groups, since every copy costs the host 
 a ring of groups bounds the memory.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,46 @@ from torch import Tensor
 from cacheslide.placement import Piece
 
 GROUP, DEPTH = 4, 2  # layers of a group, groups under way
+_ALIGNED = 256  # bytes
 Parts = list[tuple[Tensor, Tensor]]
+
+
+class Rings:
+    """Device memory for what is under way, kept from run to run: a prefetch must not wait for an allocator.
+
+    A run takes its memory piece by piece and gives it back as a whole; the next run's copies wait for whatever the
+    run before has issued, so nothing is overwritten that is still read.
+    """
+
+    def __init__(self, device: torch.device, stream: "torch.cuda.Stream | None" = None) -> None:
+        self.device, self.stream = torch.device(device), stream
+        self.memory, self.used = torch.empty(0, dtype=torch.uint8), 0
+
+    def reserve(self, nbytes: int) -> None:
+        """Room for a run that takes `nbytes` in all."""
+        if nbytes > len(self.memory):
+            if self.stream is not None:  # copies that nobody waited for may still be writing
+                torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            self.memory = torch.empty(0, dtype=torch.uint8)  # give the old memory back before asking for more
+            self.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        self.used = 0
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor out of what was reserved, at a multiple of 256 bytes."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        part = self.memory[self.used : self.used + nbytes]
+        if len(part) < nbytes:
+            raise LookupError(f"{nbytes} bytes asked for, {len(part)} left of those reserved")
+        self.used += -(-nbytes // _ALIGNED) * _ALIGNED
+        return part.view(dtype).view(*shape)
+
+
+def ring_bytes(pieces: Sequence[Piece], layers: int, group: int = GROUP, depth: int = DEPTH) -> int:
+    """Device bytes that a prefetch of `layers` layers of `pieces` takes."""
+    size = min(group, max(1, layers))
+    depth = max(1, min(depth, -(-layers // size)))
+    one = [2 * size * p.chunk.k[0].numel() * p.chunk.k.dtype.itemsize for p in pieces]
+    return depth * sum(-(-n // _ALIGNED) * _ALIGNED for n in one)
 
 
 class LayerFetch:
@@ -25,9 +65,8 @@ class LayerFetch:
         Their chunks' K and V lie in pinned host memory (any memory without `stream`).
     first, end : int
         Layers [first, end) will be asked for in order, each as often as wanted until the next group's turn.
-    device : torch.device
-    stream : torch.cuda.Stream, optional
-        Where the copies run; without one they run in place, at once.
+    rings : Rings
+        With at least `ring_bytes` reserved. The copies run on its stream; without one they run in place, at once.
     """
 
     def __init__(
@@ -35,30 +74,28 @@ class LayerFetch:
         pieces: Sequence[Piece],
         first: int,
         end: int,
-        device: torch.device,
-        stream: "torch.cuda.Stream | None" = None,
+        rings: Rings,
         group: int = GROUP,
         depth: int = DEPTH,
     ) -> None:
-        self.pieces, self.first, self.end, self.stream, self.device = pieces, first, end, stream, device
+        self.pieces, self.first, self.end = pieces, first, end
+        self.device, self.stream = rings.device, rings.stream
         self.size = max(1, min(group, end - first))
         self.depth = max(1, min(depth, -(-(end - first) // self.size)))
-        self.ring = [self._room() for _ in range(self.depth)]
+        self.ring = [self._room(rings) for _ in range(self.depth)]
         self.oldest = self.next = 0  # groups that may still be asked for, and the first that is not under way
-        if stream is not None:
+        if self.stream is not None:
             self.ready = [torch.cuda.Event() for _ in range(self.depth)]
-            stream.wait_stream(torch.cuda.current_stream(device))  # whoever used this memory before is done
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # whoever used this memory before is done
         for _ in range(self.depth):
             self._issue()
 
-    def _room(self) -> Parts:
+    def _room(self, rings: Rings) -> Parts:
         """Per piece, room for the keys and values [layers of a group, rows, kv_heads, head_dim] of its chunk."""
         parts = []
         for piece in self.pieces:
             shape = (2, self.size, *piece.chunk.k.shape[1:])
-            both = torch.empty(shape, dtype=piece.chunk.k.dtype, device=self.device)
-            if self.stream is not None:
-                both.record_stream(self.stream)
+            both = rings.take(shape, piece.chunk.k.dtype)
             parts.append((both[0], both[1]))
         return parts
 

@@ -1,5 +1,6 @@
 """What a server and a request may ask for: the connector's options and the marks in `kv_transfer_params`."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -11,6 +12,16 @@ from cacheslide.prompt import Prompt, Role
 
 FIELD = "cacheslide"
 ENCODE = ("later", "now", "off")
+DOOR_KEYS = ("separator", "roles", "messages")  # become segments where vLLM takes requests in (door.py)
+_COUNTS = {
+    "chunk_size": 1,
+    "suffix_len": 1,
+    "encode_tokens_per_step": 1,
+    "rows_per_step": 1,
+    "span_tokens": 4,
+    "spans_known": 1,
+    "max_generation": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,14 @@ class ServerOptions:
         At most this many tokens of such prefills a step (one chunk chain may exceed it).
     rows_per_step : int
         At most this many rows are completed by reuse in one step (one request may exceed it); others wait.
+    separator : str or list of int
+        The separator of requests that ask for the server's own: a text, or token ids (as JSON where it is a string).
+    find_spans : bool
+        Look for spans seen before in requests without marks too.
+    span_tokens, spans_known : int
+        Average size of such a span in tokens, and how many spans are remembered.
+    max_generation : int
+        Corrected KV of generated text is kept up to this generation, and encoded exactly beyond it; 0: never kept.
     """
 
     policy: str = "cacheslide"
@@ -47,9 +66,14 @@ class ServerOptions:
     encode: str = "later"
     encode_tokens_per_step: int = 8192
     rows_per_step: int = 65536
+    separator: str | list[int] = ""
+    find_spans: bool = False
+    span_tokens: int = 256
+    spans_known: int = 65536
+    max_generation: int = 3
 
     def __post_init__(self) -> None:
-        for name, least in (("chunk_size", 1), ("suffix_len", 1), ("encode_tokens_per_step", 1), ("rows_per_step", 1)):
+        for name, least in _COUNTS.items():
             if not _is_count(getattr(self, name)) or getattr(self, name) < least:
                 raise ConfigError(f"{name} must be an integer of at least {least}, not {getattr(self, name)!r}")
         if not isinstance(self.store_gib, int | float) or self.store_gib < 0:
@@ -58,6 +82,20 @@ class ServerOptions:
             raise ConfigError(f"store_device must be 'cpu' or 'model', not {self.store_device!r}")
         if self.encode not in ENCODE:
             raise ConfigError(f"encode must be one of {', '.join(ENCODE)}, not {self.encode!r}")
+        if not isinstance(self.find_spans, bool):
+            raise ConfigError(f"find_spans must be true or false, not {self.find_spans!r}")
+        if not (isinstance(self.own_separator, str) or _is_ids(self.own_separator)):
+            raise ConfigError(f"separator must be a text or a list of token ids, not {self.separator!r}")
+
+    @property
+    def own_separator(self) -> str | list[int]:
+        """The separator; a string that is a JSON list means the ids in it (a command line has strings only)."""
+        if isinstance(self.separator, str) and self.separator.startswith("["):
+            try:
+                return json.loads(self.separator)
+            except json.JSONDecodeError:
+                pass
+        return self.separator
 
     @property
     def system(self) -> ReusePolicy:
@@ -76,59 +114,88 @@ class ServerOptions:
 
 @dataclass(frozen=True)
 class Marks:
-    """`kv_transfer_params["cacheslide"]` of one request.
+    """`kv_transfer_params["cacheslide"]` of one request, as the engine sees it.
 
-    `segments` are the fixed spans, half-open in tokens; everything between them is updated text. `policy`, `share`
-    and `layer` override the server's system, the share of reused rows it recomputes and its selection layer.
+    `segments` are the fixed spans, half-open in tokens; everything between them is updated text. With `find` they are
+    the spans seen before. Rows from `history` on, and what is generated, are fixed text of the next turn. `policy`,
+    `share` and `layer` override the server's system, the share of reused rows it recomputes and its selection layer.
+    `note` goes into the receipt; without segments it is the reason of an exact computation.
     """
 
-    segments: tuple[tuple[int, int], ...]
+    segments: tuple[tuple[int, int], ...] = ()
+    find: bool | None = None
+    history: int | None = None
     policy: str | None = None
     share: float | None = None
     layer: int | None = None
     namespace: str = ""
     encode: str | None = None
+    note: str = ""
 
     @classmethod
     def parse(cls, params: Mapping[str, Any] | None) -> "Marks | None":
         """The marks in a request's `kv_transfer_params`; None without any; PromptError naming what is wrong."""
-        if params is not None and not isinstance(params, Mapping):
-            raise PromptError(f"kv_transfer_params must be an object, not {type(params).__name__}")
-        raw = (params or {}).get(FIELD)
+        raw = raw_marks(params)
         if raw is None:
             return None
-        if not isinstance(raw, Mapping):
-            raise PromptError(f"{FIELD} must be an object, not {type(raw).__name__}")
         known = {f.name for f in fields(cls)}
         unknown = sorted(map(str, set(raw) - known))
         if unknown:
-            raise PromptError(f"{FIELD}: unknown key {', '.join(unknown)} (known: {', '.join(sorted(known))})")
-        if "segments" not in raw:
-            raise PromptError(f"{FIELD}: 'segments' is missing; give the fixed spans as [[start, end], ...]")
-        marks = cls(**{**raw, "segments": _spans(raw["segments"])})
+            raise PromptError(
+                f"{FIELD}: unknown key {', '.join(unknown)} (known: {', '.join(sorted(known | set(DOOR_KEYS)))})"
+            )
+        if "segments" not in raw and raw.get("find") is None:
+            raise PromptError(
+                f"{FIELD}: 'segments' is missing; give the fixed spans as [[start, end], ...], "
+                "or mark them by a separator, by messages, or with find"
+            )
+        marks = cls(**{**raw, "segments": _spans(raw.get("segments", []))})
         marks._check()
         return marks
 
     def _check(self) -> None:
-        for name, kind in (("policy", str), ("encode", str)):
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), kind):
+        for name in ("policy", "encode"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
                 raise PromptError(f"{FIELD}: {name} must be a string, not {getattr(self, name)!r}")
-        if not isinstance(self.namespace, str):
-            raise PromptError(f"{FIELD}: namespace must be a string, not {self.namespace!r}")
+        for name in ("namespace", "note"):
+            if not isinstance(getattr(self, name), str):
+                raise PromptError(f"{FIELD}: {name} must be a string, not {getattr(self, name)!r}")
+        if self.find is not None and not isinstance(self.find, bool):
+            raise PromptError(f"{FIELD}: find must be true or false, not {self.find!r}")
+        if self.find and (self.segments or self.history is not None):
+            raise PromptError(f"{FIELD}: find looks for the fixed spans itself: give no segments and no history")
         if self.encode is not None and self.encode not in ENCODE:
             raise PromptError(f"{FIELD}: encode must be one of {', '.join(ENCODE)}, not {self.encode!r}")
         if self.share is not None and (isinstance(self.share, bool) or not isinstance(self.share, int | float)):
             raise PromptError(f"{FIELD}: share must be a number in [0, 1], not {self.share!r}")
         if self.layer is not None and not _is_count(self.layer):
             raise PromptError(f"{FIELD}: layer must be an integer, not {self.layer!r}")
+        if self.history is not None and not _is_count(self.history):
+            raise PromptError(f"{FIELD}: history must be the row it starts at, not {self.history!r}")
 
     def system(self, default: str) -> ReusePolicy:
         """The reuse policy asked for, `default` where the request names none."""
         return policy_of(self.policy or default, self.share, self.layer)
 
     def prompt(self, token_ids) -> Prompt:
-        """The marked prompt; PromptError when a span does not fit it."""
+        """The marked prompt; PromptError when a span, or the start of the history, does not fit it."""
+        if self.history is not None:
+            if not 0 <= self.history <= len(token_ids):
+                raise PromptError(f"{FIELD}: history starts at row {self.history} of {len(token_ids)}")
+            for start, end in self.segments:
+                if start < self.history < end:
+                    raise PromptError(f"{FIELD}: history starts inside the segment [{start}, {end})")
         return Prompt.from_spans(token_ids, self.segments)
+
+
+def raw_marks(params: Any) -> Mapping[str, Any] | None:
+    """What a request's `kv_transfer_params` hold for us, unread; None for nothing, PromptError for no object."""
+    if params is not None and not isinstance(params, Mapping):
+        raise PromptError(f"kv_transfer_params must be an object, not {type(params).__name__}")
+    raw = (params or {}).get(FIELD)
+    if raw is not None and not isinstance(raw, Mapping):
+        raise PromptError(f"{FIELD} must be an object, not {type(raw).__name__}")
+    return raw
 
 
 def marks_of(prompt: Prompt, **options: Any) -> dict[str, Any]:
@@ -151,6 +218,10 @@ def policy_of(name: str, share: float | None = None, layer: int | None = None) -
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(_is_count(t) and t >= 0 for t in value)
 
 
 def _spans(raw: Any) -> tuple[tuple[int, int], ...]:

@@ -36,16 +36,20 @@ class LoadPlan:
 
 @dataclass(frozen=True)
 class SavePlan:
-    """Copy the chunks of an exactly prefilled request out of its blocks, after dropping `evict`."""
+    """Copy chunks out of a request's blocks, after dropping `evict`; `generation` is 0 where vLLM computed them."""
 
     block_ids: list[int]
     chunks: tuple[tuple[ChunkKey, Chunk], ...]
     evict: tuple[ChunkKey, ...]
+    generation: int = 0
 
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """Prefill and keep the chunks of a prompt that are missing, exactly, in the context of their encoding."""
+    """Prefill and keep the chunks of a prompt that are missing, exactly, in the context of their encoding.
+
+    With `renew` corrected copies of its chunks count as missing.
+    """
 
     encoding: Encoding
     capture: frozenset[int]
@@ -54,6 +58,7 @@ class EncodeJob:
     chunks: tuple[Chunk, ...]
     keys: tuple[ChunkKey, ...]
     evict: tuple[ChunkKey, ...] = ()
+    renew: bool = False
 
     def tokens(self, missing: list[bool]) -> int:
         """Tokens this job will prefill, given which of its chunks are missing."""
@@ -68,9 +73,13 @@ class EncodeJob:
 
 @dataclass
 class StepPlan(KVConnectorMetadata):
-    """One step's work, in the order in which it must happen: forget, load, (vLLM's forward), save, encode."""
+    """One step's work, in the order in which it must happen: forget, keep, load, (vLLM's forward), save, encode.
+
+    `keeps` are chunks of requests that have finished: their blocks may be given away in this very step.
+    """
 
     forget: bool = False
+    keeps: list[SavePlan] = field(default_factory=list)
     loads: list[LoadPlan] = field(default_factory=list)
     saves: list[SavePlan] = field(default_factory=list)
     encodes: list[EncodeJob] = field(default_factory=list)

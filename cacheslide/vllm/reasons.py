@@ -4,6 +4,7 @@ NOT_STORED = "no chunk of this prompt is in the store"
 NOT_STORED_BEYOND = "no chunk of this prompt beyond vLLM's prefix cache is in the store"
 COVERED = "vLLM's prefix cache holds the whole prompt"
 PROMPT_LOGPROBS = "prompt_logprobs needs every row computed by vLLM"
+NOT_SEEN = "nothing of this prompt was seen before; its spans are known from now on"
 LOST = "a chunk that the index named was not in the worker's store; its rows were recomputed"
 
 _KINDS = {
@@ -12,6 +13,7 @@ _KINDS = {
     COVERED: "prefix_cache",
     PROMPT_LOGPROBS: "prompt_logprobs",
     LOST: "lost_chunk",
+    NOT_SEEN: "not_seen",
 }
 KINDS = (*dict.fromkeys(_KINDS.values()), "refused")
 RETRY = ("", NOT_STORED, NOT_STORED_BEYOND, COVERED)  # may be different when the request is scheduled again

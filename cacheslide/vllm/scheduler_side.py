@@ -2,45 +2,30 @@
 
 import logging
 from collections import deque
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from cacheslide.engine import Plan, Receipt, make_plan
+from vllm.v1.request import RequestStatus
+
+from cacheslide.engine import Receipt, make_plan
 from cacheslide.errors import CacheSlideError, PolicyError, StoreError
 from cacheslide.keys import CacheIdentity, ChunkKey
-from cacheslide.policy import ReusePolicy
 from cacheslide.prompt import Chunk
 from cacheslide.vllm import reasons
 from cacheslide.vllm.geometry import Geometry
+from cacheslide.vllm.history import job_of, keep_history
 from cacheslide.vllm.index import ChunkIndex
 from cacheslide.vllm.mailbox import close_box, open_box
 from cacheslide.vllm.metrics import ReuseStats
 from cacheslide.vllm.params import Marks, ServerOptions
 from cacheslide.vllm.plans import EncodeJob, LoadPlan, SavePlan, StepPlan, WorkerReport
 from cacheslide.vllm.prefix_cache import key_apart
+from cacheslide.vllm.spans import SpanMemory
 from cacheslide.vllm.support import check_policy
+from cacheslide.vllm.tracked import Tracked
 
 logger = logging.getLogger("vllm.cacheslide")  # below vLLM's logger, so that its handler prints it
-
-
-@dataclass
-class _Tracked:
-    """A marked request from its arrival to its end."""
-
-    rows: int
-    system: str
-    reason: str = ""  # why it is computed exactly
-    policy: ReusePolicy | None = None
-    plan: Plan | None = None
-    encode: str = "later"
-    schema: bool = False  # its rows' positions are not their indices
-    exact: bool = True  # every row so far was computed by vLLM itself
-    kept: bool = False
-    start: int = 0  # rows before it come from vLLM's prefix cache
-    reuse: tuple[tuple[ChunkKey, Chunk], ...] = ()
-    loading: bool = False
-    block_ids: list[int] = field(default_factory=list)
-    receipt: dict[str, Any] | None = None
 
 
 class SchedulerSide:
@@ -52,9 +37,12 @@ class SchedulerSide:
         self.engine_id = vllm_config.kv_transfer_config.engine_id
         self.box = open_box(self.engine_id)
         self.index = ChunkIndex(int(options.store_gib * 2**30))
-        self.tracked: dict[str, _Tracked] = {}
+        self.tracked: dict[str, Tracked] = {}
+        self.running: dict[str, Any] = {}  # vLLM's requests that have blocks, marked or not
         self.prefilling: dict[str, None] = {}  # tracked requests whose prompt is not complete yet, in order of arrival
         self.jobs: deque[tuple[EncodeJob, bool]] = deque()  # and whether it may not wait
+        self.keeps: list[SavePlan] = []  # of requests that finished since the last step
+        self.memory = SpanMemory(options.span_tokens, options.spans_known)
         self.stats = ReuseStats()
         self.rows_planned = 0  # claimed in the step being scheduled
         self.forget = False
@@ -65,32 +53,44 @@ class SchedulerSide:
         """Plan a marked request. Whatever is wrong with it makes it exact, never fails the engine."""
         rows = request.num_prompt_tokens
         try:
-            marks = Marks.parse(request.kv_transfer_params)
-            if marks is None:
+            marks = Marks.parse(request.kv_transfer_params) or self._unmarked(request)
+            if marks is None or (marks.find is False and not marks.segments):
                 return
             tracked = self._plan(request, marks)
         except CacheSlideError as wrong:
-            tracked = _Tracked(rows, "", reason=str(wrong), kept=True)
+            tracked = Tracked(rows, "", reason=str(wrong), kept=True)
         self.tracked[request.request_id] = tracked
         self.prefilling[request.request_id] = None
 
-    def _plan(self, request, marks: Marks) -> _Tracked:
+    def _unmarked(self, request) -> Marks | None:
+        """Marks of a request without any, where the server looks for spans by itself."""
+        sampling = request.sampling_params
+        if not self.options.find_spans or sampling is None or request.prompt_token_ids is None:
+            return None
+        one_beam = sampling.max_tokens == 1 and not sampling.detokenize  # a new request each token: see servers.py
+        return None if one_beam else Marks(find=True)
+
+    def _plan(self, request, marks: Marks) -> Tracked:
         policy = marks.system(self.options.policy)
         check_policy(policy, self.geometry.num_layers, self.geometry.ranks)
+        tenant = "\0".join((self.options.namespace, marks.namespace, request.cache_salt or ""))
+        if marks.find:
+            marks = replace(marks, segments=tuple(self.memory.meet(tenant, request.prompt_token_ids)))
         prompt = marks.prompt(request.prompt_token_ids)
         if policy.transform(prompt) != prompt:
             raise PolicyError(f"{policy.name} rewrites prompts: apply its transform before sending")
-        tenant = "\0".join((self.options.namespace, marks.namespace, request.cache_salt or ""))
         identity = CacheIdentity(self.geometry.model_id, self.geometry.dtype, namespace=tenant)
         plan = make_plan(policy, identity, prompt, self.options.chunk_size, self.geometry.max_positions)
-        tracked = _Tracked(len(prompt), policy.name, policy=policy, plan=plan)
+        tracked = Tracked(len(prompt), policy.name, policy=policy, plan=plan, identity=identity)
         tracked.encode = marks.encode or self.options.encode
+        tracked.spans, tracked.history, tracked.note = marks.segments, marks.history, marks.note
         tracked.schema = plan.positions[-1] != len(prompt) - 1
         sampling = request.sampling_params
         if sampling is not None and sampling.prompt_logprobs is not None:
             tracked.reason = reasons.PROMPT_LOGPROBS
         elif not plan.chunks:
-            tracked.reason = f"{policy.name} reuses nothing of this prompt"
+            nothing = f"{policy.name} reuses nothing of this prompt"
+            tracked.reason = reasons.NOT_SEEN if marks.find and policy.reuses else marks.note or nothing
         elif tracked.schema:
             request.skip_reading_prefix_cache = True  # shared blocks hold keys at other positions than the schema's
         return tracked
@@ -100,14 +100,16 @@ class SchedulerSide:
         tracked = self.tracked.get(request.request_id)
         if tracked is None or tracked.reason not in reasons.RETRY:
             return 0
-        want = tracked.rows - 1 - computed
-        limit = tracked.rows - self.options.suffix_len
+        limit = tracked.rows - max(1, self.options.suffix_len)
         reuse = tuple(
             (key, chunk)
             for key, chunk in zip(tracked.plan.keys, tracked.plan.chunks, strict=True)
             if key in self.index and max(chunk.start, computed) < min(chunk.end, limit)
         )
         tracked.start, tracked.reuse = computed, reuse
+        # Behind the last reused row the text is exact work over completed KV: vLLM does it best itself, together with
+        # the last row, for which it reads all weights anyway.
+        want = min(limit, max((chunk.end for _, chunk in reuse), default=tracked.rows)) - computed
         if want <= 0 or not reuse:
             stored = any(key in self.index for key in tracked.plan.keys)
             tracked.reason = reasons.NOT_STORED_BEYOND if stored else reasons.NOT_STORED
@@ -116,31 +118,57 @@ class SchedulerSide:
             return 0
         if self.rows_planned and self.rows_planned + want > self.options.rows_per_step:
             return None
+        if self._shares_unfinished_blocks(request, computed):
+            return None
         tracked.reason = ""
+        tracked.generation = max(self.index.generation(key) for key, _ in reuse)
         self.rows_planned += want
         self.index.touch(tracked.plan.keys)
         key_apart(request, computed // self.block_size)
         return want
 
+    def _shares_unfinished_blocks(self, request, computed: int) -> bool:
+        """Whether the `computed` rows from the prefix cache are, in part, those that this step's forward will fill.
+
+        vLLM shares a block as soon as the request that computes it is scheduled. Its own attention then finds the
+        rows there, but reuse runs before the forward. Hashes are chained, so one comparison a request is enough.
+        """
+        hits = computed // self.block_size
+        for other in self.running.values():
+            if other.status != RequestStatus.RUNNING:
+                continue
+            unfilled = other.num_computed_tokens // self.block_size  # its first block that is not full yet
+            if unfilled < min(hits, len(other.block_hashes)):
+                shared = other.block_hashes[unfilled] == request.block_hashes[unfilled]
+                if shared:
+                    return True
+        return False
+
     def allocated(self, request, external: int) -> None:
         """vLLM gave the request its blocks; `external` of its rows are ours to complete."""
+        self.running[request.request_id] = request
         tracked = self.tracked.get(request.request_id)
         if tracked is not None:
             tracked.loading = external > 0
             self.prefilling[request.request_id] = None  # again, when it comes back from a preemption
 
-    def finish(self, request) -> dict[str, Any] | None:
-        """Forget the request; returns its receipt, None for one without marks."""
+    def finish(self, request, block_ids: Sequence[int] = ()) -> dict[str, Any] | None:
+        """Forget the request, whose rows lie in `block_ids`; returns its receipt, None for one without marks."""
+        self.running.pop(request.request_id, None)
         tracked = self.tracked.pop(request.request_id, None)
         self.prefilling.pop(request.request_id, None)
         measured = self.box.pop(request.request_id, None)
         if tracked is None:
             return None
         receipt = measured or tracked.receipt or self._forecast(tracked)
+        receipt |= {"generation": 0 if tracked.exact else tracked.generation}
+        receipt |= {"note": tracked.note} if tracked.note else {}
+        if tracked.history is not None and tracked.plan is not None:
+            receipt |= {"history": keep_history(self, request, tracked, list(block_ids))}
         self.stats.record(receipt)
         return receipt
 
-    def _forecast(self, tracked: _Tracked) -> dict[str, Any]:
+    def _forecast(self, tracked: Tracked) -> dict[str, Any]:
         """The receipt of an exactly computed request, or of one whose worker has not reported yet."""
         receipt = Receipt(tracked.system, tracked.rows, chunks=len(tracked.plan.chunks) if tracked.plan else 0)
         receipt.fallback = tracked.reason
@@ -153,6 +181,7 @@ class SchedulerSide:
     def step(self, output) -> StepPlan:
         """What the workers do in the step that `output` describes."""
         step = StepPlan(forget=self.forget)
+        step.keeps, self.keeps = self.keeps, []
         self.forget, self.rows_planned = False, 0
         waited = len(self.jobs)
         state = output.kv_connector_block_state
@@ -172,7 +201,7 @@ class SchedulerSide:
         self._emit_jobs(step, waited, idle=not output.num_scheduled_tokens)
         return step
 
-    def _load(self, req_id: str, tracked: _Tracked, end: int) -> LoadPlan:
+    def _load(self, req_id: str, tracked: Tracked, end: int) -> LoadPlan:
         plan, policy = tracked.plan, tracked.policy
         return LoadPlan(
             req_id,
@@ -189,25 +218,31 @@ class SchedulerSide:
             plan.positions if tracked.schema else None,
         )
 
-    def _keep(self, tracked: _Tracked, step: StepPlan) -> None:
+    def _keep(self, tracked: Tracked, step: StepPlan) -> None:
         """The request's prompt is complete in this step: keep its chunks, or have them encoded."""
         plan, policy = tracked.plan, tracked.policy
         missing = {k: c for k, c in zip(plan.keys, plan.chunks, strict=True) if k not in self.index}
         if not missing or tracked.encode == "off":
             return
         if policy.encoding.kind == "in_prompt" and tracked.exact and not policy.probe_layers and not tracked.schema:
-            evict = self._reserve(missing, policy)
+            evict = self.reserve(missing, len(policy.probe_layers))
             if evict is not None:
                 step.saves.append(SavePlan(tracked.block_ids, tuple(missing.items()), evict))
             return
-        job = EncodeJob(policy.encoding, policy.probe_layers, plan.prompt, plan.positions, plan.chunks, plan.keys)
-        if all(job.keys != waiting.keys for waiting, _ in self.jobs):
-            self.jobs.append((job, tracked.encode == "now"))
+        self.enqueue(job_of(policy, plan), tracked.encode)
 
-    def _reserve(self, chunks: dict[ChunkKey, Chunk], policy_or_job) -> tuple[ChunkKey, ...] | None:
-        probes = len(policy_or_job.probe_layers if isinstance(policy_or_job, ReusePolicy) else policy_or_job.capture)
+    def enqueue(self, job: EncodeJob, when: str) -> None:
+        """Have a job done, unless it waits already."""
+        if all(job.keys != waiting.keys for waiting, _ in self.jobs):
+            self.jobs.append((job, when == "now"))
+
+    def reserve(
+        self, chunks: Mapping[ChunkKey, Chunk], probes: int, generation: int = 0
+    ) -> tuple[ChunkKey, ...] | None:
+        """Room in the index for `chunks` with the inputs of `probes` layers: the keys that leave, None if too large."""
+        sizes = {key: self.geometry.chunk_bytes(len(chunk), probes) for key, chunk in chunks.items()}
         try:
-            return tuple(self.index.reserve({k: self.geometry.chunk_bytes(len(c), probes) for k, c in chunks.items()}))
+            return tuple(self.index.reserve(sizes, generation))
         except StoreError as full:
             logger.warning("CacheSlide keeps nothing of a prompt: %s", full)
             return None
@@ -216,7 +251,8 @@ class SchedulerSide:
         """Hand out jobs; the first `waited` come from earlier steps, the others go only if they may not wait."""
         budget, waiting = self.options.encode_tokens_per_step, deque()
         for number, (job, urgent) in enumerate(self.jobs):
-            missing = [key not in self.index for key in job.keys]
+            renewed = [key for key in job.keys if job.renew and self.index.generation(key)]
+            missing = [key not in self.index or key in renewed for key in job.keys]
             tokens = job.tokens(missing)
             if not tokens:
                 continue
@@ -224,10 +260,11 @@ class SchedulerSide:
             if not urgent and not (fits and number < waited and (idle or not step.loads)):
                 waiting.append((job, urgent))
                 continue
-            evict = self._reserve(dict(zip(job.keys, job.chunks, strict=True)), job)
+            evict = self.reserve(dict(zip(job.keys, job.chunks, strict=True)), len(job.capture))
             if evict is not None:
                 budget -= tokens
-                step.encodes.append(replace(job, evict=evict))
+                self.index.set_exact(renewed)
+                step.encodes.append(replace(job, evict=(*evict, *renewed)))
         self.jobs = waiting
 
     # --- what comes back -------------------------------------------------------------------------------------------
@@ -249,7 +286,9 @@ class SchedulerSide:
     def reset(self) -> None:
         """Forget every chunk, here and in the workers (the weights have changed)."""
         self.index.clear()
+        self.memory.clear()
         self.jobs.clear()
+        self.keeps.clear()
         self.forget = True
 
     def close(self) -> None:

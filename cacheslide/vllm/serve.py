@@ -8,7 +8,9 @@ import json
 import os
 import sys
 from dataclasses import fields
+from importlib.util import find_spec
 
+from cacheslide.errors import ConfigError
 from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.params import ServerOptions
 
@@ -20,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or name of a Llama, Mistral, Qwen2 or Qwen3 checkpoint")
     for option in fields(ServerOptions):
         flag = f"--{option.name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(option.default), default=option.default, help=f"default: {option.default}")
+        known = (
+            {"action": argparse.BooleanOptionalAction} if option.default is False else {"type": type(option.default)}
+        )
+        parser.add_argument(flag, default=option.default, help=f"default: {option.default or 'none'}", **known)
 
 
 def command(args: argparse.Namespace, rest: list[str]) -> list[str]:
@@ -43,10 +48,12 @@ def _on_cpu() -> bool:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Become the server: does not return."""
+    """Become the server: does not return. ConfigError where there is no vLLM to become."""
     parser = argparse.ArgumentParser(prog="cacheslide serve", description=__doc__, allow_abbrev=False)
     add_arguments(parser)
     args, rest = parser.parse_known_args(argv)
+    if find_spec("vllm") is None:
+        raise ConfigError("serving needs vLLM: install this package with its extra `cpu` or `gpu`")
     line = command(args, rest)
     os.execv(line[0], line)
 

@@ -1,5 +1,7 @@
 """The worker's half: completes prompts from cached chunks, copies chunks out of the paged cache, encodes others."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from cacheslide.placement import Piece, PlacedChunks, send, tensor_of
 from cacheslide.prefill import PrefillOutput, PrefillRequest, SelectivePrefill
 from cacheslide.prompt import Chunk
 from cacheslide.store.base import ChunkKV
-from cacheslide.vllm.fetch import LayerFetch
+from cacheslide.vllm.fetch import LayerFetch, Rings, ring_bytes
 from cacheslide.vllm.mailbox import post
 from cacheslide.vllm.model_adapter import VllmModel, find_model
 from cacheslide.vllm.paged_source import PagedChunks
@@ -48,6 +50,7 @@ class WorkerSide:
         device = torch.device("cpu") if where == "cpu" else self.model.device
         pinned = where == "cpu" and self.model.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.model.device) if pinned else None
+        self.rings = Rings(self.model.device, self.stream)
         return WorkerStore(device, pinned)
 
     def move_store(self, where: str) -> None:
@@ -56,28 +59,31 @@ class WorkerSide:
         before.hand_over(self.store)
 
     @torch.inference_mode()
-    def load(self, step: StepPlan) -> None:
-        """Complete the rows of all requests that reuse chunks in this step, in one packed run."""
+    def begin(self, step: StepPlan) -> None:
+        """Before anything writes to the cache in this step: keep what finished requests leave in their old blocks."""
         if step.forget:
             self.store.clear()
+        for plan in step.keeps:
+            self.store.drop(plan.evict)
+            self._save(plan)
+
+    @torch.inference_mode()
+    def load(self, step: StepPlan) -> None:
+        """Complete the rows of all requests that reuse chunks in this step, in one packed run."""
         if not step.loads:
             return
-        prepared = [self._prepare(plan) for plan in step.loads]
+        found = [self._find(plan) for plan in step.loads]
+        self._reserve(step.loads, [pieces for _, pieces, _ in found])
+        prepared = [self._prepare(plan, *parts) for plan, parts in zip(step.loads, found, strict=True)]
         with self.model.running(any(plan.positions is not None for plan in step.loads)):
             outputs = self.executor.run([request for request, _ in prepared])
         for plan, (request, receipt), output in zip(step.loads, prepared, outputs, strict=True):
             self._note(plan, request, receipt, output)
 
-    def _prepare(self, plan: LoadPlan) -> tuple[PrefillRequest, Receipt]:
-        device = self.model.device
-        ids = send(tensor_of(plan.token_ids[plan.start : plan.end]), device)
-        own = torch.arange(plan.start, plan.end)
-        positions = own if plan.positions is None else tensor_of(plan.positions[plan.start : plan.end])
-        # vLLM numbers the last row, and what it generates, by row: the schema moves as a whole to meet it.
-        shift = 0 if plan.positions is None else len(plan.token_ids) - 1 - plan.positions[-1]
-        positions += shift
+    def _find(self, plan: LoadPlan) -> tuple[Receipt, list[Piece], Tensor]:
+        """The cached pieces of a request and the local rows [R] that they are for."""
         receipt = Receipt(plan.system, len(plan.token_ids), chunks=plan.chunks)
-        pieces, spans = [], []
+        pieces, spans = [], [rows_none(torch.empty(0))]
         for key, chunk in plan.reuse:
             first, end = max(chunk.start, plan.start), min(chunk.end, plan.limit)
             held = self.store.get(key) if first < end else None
@@ -88,7 +94,16 @@ class WorkerSide:
             receipt.bytes_loaded += held.nbytes
             pieces.append(Piece(held, end - first, first - chunk.start))
             spans.append(torch.arange(first - plan.start, end - plan.start))
-        reused = torch.cat(spans) if spans else rows_none(positions)
+        return receipt, pieces, torch.cat(spans)
+
+    def _prepare(self, plan: LoadPlan, receipt: Receipt, pieces: list[Piece], reused: Tensor):
+        device = self.model.device
+        ids = send(tensor_of(plan.token_ids[plan.start : plan.end]), device)
+        own = torch.arange(plan.start, plan.end)
+        positions = own if plan.positions is None else tensor_of(plan.positions[plan.start : plan.end])
+        # vLLM numbers the last row, and what it generates, by row: the schema moves as a whole to meet it.
+        shift = 0 if plan.positions is None else len(plan.token_ids) - 1 - plan.positions[-1]
+        positions += shift
         source = self._source(pieces, positions[reused], plan, shift) if pieces else None
         request = PrefillRequest(
             ids,
@@ -102,6 +117,16 @@ class WorkerSide:
         )
         return request, receipt
 
+    def _first(self, plan: LoadPlan) -> int:
+        """The first layer whose cached rows are needed."""
+        return plan.correction.layer if isinstance(plan.correction, TopDeviation) else 0
+
+    def _reserve(self, plans: list[LoadPlan], pieces: list[list[Piece]]) -> None:
+        """Device memory for all prefetches of a run."""
+        if self.stream is not None:
+            layers = [self.model.num_layers - self._first(plan) for plan in plans]
+            self.rings.reserve(sum(ring_bytes(p, n) for p, n in zip(pieces, layers, strict=True)))
+
     def _source(self, pieces: list[Piece], target: Tensor, plan: LoadPlan, shift: int) -> PlacedChunks:
         """Cached rows on their way to positions `target` [R], on the host; a kernel places them where it can."""
         model = self.model
@@ -109,9 +134,8 @@ class WorkerSide:
         if not model.open:
             return PlacedChunks(*settings, device=model.device)
         fetch = None
-        if pieces[0].chunk.k.device != model.device:
-            first = plan.correction.layer if isinstance(plan.correction, TopDeviation) else 0
-            fetch = LayerFetch(pieces, first, model.num_layers, model.device, self.stream)
+        if self.stream is not None:
+            fetch = LayerFetch(pieces, self._first(plan), model.num_layers, self.rings)
         return PagedChunks(*settings, device=model.device, caches=model.caches, fetch=fetch)
 
     def _missing(self, key: ChunkKey, receipt: Receipt, wanted: bool) -> None:
@@ -122,9 +146,9 @@ class WorkerSide:
     def _note(self, plan: LoadPlan, request: PrefillRequest, receipt: Receipt, output: PrefillOutput) -> None:
         receipt.rows_recomputed = len(output.selected)
         receipt.rows_reused = len(request.reused) - len(output.selected)
-        receipt.rows_per_layer = output.rows_computed
-        computed = sum(output.rows_computed) + len(output.rows_computed)  # vLLM itself computes the last row
-        receipt.row_layer_share = computed / (receipt.rows * len(output.rows_computed))
+        rest = len(plan.token_ids) - plan.end  # rows that vLLM itself computes after this
+        receipt.rows_per_layer = [n + rest for n in output.rows_computed]
+        receipt.row_layer_share = sum(receipt.rows_per_layer) / (receipt.rows * len(receipt.rows_per_layer))
         receipt.alpha = output.alpha
         said = receipt.as_dict() | {"rows_prefix_cached": plan.start, "measured": True}
         self.report.receipts[plan.req_id] = said
@@ -140,7 +164,7 @@ class WorkerSide:
     def _save(self, plan: SavePlan) -> None:
         kv = self.model.paged_kv(plan.block_ids, self.block_size)
         for key, chunk in plan.chunks:
-            self.store.put(key, self._chunk(kv, chunk))
+            self.store.put(key, replace(self._chunk(kv, chunk), generation=plan.generation))
 
     def _chunk(self, kv, chunk: Chunk) -> ChunkKV:
         rows = torch.arange(chunk.start, chunk.end, device=self.model.device)

@@ -1,89 +1,59 @@
 """Accuracy: every system answers the same questions about the same prompts, from caches of the turn before."""
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from tqdm import tqdm
 
-from cacheslide.encode import prefill_exact
-from cacheslide.metrics import cksim
-from cacheslide.policy import ReusePolicy, unchanged
-from cacheslide.prompt import Prompt, Role
-from cacheslide.store.base import ChunkStore
-from harness.backend import EngineSettings, ReferenceBackend
+from cacheslide.errors import CacheSlideError
+from harness.responders import Responder
 from harness.results.records import RecordWriter, guarded
 from harness.scoring import question_records
+from harness.systems import System
 from harness.tasks.example import TaskExample
 
 
 def evaluate(
-    backend: ReferenceBackend,
+    sessions: Iterable[tuple[Responder, Sequence[System]]],
     examples: Sequence[TaskExample],
-    policies: Sequence[ReusePolicy],
-    store: ChunkStore,
-    settings: EngineSettings,
     writers: Mapping[str, RecordWriter],
     max_new_tokens: int = 8,
-    similarity: bool = True,
     progress: str | None = "accuracy",
 ) -> None:
-    """Write one record per example and policy to `writers[policy.name]`.
+    """Write one record per example and system to `writers[system.name]`.
 
-    The context is prefilled once per system and each question asked behind it, which gives exactly what
-    prefilling context and question together would (tested), at a fraction of the cost. `similarity` adds CKSim
-    per layer against an exact prefill of the same prompt.
+    `receipt` is that of the first request, `receipts` holds all where a backend sends one a question.
     """
-    for example in tqdm(examples, desc=progress, disable=progress is None, mininterval=1):
-        exact = None
-        for policy in policies:
-            if example.id in writers[policy.name].done:
+    for responder, systems in sessions:
+        for example in tqdm(examples, desc=progress, disable=progress is None, mininterval=1):
+            todo = [s for s in systems if example.id not in writers[s.name].done]
+            if not todo:
                 continue
-            if similarity and exact is None:
-                exact = prefill_exact(backend.model, backend.prompt(example.segments).token_ids).k
-            guarded(
-                writers[policy.name],
-                example.id,
-                lambda example=example, policy=policy, exact=exact: _one(
-                    backend, example, policy, store, settings, max_new_tokens, exact
-                ),
-            )
+            try:
+                responder.fill([example], todo)
+            except CacheSlideError as error:
+                for system in todo:
+                    writers[system.name].fail(example.id, error)
+            for system in todo:
+                guarded(
+                    writers[system.name],
+                    example.id,
+                    lambda responder=responder, example=example, system=system: _one(
+                        responder, example, system, max_new_tokens
+                    ),
+                )
 
 
-def _one(backend, example, policy, store, settings, max_new_tokens, exact) -> dict:
-    engine = backend.engine(policy, store, settings)
-    prompt = backend.prompt(example.segments)
-    shortest = min(len(backend.encode(q.text)) for q in example.questions)
-    started = time.perf_counter()
-    state = engine.prefill(prompt, following=shortest, room=backend.room(example, max_new_tokens))
-    seconds = time.perf_counter() - started
-    compared = exact is not None and _aligned(policy)
-    similar = _similarity(exact, state.kv.k, prompt) if compared else None
-    return {
-        "system": policy.name,
+def _one(responder: Responder, example: TaskExample, system: System, max_new_tokens: int) -> dict:
+    response, prompt = responder.respond(system, example, max_new_tokens), responder.backend.prompt(example.segments)
+    record = {
+        "system": system.name,
         "task": example.task,
         "metric": example.metric,
         "tokens": len(prompt),
         "reusable_share": prompt.reusable_share(),
-        "prefill_seconds": seconds,
-        "receipt": state.receipt.as_dict(),
-        "cksim": similar,
-        "questions": question_records(example, backend.answers(state, example, max_new_tokens)),
+        "prefill_seconds": response.seconds,
+        "receipt": response.receipts[0],
+        "cksim": response.cksim,
+        "questions": question_records(example, response.texts),
     }
-
-
-def _aligned(policy: ReusePolicy) -> bool:
-    """Whether row i of the system's KV is row i of plain recompute, at the same position."""
-    return policy.transform is unchanged and not policy.placement.slot
-
-
-def _similarity(exact: torch.Tensor, got: torch.Tensor, prompt: Prompt) -> list[float]:
-    """CKSim per layer over the fixed rows, after reuse and correction."""
-    rows = torch.cat(
-        [
-            torch.arange(start, start + len(s.token_ids))
-            for s, start in zip(prompt.segments, prompt.starts, strict=True)
-            if s.role is Role.REUSE
-        ]
-    )
-    return cksim(exact[:, rows], got[:, rows]).mean(dim=1).tolist()
+    return record | ({"receipts": response.receipts} if len(response.receipts) > 1 else {})

@@ -80,6 +80,7 @@ def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> 
     from cacheslide.vllm.offline import ask
 
     if system == "prefix_cache_ideal":
+        ask(engine, [prompts.shared_prefix()])  # other systems' prompts may have pushed it out
         answers = ask(engine, [prompts.shared_prefix() for _ in range(batch)], tokens=tokens)
         if min(a.cached_tokens for a in answers) < 0.8 * REUSED * prompts.tokens:
             raise RuntimeError("the prefix cache did not hold the shared prefix")
@@ -258,7 +259,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--memory", type=float, default=0.4, help="gpu_memory_utilization of each engine")
     p.add_argument("--eager", action="store_true", help="no compilation and no CUDA graphs")
     p.add_argument("--engine", default="{}", help="more options of vllm.LLM, as JSON")
-    p.add_argument("--commit", help="git commit of these sources, where the folder is no git checkout")
+    p.add_argument("--commit", help="git commit of these sources, where the folder is a copy of a checkout")
     return p
 
 
@@ -283,7 +284,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         settings = {k: v for k, v in vars(args).items() if k not in ("out", "commit")}
         made = provenance(settings, {}, args.model or f"{args.shape}, random weights")
-        made["git_commit"] = made["git_commit"] or args.commit
+        if args.commit:
+            made |= {"git_commit": args.commit, "git_dirty": None}
         write({"kind": "start", "settings": settings, "provenance": made})
         measure(args, write)
         write({"kind": "end"})

@@ -274,13 +274,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--commit", help="git commit of these sources, where the folder is no git checkout")
+    parser.add_argument("--commit", help="git commit of these sources, where the folder is a copy of a checkout")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     results = run_all(args.repeats)
     files = [*sorted((ROOT / "cacheslide/kernels").glob("*.py")), Path(__file__).resolve()]
     made = provenance({"repeats": args.repeats, "lengths": LENGTHS, "shares": SHARES}, {}, "random tensors")
-    made["git_commit"] = made["git_commit"] or args.commit
+    if args.commit:
+        made |= {"git_commit": args.commit, "git_dirty": None}
     made["source_sha256"] = {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
     conditions = {
         "dtype": "bfloat16, float32 accumulation",

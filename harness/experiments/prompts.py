@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 from cacheslide.keys import PrefixKeying
 from cacheslide.policy import ReusePolicy
 from cacheslide.prompt import Prompt, Role
-from harness.backend import ReferenceBackend
+from harness.systems import System
 from harness.tasks.example import TaskExample
+from harness.tokens import Tokens
 
 
-def measure_prompts(
-    backend: ReferenceBackend, data: Mapping[str, Sequence[TaskExample]], policies: Sequence[ReusePolicy]
-) -> dict:
+def measure_prompts(tokens: Tokens, data: Mapping[str, Sequence[TaskExample]], policies: Sequence[System]) -> dict:
     """Per data set: the reusable share of every prompt, and its moves between the two turns.
 
     `displacement` is how many tokens the fixed segments behind the first updated one moved (mean);
@@ -23,7 +22,7 @@ def measure_prompts(
     for dataset, examples in data.items():
         shares, moves = [], []
         for example in examples:
-            now, before = backend.prompt(example.segments), backend.prompt(example.previous)
+            now, before = tokens.prompt(example.segments), tokens.prompt(example.previous)
             shares.append(now.reusable_share())
             moves.append(
                 {
@@ -36,7 +35,7 @@ def measure_prompts(
     return {"datasets": out, "titles": {p.name: p.title for p in policies}}
 
 
-def _moves(policy: ReusePolicy) -> bool:
+def _moves(policy: System) -> bool:
     return policy.reuses and not isinstance(policy.keying, PrefixKeying)
 
 

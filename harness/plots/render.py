@@ -7,7 +7,7 @@ from types import ModuleType
 import matplotlib as mpl
 
 from cacheslide.errors import DataError
-from harness.plots import fig03, fig04a, fig05, fig10, throughput
+from harness.plots import fig03, fig04a, fig05, fig10, serving, throughput
 from harness.plots.style import RC, save
 
 FIGURES: dict[str, ModuleType] = {
@@ -16,6 +16,7 @@ FIGURES: dict[str, ModuleType] = {
     "fig05": fig05,
     "fig10": fig10,
     "throughput": throughput,
+    "serving": serving,
 }
 
 

@@ -84,6 +84,8 @@ class Look:
 
 LOOKS = {
     "recompute": Look("Recompute", BLACK, "s"),
+    "vllm": Look("vLLM", BLACK, "s", False, "--"),
+    "vllm_prefix_cache": Look("vLLM, prefix cache", GREY, "P", False, "--"),
     "context_cache": Look("ContextCache", GREY, "P"),
     "prompt_cache": Look("PromptCache", PURPLE, "D"),
     "cacheblend": Look("CacheBlend", ORANGE, "^"),

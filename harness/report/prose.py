@@ -35,8 +35,9 @@ CAPTIONS = {
     ),
     "throughput": (
         "Throughput in a closed loop by number of concurrent requests: all requests, and correctly answered ones. "
-        "Bars are 95 % intervals over the loop's rounds. The backend serves in rounds, so this is not the throughput "
-        "of a serving engine with continuous batching."
+        "Bars are 95 % intervals over the loop's rounds. The reference backend serves in rounds, so its numbers are "
+        "not the throughput of a serving engine; vLLM batches continuously, and a round is then as many answers in a "
+        "row as there are clients."
     ),
 }
 
@@ -132,10 +133,12 @@ def _missing(summary: Summary) -> list[str]:
 
 def _scope(summary: Summary) -> str:
     where = {"cpu": "a CPU", "cuda": "a GPU"}.get(summary["conditions"]["device"], "this device")
+    on_vllm = summary["conditions"].get("config", {}).get("backend") == "vllm"
+    how = "inside vLLM" if on_vllm else "in plain PyTorch without a serving engine"
     return (
-        f"All numbers are of {summary['conditions']['model']} with this repository's prompts on {where}, in plain "
-        "PyTorch without a serving engine, not of the paper's models on its A100: absolute times are not comparable "
-        "with the paper's, and ratios only as far as the same work is saved."
+        f"All numbers are of {summary['conditions']['model']} with this repository's prompts on {where}, {how}, not of "
+        "the paper's models on its A100: absolute times are not comparable with the paper's, and ratios only as far as "
+        "the same work is saved."
     )
 
 

@@ -104,8 +104,11 @@ def read_failures(path: str | Path) -> list[dict[str, Any]]:
         return [r for r in map(json.loads, f) if "failure" in r]
 
 
-def guarded(writer: RecordWriter, record_id: str, work) -> None:
-    """Run `work()` and keep its record; an expected error becomes a failure record, others stop the run."""
+def guarded(writer: RecordWriter, record_id: str, work, keep: bool = True) -> None:
+    """Run `work()` and keep its record; an expected error becomes a failure record, others stop the run.
+
+    Without `keep` the record is dropped: more is to join it before it is written.
+    """
     if record_id in writer.done:
         return
     try:
@@ -113,7 +116,8 @@ def guarded(writer: RecordWriter, record_id: str, work) -> None:
     except CacheSlideError as error:
         writer.fail(record_id, error)
     else:
-        writer.add({"id": record_id, **record})
+        if keep:
+            writer.add({"id": record_id, **record})
 
 
 def write_json(path: str | Path, content: Any) -> None:

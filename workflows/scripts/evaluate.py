@@ -7,4 +7,4 @@ s = snakemake
 with step(s.log[0], s.rule):
     layer = selected_layer(s.input.layer)
     share = s.params.get("share")
-    step_accuracy(s.params.config, s.input.data, s.input.chunks, layer, list(s.output), s.threads, share)
+    step_accuracy(s.params.config, s.input.data, s.input.get("chunks"), layer, list(s.output), s.threads, share)

@@ -1,0 +1,34 @@
+"""What the scheduler's half knows about one request."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from cacheslide.engine import Plan
+from cacheslide.keys import CacheIdentity, ChunkKey
+from cacheslide.policy import ReusePolicy
+from cacheslide.prompt import Chunk
+
+
+@dataclass
+class Tracked:
+    """A marked request from its arrival to its end."""
+
+    rows: int
+    system: str
+    reason: str = ""  # why it is computed exactly
+    policy: ReusePolicy | None = None
+    plan: Plan | None = None
+    encode: str = "later"
+    schema: bool = False  # its rows' positions are not their indices
+    exact: bool = True  # every row so far was computed by vLLM itself
+    identity: CacheIdentity | None = None
+    spans: tuple[tuple[int, int], ...] = ()  # fixed, in tokens
+    history: int | None = None  # rows from here on are fixed text of the next turn
+    generation: int = 0  # the highest one of the chunks it reuses
+    note: str = ""
+    kept: bool = False
+    start: int = 0  # rows before it come from vLLM's prefix cache
+    reuse: tuple[tuple[ChunkKey, Chunk], ...] = ()
+    loading: bool = False
+    block_ids: list[int] = field(default_factory=list)
+    receipt: dict[str, Any] | None = None

@@ -1,0 +1,75 @@
+"""Checks a configuration before anything is run: types and keys by the schema, then what the schema cannot say."""
+
+from collections.abc import Mapping, MutableMapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
+from cacheslide.errors import ConfigError
+from cacheslide.policy import policy_names
+from harness.systems import STOCK
+
+TIMED = ("latency", "throughput")
+
+
+def check(config: MutableMapping[str, Any], schema: str | Path) -> None:
+    """Fill in the schema's defaults; ConfigError on an unknown key, a wrong value or a system that cannot be run.
+
+    Parameters
+    ----------
+    config : dict
+        The content of a config/*.yaml; config/README.md explains its keys. Changed in place.
+    schema : path
+        The JSON schema, as YAML.
+    """
+    rules = yaml.safe_load(Path(schema).read_text())
+    on_vllm = config.get("backend") == "vllm"
+    if on_vllm:
+        config.setdefault("vllm", {})
+    elif "vllm" in config:
+        raise ConfigError("vllm: these keys need backend: vllm; config/README.md lists every key")
+    if (error := best_match(Draft202012Validator(rules).iter_errors(config))) is not None:
+        where = ".".join(str(step) for step in error.absolute_path) or "the file"
+        reason = error.message
+        if error.validator == "additionalProperties":
+            reason = f"unknown key {', '.join(sorted(set(error.instance) - set(error.schema['properties'])))}"
+        raise ConfigError(f"{where}: {reason}; config/README.md lists every key")
+    _fill(config, rules)
+    _check_systems(config, on_vllm)
+    for part in (*TIMED, "cksim"):
+        if part in config and config[part]["dataset"] not in config["datasets"]:
+            raise ConfigError(f"{part}.dataset: {config[part]['dataset']!r} is not one of this run's datasets")
+    if on_vllm:
+        _check_vllm(config)
+
+
+def _fill(config: MutableMapping[str, Any], schema: Mapping[str, Any]) -> None:
+    for key, rule in schema["properties"].items():
+        if "default" in rule:
+            config.setdefault(key, deepcopy(rule["default"]))
+        if "properties" in rule and key in config:
+            _fill(config[key], rule)
+
+
+def _check_systems(config: Mapping[str, Any], on_vllm: bool) -> None:
+    known = [*policy_names(), *(STOCK if on_vllm else ())]
+    for system in config["systems"]:
+        if system in STOCK and not on_vllm:
+            raise ConfigError(f"systems: {system!r} is vLLM itself and needs backend: vllm")
+        if system not in known:
+            raise ConfigError(f"systems: unknown system {system!r}; installed are {', '.join(sorted(known))}")
+    for part in TIMED:
+        for system in config[part]["systems"]:
+            if system not in config["systems"]:
+                raise ConfigError(f"{part}.systems: {system!r} is not one of this run's systems")
+
+
+def _check_vllm(config: Mapping[str, Any]) -> None:
+    if config["store_dtype"] != config["dtype"]:
+        raise ConfigError(f"store_dtype: backend: vllm keeps chunks in the model's dtype; set it to {config['dtype']}")
+    if config["device"] == "cpu" and config["vllm"]["block_size"] % 32:
+        raise ConfigError(f"vllm.block_size: {config['vllm']['block_size']} must be a multiple of 32 on device: cpu")

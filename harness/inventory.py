@@ -1,0 +1,50 @@
+"""What a configuration is made of: prompt files and figures. The workflow and scripts/measure.py both read it here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+FIGURES = {  # and the result that each is drawn from
+    "fig03": "prompts.json",
+    "fig04a": "cksim.jsonl",
+    "fig05": "prompts.json",
+    "fig10": "summary.json",
+    "throughput": "throughput.jsonl",
+}
+NO_CKSIM = "CKSim reads the KV of every layer, which only backend: reference shows"
+
+
+def has_cksim(config: Mapping[str, Any]) -> bool:
+    """Whether this configuration measures CKSim; `NO_CKSIM` says why not."""
+    return config.get("backend", "reference") == "reference"
+
+
+def has_chunk_files(config: Mapping[str, Any]) -> bool:
+    """Whether chunk caches are files between two steps; vLLM's live in the engine that encoded them."""
+    return config.get("backend", "reference") == "reference"
+
+
+def figures_of(config: Mapping[str, Any]) -> list[str]:
+    """The figures that can be drawn of this configuration."""
+    return [name for name, source in FIGURES.items() if has_cksim(config) or source != FIGURES["fig04a"]]
+
+
+def data_spec(config: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """What to generate for one part of the study: split, prompts, tokens a prompt.
+
+    `part` is accuracy, validation, throughput, cksim or latency-TOKENS.
+    """
+    section, _, tokens = part.partition("-")
+    settings = config[section]
+    return {
+        "split": "validation" if section == "validation" else "test",
+        "prompts": settings["requests"] if section == "throughput" else settings["prompts"],
+        "tokens": int(tokens) if tokens else settings["tokens"],
+    }
+
+
+def prompt_files(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Part and data set of every prompt file of the study."""
+    files = [(part, dataset) for part in ("accuracy", "validation") for dataset in config["datasets"]]
+    single = ["throughput", "cksim"] if has_cksim(config) else ["throughput"]
+    files += [(part, config[part]["dataset"]) for part in single]
+    return files + [(f"latency-{n}", config["latency"]["dataset"]) for n in config["latency"]["tokens"]]

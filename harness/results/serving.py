@@ -1,0 +1,156 @@
+"""From the records of `harness.experiments.engine_ttft` to one file of tables:
+
+`python -m harness.results.serving --records FILE ... --kernels FILE --out results/h200/serving.json`.
+
+A batch counts by the time until its last first token. Ratios compare medians over turns in which the systems took
+turns. Executor efficiency is (share of row-layers computed x recompute's TTFT) / CacheSlide's TTFT: 1 if a row-layer
+cost what it costs in vLLM's own prefill and nothing else cost anything.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cacheslide.errors import DataError
+from harness.metrics.bootstrap import ratio_of_medians
+from harness.results.intervals import as_json, median
+
+_ESTIMATE = ("value", "low", "high")
+HEADLINE = (8192, 1, "cacheslide@0.26", "model")  # tokens, batch, system, store
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of one run; a torn last line is left out."""
+    records = []
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as torn:
+            if number < len(lines):
+                raise DataError(f"{path}:{number}: {torn}") from None
+    if not records or records[0].get("kind") != "start":
+        raise DataError(f"{path}: not a record file of engine_ttft")
+    return records
+
+
+def tables(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a cell that was measured; TTFT in ms, efficiency and ratios with their intervals."""
+    cells = [r for r in records if r["kind"] == "cell" and r["runs"] and not r["failed"]]
+    recompute = {(c["tokens"], c["batch"]): _makespans(c) for c in cells if c["system"] == "recompute"}
+    rows = []
+    for cell in cells:
+        own, base = _makespans(cell), recompute.get((cell["tokens"], cell["batch"]))
+        row = {name: cell[name] for name in ("tokens", "batch", "system", "store")}
+        row |= {"ttft_ms": median([1e3 * x for x in own]), "mean_ttft_ms": _mean_ttft(cell)}
+        row["requests_per_s"] = cell["batch"] / _median(own)
+        if cell["system"].startswith("cacheslide"):
+            share = _median([x for run in cell["runs"] for x in run["row_layer_share"]])
+            row |= {"row_layer_share": share, "bytes_loaded": cell["runs"][0]["bytes_loaded"][0]}
+        if base and cell["system"] != "recompute":
+            turns = min(len(base), len(own))
+            ratio = as_json(ratio_of_medians(base[:turns], own[:turns]))
+            row["recompute_over_ttft"] = ratio
+            if "row_layer_share" in row:
+                row["efficiency"] = ratio | {k: share * v for k, v in ratio.items() if k in _ESTIMATE and v is not None}
+        rows.append(row)
+    return rows
+
+
+def _makespans(cell: dict[str, Any]) -> list[float]:
+    return [max(run["ttft"]) for run in cell["runs"]]
+
+
+def _mean_ttft(cell: dict[str, Any]) -> float:
+    return _median([1e3 * sum(run["ttft"]) / len(run["ttft"]) for run in cell["runs"]])
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def plugin_overhead(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """What plain requests pay for the connector, in per cent: prefill of one prompt, and a batch of decodes."""
+    found = next((r for r in records if r["kind"] == "overhead"), None)
+    if found is None:
+        return None
+    out: dict[str, Any] = {"tokens": found["tokens"], "decode_tokens": found["decode_tokens"]}
+    for what in ("ttft", "decode"):
+        ratio = as_json(ratio_of_medians(found["runs"]["plugin"][what], found["runs"]["stock"][what]))
+        scaled = {k: 100 * (ratio[k] - 1) if ratio[k] is not None else None for k in ("value", "low", "high")}
+        out[what] = ratio | scaled
+    return out
+
+
+def build(paths: Sequence[Path], kernels: Path | None) -> dict[str, Any]:
+    """All runs beside each other, and the headline of those that have it."""
+    runs, headline = [], {}
+    for path in paths:
+        records = read(path)
+        start = records[0]
+        run = {
+            "settings": start["settings"],
+            "provenance": start["provenance"],
+            "engine": next((r for r in records if r["kind"] == "engine"), None),
+            "table": tables(records),
+            "plugin_overhead_pct": plugin_overhead(records),
+            "failed": [
+                {k: r[k] for k in ("tokens", "batch", "system", "store", "failed")}
+                for r in records
+                if r["kind"] == "cell" and r["failed"]
+            ],
+            "errors": [r["error"] for r in records if r["kind"] == "error"],
+            "complete": records[-1]["kind"] == "end",
+        }
+        runs.append(run)
+        headline |= _headline(run)
+    if kernels is not None:
+        case = next(
+            c
+            for c in json.loads(kernels.read_text())["attention"]
+            if (c["shape"], c["context_tokens"], c["active_share"], c["block_size"]) == ("gqa", [8192], 0.26, 16)
+        )
+        headline["row_attention_vs_flash"] = case["ratio_to_flash_at_equal_flops"]
+    conditions = {
+        "ttft": "from the request's arrival in the front end to its first token there; of a batch, the last one's",
+        "prompts": "random ids; 5 % updated text, eight fixed chunks of together 90 %, 5 % updated text",
+        "prefix_cache_ideal": "the eight chunks stand first and unchanged: vLLM's prefix cache holds them",
+        "store": "'model': chunks on the GPU; 'cpu': in pinned host memory",
+        "efficiency": "share of row-layers computed x TTFT of recompute / TTFT",
+        "plugin_overhead_pct": "the larger of the two medians' differences; plain requests, engines in turns",
+        "weights": "random; what reuse does to answers is measured elsewhere, with trained weights",
+    }
+    return {"schema": 1, "headline": headline, "conditions": conditions, "runs": runs}
+
+
+def _headline(run: dict[str, Any]) -> dict[str, float]:
+    found = {}
+    if run["settings"]["shape"] == "mistral-7b":
+        for row in run["table"]:
+            if (row["tokens"], row["batch"], row["system"], row["store"]) == HEADLINE and "efficiency" in row:
+                found["executor_efficiency_8k"] = row["efficiency"]["value"]
+                found["ttft_ratio_8k_topk26"] = row["recompute_over_ttft"]["value"]
+    if (overhead := run["plugin_overhead_pct"]) is not None:
+        found["plugin_overhead_pct"] = max(overhead["ttft"]["value"], overhead["decode"]["value"])
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the tables."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--records", type=Path, nargs="+", required=True, help="later files win the headline")
+    p.add_argument("--kernels", type=Path, help="the sweep of harness.experiments.kernels")
+    p.add_argument("--out", type=Path, required=True)
+    args = p.parse_args(argv)
+    made = build(args.records, args.kernels)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(made, indent=1) + "\n")
+    print(json.dumps(made["headline"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

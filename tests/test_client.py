@@ -1,0 +1,205 @@
+"""The client against a small server of its own: times, receipts, failures, loads; and a server that does not start."""
+
+import asyncio
+import json
+import sys
+import threading
+from itertools import pairwise
+
+import pytest
+from aiohttp import web
+
+from cacheslide.errors import DataError
+from harness.client.load import arrivals, closed_loop, open_loop
+from harness.client.server import Server, ServerError, connector_command, engine_flags, stock_command
+from harness.client.stream import Endpoint, Request
+from harness.client.summary import no_speed, summarize_load
+
+GAP = 0.02
+RECEIPT = {"rows_reused": 7, "rows_recomputed": 2, "row_layer_share": 0.5, "fallback": ""}
+
+
+def chunk(tokens: int, text: str = "x", finish: str | None = None) -> dict:
+    usage = {"prompt_tokens": 9, "completion_tokens": tokens}
+    return {"choices": [{"index": 0, "text": text, "finish_reason": finish}], "usage": usage}
+
+
+def event(content) -> bytes:
+    return f"data: {content if isinstance(content, str) else json.dumps(content)}\n\n".encode()
+
+
+class Served:
+    """Streams `max_tokens` tokens, two in the second piece; the first id of the prompt chooses how it goes wrong."""
+
+    def __init__(self) -> None:
+        self.bodies, self.running, self.most = [], 0, 0
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        way, asked = body["prompt"][0], body["max_tokens"]
+        if way == 1:
+            return web.Response(status=400, text="malformed marks")
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            return await self._stream(request, way, asked)
+        finally:
+            self.running -= 1
+
+    async def _stream(self, request: web.Request, way: int, asked: int) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        sent, pieces = 0, [1, 2] + [1] * asked
+        while sent < asked:
+            await asyncio.sleep(GAP)
+            sent = min(asked, sent + pieces.pop(0))
+            data = event(chunk(sent, finish="length" if sent == asked else None))
+            await response.write(data[:9])  # torn on its way
+            await asyncio.sleep(0.001)
+            await response.write(data[9:])
+            if way == 2 and sent > 1:
+                await response.write(event({"error": {"message": "the engine died"}}))
+            if way == 3 and sent > 1:
+                return response
+        if way == 4:
+            last = {"choices": [], "kv_transfer_params": {"cacheslide": RECEIPT}}
+            await response.write(event(last) + event({"choices": [], "usage": chunk(asked)["usage"]}))
+        await response.write(event("[DONE]"))
+        return response
+
+
+@pytest.fixture(scope="module")
+def served():
+    served, loop, ready = Served(), asyncio.new_event_loop(), threading.Event()
+    found = {}
+
+    async def start() -> None:
+        app = web.Application(client_max_size=2**26)
+        app.router.add_post("/v1/completions", served.completions)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        found.update(port=site._server.sockets[0].getsockname()[1], runner=runner)
+        ready.set()
+
+    thread = threading.Thread(target=lambda: (loop.run_until_complete(start()), loop.run_forever()), daemon=True)
+    thread.start()
+    assert ready.wait(10)
+    served.endpoint = Endpoint(f"http://127.0.0.1:{found['port']}", "m")
+    yield served
+    asyncio.run_coroutine_threadsafe(found["runner"].cleanup(), loop).result(10)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+
+
+def request(name: str, way: int = 0, tokens: int = 4, **more) -> Request:
+    return Request(name, (way, 5, 6), tokens, **more)
+
+
+def test_every_token_has_its_time_and_the_receipt_is_kept(served):
+    load = closed_loop(served.endpoint, [[request("a", 4, labels={"system": "x"})]])
+    [out] = load.outcomes
+    assert not out.failure and out.receipt == RECEIPT and out.text == "xxx" and out.finish_reason == "length"
+    assert len(out.token_times) == out.tokens == 4 and out.token_times[1] == out.token_times[2]
+    assert out.ttft >= GAP and out.token_times == sorted(out.token_times) and out.finished >= out.token_times[-1]
+    assert out.tpot == pytest.approx((out.token_times[3] - out.token_times[0]) / 3)
+    record = json.loads(json.dumps(out.as_record(load.started)))
+    assert record["system"] == "x" and 0 <= record["sent"] < record["token_times"][0] < record["finished"]
+
+
+def test_a_request_says_no_more_than_the_server_understands(served):
+    marks = {"cacheslide": {"segments": [[0, 2]]}}
+    closed_loop(served.endpoint, [[request("a", params=marks, salt="s")]])
+    body = served.bodies[-1]
+    assert body["prompt"] == [0, 5, 6] and body["kv_transfer_params"] == marks and body["cache_salt"] == "s"
+    assert body["stream_options"] == {"include_usage": True, "continuous_usage_stats": True} and body["ignore_eos"]
+    closed_loop(Endpoint(served.endpoint.url, "m", extensions=False), [[request("b")]])
+    plain = {"model": "m", "prompt": [0, 5, 6], "max_tokens": 4, "temperature": 0, "stream": True}
+    assert served.bodies[-1] == plain | {"stream_options": {"include_usage": True}}
+
+
+@pytest.mark.parametrize(("way", "reason"), [(1, "HTTP 400: malformed"), (2, "engine died"), (3, "broke off")])
+def test_failures_are_kept_apart_with_their_reason(served, way, reason):
+    load = closed_loop(served.endpoint, [[request("bad", way), request("good", 4)]])
+    bad, good = load.outcomes
+    assert reason in bad.failure and not good.failure
+    summary = summarize_load(load)
+    assert (summary["requests"], summary["failures"], summary["ttft_median"]["n"]) == (2, 1, 1)
+    assert "1 of 2 requests failed" in no_speed(load)
+
+
+def test_a_timeout_is_a_failure(served):
+    impatient = Endpoint(served.endpoint.url, "m", timeout=2 * GAP)
+    [out] = closed_loop(impatient, [[request("slow", tokens=9)]]).outcomes
+    assert "Timeout" in out.failure and len(out.token_times) < 9
+
+
+def test_nothing_listens():
+    [out] = closed_loop(Endpoint("http://127.0.0.1:9", "m"), [[request("lost")]]).outcomes
+    assert "Cannot connect" in out.failure and out.ttft is None
+
+
+def test_a_closed_loop_waits_for_its_answers(served):
+    served.most = 0
+    load = closed_loop(served.endpoint, [[request(f"{c}-{i}", 4) for i in range(3)] for c in range(2)])
+    assert served.most == 2 and len(load.outcomes) == 6
+    for client in "01":
+        own = [o for o in load.outcomes if o.id.startswith(client)]
+        assert all(a.finished <= b.sent for a, b in pairwise(own))
+    summary = summarize_load(load)
+    assert summary["failures"] == 0 and summary["rows_reused"] == 7 and summary["row_layer_share"] == 0.5
+    assert summary["ttft_median"]["low"] <= summary["ttft_median"]["value"] <= summary["ttft_median"]["high"]
+    assert summary["requests_per_second"] == pytest.approx(6 / load.seconds) and not no_speed(load)
+
+
+def test_an_open_loop_does_not_wait(served):
+    served.most = 0
+    load = open_loop(served.endpoint, [request(str(i), 4, tokens=12) for i in range(6)], rate=200)
+    assert served.most > 2 and [o.id for o in load.outcomes] == [*"012345"] and not no_speed(load)
+
+
+def test_arrivals_are_a_poisson_process_of_the_seed():
+    times = arrivals(4000, 40.0, seed=3)
+    gaps = [b - a for a, b in pairwise([0.0, *times])]
+    assert times == arrivals(4000, 40.0, seed=3) != arrivals(4000, 40.0, seed=4)
+    mean = sum(gaps) / len(gaps)
+    spread = (sum((g - mean) ** 2 for g in gaps) / len(gaps)) ** 0.5
+    assert mean == pytest.approx(1 / 40, rel=0.06) and spread == pytest.approx(mean, rel=0.1)  # exponential: equal
+    with pytest.raises(DataError, match="rate must be above 0"):
+        arrivals(1, 0)
+
+
+def test_no_speed_without_reuse(served):
+    assert "nothing was reused in 1 of 2" in no_speed(closed_loop(served.endpoint, [[request("a"), request("b", 4)]]))
+
+
+def test_a_server_that_dies_is_told_with_its_last_words(tmp_path):
+    command = [sys.executable, "-c", "import sys; print('no such model'); sys.exit(3)"]
+    with (
+        pytest.raises(ServerError, match=r"status 3 before it answered:\nno such model"),
+        Server(command, "m", tmp_path / "log"),
+    ):
+        pass
+
+
+def test_a_server_that_never_answers_is_ended_with_its_children(tmp_path):
+    child = "import time; print('waiting', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"]
+    server = Server(command, "m", tmp_path / "log", timeout=2)
+    with pytest.raises(ServerError, match=r"did not answer within 2 s:\nwaiting"), server:
+        pass
+    assert server.process is None
+
+
+def test_command_lines():
+    from cacheslide.vllm.in_process import EngineOptions
+
+    flags = engine_flags(EngineOptions(max_model_len=64, enforce_eager=True, kv_cache_gib=0.5), "bfloat16")
+    assert flags[:2] == ["--dtype", "bfloat16"] and "--enforce-eager" in flags and "--store-gib" not in flags
+    assert flags[flags.index("--kv-cache-memory-bytes") + 1] == str(2**29)
+    assert "--enforce-eager" not in engine_flags(EngineOptions(), "bfloat16")
+    line = connector_command("m", {"store_gib": 2, "policy": "epic"}, flags)
+    assert line[2:8] == ["cacheslide.vllm.serve", "m", "--store-gib", "2", "--policy", "epic"]
+    assert "--no-enable-prefix-caching" in stock_command("m", False, flags)

@@ -1,0 +1,62 @@
+"""A real server under 16 concurrent clients with every kind of request at once."""
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from cacheslide.policy import load_policy
+from cacheslide.vllm.in_process import EngineOptions
+from cacheslide.vllm.params import marks_of
+from harness.client.load import closed_loop
+from harness.client.server import Server, connector_command, engine_flags
+from harness.client.stream import Request
+from harness.client.workload import Conversation, Shape
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.server]
+
+MODEL = "models/tiny-llama-12m"
+SYSTEMS = [
+    *("cacheslide", "cacheslide_first_turn", "cacheslide_promote", "naive_reuse", "cacheblend", "cacheblend_stale"),
+    *("epic", "epic_stale", "prompt_cache", "context_cache", "window_padding", "recompute", None, None, None, None),
+]
+TURNS = 3
+
+
+def requests(number: int, system: str | None) -> list[Request]:
+    """One client's turns; odd ones without a stream, so that both ways of answering are loaded."""
+    conversation = Conversation(Shape(400, 1280, chunks=3), 0, number)  # chunks longer than EPIC's 64 edge rows
+    out = []
+    for turn in range(TURNS):
+        prompt, params = conversation.turn(turn), None
+        if system is not None:
+            prompt = load_policy(system).transform(prompt)
+            params = marks_of(prompt, policy=system)
+        labels = {"system": system, "turn": turn}
+        name = f"{number}-{turn}"
+        out.append(Request(name, prompt.token_ids, 12, params, f"salt-{number}", stream=not turn % 2, labels=labels))
+    return out
+
+
+def test_sixteen_mixed_clients_get_every_answer_and_every_receipt(tmp_path):
+    options = EngineOptions(kv_cache_gib=0.5, max_model_len=2048, enforce_eager=True)
+    flags = engine_flags(options, "float32")
+    command = connector_command(MODEL, {"store_gib": 1, "encode": "now"}, flags)
+    clients = [requests(i, system) for i, system in enumerate(SYSTEMS)]
+    assert len(clients) == 16
+    with Server(command, MODEL, tmp_path / "server.log", eager=True, timeout=240) as server:
+        load = closed_loop(server.endpoint, clients)
+        again = closed_loop(server.endpoint, [c[-1:] for c in clients[-4:]])  # plain ones, now with nothing beside them
+    assert len(load.outcomes) == 16 * TURNS and not [o.failure for o in load.outcomes if o.failure]
+    assert max(sum(p.sent <= o.sent < p.finished for p in load.outcomes) for o in load.outcomes) == 16
+    for o in load.outcomes:
+        system, turn = o.labels["system"], o.labels["turn"]
+        assert o.tokens == 12 and (len(o.token_times) == 12) is (turn % 2 == 0)
+        assert (o.receipt is None) is (system is None), o.id
+        if system in (None, "recompute", "context_cache"):
+            continue
+        assert o.receipt["system"] == system and o.receipt["measured"]
+        if turn:  # what the turn before left is used
+            assert o.receipt["rows_reused"] > 0 and not o.receipt["fallback"], (system, o.receipt)
+    alone = {o.id: o.text for o in again.outcomes}
+    beside = {o.id: o.text for o in load.outcomes if o.id in alone}
+    assert alone == beside

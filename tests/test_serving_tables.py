@@ -1,0 +1,61 @@
+"""Tables of the engine's TTFT: ratios, efficiency, what failed stays out, torn files."""
+
+import json
+
+import pytest
+
+from cacheslide.errors import DataError
+from harness.results.serving import build, read
+
+
+def cell(system: str, ttft: list[list[float]], share: float | None = None, failed=None, store="model", tokens=8192):
+    runs = [{"ttft": t} | ({} if share is None else {"row_layer_share": [share], "bytes_loaded": [7]}) for t in ttft]
+    return {"kind": "cell", "store": store, "tokens": tokens, "batch": 1, "system": system, "runs": runs,
+            "failed": failed}  # fmt: skip
+
+
+START = {"kind": "start", "settings": {"shape": "mistral-7b"}, "provenance": {}}
+RECORDS = [
+    START,
+    {"kind": "engine", "dtype": "torch.bfloat16"},
+    {"kind": "overhead", "tokens": 64, "decode_tokens": 4, "runs": {
+        "stock": {"ttft": [0.1, 0.1], "decode": [1.0, 1.0]}, "plugin": {"ttft": [0.101, 0.101], "decode": [1.0, 1.0]}}},
+    cell("recompute", [[0.2], [0.2], [0.4]]),
+    cell("cacheslide@0.26", [[0.1], [0.1], [0.1]], 0.4),
+    cell("cacheslide@0.26", [[0.16], [0.16], [0.16]], 0.4, store="cpu"),
+    cell("cacheslide@0.05", [], 0.2, failed="reuse did not happen"),
+    {"kind": "end"},
+]  # fmt: skip
+
+
+def written(tmp_path, records, tail=""):
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records) + tail)
+    return path
+
+
+def test_efficiency_is_the_share_computed_times_recomputes_time_over_the_measured(tmp_path):
+    made = build([written(tmp_path, RECORDS)], None)
+    rows = {(r["system"], r["store"]): r for r in made["runs"][0]["table"]}
+    ours = rows["cacheslide@0.26", "model"]
+    assert ours["ttft_ms"]["value"] == pytest.approx(100)
+    assert ours["recompute_over_ttft"]["value"] == pytest.approx(2)
+    assert ours["efficiency"]["value"] == pytest.approx(0.8) and ours["efficiency"]["n"] == 3
+    assert rows["cacheslide@0.26", "cpu"]["efficiency"]["value"] == pytest.approx(0.5)
+    headline = {"executor_efficiency_8k": 0.8, "ttft_ratio_8k_topk26": 2.0, "plugin_overhead_pct": 1.0}
+    assert made["headline"] == pytest.approx(headline)
+
+
+def test_what_failed_is_named_and_kept_out_of_the_table(tmp_path):
+    run = build([written(tmp_path, RECORDS)], None)["runs"][0]
+    assert [f["failed"] for f in run["failed"]] == ["reuse did not happen"]
+    assert all(r["system"] != "cacheslide@0.05" for r in run["table"])
+    assert run["complete"] and not build([written(tmp_path, RECORDS[:-1])], None)["runs"][0]["complete"]
+
+
+def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_an_error(tmp_path):
+    assert len(read(written(tmp_path, RECORDS[:3], '{"kind": "ce'))) == 3
+    with pytest.raises(DataError, match=":2:"):
+        read(written(tmp_path, [START], '{"kind"\n{"kind": "end"}\n'))
+    with pytest.raises(DataError, match="not a record file"):
+        read(written(tmp_path, RECORDS[1:]))

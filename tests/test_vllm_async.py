@@ -1,0 +1,112 @@
+"""Async scheduling: a step is planned before the one before it has been heard of. vLLM switches it off on a CPU, for
+want of streams and not of meaning; here it is switched on again, with streams that do nothing."""
+
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+from cacheslide.model.reference import ReferenceLlama
+from cacheslide.prompt import Prompt
+from tests.conftest import random_ids, save_random
+from tests.test_vllm_engine import FIRST, SECOND, SHAPE, Served, logprobs, marks_of, receipt, tokens
+from tests.test_vllm_history import BLOCKS, Talk, assert_exact
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_environment")]
+
+
+class Idle:
+    """A CUDA stream or event on a machine without CUDA: everything has already happened."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        self.device = torch.device("cpu")
+
+    def __getattr__(self, name: str):
+        return lambda *args, **kwargs: None
+
+
+@contextmanager
+def idle_streams():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("Stream", "Event", "current_stream"):
+            patch.setattr(torch.cuda, name, Idle)
+        patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        settle = CpuPlatform.check_and_update_config.__func__
+
+        def asynchronous(cls, config) -> None:
+            settle(cls, config)
+            config.scheduler_config.async_scheduling = True
+
+        patch.setattr(CpuPlatform, "check_and_update_config", classmethod(asynchronous))
+        yield
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return save_random(tmp_path_factory.mktemp("async"), **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def served(path, vllm_environment):
+    with idle_streams():
+        engine = Served(path, engine={"num_gpu_blocks_override": BLOCKS, "max_model_len": 320}, max_generation=2)
+        assert isinstance(engine.core.scheduler, AsyncScheduler) and engine.core.batch_queue is not None
+        yield engine
+        engine.core.shutdown()
+
+
+def test_reuse_is_what_it_is_without(served):
+    served.fresh()
+    truth = served.plain(SECOND)
+    served.poison()
+    served.one(FIRST)
+    served.poison()
+    full = served.one(SECOND, share=1.0)
+    assert receipt(full)["chunks_hit"] > 0 and tokens(full) == tokens(truth)
+    torch.testing.assert_close(logprobs(full), logprobs(truth), atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_beside_ordinary_requests(served):
+    served.fresh()
+    served.one(FIRST)
+    batch = [
+        (SECOND, marks_of(SECOND, share=0.5)),
+        (FIRST, None),
+        (SECOND, marks_of(SECOND, policy="epic")),
+        (SECOND, None),
+    ]
+    alone = []
+    for prompt, marks in batch:
+        served.poison()
+        alone += served.ask([prompt], [marks], tokens=12)
+    served.poison()
+    together = served.ask([p for p, _ in batch], [m for _, m in batch], tokens=12)
+    for got, want, (_, marks) in zip(together, alone, batch, strict=True):
+        assert tokens(got) == tokens(want)
+        if marks is not None and not receipt(got)["rows_prefix_cached"]:
+            assert receipt(got)["rows_reused"] == receipt(want)["rows_reused"] and receipt(got)["measured"]
+    assert not served.scheduler.tracked and not served.scheduler.running
+
+
+def test_history_is_kept_though_the_next_step_was_planned_already(served, path):
+    """The pool holds little more than one request: blocks change hands while the finished one is still in flight."""
+    reference = ReferenceLlama.from_pretrained(path)
+    cos, sin = served.worker.model.layers[0].self_attn.rotary_emb.cos_sin_cache.chunk(2, dim=-1)
+    reference.rotary.cos, reference.rotary.sin = cos, sin
+    served.fresh()
+    talk = Talk(served, policy="naive_reuse")
+    waiting = [Prompt.from_spans(random_ids(150, 300 + i), []) for i in range(3)]
+    kinds = []
+    for turn in range(5):
+        got, ids = talk.say(beside=waiting)
+        kept = got["history"]
+        kinds.append(kept["generation"] if kept["from"] == "blocks" else "anew")
+        assert got["chunks_hit"] == (got["chunks"] if turn else 0)
+        if kinds[-1] in (0, "anew"):
+            assert_exact(served, reference, ids, kept["start"], kept["end"])
+    assert kinds == [0, 1, 2, "anew", 1]

@@ -1,0 +1,213 @@
+"""Generated text as the next turn's history: kept where its KV lies, or encoded anew; generations rise and fall."""
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from cacheslide import ReuseEngine
+from cacheslide.encode import prefill_exact
+from cacheslide.model.reference import ReferenceLlama
+from cacheslide.prompt import Prompt
+from cacheslide.store import MemoryChunkStore
+from cacheslide.vllm.params import policy_of
+from tests.conftest import random_ids, save_random
+from tests.test_vllm_engine import CHUNK, SHAPE, Served, assert_same, logprobs, receipt
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_environment")]
+
+LIMIT = 2  # generations kept
+BLOCKS = 12  # of 32 tokens: what a request leaves is taken by the next ones at once
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return save_random(tmp_path_factory.mktemp("history"), **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def served(path):
+    engine = Served(path, engine={"num_gpu_blocks_override": BLOCKS, "max_model_len": 320}, max_generation=LIMIT)
+    yield engine
+    engine.core.shutdown()
+
+
+@pytest.fixture(scope="module")
+def reference(path, served):
+    model = ReferenceLlama.from_pretrained(path)
+    cos, sin = served.worker.model.layers[0].self_attn.rotary_emb.cos_sin_cache.chunk(2, dim=-1)
+    model.rotary.cos, model.rotary.sin = cos, sin
+    return model
+
+
+class Talk:
+    """An agent's turns: system | notes, new every turn | one piece of history a turn | question."""
+
+    def __init__(self, served, **marks) -> None:
+        self.served, self.marks = served, marks
+        self.pieces: list[tuple[int, ...]] = []
+        self.turn, self.open = 0, ()  # what was generated but has no KV yet opens the next question
+
+    def prompt(self) -> tuple[Prompt, int]:
+        """This turn's prompt and the row at which its question starts."""
+        head, notes = random_ids(6, 1), random_ids(15 + 7 * self.turn, 100 + self.turn)
+        ids, spans = head + notes, [(0, 6)]
+        for piece in self.pieces:
+            spans.append((len(ids), len(ids) + len(piece)))
+            ids += piece
+        start = len(ids)
+        return Prompt.from_spans(ids + self.open + random_ids(11, 200 + self.turn), spans), start
+
+    def say(self, beside=(), **marks) -> tuple[dict, tuple[int, ...]]:
+        """One turn over poisoned blocks; its receipt and all token ids."""
+        prompt, start = self.prompt()
+        spans = [
+            [s, s + len(x.token_ids)] for x, s in zip(prompt.segments, prompt.starts, strict=True) if x.role == "reuse"
+        ]
+        asked = {"cacheslide": {"segments": spans, "history": start, **self.marks, **marks}}
+        self.served.poison()
+        output, *_ = self.served.ask([prompt, *beside], [asked, *(None for _ in beside)], tokens=9)
+        while self.served.core.scheduler.has_requests():
+            self.served.core.step_fn()
+        got = receipt(output)
+        ids = prompt.token_ids + tuple(output.outputs[0].token_ids)
+        kept = got["history"]
+        assert (kept["start"], kept["end"]) == (start, len(ids) - 1)
+        self.pieces.append(ids[start : len(ids) - 1])
+        self.open = ids[-1:]
+        self.turn += 1
+        return got, ids
+
+
+def last_chunks(served, n: int) -> list:
+    """The chunks stored last."""
+    return [served.worker.store.get(key) for key in list(served.scheduler.index._sizes)[-n:]]
+
+
+def assert_exact(served, reference, ids, start: int, end: int) -> None:
+    """The last chunks hold rows [start, end) as an exact prefill of `ids` leaves them."""
+    chunks = last_chunks(served, -(-(end - start) // CHUNK))
+    kv = prefill_exact(reference, ids[:end])
+    assert torch.cat([c.positions for c in chunks]).tolist() == list(range(start, end))
+    assert_same(torch.cat([c.k for c in chunks], dim=1), kv.k[:, start:end], 2e-5)
+    assert_same(torch.cat([c.v for c in chunks], dim=1), kv.v[:, start:end], 2e-5)
+
+
+@pytest.mark.parametrize("system", ["naive_reuse", "cacheslide_first_turn"])
+def test_kept_history_is_hit_and_its_generation_rises_until_it_is_encoded_anew(served, reference, system):
+    served.fresh()
+    talk = Talk(served, policy=system)
+    generations = []
+    for turn in range(7):
+        expected = 1 + sum(-(-len(p) // CHUNK) for p in talk.pieces)
+        got, ids = talk.say()
+        assert got["chunks"] == expected and got["chunks_hit"] == (expected if turn else 0)
+        kept = got["history"]
+        generations.append(kept["generation"] if kept["from"] == "blocks" else "anew")
+        if generations[-1] in (0, "anew"):
+            assert_exact(served, reference, ids, kept["start"], kept["end"])
+        held = {key: served.worker.store.get(key).generation for key in served.scheduler.index._sizes}
+        assert held == {key: served.scheduler.index.generation(key) for key in held}
+        assert max(held.values()) <= LIMIT and (generations[-1] != "anew" or not any(held.values()))
+    assert generations == [0, 1, 2, "anew", 1, 2, "anew"]
+
+
+def test_canonical_chunks_are_always_encoded_exactly(served, reference):
+    served.fresh()
+    talk, engine = Talk(served), ReuseEngine(reference, policy_of("cacheslide"), MemoryChunkStore(), chunk_size=CHUNK)
+    for turn in range(6):
+        got, _ = talk.say(share=0.5)
+        assert got["chunks_hit"] == (got["chunks"] if turn else 0)
+        assert got["generation"] == got["history"]["generation"] == 0 and got["history"]["from"] == "encode"
+    prompt, _ = talk.prompt()
+    engine.build(prompt)
+    for key, want in zip(engine.plan(prompt).keys[-2:], last_chunks(served, 2), strict=True):
+        chunk = engine.store.get(key)
+        assert_same(want.k, chunk.k, 2e-5)
+        assert_same(want.v, chunk.v, 2e-5)
+
+
+@pytest.mark.parametrize("system", ["cacheblend", "epic", "cacheslide_promote", "recompute", "prompt_cache"])
+def test_every_other_encoding_is_looked_up_where_it_was_left(served, system):
+    served.fresh()
+    talk = Talk(served, policy=system)
+    for turn in range(2):
+        prompt, start = talk.prompt()
+        if system == "recompute":  # nothing to keep, and nothing to fall over
+            marks = {"cacheslide": {"segments": [[0, 6]], "history": start, "policy": system}}
+            assert receipt(served.ask([prompt], [marks])[0])["history"] is None
+            continue
+        got, _ = talk.say()
+        assert got["history"]["from"] == "encode" and got["chunks_hit"] == (got["chunks"] if turn else 0)
+        assert bool(got["chunks"]) and got["generation"] == 0
+
+
+def test_history_is_copied_before_the_next_step_gives_its_blocks_away(served, reference):
+    """The pool holds little more than one request: those that wait take the blocks in the very next step."""
+    served.fresh()
+    talk = Talk(served, policy="naive_reuse")
+    waiting = [Prompt.from_spans(random_ids(250, 300 + i), []) for i in range(3)]
+    seen = []
+    begin = served.worker.begin
+    served.worker.begin = lambda step: (seen.append((step.keeps, served.scheduler.running.copy())), begin(step))[1]
+    try:
+        got, ids = talk.say(beside=waiting)
+    finally:
+        del served.worker.begin
+    [(keeps, running)] = [(keeps, running) for keeps, running in seen if keeps]
+    taken = served.core.scheduler.kv_cache_manager
+    assert keeps[0].block_ids and running  # another request was given blocks in the step that copies
+    assert taken.block_pool.num_gpu_blocks == BLOCKS
+    assert_exact(served, reference, ids, got["history"]["start"], got["history"]["end"])
+
+
+def test_a_limit_of_nought_keeps_no_corrected_kv(served, reference, monkeypatch):
+    served.fresh()
+    options = type(served.scheduler.options)(**{**vars(served.scheduler.options), "max_generation": 0})
+    monkeypatch.setattr(served.scheduler, "options", options)
+    talk = Talk(served, policy="naive_reuse")
+    kinds = [talk.say()[0]["history"]["from"] for _ in range(3)]
+    assert kinds == ["blocks", "encode", "encode"]
+    assert not any(served.scheduler.index.generation(key) for key in served.scheduler.index._sizes)
+
+
+def test_a_prefix_cache_policy_copies_exact_rows_without_ageing(served, reference):
+    """Where only an equal prefix matches, reused KV is exact, and so is what is built on it."""
+    served.fresh()
+    first = Prompt.from_spans(random_ids(40, 1), [(0, 40)])
+    marks = {"cacheslide": {"segments": [[0, 40]], "history": 40, "policy": "context_cache"}}
+    [one] = served.ask([first], [marks], tokens=20)
+    ids = first.token_ids + tuple(one.outputs[0].token_ids)
+    end = receipt(one)["history"]["end"]
+    while served.core.scheduler.has_requests():
+        served.core.step_fn()
+    served.poison()
+    second = Prompt.from_spans(ids + random_ids(9, 2), [(0, 40), (40, end)])
+    marks = {"cacheslide": {"segments": [[0, 40], [40, end]], "history": end, "policy": "context_cache"}}
+    [two] = served.ask([second], [marks], tokens=6)
+    assert receipt(two)["chunks_hit"] == receipt(two)["chunks"] == 5 and receipt(two)["history"]["generation"] == 0
+    while served.core.scheduler.has_requests():
+        served.core.step_fn()
+    whole = second.token_ids + tuple(two.outputs[0].token_ids)
+    assert_exact(served, reference, whole, end, len(whole) - 1)
+    served.poison()
+    torch.testing.assert_close(logprobs(two), logprobs(served.plain(second)), atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_is_kept_of_what_was_not_generated(served):
+    served.fresh()
+    talk = Talk(served, policy="recompute")
+    prompt, start = talk.prompt()
+    marks = {"cacheslide": {"segments": [[0, 6]], "history": start}}
+    [output] = served.ask([prompt], [{"cacheslide": marks["cacheslide"] | {"policy": "recompute"}}])
+    assert receipt(output)["history"] is None
+    [output] = served.ask([prompt], [{"cacheslide": marks["cacheslide"] | {"encode": "off"}}])
+    assert receipt(output)["history"] is None  # its encoding needs a prefill, which the request forbids
+    engine = served.llm.llm_engine
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=50, detokenize=False, extra_args={"kv_transfer_params": marks})
+    engine.add_request("gone", {"prompt_token_ids": list(prompt.token_ids)}, params)
+    engine.abort_request(["gone"])
+    engine.step()
+    assert not served.scheduler.keeps and not served.scheduler.jobs and not served.scheduler.running

@@ -1,0 +1,29 @@
+"""Tensor parallelism: two ranks say and report what one says and reports, turn after turn."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from tests.conftest import VLLM_ENVIRONMENT
+from tests.vllm_turns import answers
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_environment")]
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="vLLM binds each rank to a core of its own")
+def test_two_ranks_are_one():
+    environment = {**os.environ, **VLLM_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # the ranks are processes
+    command = [sys.executable, "-m", "tests.vllm_turns", "2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two, one = json.loads(done.stdout.splitlines()[-1]), answers(1)
+    assert two == one
+    assert [t["chunks_hit"] for t in one] == [0, *(t["chunks"] for t in one[1:4]), 0, *(t["chunks"] for t in one[5:])]
+    assert [t["history"]["generation"] for t in one] == [0, 1, 2, 0, 0, 0, 0, 0]
+    assert all(t["rows_recomputed"] > 0 for t in one[5:])

@@ -1,0 +1,161 @@
+"""The OpenAI server as `cacheslide serve` starts it: marks in requests, receipts in answers and streams, refusals."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from tests.conftest import VLLM_ENVIRONMENT
+from tests.test_vllm_ways import CHAT_MARKS, MODEL, SEPARATOR, TEMPLATE, joined, messages
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+START = 180  # seconds: two processes import vLLM and load a model
+
+
+class Server:
+    """A client of the running server."""
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+
+    def post(self, path: str, **body) -> tuple[int, dict]:
+        """Status and answer."""
+        body = {"model": "tiny", "max_tokens": 4, "temperature": 0} | body
+        request = Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        try:
+            with urlopen(request) as answer:
+                if not body.get("stream"):
+                    return answer.status, json.load(answer)
+                return answer.status, {"events": [line.decode().strip() for line in answer if line.strip()]}
+        except HTTPError as refused:
+            return refused.code, json.loads(refused.read())["error"]
+
+    def complete(self, prompt, marks=None, **body) -> tuple[int, dict]:
+        """A completion request."""
+        extra = {} if marks is None else {"kv_transfer_params": {"cacheslide": marks}}
+        return self.post("/v1/completions", prompt=prompt, **extra, **body)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "chat.jinja").write_text(TEMPLATE)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = f"""--chunk-size 32 --encode now --separator=<sep> --dtype float32 --max-model-len 1024 --enforce-eager
+        --max-num-seqs 16 --served-model-name tiny --port {port} --chat-template {folder / "chat.jinja"}"""
+    environment = {**os.environ, **VLLM_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "cacheslide.cli", "serve", MODEL, *options.split()]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + START
+        while True:
+            try:
+                urlopen(f"http://127.0.0.1:{port}/health")
+                break
+            except URLError:
+                assert process.poll() is None and time.monotonic() < until, (folder / "log").read_text()[-3000:]
+                time.sleep(0.5)
+        yield Server(port)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def receipt(answer: dict) -> dict:
+    return answer["kv_transfer_params"]["cacheslide"]
+
+
+def test_marked_turns_over_http(server):
+    plain = server.complete(joined(1), None)[1]
+    assert plain["kv_transfer_params"] is None
+    status, first = server.complete(joined(0), {"separator": SEPARATOR})
+    assert status == 200 and "no chunk" in receipt(first)["fallback"]
+    _, second = server.complete(joined(1), {"separator": SEPARATOR})
+    assert receipt(second)["chunks_hit"] == receipt(second)["chunks"] > 5 and receipt(second)["rows_reused"] > 100
+    assert second["usage"]["prompt_tokens"] < plain["usage"]["prompt_tokens"]  # the separators are gone
+    _, own = server.complete(joined(2, "<sep>"), {"separator": True})
+    assert receipt(own)["chunks_hit"] == receipt(own)["chunks"]
+    with urlopen(server.url + "/metrics") as page:
+        metrics = page.read().decode()
+    [reused] = [line for line in metrics.splitlines() if line.startswith("cacheslide:rows_reused_total")]
+    assert float(reused.split()[-1]) >= receipt(second)["rows_reused"]
+
+
+def test_streams_end_with_the_receipt(server):
+    marks = {"separator": SEPARATOR}
+    server.complete(joined(0), marks)
+    for path, body in (
+        ("/v1/completions", {"prompt": joined(2), "kv_transfer_params": {"cacheslide": marks}}),
+        ("/v1/chat/completions", {"messages": messages(2), "kv_transfer_params": {"cacheslide": CHAT_MARKS}}),
+    ):
+        _, whole = server.post(path, **body)
+        _, stream = server.post(path, stream=True, stream_options={"include_usage": True}, **body)
+        events = stream["events"]
+        assert events[-1] == "data: [DONE]"
+        parts = [json.loads(e.removeprefix("data: ")) for e in events[:-1]]
+        with_receipt = [p for p in parts if "kv_transfer_params" in p]
+        assert with_receipt == parts[-1:] and parts[-1]["choices"] == [] and parts[-1]["id"] == parts[0]["id"]
+        assert receipt(parts[-1])["rows"] == receipt(whole)["rows"] and receipt(parts[-1])["measured"]
+        if "prompt" in body:
+            text = "".join(c["text"] for p in parts for c in p["choices"])
+            assert text == whole["choices"][0]["text"]
+    _, stream = server.complete(joined(2), stream=True)
+    assert not any("kv_transfer_params" in e for e in stream["events"])
+
+
+def test_messages_are_marked_in_chat_requests(server):
+    def ask(turn, marks):
+        return server.post("/v1/chat/completions", messages=messages(turn), kv_transfer_params={"cacheslide": marks})
+
+    ask(0, CHAT_MARKS)
+    status, answer = ask(1, CHAT_MARKS)
+    assert status == 200 and receipt(answer)["chunks_hit"] == receipt(answer)["chunks"] > 5
+    status, error = ask(1, {"messages": {"updated": [7]}})
+    assert status == 400 and "names message 7, but there are 5" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("marks", "body", "said"),
+    [
+        ({"separator": "@@"}, {}, "'@@' is not in the prompt"),
+        ({"separator": "##", "roles": ["reuse"]}, {}, "parts, but 1 roles"),
+        ({"segments": [[0, 9999]]}, {}, "outside the prompt"),
+        ({"messages": "auto"}, {}, "in a chat request only"),
+        ({"find": True, "history": 3}, {}, "no segments and no history"),
+        ({"find": True}, {"use_beam_search": True, "n": 2}, "beam search starts every beam anew"),
+        ([], {}, "must be an object"),
+    ],
+)
+def test_what_cannot_be_done_is_a_400_with_the_reason(server, marks, body, said):
+    status, error = server.complete(joined(1), marks, **body)
+    assert status == 400 and said in error["message"]
+
+
+def test_sixteen_clients_at_once(server):
+    """Every way to mark, streamed and whole, beside plain requests: all are answered, equal ones alike."""
+    asked = [
+        (joined(1), {"separator": SEPARATOR, "share": 1.0}, False),
+        (joined(1), {"separator": SEPARATOR, "share": 1.0}, True),
+        (joined(1, ""), None, False),
+        (joined(2, ""), {"find": True, "share": 1.0}, False),
+    ]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda a: server.complete(a[0], a[1], stream=a[2]), 4 * asked))
+    assert [status for status, _ in answers] == 16 * [200]
+    texts = [a["choices"][0]["text"] for _, a in answers if "choices" in a]
+    for kind in range(3):
+        assert len(set(texts[kind::3])) == 1

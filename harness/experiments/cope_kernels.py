@@ -22,7 +22,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cacheslide.kernels import cope_reference
 from cacheslide.positions.cope import scores_and_gates
-from harness.experiments import cope_trained
 from harness.experiments.kernels import FLUSH_BYTES, GateError, median_ms, relative_error
 from harness.results.provenance import ROOT, provenance
 
@@ -221,14 +220,18 @@ CASES: dict[str, Callable[[int], Sequence[tuple[str, Callable[[], dict]]]]] = {
     ],
     "training": lambda n: [(f"{4096}_{g}", lambda g=g: training_case(4096, g, n)) for g in SHIFTS],
 }  # fmt: skip
-TOOLS = cope_trained.Tools(check, gates_seen, BACKENDS)
 
 
 def run_part(part: str, out: Path, repeats: int, trained: tuple[Path, Path] | None = None) -> None:
     """All cases of a part, written after each; `trained` are the folders of a model and its adapter."""
     torch.manual_seed(0)
     done: dict[str, Any] = {}
-    cases = cope_trained.cases(*trained, TOOLS, repeats) if part == "trained" else CASES[part](repeats)
+    if part == "trained":
+        from harness.experiments import cope_trained  # wants a tokenizer and the task, which the other parts do not
+
+        cases = cope_trained.cases(*trained, cope_trained.Tools(check, gates_seen, BACKENDS), repeats)
+    else:
+        cases = CASES[part](repeats)
     for name, case in cases:
         started = time.monotonic()
         try:

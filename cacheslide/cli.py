@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from cacheslide.errors import CacheSlideError, PromptError
+from cacheslide.precompute import add_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--max-new-tokens", type=int, default=32)
     run.add_argument("--device", default="cpu")
     run.set_defaults(run=_run)
+    add_command(commands)
     # Its options are vLLM's too, which only its own parser lets through; it is the one command that needs vLLM.
     commands.add_parser("serve", help="an OpenAI server: vLLM with the connector (`cacheslide serve --help`)")
     argv = sys.argv[1:] if argv is None else argv

@@ -8,6 +8,7 @@ from torch import Tensor
 from cacheslide.keys import ChunkKey, fixed_text
 from cacheslide.placement import Piece, PlacedChunks, Placement
 from cacheslide.policy import Encoding
+from cacheslide.positions.ccpe import PromptSlots, slots_between, slots_in
 from cacheslide.prefill import PrefillRequest, SelectivePrefill
 from cacheslide.prompt import Chunk, Prompt
 from cacheslide.store.base import ChunkKV, ChunkStore
@@ -50,7 +51,7 @@ class ChunkEncoder:
 
     def _in_prompt(self, encoding, prompt, positions, chunks, keys, missing) -> None:
         end = chunks[-1].end  # what comes after the last fixed token cannot influence it
-        kv, inputs, where = self._prefill(prompt.token_ids[:end], positions[:end])
+        kv, inputs, where = self._prefill(prompt.token_ids[:end], positions[:end], slots=slots_in(prompt))
         for chunk, key, new in zip(chunks, keys, missing, strict=True):
             if new:
                 self._keep(key, kv, inputs, where, chunk.start, chunk.end)
@@ -62,7 +63,7 @@ class ChunkEncoder:
         pieces = [
             Piece(chunk, len(chunk.positions)) for key in keys[:known] if (chunk := self.store.get(key)) is not None
         ]
-        kv, inputs, where = self._prefill(text, range(len(text)), pieces)
+        kv, inputs, where = self._prefill(text, range(len(text)), pieces, slots_between(prompt))
         for chunk, key, end, new in zip(chunks, keys, ends, missing, strict=True):
             if new:
                 self._keep(key, kv, inputs, where, end - len(chunk), end)
@@ -75,11 +76,19 @@ class ChunkEncoder:
                 kv, inputs, where = self._prefill(prompt.token_ids[chunk.start : chunk.end], span)
                 self._keep(key, kv, inputs, where, 0, len(chunk))
 
-    def _prefill(self, token_ids: Sequence[int], positions: Sequence[int], known: Sequence[Piece] = ()):
+    def _prefill(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        known: Sequence[Piece] = (),
+        slots: PromptSlots | None = None,
+    ):
         """Exact KV of `token_ids`; `known` pieces are its first rows, already exact at these positions."""
         ids = torch.tensor(token_ids, device=self.model.device)
         where = torch.tensor(list(positions), device=self.model.device)
         kv, done = self.model.new_kv(len(ids)), sum(p.length for p in known)
+        if slots and (describe := getattr(self.model, "describe", None)):
+            describe(kv, slots)
         if known:
             source = PlacedChunks(known, where[:done], Placement("stored"), self.model.rotary, self.model.dtype)
             rows = torch.arange(done, device=ids.device)

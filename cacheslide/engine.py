@@ -11,6 +11,7 @@ from cacheslide.errors import PromptError, StoreError
 from cacheslide.keys import CacheIdentity, ChunkKey, chunk_keys
 from cacheslide.placement import Piece, PlacedChunks
 from cacheslide.policy import ReusePolicy
+from cacheslide.positions.ccpe import slots_in
 from cacheslide.prefill import PrefillOutput, PrefillRequest, SelectivePrefill
 from cacheslide.prompt import Chunk, Prompt
 from cacheslide.store.base import ChunkStore
@@ -159,10 +160,13 @@ class ReuseEngine:
         if pieces:
             place = self.policy.placement
             source = PlacedChunks(pieces, positions[reused], place, self.model.rotary, self.model.dtype)
+        kv = self.model.new_kv(rows + following + room)
+        if describe := getattr(self.model, "describe", None):  # CoPE: where the prompt's updated slots lie
+            describe(kv, slots_in(plan.prompt))
         request = PrefillRequest(
             ids,
             positions,
-            self.model.new_kv(rows + following + room),
+            kv,
             reused,
             source,
             self.policy.correction,

@@ -1,1 +1,1 @@
-"""Position encodings: rotary tables and delta rotation (rope). CoPE and CCPE join them here."""
+"""Position encodings: rotary tables and delta rotation (rope), CoPE (cope) and its canonical slot masses (ccpe)."""

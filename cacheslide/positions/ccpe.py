@@ -1,0 +1,135 @@
+"""CCPE, chunked contextual position encoding (paper section 4.2, Alg. 1): canonical gate masses of updated slots.
+
+Under CoPE a fixed chunk's keys lie as many positions away from a query as the gates between them add up to. An
+updated segment in between changes that sum every turn. CCPE fixes it: seen from the fixed chunks behind it, an updated
+slot always takes up Γ positions (one number a layer, head and slot), whatever text fills it. Inside chunks, and for
+queries that are recomputed every turn, live gates count.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cacheslide.errors import PromptError
+from cacheslide.prompt import Prompt, Role
+
+
+@dataclass(frozen=True)
+class SlotMasses:
+    """The updated slots of a call's requests, and what each weighs.
+
+    Attributes
+    ----------
+    bounds : Tensor [slots, 2], int32
+        First row and end row of every slot; ascending and disjoint inside a request. An empty slot is crossed too:
+        that is how a chunk is encoded behind the fixed chunks alone.
+    cu_slots : Tensor [requests + 1], int32
+        Request i owns slots cu_slots[i]..cu_slots[i + 1].
+    masses : Tensor [slots, heads], float32
+        Γ of every slot for every query head, in positions, at least 0.
+    canonical : Tensor [n], bool
+        Which query rows cross slots by Γ (those of fixed chunks); a slot counts for rows at or behind its end.
+    cap : bool
+        Whether the slot's own keys may lie at most Γ positions deep in it, so that positions never fall towards
+        the left at the slot's edge.
+    """
+
+    bounds: Tensor
+    cu_slots: Tensor
+    masses: Tensor
+    canonical: Tensor
+    cap: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bounds.dim() != 2 or self.bounds.shape[1] != 2 or self.masses.shape[0] != len(self.bounds):
+            raise PromptError(f"slots {tuple(self.bounds.shape)} and masses {tuple(self.masses.shape)} disagree")
+
+    def of(self, request: int, rows: slice) -> "SlotMasses":
+        """The slots of one request, for the queries `rows` of the packed call."""
+        begin, end = self.cu_slots[request : request + 2].tolist()
+        cu = torch.tensor([0, end - begin], dtype=torch.int32)
+        return SlotMasses(self.bounds[begin:end], cu, self.masses[begin:end], self.canonical[rows], self.cap)
+
+
+def crossing_positions(gates: Tensor, rows: Tensor, slots: SlotMasses) -> Tensor:
+    """Contextual positions of keys with canonical masses, not yet clamped.
+
+    Parameters
+    ----------
+    gates : Tensor [heads, n, keys]
+        0 where the key lies behind the query.
+    rows : Tensor [n]
+        The queries' rows.
+    slots : SlotMasses
+        Of one request.
+
+    Returns
+    -------
+    Tensor [heads, n, keys]
+        For a crossing query: outside slots the live gates of the keys outside slots plus Γ of every slot passed; inside
+        a slot the live gates of its keys on top of the position at its end.
+    """
+    live = suffix_sum(gates)
+    kept = slots.bounds[:, 1] < gates.shape[2]  # behind the end of any other slot there is no query
+    pairs = slots.bounds[kept].tolist()
+    crosses = [(slots.canonical & (rows >= end))[None, :, None] for _, end in pairs]
+    outer = gates.clone()
+    for (first, end), crossing in zip(pairs, crosses, strict=True):
+        outer[:, :, first:end] = outer[:, :, first:end].masked_fill(crossing, 0)
+    outer = suffix_sum(outer)
+    result, jumps = outer.clone(), torch.zeros_like(outer[:, :, :1])
+    # From right to left: `jumps` are the masses of the slots already crossed.
+    for (first, end), crossing, mass in reversed(list(zip(pairs, crosses, slots.masses[kept], strict=True))):
+        mass = mass.to(gates.dtype)[:, None, None]
+        deep = live[:, :, first:end] - live[:, :, end : end + 1]
+        deep = torch.minimum(deep, mass) if slots.cap else deep
+        entered = outer[:, :, end : end + 1] + jumps + deep
+        result[:, :, first:end] = torch.where(crossing, entered, result[:, :, first:end])
+        jumps = jumps + crossing * mass
+        result[:, :, :first] += crossing * mass
+    return result
+
+
+def suffix_sum(gates: Tensor) -> Tensor:
+    """Sums from the right along the last dimension: out[j] = gates[j] + gates[j + 1] + ..."""
+    return gates.flip(-1).cumsum(-1).flip(-1)
+
+
+@dataclass(frozen=True)
+class PromptSlots:
+    """Where the updated slots of one token sequence lie, and which of its rows belong to fixed chunks.
+
+    `bounds` holds (first row, end row) of every slot in front of the last fixed segment, in the template's order, so
+    that slot i is always calibrated slot i; in a chain of fixed segments alone a slot is empty. `canonical` is bool
+    [rows].
+    """
+
+    bounds: tuple[tuple[int, int], ...]
+    canonical: Tensor
+
+
+def slots_in(prompt: Prompt) -> PromptSlots:
+    """The slots of a prompt. Updated segments beside each other are one slot."""
+    return _slots(prompt, with_updated=True)
+
+
+def slots_between(prompt: Prompt) -> PromptSlots:
+    """The same slots, empty, in the chain of the prompt's fixed segments (the canonical encoding's text)."""
+    return _slots(prompt, with_updated=False)
+
+
+def _slots(prompt: Prompt, with_updated: bool) -> PromptSlots:
+    bounds: list[tuple[int, int]] = []
+    flags: list[bool] = []
+    pending = None  # where the slot that is open begins
+    for segment in prompt.segments:
+        if segment.role is Role.REUSE:
+            if pending is not None:
+                bounds.append((pending, len(flags)))
+                pending = None
+            flags += [True] * len(segment.token_ids)
+        else:
+            pending = len(flags) if pending is None else pending
+            flags += [False] * (len(segment.token_ids) if with_updated else 0)
+    return PromptSlots(tuple(bounds), torch.tensor(flags, dtype=torch.bool))

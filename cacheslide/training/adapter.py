@@ -1,0 +1,135 @@
+"""The CoPE adapter on disk: safetensors and JSON, bound by hash to the base model and to its own settings.
+
+A folder holds `cope.safetensors` (LoRA factors and position tables, named by layer and projection) and `cope.json`
+(settings, the base model's fingerprint, the tensors' digest). Loading refuses another base or altered tensors.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cacheslide.errors import ConfigError, ModelError
+from cacheslide.model.weights import fingerprint
+
+FORMAT = 1
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What an adapter is made of: LoRA of `rank` with factor `alpha` / `rank` on `projections`, tables of `p_max`."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    p_max: int = 64
+    projections: tuple[str, ...] = PROJECTIONS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "projections", tuple(self.projections))
+        unknown = set(self.projections) - set(PROJECTIONS)
+        if self.rank < 1 or self.p_max < 2 or self.alpha <= 0 or unknown:
+            raise ConfigError(f"adapter settings are out of range: {self} (projections: {', '.join(PROJECTIONS)})")
+
+    @property
+    def factor(self) -> float:
+        """What the product of a LoRA pair is multiplied by."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class CopeAdapter:
+    """A loaded adapter.
+
+    `tensors` maps "layers.I.PROJECTION.a" [rank, in], "layers.I.PROJECTION.b" [out, rank] and "layers.I.positions"
+    [p_max, head_dim]; `base` is the base model's fingerprint, `notes` whatever the trainer recorded.
+    """
+
+    settings: AdapterSettings
+    base: str
+    tensors: dict[str, Tensor]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over base, settings and tensors: the adapter's part of every chunk key."""
+        return adapter_digest(self.base, self.settings, self.tensors)
+
+    def positions(self, layer: int) -> Tensor:
+        """The position table [p_max, head_dim] of a layer."""
+        return self.tensors[f"layers.{layer}.positions"]
+
+    def merged(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint's `weights` with the LoRA products added, computed in float32; the others as they are."""
+        out = dict(weights)
+        for name, a in self.tensors.items():
+            if not name.endswith(".a"):
+                continue
+            stem = name.removesuffix(".a")
+            layer, projection = stem.removeprefix("layers.").split(".", 1)
+            key = f"model.layers.{layer}.self_attn.{projection}.weight"
+            if key not in out:
+                raise ModelError(f"the adapter changes {key}, which the checkpoint lacks")
+            old, b = out[key], self.tensors[f"{stem}.b"]
+            if old.shape != (b.shape[0], a.shape[1]):
+                raise ModelError(f"the adapter's {stem} is for {(b.shape[0], a.shape[1])}, not {tuple(old.shape)}")
+            change = (b.float() @ a.float()) * self.settings.factor
+            out[key] = (old.float() + change.to(old.device)).to(old.dtype)
+        return out
+
+
+def adapter_digest(base: str, settings: AdapterSettings, tensors: Mapping[str, Tensor]) -> str:
+    """Hexadecimal SHA-256; the order of `tensors` does not matter."""
+    h = hashlib.sha256(json.dumps([base, asdict(settings)], sort_keys=True).encode())
+    for name in sorted(tensors):
+        x = tensors[name].detach().cpu().contiguous()
+        h.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        h.update(x.view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+
+def save_adapter(adapter: CopeAdapter, folder: Path) -> None:
+    """Write `cope.safetensors` and `cope.json`; the JSON last, so that a torn write is refused."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in adapter.tensors.items()}
+    save_file(tensors, folder / "cope.safetensors", metadata={"format": "pt"})
+    (folder / "cope.safetensors").chmod(0o644)
+    record = {"format": FORMAT, "base": adapter.base, "digest": adapter.digest, "settings": asdict(adapter.settings)}
+    (folder / "cope.json").write_text(json.dumps(record | {"notes": adapter.notes}, indent=1) + "\n")
+
+
+def load_adapter(folder: Path, model: Path | None = None) -> CopeAdapter:
+    """Read an adapter and check its tensors; with `model`, also that it belongs to that checkpoint.
+
+    Raises
+    ------
+    ModelError
+        When files are missing or altered, or the adapter was trained on another base.
+    """
+    folder = Path(folder)
+    if not (folder / "cope.json").is_file() or not (folder / "cope.safetensors").is_file():
+        raise ModelError(f"no CoPE adapter in {folder}: cope.json and cope.safetensors are needed")
+    try:
+        raw = json.loads((folder / "cope.json").read_text())
+        if raw["format"] != FORMAT:
+            raise ModelError(f"{folder / 'cope.json'} is of format {raw['format']}; this version reads {FORMAT}")
+        adapter = CopeAdapter(
+            AdapterSettings(**raw["settings"]), raw["base"], load_file(folder / "cope.safetensors"), raw["notes"]
+        )
+        stated = raw["digest"]
+    except (json.JSONDecodeError, KeyError, TypeError) as broken:
+        raise ModelError(f"{folder / 'cope.json'} is not a CoPE adapter's description ({broken!r})") from None
+    if adapter.digest != stated:
+        raise ModelError(f"the adapter in {folder} is altered or incomplete: its tensors do not match cope.json")
+    if model is not None and (found := fingerprint(Path(model))) != adapter.base:
+        raise ModelError(
+            f"the adapter in {folder} belongs to the base model {adapter.base[:12]}, but {model} is {found[:12]}"
+        )
+    return adapter

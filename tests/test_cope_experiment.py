@@ -1,0 +1,61 @@
+"""The CoPE experiments: one command on a tiny untrained model, and the kernel benchmark's headline."""
+
+import json
+
+import pytest
+import torch
+
+from cacheslide.model.weights import fingerprint
+from cacheslide.training.adapter import AdapterSettings, CopeAdapter, save_adapter
+from cacheslide.training.calibration import find_calibration
+from harness.experiments import cope, cope_kernels
+from harness.training.model import llama
+from harness.training.tokenizer import build_tokenizer, save_tokenizer
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """An untrained model with the task's tokenizer, and an adapter of it: position tables alone."""
+    base, adapter = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(3)
+    llama(1280, 1, 2, 0, layers=2, hidden=32, heads=2, ff=48).save_pretrained(base)
+    save_tokenizer(build_tokenizer(), base)
+    tensors = {f"layers.{i}.positions": torch.randn(16, 16) * 0.3 for i in range(2)}
+    save_adapter(CopeAdapter(AdapterSettings(1, 1.0, 16, ()), fingerprint(base), tensors), adapter)
+    return base, adapter
+
+
+def test_one_command_calibrates_and_measures(pair, tmp_path):
+    base, adapter = pair
+    out = tmp_path / "r" / "summary.json"
+    given = ["--model", str(base), "--adapter", str(adapter), "--out", str(out), "--prompts", "1", "--layer", "1"]
+    cope.main([*given, "--calibration-prompts", "1", "--tokens", "400", "--minutes", "0"])
+    done = json.loads(out.read_text())
+    assert done["shifted_rows_reused_share"] == 1.0 and done["shifted_turns"]["turns"] == 100
+    assert not done["shifted_turns"]["fallbacks"] and "adapter_f1_gap_points" in done
+    assert set(done["variants"]) == {"native", "live", "gamma", "gamma_cap"}
+    for name in ("live", "gamma", "gamma_cap"):
+        table = done["variants"][name]
+        assert set(table["f1"]) == {"recompute", "chain", "first_turn", "wca"} and table["examples"] == 1
+        assert all(len(x) == 1 and 0 < x[0] <= 1.000001 for x in table["cksim"].values())
+    stored = find_calibration(adapter, json.loads((adapter / "cope.json").read_text())["digest"])
+    assert stored.masses.shape == (2, 1, 2) and stored.masses.min() >= 0
+    assert 0 <= done["calibration"]["unsaturated_share"] <= 1
+
+
+def test_the_headline_takes_the_slower_case_and_says_nothing_where_one_is_missing():
+    ratios = {"16384_mean_0.5": 1.2, "16384_mean_0.01": 2.0, "16384_never": 3.0}
+    prefill = {name: {"ratio_to_sdpa": x} for name, x in ratios.items()}
+    decode = {f"8x16384_{g}": {"ratio_to_stock": x} for g, x in zip(cope_kernels.SHIFTS, (1.1, 1.0, 1.3), strict=True)}
+    found = cope_kernels.headline({"prefill": prefill, "decode": decode})
+    assert list(found.values()) == [1.2, 3.0, 1.3]
+    del prefill["16384_never"]["ratio_to_sdpa"], decode["8x16384_never"]
+    assert list(cope_kernels.headline({"prefill": prefill, "decode": decode}).values()) == [1.2, None, None]
+
+
+def test_a_machine_without_a_gpu_records_errors_and_goes_on(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is here")
+    cope_kernels.run_part("prefill", tmp_path / "p.json", 1)
+    done = json.loads((tmp_path / "p.json").read_text())
+    assert len(done) == 9 and all("error" in case for case in done.values())

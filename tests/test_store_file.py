@@ -53,8 +53,13 @@ def read(store: FileTier, i: int) -> ChunkKV | None:
 
 @pytest.mark.parametrize(
     ("n", "page", "inputs", "dtype"),
-    [(40, 16, (1,), torch.float32), (1, 16, (), torch.bfloat16), (48, 16, (0, 2), torch.float16), (33, 1, (), torch.float32)],
-)  # fmt: skip
+    [
+        (40, 16, (1,), torch.float32),
+        (1, 16, (), torch.bfloat16),
+        (48, 16, (0, 2), torch.float16),
+        (33, 1, (), torch.float32),
+    ],
+)
 def test_pages_cover_a_chunk_exactly(n, page, inputs, dtype):
     want = chunk(3, n=n, inputs=inputs, dtype=dtype)
     layout = PageLayout.of(want, page)

@@ -14,7 +14,7 @@ from cacheslide.errors import StoreError
 from cacheslide.keys import ChunkKey
 from cacheslide.store.files import BLOCK, Files
 from cacheslide.store.record import Encoded, Head
-from cacheslide.store.shard import Shard
+from cacheslide.store.shard import Runs, Shard
 
 _KEY = re.compile(r"[0-9a-f]{40}")
 _FORMAT = {"kind": "cacheslide-store", "format": 1}
@@ -115,9 +115,9 @@ class FileTier:
         """Whether a record of this name is published; reads no page."""
         return self.shard(name).index.find(name) is not None
 
-    def read(self, name: bytes) -> tuple[Head, Tensor] | None:
+    def read(self, name: bytes, runs: Runs | None = None) -> tuple[Head, Tensor] | None:
         """See `Shard.read`."""
-        return self.shard(name).read(name)
+        return self.shard(name).read(name, runs)
 
     def write(self, records: Iterable[Encoded]) -> int:
         """Append records that are not there yet, one sequential write a shard; returns the bytes written."""

@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cacheslide.errors import StoreError
 from cacheslide.store.base import ChunkKV
@@ -162,3 +163,27 @@ def from_payload(payload: Tensor, layout: PageLayout, positions: Tensor, generat
         inputs[layer] = payload[at:end].view(layout.torch_dtype).view(layout.tokens, layout.hidden)
         at = end
     return ChunkKV(kv[:, :, 0], kv[:, :, 1], positions, inputs, generation)
+
+
+def paged(payload: Tensor, layout: PageLayout) -> Tensor:
+    """The payload cut into slots: uint8 [pages, page_bytes], short pages padded with zeros."""
+    kv = payload[: layout.kv_bytes].view(layout.layers, layout.tokens * layout.row_bytes)
+    room = layout.layer_pages * layout.page_bytes
+    parts = [pad(kv, (0, room - kv.shape[1])).view(-1, layout.page_bytes)]
+    if layout.inputs:
+        rows = payload[layout.kv_bytes :].view(len(layout.inputs), layout.tokens * layout.input_row_bytes)
+        wide = layout.input_page_tokens * layout.input_row_bytes
+        rows = pad(rows, (0, layout.input_pages * wide - rows.shape[1])).view(-1, wide)
+        parts.append(pad(rows, (0, layout.page_bytes - wide)))
+    return torch.cat(parts)
+
+
+def packed(slots: Tensor, layout: PageLayout) -> Tensor:
+    """The inverse of `paged`: uint8 [payload_bytes]; slots may be wider than a page."""
+    kv = slots[: layout.layers * layout.layer_pages, : layout.page_bytes].reshape(layout.layers, -1)
+    parts = [kv[:, : layout.tokens * layout.row_bytes].reshape(-1)]
+    if layout.inputs:
+        wide = layout.input_page_tokens * layout.input_row_bytes
+        rows = slots[layout.layers * layout.layer_pages :, :wide].reshape(len(layout.inputs), -1)
+        parts.append(rows[:, : layout.tokens * layout.input_row_bytes].reshape(-1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -138,6 +138,7 @@ class Head:
     generation: int
     sums: np.ndarray
     positions: Tensor
+    nbytes: int
 
     @classmethod
     def parse(cls, raw: memoryview, preamble: Preamble) -> "Head":
@@ -153,26 +154,32 @@ class Head:
             raise Damaged("the positions do not match their checksum")
         if preamble.payload != layout.payload_bytes:
             raise Damaged(f"{preamble.payload} bytes of pages where the header says {layout.payload_bytes}")
-        return cls(layout, header["generation"], sums, torch.frombuffer(bytearray(place), dtype=torch.int64))
+        return cls(layout, header["generation"], sums, torch.frombuffer(bytearray(place), dtype=torch.int64), len(raw))
 
     def check(self, payload: np.ndarray, first: int, last: int) -> None:
         """Damaged unless `payload` holds pages [first, last) as they were written."""
-        wrong = [
-            first + i
-            for i, (got, want) in enumerate(zip(page_sums(payload, self.layout, first, last), self.sums[first:last]))
-            if got != int(want)
-        ]
-        if wrong:
-            raise Damaged(f"page {wrong[0]} of {self.layout.pages} does not match its checksum ({len(wrong)} in all)")
+        got = np.array(page_sums(payload, self.layout, first, last), dtype=np.uint64)
+        wrong = np.flatnonzero(got != self.sums[first:last])
+        if len(wrong):
+            number = first + int(wrong[0])
+            raise Damaged(f"page {number} of {self.layout.pages} does not match its checksum ({len(wrong)} in all)")
+
+
+def decode_head(raw: memoryview, name: bytes, salt: bytes, offset: int) -> Head:
+    """The verified head of the record at the start of `raw`; Damaged when it is not that of `name`."""
+    preamble = Preamble.unpack(bytes(raw[:PREAMBLE_BYTES]), salt, offset)
+    if preamble is None or preamble.name != name:
+        raise Damaged("no record of this chunk stands where it should")
+    return Head.parse(raw[PREAMBLE_BYTES : PREAMBLE_BYTES + preamble.head], preamble)
 
 
 def decode(raw: memoryview, name: bytes, salt: bytes, offset: int) -> tuple[Head, Tensor]:
     """Head and payload of a whole record in memory, every checksum verified; Damaged otherwise."""
-    preamble = Preamble.unpack(bytes(raw[:PREAMBLE_BYTES]), salt, offset)
-    if preamble is None or preamble.name != name or len(raw) < preamble.payload_at + preamble.payload:
-        raise Damaged("no whole record of this chunk stands where it should")
-    head = Head.parse(raw[PREAMBLE_BYTES : PREAMBLE_BYTES + preamble.head], preamble)
-    body = raw[preamble.payload_at : preamble.payload_at + preamble.payload]
+    head = decode_head(raw, name, salt, offset)
+    start = align(PREAMBLE_BYTES + head.nbytes)
+    body = raw[start : start + head.layout.payload_bytes]
+    if len(body) != head.layout.payload_bytes:
+        raise Damaged("the record ends before its pages do")
     payload = tensor_view(body)
     head.check(payload.numpy(), 0, head.layout.pages)
     return head, payload

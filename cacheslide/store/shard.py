@@ -12,15 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from cacheslide.errors import StoreError
-from cacheslide.store.files import BLOCK, Files, aligned_buffer
-from cacheslide.store.index import Segment, ShardIndex
+from cacheslide.store.files import BLOCK, Files, aligned_buffer, tensor_view
+from cacheslide.store.index import Location, Segment, ShardIndex
 from cacheslide.store.lock import WriterLock
-from cacheslide.store.record import Damaged, Encoded, Head, decode
+from cacheslide.store.record import Damaged, Encoded, Head, decode, decode_head
 from cacheslide.store.segments import KEPT, YOUNG, SegmentFolder, ShardHead
 
+Runs = Sequence[tuple[int, int]]
 MAX_HITS = 3
 _YOUNG_SHARE = 0.1  # of the capacity, before the young log is emptied ahead of the kept one
 
@@ -79,21 +81,18 @@ class Shard:
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
-    def read(self, name: bytes) -> tuple[Head, Tensor] | None:
-        """Head and payload, every checksum verified; None when the chunk is not here (any more).
+    def read(self, name: bytes, runs: Runs | None = None) -> tuple[Head, Tensor] | None:
+        """Head and payload, or the pages of `runs` ([first, last) each) one after the other; checksums verified.
 
-        Damaged when what is here is not what was written (the record is forgotten), OSError when the disk fails.
+        None when the chunk is not here (any more), Damaged when what is here is not what was written (the record is
+        forgotten), OSError when the disk fails.
         """
         for _ in range(2):  # a record may move while it is looked up: once more, then it counts as gone
             place = self.index.find(name)
             if place is None:
                 return None
-            salt = self.index.salt(place)
             try:
-                if salt is None:
-                    raise FileNotFoundError
-                raw = self.folder.read(place.segment, place.offset, place.size)
-                found = decode(raw, name, salt, place.offset)
+                found = self._read(name, place, runs)
             except FileNotFoundError:
                 self.index.drop(name, place)
                 self.index.refresh(force=True)
@@ -106,6 +105,23 @@ class Shard:
             place.hits = min(MAX_HITS, place.hits + 1)
             return found
         return None
+
+    def _read(self, name: bytes, place: Location, runs: Runs | None) -> tuple[Head, Tensor]:
+        salt = self.index.salt(place)
+        if salt is None:
+            raise FileNotFoundError
+        if runs is None:
+            return decode(self.folder.read(place.segment, place.offset, place.size), name, salt, place.offset)
+        head = decode_head(self.folder.read(place.segment, place.offset, place.payload_at), name, salt, place.offset)
+        bounds, parts = head.layout.bounds, []
+        for first, last in runs:
+            length = bounds[last] - bounds[first]
+            raw = self.folder.read(place.segment, place.offset + place.payload_at + bounds[first], length)
+            if len(raw) != length:
+                raise Damaged("the record ends before its pages do")
+            parts.append(tensor_view(raw))
+            head.check(parts[-1].numpy(), first, last)
+        return head, parts[0] if len(parts) == 1 else torch.cat(parts)
 
     # --- writing ---------------------------------------------------------------------------------------------------
 

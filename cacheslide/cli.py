@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from cacheslide.errors import CacheSlideError, PromptError
+from cacheslide.store.cli import add_parser as add_store_parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--max-new-tokens", type=int, default=32)
     run.add_argument("--device", default="cpu")
     run.set_defaults(run=_run)
+    add_store_parser(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args)

@@ -66,6 +66,7 @@ class RemoteOptions:
     cert_file: str | None = None
     key_file: str | None = None
     timeout_s: float = 2.0
+    connections: int = 8
     prefix: str = "cacheslide"
 
 
@@ -82,10 +83,13 @@ class ValkeyTier:
         self.options, self._errors = options, redis.exceptions
         tls: dict[str, Any] = {}
         if options.tls:
-            tls = {"ssl": True, "ssl_cert_reqs": "required" if options.tls_verify else "none"}
+            tls = {"ssl_cert_reqs": "required" if options.tls_verify else "none"}
             tls |= {"ssl_ca_certs": options.ca_file, "ssl_certfile": options.cert_file, "ssl_keyfile": options.key_file}
             tls |= {} if options.tls_verify else {"ssl_check_hostname": False}
-        self._client = redis.Redis(
+        pool = redis.BlockingConnectionPool(
+            max_connections=options.connections,
+            timeout=options.timeout_s,
+            connection_class=redis.SSLConnection if options.tls else redis.Connection,
             host=options.host,
             port=options.port,
             db=options.db,
@@ -96,6 +100,7 @@ class ValkeyTier:
             retry=Retry(NoBackoff(), 0),
             **tls,
         )
+        self._client = redis.Redis(connection_pool=pool)
         self._put = self._client.register_script(_PUT)
         self._get = self._client.register_script(_GET)
         tag = f"{options.prefix}:{{v1}}"

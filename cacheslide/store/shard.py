@@ -8,7 +8,7 @@ never take more than the capacity.
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -250,31 +250,56 @@ class Shard:
     def _young_limit(self) -> int:
         return max(self.segment_bytes, int(_YOUNG_SHARE * self.capacity))
 
-    def _empty(self, number: int) -> None:
-        """Remove a segment; what was read since it was written goes on in the kept log."""
-        log = self.index.segments[number].log
-        stay, hits = [], {}
+    def compact(self, keep: Callable[[bytes], bool]) -> int:
+        """Rewrite every segment that holds damaged, superseded or unwanted records; returns the bytes given back.
+
+        `keep` says of a name (namespace and key) whether it stays. StoreBusy and OSError leave a sound shard.
+        """
+        stale = self.lock.acquire()
+        try:
+            self._recover(stale)
+            before = self.index.nbytes
+            for number in list(self.index.segments):
+                log, size = self.index.segments[number].log, self.index.segments[number].size
+                sound, hits = self._survivors(number, keep)
+                if BLOCK + sum(r.size for r in sound) < size:
+                    self._remove(number)
+                    self._append(sound, log, hits)
+            self._make_room(0)
+            return before - self.index.nbytes
+        finally:
+            self.lock.release()
+
+    def _survivors(self, number: int, keep: Callable[[bytes], bool]) -> tuple[list[Encoded], dict[bytes, int]]:
+        """The intact records of a segment that are to stay, and their hits."""
+        sound, hits = [], {}
         for name, place in self.index.live(number):
-            if place.hits == 0:
-                self._ghost(name)
-                self.stats.evicted += 1
-                continue
-            try:
-                head, payload = decode(
-                    self.folder.read(number, place.offset, place.size),
-                    name,
-                    self.index.segments[number].salt,
-                    place.offset,
-                )
-            except (Damaged, FileNotFoundError):
-                self.stats.damaged += 1
-                continue
-            stay.append(Encoded.of_pages(name, head.layout, payload, head.positions, head.generation))
-            hits[name] = place.hits - 1 if log == KEPT else 0
+            if keep(name):
+                try:
+                    head, payload = self._read(name, place, None)
+                except (Damaged, FileNotFoundError):
+                    self.stats.damaged += 1
+                    continue
+                sound.append(Encoded.of_pages(name, head.layout, payload, head.positions, head.generation))
+                hits[name] = place.hits
+        return sound, hits
+
+    def _remove(self, number: int) -> None:
         self.index.forget(number)
         self.files.unlink(self.folder.file(number))
         self._publish(replace(self.index.head, epoch=self.index.head.epoch + 1))
+
+    def _empty(self, number: int) -> None:
+        """Remove a segment; what was read since it was written goes on in the kept log."""
+        log, places = self.index.segments[number].log, self.index.places
+        unread = [n for n, p in self.index.live(number) if p.hits == 0]
+        for name in unread:
+            self._ghost(name)
+        self.stats.evicted += len(unread)
+        stay, hits = self._survivors(number, lambda name: places[name].hits > 0)
+        self._remove(number)
         if stay:
+            hits = {name: n - 1 if log == KEPT else 0 for name, n in hits.items()}
             self.stats.bytes_moved += self._append(stay, KEPT, hits)
 
     def _ghost(self, name: bytes) -> None:

@@ -146,21 +146,31 @@ class SpillFile:
 
     def _others(self) -> int:
         """Bytes of the other processes' files; those without a living owner are removed."""
+        self.removed_stale += stale_spills(self.folder, self.files, self.path)
         total = 0
         for path in self.folder.glob("*.spill"):
-            if path == self.path:
-                continue
             with contextlib.suppress(FileNotFoundError):
-                fd = self.files.open(path)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                    self.files.unlink(path)
-                    self.removed_stale += 1
-                except BlockingIOError:
-                    total += self.files.size(path)
-                finally:
-                    self.files.close(fd)
+                total += self.files.size(path) if path != self.path else 0
         return total
+
+
+def stale_spills(folder: Path, files: Files, own: Path | None = None) -> int:
+    """Remove the spill files of processes that are gone (their locks are free); returns how many."""
+    removed = 0
+    for path in folder.glob("*.spill"):
+        if path == own:
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            fd = files.open(path)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                files.unlink(path)
+                removed += 1
+            except BlockingIOError:
+                pass
+            finally:
+                files.close(fd)
+    return removed
 
 
 def runs(slots: Sequence[int]) -> list[tuple[int, int]]:

@@ -8,6 +8,8 @@ docs/store.md has the whole story.
 
 import itertools
 import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +60,8 @@ class TieredChunkStore(ChunkStore):
         "through": a new chunk is queued for writing at once; "evict": when it has to leave memory.
     queue_bytes, batch_bytes, stall_limit_s, workers
         See `WriteBack`.
+    load_workers : int
+        Threads of `prefetch`.
     max_generation : int
         Chunks built on corrected KV more often than this are refused: they must be re-encoded exactly.
     """
@@ -78,6 +82,7 @@ class TieredChunkStore(ChunkStore):
         batch_bytes: int = 32 << 20,
         stall_limit_s: float = 10.0,
         workers: int = 1,
+        load_workers: int = 4,
         max_generation: int = 4,
     ) -> None:
         super().__init__()
@@ -97,6 +102,7 @@ class TieredChunkStore(ChunkStore):
         self._numbers = itertools.count()
         self.mover = Mover(self, queue_bytes, batch_bytes, stall_limit_s, workers)
         self.reader, self.queue = PageReader(self), self.mover.queue
+        self._loaders = ThreadPoolExecutor(load_workers, "cacheslide-load")
 
     # --- the ChunkStore interface ----------------------------------------------------------------------------------
 
@@ -147,6 +153,14 @@ class TieredChunkStore(ChunkStore):
         if tier in ("device", "host"):
             self.backing.touch(name)
         return Fetched(chunk, tier)
+
+    def prefetch(self, keys: Sequence[ChunkKey]) -> list[Future]:
+        """Start bringing chunks into memory in threads, for requests that still wait; one future a cold chunk.
+
+        A scheduler lets requests whose chunks are warm go first: `tier_of` says which they are.
+        """
+        cold = [k for k in keys if self.tier_of(k) in ("file", "remote")]
+        return [self._loaders.submit(self.fetch, k) for k in cold]
 
     def put(self, key: ChunkKey, chunk: ChunkKV) -> None:
         """Keep a chunk; StoreError when its pages do not fit this store's."""
@@ -295,6 +309,7 @@ class TieredChunkStore(ChunkStore):
 
     def close(self, timeout_s: float = 30.0) -> bool:
         """Write what is queued and let go of the files; False when the time was too short."""
+        self._loaders.shutdown(wait=True, cancel_futures=True)
         done = self.queue.close(timeout_s)
         if self.spill is not None:
             self.spill.close()

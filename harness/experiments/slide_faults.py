@@ -85,12 +85,12 @@ def small_store(
     files = files or Files()
     size = LAYOUT.payload_bytes
     file = FileTier(
-        FileOptions(path / "chunks", capacity_chunks * (size + 8192), shards=2, segment_bytes=4 * size, durable=False,
+        FileOptions(path / "chunks", 48 * (size + 8192), shards=2, segment_bytes=4 * size, durable=False,
                     lock_timeout_s=5.0),
         files,
     )  # fmt: skip
     spill = SpillFile(path / "spill", 64 * size, LAYOUT.page_bytes, files)
-    host = Arena("host", memory_chunks * size, LAYOUT.page_bytes, "cpu", "clean-first")
+    host = Arena("host", 4 * size, LAYOUT.page_bytes, "cpu", "clean-first")
     host.slots.fill_(255)
     options = {"queue_bytes": 4 * size, "batch_bytes": 2 * size, "stall_limit_s": 1.0} | kw
     return TieredChunkStore(PAGE_TOKENS, LAYOUT.page_bytes, host=host, file=file, spill=spill, **options)

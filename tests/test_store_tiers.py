@@ -97,7 +97,7 @@ def test_random_work_agrees_with_an_oracle(tmp_path, shape, policy):
                 rows = torch.tensor(sorted(rng.sample(range(40), rng.randint(1, 40))))
                 layer = rng.randrange(3)
                 k, v = torch.randn(2, len(rows), 2, 8, generator=g)
-                s.correct(key(i), owner, layer, rows, k, v)
+                s.correct(key(i), owner, layer, rows, k, v, reference=base[i] if rng.random() < 0.5 else None)
                 oracle_correct(owned.setdefault((i, owner), chunk(i)), layer, rows, k, v)
             case "release":
                 s.release(owner)

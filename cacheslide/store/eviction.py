@@ -32,6 +32,13 @@ class Eviction(ABC):
     def remove(self, page: PageId) -> None:
         """A page has left."""
 
+    def yields_to_clean(self) -> int | None:
+        """Pages that may leave for a clean page that comes in (None: any).
+
+        The newcomer takes part in the order: where it would itself be the first victim, it is not let in.
+        """
+        return None
+
     @abstractmethod
     def victims(self) -> Iterator[PageId]:
         """Pages in the order in which they should leave; the tier must not change while this runs."""
@@ -87,6 +94,9 @@ class CleanFirst(Eviction):
 
     def remove(self, page: PageId) -> None:
         del self._pages[self._count.pop(page)][page]
+
+    def yields_to_clean(self) -> int | None:
+        return len(self._pages[0])
 
     def victims(self) -> Iterator[PageId]:
         yield from self._pages[0]

@@ -119,6 +119,11 @@ class FileTier:
         """See `Shard.read`."""
         return self.shard(name).read(name, runs)
 
+    def head(self, name: bytes) -> Head | None:
+        """A record's layout, positions and checksums without its pages; None when it is not here."""
+        found = self.read(name, [])
+        return None if found is None else found[0]
+
     def write(self, records: Iterable[Encoded]) -> int:
         """Append records that are not there yet, one sequential write a shard; returns the bytes written."""
         groups: dict[int, list[Encoded]] = {}

@@ -55,6 +55,7 @@ class Mover:
         while True:
             with self.lock:
                 keep = [i for i, (e, p) in enumerate(pages) if self._wanted(arena, e, p, only_current)]
+                keep = self._admitted(arena, pages, keep)
                 for e, p in (pages[i] for i in keep):
                     self._drop(arena, e.ids([p]), retire=False)
                 plan = self._plan(arena, len(keep) - arena.room)
@@ -89,6 +90,18 @@ class Mover:
         if entry.owner is not None:  # from the spill file, or on its way down
             return page in entry.spilled if top else number in self.flight
         return not top or len(self.store.arenas) == 1 or not entry.dirty(page) or not self._below(number)
+
+    def _admitted(self, arena: Arena, pages: Sequence[Page], keep: list[int]) -> list[int]:
+        """Without the clean newcomers that would be the first to leave again."""
+        yielding = arena.order.yields_to_clean()
+        if yielding is None:
+            return keep
+        clean = [i for i in keep if pages[i][0].dirty(pages[i][1]) == 0]
+        spare = arena.room + yielding - (len(keep) - len(clean))
+        if spare >= len(clean):
+            return keep
+        left_out = set(clean[max(0, spare) :])
+        return [i for i in keep if i not in left_out]
 
     def _below(self, number: PageId) -> bool:
         return number in self.store.arenas[1].held or number in self.flight

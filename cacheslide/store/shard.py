@@ -121,7 +121,7 @@ class Shard:
                 raise Damaged("the record ends before its pages do")
             parts.append(tensor_view(raw))
             head.check(parts[-1].numpy(), first, last)
-        return head, parts[0] if len(parts) == 1 else torch.cat(parts)
+        return head, parts[0] if len(parts) == 1 else torch.cat([torch.empty(0, dtype=torch.uint8), *parts])
 
     # --- writing ---------------------------------------------------------------------------------------------------
 

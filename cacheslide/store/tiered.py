@@ -24,7 +24,7 @@ from cacheslide.store.base import ChunkKV, ChunkStore
 from cacheslide.store.entry import Entry, empty_pages
 from cacheslide.store.filetier import FileTier, chunk_name, namespace_id
 from cacheslide.store.mover import Mover
-from cacheslide.store.pages import PageLayout, from_payload, packed, paged, to_payload
+from cacheslide.store.pages import PageLayout, as_bytes, from_payload, packed, paged, to_payload
 from cacheslide.store.reader import Gone, PageReader
 from cacheslide.store.record import Head
 from cacheslide.store.spill import SpillFile
@@ -201,7 +201,16 @@ class TieredChunkStore(ChunkStore):
 
     # --- corrections -----------------------------------------------------------------------------------------------
 
-    def correct(self, key: ChunkKey, owner: str, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
+    def correct(
+        self,
+        key: ChunkKey,
+        owner: str,
+        layer: int,
+        rows: Tensor,
+        k: Tensor,
+        v: Tensor,
+        reference: ChunkKV | None = None,
+    ) -> None:
         """Give `owner` its own version of the rows that WCA recomputed in one layer.
 
         Parameters
@@ -210,6 +219,8 @@ class TieredChunkStore(ChunkStore):
             Ascending rows of the chunk. The pages that hold them become dirty, with one more selected token a row.
         k, v : Tensor [r, kv_heads, head_dim]
             Keys rotated as the owner reads them back.
+        reference : ChunkKV, optional
+            The chunk as `get` returned it: saves reading the rest of the rows' pages again.
 
         Raises StoreError when the chunk is gone: it must be built again first.
         """
@@ -228,7 +239,16 @@ class TieredChunkStore(ChunkStore):
             masks[pages[i]][r] = True
         fresh = [p for p in pages if masks[p].all() and p not in entry.selected]
         content = empty_pages(len(pages), layout.page_bytes, self.arenas[0].device)
-        rest = [i for i, p in enumerate(pages) if p not in set(fresh)]
+        done = set(fresh)
+        if reference is not None:
+            known = [i for i, p in enumerate(pages) if p not in entry.selected and p not in done]
+            for i in known:
+                first = int(numbers[i]) * n
+                cut = (reference.k[layer, first : first + n], reference.v[layer, first : first + n])
+                piece = as_bytes(torch.stack(cut, 1)).to(content.device)
+                content[i, : len(piece)] = piece
+            done |= {pages[i] for i in known}
+        rest = [i for i, p in enumerate(pages) if p not in done]
         try:
             if rest:
                 content[torch.tensor(rest, device=content.device)] = self.reader.pages(entry, [pages[i] for i in rest])[

@@ -1,6 +1,7 @@
 """Figures: written, not empty, the same byte for byte, and drawn from whatever a run holds."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ from harness.results.runs import Run, read_json
 from harness.results.summary import build_summary, summarize
 from tests import made_run
 
+ROOT = Path(__file__).resolve().parents[1]
 SYSTEMS = ["recompute", "context_cache", "cacheblend", "cacheblend_stale", "naive_reuse", "cacheslide"]
 
 
@@ -28,6 +30,7 @@ def sources(tmp_path_factory):
         "fig05": prompts,
         "fig10": str(root / "summary.json"),
         "throughput": paths["throughput"],
+        **{f"fig12{part}": ROOT / "results/slide/summary.json" for part in "abcd"},
     }
 
 

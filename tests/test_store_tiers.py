@@ -7,7 +7,11 @@ from contextlib import suppress
 import pytest
 import torch
 
+from cacheslide.engine import ReuseEngine
 from cacheslide.errors import ConfigError, StoreError
+from cacheslide.policy import load_policy
+from cacheslide.prompt import Prompt
+from cacheslide.store import MemoryChunkStore, open_store
 from cacheslide.store.arena import Arena
 from cacheslide.store.base import ChunkKV
 from cacheslide.store.eviction import eviction
@@ -16,6 +20,7 @@ from cacheslide.store.filetier import FileOptions, FileTier
 from cacheslide.store.pages import PageLayout
 from cacheslide.store.spill import SpillFile
 from cacheslide.store.tiered import TieredChunkStore
+from tests.conftest import random_ids
 from tests.test_store_file import assert_same, chunk
 
 N = 8  # tokens a page
@@ -287,3 +292,23 @@ def test_threads_share_a_store(tmp_path):
     for t in threads:
         t.join(60)
     assert not wrong and not s.queue.errors and s.close()
+
+
+@pytest.mark.parametrize("name", ["cacheslide", "cacheslide_promote", "prompt_cache"])
+def test_the_engine_gives_the_same_over_tiers(model, tmp_path, name):
+    """Chunks that were evicted to disk and come back, layer inputs included, against the in-memory store."""
+    policy, ids = load_policy(name), random_ids(150, 5)
+    prompts = [Prompt.from_spans(ids[:at] + random_ids(9, at) + ids[at:], [(0, at), (at + 9, 150)]) for at in (40, 41)]
+    config = {"path": str(tmp_path), "host_gib": 30 * 16 * 160 / 2**30, "file_gib": 0.1, "shards": 1, "direct": False}
+    tiers = open_store(config, row_bytes=2 * 2 * 10 * 4)
+    answers = []
+    for held in (MemoryChunkStore(), tiers):
+        engine = ReuseEngine(model, policy, held, chunk_size=16)
+        for prompt in prompts:
+            engine.build(prompt)
+        answers.append([engine.prefill(p) for p in prompts])
+    for want, got in zip(*answers, strict=True):
+        assert torch.equal(want.logits, got.logits)
+        assert want.receipt.as_dict() == got.receipt.as_dict() and got.receipt.rows_reused > 0
+    assert tiers.stats.hits_file > 0
+    assert tiers.close()

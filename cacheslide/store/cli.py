@@ -8,8 +8,11 @@ from collections import Counter
 from pathlib import Path
 
 from cacheslide.errors import CacheSlideError, ConfigError, StoreError
-
-# The store's modules load PyTorch, which other subcommands should not wait for: they are imported where they are used.
+from cacheslide.store.config import GIB, StoreConfig
+from cacheslide.store.files import Files
+from cacheslide.store.filetier import FileOptions, FileTier, namespace_id
+from cacheslide.store.record import Damaged
+from cacheslide.store.spill import stale_spills
 
 
 def add_parser(commands) -> None:
@@ -37,10 +40,7 @@ def add_parser(commands) -> None:
     serve.set_defaults(run=_serve)
 
 
-def _open(where: Path, gib: float | None = None):
-    from cacheslide.store.config import GIB, StoreConfig
-    from cacheslide.store.filetier import FileOptions, FileTier
-
+def _open(where: Path, gib: float | None = None) -> FileTier:
     path = where
     if where.is_file():
         path = Path(StoreConfig.from_file(where).path)
@@ -75,8 +75,6 @@ def _stat(args: argparse.Namespace) -> int:
 
 
 def _ls(args: argparse.Namespace) -> int:
-    from cacheslide.store.filetier import namespace_id
-
     tier = _open(args.folder)
     wanted = None if args.namespace is None else namespace_id(args.namespace)
     for number, shard in enumerate(tier.shards):
@@ -89,8 +87,6 @@ def _ls(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from cacheslide.store.record import Damaged
-
     tier = _open(args.folder)
     good = pages = bad = 0
     for name in list(tier.names()):
@@ -109,10 +105,6 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _gc(args: argparse.Namespace) -> int:
-    from cacheslide.store.files import Files
-    from cacheslide.store.filetier import namespace_id
-    from cacheslide.store.spill import stale_spills
-
     tier = _open(args.folder, args.gib)
     unwanted = None if args.namespace is None else namespace_id(args.namespace)
     freed = sum(s.compact(lambda name: name[:16] != unwanted) for s in tier.shards)
@@ -122,8 +114,6 @@ def _gc(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from cacheslide.store.config import StoreConfig
-
     config = StoreConfig.from_file(args.config)
     program = shutil.which("valkey-server") or shutil.which("redis-server")
     if program is None:

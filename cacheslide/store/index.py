@@ -116,15 +116,20 @@ class ShardIndex:
         except FileNotFoundError:
             return
         try:
-            at = segment.scanned
+            at, window, start = segment.scanned, b"", 0
+            ahead = PREAMBLE_BYTES  # small records are read many at a time, large ones by their preambles alone
             while at + PREAMBLE_BYTES <= end:
-                found = Preamble.unpack(os.pread(fd, PREAMBLE_BYTES, at), segment.salt, at)
-                if found is None or at + found.size > end:
+                if at + PREAMBLE_BYTES > start + len(window):
+                    window, start = os.pread(fd, ahead, at), at
+                found = Preamble.unpack(window[at - start : at - start + PREAMBLE_BYTES], segment.salt, at)
+                size = 0 if found is None else found.size
+                if found is None or at + size > end:
                     self.skipped += 1
                     at = self._next(fd, segment.salt, at + BLOCK, end)
                     continue
                 self.add(number, found, at)
-                at += found.size
+                at += size
+                ahead = _STRIDE if size < _STRIDE // 32 else PREAMBLE_BYTES
         finally:
             os.close(fd)
         segment.scanned = end

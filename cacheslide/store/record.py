@@ -15,6 +15,7 @@ that look like one are taken for it. The salt is the shard's.
 import json
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,8 +39,7 @@ class Damaged(StoreError):
     """A record does not hold what was written: torn, truncated, altered, or another record."""
 
 
-@dataclass(frozen=True)
-class Preamble:
+class Preamble(NamedTuple):
     """Head (JSON, checksums and positions) and payload sizes in bytes; `name` is namespace and key, 36 bytes."""
 
     name: bytes

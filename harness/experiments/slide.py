@@ -7,6 +7,7 @@
     faults   faults put in on purpose, and wrong pages served (slide_faults)
     orders   layer latency of the three load-write orders (slide_orders)
     summary  results/slide/summary.json from the records
+    figures  figures/slide/ from the summary
 
 A step that was interrupted goes on where it stopped. Everything is written under --out, work files under --work.
 """
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from harness.experiments import slide_faults, slide_index, slide_orders, slide_replay, slide_trace
+from harness.plots.render import render
 from harness.results.provenance import machine, provenance
 from harness.results.slide import summarise
 
@@ -120,7 +122,15 @@ def summary(out: Path, work: Path, model: str) -> None:
     (out / "summary.json").write_text(json.dumps(summarise(out, about), indent=1) + "\n")
 
 
-STEPS = {f.__name__: f for f in (trace, volume, scan, index, faults, orders, summary)}
+def figures(out: Path, work: Path, model: str) -> None:
+    """Figures 12a-d from the summary, beside the other figures."""
+    folder = Path("figures") / out.name
+    for part in "abcd":
+        name = f"fig12{part}"
+        render(name, out / "summary.json", [folder / f"{name}.{kind}" for kind in ("svg", "png")])
+
+
+STEPS = {f.__name__: f for f in (trace, volume, scan, index, faults, orders, summary, figures)}
 
 
 def main(argv: list[str] | None = None) -> None:

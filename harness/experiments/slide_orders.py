@@ -48,7 +48,7 @@ SHAPES = {
 
 
 class LayerModel:
-    """The recomputed part of a layer for a batch of requests; implements `LayerWork`. Seeded, so runs can be compared."""
+    """The recomputed part of a layer for a batch of requests, seeded; implements `LayerWork`."""
 
     def __init__(self, shape: Shape, batch: int, selected: Tensor, device: str) -> None:
         self.shape, self.batch, self.device = shape, batch, torch.device(device)

@@ -198,7 +198,7 @@ def _counts(store: TieredChunkStore) -> dict[str, float]:
 
 
 def kernel_counts(path: Path) -> dict[str, int]:
-    """/proc/self/io of this process, and sectors of the block device under `path`, which others may write to as well."""
+    """/proc/self/io of this process, and the bytes of the block device under `path` (others may use it as well)."""
     found = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     out = {f"proc_{k}": int(found[k]) for k in ("read_bytes", "write_bytes", "cancelled_write_bytes")}
     device = os.stat(path).st_dev

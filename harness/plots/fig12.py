@@ -65,9 +65,7 @@ def _volume(summary: dict[str, Any], what: str, by: float, title: str, unit: str
 
 def draw_b(summary: dict[str, Any]) -> Figure:
     """12b: seconds of write stalls."""
-    return _volume(
-        summary, "stall_s", 1.0, "Waiting for write-back, memory for a third of the pages", "stall (s a run)"
-    )
+    return _volume(summary, "stall_s", 1.0, "Waiting for write-back, by eviction order", "stall (s a run)")
 
 
 def draw_c(summary: dict[str, Any]) -> Figure:

@@ -129,7 +129,7 @@ def summarise(out: Path, about: dict[str, Any]) -> dict[str, Any]:
         "wrong_pages_served": faults and sum(v["wrong_pages"] for v in faults["faults"]),
     }
     notes = {
-        "lru_over_clean_first_bytes": "SWE-style turns, memory for a third of the pages in use; mean over mixes and seeds",
+        "lru_over_clean_first_bytes": "SWE-style turns, memory for a third of the pages in use; mean over runs",
         "write_stall_reduction_pct": "seconds the workload waited for the write-back queue, on this disk at full speed",
         "layer_latency_reduction_pct": latency_why,
         "wrong_pages_served": "every page of every chunk that was served after a fault was compared",

@@ -42,7 +42,8 @@ class TieredStats(StoreStats):
 
     `bytes_written` counts what went to disk, padding included: records, moves between the logs, and spilled pages.
     A page is `clean_dropped` when it left memory without a write, `dirty_written` when it had to be spilled, and
-    `cancelled` or `released` when its owner gave it up before or without a write.
+    `cancelled` or `released` when its owner gave it up before or without a write. `refused` counts chunks that are too
+    large for the file tier or were built on corrected KV too often.
     """
 
     hits_device: int = 0
@@ -147,8 +148,10 @@ class Backing:
         """Publish records; which of them are now in a tier below memory."""
         kept = [False] * len(records)
         if self.file is not None and not self.file_breaker.open:
+            fitting = [r for r in records if r.size <= self.file.largest]
+            self.stats.refused += len(records) - len(fitting)
             try:
-                self.stats.record_bytes += self.file.write(records)
+                self.stats.record_bytes += self.file.write(fitting)
                 self.file_breaker.worked()
             except (OSError, StoreError) as error:
                 self._file_failed(error)

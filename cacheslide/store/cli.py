@@ -50,6 +50,13 @@ def _open(where: Path, gib: float | None = None) -> FileTier:
     return FileTier(FileOptions(path, capacity, segment_bytes=64 << 20))
 
 
+def _ids(namespace: str | None) -> frozenset[bytes] | None:
+    """What stands for a tenant on disk, for every rank of up to 64; None for no tenant in particular."""
+    if namespace is None:
+        return None
+    return frozenset(namespace_id(namespace, rank, ranks) for ranks in range(1, 65) for rank in range(ranks))
+
+
 def _stat(args: argparse.Namespace) -> int:
     tier = _open(args.folder)
     spaces = Counter(n[:16].hex() for n in tier.names())
@@ -76,10 +83,10 @@ def _stat(args: argparse.Namespace) -> int:
 
 def _ls(args: argparse.Namespace) -> int:
     tier = _open(args.folder)
-    wanted = None if args.namespace is None else namespace_id(args.namespace)
+    wanted = _ids(args.namespace)
     for number, shard in enumerate(tier.shards):
         for name, place in sorted(shard.index.places.items()):
-            if wanted is None or name[:16] == wanted:
+            if wanted is None or name[:16] in wanted:
                 print(
                     f"{name[:16].hex()} {name[16:].hex()} {place.size:>12} shard {number:02x} segment {place.segment}"
                 )
@@ -106,8 +113,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _gc(args: argparse.Namespace) -> int:
     tier = _open(args.folder, args.gib)
-    unwanted = None if args.namespace is None else namespace_id(args.namespace)
-    freed = sum(s.compact(lambda name: name[:16] != unwanted) for s in tier.shards)
+    unwanted = _ids(args.namespace) or frozenset()
+    freed = sum(s.compact(lambda name: name[:16] not in unwanted) for s in tier.shards)
     spills = stale_spills(Path(tier.options.path) / "spill", Files())
     print(f"gave back {freed} bytes and {spills} spill files of dead processes; {tier.nbytes} bytes remain")
     return 0

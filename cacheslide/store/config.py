@@ -229,6 +229,8 @@ def open_store(
     row_bytes: int,
     *,
     namespace: str = "",
+    rank: int = 0,
+    ranks: int = 1,
     device: str = "cpu",
     files: Files | None = None,
 ) -> TieredChunkStore:
@@ -241,6 +243,8 @@ def open_store(
         Bytes of one token's K and V in one layer: 2 · kv_heads · head_dim · bytes an element, of this rank.
     namespace : str
         The tenant.
+    rank, ranks : int
+        This worker's place under tensor parallelism.
     device : str
         Where the device tier lies, for example "cuda:0".
     """
@@ -267,6 +271,8 @@ def open_store(
         remote=None if remote is None else ValkeyTier(remote),
         spill=spill,
         namespace=namespace,
+        rank=rank,
+        ranks=ranks,
         write_back=config.write_back,
         queue_bytes=config.queue_mib * MIB,
         batch_bytes=max(MIB, config.queue_mib * MIB // 8),

@@ -20,9 +20,12 @@ _KEY = re.compile(r"[0-9a-f]{40}")
 _FORMAT = {"kind": "cacheslide-store", "format": 1}
 
 
-def namespace_id(namespace: str) -> bytes:
-    """Sixteen bytes that stand for a tenant on disk and in the remote tier."""
-    return hashlib.blake2b(namespace.encode(), digest_size=16, person=b"cacheslide-ns").digest()
+def namespace_id(namespace: str, rank: int = 0, ranks: int = 1) -> bytes:
+    """Sixteen bytes that stand for a tenant and a rank's share of its KV heads, on disk and in the remote tier."""
+    if not 0 <= rank < ranks:
+        raise StoreError(f"rank must lie in 0 to {ranks - 1}, not {rank}")
+    text = namespace.encode() + (f"\0rank {rank} of {ranks}".encode() if ranks > 1 else b"")
+    return hashlib.blake2b(text, digest_size=16, person=b"cacheslide-ns").digest()
 
 
 def chunk_name(namespace: bytes, key: ChunkKey) -> bytes:
@@ -106,6 +109,11 @@ class FileTier:
         if {k: found.get(k) for k in _FORMAT} != _FORMAT or not 1 <= shards <= 256:
             raise StoreError(f"{note} describes another kind or version of store: use another folder")
         return shards
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest record that fits."""
+        return min(s.capacity for s in self.shards) - 2 * BLOCK
 
     def shard(self, name: bytes) -> Shard:
         """The shard that keeps `name`; spread by the key, so all tenants share all shards."""

@@ -56,6 +56,8 @@ class TieredChunkStore(ChunkStore):
         Where corrected pages go; without it they are lost when memory is short, and the owner is told.
     namespace : str
         The tenant. Nothing of another namespace can be read.
+    rank, ranks : int
+        Under tensor parallelism each rank keeps its own KV heads, apart from the others' under the same keys.
     write_back : str
         "through": a new chunk is queued for writing at once; "evict": when it has to leave memory.
     queue_bytes, batch_bytes, stall_limit_s, workers
@@ -77,6 +79,8 @@ class TieredChunkStore(ChunkStore):
         remote: RemoteTier | None = None,
         spill: SpillFile | None = None,
         namespace: str = "",
+        rank: int = 0,
+        ranks: int = 1,
         write_back: str = "through",
         queue_bytes: int = 256 << 20,
         batch_bytes: int = 32 << 20,
@@ -92,7 +96,7 @@ class TieredChunkStore(ChunkStore):
         if write_back not in ("through", "evict"):
             raise StoreError(f"write_back must be 'through' or 'evict', not {write_back!r}")
         self.page_tokens, self.page_bytes, self.max_generation = page_tokens, page_bytes, max_generation
-        self.namespace, self.write_back = namespace_id(namespace), write_back
+        self.namespace, self.write_back = namespace_id(namespace, rank, ranks), write_back
         self.stats = TieredStats()
         self.backing = Backing(file, remote, self.stats)
         self.spill = spill

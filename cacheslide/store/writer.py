@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cacheslide.errors import StoreError
 from cacheslide.store.entry import Entry, PagesJob, RecordJob
 from cacheslide.store.record import Encoded
 from cacheslide.store.writeback import WriteBack
@@ -87,7 +88,7 @@ class PageWriter:
             content = torch.stack([torch.nn.functional.pad(r[:width], (0, width - len(r[:width]))) for _, _, r in todo])
             try:
                 slots = spill.write(content)
-            except OSError as error:
+            except (OSError, StoreError) as error:
                 self.stats.write_errors += 1
                 self.stats.note(f"spill error {type(error).__name__}")
         with self.lock:

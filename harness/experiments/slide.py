@@ -33,7 +33,7 @@ POLICIES = ("clean-first", "lru", "fifo")
 CONDITIONS: dict[str, tuple[str, int, int, dict[str, Any], int]] = {
     "main sparse": ("sparse@1", 5, 8, {}, 0),
     "main deep": ("deep@1", 5, 8, {}, 0),
-    "slow disk": ("deep@1", 2, 8, {}, 100 << 20),
+    "slow disk": ("deep@1", 5, 8, {}, 100 << 20),
     "batch 4": ("deep@1", 2, 4, {}, 0),
     "batch 6": ("deep@1", 2, 6, {}, 0),
     "selection layer 4": ("deep@4", 2, 8, {}, 0),

@@ -21,7 +21,7 @@ class Source:
 
     def read(self, layer, out):
         time.sleep(self.rng.random() * self.slow)
-        out.copy_(self.cached[layer])
+        return out.copy_(self.cached[layer])
 
 
 class Work:
@@ -107,24 +107,25 @@ def test_a_failing_load_is_raised_not_hung(order):
         def read(self, layer, out):
             if layer == 2:
                 raise OSError(5, "Input/output error")
-            super().read(layer, out)
+            return super().read(layer, out)
 
     with pytest.raises(OSError, match="Input/output"):
         LoadWrite(order).run(Broken(cached, 0, 0), target, selected, Work(selected, weights, 0, 0))
 
 
 def test_layers_come_from_the_file_tier(tmp_path):
-    from cacheslide.store.layers import FileLayers
+    from cacheslide.store.layers import FileLayers, HostLayers
 
     store = tier(tmp_path / "s")
     store.write([encoded(i) for i in (1, 2)])
     source = FileLayers(store, [name(1), name(2)], [40, 25])
     for layer in range(3):
         out = torch.full((65, 2, 2, 8), float("nan"))
-        source.read(layer, out)
+        assert source.read(layer, out) is out
         for i, (at, n) in {1: (0, 40), 2: (40, 25)}.items():
             assert torch.equal(out[at : at + n, 0], chunk(i).k[layer, :n])
             assert torch.equal(out[at : at + n, 1], chunk(i).v[layer, :n])
+        assert torch.equal(HostLayers.of([chunk(1), chunk(2)]).read(layer, out)[:65], out)
     with pytest.raises(OSError, match="not in the file tier"):
         FileLayers(store, [name(7)], [40]).read(0, torch.empty(40, 2, 2, 8))
 

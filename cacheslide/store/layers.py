@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from cacheslide.store.base import ChunkKV
@@ -14,7 +15,7 @@ class FileLayers:
     def __init__(self, tier: FileTier, names: Sequence[bytes], lengths: Sequence[int]) -> None:
         self.tier, self.names, self.lengths = tier, names, lengths
 
-    def read(self, layer: int, out: Tensor) -> None:
+    def read(self, layer: int, out: Tensor) -> Tensor:
         """See `LayerSource`. OSError when a chunk is gone, Damaged when it is not what was written."""
         at = 0
         for name, length in zip(self.names, self.lengths, strict=True):
@@ -29,18 +30,20 @@ class FileLayers:
             rows = found[1].view(layout.torch_dtype).view(layout.tokens, 2, layout.kv_heads, layout.head_dim)
             out[at : at + length] = rows[:length]
             at += length
+        return out
 
 
-class MemoryLayers:
-    """Chunks in host memory, one after the other."""
+class HostLayers:
+    """Rows that lie in host memory already: kv [layers, rows, 2, kv_heads, head_dim], pinned here beside a GPU."""
 
-    def __init__(self, chunks: Sequence[ChunkKV], lengths: Sequence[int]) -> None:
-        self.chunks, self.lengths = chunks, lengths
+    def __init__(self, kv: Tensor) -> None:
+        self.kv = kv.pin_memory() if torch.cuda.is_available() else kv
 
-    def read(self, layer: int, out: Tensor) -> None:
+    @classmethod
+    def of(cls, chunks: Sequence[ChunkKV]) -> "HostLayers":
+        """Chunks one after the other."""
+        return cls(torch.cat([torch.stack((c.k, c.v), 2) for c in chunks], 1))
+
+    def read(self, layer: int, out: Tensor) -> Tensor:
         """See `LayerSource`."""
-        at = 0
-        for chunk, length in zip(self.chunks, self.lengths, strict=True):
-            out[at : at + length, 0] = chunk.k[layer, :length]
-            out[at : at + length, 1] = chunk.v[layer, :length]
-            at += length
+        return self.kv[layer]

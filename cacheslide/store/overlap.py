@@ -29,8 +29,11 @@ ORDERS = ("locked", "relocate", "disjoint")
 class LayerSource(Protocol):
     """Cached KV of a request's reused rows, somewhere below the GPU."""
 
-    def read(self, layer: int, out: Tensor) -> None:
-        """Fill `out` [rows, 2, kv_heads, head_dim] on the CPU with the layer's keys and values, in row order."""
+    def read(self, layer: int, out: Tensor) -> Tensor:
+        """The layer's keys and values in row order, [rows, 2, kv_heads, head_dim] on the CPU.
+
+        Either `out`, filled, or memory of the source's own (pinned beside a GPU) that stays as it is.
+        """
         ...
 
 
@@ -149,13 +152,16 @@ class _Run:
         self.cuda = device.type == "cuda"
         rows, shape = target.slots.shape[1], target.kv.shape[2:]
         mask = torch.ones(rows, dtype=torch.bool)
-        mask[selected.cpu()] = False
-        self.selected_host, self.rest_host = selected.cpu(), mask.nonzero()[:, 0]
-        self.selected, self.rest = selected.to(device), self.rest_host.to(device)
+        self.selected_host, self.selected = selected.cpu(), selected.to(device)
+        mask[self.selected_host] = False
+        self.rest = mask.nonzero()[:, 0].to(device)
         self.home = target.slots.clone()  # where the loader puts rows, whatever is repointed meanwhile
         pin = {"pin_memory": True} if self.cuda else {}
-        self.buffers = [torch.empty((rows, *shape), dtype=target.kv.dtype, **pin) for _ in range(plan.staging)]
-        self.free = list(self.buffers)
+        like = {"dtype": target.kv.dtype, **pin}
+        chosen = 0 if plan.order == "locked" else len(selected)
+        self.free = [
+            (torch.empty((rows, *shape), **like), torch.empty((chosen, *shape), **like)) for _ in range(plan.staging)
+        ]
         self.guard = threading.Condition()
         self.stream = torch.cuda.Stream(device) if self.cuda else None
 
@@ -168,25 +174,26 @@ class _Run:
     def _load(self, layer: int, loaded: _Loaded) -> None:
         with self.guard:
             self.guard.wait_for(lambda: self.free)
-            buffer = self.free.pop()
+            buffer, ahead = self.free.pop()
         try:
-            self.source.read(layer, buffer)
+            held = self.source.read(layer, buffer)
             with torch.cuda.stream(self.stream) if self.cuda else nullcontext():
                 if self.plan.order != "locked":
-                    loaded.first = buffer[self.selected_host].to(self.device, non_blocking=True)
+                    torch.index_select(held, 0, self.selected_host, out=ahead)
+                    loaded.first = ahead.to(self.device, non_blocking=True, copy=True)
                     loaded.first_mark = self._mark()
                     loaded.first_ready.set()
-                disjoint = self.plan.order == "disjoint"
-                rows = buffer[self.rest_host] if disjoint else buffer
-                slots = self.home[layer][self.rest] if disjoint else self.home[layer]
-                self.target.kv[layer].index_copy_(0, slots, rows.to(self.device, non_blocking=True))
+                rows, slots = held.to(self.device, non_blocking=True), self.home[layer]
+                if self.plan.order == "disjoint":
+                    rows, slots = rows[self.rest], slots[self.rest]
+                self.target.kv[layer].index_copy_(0, slots, rows)
                 loaded.mark = self._mark()
             if loaded.mark is not None:
                 loaded.mark.synchronize()
         finally:
             loaded.first_ready.set()
             with self.guard:
-                self.free.append(buffer)
+                self.free.append((buffer, ahead))
                 self.guard.notify()
 
     def _mark(self):

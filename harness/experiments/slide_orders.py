@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from cacheslide.errors import DataError
 from cacheslide.store.base import ChunkKV
 from cacheslide.store.filetier import FileOptions, FileTier, chunk_name, namespace_id
-from cacheslide.store.layers import FileLayers, MemoryLayers
+from cacheslide.store.layers import FileLayers, HostLayers
 from cacheslide.store.overlap import ORDERS, LoadWrite, PagedKV
 from cacheslide.store.record import Encoded
 from harness.experiments.slide_faults import made_key
@@ -131,7 +131,7 @@ def measure(
         lengths = [shape.tokens] * batch
         with_file = folder / f"batch-{batch}"
         for kind in sources:
-            source = MemoryLayers(chunks, lengths) if kind == "host" else _file_source(with_file, chunks, lengths)
+            source = HostLayers.of(chunks) if kind == "host" else _file_source(with_file, chunks, lengths)
             rows += _compare(shape, batch, kind, source, model, selected, device, repeats, staging)
     return {"device": device, "shape": asdict(shape), "staging": staging, "repeats": repeats, "rows": rows}
 

@@ -181,6 +181,25 @@ def test_policies_differ_in_their_order_alone(tmp_path):
     assert spilled["clean-first"] == 0 < spilled["lru"] <= spilled["fifo"]
 
 
+@pytest.mark.parametrize("write_back", ["through", "evict"])
+def test_a_chunk_that_is_evicted_while_it_comes_in_is_whole(tmp_path, write_back, monkeypatch):
+    """Its own first pages can be the next victims; what is published then must not miss the others."""
+    monkeypatch.setattr("cacheslide.store.mover._BATCH", 1)
+    s = store(tmp_path, host=PAGES + PAGES // 2, write_back=write_back)
+    s.put(key(0), chunk(0))
+    for layer in range(3):
+        s.correct(key(0), "o", layer, torch.arange(0, 40, N), *torch.ones(2, 5, 2, 8))
+    s.flush()
+    s.arenas[0].slots[sorted(s.arenas[0]._free)] = 255
+    for i in (1, 2, 3):
+        s.put(key(i), chunk(i))
+    s.flush()
+    for i in range(4):
+        assert_same(s.get(key(i)), chunk(i))
+        assert_same(store(tmp_path, host=2 * PAGES).get(key(i)) or chunk(i), chunk(i))
+    assert s.stats.lost == 0
+
+
 def test_spilled_pages_are_written_in_runs(tmp_path):
     s = store(tmp_path, host=2 * PAGES)
     for i in range(6):

@@ -22,6 +22,8 @@ class Entry:
         The reference version is published in the file or remote tier: its pages are clean.
     pending : Tensor or None
         The payload, while it waits to be written.
+    incoming : Tensor or None
+        The payload, while its pages are put into memory: they come in parts, and the first may have to leave again.
     selected : dict of int to bool array [rows]
         An owner's private pages, and which of their rows were corrected.
     spilled : dict of int to int
@@ -40,6 +42,7 @@ class Entry:
     owner: str | None = None
     backed: bool = False
     pending: Tensor | None = None
+    incoming: Tensor | None = None
     selected: dict[int, np.ndarray] = field(default_factory=dict)
     spilled: dict[int, int] = field(default_factory=dict)
     holds: int = 0

@@ -10,7 +10,7 @@ from cacheslide.store.arena import Arena
 from cacheslide.store.entry import Entry, PagesJob, split
 from cacheslide.store.eviction import PageId
 from cacheslide.store.files import align
-from cacheslide.store.pages import packed
+from cacheslide.store.pages import packed, paged
 from cacheslide.store.writeback import WriteBack
 from cacheslide.store.writer import PageWriter
 
@@ -153,11 +153,12 @@ class Mover:
         """
         used = 0
         for entry in plan.publish.values():
-            if forced or not self.store.backed_tiers:
+            whole = self._resident(entry)
+            if forced or whole is None or not self.store.backed_tiers:
                 self.forget_entry(entry, "dropped: no lower tier took it in time")
                 self.stats.dirty_dropped += entry.layout.pages
             else:
-                payload = packed(self._resident(entry), entry.layout).cpu()
+                payload = packed(whole, entry.layout)
                 self.writer.submit_record(entry, payload)
                 used += len(payload)
         if plan.spill:
@@ -187,19 +188,23 @@ class Mover:
         self.queue.submit(PagesJob([e for e, _ in pages], [p for _, p in pages], content, nbytes))
         return nbytes
 
-    def _resident(self, entry: Entry) -> Tensor:
-        """All pages of a chunk that was never written, from the memory tiers."""
+    def _resident(self, entry: Entry) -> Tensor | None:
+        """All pages of a chunk that was never written; None when one is missing: such a chunk is never published."""
+        if entry.incoming is not None:
+            return paged(entry.incoming.cpu(), entry.layout)
         ids = entry.ids(range(entry.layout.pages))
         out = torch.empty((len(ids), entry.layout.page_bytes), dtype=torch.uint8)
         for i, number in enumerate(ids):
             if number in self.flight:
                 out[i] = self.flight[number][: entry.layout.page_bytes].cpu()
+        have = {i for i, n in enumerate(ids) if n in self.flight}
         for arena in self.store.arenas:
             here = [i for i, n in enumerate(ids) if n in arena.held]
             if here:
                 got = arena.gather([ids[i] for i in here], touch=False)
                 out[here] = got[:, : entry.layout.page_bytes].cpu()
-        return out
+                have.update(here)
+        return out if len(have) == len(ids) else None
 
     def _drop(self, arena: Arena, numbers: Sequence[PageId], retire: bool = True) -> None:
         for n in numbers:

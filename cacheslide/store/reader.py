@@ -52,8 +52,9 @@ class PageReader:
                     out[i] = waiting.to(out.device)
                     missing.remove(i)
                     tiers.add("host")
-            if missing and entry.pending is not None:
-                got = paged(entry.pending, layout)[[pages[i] for i in missing]]
+            queued = entry.pending if entry.pending is not None else entry.incoming
+            if missing and queued is not None:
+                got = paged(queued, layout)[[pages[i] for i in missing]]
                 out[torch.tensor(missing, device=out.device)] = got.to(out.device)
                 missing, _ = [], tiers.add("host")
             private = [i for i in missing if pages[i] in entry.selected]

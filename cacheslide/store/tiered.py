@@ -176,19 +176,24 @@ class TieredChunkStore(ChunkStore):
         self.check(layout)
         if self.contains(key):
             return
+        fits = layout.pages <= len(self.arenas[0].slots)
+        if not fits and not self.backed_tiers:
+            raise StoreError(f"a chunk of {layout.pages} pages cannot fit {len(self.arenas[0].slots)} page slots")
         entry = self._entry(name, layout, chunk.positions.cpu().clone(), chunk.generation)
         payload = to_payload(chunk, layout).to(self.arenas[0].device)
         self.stats.puts += 1
-        fits = layout.pages <= len(self.arenas[0].slots)
-        if self.backed_tiers and (self.write_back == "through" or not fits):
-            self.mover.writer.publish(entry, payload.cpu())
-        elif not fits:
-            raise StoreError(f"a chunk of {layout.pages} pages cannot fit {len(self.arenas[0].slots)} page slots")
-        if fits:
-            pages = [(entry, p) for p in range(layout.pages)]
-            self.mover.insert(self.arenas[0], pages, paged(payload, layout), only_current=True)
         with self._lock:
-            self.mover.retire(entry)
+            entry.incoming = payload
+        try:
+            if self.backed_tiers and (self.write_back == "through" or not fits):
+                self.mover.writer.publish(entry, payload.cpu())
+            if fits:
+                pages = [(entry, p) for p in range(layout.pages)]
+                self.mover.insert(self.arenas[0], pages, paged(payload, layout), only_current=True)
+        finally:
+            with self._lock:
+                entry.incoming = None
+                self.mover.retire(entry)
 
     def __len__(self) -> int:
         held = {name for (name, owner), e in self._entries.items() if owner is None and not e.lost}

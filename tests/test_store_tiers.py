@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from contextlib import suppress
 
 import pytest
@@ -286,6 +287,38 @@ def test_what_does_not_belong_is_refused(tmp_path):
         s.correct(key(1), "o", 0, torch.tensor([40]), *torch.ones(2, 1, 2, 8))
     with pytest.raises(StoreError, match="device or a host"):
         TieredChunkStore(N, PAGE)
+
+
+@pytest.mark.parametrize("write_back", ["through", "evict"])
+def test_threads_correct_side_by_side(tmp_path, write_back):
+    """Owners in several threads over a queue that two of them could block for each other: no wait, no wrong row."""
+    s = store(tmp_path, device=2 * PAGES, host=2 * PAGES, write_back=write_back, queue_bytes=4 * PAGE, batch_bytes=PAGE)
+    wrong = []
+
+    def work(n):
+        rng, want = random.Random(n), {}
+        try:
+            for _ in range(40):
+                i = rng.randrange(6)
+                if s.get(key(i)) is None:
+                    s.put(key(i), chunk(i))
+                with suppress(StoreError):
+                    s.correct(key(i), f"o{n}", rng.randrange(3), torch.arange(40), *torch.full((2, 40, 2, 8), float(n)))
+                    want[i] = n
+                for j in want:
+                    got = s.get(key(j), f"o{n}")
+                    assert got is None or ((got.k == n) | (got.k == chunk(j).k)).all()
+        except Exception as error:
+            wrong.append(repr(error))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    begun = time.monotonic()
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    assert not wrong and not s.queue.errors
+    assert time.monotonic() - begun < 60 and s.flush(20) and s.queue._taken == 0
 
 
 def test_threads_share_a_store(tmp_path):

@@ -64,11 +64,10 @@ class Mover:
                     self._place(arena, [pages[i] for i in keep], content[keep] if len(keep) < len(pages) else content)
                     self.queue.release(reserved - used)
                     break
-                missing = plan.nbytes - reserved
-            if self.queue.reserve(missing):
-                reserved += missing
-            else:
-                forced = True
+            if reserved:  # never wait for more while holding some: two threads would wait for each other
+                self.queue.release(reserved)
+            reserved = plan.nbytes if self.queue.reserve(plan.nbytes) else 0
+            forced = not reserved
         if moved is not None:
             down, tensor = moved
             self.insert(self.store.arenas[1], down, tensor, only_current=True)

@@ -107,6 +107,10 @@ class PageReader:
         head, payload, tier = found
         if head.layout != entry.layout:
             raise Gone("another layout: written with other page sizes")
+        with self.store._lock:
+            if not entry.backed:  # another thread's copy of the chunk was published meanwhile
+                entry.backed = True
+                self.store.mover.writer.mark(entry)
         bounds, at, parts = entry.layout.bounds, 0, []
         for p in pages:
             size = bounds[p + 1] - bounds[p]

@@ -179,11 +179,11 @@ class TieredChunkStore(ChunkStore):
         fits = layout.pages <= len(self.arenas[0].slots)
         if not fits and not self.backed_tiers:
             raise StoreError(f"a chunk of {layout.pages} pages cannot fit {len(self.arenas[0].slots)} page slots")
-        entry = self._entry(name, layout, chunk.positions.cpu().clone(), chunk.generation)
         payload = to_payload(chunk, layout).to(self.arenas[0].device)
-        self.stats.puts += 1
-        with self._lock:
-            entry.incoming = payload
+        with self._lock:  # whoever finds the entry finds its pages
+            entry = self._entry(name, layout, chunk.positions.cpu().clone(), chunk.generation)
+            entry.incoming, entry.backed = payload, False  # no lower tier had it a moment ago
+            self.stats.puts += 1
         try:
             if self.backed_tiers and (self.write_back == "through" or not fits):
                 self.mover.writer.publish(entry, payload.cpu())

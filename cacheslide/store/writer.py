@@ -35,10 +35,11 @@ class PageWriter:
     def submit_record(self, entry: Entry, payload: Tensor) -> None:
         """Queue a chunk whose bytes were reserved; its pages are clean from now on."""
         entry.pending = payload
-        self._mark(entry)
+        self.mark(entry)
         self.queue.submit(RecordJob(entry, payload, len(payload)))
 
-    def _mark(self, entry: Entry) -> None:
+    def mark(self, entry: Entry) -> None:
+        """Tell the tiers a chunk's dirty counts after they changed."""
         for arena in self.store.arenas:
             for page, number in enumerate(entry.ids(range(entry.layout.pages))):
                 if number in arena.held:
@@ -67,7 +68,7 @@ class PageWriter:
                 if not done and not all(any(n in a.held for a in self.store.arenas) for n in ids):
                     self.mover.forget_entry(entry, "dropped: it could not be written")
                     continue
-                self._mark(entry)
+                self.mark(entry)
                 self.mover.retire(entry)
 
     def _write_pages(self, jobs: list[PagesJob]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cacheslide.errors import CacheSlideError, PromptError
 from cacheslide.precompute import add_command
+from cacheslide.store.cli import add_parser as add_store_parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--device", default="cpu")
     run.set_defaults(run=_run)
     add_command(commands)
+    add_store_parser(commands)
     # Its options are vLLM's too, which only its own parser lets through; it is the one command that needs vLLM.
     commands.add_parser("serve", help="an OpenAI server: vLLM with the connector (`cacheslide serve --help`)")
     argv = sys.argv[1:] if argv is None else argv

@@ -15,11 +15,11 @@ if [ -n "${PIP_FIND_LINKS:-}${UV_FIND_LINKS:-}" ]; then
   cpu=()
 fi
 
-"$uv" pip compile "${options[@]}" ${cpu[@]+"${cpu[@]}"} pyproject.toml --extra cpu --extra retrieval --extra dev -o requirements/cpu.txt
+"$uv" pip compile "${options[@]}" ${cpu[@]+"${cpu[@]}"} pyproject.toml --extra cpu --extra retrieval --extra remote --extra dev -o requirements/cpu.txt
 strip_local requirements/cpu.txt
 
 # Without the wheel folder: the GPU list wants PyPI's torch and the CUDA libraries that it names.
-env -u UV_FIND_LINKS "$uv" pip compile "${options[@]}" pyproject.toml --extra gpu --extra retrieval --extra dev -o requirements/gpu.txt
+env -u UV_FIND_LINKS "$uv" pip compile "${options[@]}" pyproject.toml --extra gpu --extra retrieval --extra remote --extra dev -o requirements/gpu.txt
 
 # --no-config: the overrides in [tool.uv] are for the main environment only. The old pins steer the new ones, so torch
 # gets its "+cpu" back first; otherwise PyPI's CUDA build and its libraries would be taken.

@@ -36,7 +36,7 @@ def pins(name: str) -> dict[str, str]:
 
 def direct(backend: str) -> list[str]:
     extras = PROJECT["optional-dependencies"]
-    return [*PROJECT["dependencies"], *extras[backend], *extras["retrieval"], *extras["dev"]]
+    return [*PROJECT["dependencies"], *extras[backend], *extras["retrieval"], *extras["remote"], *extras["dev"]]
 
 
 def assert_pinned(requirements: list[str], versions: dict[str, str]) -> None:

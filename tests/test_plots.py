@@ -1,6 +1,7 @@
 """Figures: written, not empty, the same byte for byte, and drawn from whatever a run holds."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -8,11 +9,11 @@ from PIL import Image
 from cacheslide.errors import DataError
 from harness.plots import fig03, fig04a, fig05, fig10, labels, style, throughput
 from harness.plots.render import FIGURES, render
-from harness.results.provenance import ROOT
 from harness.results.runs import Run, read_json
 from harness.results.summary import build_summary, summarize
 from tests import made_run
 
+ROOT = Path(__file__).resolve().parents[1]
 SYSTEMS = ["recompute", "context_cache", "cacheblend", "cacheblend_stale", "naive_reuse", "cacheslide"]
 
 
@@ -30,6 +31,7 @@ def sources(tmp_path_factory):
         "fig10": str(root / "summary.json"),
         "throughput": paths["throughput"],
         "serving": str(ROOT / "results/h200/serving.json"),
+        **{f"fig12{part}": ROOT / "results/slide/summary.json" for part in "abcd"},
     }
 
 

@@ -1,7 +1,17 @@
 """Chunk stores: where computed KV waits to be reused. One interface, several tiers."""
 
 from cacheslide.store.base import ChunkKV, ChunkStore
+from cacheslide.store.config import StoreConfig, open_store
 from cacheslide.store.directory import DirectoryChunkStore
 from cacheslide.store.memory import MemoryChunkStore
+from cacheslide.store.tiered import TieredChunkStore
 
-__all__ = ["ChunkKV", "ChunkStore", "DirectoryChunkStore", "MemoryChunkStore"]
+__all__ = [
+    "ChunkKV",
+    "ChunkStore",
+    "DirectoryChunkStore",
+    "MemoryChunkStore",
+    "StoreConfig",
+    "TieredChunkStore",
+    "open_store",
+]

@@ -7,7 +7,7 @@ from types import ModuleType
 import matplotlib as mpl
 
 from cacheslide.errors import DataError
-from harness.plots import fig03, fig04a, fig05, fig10, serving, throughput
+from harness.plots import fig03, fig04a, fig05, fig10, fig12a, fig12b, fig12c, fig12d, serving, throughput
 from harness.plots.style import RC, save
 
 FIGURES: dict[str, ModuleType] = {
@@ -15,6 +15,10 @@ FIGURES: dict[str, ModuleType] = {
     "fig04a": fig04a,
     "fig05": fig05,
     "fig10": fig10,
+    "fig12a": fig12a,
+    "fig12b": fig12b,
+    "fig12c": fig12c,
+    "fig12d": fig12d,
     "throughput": throughput,
     "serving": serving,
 }

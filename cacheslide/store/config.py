@@ -1,0 +1,283 @@
+"""From a configuration to an open store: this project's JSON, CrossCache's, and the connector's options."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from cacheslide.errors import ConfigError, StoreError
+from cacheslide.store.arena import Arena
+from cacheslide.store.eviction import POLICIES
+from cacheslide.store.files import Files
+from cacheslide.store.filetier import FileOptions, FileTier
+from cacheslide.store.remote import RemoteOptions, ValkeyTier
+from cacheslide.store.spill import SpillFile
+from cacheslide.store.tiered import TieredChunkStore
+
+GIB, MIB = 1 << 30, 1 << 20
+# CrossCache's configuration: section -> key -> the field here and how its value is turned into it.
+CROSSCACHE = {
+    "Basic": {
+        "Port": ("remote_port", int),
+        "ChunkSize": ("chunk_tokens", int),
+        "PoolSize": ("host_gib", float),
+        "CacheDir": ("path", str),
+    },
+    "Request": {
+        "LoadWorker": ("load_workers", int),
+        "StoreWorker": ("store_workers", int),
+        "CommWorker": ("connections", int),
+    },
+    "Cache": {
+        "IOWorker": ("io_workers", int),
+        "CopyWorker": ("staging_buffers", int),
+        "LookupMapScale": ("shards", lambda scale: max(1, min(256, int(scale) // 256))),
+    },
+}
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """Settings of a tiered store. Sizes in GiB or MiB as their names say; a tier of size 0 is left out.
+
+    Attributes
+    ----------
+    chunk_tokens : int
+        Tokens a chunk at most: for the engine that cuts prompts, the store takes any.
+    page_tokens : int
+        Tokens a page.
+    policy : str
+        Eviction order of the memory tiers: "clean-first", "lru" or "fifo".
+    write_back : str
+        "through" or "evict", see `TieredChunkStore`.
+    device_gib, host_gib, file_gib, spill_gib, remote_gib : float
+        Capacities. The file, spill and remote capacities hold for all processes together.
+    path : str
+        Folder of the file tier; empty: no file tier and no spill file.
+    shards : int
+        Writer locks of a new folder.
+    direct, durable : bool
+        See `Shard`.
+    remote_host : str
+        Empty: no remote tier. The remaining `remote_` fields: see `RemoteOptions`; the password is read from a file.
+    store_workers, load_workers, io_workers : int
+        Threads that write back, that prefetch chunks, and that read the layers of one chunk.
+    staging_buffers : int
+        Layers in flight when a chunk is loaded layer by layer.
+    connections : int
+        Connections to the server at most.
+    """
+
+    chunk_tokens: int = 1024
+    page_tokens: int = 16
+    policy: str = "clean-first"
+    write_back: str = "through"
+    device_gib: float = 0.0
+    host_gib: float = 4.0
+    path: str = ""
+    file_gib: float = 32.0
+    spill_gib: float = 8.0
+    shards: int = 16
+    segment_mib: int = 64
+    direct: bool = True
+    durable: bool = True
+    lock_timeout_s: float = 10.0
+    remote_host: str = ""
+    remote_port: int = 6379
+    remote_gib: float = 16.0
+    remote_username: str = ""
+    remote_password_file: str = ""
+    remote_tls: bool = False
+    remote_ca_file: str = ""
+    remote_cert_file: str = ""
+    remote_key_file: str = ""
+    remote_timeout_s: float = 2.0
+    queue_mib: int = 256
+    stall_limit_s: float = 10.0
+    store_workers: int = 1
+    load_workers: int = 4
+    io_workers: int = 4
+    staging_buffers: int = 4
+    connections: int = 8
+    max_generation: int = 4
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, kind = getattr(self, f.name), type(f.default)
+            fits = isinstance(value, (int, float) if kind is float else kind)
+            if not fits or isinstance(value, bool) != (kind is bool):
+                raise ConfigError(f"store option {f.name} must be of type {kind.__name__}, not {value!r}")
+            if kind in (int, float) and value < 0:
+                raise ConfigError(f"store option {f.name} must not be negative, but is {value}")
+        counts = "chunk_tokens page_tokens segment_mib queue_mib store_workers load_workers io_workers staging_buffers"
+        for name in (*counts.split(), "connections"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"store option {name} must be at least 1")
+        if self.policy not in POLICIES:
+            raise ConfigError(f"unknown eviction policy {self.policy!r}: choose {', '.join(POLICIES)}")
+        if self.write_back not in ("through", "evict"):
+            raise ConfigError(f"write_back must be 'through' or 'evict', not {self.write_back!r}")
+        if not 1 <= self.shards <= 256:
+            raise ConfigError(f"shards must lie in 1 to 256, not {self.shards}")
+        if not 0 < self.remote_port < 65536:
+            raise ConfigError(f"remote_port must lie in 1 to 65535, not {self.remote_port}")
+        if not self.device_gib and not self.host_gib:
+            raise ConfigError("device_gib and host_gib are both 0: a store needs memory for pages")
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "StoreConfig":
+        """From parsed JSON: CrossCache's sections, or the fields of this class. Unknown keys are errors."""
+        if not isinstance(raw, Mapping):
+            raise ConfigError("a store configuration is a JSON object")
+        if set(raw) & set(CROSSCACHE):
+            return cls(**_from_crosscache(raw))
+        unknown = sorted(set(raw) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ConfigError(f"unknown store option {', '.join(unknown)}")
+        return cls(**raw)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "StoreConfig":
+        """From a JSON file."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is not valid JSON: {error}") from None
+
+    def with_server(self, extra: Mapping[str, Any]) -> "StoreConfig":
+        """With CrossCache's connector options: `cache.server.host` ("tcp://…" or bare) and `cache.server.port`."""
+        changes: dict[str, Any] = {}
+        if "cache.server.host" in extra:
+            host = str(extra["cache.server.host"]).removeprefix("tcp://").rstrip("/")
+            if not host or "/" in host or "@" in host:
+                raise ConfigError(f"cache.server.host must be a host or tcp://host, not {extra['cache.server.host']!r}")
+            changes["remote_host"] = host
+        if "cache.server.port" in extra:
+            try:
+                changes["remote_port"] = int(extra["cache.server.port"])
+            except (TypeError, ValueError):
+                raise ConfigError(f"cache.server.port must be a number, not {extra['cache.server.port']!r}") from None
+            changes.setdefault("remote_host", self.remote_host or "127.0.0.1")
+        return replace(self, **changes)
+
+    @property
+    def file_options(self) -> FileOptions | None:
+        """The file tier's settings."""
+        if not self.path or not self.file_gib:
+            return None
+        return FileOptions(
+            Path(self.path),
+            int(self.file_gib * GIB),
+            self.shards,
+            self.segment_mib * MIB,
+            self.lock_timeout_s,
+            self.direct,
+            self.durable,
+        )
+
+    @property
+    def remote_options(self) -> RemoteOptions | None:
+        """The remote tier's settings."""
+        if not self.remote_host:
+            return None
+        password = None
+        if self.remote_password_file:
+            try:
+                password = Path(self.remote_password_file).read_text().strip()
+            except OSError as error:
+                raise ConfigError(f"cannot read {self.remote_password_file}: {error.strerror}") from None
+        return RemoteOptions(
+            host=self.remote_host,
+            port=self.remote_port,
+            capacity=int(self.remote_gib * GIB),
+            username=self.remote_username or None,
+            password=password,
+            tls=self.remote_tls,
+            ca_file=self.remote_ca_file or None,
+            cert_file=self.remote_cert_file or None,
+            key_file=self.remote_key_file or None,
+            timeout_s=self.remote_timeout_s,
+            connections=self.connections,
+        )
+
+
+def _from_crosscache(raw: Mapping[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for section, content in raw.items():
+        known = CROSSCACHE.get(section)
+        if known is None or not isinstance(content, Mapping):
+            raise ConfigError(f"unknown section {section!r} (CrossCache's are {', '.join(CROSSCACHE)})")
+        for key, value in content.items():
+            if key not in known:
+                raise ConfigError(f"unknown key {section}.{key} (known: {', '.join(known)})")
+            name, turn = known[key]
+            if isinstance(value, bool) or not isinstance(value, str if turn is str else int | float):
+                raise ConfigError(f"{section}.{key} must be {'a path' if turn is str else 'a number'}, not {value!r}")
+            out[name] = turn(value)
+    if "remote_port" in out:
+        out["remote_host"] = "127.0.0.1"
+    if "host_gib" in out:  # the pool is the server's as well
+        out["remote_gib"] = out["host_gib"]
+    return out
+
+
+def open_store(
+    config: StoreConfig | str | Path | Mapping[str, Any],
+    row_bytes: int,
+    *,
+    namespace: str = "",
+    rank: int = 0,
+    ranks: int = 1,
+    device: str = "cpu",
+    files: Files | None = None,
+) -> TieredChunkStore:
+    """Open the store that a configuration describes.
+
+    Parameters
+    ----------
+    config : StoreConfig, path of a JSON file, or parsed JSON
+    row_bytes : int
+        Bytes of one token's K and V in one layer: 2 · kv_heads · head_dim · bytes an element, of this rank.
+    namespace : str
+        The tenant.
+    rank, ranks : int
+        This worker's place under tensor parallelism.
+    device : str
+        Where the device tier lies, for example "cuda:0".
+    """
+    if not isinstance(config, StoreConfig):
+        config = StoreConfig.from_file(config) if isinstance(config, str | Path) else StoreConfig.from_dict(config)
+    page_bytes = config.page_tokens * row_bytes
+    if page_bytes < 1:
+        raise StoreError(f"row_bytes must be at least 1, not {row_bytes}")
+    sizes = {"device": int(config.device_gib * GIB), "host": int(config.host_gib * GIB)}
+    where = {"device": device, "host": "cpu"}
+    memory = {t: Arena(t, n, page_bytes, where[t], config.policy) for t, n in sizes.items() if n}
+    options, remote = config.file_options, config.remote_options
+    files = files or Files()
+    spill = None
+    if options is not None and config.spill_gib:
+        spill = SpillFile(
+            Path(config.path) / "spill", int(config.spill_gib * GIB), page_bytes, files, direct=config.direct
+        )
+    return TieredChunkStore(
+        config.page_tokens,
+        page_bytes,
+        **memory,
+        file=None if options is None else FileTier(options, files),
+        remote=None if remote is None else ValkeyTier(remote),
+        spill=spill,
+        namespace=namespace,
+        rank=rank,
+        ranks=ranks,
+        write_back=config.write_back,
+        queue_bytes=config.queue_mib * MIB,
+        batch_bytes=max(MIB, config.queue_mib * MIB // 8),
+        stall_limit_s=config.stall_limit_s,
+        workers=config.store_workers,
+        load_workers=config.load_workers,
+        max_generation=config.max_generation,
+    )

@@ -1,0 +1,89 @@
+"""What the tiered store remembers of a chunk, or of one owner's corrected version of it, while it is in memory."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cacheslide.store.eviction import PageId
+from cacheslide.store.pages import PageLayout
+
+PAGE_BITS = 20
+
+
+@dataclass
+class Entry:
+    """A chunk's reference version (`owner` None), or the pages that an owner's corrections made private.
+
+    Attributes
+    ----------
+    backed : bool
+        The reference version is published in the file or remote tier: its pages are clean.
+    pending : Tensor or None
+        The payload, while it waits to be written.
+    incoming : Tensor or None
+        The payload, while its pages are put into memory: they come in parts, and the first may have to leave again.
+    selected : dict of int to bool array [rows]
+        An owner's private pages, and which of their rows were corrected.
+    spilled : dict of int to int
+        Private pages whose current version is in the spill file, and the slot.
+    holds : int
+        Pages held in memory tiers, counted once a tier.
+    lost : str
+        Why the corrected version cannot be read any more.
+    """
+
+    number: int
+    name: bytes
+    layout: PageLayout
+    positions: Tensor
+    generation: int
+    owner: str | None = None
+    backed: bool = False
+    pending: Tensor | None = None
+    incoming: Tensor | None = None
+    selected: dict[int, np.ndarray] = field(default_factory=dict)
+    spilled: dict[int, int] = field(default_factory=dict)
+    holds: int = 0
+    lost: str = ""
+
+    def ids(self, pages) -> list[PageId]:
+        """Page ids of page numbers."""
+        base = self.number << PAGE_BITS
+        return [base | p for p in pages]
+
+    def dirty(self, page: int) -> int:
+        """Selected rows of a private page that is not spilled; all rows of a page that was never written; else 0."""
+        if self.owner is not None:
+            return 0 if page in self.spilled else int(self.selected[page].sum())
+        return 0 if self.backed or self.pending is not None else self.layout.rows_of(page)
+
+
+@dataclass
+class RecordJob:
+    """A chunk to publish."""
+
+    entry: Entry
+    payload: Tensor
+    nbytes: int
+
+
+@dataclass
+class PagesJob:
+    """Corrected pages to spill: uint8 [n, page_bytes]."""
+
+    entries: list[Entry]
+    pages: list[int]
+    content: Tensor
+    nbytes: int
+
+
+def split(page: PageId) -> tuple[int, int]:
+    """Entry number and page number."""
+    return page >> PAGE_BITS, page & (1 << PAGE_BITS) - 1
+
+
+def empty_pages(n: int, page_bytes: int, device: torch.device) -> Tensor:
+    """Room for pages."""
+    return torch.empty((n, page_bytes), dtype=torch.uint8, device=device)

@@ -1,0 +1,91 @@
+"""Every system call of the store that can fail on a disk, in one thin class: tests put faults here, users nothing."""
+
+import mmap
+import os
+from pathlib import Path
+
+BLOCK = 4096  # records, extents and reads keep to it, which is what O_DIRECT wants
+
+
+def align(n: int) -> int:
+    """`n` bytes rounded up to whole blocks."""
+    return -(-n // BLOCK) * BLOCK
+
+
+def aligned_buffer(n: int) -> memoryview:
+    """`n` zeroed writable bytes at a block boundary."""
+    return memoryview(mmap.mmap(-1, max(align(n), BLOCK)))[:n]
+
+
+class Files:
+    """Plain files with mode 0600; symbolic links are not followed."""
+
+    def open(self, path: Path, *, create: bool = False, new: bool = False, write: bool = False, direct: bool = False):
+        """A file descriptor. `new` insists on creating; `direct` bypasses the page cache where the folder allows."""
+        flags = os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_RDWR if write else os.O_RDONLY)
+        flags |= os.O_CREAT if create or new else 0
+        flags |= os.O_EXCL if new else 0
+        if direct and hasattr(os, "O_DIRECT"):
+            try:
+                return os.open(path, flags | os.O_DIRECT, 0o600)
+            except OSError as refused:
+                if refused.errno != 22:  # EINVAL: this file system has no direct I/O
+                    raise
+                flags &= ~os.O_EXCL  # some file systems create the file before they refuse
+        return os.open(path, flags, 0o600)
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor."""
+        os.close(fd)
+
+    def read(self, fd: int, buffer: memoryview, offset: int) -> int:
+        """Fill `buffer` from `offset`; returns the bytes read, fewer only at the end of the file."""
+        done = 0
+        while done < len(buffer):
+            n = os.preadv(fd, [buffer[done:]], offset + done)
+            if n == 0:
+                break
+            done += n
+        return done
+
+    def write(self, fd: int, buffer: memoryview, offset: int) -> None:
+        """Write all of `buffer` at `offset`."""
+        done = 0
+        while done < len(buffer):
+            done += os.pwrite(fd, buffer[done:], offset + done)
+
+    def sync(self, fd: int) -> None:
+        """Wait until the file's data is on the device."""
+        os.fdatasync(fd)
+
+    def sync_folder(self, path: Path) -> None:
+        """Wait until new and removed names are on the device."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def truncate(self, fd: int, size: int) -> None:
+        """Cut or extend a file to `size` bytes."""
+        os.ftruncate(fd, size)
+
+    def size(self, path: Path) -> int:
+        """Bytes of a file."""
+        return os.stat(path, follow_symlinks=False).st_size
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file if it is there."""
+        path.unlink(missing_ok=True)
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Rename over `target`, atomically."""
+        os.replace(source, target)
+
+
+def tensor_view(buffer: memoryview):
+    """A uint8 tensor over writable memory; the tensor keeps the memory alive."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.frombuffer(buffer, dtype=np.uint8))

@@ -1,0 +1,155 @@
+"""The file tier: chunks on disk, spread over shards, one namespace of them seen at a time."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from cacheslide.errors import StoreError
+from cacheslide.keys import ChunkKey
+from cacheslide.store.files import BLOCK, Files
+from cacheslide.store.record import Encoded, Head
+from cacheslide.store.shard import Runs, Shard
+
+_KEY = re.compile(r"[0-9a-f]{40}")
+_FORMAT = {"kind": "cacheslide-store", "format": 1}
+
+
+def namespace_id(namespace: str, rank: int = 0, ranks: int = 1) -> bytes:
+    """Sixteen bytes that stand for a tenant and a rank's share of its KV heads, on disk and in the remote tier."""
+    if not 0 <= rank < ranks:
+        raise StoreError(f"rank must lie in 0 to {ranks - 1}, not {rank}")
+    text = namespace.encode() + (f"\0rank {rank} of {ranks}".encode() if ranks > 1 else b"")
+    return hashlib.blake2b(text, digest_size=16, person=b"cacheslide-ns").digest()
+
+
+def chunk_name(namespace: bytes, key: ChunkKey) -> bytes:
+    """Namespace and key, 36 bytes; StoreError for anything that `chunk_keys` would not return."""
+    if not isinstance(key, str) or not _KEY.fullmatch(key):
+        raise StoreError(f"malformed chunk key {key!r}: 40 hexadecimal digits are expected")
+    return namespace + bytes.fromhex(key)
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """Settings of the file tier.
+
+    `capacity` in bytes holds for the folder, whoever writes to it; it is divided evenly over `shards`, which is fixed
+    when the folder is made. The rest: see `Shard`.
+    """
+
+    path: Path
+    capacity: int
+    shards: int = 4
+    segment_bytes: int = 64 << 20
+    lock_timeout_s: float = 10.0
+    direct: bool = False
+    durable: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.shards <= 256:
+            raise StoreError(f"a store has 1 to 256 shards, not {self.shards}")
+        if self.capacity // self.shards < 16 * BLOCK:
+            raise StoreError(f"{self.capacity} bytes are too few for {self.shards} shards: give 64 KiB a shard or more")
+
+
+class FileTier:
+    """Records of all namespaces in one folder. Thread-safe and shared between processes."""
+
+    def __init__(self, options: FileOptions, files: Files | None = None) -> None:
+        self.options, self.files = options, files or Files()
+        root = Path(options.path)
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            shards = self._shards_on_disk(root)
+        except OSError as refused:
+            raise StoreError(f"cannot use {root} as a chunk store: {refused.strerror}") from None
+        each = options.capacity // shards
+        self.shards = [
+            Shard(
+                root / f"shard-{i:02x}",
+                each,
+                options.segment_bytes,
+                self.files,
+                lock_timeout_s=options.lock_timeout_s,
+                direct=options.direct,
+                durable=options.durable,
+            )
+            for i in range(shards)
+        ]
+
+    def _shards_on_disk(self, root: Path) -> int:
+        """The folder's own number of shards; written once, by whoever comes first."""
+        note = root / "format.json"
+        if not note.exists():
+            text = json.dumps(_FORMAT | {"shards": self.options.shards}).encode()
+            part = root / f"format.{os.getpid()}.tmp"
+            fd = self.files.open(part, create=True, write=True)
+            try:
+                self.files.write(fd, memoryview(text), 0)
+                self.files.sync(fd)
+            finally:
+                self.files.close(fd)
+            try:
+                os.link(part, note)  # fails when another process was faster
+            except FileExistsError:
+                pass
+            finally:
+                self.files.unlink(part)
+        try:
+            found = json.loads(note.read_text())
+            shards = int(found["shards"])
+        except (ValueError, KeyError, TypeError):
+            raise StoreError(f"{note} is damaged: restore it, or remove the folder") from None
+        if {k: found.get(k) for k in _FORMAT} != _FORMAT or not 1 <= shards <= 256:
+            raise StoreError(f"{note} describes another kind or version of store: use another folder")
+        return shards
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest record that fits."""
+        return min(s.capacity for s in self.shards) - 2 * BLOCK
+
+    def shard(self, name: bytes) -> Shard:
+        """The shard that keeps `name`; spread by the key, so all tenants share all shards."""
+        return self.shards[name[16] % len(self.shards)]
+
+    def contains(self, name: bytes) -> bool:
+        """Whether a record of this name is published; reads no page."""
+        return self.shard(name).index.find(name) is not None
+
+    def read(self, name: bytes, runs: Runs | None = None) -> tuple[Head, Tensor] | None:
+        """See `Shard.read`."""
+        return self.shard(name).read(name, runs)
+
+    def head(self, name: bytes) -> Head | None:
+        """A record's layout, positions and checksums without its pages; None when it is not here."""
+        found = self.read(name, [])
+        return None if found is None else found[0]
+
+    def write(self, records: Iterable[Encoded]) -> int:
+        """Append records that are not there yet, one sequential write a shard; returns the bytes written."""
+        groups: dict[int, list[Encoded]] = {}
+        for r in records:
+            if not self.contains(r.name):
+                groups.setdefault(r.name[16] % len(self.shards), []).append(r)
+        return sum(self.shards[i].append(group) for i, group in groups.items())
+
+    def names(self) -> Iterator[bytes]:
+        """Names of all records, every namespace's."""
+        for shard in self.shards:
+            shard.index.refresh()
+            yield from list(shard.index.places)
+
+    def __len__(self) -> int:
+        return sum(len(s.index.places) for s in self.shards)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all segment files."""
+        return sum(s.index.nbytes for s in self.shards)

@@ -1,0 +1,181 @@
+"""Where each chunk's newest record lies, rebuilt from the segments and kept up with other processes' writes."""
+
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from functools import wraps
+
+from cacheslide.store.files import BLOCK
+from cacheslide.store.record import PREAMBLE_BYTES, Preamble
+from cacheslide.store.segments import SegmentFolder, ShardHead
+
+_STRIDE = 1 << 20  # bytes read at a time where preambles are searched block by block
+
+
+def _guarded(method):
+    """Run a method under the index's lock."""
+
+    @wraps(method)
+    def locked(self, *args, **kwargs):
+        with self._guard:
+            return method(self, *args, **kwargs)
+
+    return locked
+
+
+class Location:
+    """A record's place: segment, offset, size in bytes; `hits` counts reads since it was written (at most 3)."""
+
+    __slots__ = ("hits", "offset", "payload_at", "segment", "seq", "size")
+
+    def __init__(self, segment: int, offset: int, size: int, payload_at: int, seq: int, hits: int = 0) -> None:
+        self.segment, self.offset, self.size = segment, offset, size
+        self.payload_at, self.seq, self.hits = payload_at, seq, hits
+
+
+@dataclass
+class Segment:
+    """What the index knows of one segment: its salt and log, bytes scanned, file size, and names found in it."""
+
+    salt: bytes
+    log: int
+    scanned: int = BLOCK
+    size: int = BLOCK
+    names: list[bytes] = field(default_factory=list)
+
+
+class ShardIndex:
+    """Maps names (namespace and key, 36 bytes) to locations. Thread-safe."""
+
+    def __init__(self, folder: SegmentFolder) -> None:
+        self.folder = folder
+        self.head = ShardHead()
+        self.places: dict[bytes, Location] = {}
+        self.segments: OrderedDict[int, Segment] = OrderedDict()
+        self.skipped = 0  # damaged stretches met while scanning
+        self._raw = b"?"
+        self._guard = threading.RLock()
+
+    def find(self, name: bytes) -> Location | None:
+        """Where a record lies, looking at other processes' writes when it is not known here."""
+        place = self.places.get(name)
+        if place is None and self.refresh():
+            place = self.places.get(name)
+        return place
+
+    def salt(self, place: Location) -> bytes | None:
+        """The salt of a location's segment, None when the segment is gone."""
+        segment = self.segments.get(place.segment)
+        return None if segment is None else segment.salt
+
+    def published(self, head: ShardHead) -> None:
+        """Note the head that this process has just written."""
+        with self._guard:
+            self.head, self._raw = head, head.pack()
+
+    @_guarded
+    def refresh(self, force: bool = False) -> bool:
+        """Take in what was published since the last call; one small read when nothing was. Whether anything was."""
+        raw = self.folder.raw_head()
+        if raw == self._raw and not force:
+            return False
+        head = ShardHead.unpack(raw)
+        if head is None:  # no store yet, or a damaged head: every segment is read to its end
+            listing = self.folder.listing()
+            head = ShardHead(seq=self.head.seq, last=max(listing, default=0))
+        else:
+            listing = self.folder.listing()
+        self.head, self._raw = head, raw
+        for gone in [i for i in self.segments if i not in listing]:
+            self.forget(gone)
+        for segment, size in listing.items():
+            if segment <= head.last:
+                self._take(segment, head.published(segment, size))
+        return True
+
+    def _take(self, segment: int, published: int) -> None:
+        known = self.segments.get(segment)
+        if known is None:
+            try:
+                kind = self.folder.kind(segment)
+            except FileNotFoundError:
+                return
+            if kind is None:
+                self.skipped += 1
+                return
+            known = self.segments[segment] = Segment(*kind)
+        known.size = max(known.size, published)
+        if published > known.scanned:
+            self._scan(segment, known, published)
+
+    def _scan(self, number: int, segment: Segment, end: int) -> None:
+        """Read the preambles of [scanned, end); behind a damaged one, look for the next block that holds one."""
+        try:
+            fd = os.open(self.folder.file(number), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return
+        try:
+            at, window, start = segment.scanned, b"", 0
+            ahead = PREAMBLE_BYTES  # small records are read many at a time, large ones by their preambles alone
+            while at + PREAMBLE_BYTES <= end:
+                if at + PREAMBLE_BYTES > start + len(window):
+                    window, start = os.pread(fd, ahead, at), at
+                found = Preamble.unpack(window[at - start : at - start + PREAMBLE_BYTES], segment.salt, at)
+                size = 0 if found is None else found.size
+                if found is None or at + size > end:
+                    self.skipped += 1
+                    at = self._next(fd, segment.salt, at + BLOCK, end)
+                    continue
+                self.add(number, found, at)
+                at += size
+                ahead = _STRIDE if size < _STRIDE // 32 else PREAMBLE_BYTES
+        finally:
+            os.close(fd)
+        segment.scanned = end
+
+    @staticmethod
+    def _next(fd: int, salt: bytes, at: int, end: int) -> int:
+        while at < end:
+            raw = os.pread(fd, min(_STRIDE, end - at), at)
+            for i in range(0, len(raw), BLOCK):
+                if Preamble.unpack(raw[i : i + PREAMBLE_BYTES], salt, at + i) is not None:
+                    return at + i
+            at += max(len(raw), BLOCK)
+        return end
+
+    @_guarded
+    def add(self, segment: int, preamble: Preamble, offset: int, hits: int = 0) -> None:
+        """Note a record; an older one of the same name is superseded."""
+        old = self.places.get(preamble.name)
+        if old is not None and old.seq > preamble.seq:
+            return
+        place = Location(segment, offset, preamble.size, preamble.payload_at, preamble.seq, hits)
+        self.places[preamble.name] = place
+        self.segments[segment].names.append(preamble.name)
+
+    @_guarded
+    def drop(self, name: bytes, place: Location) -> None:
+        """Forget a record that turned out damaged or gone, unless a newer one has taken its place."""
+        if self.places.get(name) is place:
+            del self.places[name]
+
+    @_guarded
+    def forget(self, segment: int) -> None:
+        """Forget a segment and what only it held."""
+        for name in self.segments.pop(segment).names:
+            place = self.places.get(name)
+            if place is not None and place.segment == segment:
+                del self.places[name]
+
+    @_guarded
+    def live(self, segment: int) -> list[tuple[bytes, Location]]:
+        """The records of a segment that no newer one supersedes, in file order."""
+        found = {name: self.places.get(name) for name in self.segments[segment].names}
+        return [(n, p) for n, p in found.items() if p is not None and p.segment == segment]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the shard's segment files."""
+        with self._guard:
+            return sum(s.size for s in self.segments.values())

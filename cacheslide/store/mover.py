@@ -1,0 +1,246 @@
+"""Moves pages between the tiers: makes room in memory by the eviction order, queues writes, keeps track of versions."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cacheslide.store.arena import Arena
+from cacheslide.store.entry import Entry, PagesJob, split
+from cacheslide.store.eviction import PageId
+from cacheslide.store.files import align
+from cacheslide.store.pages import packed, paged
+from cacheslide.store.writeback import WriteBack
+from cacheslide.store.writer import PageWriter
+
+if TYPE_CHECKING:
+    from cacheslide.store.tiered import TieredChunkStore
+
+Page = tuple[Entry, int]
+_BATCH = 64  # dirty pages that leave together, so that they are written in one go
+
+
+class _Plan:
+    """What making room takes: pages to drop, chunks to publish, private pages to spill, pages to move down."""
+
+    def __init__(self) -> None:
+        self.drop: list[PageId] = []
+        self.publish: dict[int, Entry] = {}
+        self.spill: list[PageId] = []
+        self.demote: list[PageId] = []
+        self.nbytes = 0
+
+
+class Mover:
+    """Every method that changes memory takes the store's lock; none waits while holding it."""
+
+    def __init__(self, store: "TieredChunkStore", queue_bytes: int, batch_bytes: int, stall_s: float, workers: int):
+        self.store, self.stats, self.lock = store, store.stats, store._lock
+        self.entries: dict[int, Entry] = {}
+        self.flight: dict[PageId, Tensor] = {}
+        self.writer = PageWriter(store, self)
+        self.queue = self.writer.queue = WriteBack(self.writer.write, queue_bytes, batch_bytes, stall_s, workers)
+
+    # --- into memory -----------------------------------------------------------------------------------------------
+
+    def insert(self, arena: Arena, pages: Sequence[Page], content: Tensor, only_current: bool = False) -> None:
+        """Put pages into a tier, making room first. `only_current`: skip what was replaced or given up meanwhile."""
+        step = max(1, len(arena.slots) // 2)  # never ask for more than half a tier at once
+        for at in range(0, len(pages), step):
+            self._insert(arena, pages[at : at + step], content[at : at + step], only_current)
+
+    def _insert(self, arena: Arena, pages: Sequence[Page], content: Tensor, only_current: bool) -> None:
+        reserved, forced = 0, False
+        while True:
+            with self.lock:
+                keep = [i for i, (e, p) in enumerate(pages) if self._wanted(arena, e, p, only_current)]
+                keep = self._admitted(arena, pages, keep)
+                for e, p in (pages[i] for i in keep):
+                    self._drop(arena, e.ids([p]), retire=False)
+                plan = self._plan(arena, len(keep) - arena.room)
+                if forced or plan.nbytes <= reserved:
+                    moved, used = self._execute(arena, plan, forced)
+                    self._place(arena, [pages[i] for i in keep], content[keep] if len(keep) < len(pages) else content)
+                    self.queue.release(reserved - used)
+                    break
+            if reserved:  # never wait for more while holding some: two threads would wait for each other
+                self.queue.release(reserved)
+            reserved = plan.nbytes if self.queue.reserve(plan.nbytes) else 0
+            forced = not reserved
+        if moved is not None:
+            down, tensor = moved
+            self.insert(self.store.arenas[1], down, tensor, only_current=True)
+            with self.lock:
+                for e, p in down:
+                    self.flight.pop(e.ids([p])[0], None)
+
+    def _wanted(self, arena: Arena, entry: Entry, page: int, only_current: bool) -> bool:
+        """Whether a page should still come into a tier: its entry is known, or is a reference that was forgotten."""
+        number, place = entry.ids([page])[0], (entry.name, entry.owner)
+        known = self.store._entries.get(place)
+        if entry.lost or (known is not entry and (known is not None or entry.owner is not None)):
+            return False
+        if not only_current:
+            return True
+        if number in arena.held:
+            return False
+        top = arena is self.store.arenas[0]
+        if entry.owner is not None:  # from the spill file, or on its way down
+            return page in entry.spilled if top else number in self.flight
+        return not top or len(self.store.arenas) == 1 or not entry.dirty(page) or not self._below(number)
+
+    def _admitted(self, arena: Arena, pages: Sequence[Page], keep: list[int]) -> list[int]:
+        """Without the clean newcomers that would be the first to leave again."""
+        yielding = arena.order.yields_to_clean()
+        if yielding is None:
+            return keep
+        clean = [i for i in keep if pages[i][0].dirty(pages[i][1]) == 0]
+        spare = arena.room + yielding - (len(keep) - len(clean))
+        if spare >= len(clean):
+            return keep
+        left_out = set(clean[max(0, spare) :])
+        return [i for i in keep if i not in left_out]
+
+    def _below(self, number: PageId) -> bool:
+        return number in self.store.arenas[1].held or number in self.flight
+
+    def _place(self, arena: Arena, pages: Sequence[Page], content: Tensor) -> None:
+        if not pages:
+            return
+        ids = [e.ids([p])[0] for e, p in pages]
+        for e, _ in pages:
+            e.holds += 1
+            self.store._entries[e.name, e.owner] = self.entries[e.number] = e
+        arena.insert(ids, content, [e.dirty(p) for e, p in pages])
+
+    # --- out of memory ---------------------------------------------------------------------------------------------
+
+    def _plan(self, arena: Arena, need: int) -> _Plan:
+        """Choose victims for `need` slots in the tier's order; dirty ones leave in batches."""
+        plan = _Plan()
+        if need <= 0:
+            return plan
+        last = arena is self.store.arenas[-1]
+        extra = 0  # dirty pages chosen
+        for count, number in enumerate(arena.order.victims()):
+            if count >= need and not (0 < extra < _BATCH):
+                break
+            entry, page = self.entries[number >> 20], split(number)[1]
+            dirty = entry.dirty(page)
+            if count >= need and not dirty:
+                break
+            if not dirty:
+                plan.drop.append(number)
+            elif not last:
+                plan.demote.append(number)
+            elif entry.owner is None:
+                if entry.number not in plan.publish:
+                    plan.publish[entry.number] = entry
+                    plan.nbytes += entry.layout.payload_bytes
+                plan.drop.append(number)
+            else:
+                extra += 1
+                plan.spill.append(number)
+                plan.nbytes += align(entry.layout.page_bytes)
+        return plan
+
+    def _execute(self, arena: Arena, plan: _Plan, forced: bool) -> tuple[tuple[list[Page], Tensor] | None, int]:
+        """Carry out a plan whose bytes were reserved; `forced`: nothing can be queued, so dirty pages are lost.
+
+        Returns what has to go to the tier below, and the reserved bytes that were used.
+        """
+        used = 0
+        for entry in plan.publish.values():
+            whole = self._resident(entry)
+            if forced or whole is None or not self.store.backed_tiers:
+                self.forget_entry(entry, "dropped: no lower tier took it in time")
+                self.stats.dirty_dropped += entry.layout.pages
+            else:
+                payload = packed(whole, entry.layout)
+                self.writer.submit_record(entry, payload)
+                used += len(payload)
+        if plan.spill:
+            used += self._spill(arena, sorted(plan.spill), forced)
+        moved = None
+        if plan.demote:
+            numbers = sorted(plan.demote)
+            content = arena.gather(numbers, touch=False).cpu()
+            moved = [(self.entries[n >> 20], split(n)[1]) for n in numbers], content
+            self.flight.update(zip(numbers, content, strict=True))
+            self.stats.demoted += len(numbers)
+        clean = [n for n in plan.drop if n in arena.held and self.entries[n >> 20].number not in plan.publish]
+        self.stats.clean_dropped += len(clean)
+        self._drop(arena, [*plan.drop, *plan.spill, *plan.demote])
+        return moved, used
+
+    def _spill(self, arena: Arena, numbers: list[PageId], forced: bool) -> int:
+        pages = [(self.entries[n >> 20], split(n)[1]) for n in numbers]
+        if forced or self.store.spill is None:
+            self.stats.dirty_dropped += len(pages)
+            for entry in {e.number: e for e, _ in pages}.values():
+                entry.lost = "corrected pages were lost: no room to spill them"
+            return 0
+        content = arena.gather(numbers, touch=False).cpu()
+        self.flight.update(zip(numbers, content, strict=True))
+        nbytes = sum(align(e.layout.page_bytes) for e, _ in pages)
+        self.queue.submit(PagesJob([e for e, _ in pages], [p for _, p in pages], content, nbytes))
+        return nbytes
+
+    def _resident(self, entry: Entry) -> Tensor | None:
+        """All pages of a chunk that was never written; None when one is missing: such a chunk is never published."""
+        if entry.incoming is not None:
+            return paged(entry.incoming.cpu(), entry.layout)
+        ids = entry.ids(range(entry.layout.pages))
+        out = torch.empty((len(ids), entry.layout.page_bytes), dtype=torch.uint8)
+        for i, number in enumerate(ids):
+            if number in self.flight:
+                out[i] = self.flight[number][: entry.layout.page_bytes].cpu()
+        have = {i for i, n in enumerate(ids) if n in self.flight}
+        for arena in self.store.arenas:
+            here = [i for i, n in enumerate(ids) if n in arena.held]
+            if here:
+                got = arena.gather([ids[i] for i in here], touch=False)
+                out[here] = got[:, : entry.layout.page_bytes].cpu()
+                have.update(here)
+        return out if len(have) == len(ids) else None
+
+    def _drop(self, arena: Arena, numbers: Sequence[PageId], retire: bool = True) -> None:
+        for n in numbers:
+            if n in arena.held:
+                arena.drop([n])
+                entry = self.entries[n >> 20]
+                entry.holds -= 1
+                if retire:
+                    self.retire(entry)
+
+    def retire(self, entry: Entry) -> None:
+        """Forget a reference entry of which memory holds nothing."""
+        if entry.owner is None and not entry.holds and entry.pending is None:
+            if self.store._entries.get((entry.name, None)) is entry:
+                del self.store._entries[entry.name, None]
+            self.entries.pop(entry.number, None)
+
+    def forget_entry(self, entry: Entry, why: str) -> None:
+        """Drop a reference chunk from memory: it cannot be completed any more."""
+        entry.lost = why
+        self.stats.lost += 1
+        ids = entry.ids(range(entry.layout.pages))
+        for arena in self.store.arenas:
+            self._drop(arena, ids)
+        self.retire(entry)
+
+    def forget_versions(self, entry: Entry, pages: Sequence[int]) -> None:
+        """Drop what is kept of private pages: they are replaced or given up. Call with the lock held."""
+        ids = entry.ids(pages)
+        for arena in self.store.arenas:
+            self._drop(arena, ids)
+        for number in ids:
+            self.flight.pop(number, None)
+        slots = [entry.spilled.pop(p) for p in pages if p in entry.spilled]
+        if slots and self.store.spill is not None:
+            self.store.spill.free(slots)
+
+    def in_flight(self, number: PageId) -> Tensor | None:
+        """A page on its way down."""
+        return self.flight.get(number)

@@ -1,0 +1,189 @@
+"""Pages: one layer of N tokens, the unit that is moved, corrected, evicted and checksummed.
+
+A chunk of n tokens is kept token by token: row t of layer l is its key and value, [2, kv_heads, head_dim]. A page is
+`page_tokens` rows of one layer; a chunk's last page is shorter. Layer inputs of probe layers are cut into pages of at
+most the same number of bytes, after the K/V pages. Positions are not paged: 8 bytes a token beside the index.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from cacheslide.errors import StoreError
+from cacheslide.store.base import ChunkKV
+
+DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)}
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """How a chunk of `tokens` tokens is cut into pages. Sizes in elements, `inputs` are probe layers."""
+
+    layers: int
+    tokens: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    page_tokens: int
+    inputs: tuple[int, ...] = ()
+    hidden: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise StoreError(f"chunks are stored as {', '.join(DTYPES)}, not {self.dtype}")
+        if min(self.layers, self.tokens, self.kv_heads, self.head_dim, self.page_tokens) < 1:
+            raise StoreError(f"a page layout needs sizes of at least 1: {self}")
+        if self.inputs and self.input_row_bytes > self.page_bytes:
+            raise StoreError(f"{self.page_tokens} tokens a page are too few to hold one layer input: raise page_tokens")
+
+    @classmethod
+    def of(cls, chunk: ChunkKV, page_tokens: int) -> "PageLayout":
+        """The layout of `chunk`; its layer inputs must share the dtype of K and V."""
+        layers, tokens, heads, dim = chunk.k.shape
+        dtype = str(chunk.k.dtype).removeprefix("torch.")
+        if any(x.dtype != chunk.k.dtype for x in (chunk.v, *chunk.layer_inputs.values())):
+            raise StoreError("K, V and layer inputs of a chunk must have one dtype")
+        widths = {x.shape[1] for x in chunk.layer_inputs.values()}
+        if len(widths) > 1:
+            raise StoreError(f"layer inputs must have one width, not {sorted(widths)}")
+        return cls(
+            layers, tokens, heads, dim, dtype, page_tokens, tuple(sorted(chunk.layer_inputs)), max(widths, default=0)
+        )
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "PageLayout":
+        """From a record's JSON header; StoreError when it is not one."""
+        try:
+            return cls(**(raw | {"inputs": tuple(raw["inputs"])}))
+        except (TypeError, KeyError, AttributeError) as wrong:
+            raise StoreError(f"not a page layout: {wrong}") from None
+
+    def as_dict(self) -> dict:
+        """For a record's JSON header."""
+        return asdict(self)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of K, V and layer inputs."""
+        return DTYPES[self.dtype]
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes of one token's K and V in one layer."""
+        return 2 * self.kv_heads * self.head_dim * self.torch_dtype.itemsize
+
+    @cached_property
+    def input_row_bytes(self) -> int:
+        """Bytes of one token's layer input."""
+        return self.hidden * self.torch_dtype.itemsize
+
+    @cached_property
+    def page_bytes(self) -> int:
+        """Bytes of a full page: the slot size of the memory tiers."""
+        return self.page_tokens * self.row_bytes
+
+    @cached_property
+    def layer_pages(self) -> int:
+        """K/V pages a layer."""
+        return -(-self.tokens // self.page_tokens)
+
+    @cached_property
+    def input_page_tokens(self) -> int:
+        """Rows of a page of layer inputs."""
+        return self.page_bytes // self.input_row_bytes if self.inputs else 0
+
+    @cached_property
+    def input_pages(self) -> int:
+        """Pages a probe layer."""
+        return -(-self.tokens // self.input_page_tokens) if self.inputs else 0
+
+    @cached_property
+    def pages(self) -> int:
+        """Pages of the chunk: layer by layer, then the probe layers' inputs."""
+        return self.layers * self.layer_pages + len(self.inputs) * self.input_pages
+
+    @cached_property
+    def kv_bytes(self) -> int:
+        """Bytes of all K/V rows."""
+        return self.layers * self.tokens * self.row_bytes
+
+    @cached_property
+    def payload_bytes(self) -> int:
+        """Bytes of all pages; positions are not counted."""
+        return self.kv_bytes + len(self.inputs) * self.tokens * self.input_row_bytes
+
+    @cached_property
+    def bounds(self) -> tuple[int, ...]:
+        """Offsets of the pages in the payload, and its end: pages + 1 numbers."""
+        out = [0]
+        parts = [(self.layers, self.page_tokens, self.row_bytes)]
+        parts += [(len(self.inputs), self.input_page_tokens, self.input_row_bytes)] if self.inputs else []
+        for count, per_page, row in parts:
+            for _ in range(count):
+                start = out[-1]
+                out += [start + min(per_page * i, self.tokens) * row for i in range(1, -(-self.tokens // per_page) + 1)]
+        return tuple(out)
+
+    def page_of(self, layer: int, row: int) -> int:
+        """Number of the K/V page that holds `row` of `layer`."""
+        return layer * self.layer_pages + row // self.page_tokens
+
+    def rows_of(self, page: int) -> int:
+        """Tokens that page number `page` holds."""
+        row = self.row_bytes if page < self.layers * self.layer_pages else self.input_row_bytes
+        return (self.bounds[page + 1] - self.bounds[page]) // row
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor as uint8 [bytes]."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def to_payload(chunk: ChunkKV, layout: PageLayout) -> Tensor:
+    """All pages of `chunk` in order: uint8 [payload_bytes] on the chunk's device."""
+    parts = [as_bytes(torch.stack((chunk.k, chunk.v), dim=2))]
+    parts += [as_bytes(chunk.layer_inputs[layer]) for layer in layout.inputs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def kv_views(payload: Tensor, layout: PageLayout) -> Tensor:
+    """K/V rows of a payload, no copy: [layers, tokens, 2, kv_heads, head_dim]."""
+    kv = payload[: layout.kv_bytes].view(layout.torch_dtype)
+    return kv.view(layout.layers, layout.tokens, 2, layout.kv_heads, layout.head_dim)
+
+
+def from_payload(payload: Tensor, layout: PageLayout, positions: Tensor, generation: int) -> ChunkKV:
+    """The chunk whose pages are `payload`, as views of it."""
+    kv, at, inputs = kv_views(payload, layout), layout.kv_bytes, {}
+    for layer in layout.inputs:
+        end = at + layout.tokens * layout.input_row_bytes
+        inputs[layer] = payload[at:end].view(layout.torch_dtype).view(layout.tokens, layout.hidden)
+        at = end
+    return ChunkKV(kv[:, :, 0], kv[:, :, 1], positions, inputs, generation)
+
+
+def paged(payload: Tensor, layout: PageLayout) -> Tensor:
+    """The payload cut into slots: uint8 [pages, page_bytes], short pages padded with zeros."""
+    kv = payload[: layout.kv_bytes].view(layout.layers, layout.tokens * layout.row_bytes)
+    room = layout.layer_pages * layout.page_bytes
+    parts = [pad(kv, (0, room - kv.shape[1])).view(-1, layout.page_bytes)]
+    if layout.inputs:
+        rows = payload[layout.kv_bytes :].view(len(layout.inputs), layout.tokens * layout.input_row_bytes)
+        wide = layout.input_page_tokens * layout.input_row_bytes
+        rows = pad(rows, (0, layout.input_pages * wide - rows.shape[1])).view(-1, wide)
+        parts.append(pad(rows, (0, layout.page_bytes - wide)))
+    return torch.cat(parts)
+
+
+def packed(slots: Tensor, layout: PageLayout) -> Tensor:
+    """The inverse of `paged`: uint8 [payload_bytes]; slots may be wider than a page."""
+    kv = slots[: layout.layers * layout.layer_pages, : layout.page_bytes].reshape(layout.layers, -1)
+    parts = [kv[:, : layout.tokens * layout.row_bytes].reshape(-1)]
+    if layout.inputs:
+        wide = layout.input_page_tokens * layout.input_row_bytes
+        rows = slots[layout.layers * layout.layer_pages :, :wide].reshape(len(layout.inputs), -1)
+        parts.append(rows[:, : layout.tokens * layout.input_row_bytes].reshape(-1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

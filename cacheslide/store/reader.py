@@ -1,0 +1,135 @@
+"""Finds the current version of pages, wherever they are, and lets what was read from below climb into memory."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cacheslide.errors import StoreError
+from cacheslide.store.base import ChunkKV
+from cacheslide.store.entry import Entry, empty_pages
+from cacheslide.store.pages import from_payload, paged
+from cacheslide.store.record import Encoded
+from cacheslide.store.shard import Runs
+from cacheslide.store.spill import runs
+
+if TYPE_CHECKING:
+    from cacheslide.store.tiered import TieredChunkStore
+
+
+class Gone(Exception):
+    """A page cannot be had; the message says why."""
+
+
+class PageReader:
+    """Reads for one store. Disk and network are read without holding the store's lock."""
+
+    def __init__(self, store: "TieredChunkStore") -> None:
+        self.store = store
+
+    def pages(self, entry: Entry, pages: Sequence[int]) -> tuple[Tensor, str]:
+        """Current versions of pages, uint8 [n, page_bytes] on the first tier's device, and the lowest tier used."""
+        if entry.lost:
+            raise Gone(entry.lost)
+        pages, layout = list(pages), entry.layout
+        out = empty_pages(len(pages), layout.page_bytes, self.store.arenas[0].device)
+        tiers, missing, climbing = set(), list(range(len(pages))), []
+        with self.store._lock:
+            ids = entry.ids(pages)
+            for arena in self.store.arenas:
+                here = [i for i in missing if ids[i] in arena.held]
+                if here:
+                    got = arena.gather([ids[i] for i in here])[:, : layout.page_bytes]
+                    out[torch.tensor(here, device=out.device)] = got.to(out.device)
+                    tiers.add(arena.name)
+                    missing = [i for i in missing if ids[i] not in arena.held]
+                    if arena is not self.store.arenas[0]:
+                        climbing = [i for i in here if entry.dirty(pages[i]) == 0]
+            for i in list(missing):
+                waiting = self.store.mover.in_flight(ids[i])
+                if waiting is not None:
+                    out[i] = waiting.to(out.device)
+                    missing.remove(i)
+                    tiers.add("host")
+            queued = entry.pending if entry.pending is not None else entry.incoming
+            if missing and queued is not None:
+                got = paged(queued, layout)[[pages[i] for i in missing]]
+                out[torch.tensor(missing, device=out.device)] = got.to(out.device)
+                missing, _ = [], tiers.add("host")
+            private = [i for i in missing if pages[i] in entry.selected]
+            slots = [entry.spilled.get(pages[i]) for i in private]
+        if private:
+            out[torch.tensor(private, device=out.device)] = self._unspill(entry, slots).to(out.device)
+            tiers.add("file")
+        rest = [i for i in missing if i not in set(private)]
+        if rest:
+            got, tier = self._base_pages(entry, [pages[i] for i in rest])
+            out[torch.tensor(rest, device=out.device)] = got.to(out.device)
+            tiers.add(tier)
+        come = climbing + private + (rest if entry.owner is None else [])
+        if come and len(come) <= len(self.store.arenas[0].slots):
+            self.store.mover.insert(
+                self.store.arenas[0], [(entry, pages[i]) for i in come], out[come], only_current=True
+            )
+        with self.store._lock:
+            self.store.mover.retire(entry)
+        return out, max(tiers, key=("device", "host", "file", "remote").index)
+
+    def _unspill(self, entry: Entry, slots: list[int | None]) -> Tensor:
+        if None in slots or self.store.spill is None:
+            entry.lost = entry.lost or "corrected pages were lost: no room to spill them"
+            raise Gone(entry.lost)
+        try:
+            found = self.store.spill.read(slots)[:, : entry.layout.page_bytes]
+        except (OSError, StoreError) as error:
+            self.store.stats.read_errors += 1
+            entry.lost = f"corrected pages were lost: {error}"
+            raise Gone(entry.lost) from None
+        self.store.stats.spill_read_bytes += found.numel()
+        return found
+
+    def _base_pages(self, entry: Entry, pages: list[int]) -> tuple[Tensor, str]:
+        """Pages of the reference version, from its memory tiers or from below."""
+        if entry.owner is not None:
+            with self.store._lock:
+                base = self.store._entries.get((entry.name, None))
+            if base is None:
+                base = self.store._entry(entry.name, entry.layout, entry.positions, entry.generation, backed=True)
+            return self.pages(base, pages)
+        wanted: Runs = [(pages[a], pages[b - 1] + 1) for a, b in runs(pages)]
+        found = self.store.backing.read(entry.name, wanted)
+        if isinstance(found, str):
+            with self.store._lock:
+                if entry.pending is None:
+                    self.store.mover.forget_entry(entry, found)
+            raise Gone(found)
+        head, payload, tier = found
+        if head.layout != entry.layout:
+            raise Gone("another layout: written with other page sizes")
+        with self.store._lock:
+            if not entry.backed:  # another thread's copy of the chunk was published meanwhile
+                entry.backed = True
+                self.store.mover.writer.mark(entry)
+        bounds, at, parts = entry.layout.bounds, 0, []
+        for p in pages:
+            size = bounds[p + 1] - bounds[p]
+            parts.append(torch.nn.functional.pad(payload[at : at + size], (0, entry.layout.page_bytes - size)))
+            at += size
+        return torch.stack(parts), tier
+
+    def load(self, name: bytes) -> tuple[ChunkKV, str]:
+        """A chunk that memory knows nothing of."""
+        found = self.store.backing.read(name)
+        if isinstance(found, str):
+            raise Gone(found)
+        head, payload, tier = found
+        self.store.check(head.layout)
+        if tier == "remote" and self.store.backing.file is not None:
+            self.store.backing.write([Encoded.of_pages(name, head.layout, payload, head.positions, head.generation)])
+        payload = payload.to(self.store.arenas[0].device)
+        if head.layout.pages <= len(self.store.arenas[0].slots):
+            entry = self.store._entry(name, head.layout, head.positions, head.generation, backed=True)
+            pages = [(entry, p) for p in range(head.layout.pages)]
+            self.store.mover.insert(self.store.arenas[0], pages, paged(payload, head.layout), only_current=True)
+        return from_payload(payload, head.layout, head.positions.clone(), head.generation), tier

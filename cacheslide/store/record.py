@@ -1,0 +1,197 @@
+"""The on-disk record: one chunk, checksummed and bound to its key. Format 1; little-endian.
+
+    preamble   128 bytes: magic, version, sizes, sequence number, shard salt, namespace, key, checksums
+    header     JSON: page layout, generation
+    checksums  one XXH3-64 a page, and one of the positions
+    positions  int64 a token
+    padding    to a block
+    payload    the pages, in order
+    padding    to a block
+
+The preamble's own checksum covers its place in the file, so that neither a copy of a record elsewhere nor page bytes
+that look like one are taken for it. The salt is the shard's.
+"""
+
+import json
+import struct
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from cacheslide.errors import StoreError
+from cacheslide.store.base import ChunkKV
+from cacheslide.store.files import align, aligned_buffer, tensor_view
+from cacheslide.store.pages import PageLayout, from_payload, to_payload
+
+MAGIC, FORMAT = b"CSLDPAGE", 1
+_PREAMBLE = struct.Struct(
+    "<8sIIQQ16s16s20sIQQ"
+)  # magic, format, head bytes, payload bytes, seq, salt, ns, key, -, sums
+PREAMBLE_BYTES = 128
+_SUM = struct.Struct("<Q")
+
+
+class Damaged(StoreError):
+    """A record does not hold what was written: torn, truncated, altered, or another record."""
+
+
+class Preamble(NamedTuple):
+    """Head (JSON, checksums and positions) and payload sizes in bytes; `name` is namespace and key, 36 bytes."""
+
+    name: bytes
+    seq: int
+    head: int
+    payload: int
+    head_sum: int
+
+    @property
+    def payload_at(self) -> int:
+        """Offset of the payload in the record."""
+        return align(PREAMBLE_BYTES + self.head)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the record with its padding."""
+        return self.payload_at + align(self.payload)
+
+    def pack(self, salt: bytes, offset: int) -> bytes:
+        """The 128 bytes, for a record at `offset` of its file."""
+        fixed = (MAGIC, FORMAT, self.head, self.payload, self.seq, salt, self.name[:16], self.name[16:], 0)
+        raw = _PREAMBLE.pack(*fixed, self.head_sum, offset).ljust(PREAMBLE_BYTES - 8, b"\0")
+        return raw + _SUM.pack(xxhash.xxh3_64_intdigest(raw))
+
+    @classmethod
+    def unpack(cls, raw: bytes, salt: bytes, offset: int) -> "Preamble | None":
+        """The preamble in `raw`, or None when it is none, damaged, or made for another place."""
+        if len(raw) < PREAMBLE_BYTES or raw[:8] != MAGIC:
+            return None
+        if _SUM.unpack_from(raw, PREAMBLE_BYTES - 8)[0] != xxhash.xxh3_64_intdigest(raw[: PREAMBLE_BYTES - 8]):
+            return None
+        _, version, head, payload, seq, own_salt, ns, key, _, head_sum, at = _PREAMBLE.unpack_from(raw)
+        if version != FORMAT:
+            raise StoreError(f"a record has format {version}, this version reads {FORMAT}: use another folder")
+        if own_salt != salt or at != offset:
+            return None
+        return cls(ns + key, seq, head, payload, head_sum)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A chunk ready to be written: everything but its place. `payload` is uint8 [bytes] on the CPU."""
+
+    name: bytes
+    layout: PageLayout
+    generation: int
+    head: bytes
+    payload: Tensor
+
+    @classmethod
+    def of(cls, name: bytes, chunk: ChunkKV, page_tokens: int) -> "Encoded":
+        """Pages and checksums of `chunk`."""
+        layout = PageLayout.of(chunk, page_tokens)
+        payload = to_payload(chunk, layout).cpu()
+        return cls.of_pages(name, layout, payload, chunk.positions, chunk.generation)
+
+    @classmethod
+    def of_pages(cls, name: bytes, layout: PageLayout, payload: Tensor, positions: Tensor, generation: int):
+        """The same from pages in order."""
+        place = positions.cpu().to(torch.int64).contiguous().numpy().tobytes()
+        sums = [*page_sums(payload.numpy(), layout, 0, layout.pages), xxhash.xxh3_64_intdigest(place)]
+        header = json.dumps({"layout": layout.as_dict(), "generation": generation}, separators=(",", ":")).encode()
+        head = _SUM.pack(len(header)) + header + np.array(sums, dtype="<u8").tobytes() + place
+        return cls(name, layout, generation, head, payload)
+
+    def preamble(self, seq: int) -> Preamble:
+        """Its preamble under sequence number `seq`."""
+        return Preamble(self.name, seq, len(self.head), len(self.payload), xxhash.xxh3_64_intdigest(self.head))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the record."""
+        return self.preamble(0).size
+
+    def write_into(self, out: memoryview, seq: int, salt: bytes, offset: int) -> Preamble:
+        """Lay the record down at the start of `out` (zeroed), for `offset` of its file."""
+        preamble = self.preamble(seq)
+        out[:PREAMBLE_BYTES] = preamble.pack(salt, offset)
+        out[PREAMBLE_BYTES : PREAMBLE_BYTES + len(self.head)] = self.head
+        out[preamble.payload_at : preamble.payload_at + len(self.payload)] = memoryview(self.payload.numpy())
+        return preamble
+
+
+def page_sums(payload: np.ndarray, layout: PageLayout, first: int, last: int) -> list[int]:
+    """Checksums of pages [first, last); `payload` uint8 starts with page `first`."""
+    bounds, raw = layout.bounds, memoryview(payload)
+    base = bounds[first]
+    return [xxhash.xxh3_64_intdigest(raw[bounds[i] - base : bounds[i + 1] - base]) for i in range(first, last)]
+
+
+@dataclass(frozen=True)
+class Head:
+    """What stands before a record's pages, verified."""
+
+    layout: PageLayout
+    generation: int
+    sums: np.ndarray
+    positions: Tensor
+    nbytes: int
+
+    @classmethod
+    def parse(cls, raw: memoryview, preamble: Preamble) -> "Head":
+        """From the bytes behind the preamble; Damaged when they are not what was written."""
+        if len(raw) != preamble.head or xxhash.xxh3_64_intdigest(raw) != preamble.head_sum:
+            raise Damaged("the header does not match its checksum")
+        at = 8 + _SUM.unpack_from(raw)[0]
+        header = json.loads(bytes(raw[8:at]))
+        layout = PageLayout.from_dict(header["layout"])
+        sums = np.frombuffer(raw[at : at + 8 * (layout.pages + 1)], dtype="<u8")
+        place = bytes(raw[at + 8 * (layout.pages + 1) :])
+        if len(place) != 8 * layout.tokens or xxhash.xxh3_64_intdigest(place) != int(sums[-1]):
+            raise Damaged("the positions do not match their checksum")
+        if preamble.payload != layout.payload_bytes:
+            raise Damaged(f"{preamble.payload} bytes of pages where the header says {layout.payload_bytes}")
+        return cls(layout, header["generation"], sums, torch.frombuffer(bytearray(place), dtype=torch.int64), len(raw))
+
+    def check(self, payload: np.ndarray, first: int, last: int) -> None:
+        """Damaged unless `payload` holds pages [first, last) as they were written."""
+        got = np.array(page_sums(payload, self.layout, first, last), dtype=np.uint64)
+        wrong = np.flatnonzero(got != self.sums[first:last])
+        if len(wrong):
+            number = first + int(wrong[0])
+            raise Damaged(f"page {number} of {self.layout.pages} does not match its checksum ({len(wrong)} in all)")
+
+
+def decode_head(raw: memoryview, name: bytes, salt: bytes, offset: int) -> Head:
+    """The verified head of the record at the start of `raw`; Damaged when it is not that of `name`."""
+    preamble = Preamble.unpack(bytes(raw[:PREAMBLE_BYTES]), salt, offset)
+    if preamble is None or preamble.name != name:
+        raise Damaged("no record of this chunk stands where it should")
+    return Head.parse(raw[PREAMBLE_BYTES : PREAMBLE_BYTES + preamble.head], preamble)
+
+
+def decode(raw: memoryview, name: bytes, salt: bytes, offset: int) -> tuple[Head, Tensor]:
+    """Head and payload of a whole record in memory, every checksum verified; Damaged otherwise."""
+    head = decode_head(raw, name, salt, offset)
+    start = align(PREAMBLE_BYTES + head.nbytes)
+    body = raw[start : start + head.layout.payload_bytes]
+    if len(body) != head.layout.payload_bytes:
+        raise Damaged("the record ends before its pages do")
+    payload = tensor_view(body)
+    head.check(payload.numpy(), 0, head.layout.pages)
+    return head, payload
+
+
+def to_bytes(record: Encoded, seq: int = 0, salt: bytes = bytes(16)) -> memoryview:
+    """A record on its own, as the remote tier keeps it."""
+    out = aligned_buffer(record.size)
+    record.write_into(out, seq, salt, 0)
+    return out
+
+
+def chunk_of(head: Head, payload: Tensor) -> ChunkKV:
+    """The chunk of a verified record, as views of `payload`."""
+    return from_payload(payload, head.layout, head.positions, head.generation)

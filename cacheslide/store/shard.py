@@ -1,0 +1,308 @@
+"""One shard: an append-only, capacity-bound, crash-safe log of chunk records that several processes share.
+
+Two logs keep scans from washing out what is used: new chunks enter the young log; those that were read by the time
+their segment is emptied, and those that come back soon after they were dropped, move to the kept log (the idea of
+S3-FIFO, at the grain of segments). Room is made by removing whole segments, before anything is written: the files
+never take more than the capacity.
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cacheslide.errors import StoreError
+from cacheslide.store.files import BLOCK, Files, aligned_buffer, tensor_view
+from cacheslide.store.index import Location, Segment, ShardIndex
+from cacheslide.store.lock import WriterLock
+from cacheslide.store.record import Damaged, Encoded, Head, decode, decode_head
+from cacheslide.store.segments import KEPT, YOUNG, SegmentFolder, ShardHead
+
+Runs = Sequence[tuple[int, int]]
+MAX_HITS = 3
+_YOUNG_SHARE = 0.1  # of the capacity, before the young log is emptied ahead of the kept one
+
+
+@dataclass
+class ShardStats:
+    """Counts since the shard was opened."""
+
+    appended: int = 0
+    bytes_appended: int = 0
+    bytes_moved: int = 0
+    evicted: int = 0
+    damaged: int = 0
+    vanished: int = 0
+    recovered: int = 0
+
+
+class Shard:
+    """Records under `path`. Thread-safe; several processes may open the same folder.
+
+    Parameters
+    ----------
+    capacity : int
+        Bytes that the segment files may take together, across all processes.
+    segment_bytes : int
+        Size at which a segment is sealed; at most an eighth of the capacity.
+    lock_timeout_s : float
+        How long a writer waits for another process.
+    direct : bool
+        Bypass the page cache where the file system can.
+    durable : bool
+        Wait for the device before a record is published, so that it survives a power cut.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        capacity: int,
+        segment_bytes: int,
+        files: Files | None = None,
+        *,
+        lock_timeout_s: float = 10.0,
+        direct: bool = False,
+        durable: bool = True,
+    ) -> None:
+        self.path, self.capacity, self.files, self.durable = path, capacity, files or Files(), durable
+        self.direct = direct
+        self.segment_bytes = max(2 * BLOCK, min(segment_bytes, capacity // 8) // BLOCK * BLOCK)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder = SegmentFolder(path, self.files, direct)
+        self.lock = WriterLock(path / "lock", self.files, lock_timeout_s)
+        self.index = ShardIndex(self.folder)
+        self.stats = ShardStats()
+        self._ghosts: OrderedDict[bytes, None] = OrderedDict()
+        self.index.refresh()
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    def read(self, name: bytes, runs: Runs | None = None) -> tuple[Head, Tensor] | None:
+        """Head and payload, or the pages of `runs` ([first, last) each) one after the other; checksums verified.
+
+        None when the chunk is not here (any more), Damaged when what is here is not what was written (the record is
+        forgotten), OSError when the disk fails.
+        """
+        for _ in range(2):  # a record may move while it is looked up: once more, then it counts as gone
+            place = self.index.find(name)
+            if place is None:
+                return None
+            try:
+                found = self._read(name, place, runs)
+            except FileNotFoundError:
+                self.index.drop(name, place)
+                self.index.refresh(force=True)
+                self.stats.vanished += 1
+                continue
+            except Damaged:
+                self.index.drop(name, place)
+                self.stats.damaged += 1
+                raise
+            place.hits = min(MAX_HITS, place.hits + 1)
+            return found
+        return None
+
+    def _read(self, name: bytes, place: Location, runs: Runs | None) -> tuple[Head, Tensor]:
+        salt = self.index.salt(place)
+        if salt is None:
+            raise FileNotFoundError
+        if runs is None:
+            return decode(self.folder.read(place.segment, place.offset, place.size), name, salt, place.offset)
+        head = decode_head(self.folder.read(place.segment, place.offset, place.payload_at), name, salt, place.offset)
+        bounds, parts = head.layout.bounds, []
+        for first, last in runs:
+            length = bounds[last] - bounds[first]
+            raw = self.folder.read(place.segment, place.offset + place.payload_at + bounds[first], length)
+            if len(raw) != length:
+                raise Damaged("the record ends before its pages do")
+            parts.append(tensor_view(raw))
+            head.check(parts[-1].numpy(), first, last)
+        return head, parts[0] if len(parts) == 1 else torch.cat([torch.empty(0, dtype=torch.uint8), *parts])
+
+    # --- writing ---------------------------------------------------------------------------------------------------
+
+    def append(self, records: Sequence[Encoded]) -> int:
+        """Write and publish records, oldest first, in sequential writes; returns the bytes written.
+
+        Records too large for the shard raise StoreError before anything is written; StoreBusy and OSError leave the
+        shard as it was (a record is published whole or not at all).
+        """
+        limit = self.capacity - 2 * BLOCK
+        for r in records:
+            if r.size > limit:
+                raise StoreError(f"a record of {r.size} bytes cannot fit a shard of {self.capacity} bytes")
+        stale = self.lock.acquire()
+        try:
+            self._recover(stale)
+            written = 0
+            todo = [(r, KEPT if self._ghosts.pop(r.name, self) is None else YOUNG) for r in records]
+            for log in (YOUNG, KEPT):
+                written += self._append([r for r, where in todo if where == log], log)
+            self.stats.appended += len(records)
+            self.stats.bytes_appended += written
+            return written
+        finally:
+            self.lock.release()
+
+    def _recover(self, stale: bool) -> None:
+        """Cut off what a writer that died left unpublished; a damaged head is replaced by a sound one."""
+        self.index.refresh()
+        intact = self.index.head.epoch > 0
+        if not intact and self.index.segments:
+            head = self.index.head
+            seq = max((p.seq for p in self.index.places.values()), default=head.seq)
+            self._publish(ShardHead(1, seq, head.last))
+        removed = False
+        for segment, size in self.folder.listing().items():
+            if segment > self.index.head.last:
+                self.files.unlink(self.folder.file(segment))
+                removed = True
+            elif size > self.index.head.published(segment, size):
+                self._cut(segment, self.index.head.published(segment, size))
+                removed = True
+            elif segment not in self.index.segments:  # its first block is damaged: nothing in it can be read
+                self.files.unlink(self.folder.file(segment))
+                removed = True
+        self.stats.recovered += bool(stale and removed)
+
+    def _cut(self, segment: int, length: int) -> None:
+        fd = self.files.open(self.folder.file(segment), write=True)
+        try:
+            self.files.truncate(fd, length)
+        finally:
+            self.files.close(fd)
+
+    def _publish(self, head) -> None:
+        self.folder.publish(head)
+        self.index.published(head)
+
+    def _append(self, records: Sequence[Encoded], log: int, hits: dict[bytes, int] | None = None) -> int:
+        written, rest = 0, list(records)
+        while rest:
+            batch = [rest.pop(0)]
+            size = batch[0].size
+            while rest and BLOCK + size + rest[0].size <= self.segment_bytes:
+                batch.append(rest.pop(0))
+                size += batch[-1].size
+            self._make_room(size + BLOCK)  # before the place is chosen: making room may append to this log too
+            number, length = self._open_segment(log, size)
+            self._write(number, log, length, batch, size, hits or {})
+            written += size
+        return written
+
+    def _write(self, number: int, log: int, length: int, batch: list[Encoded], size: int, hits: dict) -> None:
+        head, segment = self.index.head, self.index.segments[number]
+        buffer = aligned_buffer(size)
+        placed, at, seq = [], 0, head.seq
+        for r in batch:
+            seq += 1
+            placed.append((r.write_into(buffer[at : at + r.size], seq, segment.salt, length + at), length + at))
+            at += r.size
+        fd = self.files.open(self.folder.file(number), write=True, direct=self.direct)
+        try:
+            try:
+                self.files.write(fd, buffer, length)
+                if self.durable:
+                    self.files.sync(fd)
+            except OSError:
+                self._cut(number, length)
+                raise
+        finally:
+            self.files.close(fd)
+        self._publish(head.grown(log, length + size, seq))
+        segment.size = segment.scanned = length + size
+        for preamble, offset in placed:
+            self.index.add(number, preamble, offset, hits.get(preamble.name, 0))
+
+    def _open_segment(self, log: int, size: int) -> tuple[int, int]:
+        """Segment and published length to append `size` bytes at."""
+        number, length = self.index.head.open[log]
+        if number in self.index.segments and (length == BLOCK or length + size <= self.segment_bytes):
+            return number, length
+        number = self.index.head.last + 1
+        salt = os.urandom(16)
+        self.folder.create(number, salt, log)
+        self._publish(self.index.head.opened(log, number))
+        self.index.segments[number] = Segment(salt, log)
+        return number, BLOCK
+
+    # --- making room -----------------------------------------------------------------------------------------------
+
+    def _make_room(self, size: int) -> None:
+        while self.index.nbytes + size > self.capacity:
+            self._empty(self._victim())
+
+    def _victim(self) -> int:
+        """The oldest segment of the log that is to give way."""
+        logs = {log: [i for i, s in self.index.segments.items() if s.log == log] for log in (YOUNG, KEPT)}
+        young = sum(self.index.segments[i].size for i in logs[YOUNG])
+        from_young = logs[YOUNG] and (not logs[KEPT] or young > self._young_limit)
+        chosen = logs[YOUNG] if from_young else logs[KEPT]
+        if not chosen:
+            raise StoreError(f"no segment of {self.path} can be removed to make room")
+        return min(chosen)
+
+    @property
+    def _young_limit(self) -> int:
+        return max(self.segment_bytes, int(_YOUNG_SHARE * self.capacity))
+
+    def compact(self, keep: Callable[[bytes], bool]) -> int:
+        """Rewrite every segment that holds damaged, superseded or unwanted records; returns the bytes given back.
+
+        `keep` says of a name (namespace and key) whether it stays. StoreBusy and OSError leave a sound shard.
+        """
+        stale = self.lock.acquire()
+        try:
+            self._recover(stale)
+            before = self.index.nbytes
+            for number in list(self.index.segments):
+                log, size = self.index.segments[number].log, self.index.segments[number].size
+                sound, hits = self._survivors(number, keep)
+                if BLOCK + sum(r.size for r in sound) < size:
+                    self._remove(number)
+                    self._append(sound, log, hits)
+            self._make_room(0)
+            return before - self.index.nbytes
+        finally:
+            self.lock.release()
+
+    def _survivors(self, number: int, keep: Callable[[bytes], bool]) -> tuple[list[Encoded], dict[bytes, int]]:
+        """The intact records of a segment that are to stay, and their hits."""
+        sound, hits = [], {}
+        for name, place in self.index.live(number):
+            if keep(name):
+                try:
+                    head, payload = self._read(name, place, None)
+                except (Damaged, FileNotFoundError):
+                    self.stats.damaged += 1
+                    continue
+                sound.append(Encoded.of_pages(name, head.layout, payload, head.positions, head.generation))
+                hits[name] = place.hits
+        return sound, hits
+
+    def _remove(self, number: int) -> None:
+        self.index.forget(number)
+        self.files.unlink(self.folder.file(number))
+        self._publish(replace(self.index.head, epoch=self.index.head.epoch + 1))
+
+    def _empty(self, number: int) -> None:
+        """Remove a segment; what was read since it was written goes on in the kept log."""
+        log, places = self.index.segments[number].log, self.index.places
+        unread = [n for n, p in self.index.live(number) if p.hits == 0]
+        for name in unread:
+            self._ghost(name)
+        self.stats.evicted += len(unread)
+        stay, hits = self._survivors(number, lambda name: places[name].hits > 0)
+        self._remove(number)
+        if stay:
+            hits = {name: n - 1 if log == KEPT else 0 for name, n in hits.items()}
+            self.stats.bytes_moved += self._append(stay, KEPT, hits)
+
+    def _ghost(self, name: bytes) -> None:
+        self._ghosts[name] = None
+        while len(self._ghosts) > max(1024, 2 * len(self.index.places)):
+            self._ghosts.popitem(last=False)

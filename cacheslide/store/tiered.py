@@ -1,0 +1,345 @@
+"""SLIDE's store (paper section 4.4): chunks in pages over GPU, host memory, files and a remote server.
+
+Reference chunks are immutable and published once. What WCA changes is kept apart: `correct` gives an owner (a request
+or a session) private versions of the pages that hold its selected rows; the other pages stay shared. Evicting a clean
+page writes nothing, evicting a private page spills it, and an owner's pages are dropped unwritten when it is done.
+docs/store.md has the whole story.
+"""
+
+import itertools
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cacheslide.errors import StoreError
+from cacheslide.keys import ChunkKey
+from cacheslide.store.arena import Arena
+from cacheslide.store.backing import Backing, RemoteTier, TieredStats
+from cacheslide.store.base import ChunkKV, ChunkStore
+from cacheslide.store.entry import Entry, empty_pages
+from cacheslide.store.filetier import FileTier, chunk_name, namespace_id
+from cacheslide.store.mover import Mover
+from cacheslide.store.pages import PageLayout, as_bytes, from_payload, packed, paged, to_payload
+from cacheslide.store.reader import Gone, PageReader
+from cacheslide.store.record import Head
+from cacheslide.store.spill import SpillFile
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A chunk and the lowest tier it was read from, or why there is none (`why` goes into the request's receipt)."""
+
+    chunk: ChunkKV | None
+    tier: str = ""
+    why: str = ""
+
+
+class TieredChunkStore(ChunkStore):
+    """One `ChunkStore` over tiers, for one tenant. Thread-safe.
+
+    Parameters
+    ----------
+    page_tokens : int
+        Tokens a page.
+    page_bytes : int
+        Bytes of a page of this model: the slot size of the memory tiers.
+    device, host : Arena or None
+        Memory tiers; at least one. Chunks are returned on the first one's device.
+    file, remote : FileTier, RemoteTier or None
+        Where pages outlive memory.
+    spill : SpillFile or None
+        Where corrected pages go; without it they are lost when memory is short, and the owner is told.
+    namespace : str
+        The tenant. Nothing of another namespace can be read.
+    rank, ranks : int
+        Under tensor parallelism each rank keeps its own KV heads, apart from the others' under the same keys.
+    write_back : str
+        "through": a new chunk is queued for writing at once; "evict": when it has to leave memory.
+    queue_bytes, batch_bytes, stall_limit_s, workers
+        See `WriteBack`.
+    load_workers : int
+        Threads of `prefetch`.
+    max_generation : int
+        Chunks built on corrected KV more often than this are refused: they must be re-encoded exactly.
+    """
+
+    def __init__(
+        self,
+        page_tokens: int,
+        page_bytes: int,
+        *,
+        device: Arena | None = None,
+        host: Arena | None = None,
+        file: FileTier | None = None,
+        remote: RemoteTier | None = None,
+        spill: SpillFile | None = None,
+        namespace: str = "",
+        rank: int = 0,
+        ranks: int = 1,
+        write_back: str = "through",
+        queue_bytes: int = 256 << 20,
+        batch_bytes: int = 32 << 20,
+        stall_limit_s: float = 10.0,
+        workers: int = 1,
+        load_workers: int = 4,
+        max_generation: int = 4,
+    ) -> None:
+        super().__init__()
+        self.arenas = [a for a in (device, host) if a is not None]
+        if not self.arenas:
+            raise StoreError("a tiered store needs a device or a host tier")
+        if write_back not in ("through", "evict"):
+            raise StoreError(f"write_back must be 'through' or 'evict', not {write_back!r}")
+        self.page_tokens, self.page_bytes, self.max_generation = page_tokens, page_bytes, max_generation
+        self.namespace, self.write_back = namespace_id(namespace, rank, ranks), write_back
+        self.stats = TieredStats()
+        self.backing = Backing(file, remote, self.stats)
+        self.spill = spill
+        self._lock = threading.RLock()
+        self._entries: dict[tuple[bytes, str | None], Entry] = {}
+        self._owned: dict[str, set[bytes]] = {}
+        self._numbers = itertools.count()
+        self.mover = Mover(self, queue_bytes, batch_bytes, stall_limit_s, workers)
+        self.reader, self.queue = PageReader(self), self.mover.queue
+        self._loaders = ThreadPoolExecutor(load_workers, "cacheslide-load")
+
+    # --- the ChunkStore interface ----------------------------------------------------------------------------------
+
+    def contains(self, key: ChunkKey) -> bool:
+        return self.tier_of(key) is not None
+
+    def tier_of(self, key: ChunkKey) -> str | None:
+        """The highest tier that has all of the chunk ("queue": it waits to be written), None when none has."""
+        name = chunk_name(self.namespace, key)
+        with self._lock:
+            entry = self._entries.get((name, None))
+            if entry is not None and not entry.lost:
+                ids = entry.ids(range(entry.layout.pages))
+                for arena in self.arenas:
+                    if all(i in arena.held for i in ids):
+                        return arena.name
+                if entry.pending is not None:
+                    return "queue"
+                if all(any(i in a.held for a in self.arenas) for i in ids):
+                    return self.arenas[-1].name
+        return self.backing.where(name)
+
+    def get(self, key: ChunkKey, owner: str | None = None) -> ChunkKV | None:
+        """The chunk, with the owner's corrections when one is given; None when it must be computed (again)."""
+        return self.fetch(key, owner).chunk
+
+    def fetch(self, key: ChunkKey, owner: str | None = None) -> Fetched:
+        """`get`, and from where, or why not. Damage and failing tiers are reasons, never exceptions."""
+        name = chunk_name(self.namespace, key)
+        with self._lock:
+            entry = self._entries.get((name, owner)) or self._entries.get((name, None))
+        try:
+            if entry is None:
+                found = self.reader.load(name)
+            else:
+                content, tier = self.reader.pages(entry, range(entry.layout.pages))
+                payload = packed(content, entry.layout)
+                generation = entry.generation + (entry.owner is not None)
+                found = from_payload(payload, entry.layout, entry.positions.clone(), generation), tier
+        except Gone as gone:
+            self.stats.misses += 1
+            self.stats.note(str(gone))
+            return Fetched(None, why=str(gone))
+        chunk, tier = found
+        self.stats.hits += 1
+        self.stats.bytes_read += chunk.nbytes
+        setattr(self.stats, f"hits_{tier}", getattr(self.stats, f"hits_{tier}") + 1)
+        if tier in ("device", "host"):
+            self.backing.touch(name)
+        return Fetched(chunk, tier)
+
+    def prefetch(self, keys: Sequence[ChunkKey]) -> list[Future]:
+        """Start bringing chunks into memory in threads, for requests that still wait; one future a cold chunk.
+
+        A scheduler lets requests whose chunks are warm go first: `tier_of` says which they are.
+        """
+        cold = [k for k in keys if self.tier_of(k) in ("file", "remote")]
+        return [self._loaders.submit(self.fetch, k) for k in cold]
+
+    def put(self, key: ChunkKey, chunk: ChunkKV) -> None:
+        """Keep a chunk; StoreError when its pages do not fit this store's."""
+        name = chunk_name(self.namespace, key)
+        if chunk.generation > self.max_generation:
+            self.stats.refused += 1
+            return
+        layout = PageLayout.of(chunk, self.page_tokens)
+        self.check(layout)
+        if self.contains(key):
+            return
+        fits = layout.pages <= len(self.arenas[0].slots)
+        if not fits and not self.backed_tiers:
+            raise StoreError(f"a chunk of {layout.pages} pages cannot fit {len(self.arenas[0].slots)} page slots")
+        payload = to_payload(chunk, layout).to(self.arenas[0].device)
+        with self._lock:  # whoever finds the entry finds its pages
+            entry = self._entry(name, layout, chunk.positions.cpu().clone(), chunk.generation)
+            entry.incoming, entry.backed = payload, False  # no lower tier had it a moment ago
+            self.stats.puts += 1
+        try:
+            if self.backed_tiers and (self.write_back == "through" or not fits):
+                self.mover.writer.publish(entry, payload.cpu())
+            if fits:
+                pages = [(entry, p) for p in range(layout.pages)]
+                self.mover.insert(self.arenas[0], pages, paged(payload, layout), only_current=True)
+        finally:
+            with self._lock:
+                entry.incoming = None
+                self.mover.retire(entry)
+
+    def __len__(self) -> int:
+        held = {name for (name, owner), e in self._entries.items() if owner is None and not e.lost}
+        if self.backing.file is not None:
+            held |= {n for n in self.backing.file.names() if n.startswith(self.namespace)}
+        return len(held)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory and on disk together."""
+        file, spill = self.backing.file, self.spill
+        below = (0 if file is None else file.nbytes) + (0 if spill is None else spill.nbytes)
+        return sum(a.nbytes for a in self.arenas) + below
+
+    # --- corrections -----------------------------------------------------------------------------------------------
+
+    def correct(
+        self,
+        key: ChunkKey,
+        owner: str,
+        layer: int,
+        rows: Tensor,
+        k: Tensor,
+        v: Tensor,
+        reference: ChunkKV | None = None,
+    ) -> None:
+        """Give `owner` its own version of the rows that WCA recomputed in one layer.
+
+        Parameters
+        ----------
+        rows : Tensor [r], int64
+            Ascending rows of the chunk. The pages that hold them become dirty, with one more selected token a row.
+        k, v : Tensor [r, kv_heads, head_dim]
+            Keys rotated as the owner reads them back.
+        reference : ChunkKV, optional
+            The chunk as `get` returned it: saves reading the rest of the rows' pages again.
+
+        Raises StoreError when the chunk is gone: it must be built again first.
+        """
+        name = chunk_name(self.namespace, key)
+        entry = self._owned_entry(name, owner)
+        layout, rows = entry.layout, rows.cpu()
+        if not len(rows):
+            return
+        if k.shape != (len(rows), layout.kv_heads, layout.head_dim) or int(rows[-1]) >= layout.tokens:
+            raise StoreError(f"corrected rows {tuple(k.shape)} do not fit a chunk of {layout}")
+        n = layout.page_tokens
+        numbers, at = np.unique(rows.numpy() // n, return_inverse=True)
+        pages = [layout.page_of(layer, int(p) * n) for p in numbers]
+        masks = {page: entry.selected.get(page, np.zeros(layout.rows_of(page), bool)).copy() for page in pages}
+        for i, r in zip(at, rows.numpy() % n, strict=True):
+            masks[pages[i]][r] = True
+        fresh = [p for p in pages if masks[p].all() and p not in entry.selected]
+        content = empty_pages(len(pages), layout.page_bytes, self.arenas[0].device)
+        done = set(fresh)
+        if reference is not None:
+            known = [i for i, p in enumerate(pages) if p not in entry.selected and p not in done]
+            for i in known:
+                first = int(numbers[i]) * n
+                cut = (reference.k[layer, first : first + n], reference.v[layer, first : first + n])
+                piece = as_bytes(torch.stack(cut, 1)).to(content.device)
+                content[i, : len(piece)] = piece
+            done |= {pages[i] for i in known}
+        rest = [i for i, p in enumerate(pages) if p not in done]
+        try:
+            if rest:
+                content[torch.tensor(rest, device=content.device)] = self.reader.pages(entry, [pages[i] for i in rest])[
+                    0
+                ]
+        except Gone as gone:
+            self.release(owner)
+            raise StoreError(f"chunk {key} cannot be corrected ({gone}): build it again") from None
+        view = content.view(layout.torch_dtype).view(len(pages), n, 2, layout.kv_heads, layout.head_dim)
+        view[torch.from_numpy(at).to(content.device), (rows % n).to(content.device)] = torch.stack((k, v), 1).to(view)
+        with self._lock:
+            self.mover.forget_versions(entry, pages)
+            entry.selected.update(masks)
+            self.stats.corrected += len(pages)
+        self.mover.insert(self.arenas[0], [(entry, p) for p in pages], content)
+
+    def release(self, owner: str) -> int:
+        """The owner is done, or its update has changed: drop its private pages unwritten; returns how many."""
+        count = 0
+        with self._lock:
+            for name in self._owned.pop(owner, ()):
+                entry = self._entries.pop((name, owner), None)
+                if entry is not None:
+                    count += len(entry.selected)
+                    self.mover.forget_versions(entry, list(entry.selected))
+                    self.mover.entries.pop(entry.number, None)
+                    entry.lost = "released"
+        self.stats.released += count
+        return count
+
+    def _owned_entry(self, name: bytes, owner: str) -> Entry:
+        with self._lock:
+            entry = self._entries.get((name, owner))
+            if entry is not None and entry.lost:
+                raise StoreError(f"{entry.lost}: release {owner!r} and correct its chunks again")
+            if entry is not None:
+                return entry
+            base = self._entries.get((name, None))
+        if base is None:
+            found = self.backing.read(name, [(0, 1)])
+            if isinstance(found, str):
+                raise StoreError(f"chunk {name[16:].hex()} cannot be corrected ({found}): build it again")
+            head: Head = found[0]
+            layout, positions, generation = head.layout, head.positions, head.generation
+        else:
+            layout, positions, generation = base.layout, base.positions, base.generation
+        with self._lock:
+            self._owned.setdefault(owner, set()).add(name)
+            return self._entry(name, layout, positions, generation, owner)
+
+    # --- housekeeping ----------------------------------------------------------------------------------------------
+
+    @property
+    def backed_tiers(self) -> bool:
+        """Whether anything lies below memory."""
+        return self.backing.file is not None or self.backing.remote is not None
+
+    def check(self, layout: PageLayout) -> None:
+        """StoreError unless pages of this layout fit the slots."""
+        if layout.page_bytes > self.page_bytes or layout.page_tokens != self.page_tokens:
+            raise StoreError(
+                f"pages of {layout.page_tokens} tokens and {layout.page_bytes} bytes do not fit this store's "
+                f"({self.page_tokens} tokens, {self.page_bytes} bytes): open one store a model"
+            )
+
+    def _entry(self, name, layout, positions, generation, owner=None, backed=False) -> Entry:
+        with self._lock:
+            entry = self._entries.get((name, owner))
+            if entry is None or entry.lost:
+                entry = Entry(next(self._numbers), name, layout, positions, generation, owner, backed)
+                self._entries[name, owner] = entry
+                self.mover.entries[entry.number] = entry
+            return entry
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until everything queued is written; False when the time was too short."""
+        return self.queue.flush(timeout_s)
+
+    def close(self, timeout_s: float = 30.0) -> bool:
+        """Write what is queued and let go of the files; False when the time was too short."""
+        self._loaders.shutdown(wait=True, cancel_futures=True)
+        done = self.queue.close(timeout_s)
+        if self.spill is not None:
+            self.spill.close()
+        return done

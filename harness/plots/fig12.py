@@ -1,0 +1,97 @@
+"""Figures 12a-d: layer latency by load-write order, write stalls, bytes written, GPU pages against PromptCache."""
+
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from harness.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, error_bar, new_figure, nothing
+
+POLICIES = {"clean-first": BLUE, "lru": ORANGE, "fifo": GREEN}
+ORDERS = {"locked": ORANGE, "relocate": PURPLE, "disjoint": BLUE}
+WIDTH = 0.26
+
+
+def _bars(
+    axes: Axes, groups: list[str], series: dict[str, list[dict[str, Any] | None]], colours: dict[str, str]
+) -> None:
+    """Grouped bars of estimates (value, low, high) with their intervals."""
+    for k, (name, values) in enumerate(series.items()):
+        for i, e in enumerate(values):
+            if e is None or e["value"] is None:
+                continue
+            x = i + (k - (len(series) - 1) / 2) * WIDTH
+            axes.bar(x, e["value"], WIDTH * 0.92, color=colours[name], label=name if i == 0 else None)
+            error_bar(axes, x, e["value"], "black", up=(e["low"], e["high"]))
+    axes.set_xticks(range(len(groups)), groups, fontsize=8)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+
+
+def draw_a(summary: dict[str, Any]) -> Figure:
+    """12a: milliseconds a layer."""
+    figure = new_figure(8.2, 3.8)
+    axes = figure.add_subplot()
+    measured = summary["orders"]["cuda"] or summary["orders"]["cpu"]
+    if measured is None:
+        nothing(axes, "the load-write orders were not measured")
+        return figure
+    where = "on a GPU" if measured["device"] == "cuda" else "on the CPU: no claim about a GPU"
+    axes.set_title(f"Latency of a layer by load-write order, {where}")
+    cells = sorted({(r["source"], r["batch"]) for r in measured["rows"]}, key=lambda c: (c[0] != "host", c[1]))
+    found = {(r["source"], r["batch"], r["order"]): _scaled(r["layer_s"], 1e3) for r in measured["rows"]}
+    _bars(axes, [f"{s}\nbatch {b}" for s, b in cells], {o: [found.get((*c, o)) for c in cells] for o in ORDERS}, ORDERS)
+    axes.set_ylabel("ms a layer (median)")
+    return figure
+
+
+def _scaled(estimate: dict[str, Any], by: float) -> dict[str, Any]:
+    return {k: None if estimate[k] is None else estimate[k] * by for k in ("value", "low", "high")}
+
+
+def _volume(summary: dict[str, Any], what: str, by: float, title: str, unit: str) -> Figure:
+    figure = new_figure(9.6, 3.8)
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    cells = {c: v for c, v in summary["conditions"].items() if v is not None}
+    if not cells:
+        nothing(axes, "no run was measured")
+        return figure
+    series = {p: [_scaled(v["policies"][p][what], by) for v in cells.values()] for p in POLICIES}
+    _bars(axes, [c.replace(" ", "\n", 1) for c in cells], series, POLICIES)
+    axes.set_ylabel(unit)
+    return figure
+
+
+def draw_b(summary: dict[str, Any]) -> Figure:
+    """12b: seconds of write stalls."""
+    return _volume(summary, "stall_s", 1.0, "Waiting for write-back, by eviction order", "stall (s a run)")
+
+
+def draw_c(summary: dict[str, Any]) -> Figure:
+    """12c: bytes written to disk."""
+    return _volume(summary, "bytes_written", 2**-20, "Bytes written to disk by eviction order", "MiB written a run")
+
+
+def draw_d(summary: dict[str, Any]) -> Figure:
+    """12d: GPU pages against PromptCache, computed from page counts."""
+    figure = new_figure(8.2, 3.8)
+    rows = summary["gpu_pages_computed"]
+    for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("one template", "a template each"), strict=True):
+        axes.set_title(f"Requests on {kind}")
+        if not rows:
+            nothing(axes, "no trace was recorded")
+            continue
+        mine = [r for r in rows if r["requests_on"] == kind]
+        for key, label, colour, line in (
+            ("prompt_cache_copies", "PromptCache, a copy a request", PURPLE, "-"),
+            ("prompt_cache_shared", "PromptCache, shared pages", GREY, ":"),
+            ("cacheslide", "CacheSlide", BLUE, "-"),
+        ):
+            axes.plot(
+                [r["batch"] for r in mine], [r[key] for r in mine], color=colour, ls=line, marker="o", label=label
+            )
+        axes.set_xlabel("batch")
+    figure.axes[0].set_ylabel("pages in GPU memory (computed)")
+    figure.axes[0].legend()
+    return figure

@@ -1,0 +1,185 @@
+"""The summary of SLIDE's experiments: what the records say, beside the paper's claims."""
+
+import json
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness.experiments.slide_replay import pages_in_use
+from harness.experiments.slide_trace import Template
+from harness.metrics.bootstrap import mean
+
+PAPER = {
+    "lru_over_clean_first_bytes": [3.11, 3.62],
+    "write_stall_reduction_pct": [66.9, 73.5],
+    "layer_latency_reduction_pct": [26.7, 51.5],
+    "prompt_cache_over_cacheslide_gpu_bytes": [1.63, 1.9],
+    "lookup_us_1e6": 50,
+    "startup_s_1e5_pages": 2,
+}
+MAIN = ("main sparse", "main deep")
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def reduction(less: list[float], more: list[float], resamples: int = 10_000) -> dict[str, Any]:
+    """1 - sum(less) / sum(more) in percent, with a bootstrap interval over the pairs; None where `more` is all zero."""
+    a, b = np.asarray(less, float), np.asarray(more, float)
+    if b.sum() <= 0:
+        return {"value": None, "low": None, "high": None, "n": len(a), "why": "nothing to reduce was measured"}
+    pick = np.random.default_rng(0).integers(0, len(a), (resamples, len(a)))
+    tops, bottoms = a[pick].sum(1), b[pick].sum(1)
+    draws = 100 * (1 - tops[bottoms > 0] / bottoms[bottoms > 0])
+    low, high = np.quantile(draws, [0.025, 0.975]) if len(a) > 1 else (None, None)
+    value = float(100 * (1 - a.sum() / b.sum()))
+    return {"value": value, "low": low and float(low), "high": high and float(high), "n": len(a)}
+
+
+def _ratio(pairs: list[tuple[float, float]]) -> dict[str, Any]:
+    """Mean of a / b over pairs; None where a b is 0."""
+    if any(b == 0 for _, b in pairs):
+        return {
+            "value": None,
+            "low": None,
+            "high": None,
+            "n": len(pairs),
+            "why": "clean-first wrote nothing in some run",
+        }
+    return asdict(mean([a / b for a, b in pairs]))
+
+
+def compare(runs: list[dict[str, Any]], conditions: tuple[str, ...]) -> dict[str, Any] | None:
+    """Clean-first against LRU and FIFO on the same conditions and seeds."""
+    by: dict[str, dict[tuple, dict]] = defaultdict(dict)
+    for r in runs:
+        if r["condition"] in conditions:
+            by[r["policy"]][r["condition"], r["seed"]] = r["counts"]
+    units = sorted(set(by["clean-first"]) & set(by["lru"]) & set(by["fifo"]))
+    if not units:
+        return None
+
+    def total(c: dict[str, Any]) -> float:
+        return c["spill_bytes"] + c["record_bytes"]
+
+    out: dict[str, Any] = {"units": len(units), "policies": {}}
+    for policy in ("clean-first", "lru", "fifo"):
+        rows = [by[policy][u] for u in units]
+        out["policies"][policy] = {
+            "bytes_written": asdict(mean([total(c) for c in rows])),
+            "proc_write_bytes": asdict(mean([c["proc_write_bytes"] for c in rows])),
+            "proc_read_bytes": asdict(mean([c["proc_read_bytes"] for c in rows])),
+            "stall_s": asdict(mean([c["stall_s"] for c in rows])),
+            "seconds": asdict(mean([c["seconds"] for c in rows])),
+            "pages_written_dirty": asdict(mean([c["dirty_written"] for c in rows])),
+            "pages_dropped_clean": asdict(mean([c["clean_dropped"] for c in rows])),
+            "pages_a_sequential_write": float(np.mean([c["dirty_written"] / max(1, c["extents"]) for c in rows])),
+            "bytes_without_dirty_bits": asdict(
+                mean([(c["dirty_written"] + c["clean_dropped"]) * c["page_bytes"] for c in rows])
+            ),
+        }
+    for other in ("lru", "fifo"):
+        out[f"{other}_over_clean_first_bytes"] = _ratio(
+            [(total(by[other][u]), total(by["clean-first"][u])) for u in units]
+        )
+        out[f"write_stall_reduction_pct_against_{other}"] = reduction(
+            [by["clean-first"][u]["stall_s"] for u in units], [by[other][u]["stall_s"] for u in units]
+        )
+    one = by["lru"][units[0]]
+    out["setting"] = {k: one[k] for k in ("memory_bytes", "reference_pages", "corrected_pages", "page_bytes", "slices")}
+    return out
+
+
+def gpu_pages(templates: list[Template], page_tokens: int, batches=(2, 4, 6, 8)) -> list[dict[str, Any]]:
+    """GPU bytes in pages, computed: B requests on one template, and B on as many templates.
+
+    PromptCache as published keeps its modules and copies them into every request; with shared pages it would keep them
+    once. CacheSlide shares what WCA left alone and keeps a private page where it corrected a row; the reference page
+    under a private one may leave.
+    """
+    out = []
+    for batch in batches:
+        some = [templates[i % len(templates)] for i in range(batch)]
+        for kind, group in (("one template", [some[0]] * batch), ("a template each", some)):
+            distinct = {id(t): t for t in group}.values()
+            reference = sum(pages_in_use([t], page_tokens)[0] for t in distinct)
+            copies = sum(pages_in_use([t], page_tokens)[0] for t in group)
+            private = sum(pages_in_use([t], page_tokens)[1] for t in group)
+            left = reference - sum(pages_in_use([t], page_tokens)[1] for t in distinct)
+            out.append(
+                {
+                    "batch": batch, "requests_on": kind, "prompt_cache_copies": reference + copies,
+                    "prompt_cache_shared": reference, "cacheslide": private + left,
+                    "ratio": (reference + copies) / (private + left),
+                }
+            )  # fmt: skip
+    return out
+
+
+def summarise(out: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """Headline and tables from the records in `out`; what was not measured is null, with the reason."""
+    runs = _lines(out / "volume.jsonl")
+    faults, index, scan = _read(out / "faults.json"), _read(out / "index.json"), _read(out / "scan.json")
+    orders = {d: _read(out / f"orders_{d}.json") for d in ("cuda", "cpu")}
+    volume = {c: compare(runs, (c,)) for c in dict.fromkeys(r["condition"] for r in runs)}
+    main = compare(runs, MAIN)
+    traces = {k: [Template.from_dict(t) for t in v] for k, v in (_read(out / "trace.json") or {}).items()}
+    latency, latency_why = _latency(orders["cuda"])
+    headline = {
+        "lru_over_clean_first_bytes": main and main["lru_over_clean_first_bytes"]["value"],
+        "write_stall_reduction_pct": main and main["write_stall_reduction_pct_against_lru"]["value"],
+        "layer_latency_reduction_pct": latency,
+        "lookup_us_1e6": index and index["lookup_1e6"]["present_us"],
+        "startup_s_1e5_pages": index and index["startup_one_page_a_record"]["median_s"],
+        "faults_injected": faults and sum(v["faults"] for v in faults["faults"]),
+        "wrong_pages_served": faults and sum(v["wrong_pages"] for v in faults["faults"]),
+    }
+    slow = (volume.get("slow disk") or {}).get("write_stall_reduction_pct_against_lru")
+    notes = {
+        "lru_over_clean_first_bytes": "SWE-style turns, memory for a third of the pages in use; mean over runs",
+        "write_stall_reduction_pct": "seconds the workload waited for the write-back queue; this disk at full speed, "
+        "where stalls are short and the interval is wide (main); with writes held to 100 MiB/s: "
+        + ("not measured" if slow is None else "{value:.1f} [{low:.1f}, {high:.1f}]".format(**slow)),
+        "layer_latency_reduction_pct": latency_why,
+        "wrong_pages_served": "every page of every chunk that was served after a fault was compared",
+    }
+    wrong = sum(r["counts"]["wrong_rows"] for r in runs)
+    return {
+        "headline": headline,
+        "notes": notes,
+        "paper": PAPER,
+        "main": main,
+        "conditions": volume,
+        "workload": {
+            "dirty_page_share": {
+                name: {str(p): float(np.mean([t.dirty_share(p) for t in ts])) for p in (4, 8, 16, 32)}
+                for name, ts in traces.items()
+            },
+            "wrong_rows_read": wrong,
+            "runs": len(runs),
+        },
+        "gpu_pages_computed": gpu_pages(traces["deep@1"], 16) if traces else None,
+        "orders": orders,
+        "scan": scan,
+        "index": index,
+        "faults": faults,
+        "provenance": about,
+    }
+
+
+def _latency(measured: dict[str, Any] | None) -> tuple[float | None, str]:
+    """The best order's mean reduction over batches against `locked`, from the host tier, on a GPU."""
+    if measured is None:
+        return None, "not measured: needs a GPU (python -m harness.experiments.slide orders summary)"
+    rows = [r for r in measured["rows"] if r["source"] == "host"]
+    by = {o: [r["reduction_pct"] for r in rows if r["order"] == o] for o in ("relocate", "disjoint")}
+    best = max(by, key=lambda o: np.mean(by[o]))
+    return float(np.mean(by[best])), f"order {best!r} against 'locked', chunks in host memory, mean over batches"

@@ -25,6 +25,7 @@ include: "workflows/data.smk"
 include: "workflows/chunks.smk"
 include: "workflows/evaluate.smk"
 include: "workflows/figures.smk"
+include: "workflows/slide.smk"
 
 
 rule all:

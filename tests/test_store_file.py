@@ -240,8 +240,20 @@ def _fill(path, first, count):
         store.write([encoded(i)])
 
 
+def _die_holding(path):
+    tier(path, shards=1).shards[0].lock.acquire()
+    os._exit(9)
+
+
+def clean_processes():
+    """Not forked from here: a process that has run threads leaves its child locks that nobody will open."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def test_processes_share_a_folder_and_its_capacity(tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = clean_processes()
     workers = [context.Process(target=_fill, args=(tmp_path / "s", 100 * w, 30)) for w in range(3)]
     for w in workers:
         w.start()
@@ -274,13 +286,7 @@ def test_a_lock_held_too_long_is_an_error_and_a_dead_holders_lock_is_free(tmp_pa
     with pytest.raises(StoreError, match=rf"process {os.getpid()} on .* kept the lock"):
         other.write([encoded(1)])
     store.shards[0].lock.release()
-    context = multiprocessing.get_context("fork")
-
-    def die_holding():
-        tier(tmp_path / "s", shards=1).shards[0].lock.acquire()
-        os._exit(9)
-
-    p = context.Process(target=die_holding)
+    p = clean_processes().Process(target=_die_holding, args=(tmp_path / "s",))
     p.start()
     p.join()
     other.write([encoded(1)])

@@ -135,7 +135,9 @@ def kill_9(path: Path, points: int, seed: int = 0) -> Verdict:
     All deaths happen in one folder, one after the other: later ones also hit stores that were repaired before.
     """
     verdict, rng = Verdict("kill -9 in mid-write"), random.Random(seed)
-    context = multiprocessing.get_context("fork")
+    # Not forked from here: a process that has run threads leaves its child locks that nobody will open.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     for point in range(points):
         victim = context.Process(target=_die, args=(path, seed * 1000 + point, rng.randint(1, 60), rng.random()))
         victim.start()

@@ -163,6 +163,7 @@ def test_a_server_gets_ids_and_marks_or_plain_text():
         (200, events({"choices": [{"text": "a"}]}, done=False), "ended before"),
         (200, b"data: {nonsense\n\n", "no completion"),
         (200, events({"error": {"message": "out of memory"}}), "out of memory"),
+        (200, events(*[{"choices": [{"text": "a"}]}] * 40), "far more than the 8 tokens"),
     ],
 )
 def test_a_broken_server_is_one_clear_error(status, reply, message):

@@ -99,6 +99,12 @@ def test_without_context_nothing_is_solved(name):
     assert {s.name for e in episodes for step in e.steps for s in step.segments} > {"cue", "system"}
 
 
+@sandboxed
+def test_a_bug_is_not_fixed_without_context():
+    episodes = run_tasks("swe_agent", fix_tasks("test", 0, 3), NoContext(oracle("swe_agent")))
+    assert [(e.stop, e.score) for e in episodes] == [("done", 0.0)] * 3
+
+
 def test_splits_share_no_names_values_constants_or_bug_sites():
     seen = {}
     for split in ("train", "validation", "test"):

@@ -117,6 +117,15 @@ def test_huge_output_and_huge_files_end(root):
 
 
 @needs
+def test_many_files_end(root):
+    code = "import itertools\nfor i in itertools.count(): open(f'f{i}', 'wb').write(bytes(4096))"
+    assert python(root, code, files=2000).stopped == "disk"
+    for left in root.iterdir():
+        left.unlink()
+    assert python(root, code, disk_bytes=4 << 20).stopped == "disk"
+
+
+@needs
 def test_the_parent_cannot_be_signalled(root):
     code = f"import os\ntry: os.kill({os.getpid()}, 0); print('escaped')\nexcept OSError: print('refused')"
     assert python(root, code).output == "refused\n"

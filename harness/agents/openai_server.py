@@ -16,6 +16,8 @@ from cacheslide.prompt import Prompt, Role, Segment
 from cacheslide.vllm.params import marks_of
 from harness.agents.completer import Completion, CompletionError, Request
 
+_PIECE_CHARS = 10_000
+
 
 class OpenAIServer:
     """A server's `/v1/completions`.
@@ -78,6 +80,8 @@ class OpenAIServer:
             text = "".join(c.get("text") or "" for c in event.get("choices", ()))
             if text:
                 pieces.append(text)
+                if len(pieces) > 4 * request.max_tokens or len(text) > _PIECE_CHARS:
+                    raise CompletionError(f"the server sent far more than the {request.max_tokens} tokens it was asked for")
                 times.append(time.perf_counter() - begin)
         total = time.perf_counter() - begin
         return Completion("".join(pieces), sent, None, tuple(times), total, receipt)

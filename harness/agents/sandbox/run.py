@@ -19,7 +19,7 @@ from cacheslide.errors import CacheSlideError
 from harness.agents.sandbox import confine
 
 _CONFINE = Path(confine.__file__)
-_POLL_S = 0.02
+_POLL_S, _WALK_S = 0.02, 0.25
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _ETC = tuple(f"/etc/{n}" for n in ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime", "alternatives"))
 
@@ -33,14 +33,17 @@ class Limits:
     """Bounds of one command.
 
     `seconds` of wall time (and of CPU time per process); `memory` in bytes, of each process's address space and of
-    all resident memory together; `processes` alive at once; `file_bytes` per written file; `output_bytes` kept of
-    stdout and stderr together: more ends the command.
+    all resident memory together; `processes` alive at once; `file_bytes` per written file; `disk_bytes` and `files`
+    in the root and the scratch folder together, what was there before included; `output_bytes` kept of stdout and
+    stderr together: more ends the command.
     """
 
     seconds: float = 20.0
     memory: int = 2 << 30
     processes: int = 32
     file_bytes: int = 16 << 20
+    disk_bytes: int = 1 << 30
+    files: int = 50_000
     output_bytes: int = 64 << 10
 
     def rlimits(self) -> dict[str, int]:
@@ -149,7 +152,7 @@ def _start(command, root, scratch, limits, confined, read=()) -> SandboxResult:
         )
     except OSError as unusable:  # earlier hostile code may have made the folder unusable
         return SandboxResult(126, str(unusable), time.monotonic() - begin, "start")
-    output, stopped = _watch(process, limits, confined, begin)
+    output, stopped = _watch(process, limits, confined, begin, (root, scratch))
     text = output.decode(errors="replace")
     if process.returncode == confine.FAILED and text.startswith("confine:"):
         raise SandboxError(f"the sandbox did not start ({text.strip().removeprefix('confine: ')})")
@@ -166,9 +169,9 @@ def _rlimits_only(limits: Limits):
     return apply
 
 
-def _watch(process: subprocess.Popen, limits: Limits, confined: bool, begin: float) -> tuple[bytes, str]:
+def _watch(process, limits: Limits, confined: bool, begin: float, folders: tuple[Path, ...]) -> tuple[bytes, str]:
     """Read the output until the command ends or passes a bound; then nothing of it is left running."""
-    output, stopped, open_pipe = bytearray(), "", True
+    output, stopped, open_pipe, walked = bytearray(), "", True, begin
     own = os.readlink("/proc/self/ns/pid")
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
@@ -181,7 +184,10 @@ def _watch(process: subprocess.Popen, limits: Limits, confined: bool, begin: flo
                 time.sleep(_POLL_S)
             if process.poll() is not None and not confined:
                 break  # without a PID namespace a stray child may hold the pipe open
-            stopped = _passed(process.pid, output, limits, time.monotonic() - begin, confined, own)
+            now = time.monotonic()
+            stopped = _passed(process.pid, output, limits, now - begin, confined, own)
+            if not stopped and now - walked > _WALK_S:
+                stopped, walked = _too_full(folders, limits), time.monotonic()
     if stopped or not confined:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, 9)
@@ -201,6 +207,20 @@ def _passed(pid: int, output: bytearray, limits: Limits, seconds: float, confine
             return "processes"
         if resident > limits.memory:
             return "memory"
+    return ""
+
+
+def _too_full(folders: tuple[Path, ...], limits: Limits) -> str:
+    """ "disk" when the folders hold more files or bytes than allowed; the walk ends as soon as it knows."""
+    count = size = 0
+    for folder in folders:
+        for parent, inner, names in os.walk(folder):
+            count += len(inner) + len(names)
+            for name in names:
+                with suppress(OSError):
+                    size += os.lstat(os.path.join(parent, name)).st_blocks * 512
+            if count > limits.files or size > limits.disk_bytes:
+                return "disk"
     return ""
 
 

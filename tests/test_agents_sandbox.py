@@ -1,6 +1,7 @@
 """The sandbox against hostile code. Where the kernel gives none, these are skipped with its reason."""
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.agents import sandbox
-from harness.agents.sandbox import Limits, Sandbox, SandboxError, missing
+from harness.agents.sandbox import Limits, Sandbox, SandboxError, confine, missing
 
 needs = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -21,6 +22,28 @@ def root(tmp_path) -> Path:
 
 def python(root: Path, code: str, **limits):
     return Sandbox(root, Limits(**limits)).run([sys.executable, "-c", code])
+
+
+def test_a_kernel_that_has_the_parts_gives_a_sandbox():
+    """Else every test below would be skipped by a mistake in the sandbox itself."""
+    try:
+        landlock = confine.landlock_abi() >= 1
+    except OSError:
+        landlock = False
+    if not landlock or subprocess.run(["unshare", "-Urpfn", "true"], check=False).returncode:
+        pytest.skip("this kernel has no Landlock or no user namespaces for us")
+    assert missing() == ""
+
+
+@needs
+def test_no_capability_is_left(root):
+    code = """
+import ctypes, struct
+header, data = struct.pack('Ii', 0x20080522, 0), ctypes.create_string_buffer(24)
+assert ctypes.CDLL(None).capget(header, data) == 0
+print(any(data.raw))
+"""
+    assert python(root, code).output == "False\n"
 
 
 @needs

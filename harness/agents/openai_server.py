@@ -81,7 +81,9 @@ class OpenAIServer:
             if text:
                 pieces.append(text)
                 if len(pieces) > 4 * request.max_tokens or len(text) > _PIECE_CHARS:
-                    raise CompletionError(f"the server sent far more than the {request.max_tokens} tokens it was asked for")
+                    raise CompletionError(
+                        f"the server sent far more than the {request.max_tokens} tokens it was asked for"
+                    )
                 times.append(time.perf_counter() - begin)
         total = time.perf_counter() - begin
         return Completion("".join(pieces), sent, None, tuple(times), total, receipt)

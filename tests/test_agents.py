@@ -105,6 +105,17 @@ def test_a_bug_is_not_fixed_without_context():
     assert [(e.stop, e.score) for e in episodes] == [("done", 0.0)] * 3
 
 
+def test_tasks_that_cannot_be_drawn_are_refused():
+    with pytest.raises(DataError, match="3 lines"):
+        list(fix_tasks("test", 0, 1, lines=2))
+    with pytest.raises(DataError, match="different words"):
+        list(function_tasks("test", 0, 1, jobs=500))
+    with pytest.raises(DataError, match="unknown split"):
+        list(function_tasks("tests", 0, 1))
+    with pytest.raises(DataError, match="unknown mix"):
+        list(qa_tasks("test", 0, 1, mix="shallow"))
+
+
 def test_splits_share_no_names_values_constants_or_bug_sites():
     seen = {}
     for split in ("train", "validation", "test"):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
+from cacheslide.errors import DataError
 from harness.agents.tasks.qa import fresh_value
 from harness.tasks.synthetic.words import names, values
 from harness.tasks.synthetic.world import draw, pick
@@ -39,6 +40,8 @@ class FixTask:
 
 def fix_tasks(split: str, seed: int, count: int, modules: int = 3, lines: int = 6) -> Iterator[FixTask]:
     """Draw `count` tasks of `modules` files with `lines` names each."""
+    if modules < 1 or lines < 3:
+        raise DataError(f"a repository has at least 1 module of 3 lines, not {modules} of {lines}")
     for i in range(count):
         yield _task(Random(f"agents-fixes-{split}-{seed}-{modules}-{lines}-{i}"), split, seed, i, modules, lines)
 

@@ -47,7 +47,9 @@ def make_world(rng: Random, mix: str, split: str, tokens: int) -> World:
 
 
 def fresh_value(rng: Random, split: str, taken: Sequence[tuple[str, str]]) -> tuple[str, str]:
-    """A value of the split that none of `taken` is."""
+    """A value of the split that none of `taken` is; DataError when all are taken."""
+    if set(values(split)) <= set(taken):
+        raise DataError(f"the {split} split has {len(values(split))} values, all are taken")
     while True:
         value = pick(rng, values(split))
         if value not in taken:

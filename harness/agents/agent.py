@@ -1,0 +1,71 @@
+"""An agent: a template, tools, and a state that turns the model's own output into the next turn's update."""
+
+from abc import ABC, abstractmethod
+
+from harness.agents.calls import Call, Tool, parse
+from harness.agents.template import Slots, Template
+from harness.tasks.example import TextSegment
+
+
+class Agent(ABC):
+    """One episode of one agent on one task. Subclasses hold the state and define the slots and the tools.
+
+    Attributes
+    ----------
+    name : str
+        "reflexion", "memgpt", "swe_agent" or "function_calling".
+    template : Template
+        Its last slot is named "cue": updated text that the model's output follows.
+    grammar : str
+        How calls are written, see `harness.agents.calls.parse`.
+    finished : bool
+        Set by a tool: the agent is done and `score` is final.
+    at : int
+        Which question, message or job of the task is at work: a call is a repetition only within one.
+    """
+
+    name: str
+    template: Template
+    grammar = "line"
+
+    def __init__(self, task_id: str) -> None:
+        self.task_id = task_id
+        self.finished, self.at = False, 0
+        self.complaint = ""
+        self.tools: dict[str, Tool] = {t.name: t for t in self.make_tools()}
+
+    @abstractmethod
+    def make_tools(self) -> list[Tool]:
+        """The tools; their functions may change the agent's state."""
+
+    @abstractmethod
+    def slots(self) -> Slots:
+        """This turn's text of every slot."""
+
+    @abstractmethod
+    def observe(self, call: Call, result: str, failed: bool) -> None:
+        """Take a tool's result into the state."""
+
+    @abstractmethod
+    def score(self) -> float:
+        """The share of the task that is solved, in [0, 1]; 1.0 is success."""
+
+    def prompt(self) -> tuple[TextSegment, ...]:
+        """This turn's segments. What was wrong with a rejected output stands before the cue, updated text too."""
+        values = dict(self.slots())
+        if self.complaint:
+            values["cue"] = f"\nError: {self.complaint}{values['cue']}"
+        return self.template.render(values)
+
+    def parse(self, output: str) -> Call:
+        """The call in the model's output; MalformedCall when there is none."""
+        return parse(output, self.tools, self.grammar)
+
+    def close(self) -> None:
+        """Release what the episode holds (a worktree)."""
+        return None
+
+
+def describe(tools: list[Tool]) -> str:
+    """The tools as text of the system prompt."""
+    return "".join(f"\n{t.usage}" + (f" : {t.about}" if t.about else "") for t in tools)

@@ -1,0 +1,61 @@
+"""A chat of several sessions: what was said before refers to persona facts, and the user changes those facts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+from harness.agents.tasks.qa import fresh_value, make_world
+from harness.tasks.synthetic import render
+from harness.tasks.synthetic.prompts import text
+from harness.tasks.synthetic.world import draw_root_values, pick
+
+CAPACITY = 6
+TELL = 0.4
+
+
+@dataclass(frozen=True)
+class ChatTurn:
+    """The user tells a name's new value, or asks for a name's value."""
+
+    kind: Literal["tell", "ask"]
+    name: str
+    value: str
+
+
+@dataclass(frozen=True)
+class ChatTask:
+    """Persona facts (oldest first), earlier sessions (fixed), the memory's capacity in facts, the user's turns."""
+
+    id: str
+    split: str
+    persona: tuple[tuple[str, str], ...]
+    sessions: tuple[str, ...]
+    capacity: int
+    turns: tuple[ChatTurn, ...]
+
+
+def chat_tasks(
+    split: str, seed: int, count: int, turns: int = 6, tokens: int = 512, mix: str = "deep"
+) -> Iterator[ChatTask]:
+    """Draw `count` tasks; the last turn always asks. The same arguments always give the same ones."""
+    for i in range(count):
+        rng = Random(f"agents-chat-{mix}-{split}-{seed}-{tokens}-{turns}-{i}")
+        world = make_world(rng, mix, split, tokens)
+        sessions = []
+        for number, document in enumerate(render.fixed_documents(rng, "hotpotqa", world), 1):
+            said = "".join(text(s.pieces) for s in document.sentences)
+            sessions.append(f"\nSession {number}:{said}")
+        held = draw_root_values(rng, split, world.roots)
+        roots = [" ".join(n.name) for n in world.nodes[: world.roots]]
+        persona = tuple((name, " ".join(value)) for name, value in zip(roots, held, strict=True))
+        out = []
+        for k in range(turns):
+            if k < turns - 1 and rng.random() < TELL:
+                root = int(rng.random() * world.roots)
+                held[root] = fresh_value(rng, split, held)
+                out.append(ChatTurn("tell", roots[root], " ".join(held[root])))
+            else:
+                node = pick(rng, range(world.roots, len(world.nodes)))
+                out.append(ChatTurn("ask", " ".join(world.nodes[node].name), " ".join(world.resolve(node, held))))
+        yield ChatTask(f"chat-{split}-{seed}-{i:05d}", split, persona, tuple(sessions), CAPACITY, tuple(out))

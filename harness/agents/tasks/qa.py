@@ -1,0 +1,94 @@
+"""Questions over fixed documents whose notes are sometimes out of date: a first answer is then wrong.
+
+Before a stale question, one root's value changes in the world but not in the notes. The judge says so only after the
+wrong answer; the second answer needs that correction and the same fixed documents, which now mean something else.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from cacheslide.errors import DataError
+from harness.tasks.synthetic import render
+from harness.tasks.synthetic.prompts import chunks_for, text
+from harness.tasks.synthetic.words import values
+from harness.tasks.synthetic.world import MIXES, World, build_world, draw_root_values, pick
+
+STALE = 0.6
+_STATEMENTS = 9
+
+
+@dataclass(frozen=True)
+class QAQuestion:
+    """A name and its value at the time of asking; `changed` root and what it is `now`, "" when the notes are right."""
+
+    name: str
+    answer: str
+    changed: str
+    now: str
+
+
+@dataclass(frozen=True)
+class QATask:
+    """Notes (updated slot), documents (fixed) and the questions in order."""
+
+    id: str
+    split: str
+    notes: str
+    documents: tuple[str, ...]
+    questions: tuple[QAQuestion, ...]
+
+
+def make_world(rng: Random, mix: str, split: str, tokens: int) -> World:
+    """A world whose documents have about `tokens` tokens."""
+    if mix not in MIXES:
+        raise DataError(f"unknown mix {mix!r}: one of {', '.join(MIXES)}")
+    return build_world(rng, MIXES[mix], split, [_STATEMENTS] * chunks_for(tokens))
+
+
+def fresh_value(rng: Random, split: str, taken: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """A value of the split that none of `taken` is; DataError when all are taken."""
+    if set(values(split)) <= set(taken):
+        raise DataError(f"the {split} split has {len(values(split))} values, all are taken")
+    while True:
+        value = pick(rng, values(split))
+        if value not in taken:
+            return value
+
+
+def qa_tasks(split: str, seed: int, count: int, questions: int = 3, tokens: int = 512, mix: str = "deep"):
+    """Draw `count` tasks; the same arguments always give the same ones."""
+    return _tasks(split, seed, count, questions, tokens, mix)
+
+
+def _tasks(split, seed, count, questions, tokens, mix) -> Iterator[QATask]:
+    for i in range(count):
+        rng = Random(f"agents-qa-{mix}-{split}-{seed}-{tokens}-{questions}-{i}")
+        world = make_world(rng, mix, split, tokens)
+        documents = tuple(text(d.pieces()) for d in render.fixed_documents(rng, "hotpotqa", world))
+        held = draw_root_values(rng, split, world.roots)
+        notes = text(render.notes_document(rng, "hotpotqa", world, held).pieces())
+        nodes = range(world.roots, len(world.nodes))
+        volatile = [n for n in nodes if world.nodes[n].root is not None]
+        asked = []
+        for _ in range(questions):
+            stale = bool(volatile) and rng.random() < STALE
+            node = pick(rng, volatile if stale else nodes)
+            changed = now = ""
+            if stale:
+                root = world.nodes[node].root
+                held[root] = fresh_value(rng, split, held)
+                changed, now = " ".join(world.nodes[root].name), " ".join(held[root])
+            answer = " ".join(world.resolve(node, held))
+            asked.append(QAQuestion(" ".join(world.nodes[node].name), answer, changed, now))
+        yield QATask(f"qa-{split}-{seed}-{i:05d}", split, notes, documents, tuple(asked))
+
+
+def statement_about(documents: Sequence[str], name: str) -> str:
+    """The sentence that binds `name`, or that there is none."""
+    for document in documents:
+        for sentence in document.split(" ."):
+            words = sentence.rsplit(":", 1)[-1].split()
+            if len(words) == 5 and " ".join(words[:2]) == name:
+                return f"{' '.join(words)} ."
+    return f"nothing about {name} ."

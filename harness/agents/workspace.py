@@ -1,0 +1,146 @@
+"""A git worktree that an agent edits. No path leaves it, and no file in it is ever trusted by git.
+
+Commands run in the sandbox may change anything inside the worktree, its `.git` file too. So git is always told where
+its directory is, and runs without the user's configuration, hooks and attributes from outside.
+"""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from harness.agents.calls import ToolError
+from harness.agents.sandbox import Limits, Sandbox, SandboxError, SandboxResult
+
+FILE_BYTES = 1 << 20
+
+
+def git(*args: str, git_dir: Path, tree: Path | None = None, stdin: str | None = None) -> subprocess.CompletedProcess:
+    """Run git on a repository that is named, with no configuration but its own and without hooks."""
+    env = {
+        "PATH": os.environ.get("PATH", os.defpath),
+        "GIT_DIR": str(git_dir),
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_TERMINAL_PROMPT": "0",
+        "LC_ALL": "C",
+    }
+    for role in ("AUTHOR", "COMMITTER"):
+        env |= {f"GIT_{role}_NAME": "synthetic", f"GIT_{role}_EMAIL": "synthetic@example.invalid"}
+        env[f"GIT_{role}_DATE"] = "2026-01-01T00:00:00Z"  # equal files give an equal commit
+    if tree is not None:
+        env["GIT_WORK_TREE"] = str(tree)
+    safe = ("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "gc.auto=0")
+    command = ["git", *safe, *args]
+    return subprocess.run(command, env=env, cwd=tree, input=stdin, text=True, capture_output=True, errors="replace")
+
+
+def checked(done: subprocess.CompletedProcess) -> str:
+    """Its stdout; SandboxError when git failed."""
+    if done.returncode:
+        raise SandboxError(f"git failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+class Repository:
+    """A repository with one commit of `files`, in a folder of its own."""
+
+    def __init__(self, files: Mapping[str, str]) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="repository-")).resolve()
+        self.git_dir, tree = self.folder / "main.git", self.folder / "main"
+        tree.mkdir()
+        for path, text in files.items():
+            (tree / path).parent.mkdir(parents=True, exist_ok=True)
+            (tree / path).write_text(text)
+        checked(git("init", "-q", git_dir=self.git_dir, tree=tree))
+        checked(git("add", "-A", git_dir=self.git_dir, tree=tree))
+        checked(git("commit", "-q", "-m", "base", git_dir=self.git_dir, tree=tree))
+        self.base = checked(git("rev-parse", "HEAD", git_dir=self.git_dir)).strip()
+
+    def close(self) -> None:
+        """Delete it with all its worktrees."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Workspace:
+    """A worktree of `repository` at its base commit.
+
+    Parameters
+    ----------
+    repository : Repository
+    limits : Limits
+        Of each command.
+    trust_code : bool
+        See `Sandbox`.
+    """
+
+    def __init__(self, repository: Repository, limits: Limits | None = None, trust_code: bool = False) -> None:
+        self.repository = repository
+        self.root = Path(tempfile.mkdtemp(prefix="tree-", dir=repository.folder)) / "work"
+        checked(git("worktree", "add", "-q", "--detach", str(self.root), repository.base, git_dir=repository.git_dir))
+        pointer = (self.root / ".git").read_text().removeprefix("gitdir:").strip()
+        self.git_dir = Path(pointer).resolve(strict=True)
+        self.sandbox = Sandbox(self.root, limits, trust_code)
+
+    def path(self, name: str) -> Path:
+        """The file called `name`; ToolError unless it lies inside, after symbolic links, and outside `.git`."""
+        if not name or "\0" in name or len(name) > 500:
+            raise ToolError("a path is between 1 and 500 characters long")
+        parts = Path(name).parts
+        if Path(name).is_absolute() or ".." in parts or ".git" in parts:
+            raise ToolError(f"{name[:80]!r} is outside the worktree")
+        try:
+            found = (self.root / name).resolve()
+        except (OSError, RuntimeError, ValueError) as wrong:
+            raise ToolError(f"{name[:80]!r} cannot be resolved: {wrong}") from None
+        if not found.is_relative_to(self.root) or ".git" in found.relative_to(self.root).parts:
+            raise ToolError(f"{name[:80]!r} is outside the worktree")
+        return found
+
+    def read(self, name: str) -> str:
+        """A text file of at most `FILE_BYTES`."""
+        path = self.path(name)
+        try:
+            if not path.is_file():
+                raise ToolError(f"no file {name[:80]!r}")
+            if path.stat().st_size > FILE_BYTES:
+                raise ToolError(f"{name[:80]!r} is larger than {FILE_BYTES} bytes")
+            return path.read_text()
+        except (OSError, UnicodeDecodeError) as wrong:
+            raise ToolError(f"{name[:80]!r} cannot be read as text: {wrong}") from None
+
+    def replace_line(self, name: str, line: int, text: str) -> None:
+        """Put `text` in place of line `line`, counted from 1."""
+        lines = self.read(name).split("\n")
+        if not 1 <= line <= len(lines) - (lines[-1] == ""):
+            raise ToolError(f"{name} has no line {line}")
+        lines[line - 1] = text
+        try:
+            self.path(name).write_text("\n".join(lines))
+        except (OSError, UnicodeEncodeError) as wrong:
+            raise ToolError(f"{name[:80]!r} cannot be written: {wrong}") from None
+
+    def files(self) -> list[str]:
+        """The tracked files."""
+        return checked(
+            git("ls-tree", "-r", "--name-only", self.repository.base, git_dir=self.repository.git_dir)
+        ).split()
+
+    def run(self, *command: str) -> SandboxResult:
+        """Run a command in the sandbox."""
+        return self.sandbox.run(command)
+
+    def diff(self) -> str:
+        """What changed in tracked files since the base commit; ToolError when git cannot read them any more."""
+        options = ("--no-ext-diff", "--no-textconv", "--no-color")
+        done = git("diff", *options, self.repository.base, git_dir=self.git_dir, tree=self.root)
+        if done.returncode:
+            raise ToolError(f"no diff: {done.stderr.strip()[:200]}")
+        return done.stdout
+
+    def close(self) -> None:
+        """Delete the worktree."""
+        shutil.rmtree(self.root.parent, ignore_errors=True)
+        git("worktree", "prune", git_dir=self.repository.git_dir)

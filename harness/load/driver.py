@@ -1,0 +1,103 @@
+"""Runs episodes under an arrival process, each in a thread of its own, against any completer."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from cacheslide.errors import ConfigError
+from harness.agents.agent import Agent
+from harness.agents.completer import Completer, Completion, Request
+from harness.agents.loop import Episode, Stops, run_episode
+from harness.load.arrivals import Closed, Poisson, Replayed, Steady
+from harness.load.measures import Done
+
+Arrivals = Closed | Steady | Poisson | Replayed
+
+
+class OneAtATime:
+    """Guards a completer that serves one request at a time (the in-process engine); waiting counts into its times."""
+
+    def __init__(self, inner: Completer) -> None:
+        self.inner, self.system, self._lock = inner, inner.system, threading.Lock()
+
+    def complete(self, request: Request) -> Completion:
+        """The inner completer's answer; `token_s` and `total_s` include the wait for its turn."""
+        begin = time.perf_counter()
+        with self._lock:
+            wait = time.perf_counter() - begin
+            done = self.inner.complete(request)
+        times = tuple(t + wait for t in done.token_s)
+        return Completion(done.text, done.prompt_ids, done.output_ids, times, done.total_s + wait, done.receipt)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The episodes in the order of their tasks, and when each was due, started and ended."""
+
+    episodes: list[Episode]
+    done: list[Done]
+
+
+def drive(
+    tasks: Sequence[Any],
+    make_agent: Callable[[Any], Agent],
+    completer: Completer,
+    arrivals: Arrivals,
+    stops: Stops | None = None,
+    limit: int = 64,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Loaded:
+    """Run one episode a task.
+
+    Parameters
+    ----------
+    tasks : sequence
+    make_agent : callable
+        An agent for a task; its construction belongs to the episode's time.
+    completer : Completer
+        Used from many threads; wrap one that cannot be in `OneAtATime`.
+    arrivals : Closed, Steady, Poisson or Replayed
+    limit : int
+        At most this many threads of an open loop; an episode that is due while all are busy starts late, and its
+        waiting counts (`Done.due`).
+    clock, sleep : callables
+        Seconds.
+
+    Raises
+    ------
+    ConfigError
+        Without tasks, or when an open loop gives no thread.
+    """
+    if not tasks:
+        raise ConfigError("no tasks to drive")
+    if limit < 1:
+        raise ConfigError(f"an open loop needs at least 1 thread, not {limit}")
+    due = arrivals.times(len(tasks))
+    workers = min(len(tasks), limit if due is not None else arrivals.concurrent)
+    begin = clock()
+
+    def one(task: Any, at: float | None) -> tuple[Episode, Done]:
+        start = clock() - begin
+        with closing(make_agent(task)) as agent:
+            episode = run_episode(agent, completer, stops, clock)
+        end = clock() - begin
+        first = [s.completion.ttft_s for s in episode.steps if s.completion.ttft_s is not None]
+        tokens = sum(len(s.completion.token_s) for s in episode.steps)
+        timed = Done(
+            start if at is None else min(at, start), start, end, episode.success, max(first, default=None), tokens
+        )
+        return episode, timed
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = []
+        for i, task in enumerate(tasks):
+            if due is not None and (wait := due[i] - (clock() - begin)) > 0:
+                sleep(wait)
+            futures.append(pool.submit(one, task, None if due is None else due[i]))
+        results = [f.result() for f in futures]
+    return Loaded([e for e, _ in results], [d for _, d in results])

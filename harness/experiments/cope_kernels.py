@@ -18,18 +18,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cacheslide.kernels import cope_reference
 from cacheslide.positions.cope import scores_and_gates
-from harness.experiments.kernels import FLUSH_BYTES, GateError, median_ms, relative_error
+from harness.experiments.kernels import FLASH, FLUSH_BYTES, GateError, causal_attentions, median_ms, relative_error
 from harness.results.provenance import ROOT, provenance
 
 DEVICE, DTYPE, HEADS, KV_HEADS, DIM, P_MAX, BLOCK = "cuda", torch.bfloat16, 32, 8, 128, 64, 16
 LENGTHS = (16384, 8192, 4096)
 # What scores of unit variance are shifted by: gates of 0.5, 0.01 and 0.0005 on average. The last never saturate.
 SHIFTS = {"mean_0.5": 0.0, "mean_0.01": -5.1, "never": -8.1}
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 DECODES = ((8, 16384), (1, 16384), (32, 4096))  # requests, tokens
 BOUND = 1e-2  # ||out - want|| / ||want||, bfloat16
 PARTS = {"prefill": 140, "decode": 55, "training": 45, "trained": 60}  # seconds; the last with --adapter only
@@ -73,24 +71,6 @@ def check(out: Tensor, want: Tensor) -> float:
     return error
 
 
-def causal(length: int) -> dict[str, Callable[[], Any]]:
-    """PyTorch's fused causal attentions over as many tokens; KV heads are repeated outside the timed part."""
-    q, k, v = (torch.randn(1, HEADS, length, DIM, device=DEVICE, dtype=DTYPE) for _ in range(3))
-    found = {}
-    for name, backend in BACKENDS.items():
-
-        def run(backend=backend) -> None:
-            with sdpa_kernel(backend):
-                F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-        try:
-            run()
-        except RuntimeError:
-            continue  # not built for this device
-        found[name] = run
-    return found
-
-
 def prefill_case(tokens: int, gates: str, repeats: int) -> dict[str, Any]:
     """Dense causal CoPE attention over a paged cache against SDPA, every tiling that compiles."""
     from cacheslide.kernels import cope_launch, launch
@@ -120,9 +100,9 @@ def prefill_case(tokens: int, gates: str, repeats: int) -> dict[str, Any]:
             case["tilings"][name] = {"error": f"{type(failed).__name__}: {str(failed)[:300]}"}
     plain = torch.empty_like(q)
     runs["row_attention"] = lambda: launch.row_attention(q, rows, bounds, table, kv, out=plain, max_row=tokens - 1)
-    ms = median_ms(runs | causal(tokens), repeats)
+    ms = median_ms(runs | causal_attentions(HEADS, HEADS, tokens), repeats)
     work = 4 * HEADS * DIM * tokens * (tokens + 1) / 2
-    case["sdpa"] = {name: {"ms": ms[name], "tflops": work / ms[name] / 1e9} for name in BACKENDS if name in ms}
+    case["sdpa"] = {name: {"ms": ms[name], "tflops": work / ms[name] / 1e9} for name in FLASH if name in ms}
     case["row_attention"] = {"ms": ms["row_attention"], "tflops": work / ms["row_attention"] / 1e9}
     for name, error in errors.items():
         case["tilings"][name] = {"ms": ms[name], "tflops": work / ms[name] / 1e9, "relative_error": error}
@@ -229,7 +209,7 @@ def run_part(part: str, out: Path, repeats: int, trained: tuple[Path, Path] | No
     if part == "trained":
         from harness.experiments import cope_trained  # wants a tokenizer and the task, which the other parts do not
 
-        cases = cope_trained.cases(*trained, cope_trained.Tools(check, gates_seen, BACKENDS), repeats)
+        cases = cope_trained.cases(*trained, cope_trained.Tools(check, gates_seen, FLASH), repeats)
     else:
         cases = CASES[part](repeats)
     for name, case in cases:

@@ -109,7 +109,7 @@ def attention_case(
     equal = max(64, round((2 * operations / (4 * heads * DIM)) ** 0.5 / 64) * 64)
     squares = {"equal_flops": equal, "whole_context": max(lengths)}
     for label, side in squares.items():
-        contenders |= {f"{name}_{label}": run for name, run in _flash(heads, kv_heads, side).items()}
+        contenders |= {f"{name}_{label}": run for name, run in causal_attentions(heads, kv_heads, side).items()}
     ms = median_ms(contenders, repeats)
     work = {"equal_flops": 4 * heads * DIM * equal * (equal + 1) / 2}
     work["whole_context"] = 4 * heads * DIM * max(lengths) * (max(lengths) + 1) / 2
@@ -140,7 +140,7 @@ def _check_rows(out: Tensor, q: Tensor, rows: Tensor, cu_rows: Tensor, table: Te
     return max(errors)
 
 
-def _flash(heads: int, kv_heads: int, side: int) -> dict[str, Callable[[], Any]]:
+def causal_attentions(heads: int, kv_heads: int, side: int) -> dict[str, Callable[[], Any]]:
     """PyTorch's fused causal attentions over [1, heads, side, DIM]; KV heads are repeated outside the timed part."""
     q = torch.randn(1, heads, side, DIM, device=DEVICE, dtype=DTYPE)
     k, v = (torch.randn(1, kv_heads, side, DIM, device=DEVICE, dtype=DTYPE) for _ in range(2))

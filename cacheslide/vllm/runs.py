@@ -9,6 +9,7 @@ from typing import Any
 
 from cacheslide.vllm.params import FIELD, ServerOptions
 
+CPU_CACHE_GIB = "2"  # paged KV; vLLM's own default asks for nine tenths of the host's memory
 _CPU_BLOCK = 32  # vLLM's CPU attention wants blocks of a multiple of this
 
 
@@ -44,8 +45,11 @@ class Engine:
 
         from cacheslide.vllm.offline import open_engine
 
+        engine = {name: value for name, value in engine.items() if value is not None}
         if current_platform.is_cpu():
             engine = {"block_size": _CPU_BLOCK, "enforce_eager": True} | engine
+            if "gpu_memory_utilization" not in engine:
+                os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
         self.options = options
         self.llm = open_engine(model, None if options is None else vars(options), **engine)
         self.tokenizer = self.llm.get_tokenizer()
@@ -97,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk_size", type=int, default=1024)
     parser.add_argument("--suffix_len", type=int, default=1, help="tokens at the end that are always recomputed")
     parser.add_argument("--tensor_parallel_size", type=int, default=1)
-    parser.add_argument("--gpu_memory_utilization", type=float, default=0.9)
+    parser.add_argument("--gpu_memory_utilization", type=float, help="default: vLLM's; on a CPU 2 GiB of KV cache")
     parser.add_argument("--max_model_len", type=int)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output", help="JSON file for the results; without it they go to standard output")

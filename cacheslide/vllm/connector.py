@@ -19,7 +19,7 @@ from cacheslide.vllm.worker_side import WorkerSide
 
 
 class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
-    """Claims all but the last token of a prompt whose chunks are known, and completes those rows before the step."""
+    """Claims a prompt's rows up to the end of the last known chunk, and completes them before the step's forward."""
 
     def __init__(self, vllm_config, role: KVConnectorRole, kv_cache_config) -> None:
         super().__init__(vllm_config, role, kv_cache_config)

@@ -55,10 +55,15 @@ class Rings:
         return part.view(dtype).view(*shape)
 
 
+def _cut(layers: int, group: int, depth: int) -> tuple[int, int]:
+    """Layers of a group and groups under way, where there are only `layers` layers."""
+    size = max(1, min(group, layers))
+    return size, max(1, min(depth, -(-layers // size)))
+
+
 def ring_bytes(pieces: Sequence[Piece], layers: int, group: int = GROUP, depth: int = DEPTH) -> int:
     """Device bytes that a prefetch of `layers` layers of `pieces` takes."""
-    size = min(group, max(1, layers))
-    depth = max(1, min(depth, -(-layers // size)))
+    size, depth = _cut(layers, group, depth)
     one = [2 * size * p.chunk.k[0].numel() * p.chunk.k.dtype.itemsize for p in pieces]
     return depth * sum(-(-n // _ALIGNED) * _ALIGNED for n in one)
 
@@ -87,8 +92,7 @@ class LayerFetch:
     ) -> None:
         self.pieces, self.first, self.end = pieces, first, end
         self.device, self.stream = rings.device, rings.stream
-        self.size = max(1, min(group, end - first))
-        self.depth = max(1, min(depth, -(-(end - first) // self.size)))
+        self.size, self.depth = _cut(end - first, group, depth)
         self.ring = [self._room(rings) for _ in range(self.depth)]
         self.oldest = self.next = 0  # groups that may still be asked for, and the first that is not under way
         if self.stream is not None:

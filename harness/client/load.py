@@ -1,16 +1,14 @@
 """Loads: a closed loop of clients that wait for their answers, and an open loop of Poisson arrivals that do not."""
 
 import asyncio
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import aiohttp
 
-from cacheslide.errors import DataError
 from harness.client.stream import Endpoint, Outcome, Request, send
+from harness.load.arrivals import Poisson
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ def open_loop(endpoint: Endpoint, requests: Sequence[Request], rate: float, seed
 
     The gaps between arrivals are exponential and drawn from `seed`.
     """
-    times = arrivals(len(requests), rate, seed)
+    times = Poisson(rate, seed).times(len(requests))
 
     async def run(session: aiohttp.ClientSession) -> list[Outcome]:
         started, tasks = time.perf_counter(), []
@@ -49,14 +47,6 @@ def open_loop(endpoint: Endpoint, requests: Sequence[Request], rate: float, seed
         return await asyncio.gather(*tasks)
 
     return _timed(run)
-
-
-def arrivals(count: int, rate: float, seed: int = 0) -> list[float]:
-    """Seconds from the start at which `count` requests of a Poisson process arrive."""
-    if rate <= 0:
-        raise DataError(f"rate must be above 0 requests a second, not {rate}")
-    rng = random.Random(f"arrivals-{seed}")
-    return list(accumulate(rng.expovariate(rate) for _ in range(count)))
 
 
 def _timed(run) -> Load:

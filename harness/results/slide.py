@@ -128,7 +128,7 @@ def summarise(out: Path, about: dict[str, Any]) -> dict[str, Any]:
     """Headline and tables from the records in `out`; what was not measured is null, with the reason."""
     runs = _lines(out / "volume.jsonl")
     faults, index, scan = _read(out / "faults.json"), _read(out / "index.json"), _read(out / "scan.json")
-    orders = {d: _read(out / f"orders_{d}.json") for d in ("cuda", "cpu")}
+    orders = _orders(out)
     volume = {c: compare(runs, (c,)) for c in dict.fromkeys(r["condition"] for r in runs)}
     main = compare(runs, MAIN)
     traces = {k: [Template.from_dict(t) for t in v] for k, v in (_read(out / "trace.json") or {}).items()}
@@ -175,11 +175,38 @@ def summarise(out: Path, about: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _orders(out: Path) -> dict[str, Any]:
+    """The load-write orders' records by device kind; of several GPUs' the newest."""
+    found = {"cuda": None, "cpu": _read(out / "orders_cpu.json")}
+    for path in sorted(out.glob("orders_*.json"), key=lambda p: p.stat().st_mtime):
+        if path.name != "orders_cpu.json":
+            found["cuda"] = _read(path)
+    return found
+
+
 def _latency(measured: dict[str, Any] | None) -> tuple[float | None, str]:
-    """The best order's mean reduction over batches against `locked`, from the host tier, on a GPU."""
+    """The better order's mean reduction over batches against `locked`, from host memory, on a GPU."""
     if measured is None:
         return None, "not measured: needs a GPU (python -m harness.experiments.slide orders summary)"
-    rows = [r for r in measured["rows"] if r["source"] == "host"]
-    by = {o: [r["reduction_pct"] for r in rows if r["order"] == o] for o in ("relocate", "disjoint")}
-    best = max(by, key=lambda o: np.mean(by[o]))
-    return float(np.mean(by[best])), f"order {best!r} against 'locked', chunks in host memory, mean over batches"
+    parts = {staging: best_order(measured, "host", staging) for staging in (1, 2)}
+    order, mean_pct, batches = parts[1]
+    return mean_pct, (
+        f"order {order!r} against 'locked', chunks in pinned host memory, a layer's load starting with the layer; mean "
+        f"over batches, which were {batches}. With the next layer's load running ahead in both: {parts[2][1]:.1f} "
+        f"({parts[2][2]})"
+    )
+
+
+def best_order(measured: dict[str, Any], source: str, staging: int) -> tuple[str, float, str]:
+    """The order with the larger mean reduction in percent over batches, that mean, and each batch in words."""
+    rows = [r for r in measured["rows"] if (r["source"], r["staging"]) == (source, staging)]
+    by = {o: [r for r in rows if r["order"] == o] for o in ("relocate", "disjoint")}
+    means = {o: float(np.mean([r["reduction_pct"]["value"] for r in found])) for o, found in by.items()}
+    best = max(means, key=means.get)
+    said = [
+        "batch {}: {:.1f} [{:.1f}, {:.1f}]".format(
+            r["batch"], *(r["reduction_pct"][k] for k in ("value", "low", "high"))
+        )
+        for r in by[best]
+    ]
+    return best, means[best], ", ".join(said)

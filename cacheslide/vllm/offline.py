@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
@@ -21,12 +22,18 @@ class Answered:
     cached_tokens: int
 
 
-def open_engine(model: str, connector: Mapping[str, Any] | None, **options: Any) -> LLM:
+def open_engine(
+    model: str, connector: Mapping[str, Any] | None, store: str | Path | Mapping[str, Any] | None = None, **options: Any
+) -> LLM:
     """A vLLM engine over `model`; `connector` holds the connector's options, None leaves it out.
 
-    `options` are `vllm.LLM`'s. Statistics are on: they hold the time of the first token.
+    `store` is the configuration of tiers below memory, as a JSON file or parsed (see `ServerOptions.store`). `options`
+    are `vllm.LLM`'s. Statistics are on: they hold the time of the first token.
     """
-    transfer = {"kv_connector": CONNECTOR, "kv_role": "kv_both", "kv_connector_extra_config": dict(connector or {})}
+    extra = dict(connector or {})
+    if store is not None:
+        extra["store"] = str(Path(store).resolve()) if isinstance(store, str | Path) else dict(store)
+    transfer = {"kv_connector": CONNECTOR, "kv_role": "kv_both", "kv_connector_extra_config": extra}
     return LLM(model, kv_transfer_config=None if connector is None else transfer, disable_log_stats=False, **options)
 
 

@@ -1,5 +1,6 @@
 """What the scheduler's half knows about one request."""
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,3 +33,11 @@ class Tracked:
     loading: bool = False
     block_ids: list[int] = field(default_factory=list)
     receipt: dict[str, Any] | None = None
+    # Of chunks below memory (cold.py): the look-up under way, where each lies, which reads were asked for, the chunks
+    # that wait with it, the tier and bytes of those that came, and why others did not.
+    lookup: Future[dict[ChunkKey, str]] | None = None
+    places: dict[ChunkKey, str] = field(default_factory=dict)
+    tried: set[ChunkKey] = field(default_factory=set)
+    leased: set[ChunkKey] = field(default_factory=set)
+    tiers: dict[ChunkKey, tuple[str, int]] = field(default_factory=dict)
+    failures: dict[ChunkKey, str] = field(default_factory=dict)

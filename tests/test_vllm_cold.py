@@ -135,6 +135,9 @@ def test_a_chunk_is_there_when_every_rank_has_it_and_gone_when_one_has_not(tmp_p
     receipt = served(scheduler, asked)
     assert receipt["store_failures"] == {lame.key: "damaged: page 3"}
     assert receipt["chunks_hit"] == len(keys) - 1 == receipt["tiers"]["file"]["chunks"]
+    counts = scheduler.take_stats().data
+    assert counts["store_failures.damaged"] == 1
+    assert (counts["store_chunks.file"], counts["store_bytes.file"]) == (len(keys) - 1, 64 * (len(keys) - 1))
     again = request("again")
     scheduler.arrive(again)
     assert claimed(scheduler, again) is None

@@ -63,8 +63,11 @@ class Below:
 
     # --- down ------------------------------------------------------------------------------------------------------
 
-    def write(self, key: ChunkKey, chunk: ChunkKV) -> None:
-        """Have a chunk written behind the step. Only exact KV is: what others find here is as good as computed."""
+    def write(self, key: ChunkKey, chunk: ChunkKV, done: "torch.cuda.Event | None" = None) -> None:
+        """Have a chunk written behind the step, once its tensors are complete (`done`; None: on the current stream).
+
+        Only exact KV is: what others find here is as good as computed.
+        """
         if chunk.generation:
             return
         with self._guard:
@@ -72,8 +75,7 @@ class Below:
                 self.unwritten += 1
                 return
             self._queued += chunk.nbytes
-        done = None
-        if chunk.k.is_cuda:
+        if done is None and chunk.k.is_cuda:
             done = torch.cuda.Event()
             done.record(torch.cuda.current_stream(chunk.k.device))
         self._writer.submit(self._write, key, chunk, done)

@@ -22,20 +22,23 @@ class WorkerStore(MemoryChunkStore):
 
     def put(self, key: ChunkKey, chunk: ChunkKV) -> None:
         """See `ChunkStore.put`."""
-        new = key not in self._chunks
-        self.land(key, chunk)
+        new = not self.contains(key)
+        moved = self._moved(chunk)
+        if self.pinned:
+            moved = replace(moved, k=moved.k.pin_memory(), v=moved.v.pin_memory())
+        super().put(key, moved)
         if new and self.below is not None:
-            self.below.write(key, self._chunks[key])
+            self.below.write(key, moved)
 
     def land(self, key: ChunkKey, chunk: ChunkKV) -> None:
-        """`put` of a chunk that came from below."""
-        moved = {name: getattr(chunk, name).to(self.device) for name in ("k", "v")}
-        moved["positions"] = chunk.positions.cpu()  # read by the host alone
-        moved["layer_inputs"] = {layer: x.to(self.device) for layer, x in chunk.layer_inputs.items()}
-        if self.pinned:
-            # Rows of one chunk together, keys apart from values: what a prefetch copies in one go.
-            moved = moved | {name: _pinned(moved[name]) for name in ("k", "v")}
-        super().put(key, replace(chunk, **moved))
+        """`put` of a chunk that came from below, in the kind of memory that `Below` was asked for."""
+        super().put(key, self._moved(chunk))
+
+    def _moved(self, chunk: ChunkKV) -> ChunkKV:
+        """On this store's device; positions are read by the host alone."""
+        k, v = chunk.k.to(self.device), chunk.v.to(self.device)
+        inputs = {layer: x.to(self.device) for layer, x in chunk.layer_inputs.items()}
+        return replace(chunk, k=k, v=v, positions=chunk.positions.cpu(), layer_inputs=inputs)
 
     def drop(self, keys) -> None:
         """Forget `keys`; those that are not here are none of its business."""
@@ -47,13 +50,9 @@ class WorkerStore(MemoryChunkStore):
     def hand_over(self, to: "WorkerStore") -> None:
         """Give every chunk to another store and forget it."""
         for key, chunk in list(self._chunks.items()):
-            to.land(key, chunk)
+            to.put(key, chunk)
             self.drop([key])
 
     def clear(self) -> None:
         """Forget everything."""
         self.drop(list(self._chunks))
-
-
-def _pinned(x: torch.Tensor) -> torch.Tensor:
-    return x if x.is_pinned() and x.is_contiguous() else x.contiguous().pin_memory()

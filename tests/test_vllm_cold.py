@@ -1,5 +1,6 @@
 """Chunks below memory as the scheduler sees them, without an engine: leases, ranks that disagree, late reports."""
 
+import argparse
 import json
 import time
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ pytest.importorskip("vllm")
 
 from cacheslide.errors import ConfigError, StoreError
 from cacheslide.store.base import ChunkKV
+from cacheslide.vllm import serve
 from cacheslide.vllm.below import Below, lower_tiers
 from cacheslide.vllm.geometry import content_id
 from cacheslide.vllm.index import ChunkIndex
@@ -30,15 +32,17 @@ CROSSCACHE = {
 }
 
 
-def side(folder, ranks=1, **options) -> SchedulerSide:
+def planner(options: ServerOptions, ranks: int = 1) -> SchedulerSide:
     config = SimpleNamespace(
         cache_config=SimpleNamespace(block_size=16),
         kv_transfer_config=SimpleNamespace(engine_id="test"),
         parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
     )
-    return SchedulerSide(
-        config, ServerOptions(chunk_size=16, store={"path": str(folder)} | CONFIG, **options), GEOMETRY
-    )
+    return SchedulerSide(config, options, GEOMETRY)
+
+
+def side(folder, ranks=1, **options) -> SchedulerSide:
+    return planner(ServerOptions(chunk_size=16, store={"path": str(folder)} | CONFIG, **options), ranks)
 
 
 def rank(folder, number=0, ranks=1) -> Below:
@@ -53,9 +57,9 @@ def chunk_kv(n: int, seed: int) -> ChunkKV:
 
 def filled(folder, ranks=1) -> tuple:
     """A store that holds the turn's chunks, as an earlier life left them; their keys and lengths."""
-    planner = side(folder, ranks)
-    planner.arrive(request())
-    plan = planner.tracked["r"].plan
+    scheduler = side(folder, ranks)
+    scheduler.arrive(request())
+    plan = scheduler.tracked["r"].plan
     for number in range(ranks):
         below = rank(folder, number, ranks)
         store = WorkerStore(torch.device("cpu"), False, below)
@@ -149,6 +153,37 @@ def test_a_chunk_is_there_when_every_rank_has_it_and_gone_when_one_has_not(tmp_p
     assert fetch.key in scheduler.index
 
 
+def test_the_hosts_memory_below_a_gpu_takes_what_leaves_it():
+    options = ServerOptions(chunk_size=16, store={"device_gib": 0.01, "host_gib": 0.01}, store_device="model")
+    scheduler, asked = planner(options), request()
+    below = Below(options.tiers, ROW)
+    store = WorkerStore(torch.device("cpu"), False, below)
+    scheduler.arrive(asked)
+    plan = scheduler.tracked["r"].plan
+    for i, (key, chunk) in enumerate(zip(plan.keys, plan.chunks, strict=True)):
+        store.put(key, chunk_kv(len(chunk), i))
+    below.flush()
+    gone, never = plan.keys[1:], plan.keys[0]
+    store.clear()
+    scheduler.cold.evicted(gone)
+    assert claimed(scheduler, asked) == 0  # looked up when it came: nothing had left by then
+    scheduler.finish(asked)
+    asked = request("again")
+    scheduler.arrive(asked)
+    assert claimed(scheduler, asked) is None
+    fetches = scheduler.step(step_output({}, {})).fetches
+    assert {f.key for f in fetches} == set(gone) and never not in scheduler.index
+    for fetch in fetches:
+        below.fetch(fetch.key, fetch.ticket)
+    report, until = WorkerReport(), time.monotonic() + 30
+    while len(report.landed) < len(gone) and time.monotonic() < until:
+        for key, ticket, found in below.arrivals(idle=True):
+            report.landed[key] = [Landed(ticket, found.tier, found.chunk.nbytes, 0)]
+    scheduler.heard(report)
+    assert served(scheduler, asked)["tiers"].keys() == {"host"}
+    below.close()
+
+
 def test_chunks_on_their_way_and_under_a_lease_do_not_leave():
     index = ChunkIndex(100)
     index.reserve({"a": 40, "b": 30})
@@ -203,7 +238,12 @@ def test_crosscache_files_and_connector_options_open_the_store(tmp_path):
     assert alone.tiers.remote_port == 5555 and not alone.tiers.path
     on_device = ServerOptions.from_extra_config({"store": {"device_gib": 2, "host_gib": 8, "path": "x"}})
     assert (on_device.store_device, on_device.store_gib) == ("model", 2)
-    assert lower_tiers(on_device.tiers).host_gib == 8 and lower_tiers(options.tiers).host_gib < 0.01
+    assert lower_tiers(on_device.tiers, ROW).host_gib == 8 and lower_tiers(options.tiers, ROW).host_gib < 0.01
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    line = serve.command(parser.parse_args(["model", "--store", str(file)]), [])
+    sent = json.loads(line[line.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
+    assert sent == {"store": str(file)} and ServerOptions.from_extra_config(sent).chunk_size == 256
     assert ServerOptions.from_extra_config({"store": {"host_gib": 3}}).tiers is None  # memory alone is no tier below
     for wrong, said in (({"store": {"hots_gib": 1}}, "unknown store option"), ({"store": "/nowhere"}, "cannot read")):
         with pytest.raises(ConfigError, match=said):

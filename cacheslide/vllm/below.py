@@ -15,23 +15,24 @@ import torch
 from cacheslide.errors import CacheSlideError
 from cacheslide.keys import ChunkKey
 from cacheslide.store.base import ChunkKV
-from cacheslide.store.config import MIB, StoreConfig, open_store
+from cacheslide.store.config import GIB, MIB, StoreConfig, open_store
 from cacheslide.store.tiered import Fetched
 
 logger = logging.getLogger("vllm.cacheslide")
 
 _IDLE_S = 0.002  # an idle step waits so long for a read: shorter than a step, longer than a spin
-_PASSAGE_GIB = 1 / 1024  # memory of the tiered store where the worker's own memory is the host tier
+_PASSAGE = 16  # pages of memory that the tiered store gets where the worker's own memory is the host tier
 
 
-def lower_tiers(config: StoreConfig) -> StoreConfig:
+def lower_tiers(config: StoreConfig, row_bytes: int) -> StoreConfig:
     """What of a configuration lies below the workers' own memory, which is its first tier.
 
     With a device tier the host tier is below, else a worker's memory is the host tier. Corrected pages never come here.
     """
     host = config.host_gib if config.device_gib else 0.0
     changes = {} if host else {"write_back": "through"}
-    return replace(config, device_gib=0.0, host_gib=max(host, _PASSAGE_GIB), spill_gib=0.0, **changes)
+    passage = _PASSAGE * config.page_tokens * row_bytes / GIB
+    return replace(config, device_gib=0.0, host_gib=max(host, passage), spill_gib=0.0, **changes)
 
 
 class Below:
@@ -53,7 +54,7 @@ class Below:
     def __init__(
         self, config: StoreConfig, row_bytes: int, namespace: str = "", rank: int = 0, ranks: int = 1, pinned=False
     ) -> None:
-        self.store = open_store(lower_tiers(config), row_bytes, namespace=namespace, rank=rank, ranks=ranks)
+        self.store = open_store(lower_tiers(config, row_bytes), row_bytes, namespace=namespace, rank=rank, ranks=ranks)
         self.pinned, self.limit = pinned, config.queue_mib * MIB
         self.unwritten = 0  # chunks that came faster than they could be written
         self._queued, self._guard = 0, threading.Lock()

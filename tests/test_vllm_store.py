@@ -85,7 +85,7 @@ def test_a_flipped_bit_is_computed_again_and_named(path, tmp_path):
     with life(path, tmp_path / "s") as engine:
         engine.one(FIRST, policy="naive_reuse")
         exact = engine.plain(FIRST)
-        keys = set(engine.scheduler.index._sizes)
+        keys = set(engine.scheduler.index.keys())
     assert damage(tmp_path / "s") == 2
     with life(path, tmp_path / "s") as engine:
         again = engine.one(FIRST, policy="naive_reuse")  # of the same prompt: exact rows, so there is one right answer

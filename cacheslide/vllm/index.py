@@ -32,6 +32,10 @@ class ChunkIndex:
     def __len__(self) -> int:
         return len(self._sizes)
 
+    def keys(self) -> list[ChunkKey]:
+        """Everything that has room, the least recently used first."""
+        return list(self._sizes)
+
     def touch(self, keys) -> None:
         """Mark `keys` as just used."""
         for key in keys:

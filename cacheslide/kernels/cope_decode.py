@@ -14,8 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 from cacheslide.kernels.attention import _merge
-from cacheslide.kernels.cope_launch import _ASM, Blocks
-from cacheslide.kernels.cope_tiles import block_ids, gates_of, key_offsets, load, look_up
+from cacheslide.kernels.cope_launch import _ASM, _GATE, Blocks
+from cacheslide.kernels.cope_tiles import (
+    NEVER,
+    beyond,
+    block_ids,
+    gates_of,
+    hinges,
+    key_offsets,
+    load,
+    look_up,
+    triangle,
+)
 from cacheslide.kernels.launch import device_of
 
 
@@ -23,10 +33,10 @@ from cacheslide.kernels.launch import device_of
 class DecodeTiling:
     """`chunk` keys to a program, a power of two, `keys` of them at a time, and the launches' warps and stages."""
 
-    chunk: int = 1024
-    keys: int = 64
+    chunk: int = 2048
+    keys: int = 128
     warps: int = 4
-    stages: int = 4
+    stages: int = 3
 
 
 @triton.jit(do_not_specialize=["requests", "chunks", "span"])
@@ -57,7 +67,7 @@ def _scores(
     table += request.to(tl.int64) * table_row
     scores += pair.to(tl.int64) * GROUP * span
     end = tl.minimum(begin + CHUNK, limit)
-    total = tl.zeros([LANES], tl.float32)
+    total = tl.zeros([LANES, KEYS], tl.float32)  # added up once, at the end: that needs all warps
     blocks = block_ids(table, begin, limit, BLOCK_SIZE, KEYS)
     for first in tl.range(begin, end, KEYS, num_stages=STAGES):
         offsets = key_offsets(blocks, first, limit, kv_block, kv_slot, BLOCK_SIZE, KEYS, True)
@@ -67,8 +77,8 @@ def _scores(
         keys = first + inner
         seen = (keys < limit)[None, :]
         tl.store(scores + lane[:, None].to(tl.int64) * span + keys[None, :], found, mask=there & seen)
-        total += tl.sum(tl.where(seen, gates_of(found), 0.0), 1)
-    tl.store(sums + (pair * chunks + chunk).to(tl.int64) * LANES + lane, total)
+        total += tl.where(seen, gates_of(found), 0.0)
+    tl.store(sums + (pair * chunks + chunk).to(tl.int64) * LANES + lane, tl.sum(total, 1))
     if chunk == 0:
         p = tl.arange(0, PAD_P)
         embedded = tl.load(embedding + p[:, None] * e_row + d[None, :], mask=wide & (p < P_MAX)[:, None], other=0.0)
@@ -84,7 +94,8 @@ def _attend(
     out_chunk, lse_chunk, table_row, kv_block, kv_head, kv_slot,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr,
     P_MAX: tl.constexpr, PAD_P: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, KV_HEADS: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, KV_HEADS: tl.constexpr, AHEAD: tl.constexpr, GATE: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """Output and softmax sum of one chunk, from its scores, its values and the gate sums of the chunks behind it."""
     LAST: tl.constexpr = P_MAX - 1
@@ -111,31 +122,52 @@ def _attend(
     top = tl.full([LANES], float("-inf"), tl.float32)
     mass = tl.zeros([LANES], tl.float32)
     acc = tl.zeros([LANES, PAD_DIM], tl.float32)
+    base = tl.full([LANES], NEVER, tl.float32)
+    level = tl.zeros([LANES], tl.float32)
+    slope = tl.zeros([LANES], tl.float32)
+    kink1 = tl.zeros([LANES], tl.float32)
+    kink2 = tl.zeros([LANES], tl.float32)
     constant = tl.load(entries + LAST * LANES + lane)
+    ones = triangle(KEYS, GATE)
     tiles = tl.cdiv(tl.minimum(begin + CHUNK, limit) - begin, KEYS)
-    blocks = block_ids(table, begin + (tiles - 1) * KEYS, limit, BLOCK_SIZE, KEYS)
+    start = begin + (tiles - 1) * KEYS
+    blocks = block_ids(table, start, limit, BLOCK_SIZE, KEYS)
+    scores += lane[:, None].to(tl.int64) * span + inner[None, :]
+    ahead = tl.load(scores + start, mask=there & (start + inner < limit)[None, :], other=float("-inf"))
+    done = tl.min(tl.where(lane < GROUP, carry, LAST), 0) >= LAST
     for i in tl.range(0, tiles, num_stages=STAGES):
-        first = begin + (tiles - 1 - i) * KEYS
+        first = start - i * KEYS
         offsets = key_offsets(blocks, first, limit, kv_block, kv_slot, BLOCK_SIZE, KEYS, True)
+        # Block ids and scores are read one tile ahead: what this tile waits for was asked for in the last one.
         blocks = block_ids(table, first - KEYS, limit, BLOCK_SIZE, KEYS)
         values = load(v + offsets[:, None] + d[None, :], wide, PAD_DIM > HEAD_DIM)
-        keys = first + inner
-        seen = (keys < limit)[None, :]
-        found = tl.load(
-            scores + lane[:, None].to(tl.int64) * span + keys[None, :], mask=there & seen, other=float("-inf")
-        )
-        least = tl.min(tl.where(lane < GROUP, carry, LAST), 0)
-        if least < LAST:
-            gates = gates_of(found)  # 0 where there is no key
-            position = carry[:, None] + tl.cumsum(gates, 1, reverse=True)
-            found += look_up(entries, lane, tl.maximum(position, 0.0), LAST, LANES, ASM)
-            carry += tl.sum(gates, 1)
-        else:
+        found = ahead
+        keys = first - KEYS + inner
+        more = there & ((keys >= begin) & (keys < limit))[None, :]
+        ahead = tl.load(scores + first - KEYS, mask=more, other=float("-inf"))
+        if done:
             found += constant[:, None]
+        else:
+            gates = gates_of(found)  # 0 where there is no key
+            before = carry
+            sums_here = tl.zeros([LANES, KEYS], tl.float32) + carry[:, None]
+            position = tl.dot(gates.to(ones.dtype), ones, sums_here, input_precision=PRECISION)
+            carry = tl.max(position, 1)  # gates are not negative: the leftmost key has the largest sum
+            reach = beyond(base, carry, LAST)
+            if reach > 3.0:
+                base, level, slope, kink1, kink2 = hinges(entries, lane, before, LAST, LANES, ASM)
+                reach = beyond(base, carry, LAST)
+            if reach > 3.0:
+                found += look_up(entries, lane, tl.maximum(position, 0.0), LAST, LANES, ASM)
+            else:
+                found += position * slope[:, None] + level[:, None]
+                found += tl.maximum(position - (base + 1)[:, None], 0.0) * kink1[:, None]
+                found += tl.maximum(position - (base + 2)[:, None], 0.0) * kink2[:, None]
+            done = tl.min(tl.where(lane < GROUP, carry, LAST), 0) >= LAST
         higher = tl.maximum(top, tl.max(found, 1))
-        level = tl.where(higher == float("-inf"), 0.0, higher)  # lanes that are no head's
-        weights = tl.exp2(found - level[:, None])
-        shrink = tl.exp2(top - level)
+        lower = tl.where(higher == float("-inf"), 0.0, higher)  # lanes that are no head's
+        weights = tl.exp2(found - lower[:, None])
+        shrink = tl.exp2(top - lower)
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
         mass = mass * shrink + tl.sum(weights, 1)
         top = higher
@@ -147,10 +179,10 @@ def _attend(
 
 
 def choose_decode_tiling(requests: int, kv_heads: int, span: int, dim: int, multiprocessors: int) -> DecodeTiling:
-    """Chunks small enough for about four programs a multiprocessor, were all requests `span` long."""
+    """Chunks small enough for two to four programs a multiprocessor, were all requests `span` long."""
     share = max(1, requests * kv_heads * span // (4 * multiprocessors))
-    chunk = min(2048, max(128, 1 << (share.bit_length() - 1)))
-    return DecodeTiling(chunk=chunk, stages=4 if dim <= 128 else 2)
+    chunk = min(2048, max(512, triton.next_power_of_2(share)))
+    return DecodeTiling(chunk=chunk, keys=128 if dim <= 128 else 64)
 
 
 def cope_decode(
@@ -196,7 +228,8 @@ def cope_decode(
     )  # fmt: skip
     _attend[grid](
         rows, blocks.table, blocks.v, entries, scores, sums, parts, lse, n, chunks, span,
-        parts.stride(0), lse.stride(0), blocks.table.stride(0), *blocks.strides, AHEAD=16, ASM=_ASM, **sizes,
+        parts.stride(0), lse.stride(0), blocks.table.stride(0), *blocks.strides, AHEAD=16, GATE=_GATE[q.dtype],
+        ASM=_ASM, **sizes,
     )  # fmt: skip
     block = max(1, 2048 // padded)
     _merge[(triton.cdiv(n * heads, block),)](

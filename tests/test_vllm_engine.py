@@ -17,6 +17,7 @@ from cacheslide.store import MemoryChunkStore
 from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.params import marks_of, policy_of
 from tests.conftest import save_random
+from tests.late_copies import LateCopies
 from tests.test_prefill import prompt
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_environment")]
@@ -403,6 +404,23 @@ def test_aborted_requests_leave_nothing_behind(served):
         engine.abort_request([name])
         engine.step()
     assert not served.scheduler.tracked and not served.scheduler.prefilling and not served.scheduler.box
+
+
+@pytest.mark.parametrize("system", ["cacheslide", "cacheblend", "epic"])
+def test_chunks_are_used_only_once_their_copies_are_done(served, monkeypatch, system):
+    """Copied out of the blocks, and encoded: a load that read before the copy would find NaN."""
+    served.fresh()
+    served.one(FIRST, policy=system)
+    served.poison()
+    want = served.one(SECOND, policy=system, share=0.3)
+    served.fresh()
+    monkeypatch.setattr(served.worker.store, "copies", late := LateCopies())
+    served.one(FIRST, policy=system)
+    assert late.sent and not any(copy.query() for copy in late.sent)
+    served.poison()
+    got = served.one(SECOND, policy=system, share=0.3)
+    assert tokens(got) == tokens(want) and torch.equal(logprobs(got), logprobs(want))
+    assert receipt(got)["chunks_hit"] == receipt(want)["chunks_hit"] > 0
 
 
 def test_several_samples_of_one_prompt(served):

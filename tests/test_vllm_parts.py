@@ -18,6 +18,7 @@ from cacheslide.model.adapter import RowGroup
 from cacheslide.policy import load_policy
 from cacheslide.positions.rope import inverse_frequencies
 from cacheslide.prompt import Prompt
+from cacheslide.store.base import ChunkKV
 from cacheslide.vllm import serve
 from cacheslide.vllm.attention import RowKernel, choose, gathered
 from cacheslide.vllm.connector import CacheSlideConnector
@@ -30,12 +31,51 @@ from cacheslide.vllm.params import Marks, ServerOptions, marks_of, policy_of
 from cacheslide.vllm.plans import WorkerReport
 from cacheslide.vllm.prefix_cache import key_apart
 from cacheslide.vllm.scheduler_side import SchedulerSide
+from cacheslide.vllm.store import WorkerStore
 from cacheslide.vllm.support import check, check_policy
+from tests.late_copies import LateCopies
 from tests.test_prefill import prompt
 
 GEOMETRY = Geometry("model", "torch.float32", 5, 2, 32, 64, 4, 1024)
 TURN = prompt(20, 3)  # system 6 | updated 20 | fixed 23, 31, 17 | question 5
 FIXED_END = len(TURN) - 5
+
+
+# --- the store -------------------------------------------------------------------------------------------------------
+
+
+def chunk_of(seed: int, rows: int = 5) -> ChunkKV:
+    g = torch.Generator().manual_seed(seed)
+    k, v = torch.randn(2, 3, rows, 2, 4, generator=g)
+    return ChunkKV(k, v, torch.arange(rows), {1: torch.randn(rows, 7, generator=g)}, generation=2)
+
+
+def test_a_chunk_is_read_only_once_its_copy_is_done():
+    late, wanted = LateCopies(), chunk_of(0)
+    store = WorkerStore(torch.device("cpu"), late)
+    store.put("a", wanted)
+    store.put("a", chunk_of(1))  # a key names its content: nothing is copied again
+    assert len(late.sent) == 1 and store.contains("a")
+    waits = []
+    streams = [SimpleNamespace(wait_event=waits.append) for _ in range(2)]
+    lent = store.lend("a", streams)
+    assert waits == 2 * late.sent and lent.k.isnan().all()  # the streams wait, the host does not
+    got = store.get("a")
+    for name in ("k", "v", "positions"):
+        assert torch.equal(getattr(got, name), getattr(wanted, name))
+    assert torch.equal(got.layer_inputs[1], wanted.layer_inputs[1]) and got.generation == 2
+    assert store.lend("a", streams) is got and len(waits) == 2  # over: nobody waits any more
+
+
+def test_chunks_on_their_way_can_be_dropped_and_handed_over():
+    store, to = WorkerStore(torch.device("cpu"), LateCopies()), WorkerStore(torch.device("cpu"))
+    for i, key in enumerate("abc"):
+        store.put(key, chunk_of(i))
+    store.drop("b")
+    assert store.get("b") is None and len(store) == 2
+    store.hand_over(to)
+    assert not len(store) and not store.nbytes
+    assert all(torch.equal(to.get(key).v, chunk_of(i).v) for key, i in (("a", 0), ("c", 2)))
 
 
 # --- options and marks -----------------------------------------------------------------------------------------------

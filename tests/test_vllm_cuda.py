@@ -34,11 +34,8 @@ STORES = ["model", "cpu"]
 class Cuda:
     """The engine, its worker, and the reference model on the same device."""
 
-    def __init__(self) -> None:
-        options = {"chunk_size": CHUNK, "encode": "now", "store_device": "model"}
-        self.engine = open_engine(
-            str(PATH), options, max_model_len=2048, gpu_memory_utilization=0.2, skip_tokenizer_init=True
-        )
+    def __init__(self, engine) -> None:
+        self.engine = engine
         self.core = self.engine.llm_engine.engine_core.engine_core
         self.scheduler, self.worker = self.core.scheduler.connector.scheduler, worker_of()
         self.plans = []
@@ -73,9 +70,12 @@ class Cuda:
 
 @pytest.fixture(scope="module")
 def cuda():
-    served = Cuda()
-    yield served
-    close_engine(served.engine)
+    options = {"chunk_size": CHUNK, "encode": "now", "store_device": "model"}
+    engine = open_engine(str(PATH), options, max_model_len=2048, gpu_memory_utilization=0.2, skip_tokenizer_init=True)
+    try:
+        yield Cuda(engine)
+    finally:
+        close_engine(engine)
 
 
 @pytest.fixture(scope="module")

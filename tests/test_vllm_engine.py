@@ -1,5 +1,7 @@
 """The connector inside a running vLLM (CPU): parity with the reference engine, batches, prefix cache, preemption."""
 
+from contextlib import closing
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from cacheslide.prefill import SelectivePrefill
 from cacheslide.prompt import Prompt, Role, Segment
 from cacheslide.store import MemoryChunkStore
 from cacheslide.vllm import CONNECTOR
+from cacheslide.vllm.offline import close_engine
 from cacheslide.vllm.params import marks_of, policy_of
 from tests.conftest import save_random
 from tests.late_copies import LateCopies
@@ -54,6 +57,10 @@ class Served:
             self.scheduler, self.worker = self.core.scheduler.connector.scheduler, get_kv_transfer_group().worker
             load = self.worker.load
             self.worker.load = lambda step: (self.plans.extend(step.loads), load(step))[1]
+
+    def close(self) -> None:
+        """Stop the engine."""
+        close_engine(self.llm)
 
     def ask(self, prompts, marks=None, tokens: int = 4, **sampling):
         """Outputs of a batch: greedy, all log-probabilities."""
@@ -122,17 +129,14 @@ def path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def stock(path):
     """What vLLM without the connector says to both turns; run first, since a process has one connector."""
-    engine = Served(path, connector=False)
-    outputs = [*engine.ask([FIRST, SECOND]), engine.plain(SECOND)]
-    engine.core.shutdown()
-    return outputs
+    with closing(Served(path, connector=False)) as engine:
+        return [*engine.ask([FIRST, SECOND]), engine.plain(SECOND)]
 
 
 @pytest.fixture(scope="module")
 def served(path, stock):
-    engine = Served(path)
-    yield engine
-    engine.core.shutdown()
+    with closing(Served(path)) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")

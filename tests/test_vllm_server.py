@@ -72,7 +72,10 @@ def server(tmp_path_factory) -> Iterator[Server]:
         yield Server(port)
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        try:
+            process.wait(timeout=60)
+        finally:
+            process.kill()
 
 
 def receipt(answer: dict) -> dict:

@@ -13,7 +13,7 @@ from vllm.sampling_params import BeamSearchParams
 
 from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.chat import mark_messages
-from cacheslide.vllm.offline import beam_search
+from cacheslide.vllm.offline import beam_search, close_engine
 from tests.test_vllm_marks import TEMPLATE
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_environment")]
@@ -43,7 +43,7 @@ def engine():
         kv_transfer_config={"kv_connector": CONNECTOR, "kv_role": "kv_both", "kv_connector_extra_config": extra},
     )
     yield llm
-    llm.llm_engine.engine_core.engine_core.shutdown()
+    close_engine(llm)
 
 
 def side_of(engine):

@@ -33,7 +33,8 @@ def open_engine(model: str, connector: Mapping[str, Any] | None, **options: Any)
 
 
 def close_engine(engine: LLM) -> None:
-    """Stop it and give its memory back."""
+    """Stop it, with its processes and threads, and give its memory back; a closed one may be closed again."""
+    engine.renderer.shutdown()
     engine.llm_engine.engine_core.shutdown()
 
 

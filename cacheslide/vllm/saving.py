@@ -45,6 +45,12 @@ class HostCopies:
         self.held += nbytes
         return held, done
 
+    def finish(self) -> None:
+        """Have the host wait for all copies, and let go of their sources."""
+        self.stream.synchronize()
+        self._sources.clear()
+        self.held = 0
+
     def _make_room(self, nbytes: int, current: "torch.cuda.Stream") -> None:
         """Let go of copied memory; what is let go early can be written only by work behind `current`'s wait."""
         while self._sources and (self._sources[0][0].query() or self.held + nbytes > self.under_way):

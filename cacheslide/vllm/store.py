@@ -70,3 +70,9 @@ class WorkerStore(MemoryChunkStore):
     def clear(self) -> None:
         """Forget everything."""
         self.drop(list(self._chunks))
+
+    def close(self) -> None:
+        """Forget everything, once no copy is on its way any more."""
+        if self.copies is not None:
+            self.copies.finish()
+        self.clear()

@@ -188,6 +188,12 @@ class WorkerSide:
             with self.model.running():
                 encoder.encode(job.encoding, job.prompt, job.positions, job.chunks, job.keys)
 
+    def close(self) -> None:
+        """The engine stops: nothing of ours is on its way any more, and nothing holds its model or its memory."""
+        if self.model is not None:
+            self.store.close()
+            self.model = self.executor = self.rings = self.stream = None
+
     def take_report(self) -> WorkerReport | None:
         """What happened since the last call."""
         report, self.report = self.report, WorkerReport()

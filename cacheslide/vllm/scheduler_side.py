@@ -13,6 +13,7 @@ from cacheslide.errors import CacheSlideError, PolicyError, StoreError
 from cacheslide.keys import CacheIdentity, ChunkKey
 from cacheslide.prompt import Chunk
 from cacheslide.vllm import reasons
+from cacheslide.vllm.families import Families
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.history import job_of, keep_history
 from cacheslide.vllm.index import ChunkIndex
@@ -42,6 +43,7 @@ class SchedulerSide:
         self.prefilling: dict[str, None] = {}  # tracked requests whose prompt is not complete yet, in order of arrival
         self.jobs: deque[tuple[EncodeJob, bool]] = deque()  # and whether it may not wait
         self.keeps: list[SavePlan] = []  # of requests that finished since the last step
+        self.families = Families()
         self.memory = SpanMemory(options.span_tokens, options.spans_known)
         self.stats = ReuseStats()
         self.rows_planned = 0  # claimed in the step being scheduled
@@ -56,9 +58,11 @@ class SchedulerSide:
             marks = Marks.parse(request.kv_transfer_params) or self._unmarked(request)
             if marks is None or (marks.find is False and not marks.segments):
                 return
-            tracked = self._plan(request, marks)
+            tracked = self._plan(request, marks) if marks.family is None else self._member(request, marks)
         except CacheSlideError as wrong:
             tracked = Tracked(rows, "", reason=str(wrong), kept=True)
+        if tracked is None:
+            return
         self.tracked[request.request_id] = tracked
         self.prefilling[request.request_id] = None
 
@@ -70,12 +74,23 @@ class SchedulerSide:
         one_beam = sampling.max_tokens == 1 and not sampling.detokenize  # a new request each token: see servers.py
         return None if one_beam else Marks(find=True)
 
+    def _member(self, request, marks: Marks) -> Tracked | None:
+        """A family's first member is planned as any request; a later one follows it (None: exactly, as all of it)."""
+        tenant, name = request.cache_salt or "", marks.family["name"]
+        family = self.families.get(tenant, name)
+        if family is None or not (family.reason or family.first is not None):
+            tracked = self._plan(request, marks)
+            tracked.family = family or self.families.add(tenant, name, tracked)
+            return tracked
+        return None if family.reason else family.join(request)
+
     def _plan(self, request, marks: Marks) -> Tracked:
         policy = marks.system(self.options.policy)
         check_policy(policy, self.geometry.num_layers)
         tenant = "\0".join((self.options.namespace, marks.namespace, request.cache_salt or ""))
         if marks.find:
-            marks = replace(marks, segments=tuple(self.memory.meet(tenant, request.prompt_token_ids)))
+            rows = marks.family and marks.family["rows"]
+            marks = replace(marks, segments=tuple(self.memory.meet(tenant, request.prompt_token_ids[:rows])))
         prompt = marks.prompt(request.prompt_token_ids)
         if policy.transform(prompt) != prompt:
             raise PolicyError(f"{policy.name} rewrites prompts: apply its transform before sending")
@@ -115,6 +130,13 @@ class SchedulerSide:
             tracked.reason = reasons.NOT_STORED_BEYOND if stored else reasons.NOT_STORED
             if want <= 0:
                 tracked.reason = reasons.COVERED
+            if tracked.follows and tracked.rows - computed < self.block_size:
+                tracked.reason = ""  # the rest is exact work over the family's rows
+            elif tracked.family is not None:
+                tracked.family.reason = tracked.reason
+            return 0
+        if tracked.follows and want < self.block_size:  # a block that the first member left open
+            tracked.reuse = ()
             return 0
         if self.rows_planned and self.rows_planned + want > self.options.rows_per_step:
             return None
@@ -124,7 +146,11 @@ class SchedulerSide:
         tracked.generation = max(self.index.generation(key) for key, _ in reuse)
         self.rows_planned += want
         self.index.touch(tracked.plan.keys)
-        key_apart(request, computed // self.block_size)
+        first, secret = computed // self.block_size, None
+        if tracked.family is not None:
+            tracked.family.corrected_from(first)
+            secret = tracked.family.secret
+        key_apart(request, first, secret)
         return want
 
     def _shares_unfinished_blocks(self, request, computed: int) -> bool:
@@ -165,7 +191,8 @@ class SchedulerSide:
         receipt |= {"note": tracked.note} if tracked.note else {}
         if tracked.history is not None and tracked.plan is not None:
             receipt |= {"history": keep_history(self, request, tracked, list(block_ids))}
-        self.stats.record(receipt)
+        if not tracked.follows or tracked.reuse or tracked.reason:  # a family is one request while its blocks last
+            self.stats.record(receipt)
         return receipt
 
     def _forecast(self, tracked: Tracked) -> dict[str, Any]:
@@ -287,6 +314,7 @@ class SchedulerSide:
         """Forget every chunk, here and in the workers (the weights have changed)."""
         self.index.clear()
         self.memory.clear()
+        self.families.clear()
         self.jobs.clear()
         self.keeps.clear()
         self.forget = True

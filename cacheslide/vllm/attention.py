@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cacheslide import kernels
+from cacheslide.kernels.cope import cope_attention
 from cacheslide.model.adapter import RowGroup
 from cacheslide.model.reference import row_attention
 from cacheslide.placement import send
@@ -32,8 +33,13 @@ class RowKernel:
 
     def __call__(self, layer: int, q: Tensor, groups: Sequence[RowGroup], scale: float) -> Tensor:
         """See `gathered`."""
-        rows, cu_rows, table = self._shared(tuple(groups), q.device)
-        return kernels.row_attention(q, rows, cu_rows, table, groups[0].kv.layers[layer].cache, scale)
+        shared = self._shared(tuple(groups), q.device)
+        return self._launch(layer, q, *shared, groups[0].kv.layers[layer].cache, scale)
+
+    def _launch(
+        self, layer: int, q: Tensor, rows: Tensor, cu_rows: Tensor, table: Tensor, cache: Tensor, scale: float
+    ) -> Tensor:
+        return kernels.row_attention(q, rows, cu_rows, table, cache, scale)
 
     def _shared(self, groups: tuple[RowGroup, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, offsets and block table: the same for all layers between two selections, so they are made once."""
@@ -51,6 +57,22 @@ class RowKernel:
         self._groups = ()
 
 
-def choose(paged: PagedLayer) -> PagedAttention:
-    """The attention that fits a layer's cache."""
-    return gathered if paged.packed else RowKernel()
+class CopeRows(RowKernel):
+    """The same with CoPE attention; `tables` are the layers' position tables [p_max, head_dim]."""
+
+    def __init__(self, tables: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.tables = tables
+
+    def _launch(
+        self, layer: int, q: Tensor, rows: Tensor, cu_rows: Tensor, table: Tensor, cache: Tensor, scale: float
+    ) -> Tensor:
+        return cope_attention(q, rows, cu_rows, table, cache, self.tables[layer], scale)
+
+
+def choose(paged: Sequence[PagedLayer]) -> PagedAttention:
+    """The attention that fits the layers' caches."""
+    if paged[0].packed:
+        return gathered
+    tables = [getattr(layer.attention, "cope_positions", None) for layer in paged]
+    return RowKernel() if tables[0] is None else CopeRows(tables)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from cacheslide.vllm.cope_setting import is_cope, setup_of
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -25,8 +27,9 @@ class Geometry:
         """From vLLM's configuration."""
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         config = model.hf_text_config
+        adapter = f" {setup_of(config).digest}" if is_cope(config) else ""
         return cls(
-            model_id=weights_id(model.model, model.revision, str(config.to_dict())),
+            model_id=weights_id(model.model, model.revision, str(config.to_dict())) + adapter,
             dtype=str(model.dtype),
             num_layers=model.get_num_layers(parallel),
             kv_heads=model.get_num_kv_heads(parallel),

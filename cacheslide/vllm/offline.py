@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from cacheslide.vllm import CONNECTOR
+from cacheslide.vllm.cope_setting import overrides
 from cacheslide.vllm.params import FIELD
 
 
@@ -21,11 +23,14 @@ class Answered:
     cached_tokens: int
 
 
-def open_engine(model: str, connector: Mapping[str, Any] | None, **options: Any) -> LLM:
+def open_engine(model: str, connector: Mapping[str, Any] | None, cope: str | Path | None = None, **options: Any) -> LLM:
     """A vLLM engine over `model`; `connector` holds the connector's options, None leaves it out.
 
-    `options` are `vllm.LLM`'s. Statistics are on: they hold the time of the first token.
+    With `cope`, the folder of a CoPE adapter, `model` is its base. `options` are `vllm.LLM`'s. Statistics are on: they
+    hold the time of the first token.
     """
+    if cope is not None:
+        options["hf_overrides"] = overrides(cope, others=options.get("hf_overrides"))
     transfer = {"kv_connector": CONNECTOR, "kv_role": "kv_both", "kv_connector_extra_config": dict(connector or {})}
     return LLM(model, kv_transfer_config=None if connector is None else transfer, disable_log_stats=False, **options)
 

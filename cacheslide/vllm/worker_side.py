@@ -9,7 +9,7 @@ from cacheslide.correction import TopDeviation
 from cacheslide.encode import ChunkEncoder, rows_none
 from cacheslide.engine import Receipt
 from cacheslide.keys import ChunkKey
-from cacheslide.placement import Piece, PlacedChunks, send, tensor_of
+from cacheslide.placement import Piece, PlacedChunks, Placement, send, tensor_of
 from cacheslide.prefill import PrefillOutput, PrefillRequest, SelectivePrefill
 from cacheslide.prompt import Chunk
 from cacheslide.store.base import ChunkKV
@@ -131,7 +131,10 @@ class WorkerSide:
     def _source(self, pieces: list[Piece], target: Tensor, plan: LoadPlan, shift: int) -> PlacedChunks:
         """Cached rows on their way to positions `target` [R], on the host; a kernel places them where it can."""
         model = self.model
-        settings = pieces, target, plan.placement, model.rotary, model.dtype, shift
+        placement = plan.placement
+        if not model.rotates:  # unrotated keys serve wherever they are
+            placement, shift = Placement("stored"), 0
+        settings = pieces, target, placement, model.rotary, model.dtype, shift
         if not model.open:
             return PlacedChunks(*settings, device=model.device)
         fetch = None

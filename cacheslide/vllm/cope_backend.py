@@ -25,6 +25,8 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from cacheslide.errors import ConfigError, ModelError
 from cacheslide.kernels.cope import cope_attention, cope_decode
+from cacheslide.positions.ccpe import SlotMasses
+from cacheslide.vllm.cope_slots import Crossing
 
 
 @dataclass
@@ -42,6 +44,16 @@ class CopeMetadata(AttentionMetadata):
     rows: Tensor
     bounds: Tensor | None
     block_table: Tensor
+    slots: list[SlotMasses] | None = None  # of the layers
+    looked: bool = False  # for slots
+
+    def slots_of(self, layer: int, crossing: Crossing, block_size: int) -> SlotMasses | None:
+        """The slots that rows behind the decoding ones cross by their calibrated mass."""
+        if not self.looked:  # made in the forward: the connector speaks between build and forward
+            self.looked = True
+            rest = self.rows[self.decodes :], self.bounds, self.block_table[self.decodes :]
+            self.slots = crossing.of_batch(*rest, block_size)
+        return None if self.slots is None else self.slots[layer]
 
 
 class CopeMetadataBuilder(AttentionMetadataBuilder[CopeMetadata]):
@@ -52,6 +64,8 @@ class CopeMetadataBuilder(AttentionMetadataBuilder[CopeMetadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
+        context = vllm_config.compilation_config.static_forward_context
+        self.crosses = context[layer_names[0]].cope_crossing.known > 0
         scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
         sizes = (scheduler.max_num_batched_tokens, scheduler.max_num_seqs, *(compilation.cudagraph_capture_sizes or ()))
         self.rows = torch.zeros(max(sizes), dtype=torch.int32, device=device)  # captured graphs read it
@@ -62,7 +76,9 @@ class CopeMetadataBuilder(AttentionMetadataBuilder[CopeMetadata]):
         """See `AttentionMetadataBuilder.build`."""
         batch = common_attn_metadata
         tokens = batch.num_actual_tokens
-        decodes, _, decoding, _ = split_decodes_and_prefills(batch)
+        # A prompt's last row alone in a step may be a fixed chunk's, which crosses slots: no row to decode.
+        short = self.crosses and batch.is_prefilling is not None and bool(batch.is_prefilling.any())
+        decodes, _, decoding, _ = split_decodes_and_prefills(batch, treat_short_extends_as_decodes=not short)
         if decoding != decodes:
             raise RuntimeError(f"{decodes} decoding requests have {decoding} rows")
         rows = self.rows[:tokens] if tokens <= len(self.rows) else self.rows.new_empty(tokens)
@@ -89,7 +105,10 @@ class CopeMetadataBuilder(AttentionMetadataBuilder[CopeMetadata]):
 
 
 class CopeImpl(AttentionImpl[CopeMetadata]):
-    """Attention of one layer, whose `cope_positions` [p_max, head_dim] is its position table."""
+    """Attention of one layer: its number is `cope_layer`, its position table [p_max, head_dim] `cope_positions`.
+
+    `cope_crossing`, shared by all layers, says which rows of a batch cross updated slots by their calibrated mass.
+    """
 
     def __init__(
         self,
@@ -157,9 +176,10 @@ class CopeImpl(AttentionImpl[CopeMetadata]):
                 output[:some], batch.max_row,
             )  # fmt: skip
         if some < tokens:
+            slots = batch.slots_of(layer.cope_layer, layer.cope_crossing, kv_cache.shape[2])
             cope_attention(
                 query[some:tokens], batch.rows[some:], batch.bounds, batch.block_table[some:], kv_cache, positions,
-                self.scale, output[some:tokens], batch.max_row,
+                self.scale, output[some:tokens], batch.max_row, slots,
             )  # fmt: skip
         return output
 

@@ -13,6 +13,7 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, 
 from cacheslide.errors import ModelError
 from cacheslide.vllm.cope_backend import CopeBackend
 from cacheslide.vllm.cope_setting import setup_of
+from cacheslide.vllm.cope_slots import Crossing
 from cacheslide.vllm.support import check_cope
 
 
@@ -66,13 +67,27 @@ class CacheSlideCopeForCausalLM(LlamaForCausalLM):
         setup = setup_of(model.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=CopeDecoderLayer)
         self.setup, self.source = setup, (model.model, model.revision)
-        dtype = torch.get_default_dtype()
+        dtype, crossing = torch.get_default_dtype(), self._crossing()
         for i, layer in enumerate(self.model.layers):
             table = setup.adapter.positions(i)
             if table.shape[1] != layer.self_attn.head_dim:
                 raise ModelError(f"position tables {tuple(table.shape)} do not fit heads of {layer.self_attn.head_dim}")
             device = layer.input_layernorm.weight.device
-            layer.self_attn.attn.register_buffer("cope_positions", table.to(device, dtype), persistent=False)
+            attention = layer.self_attn.attn
+            attention.register_buffer("cope_positions", table.to(device, dtype), persistent=False)
+            attention.cope_layer, attention.cope_crossing = i, crossing
+
+    def _crossing(self) -> Crossing:
+        """Γ of this rank's heads."""
+        attention, masses = self.model.layers[0].self_attn, self.setup.masses
+        if masses is None:
+            return Crossing()
+        if (masses.shape[0], masses.shape[2]) != (len(self.model.layers), attention.total_num_heads):
+            raise ModelError(f"slot masses {tuple(masses.shape)} do not fit the model's layers and heads")
+        first = get_tensor_model_parallel_rank() * attention.num_heads
+        mine = masses[:, :, first : first + attention.num_heads]
+        device = self.model.layers[0].input_layernorm.weight.device
+        return Crossing(mine.to(device, torch.float32).contiguous(), self.setup.cap)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """The base's weights, LoRA added; ModelError unless they are those that the adapter was trained on."""

@@ -13,9 +13,12 @@ from vllm.model_executor.models.interfaces_base import is_text_generation_model
 from cacheslide.errors import ModelError
 from cacheslide.model.adapter import RowGroup
 from cacheslide.model.reference import DenseKV, row_attention
+from cacheslide.placement import send
+from cacheslide.positions.ccpe import PromptSlots, check_slots
 from cacheslide.positions.rope import Rotary, inverse_frequencies
 from cacheslide.vllm.attention import RowKernel, choose
 from cacheslide.vllm.cope_setting import is_cope
+from cacheslide.vllm.cope_slots import Crossing
 from cacheslide.vllm.kv_layout import PagedKV, PagedLayer, scratch_kv
 from cacheslide.vllm.operators import fused_norms, operators
 from cacheslide.vllm.paged_source import Caches
@@ -88,6 +91,7 @@ class VllmModel:
         self.caches = Caches(self.paged)
         self.attend_paged = choose(self.paged)
         first = self.layers[0].self_attn
+        self.crossing: Crossing | None = getattr(first.attn, "cope_crossing", None)
         self.shape = SimpleNamespace(
             num_layers=self.num_layers, num_kv_heads=first.num_kv_heads, head_dim=first.head_dim
         )
@@ -117,6 +121,12 @@ class VllmModel:
             self.schema_positions = False
             if isinstance(self.attend_paged, RowKernel):
                 self.attend_paged.forget()
+
+    def describe(self, kv: PagedKV, slots: PromptSlots) -> None:
+        """See `CopeLlama.describe`; nothing to say to a model without calibrated slot masses."""
+        if self.crossing is not None and self.crossing.known:
+            check_slots(slots, self.crossing.known)
+            kv.updated = PromptSlots(slots.bounds, send(slots.canonical, self.device))
 
     def paged_kv(self, block_ids: Sequence[int], manager_block: int) -> PagedKV:
         """A request's KV in the paged cache."""

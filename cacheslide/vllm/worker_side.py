@@ -63,6 +63,8 @@ class WorkerSide:
         """Before anything writes to the cache in this step: keep what finished requests leave in their old blocks."""
         if step.forget:
             self.store.clear()
+        if self.model.crossing is not None:
+            self.model.crossing.expect(step.slots, self.block_size)
         for plan in step.keeps:
             self.store.drop(plan.evict)
             self._save(plan)
@@ -106,10 +108,13 @@ class WorkerSide:
         shift = 0 if plan.positions is None else len(plan.token_ids) - 1 - plan.positions[-1]
         positions += shift
         source = self._source(pieces, positions[reused], plan, shift) if pieces else None
+        kv = self.model.paged_kv(plan.block_ids, self.block_size)
+        if plan.slots is not None:
+            self.model.describe(kv, plan.slots)
         request = PrefillRequest(
             ids,
             send(positions, device),
-            self.model.paged_kv(plan.block_ids, self.block_size),
+            kv,
             send(reused, device),
             source,
             plan.correction,
@@ -177,7 +182,9 @@ class WorkerSide:
 
     @torch.inference_mode()
     def encode(self, step: StepPlan) -> None:
-        """Prefill chunks that no request's own prefill provides."""
+        """The forward is over: prefill chunks that no request's own prefill provides."""
+        if self.model.crossing is not None:
+            self.model.crossing.expect((), self.block_size)
         for job in step.encodes:
             self.store.drop(job.evict)
             encoder = ChunkEncoder(self.model, self.store, self.model.dtype, job.capture)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from vllm import _custom_ops
 from vllm.config.cache import CacheDType
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -142,11 +143,9 @@ class CopeImpl(AttentionImpl[CopeMetadata]):
     def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor):
         """Store key, value [n, kv_heads, head_size] at `slot_mapping` [n]; nothing at slots below 0."""
         if kv_cache.is_cuda:
-            from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
-
             halves = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
             scales = layer._k_scale, layer._v_scale
-            triton_reshape_and_cache_flash(key, value, *halves, slot_mapping, self.kv_cache_dtype, *scales)
+            _custom_ops.reshape_and_cache_flash(key, value, *halves, slot_mapping, self.kv_cache_dtype, *scales)
             return
         kept = slot_mapping >= 0
         slots, size = slot_mapping[kept], kv_cache.shape[2]

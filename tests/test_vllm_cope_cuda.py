@@ -29,9 +29,10 @@ from tests.test_vllm_engine import logprobs, receipt, tokens
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
 
 # Largest difference of KV relative to the layer's norm, and of log-probabilities.
-BOUNDS = {"float32": (1e-4, 1e-3), "bfloat16": (3e-2, 0.3)}
+# (In bfloat16 the reference itself is 0.07 and 0.14 off its values in float64.)
+BOUNDS = {"float32": (1e-4, 1e-3), "bfloat16": (0.15, 0.4)}
 LARGER = {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 8, "intermediate_size": 384}
-LARGER |= {"max_position_embeddings": 4096}
+LARGER |= {"max_position_embeddings": 4096, "initializer_range": 0.05}
 
 
 def ids(count: int, seed: int) -> tuple[int, ...]:
@@ -146,8 +147,8 @@ def test_reuse_leaves_the_kv_that_the_reference_engine_leaves(cuda, system, stor
     got = receipt(cuda.one(second, 2, policy=system))
     assert got["rows_reused"] == want.receipt.rows_reused > 0 and got["chunks_hit"] == want.receipt.chunks_hit
     # Near ties in the ranking may choose other rows in 16 bits: a few rows then differ as a whole.
-    loose = 0.1 if system == "cacheslide" and cuda.kv_bound > 1e-2 else None
-    cuda.assert_kv((want.kv.k, want.kv.v), len(second), loose)
+    ties = system == "cacheslide" and cuda.kv_bound > 1e-2
+    cuda.assert_kv((want.kv.k, want.kv.v), len(second), 2 * cuda.kv_bound if ties else None)
 
 
 def test_a_mixed_batch_says_what_each_request_says_alone(cuda):

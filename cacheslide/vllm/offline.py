@@ -15,12 +15,16 @@ from cacheslide.vllm.params import FIELD
 
 @dataclass(frozen=True)
 class Answered:
-    """One request: seconds from its arrival to its first token, its output ids, and its receipt if it was marked."""
+    """One request: seconds from its arrival to its first token, its output ids, and its receipt if it was marked.
+
+    `step` is seconds a token after the first, 0 where there is none.
+    """
 
     ttft: float
     token_ids: list[int]
     receipt: dict[str, Any] | None
     cached_tokens: int
+    step: float = 0.0
 
 
 def open_engine(model: str, connector: Mapping[str, Any] | None, cope: str | Path | None = None, **options: Any) -> LLM:
@@ -77,6 +81,7 @@ def ask(
             list(o.outputs[0].token_ids),
             (o.kv_transfer_params or {}).get(FIELD),
             o.num_cached_tokens or 0,
+            (o.metrics.last_token_ts - o.metrics.first_token_ts) / max(1, len(o.outputs[0].token_ids) - 1),
         )
         for o in outputs
     ]

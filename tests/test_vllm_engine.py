@@ -30,27 +30,31 @@ SHAPE = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 96, "max_positi
 FIRST, SECOND = prompt(37, 3, fixed=FIXED), prompt(53, 5, fixed=FIXED)  # two turns: the fixed text has moved by 16
 
 
+def engine_settings(connector: bool = True, **options) -> dict:
+    """What the engines of these tests are opened with; `options` are the connector's."""
+    transfer = {
+        "kv_connector": CONNECTOR,
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"chunk_size": CHUNK, "encode": "now", **options},
+    }
+    return {
+        "dtype": "float32",
+        "max_model_len": 512,
+        "block_size": BLOCK,
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "max_logprobs": 97,
+        "max_num_batched_tokens": 128,  # shorter than the prompts: exact prefills run in chunks
+        "max_num_seqs": 16,
+        "kv_transfer_config": transfer if connector else None,
+    }
+
+
 class Served:
     """A vLLM engine with the connector, and hands on its insides."""
 
     def __init__(self, path, connector: bool = True, engine: dict | None = None, **options) -> None:
-        transfer = {
-            "kv_connector": CONNECTOR,
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {"chunk_size": CHUNK, "encode": "now", **options},
-        }
-        settings = {
-            "dtype": "float32",
-            "max_model_len": 512,
-            "block_size": BLOCK,
-            "enforce_eager": True,
-            "skip_tokenizer_init": True,
-            "max_logprobs": 97,
-            "max_num_batched_tokens": 128,  # shorter than the prompts: exact prefills run in chunks
-            "max_num_seqs": 16,
-            "kv_transfer_config": transfer if connector else None,
-        }
-        self.llm = LLM(str(path), **settings | (engine or {}))
+        self.llm = LLM(str(path), **engine_settings(connector, **options) | (engine or {}))
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.plans = []
         if connector:

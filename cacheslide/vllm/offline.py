@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
@@ -10,24 +11,32 @@ from vllm.sampling_params import BeamSearchParams
 
 from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.beams import Search, start_search
+from cacheslide.vllm.cope_setting import overrides
 from cacheslide.vllm.params import FIELD
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One request: seconds from its arrival to its first token, its output ids, and its receipt if it was marked."""
+    """One request: seconds from its arrival to its first token, its output ids, and its receipt if it was marked.
+
+    `step` is seconds a token after the first, 0 where there is none.
+    """
 
     ttft: float
     token_ids: list[int]
     receipt: dict[str, Any] | None
     cached_tokens: int
+    step: float = 0.0
 
 
-def open_engine(model: str, connector: Mapping[str, Any] | None, **options: Any) -> LLM:
+def open_engine(model: str, connector: Mapping[str, Any] | None, cope: str | Path | None = None, **options: Any) -> LLM:
     """A vLLM engine over `model`; `connector` holds the connector's options, None leaves it out.
 
-    `options` are `vllm.LLM`'s. Statistics are on: they hold the time of the first token.
+    With `cope`, the folder of a CoPE adapter, `model` is its base. `options` are `vllm.LLM`'s. Statistics are on: they
+    hold the time of the first token.
     """
+    if cope is not None:
+        options["hf_overrides"] = overrides(cope, others=options.get("hf_overrides"))
     transfer = {"kv_connector": CONNECTOR, "kv_role": "kv_both", "kv_connector_extra_config": dict(connector or {})}
     return LLM(model, kv_transfer_config=None if connector is None else transfer, disable_log_stats=False, **options)
 
@@ -75,6 +84,7 @@ def ask(
             list(o.outputs[0].token_ids),
             (o.kv_transfer_params or {}).get(FIELD),
             o.num_cached_tokens or 0,
+            (o.metrics.last_token_ts - o.metrics.first_token_ts) / max(1, len(o.outputs[0].token_ids) - 1),
         )
         for o in outputs
     ]

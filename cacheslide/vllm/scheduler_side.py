@@ -9,10 +9,12 @@ from typing import Any
 from vllm.v1.request import RequestStatus
 
 from cacheslide.engine import Receipt, make_plan
-from cacheslide.errors import CacheSlideError, PolicyError, StoreError
+from cacheslide.errors import CacheSlideError, PolicyError, PromptError, StoreError
 from cacheslide.keys import CacheIdentity, ChunkKey
-from cacheslide.prompt import Chunk
+from cacheslide.positions.ccpe import PromptSlots, check_slots, slots_in
+from cacheslide.prompt import Chunk, Prompt
 from cacheslide.vllm import reasons
+from cacheslide.vllm.cope_slots import SlotRows
 from cacheslide.vllm.families import Families
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.history import job_of, keep_history
@@ -65,6 +67,17 @@ class SchedulerSide:
             return
         self.tracked[request.request_id] = tracked
         self.prefilling[request.request_id] = None
+        if tracked.slots is not None:  # the rows behind the first slot are not those of a request without marks
+            secret = tracked.family.secret if tracked.family is not None else None
+            key_apart(request, tracked.slots.bounds[0][1] // self.block_size, secret)
+
+    def slots_of(self, prompt: Prompt) -> PromptSlots | None:
+        """The slots that a CoPE model crosses by their calibrated masses; PromptError when Γ has too few."""
+        if not self.geometry.slots:
+            return None
+        slots = slots_in(prompt)
+        check_slots(slots, self.geometry.slots)
+        return slots if slots.bounds else None
 
     def _unmarked(self, request) -> Marks | None:
         """Marks of a request without any, where the server looks for spans by itself."""
@@ -85,6 +98,8 @@ class SchedulerSide:
         return None if family.reason else family.join(request)
 
     def _plan(self, request, marks: Marks) -> Tracked:
+        if marks.find and self.geometry.slots:
+            raise PromptError("spans that are looked for follow no template, which calibrated slot masses (CCPE) need")
         policy = marks.system(self.options.policy)
         check_policy(policy, self.geometry.num_layers)
         tenant = "\0".join((self.options.namespace, marks.namespace, request.cache_salt or ""))
@@ -97,6 +112,7 @@ class SchedulerSide:
         identity = CacheIdentity(self.geometry.model_id, self.geometry.dtype, namespace=tenant)
         plan = make_plan(policy, identity, prompt, self.options.chunk_size, self.geometry.max_positions)
         tracked = Tracked(len(prompt), policy.name, policy=policy, plan=plan, identity=identity)
+        tracked.slots = self.slots_of(prompt)
         tracked.encode = marks.encode or self.options.encode
         tracked.spans, tracked.history, tracked.note = marks.segments, marks.history, marks.note
         tracked.schema = plan.positions[-1] != len(prompt) - 1
@@ -220,7 +236,10 @@ class SchedulerSide:
             if tracked.loading:
                 tracked.loading, tracked.exact, tracked.receipt = False, False, None
                 step.loads.append(self._load(req_id, tracked, computed))
-            if computed + output.num_scheduled_tokens[req_id] >= tracked.rows:
+            end = computed + output.num_scheduled_tokens[req_id]
+            if tracked.slots is not None:
+                step.slots.append(SlotRows(tuple(tracked.block_ids), computed, end, tracked.slots))
+            if end >= tracked.rows:
                 del self.prefilling[req_id]
                 if not tracked.kept:
                     tracked.kept = True
@@ -243,6 +262,7 @@ class SchedulerSide:
             policy.placement,
             policy.correction,
             plan.positions if tracked.schema else None,
+            tracked.slots,
         )
 
     def _keep(self, tracked: Tracked, step: StepPlan) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from cacheslide.engine import Plan
 from cacheslide.keys import CacheIdentity, ChunkKey
 from cacheslide.policy import ReusePolicy
+from cacheslide.positions.ccpe import PromptSlots
 from cacheslide.prompt import Chunk
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ class Tracked:
     policy: ReusePolicy | None = None
     plan: Plan | None = None
     encode: str = "later"
+    slots: PromptSlots | None = None  # that a calibrated CoPE model crosses
     schema: bool = False  # its rows' positions are not their indices
     exact: bool = True  # every row so far was computed by vLLM itself
     identity: CacheIdentity | None = None

@@ -10,7 +10,7 @@ from cacheslide.correction import TopDeviation
 from cacheslide.encode import ChunkEncoder, rows_none
 from cacheslide.engine import Receipt
 from cacheslide.keys import ChunkKey
-from cacheslide.placement import Piece, PlacedChunks, send, tensor_of
+from cacheslide.placement import Piece, PlacedChunks, Placement, send, tensor_of
 from cacheslide.prefill import PrefillOutput, PrefillRequest, SelectivePrefill
 from cacheslide.prompt import Chunk
 from cacheslide.store.base import ChunkKV
@@ -65,6 +65,8 @@ class WorkerSide:
         """Before anything writes to the cache in this step: keep what finished requests leave in their old blocks."""
         if step.forget:
             self.store.clear()
+        if self.model.crossing is not None:
+            self.model.crossing.expect(step.slots, self.block_size)
         for plan in step.keeps:
             self.store.drop(plan.evict)
             self._save(plan)
@@ -109,10 +111,13 @@ class WorkerSide:
         shift = 0 if plan.positions is None else len(plan.token_ids) - 1 - plan.positions[-1]
         positions += shift
         source = self._source(pieces, positions[reused], plan, shift) if pieces else None
+        kv = self.model.paged_kv(plan.block_ids, self.block_size)
+        if plan.slots is not None:
+            self.model.describe(kv, plan.slots)
         request = PrefillRequest(
             ids,
             send(positions, device),
-            self.model.paged_kv(plan.block_ids, self.block_size),
+            kv,
             send(reused, device),
             source,
             plan.correction,
@@ -134,7 +139,10 @@ class WorkerSide:
     def _source(self, pieces: list[Piece], target: Tensor, plan: LoadPlan, shift: int) -> PlacedChunks:
         """Cached rows on their way to positions `target` [R], on the host; a kernel places them where it can."""
         model = self.model
-        settings = pieces, target, plan.placement, model.rotary, model.dtype, shift
+        placement = plan.placement
+        if not model.rotates:  # unrotated keys serve wherever they are
+            placement, shift = Placement("stored"), 0
+        settings = pieces, target, placement, model.rotary, model.dtype, shift
         if not model.open:
             return PlacedChunks(*settings, device=model.device)
         fetch = None
@@ -181,7 +189,9 @@ class WorkerSide:
 
     @torch.inference_mode()
     def encode(self, step: StepPlan) -> None:
-        """Prefill chunks that no request's own prefill provides."""
+        """The forward is over: prefill chunks that no request's own prefill provides."""
+        if self.model.crossing is not None:
+            self.model.crossing.expect((), self.block_size)
         for job in step.encodes:
             self.store.drop(job.evict)
             encoder = ChunkEncoder(self.model, self.store, self.model.dtype, job.capture)

@@ -7,7 +7,6 @@ Prompts are of the validation split: defaults may follow from them, and the stud
 """
 
 import argparse
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from cacheslide.model.weights import fingerprint
 from cacheslide.store.memory import MemoryChunkStore
-from harness.backend import EngineSettings, ReferenceBackend
+from harness.backend import EngineSettings, ReferenceBackend, exact_arithmetic
 from harness.cope_backend import CopeBackend
 from harness.experiments.wca_cells import Cell, cells
 from harness.results.provenance import machine, provenance
@@ -46,14 +45,6 @@ class Job:
     live: bool
     device: str
     threads: int
-
-
-def exact_arithmetic() -> None:
-    """float32 products in float32 on a GPU as well, in the same order every time."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
 
 
 def open_backend(job: Job) -> ReferenceBackend:

@@ -45,6 +45,13 @@ def check(config: MutableMapping[str, Any], schema: str | Path) -> None:
             raise ConfigError(f"{part}.dataset: {config[part]['dataset']!r} is not one of this run's datasets")
     if on_vllm:
         _check_vllm(config)
+    if "cope" in config:
+        _check_cope(config, on_vllm)
+
+
+def native(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without its CoPE part: what is measured on the native model does not depend on that."""
+    return {key: value for key, value in config.items() if key != "cope"}
 
 
 def _fill(config: MutableMapping[str, Any], schema: Mapping[str, Any]) -> None:
@@ -73,3 +80,10 @@ def _check_vllm(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"store_dtype: backend: vllm keeps chunks in the model's dtype; set it to {config['dtype']}")
     if config["device"] == "cpu" and config["vllm"]["block_size"] % 32:
         raise ConfigError(f"vllm.block_size: {config['vllm']['block_size']} must be a multiple of 32 on device: cpu")
+
+
+def _check_cope(config: Mapping[str, Any], on_vllm: bool) -> None:
+    if on_vllm:
+        raise ConfigError("cope: the study measures CoPE with backend: reference; leave the section out")
+    if unknown := [s for s in config["cope"]["systems"] if s not in policy_names()]:
+        raise ConfigError(f"cope.systems: unknown system {unknown[0]!r}; installed are {', '.join(policy_names())}")

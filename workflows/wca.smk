@@ -16,9 +16,7 @@ rule measure_wca:
         exclusive=1,
     params:
         model=config["model"],
-        adapter=(
-            f"--adapter {config['cope']['adapter']}" if config.get("cope") else ""
-        ),
+        adapter=(f"--adapter {config['cope']['adapter']}" if config.get("cope") else ""),
     shell:
         "python -m harness.experiments.wca --model {params.model} {params.adapter} --jobs {threads}"
         " --out results/wca > {log} 2>&1"

@@ -63,6 +63,13 @@ class Cuda:
         before, now = (self.reference.prompt(s, question) for s in (example.previous, example.segments))
         return before, now
 
+    def said(self, answer) -> str:
+        """The answer's text before its end token."""
+        stop = next(
+            (i for i, t in enumerate(answer.token_ids) if t in self.reference.stop_ids()), len(answer.token_ids)
+        )
+        return self.reference.tokenizer.decode(answer.token_ids[:stop], skip_special_tokens=True).strip()
+
     def kv(self, rows: int):
         """K and V of the last loaded request."""
         kv = self.worker.model.paged_kv(self.plans[-1].block_ids, self.worker.block_size)
@@ -153,7 +160,8 @@ def test_a_mixed_batch_of_packed_and_plain_requests(cuda, prompts):
     marks = [marks_of(now) if i % 4 else None for i, (_, now) in enumerate(pairs)]
     alone = [ask(cuda.engine, [now.token_ids], [m], 8)[0] for (_, now), m in zip(pairs, marks, strict=True)]
     together = ask(cuda.engine, [now.token_ids for _, now in pairs], marks, 8)
-    assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+    # What the model says behind its end token is noise, which another batch size may tip.
+    assert [cuda.said(a) for a in together] == [cuda.said(a) for a in alone]
     assert all((a.receipt is None) == (m is None) for a, m in zip(together, marks, strict=True))
     assert all(a.receipt["rows_reused"] > 0 for a in together if a.receipt)
 
@@ -191,9 +199,7 @@ def score(cuda, prompts, **marks) -> float:
         run(cuda, before, **marks)
         answer = run(cuda, now, **marks)
         assert marks.get("policy") == "recompute" or answer.receipt["rows_reused"] > 0
-        stop = next((i for i, t in enumerate(answer.token_ids) if t in cuda.reference.stop_ids()), 8)
-        said = cuda.reference.tokenizer.decode(answer.token_ids[:stop], skip_special_tokens=True).strip()
-        right += said in question.answers
+        right += cuda.said(answer) in question.answers
     return right / len(prompts)
 
 

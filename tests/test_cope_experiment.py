@@ -5,24 +5,15 @@ import json
 import pytest
 import torch
 
-from cacheslide.model.weights import fingerprint
-from cacheslide.training.adapter import AdapterSettings, CopeAdapter, save_adapter
 from cacheslide.training.calibration import find_calibration
 from harness.experiments import cope, cope_kernels
-from harness.training.model import llama
-from harness.training.tokenizer import build_tokenizer, save_tokenizer
+from tests.tiny_cope import make_pair
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """An untrained model with the task's tokenizer, and an adapter of it: position tables alone."""
-    base, adapter = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(3)
-    llama(1280, 1, 2, 0, layers=2, hidden=32, heads=2, ff=48).save_pretrained(base)
-    save_tokenizer(build_tokenizer(), base)
-    tensors = {f"layers.{i}.positions": torch.randn(16, 16) * 0.3 for i in range(2)}
-    save_adapter(CopeAdapter(AdapterSettings(1, 1.0, 16, ()), fingerprint(base), tensors), adapter)
-    return base, adapter
+    """An untrained model and its adapter."""
+    return make_pair(tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter"), layers=2, heads=2)
 
 
 def test_one_command_calibrates_and_measures(pair, tmp_path):

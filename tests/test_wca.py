@@ -3,31 +3,21 @@
 import json
 
 import pytest
-import torch
 
 from cacheslide.correction import NoCorrection, TopDeviation
-from cacheslide.model.weights import fingerprint
-from cacheslide.training.adapter import AdapterSettings, CopeAdapter, save_adapter
 from harness.experiments import wca
 from harness.experiments.wca_cells import cells, default
 from harness.results.records import read_records
 from harness.results.wca import tabulate
-from harness.training.model import llama
-from harness.training.tokenizer import build_tokenizer, save_tokenizer
+from tests.tiny_cope import make_pair
 
 LAYERS = 6
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """An untrained model of enough layers for every kind of cell, and an adapter of it: position tables alone."""
-    base, adapter = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(3)
-    llama(1280, 1, 2, 0, layers=LAYERS, hidden=16, heads=1, ff=24).save_pretrained(base)
-    save_tokenizer(build_tokenizer(), base)
-    tensors = {f"layers.{i}.positions": torch.randn(8, 16) * 0.3 for i in range(LAYERS)}
-    save_adapter(CopeAdapter(AdapterSettings(1, 1.0, 8, ()), fingerprint(base), tensors), adapter)
-    return base, adapter
+    """An untrained model of enough layers for every kind of cell, and its adapter."""
+    return make_pair(tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter"), LAYERS, heads=1, p_max=8)
 
 
 def test_cells_change_one_thing_and_fit_the_model():

@@ -25,12 +25,15 @@ def stop(reason):
 
 def check_config(config):
     """Fill in the schema's defaults; stop where harness.configuration finds something wrong."""
+    with_cope = "cope" in config
     try:
         check(config, SCHEMA)
     except CacheSlideError as wrong:
         stop(wrong)
     if not has_cksim(config):
         print(f"config: cksim is left out: {NO_CKSIM}", file=sys.stderr)
+    if with_cope and "cope" not in config:
+        print("config: cope is left out with backend: vllm", file=sys.stderr)
 
 
 def result(path):

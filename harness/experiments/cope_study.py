@@ -5,7 +5,7 @@
 "cope", calibrated slot masses "ccpe".
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,23 +35,24 @@ def measure_similarity(
     writer: RecordWriter,
     prompts: int,
 ) -> None:
-    """One record per shift and example (the first `prompts`): CKSim per layer [layers], mean over the segment."""
+    """One record per shift and example (the first `prompts`): CKSim per layer, mean over the segment's rows."""
     for i, example in enumerate(tqdm(examples[:prompts], desc="CKSim, CoPE", mininterval=1)):
         system, segment = (native.encode(s.text) for s in fixed(example.segments)[:2])
         filler = prefix_text(native, [*examples[i + 1 :], *examples[:i]], max(shifts))
+        cached: dict[tuple[str, bool], Tensor] = {}  # what a shift's length does not change
         for shift in shifts:
             guarded(
                 writer,
                 f"{example.id}-{shift}",
-                lambda shift=shift, system=system, segment=segment, filler=filler: {
+                lambda shift=shift, system=system, segment=segment, filler=filler, cached=cached: {
                     "shift": shift,
                     "tokens": len(segment),
-                    "cksim": {k: v.tolist() for k, v in _kinds(native, variants, system, segment, filler[:shift])},
+                    "cksim": dict(_kinds(native, variants, cached, system, segment, filler[:shift])),
                 },
             )
 
 
-def _kinds(native: ReferenceBackend, variants: Mapping[str, CopeBackend], system, segment, prefix):
+def _kinds(native: ReferenceBackend, variants: Mapping[str, CopeBackend], cached, system, segment, prefix):
     n = len(segment)
     prompt = Prompt(
         (
@@ -60,21 +61,31 @@ def _kinds(native: ReferenceBackend, variants: Mapping[str, CopeBackend], system
             Segment(segment, Role.REUSE),
         )
     )
+
+    def chained(name: str, model) -> Tensor:
+        return _once(cached, (f"{name} chain", bool(prefix)), lambda: _chained(model, prompt, n))
+
     for name, backend in variants.items():
         model, none = backend.model, PromptSlots((), torch.ones(n, dtype=torch.bool))
-        alone = prefill_exact(model, segment, slots=none).k
+        alone = _once(cached, (name, False), lambda model=model, none=none: prefill_exact(model, segment, slots=none).k)
         for why, there in (
             ("position", prefill_exact(model, segment, first_position=len(prefix), slots=none).k),
             ("context", _behind(model, Prompt(prompt.segments[1:]), n)),
         ):
             yield f"{why}_{name}", _alike(there, alone)
-        yield f"chain_{name}", _alike(_behind(model, prompt, n), _chained(model, prompt, n))
+        yield f"chain_{name}", _alike(_behind(model, prompt, n), chained(name, model))
     model = native.model
-    there, chained = _behind(model, prompt, n), _chained(model, prompt, n)
+    there, held = _behind(model, prompt, n), chained("native", model)
     here = torch.arange(n, device=model.device) + len(system)
-    moved = torch.stack([model.rotary.move(k, here, here + len(prefix)) for k in chained])
-    yield "chain_stale", _alike(there, chained)
+    moved = torch.stack([model.rotary.move(k, here, here + len(prefix)) for k in held])
+    yield "chain_stale", _alike(there, held)
     yield "chain_delta", _alike(there, moved)
+
+
+def _once(cached: dict, key: tuple[str, bool], compute: Callable[[], Tensor]) -> Tensor:
+    if key not in cached:
+        cached[key] = compute()
+    return cached[key]
 
 
 def _behind(model, prompt: Prompt, rows: int) -> Tensor:
@@ -88,8 +99,8 @@ def _chained(model, prompt: Prompt, rows: int) -> Tensor:
     return prefill_exact(model, ids, slots=slots_between(prompt)).k[:, -rows:]
 
 
-def _alike(recomputed: Tensor, reused: Tensor) -> Tensor:
-    return cksim(recomputed, reused).mean(dim=1)
+def _alike(recomputed: Tensor, reused: Tensor) -> list[float]:
+    return cksim(recomputed, reused).mean(dim=1).tolist()
 
 
 def measure_moves(

@@ -113,10 +113,15 @@ class ChunkEncoder:
         self.store.put(key, chunk.to(self.store_dtype))
 
 
-def prefill_exact(model, token_ids: Sequence[int], first_position: int = 0):
-    """The KV buffer of `token_ids` prefilled in full at positions `first_position`, `first_position` + 1, ..."""
+def prefill_exact(model, token_ids: Sequence[int], first_position: int = 0, slots: PromptSlots | None = None):
+    """The KV buffer of `token_ids` prefilled in full at positions `first_position`, `first_position` + 1, ...
+
+    `slots` says where updated slots lie; a model with canonical slot masses (CCPE) crosses them by these.
+    """
     ids = torch.tensor(token_ids, device=model.device)
     kv, positions = model.new_kv(len(ids)), torch.arange(len(ids), device=ids.device) + first_position
+    if slots and (describe := getattr(model, "describe", None)):
+        describe(kv, slots)
     SelectivePrefill(model).run([PrefillRequest(ids, positions, kv, reused=rows_none(ids))])
     return kv
 

@@ -214,7 +214,7 @@ class OpenAttention:
 @pytest.mark.parametrize("manager_block", [4, 8])
 def test_rows_of_two_requests_in_the_open_layout(manager_block):
     layer = PagedLayer(OpenAttention(blocks=24, heads=2, size=4, dim=6))
-    attend = choose(layer)
+    attend = choose([layer])
     assert isinstance(attend, RowKernel)
     pieces = manager_block // 4
     first, second = (PagedKV([layer], ids, manager_block) for ids in ([3, 0], [2, 1]))

@@ -96,10 +96,10 @@ def test_claims_about_cope_are_judged_where_an_adapter_was_measured(summary, tmp
     cfg, paths = made_run.add_cope(tmp_path, *made_run.make_run(tmp_path, prompts_each=5))
     measured = build_summary(load_run(cfg, **paths))
     found = {key: judge(claim, measured) for key, claim in chosen.items()}
-    assert (
-        found["fig04a-cope"].verdict is Verdict.REPRODUCED and "behind a real prefix" in found["fig04a-cope"].measured
-    )
-    assert found["fig05-cope"].verdict is Verdict.REPRODUCED and "0.50 positions (ccpe)" in found["fig05-cope"].measured
+    drift = found["fig05-cope"]
+    assert drift.verdict is Verdict.REPRODUCED and "0.50 positions (ccpe)" in drift.measured
+    fell = found["fig04a-cope"]
+    assert fell.verdict is Verdict.REPRODUCED and "behind a real prefix" in fell.measured
     assert "mix" in found["fig10-cope"].measured
     row = measured["cksim_cope"][-1]
     row["context_cope"] = row["context_cope"] | {"value": 0.5, "low": 0.4, "high": 0.6}

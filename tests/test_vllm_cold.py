@@ -62,7 +62,7 @@ def filled(folder, ranks=1) -> tuple:
     plan = scheduler.tracked["r"].plan
     for number in range(ranks):
         below = rank(folder, number, ranks)
-        store = WorkerStore(torch.device("cpu"), False, below)
+        store = WorkerStore(torch.device("cpu"), below=below)
         for i, (key, chunk) in enumerate(zip(plan.keys, plan.chunks, strict=True)):
             store.put(key, chunk_kv(len(chunk), 100 * number + i))
         below.flush()
@@ -72,7 +72,7 @@ def filled(folder, ranks=1) -> tuple:
 
 def claimed(scheduler, asked):
     """The claim, once look-ups are over."""
-    lookup = scheduler.tracked[asked.request_id].lookup
+    lookup = scheduler.tracked[asked.request_id].below.lookup
     if lookup is not None:
         lookup.result(10)
     return scheduler.claim(asked, 0)
@@ -101,7 +101,7 @@ def test_a_request_waits_for_its_chunks_and_claims_what_landed(tmp_path):
     step = scheduler.step(step_output({}, {}))
     assert step.idle and {f.key for f in step.fetches} == set(keys) and not step.loads
     assert len(scheduler.index) == len(keys) and not any(k in scheduler.index for k in keys)
-    below, store = rank(tmp_path / "s"), WorkerStore(torch.device("cpu"), False)
+    below, store = rank(tmp_path / "s"), WorkerStore(torch.device("cpu"))
     for fetch in step.fetches:
         below.fetch(fetch.key, fetch.ticket)
     report, until = WorkerReport(), time.monotonic() + 30
@@ -157,7 +157,7 @@ def test_the_hosts_memory_below_a_gpu_takes_what_leaves_it():
     options = ServerOptions(chunk_size=16, store={"device_gib": 0.01, "host_gib": 0.01}, store_device="model")
     scheduler, asked = planner(options), request()
     below = Below(options.tiers, ROW)
-    store = WorkerStore(torch.device("cpu"), False, below)
+    store = WorkerStore(torch.device("cpu"), below=below)
     scheduler.arrive(asked)
     plan = scheduler.tracked["r"].plan
     for i, (key, chunk) in enumerate(zip(plan.keys, plan.chunks, strict=True)):
@@ -214,7 +214,7 @@ def test_new_weights_never_meet_old_chunks(tmp_path):
 
 def test_corrected_chunks_and_too_many_at_once_stay_in_memory(tmp_path):
     below = rank(tmp_path / "s")
-    store = WorkerStore(torch.device("cpu"), False, below)
+    store = WorkerStore(torch.device("cpu"), below=below)
     store.put("ab" * 20, chunk_kv(8, 1))
     corrected = chunk_kv(8, 2)
     store.put("cd" * 20, ChunkKV(corrected.k, corrected.v, corrected.positions, generation=1))

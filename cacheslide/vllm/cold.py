@@ -66,9 +66,9 @@ class ColdChunks:
 
     def look(self, tracked: Tracked, keys: Iterable[ChunkKey]) -> None:
         """Start to look up those of `keys` that memory does not have."""
-        unknown = [k for k in keys if k not in self.index and k not in tracked.places]
+        unknown = [k for k in keys if k not in self.index and k not in tracked.below.places]
         if unknown:
-            tracked.lookup = self._pool.submit(self._where, unknown)
+            tracked.below.lookup = self._pool.submit(self._where, unknown)
 
     def _where(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, str]:
         places = {k: self.backing.where(chunk_name(self.namespace, k)) for k in keys}
@@ -76,22 +76,22 @@ class ColdChunks:
 
     def waits(self, tracked: Tracked, wanted: Sequence[tuple[ChunkKey, Chunk]]) -> bool:
         """Whether a request had better wait: its chunks are being looked up, or read. Starts what is needed."""
-        if tracked.lookup is None:
+        if tracked.below.lookup is None:
             self.look(tracked, [key for key, _ in wanted])
-        if tracked.lookup is not None:
+        if tracked.below.lookup is not None:
             try:
-                tracked.places |= tracked.lookup.result(timeout=_PATIENCE_S)
+                tracked.below.places |= tracked.below.lookup.result(timeout=_PATIENCE_S)
             except TimeoutError:
                 return True
-            tracked.lookup = None
+            tracked.below.lookup = None
         for key, chunk in wanted:
-            if key in self.index or key in tracked.tried:
+            if key in self.index or key in tracked.below.tried:
                 continue
             if key in self.coming:
                 self.coming[key].waiters.append(tracked)
-            elif not tracked.places.get(key) or not self._start(tracked, key, chunk):
+            elif not tracked.below.places.get(key) or not self._start(tracked, key, chunk):
                 continue
-            tracked.tried.add(key)
+            tracked.below.tried.add(key)
         waiting = any(key in self.coming for key, _ in wanted)
         if waiting:
             self._lease(tracked, [key for key, _ in wanted])
@@ -102,7 +102,7 @@ class ColdChunks:
         try:
             evict = self.index.reserve({key: size}, pending=True)
         except StoreError:
-            tracked.failures[key] = "no room: memory is full of chunks that requests wait with"
+            tracked.below.failures[key] = "no room: memory is full of chunks that requests wait with"
             return False
         self.evicted(evict)
         self.coming[key] = _Coming(next(self._tickets), [tracked])
@@ -111,15 +111,15 @@ class ColdChunks:
         return True
 
     def _lease(self, tracked: Tracked, keys: Iterable[ChunkKey]) -> None:
-        new = set(keys) - tracked.leased
-        tracked.leased |= new
+        new = set(keys) - tracked.below.leased
+        tracked.below.leased |= new
         self.index.lease(new)
 
     def release(self, tracked: Tracked) -> None:
         """The request loads its chunks in this step, or needs them no more."""
-        self.index.release(tracked.leased)
-        tracked.leased = set()
-        tracked.tried.clear()  # after a preemption it asks anew
+        self.index.release(tracked.below.leased)
+        tracked.below.leased = set()
+        tracked.below.tried.clear()  # after a preemption it asks anew
 
     def evicted(self, keys: Iterable[ChunkKey]) -> None:
         """These have left the workers' memory."""
@@ -148,7 +148,7 @@ class ColdChunks:
                 self.index.landed(key, max(p.generation for p in coming.landed))
                 lowest = max(coming.landed, key=lambda p: ("host", "file", "remote").index(p.tier))
                 for waiter in coming.waiters:
-                    waiter.tiers[key] = lowest.tier, coming.landed[0].nbytes
+                    waiter.below.tiers[key] = lowest.tier, coming.landed[0].nbytes
         for key, (ticket, why) in report.failed.items():
             coming = self.coming.get(key)
             if coming is None or coming.ticket != ticket:
@@ -158,16 +158,16 @@ class ColdChunks:
             if self.index.failed(key) and self.ranks > 1:
                 self.drops.append(key)
             for waiter in coming.waiters:
-                waiter.places[key] = ""
+                waiter.below.places[key] = ""
                 if why != "absent":
-                    waiter.failures[key] = why
+                    waiter.below.failures[key] = why
                     logger.warning("CacheSlide computes chunk %s again: %s", key, why)
 
     def forget(self) -> None:
         """The weights have changed: nothing that is read now is wanted."""
         for coming in self.coming.values():
             for waiter in coming.waiters:
-                waiter.places.clear()
+                waiter.below.places.clear()
         self.coming.clear()
         self.fetches.clear()
         self._evicted.clear()

@@ -11,6 +11,7 @@ import torch
 
 from cacheslide.errors import CacheSlideError, ConfigError
 from cacheslide.model.weights import fingerprint
+from cacheslide.vllm.cope_setting import ADAPTER, is_cope, setup_of
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,21 @@ class Geometry:
     hidden_size: int
     itemsize: int
     max_positions: int
+    slots: int = 0  # updated slots that a CoPE model's Γ was calibrated for
 
     @classmethod
     def of(cls, vllm_config, by_content: bool = False) -> "Geometry":
         """From vLLM's configuration; `by_content`: weights named so that all processes agree (`content_id`)."""
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         config = model.hf_text_config
+        cope = setup_of(config) if is_cope(config) else None
         if by_content:
             dummy = vllm_config.load_config.load_format == "dummy"
             name = content_id(model.model, model.revision, config.to_dict(), model.quantization, dummy)
         else:
             name = weights_id(model.model, model.revision, str(config.to_dict()))
         return cls(
-            model_id=name,
+            model_id=name + (f" {cope.digest}" if cope else ""),
             dtype=str(model.dtype),
             num_layers=model.get_num_layers(parallel),
             kv_heads=model.get_num_kv_heads(parallel),
@@ -45,6 +48,7 @@ class Geometry:
             hidden_size=config.hidden_size,
             itemsize=torch.empty(0, dtype=model.dtype).element_size(),
             max_positions=max(model.max_model_len, config.max_position_embeddings),
+            slots=cope.slots if cope else 0,
         )
 
     def chunk_bytes(self, rows: int, probes: int) -> int:
@@ -72,10 +76,11 @@ def content_id(
 ) -> str:
     """Names the weights by what is in them, so that processes on any host agree and other weights never match.
 
-    Reads the checkpoint once more, about a second a gigabyte. `dummy` weights are made from the configuration.
+    Reads the checkpoint once more, about a second a gigabyte. `dummy` weights are made from the configuration. A CoPE
+    adapter's folder is left out: its content has a digest of its own.
     ConfigError where the files cannot be found.
     """
-    shape = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
+    shape = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version", ADAPTER)}
     h = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
     h.update(f"\0{quantization}\0{'dummy' if dummy else fingerprint_of(path, revision)}".encode())
     return h.hexdigest()

@@ -2,12 +2,32 @@
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cacheslide.engine import Plan
 from cacheslide.keys import CacheIdentity, ChunkKey
 from cacheslide.policy import ReusePolicy
+from cacheslide.positions.ccpe import PromptSlots
 from cacheslide.prompt import Chunk
+
+if TYPE_CHECKING:
+    from cacheslide.vllm.families import Family
+
+
+@dataclass
+class FromBelow:
+    """What a request has to do with chunks below memory (cold.py).
+
+    The look-up under way, where each chunk lies ("" for nowhere), which reads were asked for, the chunks that wait with
+    it, the tier and bytes of those that came, and why others did not.
+    """
+
+    lookup: Future[dict[ChunkKey, str]] | None = None
+    places: dict[ChunkKey, str] = field(default_factory=dict)
+    tried: set[ChunkKey] = field(default_factory=set)
+    leased: set[ChunkKey] = field(default_factory=set)
+    tiers: dict[ChunkKey, tuple[str, int]] = field(default_factory=dict)
+    failures: dict[ChunkKey, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -20,6 +40,7 @@ class Tracked:
     policy: ReusePolicy | None = None
     plan: Plan | None = None
     encode: str = "later"
+    slots: PromptSlots | None = None  # that a calibrated CoPE model crosses
     schema: bool = False  # its rows' positions are not their indices
     exact: bool = True  # every row so far was computed by vLLM itself
     identity: CacheIdentity | None = None
@@ -33,11 +54,6 @@ class Tracked:
     loading: bool = False
     block_ids: list[int] = field(default_factory=list)
     receipt: dict[str, Any] | None = None
-    # Of chunks below memory (cold.py): the look-up under way, where each lies, which reads were asked for, the chunks
-    # that wait with it, the tier and bytes of those that came, and why others did not.
-    lookup: Future[dict[ChunkKey, str]] | None = None
-    places: dict[ChunkKey, str] = field(default_factory=dict)
-    tried: set[ChunkKey] = field(default_factory=set)
-    leased: set[ChunkKey] = field(default_factory=set)
-    tiers: dict[ChunkKey, tuple[str, int]] = field(default_factory=dict)
-    failures: dict[ChunkKey, str] = field(default_factory=dict)
+    family: "Family | None" = None
+    follows: bool = False  # an earlier member of its family has completed the prompt
+    below: FromBelow = field(default_factory=FromBelow)

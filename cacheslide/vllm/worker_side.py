@@ -1,5 +1,6 @@
 """The worker's half: completes prompts from cached chunks, copies chunks out of the paged cache, encodes others."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -9,7 +10,7 @@ from cacheslide.correction import TopDeviation
 from cacheslide.encode import ChunkEncoder, rows_none
 from cacheslide.engine import Receipt
 from cacheslide.keys import ChunkKey
-from cacheslide.placement import Piece, PlacedChunks, send, tensor_of
+from cacheslide.placement import Piece, PlacedChunks, Placement, send, tensor_of
 from cacheslide.prefill import PrefillOutput, PrefillRequest, SelectivePrefill
 from cacheslide.prompt import Chunk
 from cacheslide.store.base import ChunkKV
@@ -21,6 +22,7 @@ from cacheslide.vllm.paged_source import PagedChunks
 from cacheslide.vllm.params import ServerOptions
 from cacheslide.vllm.plans import Landed, LoadPlan, SavePlan, StepPlan, WorkerReport
 from cacheslide.vllm.reasons import LOST
+from cacheslide.vllm.saving import HostCopies
 from cacheslide.vllm.store import WorkerStore
 
 
@@ -59,12 +61,12 @@ class WorkerSide:
         return Below(tiers, row_bytes, self.options.namespace, rank, self.model.ranks, pinned)
 
     def _open_store(self, where: str) -> WorkerStore:
-        """An empty store; one in host memory beside a GPU is pinned, and read on a stream of its own."""
+        """An empty store; one in host memory beside a GPU is pinned, and read and written on streams of its own."""
         device = torch.device("cpu") if where == "cpu" else self.model.device
         pinned = where == "cpu" and self.model.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.model.device) if pinned else None
         self.rings = Rings(self.model.device, self.stream)
-        return WorkerStore(device, pinned, self.below)
+        return WorkerStore(device, HostCopies(self.model.device) if pinned else None, self.below)
 
     def move_store(self, where: str) -> None:
         """Move all chunks to the host ("cpu") or to the model's device ("model")."""
@@ -83,6 +85,8 @@ class WorkerSide:
             self.store.drop(step.drops)
             for fetch in step.fetches:
                 self.below.fetch(fetch.key, fetch.ticket)
+        if self.model.crossing is not None:
+            self.model.crossing.expect(step.slots, self.block_size)
         for plan in step.keeps:
             self.store.drop(plan.evict)
             self._save(plan)
@@ -92,7 +96,8 @@ class WorkerSide:
         """Complete the rows of all requests that reuse chunks in this step, in one packed run."""
         if not step.loads:
             return
-        found = [self._find(plan) for plan in step.loads]
+        streams = () if self.stream is None else (self.stream, torch.cuda.current_stream(self.model.device))
+        found = [self._find(plan, streams) for plan in step.loads]
         self._reserve(step.loads, [pieces for _, pieces, _ in found])
         prepared = [self._prepare(plan, *parts) for plan, parts in zip(step.loads, found, strict=True)]
         with self.model.running(any(plan.positions is not None for plan in step.loads)):
@@ -101,13 +106,13 @@ class WorkerSide:
         for plan, (request, receipt), output in zip(step.loads, prepared, outputs, strict=True):
             self._note(plan, request, receipt, output)
 
-    def _find(self, plan: LoadPlan) -> tuple[Receipt, list[Piece], Tensor]:
-        """The cached pieces of a request and the local rows [R] that they are for."""
+    def _find(self, plan: LoadPlan, streams: "Sequence[torch.cuda.Stream]") -> tuple[Receipt, list[Piece], Tensor]:
+        """The cached pieces of a request, for work on `streams`, and the local rows [R] that they are for."""
         receipt = Receipt(plan.system, len(plan.token_ids), chunks=plan.chunks)
         pieces, spans = [], [rows_none(torch.empty(0))]
         for key, chunk in plan.reuse:
             first, end = max(chunk.start, plan.start), min(chunk.end, plan.limit)
-            held = self.store.get(key) if first < end else None
+            held = self.store.lend(key, streams) if first < end else None
             if held is None:
                 self._missing(key, receipt, wanted=first < end)
                 continue
@@ -126,10 +131,13 @@ class WorkerSide:
         shift = 0 if plan.positions is None else len(plan.token_ids) - 1 - plan.positions[-1]
         positions += shift
         source = self._source(pieces, positions[reused], plan, shift) if pieces else None
+        kv = self.model.paged_kv(plan.block_ids, self.block_size)
+        if plan.slots is not None:
+            self.model.describe(kv, plan.slots)
         request = PrefillRequest(
             ids,
             send(positions, device),
-            self.model.paged_kv(plan.block_ids, self.block_size),
+            kv,
             send(reused, device),
             source,
             plan.correction,
@@ -151,7 +159,10 @@ class WorkerSide:
     def _source(self, pieces: list[Piece], target: Tensor, plan: LoadPlan, shift: int) -> PlacedChunks:
         """Cached rows on their way to positions `target` [R], on the host; a kernel places them where it can."""
         model = self.model
-        settings = pieces, target, plan.placement, model.rotary, model.dtype, shift
+        placement = plan.placement
+        if not model.rotates:  # unrotated keys serve wherever they are
+            placement, shift = Placement("stored"), 0
+        settings = pieces, target, placement, model.rotary, model.dtype, shift
         if not model.open:
             return PlacedChunks(*settings, device=model.device)
         fetch = None
@@ -177,7 +188,10 @@ class WorkerSide:
 
     @torch.inference_mode()
     def save(self, step: StepPlan) -> None:
-        """Copy chunks of exactly prefilled requests out of the paged cache, before its blocks can be reused."""
+        """Copy chunks of exactly prefilled requests out of the paged cache, before its blocks can be reused.
+
+        Nothing here waits for the device: rows are gathered behind the forward, and leave it on a stream of their own.
+        """
         for plan in step.saves:
             self.store.drop(plan.evict)
             self._save(plan)
@@ -190,11 +204,14 @@ class WorkerSide:
     def _chunk(self, kv, chunk: Chunk) -> ChunkKV:
         rows = torch.arange(chunk.start, chunk.end, device=self.model.device)
         pairs = [kv.read(layer, rows) for layer in range(self.model.num_layers)]
-        return ChunkKV(torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs]), rows)
+        positions = torch.arange(chunk.start, chunk.end)
+        return ChunkKV(torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs]), positions)
 
     @torch.inference_mode()
     def encode(self, step: StepPlan) -> None:
-        """Prefill chunks that no request's own prefill provides."""
+        """The forward is over: prefill chunks that no request's own prefill provides."""
+        if self.model.crossing is not None:
+            self.model.crossing.expect((), self.block_size)
         for job in step.encodes:
             self.store.drop(job.evict)
             encoder = ChunkEncoder(self.model, self.store, self.model.dtype, job.capture)
@@ -220,6 +237,12 @@ class WorkerSide:
         return report or None
 
     def close(self) -> None:
-        """The engine stops: what is queued for writing is written."""
-        if self.below is not None:
-            self.below.close()
+        """The engine stops: nothing of ours is on its way any more, and nothing holds its model or its memory.
+
+        What is queued for the tiers below is written first.
+        """
+        if self.model is not None:
+            if self.below is not None:
+                self.below.close()
+            self.store.close()
+            self.model = self.executor = self.rings = self.stream = self.below = None

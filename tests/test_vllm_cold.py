@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
@@ -151,6 +152,28 @@ def test_a_chunk_is_there_when_every_rank_has_it_and_gone_when_one_has_not(tmp_p
     assert fetch.key not in scheduler.index
     scheduler.heard(landed(fetch))
     assert fetch.key in scheduler.index
+
+
+def test_a_tier_that_hangs_holds_nobody_up(tmp_path):
+    keys, _ = filled(tmp_path / "s")
+    scheduler, asked = side(tmp_path / "s", encode="off"), request()
+    scheduler.arrive(asked)
+    assert claimed(scheduler, asked) is None and scheduler.claim(asked, 0) is None
+    late = scheduler.step(step_output({}, {})).fetches[0]
+    scheduler.cold.limit_s = 0.0
+    assert scheduler.claim(asked, 0) == 0
+    assert set(scheduler.step(step_output({}, {})).drops) == set(keys)
+    scheduler.heard(landed(late))  # too late
+    assert len(scheduler.index) == 0 and not scheduler.index._leases
+    assert set(scheduler.finish(asked)["store_failures"].values()) == {"read error: no answer in 0 s"}
+    hung, again = Future(), request("again")
+    scheduler.cold._pool.submit = lambda *_: hung
+    scheduler.arrive(again)
+    assert scheduler.claim(again, 0) == 0  # nor does a look-up
+    scheduler.cold.limit_s = 10.0
+    more = request("more")
+    scheduler.arrive(more)
+    assert scheduler.claim(more, 0) is None
 
 
 def test_the_hosts_memory_below_a_gpu_takes_what_leaves_it():

@@ -7,6 +7,7 @@ cannot be read is computed, and the receipt says why.
 
 import itertools
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ class _Coming:
 
     ticket: int
     waiters: list[Tracked]
+    since: float  # monotonic seconds
     landed: list[Landed] = field(default_factory=list)
 
 
@@ -52,7 +54,7 @@ class ColdChunks:
     """
 
     def __init__(self, config: StoreConfig, namespace: str, ranks: int, index: ChunkIndex, geometry: Geometry) -> None:
-        self.index, self.geometry, self.ranks = index, geometry, ranks
+        self.index, self.geometry, self.ranks, self.limit_s = index, geometry, ranks, config.stall_limit_s
         self.backing = open_backing(config)
         self.namespace = namespace_id(namespace, 0, ranks)  # what one rank has, all have, as a rule
         self.coming: dict[ChunkKey, _Coming] = {}
@@ -68,7 +70,7 @@ class ColdChunks:
         """Start to look up those of `keys` that memory does not have."""
         unknown = [k for k in keys if k not in self.index and k not in tracked.below.places]
         if unknown:
-            tracked.below.lookup = self._pool.submit(self._where, unknown)
+            tracked.below.lookup, tracked.below.since = self._pool.submit(self._where, unknown), time.monotonic()
 
     def _where(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, str]:
         places = {k: self.backing.where(chunk_name(self.namespace, k)) for k in keys}
@@ -82,7 +84,9 @@ class ColdChunks:
             try:
                 tracked.below.places |= tracked.below.lookup.result(timeout=_PATIENCE_S)
             except TimeoutError:
-                return True
+                if time.monotonic() - tracked.below.since < self.limit_s:
+                    return True
+                tracked.below.places |= dict.fromkeys((key for key, _ in wanted), "")  # a tier that hangs has nothing
             tracked.below.lookup = None
         for key, chunk in wanted:
             if key in self.index or key in tracked.below.tried:
@@ -92,7 +96,11 @@ class ColdChunks:
             elif not tracked.below.places.get(key) or not self._start(tracked, key, chunk):
                 continue
             tracked.below.tried.add(key)
-        waiting = any(key in self.coming for key, _ in wanted)
+        waiting = [key for key, _ in wanted if key in self.coming]
+        for key in waiting:
+            if time.monotonic() - self.coming[key].since >= self.limit_s:
+                self._fail(key, f"read error: no answer in {self.limit_s:g} s", everywhere=True)
+        waiting = any(key in self.coming for key in waiting)
         if waiting:
             self._lease(tracked, [key for key, _ in wanted])
         return waiting
@@ -105,7 +113,7 @@ class ColdChunks:
             tracked.below.failures[key] = "no room: memory is full of chunks that requests wait with"
             return False
         self.evicted(evict)
-        self.coming[key] = _Coming(next(self._tickets), [tracked])
+        self.coming[key] = _Coming(next(self._tickets), [tracked], time.monotonic())
         self.fetches.append(FetchPlan(key, tuple(evict), self.coming[key].ticket))
         self._lease(tracked, [key])  # before the next one makes room for itself
         return True
@@ -153,15 +161,19 @@ class ColdChunks:
             coming = self.coming.get(key)
             if coming is None or coming.ticket != ticket:
                 continue
-            del self.coming[key]
-            self._evicted.pop(key, None)
-            if self.index.failed(key) and self.ranks > 1:
-                self.drops.append(key)
-            for waiter in coming.waiters:
-                waiter.below.places[key] = ""
-                if why != "absent":
-                    waiter.below.failures[key] = why
-                    logger.warning("CacheSlide computes chunk %s again: %s", key, why)
+            self._fail(key, why, everywhere=self.ranks > 1)
+
+    def _fail(self, key: ChunkKey, why: str, everywhere: bool) -> None:
+        """A chunk cannot be had; `everywhere`: ranks that have it, or read it still, let go of it."""
+        coming = self.coming.pop(key)
+        self._evicted.pop(key, None)
+        if self.index.failed(key) and everywhere:
+            self.drops.append(key)
+        for waiter in coming.waiters:
+            waiter.below.places[key] = ""
+            if why != "absent":
+                waiter.below.failures[key] = why
+                logger.warning("CacheSlide computes chunk %s again: %s", key, why)
 
     def forget(self) -> None:
         """The weights have changed: nothing that is read now is wanted."""

@@ -23,6 +23,7 @@ class FromBelow:
     """
 
     lookup: Future[dict[ChunkKey, str]] | None = None
+    since: float = 0.0  # of the look-up, monotonic seconds
     places: dict[ChunkKey, str] = field(default_factory=dict)
     tried: set[ChunkKey] = field(default_factory=set)
     leased: set[ChunkKey] = field(default_factory=set)

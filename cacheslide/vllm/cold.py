@@ -172,7 +172,8 @@ class ColdChunks:
         for waiter in coming.waiters:
             waiter.below.places[key] = ""
             if why != "absent":
-                waiter.below.failures[key] = why
+                # Receipts go to clients: no path of a file, no address of a server.
+                waiter.below.failures[key] = why if why.startswith("damaged") else why.split(":")[0]
                 logger.warning("CacheSlide computes chunk %s again: %s", key, why)
 
     def forget(self) -> None:

@@ -18,7 +18,7 @@ from cacheslide.vllm.below import Below, lower_tiers
 from cacheslide.vllm.geometry import content_id
 from cacheslide.vllm.index import ChunkIndex
 from cacheslide.vllm.params import ServerOptions
-from cacheslide.vllm.plans import Landed, WorkerReport
+from cacheslide.vllm.plans import FetchPlan, Landed, WorkerReport
 from cacheslide.vllm.scheduler_side import SchedulerSide
 from cacheslide.vllm.store import WorkerStore
 from tests.conftest import save_random
@@ -205,6 +205,15 @@ def test_the_hosts_memory_below_a_gpu_takes_what_leaves_it():
     scheduler.heard(report)
     assert served(scheduler, asked)["tiers"].keys() == {"host"}
     below.close()
+
+
+def test_a_chunk_that_was_stored_anew_is_not_dropped_at_the_steps_end(tmp_path):
+    scheduler = side(tmp_path / "s")
+    scheduler.index.reserve({"a": 1})
+    scheduler.cold.fetches = [FetchPlan("c", ("a", "b"), 0)]
+    scheduler.cold.drops = ["a", "d"]
+    step = scheduler.step(step_output({}, {}))
+    assert step.fetches == [FetchPlan("c", ("b",), 0)] and step.drops == ["d"]
 
 
 def test_chunks_on_their_way_and_under_a_lease_do_not_leave():

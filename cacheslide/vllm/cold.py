@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cacheslide.errors import StoreError
 from cacheslide.keys import ChunkKey
@@ -139,10 +139,12 @@ class ColdChunks:
     # --- steps -----------------------------------------------------------------------------------------------------
 
     def take(self) -> tuple[list[FetchPlan], list[ChunkKey]]:
-        """Reads to start and chunks to drop in this step."""
-        out = self.fetches, self.drops
+        """Reads to start and chunks to drop in this step, whose other plans are made."""
+        # What a read evicted may have been stored anew by this very step, and it is dropped at the step's end.
+        fetches = [replace(f, evict=tuple(k for k in f.evict if not self.index.has_room(k))) for f in self.fetches]
+        drops = [k for k in self.drops if not self.index.has_room(k)]
         self.fetches, self.drops = [], []
-        return out
+        return fetches, drops
 
     def heard(self, report: WorkerReport) -> None:
         """How reads have ended."""

@@ -36,6 +36,10 @@ class ChunkIndex:
         """Everything that has room, the least recently used first."""
         return list(self._sizes)
 
+    def has_room(self, key: ChunkKey) -> bool:
+        """Whether the workers keep the chunk, or will when it lands."""
+        return key in self._sizes
+
     def touch(self, keys) -> None:
         """Mark `keys` as just used."""
         for key in keys:

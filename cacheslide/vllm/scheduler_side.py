@@ -225,8 +225,6 @@ class SchedulerSide:
         step = StepPlan(forget=self.forget)
         step.keeps, self.keeps = self.keeps, []
         step.idle = not output.num_scheduled_tokens
-        if self.cold is not None:
-            step.fetches, step.drops = self.cold.take()
         self.forget, self.rows_planned = False, 0
         waited = len(self.jobs)
         state = output.kv_connector_block_state
@@ -246,7 +244,9 @@ class SchedulerSide:
                 if not tracked.kept:
                     tracked.kept = True
                     self._keep(tracked, step)
-        self._emit_jobs(step, waited, idle=not output.num_scheduled_tokens)
+        self._emit_jobs(step, waited, idle=step.idle)
+        if self.cold is not None:
+            step.fetches, step.drops = self.cold.take()
         return step
 
     def _load(self, req_id: str, tracked: Tracked, end: int) -> LoadPlan:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cacheslide.keys import ChunkKey, fixed_text
-from cacheslide.placement import Piece, PlacedChunks, Placement
+from cacheslide.placement import Piece, PlacedChunks, Placement, tensor_of
 from cacheslide.policy import Encoding
 from cacheslide.positions.ccpe import PromptSlots, slots_between, slots_in
 from cacheslide.prefill import PrefillRequest, SelectivePrefill
@@ -96,18 +96,18 @@ class ChunkEncoder:
                 kv.write(layer, rows, *source.layer(layer))
         request = PrefillRequest(ids[done:], where[done:], kv, reused=rows_none(ids), start=done)
         [out] = self.executor.run([request], capture=self.capture)
-        return kv, (out.layer_inputs, done), where
+        return kv, (out.layer_inputs, done), positions
 
     def _keep(
-        self, key: ChunkKey, kv, inputs: tuple[dict[int, Tensor], int], where: Tensor, start: int, end: int
+        self, key: ChunkKey, kv, inputs: tuple[dict[int, Tensor], int], where: Sequence[int], start: int, end: int
     ) -> None:
-        rows = torch.arange(start, end, device=where.device)
+        rows = torch.arange(start, end, device=self.model.device)
         pairs = [kv.read(layer, rows) for layer in range(self.model.num_layers)]
         captured, offset = inputs
         chunk = ChunkKV(
             torch.stack([k for k, _ in pairs]),
             torch.stack([v for _, v in pairs]),
-            where[start:end],
+            tensor_of(where[start:end]),
             {layer: x[start - offset : end - offset] for layer, x in captured.items()},
         )
         self.store.put(key, chunk.to(self.store_dtype))

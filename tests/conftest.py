@@ -8,6 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from cacheslide.model.reference import ReferenceLlama
+from cacheslide.model.weights import fingerprint
+from cacheslide.training.adapter import AdapterSettings, CopeAdapter, save_adapter
 
 SHAPE = {
     "vocab_size": 97,
@@ -29,6 +31,21 @@ def save_random(path: Path, kind: str = "llama", **changes) -> Path:
     torch.manual_seed(7)
     config, model = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}[kind]
     model(config(**(SHAPE | changes))).save_pretrained(path)
+    return path
+
+
+def save_random_adapter(path: Path, checkpoint: Path, rank: int = 3, p_max: int = 9, tables: float = 0.3) -> Path:
+    """A random CoPE adapter for `checkpoint` in the folder `path`: LoRA on every projection, tables that matter."""
+    config, g, tensors = LlamaConfig.from_pretrained(checkpoint), torch.Generator().manual_seed(4), {}
+    q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    hidden = config.hidden_size
+    sizes = {"q_proj": (hidden, q), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (q, hidden)}
+    for i in range(config.num_hidden_layers):
+        for name, (into, out) in sizes.items():
+            tensors[f"layers.{i}.{name}.a"] = torch.randn(rank, into, generator=g) * 0.1
+            tensors[f"layers.{i}.{name}.b"] = torch.randn(out, rank, generator=g) * 0.1
+        tensors[f"layers.{i}.positions"] = torch.randn(p_max, config.head_dim, generator=g) * tables
+    save_adapter(CopeAdapter(AdapterSettings(rank, 2.0 * rank, p_max), fingerprint(checkpoint), tensors), path)
     return path
 
 

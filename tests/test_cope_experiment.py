@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from cacheslide.training.calibration import find_calibration
-from harness.experiments import cope, cope_kernels
+from cacheslide.training.load import find_cope
+from harness.experiments import cope, cope_kernels, cope_serving
+from harness.experiments.engine_ttft import SHAPES
 from tests.tiny_cope import make_pair
 
 
@@ -65,3 +67,23 @@ def test_a_machine_without_a_gpu_records_errors_and_goes_on(tmp_path):
     cope_kernels.run_part("prefill", tmp_path / "p.json", 1)
     done = json.loads((tmp_path / "p.json").read_text())
     assert len(done) == 9 and all("error" in case for case in done.values())
+
+
+def test_the_serving_benchmarks_adapter_and_headline(tmp_path):
+    setup = find_cope(cope_serving.random_tables("mistral-7b", tmp_path, 64, masses=True))
+    layers = SHAPES["mistral-7b"]["num_hidden_layers"]
+    assert setup.slots == 1 and not setup.adapter.changes
+    tables = [setup.adapter.positions(i) for i in range(layers)]
+    assert all(t.shape == (64, 128) and t.std() > 0.05 for t in tables)
+    times = {
+        "rope recompute": [0.2, 0.2, 0.3],
+        "cope recompute": [0.3, 0.3, 0.4],
+        "cope cacheslide@0.1": [0.1, 0.1, 0.1],
+    }
+    steps = {"rope": [0.01, 0.01], "cope": [0.012, 0.013]}
+    cells = {"ttft": {8192: {k: {"ttft": v} for k, v in times.items()}}, "decode": {16: {"step": steps}}}
+    said = cope_serving.headline(cells)
+    assert said["ttft_ms"]["8192 cope recompute"]["value"] == pytest.approx(300)
+    ratio = said["ttft_over_rope_recompute"]
+    assert ratio["8192 cope cacheslide@0.1"]["value"] == pytest.approx(0.5) and "8192 rope recompute" not in ratio
+    assert said["decode_over_rope"]["x16"]["value"] == pytest.approx(1.25)

@@ -14,7 +14,6 @@ from cacheslide.errors import ModelError, PromptError
 from cacheslide.keys import FixedChainKeying
 from cacheslide.model.adapter import RowGroup
 from cacheslide.model.reference import ReferenceLlama
-from cacheslide.model.weights import fingerprint
 from cacheslide.placement import Placement
 from cacheslide.policy import Encoding, ReusePolicy
 from cacheslide.positions.ccpe import slots_between, slots_in
@@ -22,9 +21,9 @@ from cacheslide.positions.cope import scores_and_gates
 from cacheslide.prompt import Prompt, Role, Segment
 from cacheslide.store import MemoryChunkStore
 from cacheslide.training import calibration as ccpe
-from cacheslide.training.adapter import AdapterSettings, CopeAdapter, save_adapter
+from cacheslide.training.adapter import save_adapter
 from cacheslide.training.load import load_cope
-from tests.conftest import SHAPE, random_ids
+from tests.conftest import SHAPE, random_ids, save_random_adapter
 
 LAYERS, HEADS, DIM, WIDTH = (SHAPE[k] for k in ("num_hidden_layers", "num_attention_heads", "head_dim", "hidden_size"))
 
@@ -32,17 +31,7 @@ LAYERS, HEADS, DIM, WIDTH = (SHAPE[k] for k in ("num_hidden_layers", "num_attent
 @pytest.fixture(scope="module")
 def adapter(checkpoint, tmp_path_factory):
     """A folder with a random adapter of `checkpoint`."""
-    g, tensors = torch.Generator().manual_seed(4), {}
-    for i in range(LAYERS):
-        for name, out in (("q_proj", HEADS * DIM), ("k_proj", 2 * DIM), ("v_proj", 2 * DIM)):
-            tensors[f"layers.{i}.{name}.a"] = torch.randn(3, WIDTH, generator=g) * 0.1
-            tensors[f"layers.{i}.{name}.b"] = torch.randn(out, 3, generator=g) * 0.1
-        tensors[f"layers.{i}.o_proj.a"] = torch.randn(3, HEADS * DIM, generator=g) * 0.1
-        tensors[f"layers.{i}.o_proj.b"] = torch.randn(WIDTH, 3, generator=g) * 0.1
-        tensors[f"layers.{i}.positions"] = torch.randn(9, DIM, generator=g) * 0.3
-    path = tmp_path_factory.mktemp("adapter")
-    save_adapter(CopeAdapter(AdapterSettings(3, 6.0, 9), fingerprint(checkpoint), tensors), path)
-    return path
+    return save_random_adapter(tmp_path_factory.mktemp("adapter"), checkpoint)
 
 
 @pytest.fixture(scope="module")

@@ -138,6 +138,13 @@ def test_slots_are_crossed_by_their_mass(bounds, shift, cap):
     check([100 * SIZE, 50 * SIZE], [0.1, 0.06], 4, 2, 16, 16, DTYPES[0], shift, 24, slots, tiling=tiling(DTYPES[0]))
 
 
+@pytest.mark.parametrize("bounds", [[[3 * SIZE, 40 * SIZE]], []], ids=["one", "none"])
+def test_slots_behind_every_row_are_none(bounds):
+    """A batch gives all its requests as many slots as the one with most of them: the others lie nowhere."""
+    slots = slots_of([*bounds, *[[2**31 - 1, 2**31 - 1]] * 2], False)
+    check([100 * SIZE, 50 * SIZE], [0.1, 0.06], 4, 2, 16, 16, DTYPES[0], SLOW, 24, slots, tiling=tiling(DTYPES[0]))
+
+
 def test_strided_queries_and_output():
     """Queries as they leave a fused projection: a view into a wider tensor."""
     kv, table, queries, embedding = inputs([60], 8, 2, 32, 16, torch.float32)

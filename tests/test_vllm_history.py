@@ -1,5 +1,7 @@
 """Generated text as the next turn's history: kept where its KV lies, or encoded anew; generations rise and fall."""
 
+from contextlib import closing
+
 import pytest
 import torch
 
@@ -27,9 +29,9 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(path):
-    engine = Served(path, engine={"num_gpu_blocks_override": BLOCKS, "max_model_len": 320}, max_generation=LIMIT)
-    yield engine
-    engine.core.shutdown()
+    settings = {"num_gpu_blocks_override": BLOCKS, "max_model_len": 320}
+    with closing(Served(path, engine=settings, max_generation=LIMIT)) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cacheslide.errors import ModelError, PromptError
+from cacheslide.errors import ModelError
 from cacheslide.model.adapter import RowGroup
 from cacheslide.model.config import LlamaConfig
 from cacheslide.model.reference import DenseKV, ReferenceLlama
-from cacheslide.positions.ccpe import PromptSlots, SlotMasses
+from cacheslide.positions.ccpe import PromptSlots, SlotMasses, check_slots, pack_slots
 from cacheslide.positions.cope import cope_attention
 from cacheslide.positions.rope import Rotary
 
@@ -56,9 +56,8 @@ class CopeLlama(ReferenceLlama):
 
     def describe(self, kv: DenseKV, slots: PromptSlots) -> None:
         """Tell `kv` where its prompt's updated slots lie; needed before attention with canonical masses."""
-        known = 0 if self.masses is None else self.masses.shape[1]
-        if known and len(slots.bounds) > known:
-            raise PromptError(f"the prompt has {len(slots.bounds)} updated slots, but Γ was calibrated for {known}")
+        if self.masses is not None:
+            check_slots(slots, self.masses.shape[1])
         kv.slots = slots
 
     def attend(self, layer: int, q: Tensor, groups: Sequence[RowGroup]) -> Tensor:
@@ -73,13 +72,5 @@ class CopeLlama(ReferenceLlama):
 
     def crossed(self, layer: int, group: RowGroup) -> SlotMasses | None:
         """The slot masses that rows of a described prompt meet in `layer`; None where every gate is live."""
-        slots: PromptSlots | None = getattr(group.kv, "slots", None)
-        if self.masses is None or slots is None or not slots.bounds:
-            return None
-        device, count = group.rows.device, len(slots.bounds)
-        fixed = slots.canonical.to(device)
-        at = group.rows.clamp(max=len(fixed) - 1)
-        canonical = fixed[at] & (group.rows < len(fixed))  # rows behind the prompt are generated: live gates
-        bounds = torch.tensor(slots.bounds, dtype=torch.int32, device=device)
-        cu_slots = torch.tensor([0, count], dtype=torch.int32)
-        return SlotMasses(bounds, cu_slots, self.masses[layer, :count].to(device), canonical, self.cap)
+        packed = None if self.masses is None else pack_slots([(getattr(group.kv, "slots", None), group.rows)])
+        return None if packed is None else packed.masses(self.masses[layer].to(group.rows.device), self.cap)

@@ -6,12 +6,14 @@ slot always takes up Γ positions (one number a layer, head and slot), whatever 
 queries that are recomputed every turn, live gates count.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cacheslide.errors import PromptError
+from cacheslide.placement import send, tensor_of
 from cacheslide.prompt import Prompt, Role
 
 
@@ -50,6 +52,50 @@ class SlotMasses:
         begin, end = self.cu_slots[request : request + 2].tolist()
         cu = torch.tensor([0, end - begin], dtype=torch.int32)
         return SlotMasses(self.bounds[begin:end], cu, self.masses[begin:end], self.canonical[rows], self.cap)
+
+
+@dataclass(frozen=True)
+class PackedSlots:
+    """`SlotMasses` of a call without a layer's masses: `which` int64 [slots] names each one's calibrated slot."""
+
+    bounds: Tensor
+    cu_slots: Tensor
+    which: Tensor
+    canonical: Tensor
+
+    def masses(self, layer: Tensor, cap: bool) -> SlotMasses:
+        """With Γ [calibrated slots, heads] of a layer."""
+        return SlotMasses(self.bounds, self.cu_slots, layer[self.which], self.canonical, cap)
+
+
+def pack_slots(parts: "Sequence[tuple[PromptSlots | None, Tensor]]") -> PackedSlots | None:
+    """The slots of packed requests, given each one's (None: all gates are live) and its query rows [n].
+
+    None without any slot. Rows behind a prompt are generated: they cross by live gates.
+    """
+    if not any(slots is not None and slots.bounds for slots, _ in parts):
+        return None
+    bounds, which, sizes, canonical = [], [], [0], []
+    for slots, rows in parts:
+        mine = () if slots is None else slots.bounds
+        bounds += mine
+        which += range(len(mine))
+        sizes.append(len(which))
+        if mine:
+            fixed = slots.canonical.to(rows.device)
+            canonical.append(fixed[rows.clamp(max=len(fixed) - 1)] & (rows < len(fixed)))
+        else:
+            canonical.append(torch.zeros(len(rows), dtype=torch.bool, device=rows.device))
+    device = parts[0][1].device
+    numbers = send(torch.tensor([*sum(bounds, ()), *sizes], dtype=torch.int32), device)
+    pairs, cu_slots = numbers.split([2 * len(bounds), len(sizes)])
+    return PackedSlots(pairs.view(-1, 2), cu_slots, send(tensor_of(which), device), torch.cat(canonical))
+
+
+def check_slots(slots: "PromptSlots", known: int) -> None:
+    """Raise PromptError for more slots than the `known` ones that Γ was calibrated for."""
+    if len(slots.bounds) > known:
+        raise PromptError(f"the prompt has {len(slots.bounds)} updated slots, but Γ was calibrated for {known}")
 
 
 def crossing_positions(gates: Tensor, rows: Tensor, slots: SlotMasses) -> Tensor:

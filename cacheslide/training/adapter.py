@@ -63,24 +63,42 @@ class CopeAdapter:
 
     def positions(self, layer: int) -> Tensor:
         """The position table [p_max, head_dim] of a layer."""
-        return self.tensors[f"layers.{layer}.positions"]
+        name = f"layers.{layer}.positions"
+        if name not in self.tensors:
+            raise ModelError(f"the adapter has no {name}: the model has more layers than its base")
+        return self.tensors[name]
+
+    def check_base(self, model: Path) -> None:
+        """Raise ModelError unless the checkpoint folder `model` is the base model; reads and hashes all of it."""
+        found = fingerprint(Path(model))
+        if found != self.base:
+            raise ModelError(
+                f"the CoPE adapter belongs to the base model {self.base[:12]}, but {model} is {found[:12]}"
+            )
+
+    @property
+    def changes(self) -> dict[str, str]:
+        """The checkpoint's weights that LoRA changes, and the stem of the pair's name."""
+        stems = [name.removesuffix(".a") for name in self.tensors if name.endswith(".a")]
+        parts = (stem.removeprefix("layers.").split(".", 1) for stem in stems)
+        keys = [f"model.layers.{layer}.self_attn.{projection}.weight" for layer, projection in parts]
+        return dict(zip(keys, stems, strict=True))
+
+    def merge(self, stem: str, weight: Tensor) -> Tensor:
+        """A projection's `weight` [out, in] with the product of the LoRA pair `stem` added, float32."""
+        a, b = self.tensors[f"{stem}.a"], self.tensors[f"{stem}.b"]
+        if weight.shape != (b.shape[0], a.shape[1]):
+            raise ModelError(f"the adapter's {stem} is for {(b.shape[0], a.shape[1])}, not {tuple(weight.shape)}")
+        change = (b.float() @ a.float()) * self.settings.factor
+        return weight.float() + change.to(weight.device)
 
     def merged(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint's `weights` with the LoRA products added, computed in float32; the others as they are."""
         out = dict(weights)
-        for name, a in self.tensors.items():
-            if not name.endswith(".a"):
-                continue
-            stem = name.removesuffix(".a")
-            layer, projection = stem.removeprefix("layers.").split(".", 1)
-            key = f"model.layers.{layer}.self_attn.{projection}.weight"
+        for key, stem in self.changes.items():
             if key not in out:
                 raise ModelError(f"the adapter changes {key}, which the checkpoint lacks")
-            old, b = out[key], self.tensors[f"{stem}.b"]
-            if old.shape != (b.shape[0], a.shape[1]):
-                raise ModelError(f"the adapter's {stem} is for {(b.shape[0], a.shape[1])}, not {tuple(old.shape)}")
-            change = (b.float() @ a.float()) * self.settings.factor
-            out[key] = (old.float() + change.to(old.device)).to(old.dtype)
+            out[key] = self.merge(stem, out[key]).to(out[key].dtype)
         return out
 
 
@@ -128,8 +146,6 @@ def load_adapter(folder: Path, model: Path | None = None) -> CopeAdapter:
         raise ModelError(f"{folder / 'cope.json'} is not a CoPE adapter's description ({broken!r})") from None
     if adapter.digest != stated:
         raise ModelError(f"the adapter in {folder} is altered or incomplete: its tensors do not match cope.json")
-    if model is not None and (found := fingerprint(Path(model))) != adapter.base:
-        raise ModelError(
-            f"the adapter in {folder} belongs to the base model {adapter.base[:12]}, but {model} is {found[:12]}"
-        )
+    if model is not None:
+        adapter.check_base(model)
     return adapter

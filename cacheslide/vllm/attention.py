@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from cacheslide import kernels
+from cacheslide.kernels.cope import cope_attention
 from cacheslide.model.adapter import RowGroup
 from cacheslide.model.reference import row_attention
 from cacheslide.placement import send
+from cacheslide.positions.ccpe import pack_slots
 from cacheslide.vllm.kv_layout import PagedLayer
 
 PagedAttention = Callable[[int, Tensor, Sequence[RowGroup], float], Tensor]
@@ -32,25 +34,50 @@ class RowKernel:
 
     def __call__(self, layer: int, q: Tensor, groups: Sequence[RowGroup], scale: float) -> Tensor:
         """See `gathered`."""
-        rows, cu_rows, table = self._shared(tuple(groups), q.device)
-        return kernels.row_attention(q, rows, cu_rows, table, groups[0].kv.layers[layer].cache, scale)
+        made = self._shared(tuple(groups), q.device)
+        return self._launch(layer, q, groups[0].kv.layers[layer].cache, scale, *made)
 
-    def _shared(self, groups: tuple[RowGroup, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, offsets and block table: the same for all layers between two selections, so they are made once."""
+    def _shared(self, groups: tuple[RowGroup, ...], device: torch.device) -> tuple:
+        """What all layers between two selections have in common, so that it is made once."""
         same = len(groups) == len(self._groups) and all(a is b for a, b in zip(groups, self._groups, strict=True))
         if not same:
-            rows = torch.cat([g.rows for g in groups]).to(torch.int32)
-            sizes = torch.tensor([0] + [len(g.rows) for g in groups], dtype=torch.int32)
-            cu_rows = send(sizes.cumsum(0, dtype=torch.int32), device)
-            table = torch.nn.utils.rnn.pad_sequence([g.kv.table for g in groups], batch_first=True)
-            self._groups, self._made = groups, (rows, cu_rows, table)
+            self._groups, self._made = groups, self._make(groups, device)
         return self._made
+
+    def _make(self, groups: Sequence[RowGroup], device: torch.device) -> tuple:
+        """Rows, offsets and block table."""
+        rows = torch.cat([g.rows for g in groups]).to(torch.int32)
+        sizes = torch.tensor([0] + [len(g.rows) for g in groups], dtype=torch.int32)
+        cu_rows = send(sizes.cumsum(0, dtype=torch.int32), device)
+        return rows, cu_rows, torch.nn.utils.rnn.pad_sequence([g.kv.table for g in groups], batch_first=True)
+
+    def _launch(self, layer: int, q: Tensor, cache: Tensor, scale: float, rows, cu_rows, table) -> Tensor:
+        return kernels.row_attention(q, rows, cu_rows, table, cache, scale)
 
     def forget(self) -> None:
         """Let go of the last call's requests."""
         self._groups = ()
 
 
-def choose(paged: PagedLayer) -> PagedAttention:
-    """The attention that fits a layer's cache."""
-    return gathered if paged.packed else RowKernel()
+class CopeRows(RowKernel):
+    """The same with CoPE attention, over position tables and slot masses that lie in the layers."""
+
+    def __init__(self, paged: Sequence[PagedLayer]) -> None:
+        super().__init__()
+        self.tables = [p.attention.cope_positions for p in paged]
+        self.crossing = paged[0].attention.cope_crossing
+
+    def _make(self, groups: Sequence[RowGroup], device: torch.device) -> tuple:
+        packed = pack_slots([(g.kv.updated, g.rows) for g in groups]) if self.crossing.known else None
+        return *super()._make(groups, device), packed
+
+    def _launch(self, layer: int, q: Tensor, cache: Tensor, scale: float, rows, cu_rows, table, packed) -> Tensor:
+        slots = None if packed is None else packed.masses(self.crossing.masses[layer], self.crossing.cap)
+        return cope_attention(q, rows, cu_rows, table, cache, self.tables[layer], scale, slots=slots)
+
+
+def choose(paged: Sequence[PagedLayer]) -> PagedAttention:
+    """The attention that fits the layers' caches."""
+    if paged[0].packed:
+        return gathered
+    return CopeRows(paged) if hasattr(paged[0].attention, "cope_positions") else RowKernel()

@@ -111,3 +111,5 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
     def shutdown(self) -> None:
         if self.scheduler is not None:
             self.scheduler.close()
+        if self.worker is not None:
+            self.worker.close()

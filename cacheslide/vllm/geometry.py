@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from cacheslide.vllm.cope_setting import is_cope, setup_of
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -19,14 +21,17 @@ class Geometry:
     hidden_size: int
     itemsize: int
     max_positions: int
+    slots: int = 0  # updated slots that a CoPE model's Γ was calibrated for
 
     @classmethod
     def of(cls, vllm_config) -> "Geometry":
         """From vLLM's configuration."""
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         config = model.hf_text_config
+        cope = setup_of(config) if is_cope(config) else None
         return cls(
-            model_id=weights_id(model.model, model.revision, str(config.to_dict())),
+            model_id=weights_id(model.model, model.revision, str(config.to_dict()))
+            + (f" {cope.digest}" if cope else ""),
             dtype=str(model.dtype),
             num_layers=model.get_num_layers(parallel),
             kv_heads=model.get_num_kv_heads(parallel),
@@ -34,6 +39,7 @@ class Geometry:
             hidden_size=config.hidden_size,
             itemsize=torch.empty(0, dtype=model.dtype).element_size(),
             max_positions=max(model.max_model_len, config.max_position_embeddings),
+            slots=cope.slots if cope else 0,
         )
 
     def chunk_bytes(self, rows: int, probes: int) -> int:

@@ -51,7 +51,8 @@ def keep_history(side, request, tracked: Tracked, block_ids: list[int]) -> dict[
     prompt = Prompt.from_spans(ids[:end], [*spans, (start, end)])
     try:
         plan = make_plan(policy, tracked.identity, prompt, side.options.chunk_size, side.geometry.max_positions)
-    except PromptError:  # a schema has no slot left for it
+        side.slots_of(prompt)
+    except PromptError:  # a schema has no slot left for it, or a CoPE model no mass
         return None
     last = len(plan.prompt.segments) - 1
     missing = {k: c for k, c in zip(plan.keys, plan.chunks, strict=True) if c.segment == last and k not in side.index}

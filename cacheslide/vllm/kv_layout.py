@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cacheslide.placement import send, tensor_of
+from cacheslide.positions.ccpe import PromptSlots
 
 _DIGIT = 7  # bits of an index written at once: up to 127 is exact in every dtype a cache may have
 
@@ -107,6 +108,7 @@ class PagedKV:
         self.blocks = send((ids[:, None] * pieces + torch.arange(pieces)).flatten(), device)
         self.table = self.blocks.to(torch.int32)
         self.slots = (self.blocks[:, None] * size + torch.arange(size, device=device)).flatten()
+        self.updated: PromptSlots | None = None  # where a calibrated CoPE model's prompt has its updated slots
         self._asked: tuple[Tensor, Tensor] | None = None
 
     def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:

@@ -13,8 +13,12 @@ from vllm.model_executor.models.interfaces_base import is_text_generation_model
 from cacheslide.errors import ModelError
 from cacheslide.model.adapter import RowGroup
 from cacheslide.model.reference import DenseKV, row_attention
+from cacheslide.placement import send
+from cacheslide.positions.ccpe import PromptSlots, check_slots
 from cacheslide.positions.rope import Rotary, inverse_frequencies
 from cacheslide.vllm.attention import RowKernel, choose
+from cacheslide.vllm.cope_setting import is_cope
+from cacheslide.vllm.cope_slots import Crossing
 from cacheslide.vllm.kv_layout import PagedKV, PagedLayer, scratch_kv
 from cacheslide.vllm.operators import fused_norms, operators
 from cacheslide.vllm.paged_source import Caches
@@ -58,8 +62,14 @@ def rotary_of(model: torch.nn.Module, config) -> Rotary:
     return ours
 
 
+def unrotated(model: torch.nn.Module) -> Rotary:
+    """Tables for a CoPE model: nothing is ever turned, so that angle 0 at the first position is all they hold."""
+    first = model.model.layers[0]
+    return Rotary(torch.zeros(first.self_attn.head_dim // 2), 1, first.input_layernorm.weight.device)
+
+
 class VllmModel:
-    """A loaded Llama, Mistral, Qwen2 or Qwen3 as the executor sees it; this rank's heads only.
+    """A loaded Llama, Mistral (CoPE or not), Qwen2 or Qwen3 as the executor sees it; this rank's heads only.
 
     Parameters
     ----------
@@ -73,13 +83,15 @@ class VllmModel:
         self.model = model
         self.layers = list(model.model.layers)
         self.num_layers = len(self.layers)
-        self.rotary = rotary_of(model, config)
+        self.rotates = not is_cope(config)
+        self.rotary = rotary_of(model, config) if self.rotates else unrotated(model)
         self.ranks = get_tensor_model_parallel_world_size()
         self.paged = [PagedLayer(layer.self_attn.attn) for layer in self.layers]
         self.open = not self.paged[0].packed  # the cache's layout
         self.caches = Caches(self.paged)
-        self.attend_paged = choose(self.paged[0])
+        self.attend_paged = choose(self.paged)
         first = self.layers[0].self_attn
+        self.crossing: Crossing | None = getattr(first.attn, "cope_crossing", None)
         self.shape = SimpleNamespace(
             num_layers=self.num_layers, num_kv_heads=first.num_kv_heads, head_dim=first.head_dim
         )
@@ -101,7 +113,7 @@ class VllmModel:
     @contextmanager
     def running(self, schema_positions: bool = False) -> Iterator[None]:
         """Around a run. `schema_positions`: its rows may sit at positions below 0, which vLLM's tables lack."""
-        self.schema_positions = schema_positions
+        self.schema_positions = schema_positions and self.rotates
         try:
             with fused_norms(self.device):
                 yield
@@ -109,6 +121,12 @@ class VllmModel:
             self.schema_positions = False
             if isinstance(self.attend_paged, RowKernel):
                 self.attend_paged.forget()
+
+    def describe(self, kv: PagedKV, slots: PromptSlots) -> None:
+        """See `CopeLlama.describe`; nothing to say to a model without calibrated slot masses."""
+        if self.crossing is not None and self.crossing.known:
+            check_slots(slots, self.crossing.known)
+            kv.updated = PromptSlots(slots.bounds, send(slots.canonical, self.device))
 
     def paged_kv(self, block_ids: Sequence[int], manager_block: int) -> PagedKV:
         """A request's KV in the paged cache."""

@@ -9,7 +9,9 @@ from cacheslide.correction import Correction
 from cacheslide.keys import ChunkKey
 from cacheslide.placement import Placement
 from cacheslide.policy import Encoding
+from cacheslide.positions.ccpe import PromptSlots
 from cacheslide.prompt import Chunk, Prompt
+from cacheslide.vllm.cope_slots import SlotRows
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class LoadPlan:
     """Complete rows [start, end) of a request from cached chunks.
 
     `token_ids` and `positions` cover the whole prompt, `positions` only where a row's position is not its index;
-    `reuse` names the chunks the scheduler's index holds; rows from `limit` on are always recomputed.
+    `reuse` names the chunks the scheduler's index holds; rows from `limit` on are always recomputed. `slots` are those
+    that a calibrated CoPE model crosses.
     """
 
     req_id: str
@@ -32,6 +35,7 @@ class LoadPlan:
     placement: Placement
     correction: Correction
     positions: tuple[int, ...] | None = None
+    slots: PromptSlots | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ class EncodeJob:
 class StepPlan(KVConnectorMetadata):
     """One step's work, in the order in which it must happen: forget, keep, load, (vLLM's forward), save, encode.
 
-    `keeps` are chunks of requests that have finished: their blocks may be given away in this very step.
+    `keeps` are chunks of requests that have finished: their blocks may be given away in this very step. `slots` are the
+    rows of the forward that a calibrated CoPE model may have to treat in its own way.
     """
 
     forget: bool = False
@@ -83,6 +88,7 @@ class StepPlan(KVConnectorMetadata):
     loads: list[LoadPlan] = field(default_factory=list)
     saves: list[SavePlan] = field(default_factory=list)
     encodes: list[EncodeJob] = field(default_factory=list)
+    slots: list[SlotRows] = field(default_factory=list)
 
 
 @dataclass

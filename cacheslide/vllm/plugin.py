@@ -1,4 +1,4 @@
-"""`vllm.general_plugins` entry point: makes the connector known by name and has requests' marks read at the door."""
+"""`vllm.general_plugins` entry point: connector and CoPE model by name, requests' marks read at the door."""
 
 from cacheslide.vllm import CONNECTOR
 
@@ -6,9 +6,13 @@ from cacheslide.vllm import CONNECTOR
 def register() -> None:
     """Called by vLLM in every process, possibly more than once."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.model_executor.models import ModelRegistry
 
     from cacheslide.vllm import door
+    from cacheslide.vllm.cope_setting import ARCHITECTURE
 
     if CONNECTOR not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(CONNECTOR, "cacheslide.vllm.connector", CONNECTOR)
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(ARCHITECTURE, f"cacheslide.vllm.cope_model:{ARCHITECTURE}")
     door.install()

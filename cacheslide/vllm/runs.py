@@ -34,7 +34,7 @@ class Engine:
     options : ServerOptions or None
         The connector's options; None runs vLLM without it.
     **engine
-        What vLLM's `LLM` takes.
+        What vLLM's `LLM` takes, and `cope` as in `open_engine`.
     """
 
     def __init__(self, model: str, options: ServerOptions | None, **engine: Any) -> None:
@@ -98,6 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--enable_cacheslide", action="store_true", help="without it: vLLM as it is, prefix cache on")
     parser.add_argument("--system", default="cacheslide", help="reuse system, a name from `cacheslide systems`")
+    parser.add_argument("--cope", help="folder of a CoPE adapter; the model is its base")
     parser.add_argument("--chunk_size", type=int, default=1024)
     parser.add_argument("--suffix_len", type=int, default=1, help="tokens at the end that are always recomputed")
     parser.add_argument("--tensor_parallel_size", type=int, default=1)
@@ -117,6 +118,7 @@ def from_arguments(args: argparse.Namespace) -> Engine:
     return Engine(
         args.model,
         options,
+        cope=args.cope,
         dtype=args.dtype,
         tensor_parallel_size=args.tensor_parallel_size,
         gpu_memory_utilization=args.gpu_memory_utilization,

@@ -9,10 +9,13 @@ from typing import Any
 from vllm.v1.request import RequestStatus
 
 from cacheslide.engine import Receipt, make_plan
-from cacheslide.errors import CacheSlideError, PolicyError, StoreError
+from cacheslide.errors import CacheSlideError, PolicyError, PromptError, StoreError
 from cacheslide.keys import CacheIdentity, ChunkKey
-from cacheslide.prompt import Chunk
+from cacheslide.positions.ccpe import PromptSlots, check_slots, slots_in
+from cacheslide.prompt import Chunk, Prompt
 from cacheslide.vllm import reasons
+from cacheslide.vllm.cope_slots import SlotRows
+from cacheslide.vllm.families import Families
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.history import job_of, keep_history
 from cacheslide.vllm.index import ChunkIndex
@@ -42,6 +45,7 @@ class SchedulerSide:
         self.prefilling: dict[str, None] = {}  # tracked requests whose prompt is not complete yet, in order of arrival
         self.jobs: deque[tuple[EncodeJob, bool]] = deque()  # and whether it may not wait
         self.keeps: list[SavePlan] = []  # of requests that finished since the last step
+        self.families = Families()
         self.memory = SpanMemory(options.span_tokens, options.spans_known)
         self.stats = ReuseStats()
         self.rows_planned = 0  # claimed in the step being scheduled
@@ -56,11 +60,24 @@ class SchedulerSide:
             marks = Marks.parse(request.kv_transfer_params) or self._unmarked(request)
             if marks is None or (marks.find is False and not marks.segments):
                 return
-            tracked = self._plan(request, marks)
+            tracked = self._plan(request, marks) if marks.family is None else self._member(request, marks)
         except CacheSlideError as wrong:
             tracked = Tracked(rows, "", reason=str(wrong), kept=True)
+        if tracked is None:
+            return
         self.tracked[request.request_id] = tracked
         self.prefilling[request.request_id] = None
+        if tracked.slots is not None:  # the rows behind the first slot are not those of a request without marks
+            secret = tracked.family.secret if tracked.family is not None else None
+            key_apart(request, tracked.slots.bounds[0][1] // self.block_size, secret)
+
+    def slots_of(self, prompt: Prompt) -> PromptSlots | None:
+        """The slots that a CoPE model crosses by their calibrated masses; PromptError when Γ has too few."""
+        if not self.geometry.slots:
+            return None
+        slots = slots_in(prompt)
+        check_slots(slots, self.geometry.slots)
+        return slots if slots.bounds else None
 
     def _unmarked(self, request) -> Marks | None:
         """Marks of a request without any, where the server looks for spans by itself."""
@@ -70,18 +87,32 @@ class SchedulerSide:
         one_beam = sampling.max_tokens == 1 and not sampling.detokenize  # a new request each token: see servers.py
         return None if one_beam else Marks(find=True)
 
+    def _member(self, request, marks: Marks) -> Tracked | None:
+        """A family's first member is planned as any request; a later one follows it (None: exactly, as all of it)."""
+        tenant, name = request.cache_salt or "", marks.family["name"]
+        family = self.families.get(tenant, name)
+        if family is None or not (family.reason or family.first is not None):
+            tracked = self._plan(request, marks)
+            tracked.family = family or self.families.add(tenant, name, tracked)
+            return tracked
+        return None if family.reason else family.join(request)
+
     def _plan(self, request, marks: Marks) -> Tracked:
+        if marks.find and self.geometry.slots:
+            raise PromptError("spans that are looked for follow no template, which calibrated slot masses (CCPE) need")
         policy = marks.system(self.options.policy)
         check_policy(policy, self.geometry.num_layers)
         tenant = "\0".join((self.options.namespace, marks.namespace, request.cache_salt or ""))
         if marks.find:
-            marks = replace(marks, segments=tuple(self.memory.meet(tenant, request.prompt_token_ids)))
+            rows = marks.family and marks.family["rows"]
+            marks = replace(marks, segments=tuple(self.memory.meet(tenant, request.prompt_token_ids[:rows])))
         prompt = marks.prompt(request.prompt_token_ids)
         if policy.transform(prompt) != prompt:
             raise PolicyError(f"{policy.name} rewrites prompts: apply its transform before sending")
         identity = CacheIdentity(self.geometry.model_id, self.geometry.dtype, namespace=tenant)
         plan = make_plan(policy, identity, prompt, self.options.chunk_size, self.geometry.max_positions)
         tracked = Tracked(len(prompt), policy.name, policy=policy, plan=plan, identity=identity)
+        tracked.slots = self.slots_of(prompt)
         tracked.encode = marks.encode or self.options.encode
         tracked.spans, tracked.history, tracked.note = marks.segments, marks.history, marks.note
         tracked.schema = plan.positions[-1] != len(prompt) - 1
@@ -115,6 +146,13 @@ class SchedulerSide:
             tracked.reason = reasons.NOT_STORED_BEYOND if stored else reasons.NOT_STORED
             if want <= 0:
                 tracked.reason = reasons.COVERED
+            if tracked.follows and tracked.rows - computed < self.block_size:
+                tracked.reason = ""  # the rest is exact work over the family's rows
+            elif tracked.family is not None:
+                tracked.family.reason = tracked.reason
+            return 0
+        if tracked.follows and want < self.block_size:  # a block that the first member left open
+            tracked.reuse = ()
             return 0
         if self.rows_planned and self.rows_planned + want > self.options.rows_per_step:
             return None
@@ -124,7 +162,11 @@ class SchedulerSide:
         tracked.generation = max(self.index.generation(key) for key, _ in reuse)
         self.rows_planned += want
         self.index.touch(tracked.plan.keys)
-        key_apart(request, computed // self.block_size)
+        first, secret = computed // self.block_size, None
+        if tracked.family is not None:
+            tracked.family.corrected_from(first)
+            secret = tracked.family.secret
+        key_apart(request, first, secret)
         return want
 
     def _shares_unfinished_blocks(self, request, computed: int) -> bool:
@@ -165,7 +207,8 @@ class SchedulerSide:
         receipt |= {"note": tracked.note} if tracked.note else {}
         if tracked.history is not None and tracked.plan is not None:
             receipt |= {"history": keep_history(self, request, tracked, list(block_ids))}
-        self.stats.record(receipt)
+        if not tracked.follows or tracked.reuse or tracked.reason:  # a family is one request while its blocks last
+            self.stats.record(receipt)
         return receipt
 
     def _forecast(self, tracked: Tracked) -> dict[str, Any]:
@@ -193,7 +236,10 @@ class SchedulerSide:
             if tracked.loading:
                 tracked.loading, tracked.exact, tracked.receipt = False, False, None
                 step.loads.append(self._load(req_id, tracked, computed))
-            if computed + output.num_scheduled_tokens[req_id] >= tracked.rows:
+            end = computed + output.num_scheduled_tokens[req_id]
+            if tracked.slots is not None:
+                step.slots.append(SlotRows(tuple(tracked.block_ids), computed, end, tracked.slots))
+            if end >= tracked.rows:
                 del self.prefilling[req_id]
                 if not tracked.kept:
                     tracked.kept = True
@@ -216,6 +262,7 @@ class SchedulerSide:
             policy.placement,
             policy.correction,
             plan.positions if tracked.schema else None,
+            tracked.slots,
         )
 
     def _keep(self, tracked: Tracked, step: StepPlan) -> None:
@@ -287,6 +334,7 @@ class SchedulerSide:
         """Forget every chunk, here and in the workers (the weights have changed)."""
         self.index.clear()
         self.memory.clear()
+        self.families.clear()
         self.jobs.clear()
         self.keeps.clear()
         self.forget = True

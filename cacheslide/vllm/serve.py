@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 from cacheslide.errors import ConfigError
 from cacheslide.vllm import CONNECTOR
+from cacheslide.vllm.cope_setting import overrides
 from cacheslide.vllm.params import ServerOptions
 from cacheslide.vllm.runs import CPU_CACHE_GIB
 
@@ -21,6 +22,8 @@ _CPU_BLOCK = 32  # vLLM's CPU attention wants blocks of a multiple of this
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, and one flag for every option of the connector."""
     parser.add_argument("model", help="folder or name of a Llama, Mistral, Qwen2 or Qwen3 checkpoint")
+    parser.add_argument("--cope", metavar="ADAPTER", help="folder of a CoPE adapter; the model is its base")
+    parser.add_argument("--cope-live", action="store_true", help="leave its calibrated slot masses aside")
     for option in fields(ServerOptions):
         flag = f"--{option.name.replace('_', '-')}"
         known = (
@@ -37,9 +40,23 @@ def command(args: argparse.Namespace, rest: list[str]) -> list[str]:
     # Not vLLM's own command: it asks for a distribution of the name vllm, which the CPU build is not.
     line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args.model]
     line += ["--kv-transfer-config", json.dumps(transfer)]
+    if args.cope is not None:
+        given, rest = _take(rest, "--hf-overrides")
+        wanted = overrides(args.cope, args.cope_live, others=json.loads(given or "{}"))
+        line += ["--hf-overrides", json.dumps(wanted)]
     if not any(x.split("=")[0] == "--block-size" for x in rest) and _on_cpu():
         line += ["--block-size", str(_CPU_BLOCK)]
     return line + rest
+
+
+def _take(rest: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of `flag` among vLLM's options, and the options without it."""
+    for i, word in enumerate(rest):
+        if word.startswith(f"{flag}="):
+            return word.split("=", 1)[1], rest[:i] + rest[i + 1 :]
+        if word == flag and i + 1 < len(rest):
+            return rest[i + 1], rest[:i] + rest[i + 2 :]
+    return None, rest
 
 
 def _on_cpu() -> bool:

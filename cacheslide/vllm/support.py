@@ -7,8 +7,9 @@ from cacheslide.errors import ConfigError, ModelError, PolicyError
 from cacheslide.model.config import SUPPORTED as LLAMA_LIKE
 from cacheslide.policy import ReusePolicy
 from cacheslide.positions.rope import KNOWN_ROPE_TYPES
+from cacheslide.vllm.cope_setting import ARCHITECTURE, KINDS, is_cope
 
-FAMILIES = (*LLAMA_LIKE, "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+FAMILIES = (*LLAMA_LIKE, "Qwen2ForCausalLM", "Qwen3ForCausalLM", ARCHITECTURE)
 _CACHE_DTYPES = ("auto", "float16", "half", "bfloat16", "float32", "float")
 
 
@@ -18,6 +19,8 @@ def check(vllm_config: Any, kv_cache_config: Any) -> None:
     architectures = list(model.architectures)
     if not architectures or architectures[0] not in FAMILIES:
         raise ModelError(f"CacheSlide does not serve {', '.join(architectures)} (known: {', '.join(FAMILIES)})")
+    if not is_cope(model.hf_text_config):  # the rotation of a CoPE model's base does not matter
+        _check_rotation(model.hf_text_config)
     _check_model(model.hf_text_config)
     refusals = {
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
@@ -41,18 +44,46 @@ def check(vllm_config: Any, kv_cache_config: Any) -> None:
     _check_cache(kv_cache_config)
 
 
-def _check_model(config: Any) -> None:
+def _check_rotation(config: Any) -> None:
     rope = dict(getattr(config, "rope_parameters", None) or {})
     kind = rope.get("rope_type", "default")
     if kind not in KNOWN_ROPE_TYPES:
         raise ModelError(f"rope type {kind!r} is not supported (known: {', '.join(KNOWN_ROPE_TYPES)})")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ModelError("partial rotary embeddings are not supported")
+
+
+def _check_model(config: Any) -> None:
     for name in ("llama_4_scaling", "ada_rms_norm_t_cond", "dual_chunk_attention_config", "qk_norm"):
         if getattr(config, name, None):
             raise ModelError(f"{name} is not supported")
     if not getattr(config, "is_causal", True):
         raise ModelError("bidirectional attention is not supported")
+
+
+def check_cope(vllm_config: Any) -> None:
+    """Raise ModelError or ConfigError for what a CoPE model cannot be combined with, connector or not."""
+    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    config = model.hf_config
+    if config.model_type not in KINDS:
+        raise ModelError(f"CoPE serves {' and '.join(KINDS)} models, not {config.model_type}")
+    _check_model(config)
+    own_dtype = str(model.dtype).removeprefix("torch.")
+    refusals = {
+        f"{model.quantization} quantisation": vllm_config.quant_config is not None,
+        f"the KV cache type {cache.cache_dtype}": cache.cache_dtype not in ("auto", own_dtype),
+        "sliding windows": cache.sliding_window is not None or model.get_sliding_window() is not None,
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "LoRA": vllm_config.lora_config is not None,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "dual batch overlap": getattr(parallel, "enable_dbo", False),
+        "prompt embeddings": getattr(model, "enable_prompt_embeds", False),
+    }
+    for what, asked in refusals.items():
+        if asked:
+            raise ConfigError(f"a CoPE model does not work with {what}: switch it off, or serve without the adapter")
 
 
 def _check_cache(kv_cache_config: Any) -> None:

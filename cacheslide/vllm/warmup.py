@@ -6,7 +6,8 @@ import time
 import torch
 
 from cacheslide import kernels
-from cacheslide.kernels import launch
+from cacheslide.kernels import cope_launch, launch
+from cacheslide.positions.ccpe import PromptSlots, pack_slots
 from cacheslide.vllm.model_adapter import VllmModel
 
 logger = logging.getLogger("vllm.cacheslide")
@@ -24,15 +25,20 @@ def warm_up(model: VllmModel, max_tokens: int) -> None:
     rows, bounds = torch.arange(count, dtype=torch.int32, device=device), torch.tensor([0, count], dtype=torch.int32)
     # A width that is a multiple of 16, and one that is not: Triton compiles them apart.
     tables = [torch.zeros(1, n, dtype=torch.int32, device=device) for n in (-(-max_tokens // size // 16) * 16, 7)]
-    found = set()
+    cope = model.crossing is not None
+    choose, found = cope_launch.choose_tiling if cope else launch.choose_tiling, set()
     for span in _SPANS:
         for n in _ROWS:
             if n <= span <= max(max_tokens, _SPANS[0]):
                 work = launch.Work(n, 1, span, heads, kv_heads, dim, size, model.dtype)
-                found.add(launch.choose_tiling(work, launch.device_of(q)))
+                found.add(choose(work, launch.device_of(q)))
+    shared = q, rows, bounds.to(device)
     for tiling in found:
         for table in tables:
-            launch.row_attention(q, rows, bounds.to(device), table, kv, model.scale, max_row=count - 1, tiling=tiling)
+            if cope:
+                _launch_cope(model, shared, cope_launch.paged(kv, table), tiling)
+            else:
+                launch.row_attention(*shared, table, kv, model.scale, max_row=count - 1, tiling=tiling)
     k = torch.zeros(model.num_layers, count, kv_heads, dim, dtype=model.dtype, device=device)
     nowhere = torch.full((count,), -1, dtype=torch.int64, device=device)
     turns = torch.zeros(count, dtype=torch.int32, device=device)
@@ -42,3 +48,22 @@ def warm_up(model: VllmModel, max_tokens: int) -> None:
         kernels.row_deviation(k[0], k[0], deltas, model.rotary)
     torch.cuda.synchronize(device)
     logger.info("CacheSlide's kernels: %d tilings, %.1f s", len(found), time.perf_counter() - started)
+
+
+def _launch_cope(
+    model: VllmModel,
+    shared: tuple[torch.Tensor, ...],
+    blocks: cope_launch.Blocks,
+    tiling: cope_launch.CopeTiling,
+) -> None:
+    """CoPE attention without slots, and with them where the model has masses."""
+    table, crossing = model.layers[0].self_attn.attn.cope_positions, model.crossing
+    rows = shared[1]
+    kinds = [None]
+    if crossing.known:
+        packed = pack_slots([(PromptSlots(((1, 2),), torch.ones(len(rows), dtype=torch.bool)), rows.long())])
+        kinds.append(packed.masses(crossing.masses[0], crossing.cap))
+    for slots in kinds:
+        cope_launch.cope_attention(
+            *shared, blocks, table, model.scale, max_row=len(rows) - 1, slots=slots, tiling=tiling
+        )

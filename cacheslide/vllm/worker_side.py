@@ -1,5 +1,6 @@
 """The worker's half: completes prompts from cached chunks, copies chunks out of the paged cache, encodes others."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -9,7 +10,7 @@ from cacheslide.correction import TopDeviation
 from cacheslide.encode import ChunkEncoder, rows_none
 from cacheslide.engine import Receipt
 from cacheslide.keys import ChunkKey
-from cacheslide.placement import Piece, PlacedChunks, send, tensor_of
+from cacheslide.placement import Piece, PlacedChunks, Placement, send, tensor_of
 from cacheslide.prefill import PrefillOutput, PrefillRequest, SelectivePrefill
 from cacheslide.prompt import Chunk
 from cacheslide.store.base import ChunkKV
@@ -20,6 +21,7 @@ from cacheslide.vllm.paged_source import PagedChunks
 from cacheslide.vllm.params import ServerOptions
 from cacheslide.vllm.plans import LoadPlan, SavePlan, StepPlan, WorkerReport
 from cacheslide.vllm.reasons import LOST
+from cacheslide.vllm.saving import HostCopies
 from cacheslide.vllm.store import WorkerStore
 
 
@@ -46,12 +48,12 @@ class WorkerSide:
             warm_up(self.model, config.model_config.max_model_len)
 
     def _open_store(self, where: str) -> WorkerStore:
-        """An empty store; one in host memory beside a GPU is pinned, and read on a stream of its own."""
+        """An empty store; one in host memory beside a GPU is pinned, and read and written on streams of its own."""
         device = torch.device("cpu") if where == "cpu" else self.model.device
         pinned = where == "cpu" and self.model.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.model.device) if pinned else None
         self.rings = Rings(self.model.device, self.stream)
-        return WorkerStore(device, pinned)
+        return WorkerStore(device, HostCopies(self.model.device) if pinned else None)
 
     def move_store(self, where: str) -> None:
         """Move all chunks to the host ("cpu") or to the model's device ("model")."""
@@ -63,6 +65,8 @@ class WorkerSide:
         """Before anything writes to the cache in this step: keep what finished requests leave in their old blocks."""
         if step.forget:
             self.store.clear()
+        if self.model.crossing is not None:
+            self.model.crossing.expect(step.slots, self.block_size)
         for plan in step.keeps:
             self.store.drop(plan.evict)
             self._save(plan)
@@ -72,7 +76,8 @@ class WorkerSide:
         """Complete the rows of all requests that reuse chunks in this step, in one packed run."""
         if not step.loads:
             return
-        found = [self._find(plan) for plan in step.loads]
+        streams = () if self.stream is None else (self.stream, torch.cuda.current_stream(self.model.device))
+        found = [self._find(plan, streams) for plan in step.loads]
         self._reserve(step.loads, [pieces for _, pieces, _ in found])
         prepared = [self._prepare(plan, *parts) for plan, parts in zip(step.loads, found, strict=True)]
         with self.model.running(any(plan.positions is not None for plan in step.loads)):
@@ -81,13 +86,13 @@ class WorkerSide:
         for plan, (request, receipt), output in zip(step.loads, prepared, outputs, strict=True):
             self._note(plan, request, receipt, output)
 
-    def _find(self, plan: LoadPlan) -> tuple[Receipt, list[Piece], Tensor]:
-        """The cached pieces of a request and the local rows [R] that they are for."""
+    def _find(self, plan: LoadPlan, streams: "Sequence[torch.cuda.Stream]") -> tuple[Receipt, list[Piece], Tensor]:
+        """The cached pieces of a request, for work on `streams`, and the local rows [R] that they are for."""
         receipt = Receipt(plan.system, len(plan.token_ids), chunks=plan.chunks)
         pieces, spans = [], [rows_none(torch.empty(0))]
         for key, chunk in plan.reuse:
             first, end = max(chunk.start, plan.start), min(chunk.end, plan.limit)
-            held = self.store.get(key) if first < end else None
+            held = self.store.lend(key, streams) if first < end else None
             if held is None:
                 self._missing(key, receipt, wanted=first < end)
                 continue
@@ -106,10 +111,13 @@ class WorkerSide:
         shift = 0 if plan.positions is None else len(plan.token_ids) - 1 - plan.positions[-1]
         positions += shift
         source = self._source(pieces, positions[reused], plan, shift) if pieces else None
+        kv = self.model.paged_kv(plan.block_ids, self.block_size)
+        if plan.slots is not None:
+            self.model.describe(kv, plan.slots)
         request = PrefillRequest(
             ids,
             send(positions, device),
-            self.model.paged_kv(plan.block_ids, self.block_size),
+            kv,
             send(reused, device),
             source,
             plan.correction,
@@ -131,7 +139,10 @@ class WorkerSide:
     def _source(self, pieces: list[Piece], target: Tensor, plan: LoadPlan, shift: int) -> PlacedChunks:
         """Cached rows on their way to positions `target` [R], on the host; a kernel places them where it can."""
         model = self.model
-        settings = pieces, target, plan.placement, model.rotary, model.dtype, shift
+        placement = plan.placement
+        if not model.rotates:  # unrotated keys serve wherever they are
+            placement, shift = Placement("stored"), 0
+        settings = pieces, target, placement, model.rotary, model.dtype, shift
         if not model.open:
             return PlacedChunks(*settings, device=model.device)
         fetch = None
@@ -157,7 +168,10 @@ class WorkerSide:
 
     @torch.inference_mode()
     def save(self, step: StepPlan) -> None:
-        """Copy chunks of exactly prefilled requests out of the paged cache, before its blocks can be reused."""
+        """Copy chunks of exactly prefilled requests out of the paged cache, before its blocks can be reused.
+
+        Nothing here waits for the device: rows are gathered behind the forward, and leave it on a stream of their own.
+        """
         for plan in step.saves:
             self.store.drop(plan.evict)
             self._save(plan)
@@ -170,16 +184,25 @@ class WorkerSide:
     def _chunk(self, kv, chunk: Chunk) -> ChunkKV:
         rows = torch.arange(chunk.start, chunk.end, device=self.model.device)
         pairs = [kv.read(layer, rows) for layer in range(self.model.num_layers)]
-        return ChunkKV(torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs]), rows)
+        positions = torch.arange(chunk.start, chunk.end)
+        return ChunkKV(torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs]), positions)
 
     @torch.inference_mode()
     def encode(self, step: StepPlan) -> None:
-        """Prefill chunks that no request's own prefill provides."""
+        """The forward is over: prefill chunks that no request's own prefill provides."""
+        if self.model.crossing is not None:
+            self.model.crossing.expect((), self.block_size)
         for job in step.encodes:
             self.store.drop(job.evict)
             encoder = ChunkEncoder(self.model, self.store, self.model.dtype, job.capture)
             with self.model.running():
                 encoder.encode(job.encoding, job.prompt, job.positions, job.chunks, job.keys)
+
+    def close(self) -> None:
+        """The engine stops: nothing of ours is on its way any more, and nothing holds its model or its memory."""
+        if self.model is not None:
+            self.store.close()
+            self.model = self.executor = self.rings = self.stream = None
 
     def take_report(self) -> WorkerReport | None:
         """What happened since the last call."""

@@ -24,8 +24,9 @@ from cacheslide.store.memory import MemoryChunkStore
 from harness.backend import EngineSettings, ReferenceBackend, exact_arithmetic
 from harness.cope_backend import CopeBackend
 from harness.experiments.wca_cells import Cell, cells
-from harness.results.provenance import machine, provenance
+from harness.results.provenance import provenance
 from harness.results.records import RecordWriter, read_settings, write_json
+from harness.results.runs import read_json
 from harness.results.wca import read_sweep, tabulate
 from harness.scoring import question_records
 from harness.tasks.example import TaskExample
@@ -165,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side; 0: none but this one")
     parser.add_argument("--minutes", type=float, default=60.0, help="each model stops measuring after its half")
-    parser.add_argument("--summarize-only", action="store_true")
+    parser.add_argument("--summarize-only", action="store_true", help="tables anew, from the records in OUT")
     args = parser.parse_args(argv)
     given = prompts_of(args.mixes, args.prompts, args.tokens, args.seed)
     about = {"split": SPLIT, "tokens": args.tokens, "seed": args.seed, "model": fingerprint(args.model)}
@@ -183,8 +184,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = {k: args.out / f"{k}.jsonl" for k in ("rope", "cope") if (args.out / f"{k}.jsonl").is_file()}
     done = {kind: read_sweep(path) for kind, path in files.items()}
     ids = " ".join(settings["model"] for settings, _ in done.values())
-    origin = provenance({"mixes": args.mixes} | about, {}, ids) | {"measured_on": machine()}
-    write_json(args.out / "summary.json", tabulate(done, cells(layers)) | {"provenance": origin})
+    summary = args.out / "summary.json"
+    if args.summarize_only and summary.is_file():
+        origin = read_json(summary)["provenance"]  # where it was measured, not where it is tabulated
+    else:
+        origin = provenance({"mixes": args.mixes} | about, {}, ids)
+    write_json(summary, tabulate(done, cells(layers)) | {"provenance": origin})
 
 
 if __name__ == "__main__":

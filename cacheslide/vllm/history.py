@@ -71,5 +71,5 @@ def keep_history(side, request, tracked: Tracked, block_ids: list[int]) -> dict[
         return kept | {"generation": generation, "from": "blocks"}
     if tracked.encode == "off":
         return None
-    side.enqueue(job_of(policy, plan, renew=True), tracked.encode)
+    side.jobs.add(job_of(policy, plan, renew=True), tracked.encode)
     return kept | {"from": "encode"}

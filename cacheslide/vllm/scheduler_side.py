@@ -2,7 +2,6 @@
 
 import logging
 import secrets
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from cacheslide.vllm.families import Families
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.history import job_of, keep_history
 from cacheslide.vllm.index import ChunkIndex
+from cacheslide.vllm.jobs import EncodeJobs
 from cacheslide.vllm.mailbox import close_box, open_box
 from cacheslide.vllm.metrics import ReuseStats
 from cacheslide.vllm.params import Marks, ServerOptions
@@ -48,7 +48,7 @@ class SchedulerSide:
         self.tracked: dict[str, Tracked] = {}
         self.running: dict[str, Any] = {}  # vLLM's requests that have blocks, marked or not
         self.prefilling: dict[str, None] = {}  # tracked requests whose prompt is not complete yet, in order of arrival
-        self.jobs: deque[tuple[EncodeJob, bool]] = deque()  # and whether it may not wait
+        self.jobs = EncodeJobs(options.encode_tokens_per_step)
         self.keeps: list[SavePlan] = []  # of requests that finished since the last step
         self.families = Families()
         self.memory = SpanMemory(options.span_tokens, options.spans_known)
@@ -244,7 +244,7 @@ class SchedulerSide:
                 if not tracked.kept:
                     tracked.kept = True
                     self._keep(tracked, step)
-        self._emit_jobs(step, waited, idle=step.idle)
+        self.jobs.emit(step, waited, self.index, self._room)
         if self.cold is not None:
             step.fetches, step.drops = self.cold.take()
         return step
@@ -278,12 +278,7 @@ class SchedulerSide:
             if evict is not None:
                 step.saves.append(SavePlan(tracked.block_ids, tuple(missing.items()), evict))
             return
-        self.enqueue(job_of(policy, plan), tracked.encode)
-
-    def enqueue(self, job: EncodeJob, when: str) -> None:
-        """Have a job done, unless it waits already."""
-        if all(job.keys != waiting.keys for waiting, _ in self.jobs):
-            self.jobs.append((job, when == "now"))
+        self.jobs.add(job_of(policy, plan), tracked.encode)
 
     def reserve(
         self, chunks: Mapping[ChunkKey, Chunk], probes: int, generation: int = 0
@@ -299,25 +294,8 @@ class SchedulerSide:
             logger.warning("CacheSlide keeps nothing of a prompt: %s", full)
             return None
 
-    def _emit_jobs(self, step: StepPlan, waited: int, idle: bool) -> None:
-        """Hand out jobs; the first `waited` come from earlier steps, the others go only if they may not wait."""
-        budget, waiting = self.options.encode_tokens_per_step, deque()
-        for number, (job, urgent) in enumerate(self.jobs):
-            renewed = [key for key in job.keys if job.renew and self.index.generation(key)]
-            missing = [key not in self.index or key in renewed for key in job.keys]
-            tokens = job.tokens(missing)
-            if not tokens:
-                continue
-            fits = tokens <= budget or not step.encodes
-            if not urgent and not (fits and number < waited and (idle or not step.loads)):
-                waiting.append((job, urgent))
-                continue
-            evict = self.reserve(dict(zip(job.keys, job.chunks, strict=True)), len(job.capture))
-            if evict is not None:
-                budget -= tokens
-                self.index.set_exact(renewed)
-                step.encodes.append(replace(job, evict=(*evict, *renewed)))
-        self.jobs = waiting
+    def _room(self, job: EncodeJob) -> tuple[ChunkKey, ...] | None:
+        return self.reserve(dict(zip(job.keys, job.chunks, strict=True)), len(job.capture))
 
     # --- what comes back -------------------------------------------------------------------------------------------
 

@@ -464,7 +464,7 @@ def test_history_leaves_with_the_next_step_that_is_planned():
         "generation": 0,
         "from": "blocks",
     }
-    assert all(key in scheduler.index for plan in scheduler.keeps for key, _ in plan.chunks)
+    assert all(key in scheduler.index for plan in scheduler.keeper.keeps for key, _ in plan.chunks)
     [keep] = scheduler.step(step_output({}, {})).keeps
     rows = [(chunk.start, chunk.end) for _, chunk in keep.chunks]
     assert keep.block_ids == [7, 8, 9] and rows[0][0] == len(TURN) - 5 and rows[-1][1] == len(TURN) + 29
@@ -561,9 +561,9 @@ def test_jobs_wait_for_a_later_step_keep_the_budget_and_are_not_doubled():
         scheduler.claim(r, 0)
     rows = {r.request_id: len(TURN) for r in asked}
     assert not scheduler.step(step_output(rows, dict.fromkeys(rows, 0))).encodes
-    assert len(scheduler.jobs) == 2
+    assert len(scheduler.keeper.jobs) == 2
     kinds = []
-    while scheduler.jobs:
+    while scheduler.keeper.jobs:
         [job] = scheduler.step(step_output({}, {})).encodes
         kinds.append(job.encoding.kind)
     assert kinds == ["fixed_chain", "isolated"] and len(scheduler.index) == 2 * len(TURN.chunks(16))

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 
 from cacheslide.vllm.prefix_cache import key_apart, new_secret
-from cacheslide.vllm.tracked import Tracked
+from cacheslide.vllm.tracked import FromBelow, Tracked
 
 _KNOWN = 256  # families remembered; a forgotten one plans, and completes its prompt, once more
 
@@ -35,7 +35,7 @@ class Family:
 
     def join(self, request) -> Tracked:
         """What is tracked of a later member, whose vLLM `request` looks up the family's blocks from now on."""
-        member = replace(self.plan, block_ids=[], exact=False, kept=True, follows=True, family=self)
+        member = replace(self.plan, block_ids=[], exact=False, kept=True, follows=True, family=self, below=FromBelow())
         if member.schema:
             request.skip_reading_prefix_cache = False  # all its blocks are the family's, at the schema's positions
         key_apart(request, self.first, self.secret)
@@ -56,7 +56,7 @@ class Families:
 
     def add(self, tenant: str, name: str, plan: Tracked) -> Family:
         """A new family, whose first member is planned as `plan`."""
-        self._known[tenant, name] = family = Family(replace(plan), reason=plan.reason)
+        self._known[tenant, name] = family = Family(replace(plan, below=FromBelow()), reason=plan.reason)
         while len(self._known) > _KNOWN:
             self._known.popitem(last=False)
         return family

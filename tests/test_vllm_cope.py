@@ -136,6 +136,12 @@ def assert_follows(output, model, prompt, slots=None, served=None) -> None:
         want = exact(model, ids, slots)[2]
 
 
+def test_chunk_keys_cover_adapter_and_calibration(served, live, crossing):
+    geometry = served.scheduler.geometry
+    digests = [model.model_id.split(" ", 1)[1] for model in (live, crossing)]  # without the base's part
+    assert geometry.model_id.endswith(digests[1]) and digests[0] != digests[1] and geometry.slots == SLOTS
+
+
 def test_a_plain_request_is_the_reference_model(served, live):
     served.fresh()
     assert_follows(served.plain(SECOND), live, SECOND, served=served)
@@ -230,7 +236,6 @@ def said(engine) -> list:
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="vLLM binds each rank to a core of its own")
 def test_two_ranks_are_one(served, path, adapter):
     environment = {**os.environ, **VLLM_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # the ranks are processes
     command = [sys.executable, "-m", "tests.test_vllm_cope", str(path), str(adapter)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -21,7 +21,7 @@ from cacheslide.training.calibration import Calibration, save_calibration
 from cacheslide.training.load import find_cope, load_cope
 from cacheslide.vllm.cope_setting import overrides
 from cacheslide.vllm.params import marks_of, policy_of
-from cacheslide.vllm.support import check_cope
+from cacheslide.vllm.support import check_cope, check_spans
 from tests.conftest import VLLM_ENVIRONMENT, random_ids, save_random, save_random_adapter
 from tests.test_cope_model import dense
 from tests.test_vllm_engine import BLOCK, CHUNK, Served, assert_same, logprobs, receipt, tokens
@@ -298,6 +298,9 @@ def settings(**changes) -> SimpleNamespace:
     ],
 )
 def test_what_does_not_work_is_named_at_the_start(change, value, said):
+    check_spans(True, 0)
+    with pytest.raises(ConfigError, match="template"):
+        check_spans(True, SLOTS)
     check_cope(settings())
     check_cope(settings(cache_config__cache_dtype="bfloat16"))
     with pytest.raises((ConfigError, ModelError), match=said):

@@ -14,7 +14,7 @@ from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.metrics import ReuseMetrics, ReuseStats
 from cacheslide.vllm.params import FIELD, ServerOptions
 from cacheslide.vllm.scheduler_side import SchedulerSide
-from cacheslide.vllm.support import check, check_policy
+from cacheslide.vllm.support import check, check_policy, check_spans
 from cacheslide.vllm.worker_side import WorkerSide
 
 
@@ -27,6 +27,7 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
         options = ServerOptions.from_extra_config(self._kv_transfer_config.kv_connector_extra_config)
         geometry = Geometry.of(vllm_config)
         check_policy(options.system, geometry.num_layers)
+        check_spans(options.find_spans, geometry.slots)
         self.scheduler: SchedulerSide | None = None
         self.worker: WorkerSide | None = None
         if role == KVConnectorRole.SCHEDULER:

@@ -168,9 +168,12 @@ class CopeImpl(AttentionImpl[CopeMetadata]):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """See `AttentionImpl.forward`: query, output [tokens, heads, head_size]; keys are in the cache by now."""
-        if attn_metadata is None:  # a profiling run
+        positions = layer.cope_positions
+        if attn_metadata is None:  # a profiling run, which must see the scratch of a whole batch's position logits
+            if query.is_cuda:
+                torch.empty(query.shape[0] * query.shape[1] * (len(positions) + 2), device=query.device)
             return output.fill_(0)
-        batch, positions = attn_metadata, layer.cope_positions
+        batch = attn_metadata
         tokens, some = batch.num_actual_tokens, batch.decodes
         if some:
             cope_decode(

@@ -12,6 +12,8 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm import SamplingParams
+
 from cacheslide.engine import ReuseEngine
 from cacheslide.errors import ConfigError, ModelError
 from cacheslide.positions.ccpe import slots_in
@@ -223,6 +225,32 @@ def test_what_masses_do_not_fit_is_computed_with_live_gates(served, live):
     assert_follows(output, live, longer)
     found = served.ask([SECOND], [{"cacheslide": {"find": True}}])[0]
     assert "template" in receipt(found)["fallback"]
+
+
+def test_a_preempted_request_crosses_its_slots_again(served, crossing, live):
+    served.fresh()
+    served.one(FIRST)
+    served.poison()
+    engine, done = served.llm.llm_engine, []
+    asked = {"exact": marks_of(SECOND, policy="recompute"), "reused": marks_of(SECOND, share=1.0), "plain": None}
+    for name, marks in asked.items():
+        extra = None if marks is None else {"kv_transfer_params": marks}
+        params = SamplingParams(
+            max_tokens=16, temperature=0, logprobs=97, detokenize=False, ignore_eos=True, extra_args=extra
+        )
+        engine.add_request(name, {"prompt_token_ids": list(SECOND.token_ids)}, params)
+    for step in range(60):
+        if step == 10:
+            served.core.scheduler.reset_prefix_cache(reset_running_requests=True)
+            served.poison()  # nothing is left of what was computed before
+        done += [o for o in engine.step() if o.finished]
+    outputs = {o.request_id: o for o in done}
+    assert len(outputs) == 3
+    for name, output in outputs.items():
+        if name == "plain":
+            assert_follows(output, live, SECOND)
+        else:
+            assert_follows(output, crossing, SECOND, slots_in(SECOND))
 
 
 def said(engine) -> list:

@@ -24,8 +24,10 @@ wildcard_constraints:
 include: "workflows/data.smk"
 include: "workflows/chunks.smk"
 include: "workflows/evaluate.smk"
+include: "workflows/cope.smk"
 include: "workflows/figures.smk"
 include: "workflows/slide.smk"
+include: "workflows/wca.smk"
 
 
 rule all:

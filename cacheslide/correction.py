@@ -59,15 +59,18 @@ class EdgeRows:
 
 @dataclass(frozen=True)
 class Swap:
-    """Alg. 2, step 3: every `every` layers converged rows leave and the next by deviation enter.
+    """Alg. 2, step 3: every `every` layers converged rows leave for good and the next by deviation enter.
 
     reading "distance": converged when 1 - CKSim < tau (CKSim is a similarity, so this is the sensible one);
-    "literal": when CKSim < tau, as the text prints it.
+    "literal": when CKSim < tau, as the text prints it. start, which the paper leaves open: an entering row goes on from
+    its state at the selection layer, where it "stopped", or from its cached "inputs" of this layer, which the chunks
+    must hold.
     """
 
     tau: float = 0.12
     every: int = 4
     reading: Literal["distance", "literal"] = "distance"
+    start: Literal["stopped", "inputs"] = "stopped"
 
     def __post_init__(self) -> None:
         if self.every < 1:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cacheslide.keys import ChunkKey, fixed_text
-from cacheslide.placement import Piece, PlacedChunks, Placement
+from cacheslide.placement import Piece, PlacedChunks, Placement, tensor_of
 from cacheslide.policy import Encoding
 from cacheslide.positions.ccpe import PromptSlots, slots_between, slots_in
 from cacheslide.prefill import PrefillRequest, SelectivePrefill
@@ -96,27 +96,32 @@ class ChunkEncoder:
                 kv.write(layer, rows, *source.layer(layer))
         request = PrefillRequest(ids[done:], where[done:], kv, reused=rows_none(ids), start=done)
         [out] = self.executor.run([request], capture=self.capture)
-        return kv, (out.layer_inputs, done), where
+        return kv, (out.layer_inputs, done), positions
 
     def _keep(
-        self, key: ChunkKey, kv, inputs: tuple[dict[int, Tensor], int], where: Tensor, start: int, end: int
+        self, key: ChunkKey, kv, inputs: tuple[dict[int, Tensor], int], where: Sequence[int], start: int, end: int
     ) -> None:
-        rows = torch.arange(start, end, device=where.device)
+        rows = torch.arange(start, end, device=self.model.device)
         pairs = [kv.read(layer, rows) for layer in range(self.model.num_layers)]
         captured, offset = inputs
         chunk = ChunkKV(
             torch.stack([k for k, _ in pairs]),
             torch.stack([v for _, v in pairs]),
-            where[start:end],
+            tensor_of(where[start:end]),
             {layer: x[start - offset : end - offset] for layer, x in captured.items()},
         )
         self.store.put(key, chunk.to(self.store_dtype))
 
 
-def prefill_exact(model, token_ids: Sequence[int], first_position: int = 0):
-    """The KV buffer of `token_ids` prefilled in full at positions `first_position`, `first_position` + 1, ..."""
+def prefill_exact(model, token_ids: Sequence[int], first_position: int = 0, slots: PromptSlots | None = None):
+    """The KV buffer of `token_ids` prefilled in full at positions `first_position`, `first_position` + 1, ...
+
+    `slots` says where updated slots lie; a model with canonical slot masses (CCPE) crosses them by these.
+    """
     ids = torch.tensor(token_ids, device=model.device)
     kv, positions = model.new_kv(len(ids)), torch.arange(len(ids), device=ids.device) + first_position
+    if slots and (describe := getattr(model, "describe", None)):
+        describe(kv, slots)
     SelectivePrefill(model).run([PrefillRequest(ids, positions, kv, reused=rows_none(ids))])
     return kv
 

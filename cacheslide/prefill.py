@@ -167,7 +167,7 @@ class _Rows:
         self.mask = torch.zeros(len(self.reused), dtype=torch.bool, device=device)  # reused rows now active
         self.scores: Tensor | None = None  # deviation at the selection layer, of every reused row
         self.alpha: Tensor | None = None  # the paper's fusion weight, carried from layer to layer
-        self.stopped: Tensor | None = None  # hidden state of each reused row where it left (for swaps)
+        self.stopped: Tensor | None = None  # hidden state of each reused row at the selection layer (for swaps)
         self.selects = isinstance(self.rule, TopDeviation) and len(self.reused) > 0
         if self.selects and self.rule.layer >= model.num_layers:
             raise PolicyError(f"selection layer {self.rule.layer} is beyond the model's {model.num_layers} layers")
@@ -227,6 +227,7 @@ class _Rows:
         self.mask.index_fill_(0, top_rows(self.scores, count), True)
         if self.rule.swap:
             self.stopped = hidden[self.reused].clone()
+            self.left = torch.zeros_like(self.mask)  # rows that have converged: no longer in Alg. 2's S
         self._activate_chosen(count)
         return tuple(t[self.active] for t in (hidden, *qkv))
 
@@ -236,18 +237,22 @@ class _Rows:
         ck, _ = self.request.source.layer(layer, chosen)
         alike = self.model.reduce_scores(cksim(qkv[1][at], ck)) / self.model.ranks
         leaves = self.rule.swap.converged(alike)
-        leaving, waiting = chosen[leaves], self.resting
-        entering = waiting[top_rows(self.scores[waiting], len(leaving))]
-        if not len(entering):
+        leaving, waiting = chosen[leaves], self.resting[~self.left[self.resting]]
+        if not len(leaving):
             return hidden, *qkv
-        self.stopped[leaving] = hidden[at[leaves]]
-        cached = self.request.source.inputs(layer, entering)
-        fresh = self.stopped[entering] if cached is None else cached.to(hidden.dtype)
-        added = self.model.qkv(layer, fresh, self.request.positions[self.reused[entering]])
+        entering = waiting[top_rows(self.scores[waiting], len(leaving))]
+        fresh = self.stopped[entering]
+        if self.rule.swap.start == "inputs":
+            cached = self.request.source.inputs(layer, entering)
+            if cached is None:
+                raise PolicyError(f"a swap at layer {layer} from cached layer inputs, but the chunks hold none")
+            fresh = cached.to(hidden.dtype)
+        positions = self.request.positions[self.reused[entering]]
+        added = self.model.qkv(layer, fresh, positions) if len(entering) else [t[:0] for t in qkv]
         stays = torch.ones(len(self.active), dtype=torch.bool, device=hidden.device)
         stays[at[leaves]] = False
         order = torch.cat((self.active[stays], self.reused[entering])).argsort()
-        self.mask[leaving], self.mask[entering] = False, True
+        self.mask[leaving], self.mask[entering], self.left[leaving] = False, True, True
         self._activate_chosen(len(chosen) - len(leaving) + len(entering))
         pairs = zip((hidden, *qkv), (fresh, *added), strict=True)
         return tuple(torch.cat((old[stays], new))[order] for old, new in pairs)

@@ -1,5 +1,6 @@
 """The reference backend: the plain-PyTorch model and its tokenizer."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,13 @@ def dtype_of(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(f"unknown dtype {name!r} (known: {', '.join(DTYPES)})")
     return DTYPES[name]
+
+
+def exact_arithmetic() -> None:
+    """float32 products in float32 on a GPU as well. Call before the first one."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same order of sums in every run
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ def check(config: MutableMapping[str, Any], schema: str | Path) -> None:
     Parameters
     ----------
     config : dict
-        The content of a config/*.yaml; config/README.md explains its keys. Changed in place.
+        The content of a config/*.yaml; config/README.md explains its keys. Changed in place; on vLLM, whose CoPE is
+        not part of the study yet, it loses its section `cope`.
     schema : path
         The JSON schema, as YAML.
     """
@@ -45,6 +46,15 @@ def check(config: MutableMapping[str, Any], schema: str | Path) -> None:
             raise ConfigError(f"{part}.dataset: {config[part]['dataset']!r} is not one of this run's datasets")
     if on_vllm:
         _check_vllm(config)
+    if on_vllm:
+        config.pop("cope", None)
+    elif "cope" in config and (unknown := sorted(set(config["cope"]["systems"]) - set(policy_names()))):
+        raise ConfigError(f"cope.systems: unknown system {unknown[0]!r}; installed are {', '.join(policy_names())}")
+
+
+def native(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without its CoPE part: what is measured on the native model does not depend on that."""
+    return {key: value for key, value in config.items() if key != "cope"}
 
 
 def _fill(config: MutableMapping[str, Any], schema: Mapping[str, Any]) -> None:

@@ -74,7 +74,8 @@ def selected_layer(path: str | Path) -> int:
     return json.loads(Path(path).read_text())["layer"]
 
 
-def _header(config: Config, data: str | Path, **more: Any) -> dict[str, Any]:
+def header(config: Config, data: str | Path, **more: Any) -> dict[str, Any]:
+    """Settings of a record file: what it was made of, and where."""
     identity = {"config_hash": config_hash(dict(config)), "data_hash": file_hash(data), "measured_on": machine()}
     return {"run": config["run"], **identity, **more}
 
@@ -111,7 +112,7 @@ def step_accuracy(
     writers = {
         p.name: RecordWriter(
             out,
-            _header(config, data, dataset=dataset, system=p.name, title=p.title, layer=layer, share=share)
+            header(config, data, dataset=dataset, system=p.name, title=p.title, layer=layer, share=share)
             | {"layer_inputs": sorted(by_recipe[p.recipe][1]) if p.reuses else []},
         )
         for p, out in zip(policies, outputs, strict=True)
@@ -135,9 +136,7 @@ def step_select_layer(config: Config, data: Sequence[str], output: str, threads:
 def step_latency(config: Config, data: str, layer: int, output: str, threads: int) -> None:
     """TTFT of all systems at one prompt length."""
     backend, policies, part = backend_of(config, threads), policies_of(config, layer, part="latency"), config["latency"]
-    writer = RecordWriter(
-        output, _header(config, data, layer=layer, titles={p.name: p.title for p in policies}, **part)
-    )
+    writer = RecordWriter(output, header(config, data, layer=layer, titles={p.name: p.title for p in policies}, **part))
     sessions, examples = sessions_of(config, backend, policies), read_examples(data)
     measure_latency(sessions, policies, examples, writer, part["warmups"], part["repeats"], config["seed"])
     writer.finish()
@@ -147,9 +146,7 @@ def step_throughput(config: Config, data: str, layer: int, output: str, threads:
     """Requests a second under a closed loop, by system and batch."""
     backend, part = backend_of(config, threads), config["throughput"]
     policies = policies_of(config, layer, part="throughput")
-    writer = RecordWriter(
-        output, _header(config, data, layer=layer, titles={p.name: p.title for p in policies}, **part)
-    )
+    writer = RecordWriter(output, header(config, data, layer=layer, titles={p.name: p.title for p in policies}, **part))
     measure_throughput(sessions_of(config, backend, policies), read_examples(data), writer, part["batches"])
     writer.finish()
 
@@ -159,7 +156,7 @@ def step_similarity(config: Config, data: str, output: str, threads: int) -> Non
     if not has_cksim(config):
         raise ConfigError(NO_CKSIM)
     backend, part = backend_of(config, threads), config["cksim"]
-    writer = RecordWriter(output, _header(config, data, **part))
+    writer = RecordWriter(output, header(config, data, **part))
     measure_similarity(backend, read_examples(data), part["shifts"], writer)
     writer.finish()
 

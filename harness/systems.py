@@ -1,7 +1,8 @@
 """The systems of a run: registered policies with the run's selection layer, share and window applied."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from cacheslide.correction import Correction
 from cacheslide.policy import ReusePolicy, load_policy
@@ -22,7 +23,24 @@ class Stock:
 
 
 System = ReusePolicy | Stock
+COPE = "_cope"  # behind a policy's name: the same policy on the model's CoPE adapter
 STOCK = {s.name: s for s in (Stock("vllm", "vLLM", False), Stock("vllm_prefix_cache", "vLLM, prefix cache", True))}
+
+
+def on_cope(names: Iterable[str]) -> list[str]:
+    """What the policies `names` are called when they run on the CoPE model."""
+    return [f"{name}{COPE}" for name in names]
+
+
+def cope_systems(config: Mapping[str, Any]) -> list[str]:
+    """The systems that run on the CoPE model; none when the configuration names no adapter."""
+    return on_cope(config["cope"]["systems"]) if "cope" in config else []
+
+
+def policy_of(name: str) -> ReusePolicy:
+    """The registered policy behind a system's name; on the CoPE model it keeps that name and is titled so."""
+    policy = load_policy(name.removesuffix(COPE))
+    return replace(policy, name=name, title=f"{policy.title}, CoPE") if name.endswith(COPE) else policy
 
 
 def resolve(names: Iterable[str], layer: int | None = None, share: float | None = None) -> list[System]:
@@ -32,7 +50,7 @@ def resolve(names: Iterable[str], layer: int | None = None, share: float | None 
         if name in STOCK:
             out.append(STOCK[name])
             continue
-        policy = load_policy(name)
+        policy = policy_of(name)
         if layer is not None:
             policy = policy.at_layer(layer)
         if share is not None:
@@ -48,11 +66,11 @@ def scalable(names: Iterable[str]) -> list[str]:
 
 def to_scale(names: Iterable[str], share: float) -> list[str]:
     """The scalable systems that do not recompute `share` by themselves: those worth running again at that share."""
-    return [n for n in scalable(names) if _rule(n, share) != load_policy(n).correction]
+    return [n for n in scalable(names) if _rule(n, share) != policy_of(n).correction]
 
 
 def _rule(name: str, share: float) -> Correction:
-    return load_policy(name).at_share(share).correction
+    return policy_of(name).at_share(share).correction
 
 
 def recipes(policies: Sequence[System]) -> dict[str, tuple[ReusePolicy, frozenset[int]]]:

@@ -1,9 +1,9 @@
 """Make a configuration's records without Snakemake, for a machine that has PyTorch but no package index.
 
 `python scripts/measure.py config/h200.yaml` writes results/<run>/ as the workflow would (data, selection layer,
-accuracy, equal share, prompts, CKSim, latency, throughput). `--only accuracy,latency` picks steps, `--jobs 4` measures
-data sets side by side (never the timed steps). `python scripts/measure.py config/h200.yaml --finish` turns the records
-into summary, figures and report, on any machine.
+accuracy, equal share, prompts, CKSim, latency, throughput; with a section `cope`, the CoPE model's). `--only
+accuracy,latency` picks steps, `--jobs 4` measures data sets side by side (never the timed steps). `python
+scripts/measure.py config/h200.yaml --finish` turns the records into summary, figures and report, on any machine.
 """
 
 import argparse
@@ -16,17 +16,17 @@ from pathlib import Path
 import yaml
 
 from cacheslide.errors import CacheSlideError, ConfigError
-from harness import study
-from harness.configuration import check
+from harness import study, study_cope
+from harness.configuration import check, native
 from harness.inventory import FIGURES, NO_CKSIM, data_spec, figures_of, has_chunk_files, has_cksim, prompt_files
 from harness.plots.render import render
 from harness.report.builder import build_report
 from harness.results.summary import summarize
-from harness.systems import to_scale
+from harness.systems import cope_systems, to_scale
 from harness.tasks.data import write_dataset
 
 SCHEMA = Path(__file__).resolve().parents[1] / "workflows/schemas/config.schema.yaml"
-STEPS = ("data", "layer", "prompts", "accuracy", "cksim", "latency", "throughput")
+STEPS = ("data", "layer", "prompts", "accuracy", "cksim", "latency", "throughput", "cope")
 
 
 def data(config: dict, root: Path) -> None:
@@ -52,8 +52,16 @@ def one_dataset(config: dict, root: Path, dataset: str, threads: int) -> None:
     shutil.rmtree(chunks, ignore_errors=True)
 
 
+def cope_dataset(config: dict, root: Path, dataset: str, threads: int) -> None:
+    """The accuracy of one data set on the CoPE model."""
+    path, layer = str(root / f"data/accuracy/{dataset}.jsonl"), study.selected_layer(root / "selection_layer.json")
+    outputs = [str(root / "accuracy" / dataset / f"{s}.jsonl") for s in cope_systems(config)]
+    study_cope.step_cope_accuracy(config, path, layer, outputs, threads)
+
+
 def measure(config: dict, root: Path, steps: list[str], jobs: int, threads: int) -> None:
     """Run the chosen steps in order."""
+    full, config = config, native(config)
 
     def drawn_from(part: str, folder: str = "") -> str:
         return str(root / "data" / (folder or part) / f"{config[part]['dataset']}.jsonl")
@@ -69,9 +77,7 @@ def measure(config: dict, root: Path, steps: list[str], jobs: int, threads: int)
     if "prompts" in steps:
         study.step_prompts(config, all_data("accuracy"), str(root / "prompts.json"))
     if "accuracy" in steps:
-        n = len(config["datasets"])
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            list(pool.map(one_dataset, [config] * n, [root] * n, config["datasets"], [threads] * n))
+        side_by_side(one_dataset, config, root, jobs, threads)
     if "cksim" in steps and not has_cksim(config):
         print(f"measure: cksim is left out: {NO_CKSIM}", file=sys.stderr)
     elif "cksim" in steps:
@@ -82,6 +88,17 @@ def measure(config: dict, root: Path, steps: list[str], jobs: int, threads: int)
             study.step_latency(config, prompts, layer, str(root / f"latency/{tokens}.jsonl"), threads)
     if "throughput" in steps:
         study.step_throughput(config, drawn_from("throughput"), layer, str(root / "throughput.jsonl"), threads)
+    if "cope" in steps and "cope" in full:
+        study_cope.step_cope_similarity(full, drawn_from("cksim"), str(root / "cksim_cope.jsonl"), threads)
+        study_cope.step_cope_prompts(full, all_data("accuracy"), str(root / "prompts_cope.json"), threads)
+        side_by_side(cope_dataset, full, root, jobs, threads)
+
+
+def side_by_side(work, config: dict, root: Path, jobs: int, threads: int) -> None:
+    """`work` on every data set, in `jobs` processes."""
+    n = len(config["datasets"])
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        list(pool.map(work, [config] * n, [root] * n, config["datasets"], [threads] * n))
 
 
 def finish(config: dict, root: Path, figures: Path) -> None:
@@ -93,7 +110,9 @@ def finish(config: dict, root: Path, figures: Path) -> None:
         latency=sorted(root.glob("latency/*.jsonl")),
         throughput=root / "throughput.jsonl",
         cksim=root / "cksim.jsonl",
+        cksim_cope=root / "cksim_cope.jsonl",
         prompts=root / "prompts.json",
+        prompts_cope=root / "prompts_cope.json",
         layer=root / "selection_layer.json",
     )
     drawn = []
@@ -113,6 +132,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(STEPS), help="steps, separated by commas")
     parser.add_argument("--jobs", type=int, default=1, help="data sets measured side by side")
     parser.add_argument("--threads", type=int, default=2, help="PyTorch threads a job")
+    parser.add_argument("--device", help="instead of the configuration's: where the step cope computes")
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--finish", action="store_true", help="summary, figures and report instead of measuring")
     args = parser.parse_args()
@@ -121,6 +141,9 @@ def main() -> int:
         check(config, SCHEMA)
         if unknown := sorted(set(steps) - set(STEPS)):
             raise ConfigError(f"unknown step {', '.join(unknown)} (known: {', '.join(STEPS)})")
+        if args.device and set(steps) - {"data", "cope"}:
+            raise ConfigError("--device: with --only data,cope alone, which times nothing")
+        config |= {"device": args.device} if args.device else {}
         if args.finish:
             finish(config, args.results / config["run"], Path("figures") / config["run"])
         else:

@@ -145,6 +145,62 @@ def similarity_record(shift: int, rng: Random, layers: int = 8) -> dict[str, Any
     return {"shift": shift, "tokens": 280, "cksim": cksim}
 
 
+def cope_similarity_record(shift: int, rng: Random, layers: int = 8) -> dict[str, Any]:
+    """The same of a CoPE model: only context moves its keys."""
+    seen = [1.0 if not shift else 1 - 0.02 * i - 0.01 * rng.random() for i in range(layers)]
+    position = {f"position_{how}": [1.0] * layers for how in ("cope", "ccpe")}
+    other = {f"{why}_{how}": seen for why in ("context", "chain") for how in ("cope", "ccpe")}
+    stale = [0.3 if shift else 1.0] * layers
+    return {"shift": shift, "tokens": 280, "cksim": position | other | {"chain_stale": stale, "chain_delta": seen}}
+
+
+def add_cope(root: Path, cfg: dict[str, Any], paths: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a configuration with an adapter adds to the run under `root`; returns configuration and paths."""
+    rng = Random("cope")
+    cfg = cfg | {"cope": {"adapter": "none", "systems": ["cacheslide"], "prompts": 5, "cksim_prompts": 4}}
+    files = []
+    for dataset in cfg["datasets"]:
+        settings = {"run": cfg["run"], "dataset": dataset, "system": "cacheslide_cope", "title": "CacheSlide, CoPE"}
+        mix = dataset.rpartition("-")[2]
+        records = {
+            f"test-{i}": accuracy_record("cacheslide", mix, rng, 5, 4) | {"prefill_seconds": None} for i in range(5)
+        }
+        files.append(write(root / "accuracy" / dataset / "cacheslide_cope.jsonl", settings | {"layer": 3}, records))
+    records = {f"e{i}-{shift}": cope_similarity_record(shift, rng) for i in range(4) for shift in SHIFTS}
+    more = {"accuracy": [*paths["accuracy"], *files], "cksim_cope": write(root / "cksim_cope.jsonl", {}, records)}
+    moves = [
+        {
+            "example": f"e{i}",
+            "displacement": 20.0 + i,
+            "shift": {"cope": 2.0, "ccpe": 0.5},
+            "unsaturated": {"cope": 0.5},
+        }
+        for i in range(4)
+    ]
+    more["prompts_cope"] = str(root / "prompts_cope.json")
+    write_json(more["prompts_cope"], {"datasets": {d: {"moves": moves} for d in cfg["datasets"]}})
+    return cfg, paths | more
+
+
+def wca_summary(path: Path) -> Path:
+    """A sweep's summary, of two models with the same numbers."""
+    from harness.experiments.wca_cells import cells
+    from harness.results.wca import tabulate
+
+    rng, found = Random("wca"), {}
+    for cell in cells(8):
+        asked = {"depth": [0, 1, 2, 3], "volatile": [False, True, True, False]}
+        about = {"mix": "deep", "device": "cpu", "alpha": None, "rows_reused": 3, "rows_recomputed": 1}
+        found[cell.name] = {
+            f"e{i}": asked
+            | about
+            | {"example": f"e{i}", "row_layer_share": rng.random(), "f1": [float(rng.random() < 0.7) for _ in range(4)]}
+            for i in range(3)
+        }
+    write_json(path, tabulate({kind: ({"model": kind}, found) for kind in ("rope", "cope")}, cells(8)))
+    return path
+
+
 def prompts(datasets: list[str], count: int, rng: Random) -> dict[str, Any]:
     """Reusable shares and moves, as harness.experiments.prompts writes them."""
     out = {}

@@ -114,8 +114,9 @@ def server(answer):
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            bodies.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
-            status, reply = answer(bodies[-1][1])
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            bodies.append((self.path, body, self.headers["Authorization"]))
+            status, reply = answer(body)
             self.send_response(status)
             self.end_headers()
             self.wfile.write(reply)
@@ -141,13 +142,16 @@ def events(*parts, done=True) -> bytes:
 
 def test_a_server_gets_ids_and_marks_or_plain_text():
     receipt = {"cacheslide": {"rows_reused": 3}}
-    pieces = [{"choices": [{"text": " reply"}]}, {"choices": [{"text": " x"}], "kv_transfer_params": receipt}]
+    last = {"choices": [{"text": " x", "finish_reason": "stop"}], "kv_transfer_params": receipt}
+    pieces = [{"choices": [{"text": " reply"}]}, last]
     tokenizer = AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
     with server(lambda body: (200, events(*pieces))) as (url, bodies):
         marked = OpenAIServer(url, "m", tokenizer, policy="cacheslide").complete(Request("s", 0, SEGMENTS, 8))
-        plain = OpenAIServer(url, "m").complete(Request("s", 0, SEGMENTS, 8))
-    assert marked.text == plain.text == " reply x" and len(marked.token_s) == 2 and marked.receipt == receipt
-    (path, first), (_, second) = bodies
+        plain = OpenAIServer(url, "m", api_key="secret").complete(Request("s", 0, SEGMENTS, 8))
+    assert marked.text == plain.text == " reply x" and len(marked.token_s) == 2
+    assert marked.receipt == receipt["cacheslide"]
+    (path, first, nobody), (_, second, somebody) = bodies
+    assert nobody is None and somebody == "Bearer secret"
     assert path == "/v1/completions" and first["stream"] and first["stop"] == ["\n"] and first["max_tokens"] == 8
     assert tokenizer.decode(first["prompt"], skip_special_tokens=True) == "\nTalk\nCall:" == second["prompt"]
     assert first["prompt"] == [i for ids in marked.prompt_ids for i in ids] and plain.prompt_ids is None
@@ -159,10 +163,11 @@ def test_a_server_gets_ids_and_marks_or_plain_text():
 @pytest.mark.parametrize(
     ("status", "reply", "message"),
     [
-        (400, b'{"message": "too long"}', "answered 400.*too long"),
-        (200, events({"choices": [{"text": "a"}]}, done=False), "ended before"),
+        (400, b'{"message": "too long"}', "HTTP 400.*too long"),
+        (200, events({"choices": [{"text": "a"}]}, done=False), "broke off"),
         (200, b"data: {nonsense\n\n", "no completion"),
         (200, events({"error": {"message": "out of memory"}}), "out of memory"),
+        (200, events({"choices": [{"text": "a"}]}), "finish_reason None"),
         (200, events(*[{"choices": [{"text": "a"}]}] * 40), "far more than the 8 tokens"),
     ],
 )

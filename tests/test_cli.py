@@ -37,6 +37,17 @@ def test_systems_are_listed_with_their_choices(capsys):
     assert "cacheslide " in out and "FixedChainKeying" in out and "EdgeRows" in out
 
 
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_has_seen_enough_is_no_error(buffered):
+    """`cacheslide systems | head -1`, with the pipe closed before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, *([] if buffered else ["-u"]), "-m", "cacheslide.cli", "systems"]
+    with os.fdopen(writer, "wb") as out:
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and not done.stderr
+
+
 def test_run_answers_from_a_store_on_disk(capsys, tmp_path):
     before, now = write(tmp_path / "b.json", NOTES + " more text here ."), write(tmp_path / "n.json", NOTES)
     args = ("--prompt", now, "--store", str(tmp_path / "s"), "--max-new-tokens", "3", "--share", "0.5", "--layer", "2")

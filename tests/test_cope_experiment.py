@@ -5,26 +5,17 @@ import json
 import pytest
 import torch
 
-from cacheslide.model.weights import fingerprint
-from cacheslide.training.adapter import AdapterSettings, CopeAdapter, save_adapter
 from cacheslide.training.calibration import find_calibration
 from cacheslide.training.load import find_cope
 from harness.experiments import cope, cope_kernels, cope_serving
 from harness.experiments.engine_ttft import SHAPES
-from harness.training.model import llama
-from harness.training.tokenizer import build_tokenizer, save_tokenizer
+from tests.tiny_cope import make_pair
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """An untrained model with the task's tokenizer, and an adapter of it: position tables alone."""
-    base, adapter = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(3)
-    llama(1280, 1, 2, 0, layers=2, hidden=32, heads=2, ff=48).save_pretrained(base)
-    save_tokenizer(build_tokenizer(), base)
-    tensors = {f"layers.{i}.positions": torch.randn(16, 16) * 0.3 for i in range(2)}
-    save_adapter(CopeAdapter(AdapterSettings(1, 1.0, 16, ()), fingerprint(base), tensors), adapter)
-    return base, adapter
+    """An untrained model and its adapter."""
+    return make_pair(tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter"), layers=2, heads=2)
 
 
 def test_one_command_calibrates_and_measures(pair, tmp_path):
@@ -39,10 +30,25 @@ def test_one_command_calibrates_and_measures(pair, tmp_path):
     for name in ("live", "gamma", "gamma_cap"):
         table = done["variants"][name]
         assert set(table["f1"]) == {"recompute", "chain", "first_turn", "wca"} and table["examples"] == 1
+        assert table["questions"] == table["f1"]["wca"]["values"] * 8
         assert all(len(x) == 1 and 0 < x[0] <= 1.000001 for x in table["cksim"].values())
     stored = find_calibration(adapter, json.loads((adapter / "cope.json").read_text())["digest"])
     assert stored.masses.shape == (2, 1, 2) and stored.masses.min() >= 0
     assert 0 <= done["calibration"]["unsaturated_share"] <= 1
+    assert set(done["gamma_against_live"]) == {"gamma", "gamma_cap"}
+
+
+def test_gamma_is_held_against_live_gates_prompt_by_prompt():
+    def rows(f1, cksim):
+        kinds = {kind: {"chain": cksim} for kind in cope.CKSIM}
+        return {"f1": {"recompute": 1.0, "chain": f1}, "questions": 8} | kinds
+
+    live, gamma = [rows(0.5, [0.8, None]), rows(1.0, [0.9, 0.9])], [rows(0.5, [0.9, None]), rows(1.0, [0.95, 0.95])]
+    found = cope.against_live({"native": live, "live": live, "gamma": gamma})["gamma"]
+    assert found["chain"]["f1_points"]["value"] == 0 and found["recompute"]["better"] == "no clear difference"
+    assert found["chain"]["cksim_unsaturated_points"]["value"] == pytest.approx(7.5)
+    assert found["chain"]["better"] == "gamma"
+    assert cope.against_live({"live": gamma, "gamma": live})["gamma"]["chain"]["better"] == "live"
 
 
 def test_the_headline_takes_the_slower_case_and_says_nothing_where_one_is_missing():

@@ -167,27 +167,13 @@ def test_triton_kernels_under_the_interpreter():
     assert passed and int(passed[1]) >= 30, done.stdout[-1000:]  # skipping everything would be no test
 
 
-def test_the_rule_for_tiles_and_its_tuning():
+def test_the_rule_for_tiles():
     """Few tiles are cut along the keys, dense rows are not packed, small devices get fewer stages."""
     pytest.importorskip("triton")
     launch = pytest.importorskip("cacheslide.kernels.launch")
-    tuning = pytest.importorskip("cacheslide.kernels.tuning")
     work = launch.Work(410, 1, 8192, 32, 8, 128, 16, torch.bfloat16)
     few, many = launch.choose_tiling(work), launch.choose_tiling(replace(work, rows=2130))
     assert few.chunk == 4096 and many.chunk == 0 and many.pack
     assert not launch.choose_tiling(replace(work, rows=8192)).pack
     tiny = launch.Device(132, 100 << 10)
     assert launch._shared_bytes(launch.choose_tiling(replace(work, rows=2130), tiny), 128) <= 100 << 10
-    options = tuning.candidates(work, launch.Device())
-    assert options[0] == few and len(options) == len(set(options)) <= 20
-    assert all(o.chunk % o.keys == 0 and o.chunk < 8192 for o in options)
-    assert tuning.fastest(options, lambda o: abs(o.chunk - 2048) + o.lanes) == min(
-        options, key=lambda o: abs(o.chunk - 2048) + o.lanes
-    )
-
-    def fails(option):
-        if option != options[-1]:
-            raise tuning.OutOfResources(1, 0, "shared memory")
-        return 1.0
-
-    assert tuning.fastest(options, fails) == options[-1]

@@ -1,6 +1,6 @@
 """The CoPE Triton kernels against the plain reference: at real sizes on CUDA, at tiny ones under TRITON_INTERPRET=1.
 
-Errors are ||out - want|| / ||want|| with `want` in float64. Bounds: 1e-5 in float32; 3e-3 in float16 and 1e-2 in
+Errors are ||out - want|| / ||want|| with `want` in float64. Bounds: 2e-5 in float32; 3e-3 in float16 and 1e-2 in
 bfloat16, where gates are summed in float16 (2^-12 relative a gate). Poisoned caches: reading a row that no request owns
 gives NaN. bfloat16 is left to CUDA, as the interpreter emulates neither its products nor its rounding.
 """
@@ -24,7 +24,7 @@ whole = pytest.importorskip("cacheslide.kernels.cope_training_launch")
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SIZE = 1 if INTERPRETED else 16  # factor on lengths
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
-BOUND = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+BOUND = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 SATURATING, SLOW, NEVER = 0.0, -3.0, -8.0  # what a score is shifted by: gates of 0.5, 0.05 and 0.0003 on average
 gpu = pytest.mark.gpu
 pytestmark = [] if INTERPRETED else [gpu]
@@ -158,6 +158,10 @@ def test_strided_queries_and_output():
     assert wide[:, 0].isnan().all() and wide[:, 5].isnan().all()
 
 
+# One tile a chunk, several, and the kernel's own choice.
+DECODE_TILINGS = [decode.DecodeTiling(16, 16, 4, 2), decode.DecodeTiling(64, 16, 4, 3), None]
+
+
 @pytest.mark.parametrize("shift", [SATURATING, SLOW, NEVER])
 @pytest.mark.parametrize(
     "heads,kv_heads,dim,dtype", [(4, 2, 16, DTYPES[0]), (7, 1, 50, DTYPES[1]), (3, 3, 64, DTYPES[-1])]
@@ -167,18 +171,21 @@ def test_decoding(heads, kv_heads, dim, dtype, shift):
     kv, table, queries, embedding = inputs(lengths, heads, kv_heads, dim, 16, dtype, shift, 20)
     rows = (torch.tensor(lengths) - 1).int().to(DEVICE)
     q = queries(len(rows))
-    out = torch.full_like(q, float("nan"))
-    decode.cope_decode(q, rows, launch.paged(kv, table), embedding, out=out, chunk=16 if INTERPRETED else 128)
+    out = torch.empty_like(q)
     exact = (q.double(), rows, torch.arange(len(rows) + 1), table, kv.double(), embedding.double())
-    assert error(out, cope_reference.cope_attention(*exact)) < BOUND[dtype]
+    want = cope_reference.cope_attention(*exact)
+    for cut in DECODE_TILINGS:
+        out.fill_(float("nan"))
+        decode.cope_decode(q, rows, launch.paged(kv, table), embedding, out=out, tiling=cut)
+        assert error(out, want) < BOUND[dtype], cut
 
 
 def test_a_nan_key_ends_decoding_and_shows():
-    """A program must not wait for a sum that is NaN; the request's output is NaN, the others' are not."""
+    """A NaN must not be taken for a place in memory; the request's output is NaN, the others' are not."""
     kv, table, queries, embedding = inputs([60, 40], 4, 2, 16, 16, torch.float32)
     kv[table[0, 2].long()] = float("nan")
     rows, q = torch.tensor([59, 39]).int().to(DEVICE), queries(2)
-    out = decode.cope_decode(q, rows, launch.paged(kv, table), embedding, chunk=16)
+    out = decode.cope_decode(q, rows, launch.paged(kv, table), embedding, tiling=DECODE_TILINGS[0])
     assert out[0].isnan().any() and not out[1].isnan().any()
 
 
@@ -200,12 +207,14 @@ def check_gradients(got, exact, do, bound):
     """Relative errors; a gradient may be as good as 0.
 
     The entries' slope jumps at whole positions: where 16-bit gates round a position across one, a pair's gradient for q
-    and k is another, so those two may err by a few such pairs.
+    and k is another, so those two may err by a few such pairs. The table's gradient is what is left of a sum that
+    largely cancels, so it may err by twice the bound there.
     """
+    loose = (0.12, 0.12, bound, 2 * bound)
     for i, (mine, x) in enumerate(zip(got, exact, strict=True)):
         scale = max(float(x.grad.norm()), 1e-2 * float(do.double().norm()))
         error = float((mine.cpu().double() - x.grad).norm())
-        assert error < (bound if i > 1 or bound < 1e-4 else 8e-2) * scale
+        assert error < (bound if bound < 1e-4 else loose[i]) * scale, "qkve"[i]
 
 
 @pytest.mark.parametrize("shift", [SATURATING, SLOW])

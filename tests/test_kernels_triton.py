@@ -171,17 +171,3 @@ def test_tiles_of_real_size_at_every_edge(length, lanes, warps, stages):
     for share in (1 / length, 1.0):
         cut = launch.Tiling(lanes=lanes, warps=warps, stages=stages)
         check_attention([length, 40], [share, 0.5], 6, 2, 128, 16, torch.float16, tiling=cut)
-
-
-@gpu
-@pytest.mark.skipif(INTERPRETED, reason="needs CUDA")
-def test_a_tuned_tiling_is_remembered_and_right():
-    tuning = pytest.importorskip("cacheslide.kernels.tuning")
-    kv, table, _ = paged([4000], 2, 128, 16, seed=10, dtype=torch.bfloat16, device=DEVICE)
-    rows, cu_rows = scattered([4000], [0.1], seed=11, device=DEVICE)
-    q = torch.randn(len(rows), 8, 128).to(DEVICE, torch.bfloat16)
-    found = tuning.tune(q, rows, cu_rows, table, kv, max_row=3999)
-    assert found in launch._TUNED.values()
-    out = launch.row_attention(q, rows, cu_rows, table, kv, max_row=3999)
-    want = reference.row_attention(q.double(), rows, cu_rows, table, kv.double())
-    assert error(out, want) < BOUND[torch.bfloat16]

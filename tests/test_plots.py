@@ -1,5 +1,6 @@
 """Figures: written, not empty, the same byte for byte, and drawn from whatever a run holds."""
 
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def sources(tmp_path_factory):
         "fig10": str(root / "summary.json"),
         "throughput": paths["throughput"],
         "serving": str(ROOT / "results/h200/serving.json"),
+        "wca": made_run.wca_summary(root / "wca.json"),
         **{f"fig12{part}": ROOT / "results/slide/summary.json" for part in "abcd"},
     }
 
@@ -50,6 +52,28 @@ def test_figures_are_written_and_repeatable(name, sources, tmp_path):
     assert image.getextrema()[0] < 40 and image.getpixel((1, 1)) == 255
     svg = (tmp_path / "a" / f"{name}.svg").read_text()
     assert "<dc:date>" not in svg and "<image" not in svg
+
+
+def _said(figure) -> str:
+    texts = [t.get_text() for a in figure.axes for t in a.texts]
+    legends = [t.get_text() for box in figure.legends for t in box.get_texts()]
+    return " | ".join([*texts, *legends, figure.get_supxlabel()])
+
+
+def test_figures_show_cope_where_it_was_measured_and_say_where_not(tmp_path):
+    cfg, paths = made_run.make_run(tmp_path, {"systems": SYSTEMS}, prompts_each=5)
+    modules = {fig04a: paths["cksim"], fig05: paths["prompts"], fig10: str(tmp_path / "summary.json")}
+    summarize(cfg, tmp_path / "summary.json", **paths)
+    for module, source in modules.items():
+        said = _said(module.draw(module.load(source)))
+        assert re.search("this run has no CoPE adapter|CoPE: this run has no adapter", said) and "CCPE" not in said
+    cfg, paths = made_run.add_cope(tmp_path, cfg, paths)
+    summarize(cfg, tmp_path / "summary.json", **paths)
+    for module, wanted in ((fig04a, "CCPE"), (fig05, "mean 0.5 positions"), (fig10, "CacheSlide-CoPE")):
+        figure = module.draw(module.load(modules[module]))
+        assert wanted in _said(figure) and "no CoPE adapter" not in _said(figure)
+    assert "CacheSlide-RoPE" in _said(figure) and "CoPE is not timed" in _said(figure)
+    assert len(fig04a.draw(fig04a.load(paths["cksim"])).axes) == 3
 
 
 def test_figures_of_an_empty_run_say_so():

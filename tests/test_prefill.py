@@ -216,6 +216,64 @@ def test_swap_exchanges_converged_rows(model, reading, tau, leave):
     assert not done.kv.k[:, : len(now)].isnan().any()
 
 
+def swap_oracle(model, request, rule, inputs):
+    """Alg. 2, step 3, with Python sets over a dense forward: the KV buffer and the rows recomputed in the end.
+
+    `inputs[layer]` [reused, hidden_size] are the chunks' cached layer inputs.
+    """
+    ids, positions, reused = request.token_ids, request.positions, request.reused
+    kv, rows = model.new_kv(len(ids)), torch.arange(len(ids))
+    hidden, chosen, candidates = model.embed(ids), [], set()
+    for layer in range(model.num_layers):
+        q, k, v = model.qkv(layer, hidden, positions)
+        cached = request.source.layer(layer)
+        if layer == rule.layer:
+            d = deviation(k[reused], cached[0])
+            ranked = d.argsort(descending=True, stable=True).tolist()
+            chosen, stopped = ranked[: round(rule.share * len(reused))], hidden.clone()
+            candidates = set(ranked)
+        elif layer > rule.layer and (layer - rule.layer) % rule.swap.every == 0:
+            fresh, old = k[reused], cached[0]
+            alike = torch.nn.functional.cosine_similarity(fresh, old, dim=-1).mean(-1)
+            gone = [i for i in chosen if 1 - alike[i] < rule.swap.tau]
+            new = [i for i in ranked if i in candidates and i not in chosen][: len(gone)]
+            candidates -= set(gone)
+            chosen = [i for i in chosen if i not in gone] + new
+            start = stopped[reused[new]] if rule.swap.start == "stopped" else inputs[layer][new]
+            hidden = hidden.index_copy(0, reused[new], start)
+            q, k, v = model.qkv(layer, hidden, positions)
+        if layer >= rule.layer:
+            resting = [i for i in range(len(reused)) if i not in chosen]
+            k, v = (x.index_copy(0, reused[resting], c[resting]) for x, c in zip((k, v), cached, strict=True))
+        kv.write(layer, rows, k, v)
+        hidden = model.finish(layer, hidden, model.attend(layer, q, [RowGroup(kv, rows)]))
+    return kv, sorted(reused[chosen].tolist())
+
+
+@pytest.mark.parametrize("start", ["stopped", "inputs"])
+@pytest.mark.parametrize(("share", "tau"), [(0.2, 2.1), (0.45, 2.1), (0.3, 0.05), (0.3, 0.0)])
+def test_what_has_converged_never_comes_back(model, start, share, tau):
+    """Three swaps in a row; at 0.45 of the rows the third finds nobody left to enter."""
+    rule = TopDeviation(share, 1, swap=Swap(tau, every=1, start=start))
+    now, store = prompt(13, 5), MemoryChunkStore()
+    engine = ReuseEngine(model, chain(rule, "in_prompt"), store, chunk_size=16, capture=frozenset(range(1, 5)))
+    engine.build(prompt(7, 3))
+    request, plan, _ = engine._prepare(now, 0, 0)
+    inputs = {i: torch.cat([store.get(key).layer_inputs[i] for key in plan.keys]) for i in range(1, 5)}
+    done = engine.prefill(now)
+    kv, chosen = swap_oracle(model, request, rule, inputs)
+    assert done.output.selected.tolist() == chosen
+    rows = slice(0, len(now))
+    torch.testing.assert_close(done.kv.k[:, rows], kv.k[:, rows], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(done.kv.v[:, rows], kv.v[:, rows], atol=1e-4, rtol=1e-4)
+
+
+def test_a_swap_from_layer_inputs_needs_them(model):
+    rule = TopDeviation(0.2, 1, swap=Swap(2.1, every=2, start="inputs"))
+    with pytest.raises(PolicyError, match="hold none"):
+        run(model, chain(rule, "in_prompt"), prompt(7, 3), prompt(13, 5))
+
+
 class OneOfTwo(ReferenceLlama):
     """A rank whose twin holds the same heads: every sum over ranks doubles, and nothing that is chosen may change."""
 

@@ -87,6 +87,34 @@ def test_a_run_inside_vllm_says_so_and_why_it_has_no_cksim(summary):
     assert "without a serving engine" in " ".join(prose.opening(summary, findings))
 
 
+def test_claims_about_cope_are_judged_where_an_adapter_was_measured(summary, tmp_path):
+    chosen = {c.key: c for c in CLAIMS if c.key in ("fig04a-cope", "fig05-cope", "fig10-cope")}
+    assert len(chosen) == 3
+    for claim in chosen.values():
+        finding = judge(claim, summary)
+        assert finding.verdict is Verdict.NOT_RUN and "no CoPE adapter" in finding.measured
+    cfg, paths = made_run.add_cope(tmp_path, *made_run.make_run(tmp_path, prompts_each=5))
+    measured = build_summary(load_run(cfg, **paths))
+    found = {key: judge(claim, measured) for key, claim in chosen.items()}
+    drift = found["fig05-cope"]
+    assert drift.verdict is Verdict.REPRODUCED and "0.50 positions (ccpe)" in drift.measured
+    fell = found["fig04a-cope"]
+    assert fell.verdict is Verdict.REPRODUCED and "behind a real prefix" in fell.measured
+    assert "mix" in found["fig10-cope"].measured
+    row = measured["cksim_cope"][-1]
+    row["context_cope"] = row["context_cope"] | {"value": 0.5, "low": 0.4, "high": 0.6}
+    measured["prompts_cope"][0]["shift"]["cope"] |= {"value": 900.0, "low": 800.0, "high": 1000.0}
+    assert judge(chosen["fig04a-cope"], measured).verdict is Verdict.NOT_REPRODUCED
+    assert judge(chosen["fig05-cope"], measured).verdict is Verdict.PARTLY
+    for mix in (r for r in measured["accuracy"] if r["system"] == "cacheslide_cope" and r["scope"] == "mix"):
+        mix["loss_points"] |= {"value": 1.0, "low": 0.5, "high": 1.5}
+    assert judge(chosen["fig10-cope"], measured).verdict is Verdict.REPRODUCED
+    mix["loss_points"] |= {"value": 2.0, "low": 0.5, "high": 3.5}
+    assert judge(chosen["fig10-cope"], measured).verdict is Verdict.PARTLY
+    mix["loss_points"] |= {"value": 4.0, "low": 0.5, "high": 5.5}
+    assert judge(chosen["fig10-cope"], measured).verdict is Verdict.NOT_REPRODUCED
+
+
 def test_the_page_fetches_nothing(page):
     tags = parsed(page)
     for link in tags.links:

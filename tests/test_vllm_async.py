@@ -1,7 +1,7 @@
 """Async scheduling: a step is planned before the one before it has been heard of. vLLM switches it off on a CPU, for
 want of streams and not of meaning; here it is switched on again, with streams that do nothing."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 
 import pytest
 import torch
@@ -53,11 +53,10 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(path, vllm_environment):
-    with idle_streams():
-        engine = Served(path, engine={"num_gpu_blocks_override": BLOCKS, "max_model_len": 320}, max_generation=2)
+    settings = {"num_gpu_blocks_override": BLOCKS, "max_model_len": 320}
+    with idle_streams(), closing(Served(path, engine=settings, max_generation=2)) as engine:
         assert isinstance(engine.core.scheduler, AsyncScheduler) and engine.core.batch_queue is not None
         yield engine
-        engine.core.shutdown()
 
 
 def test_reuse_is_what_it_is_without(served):

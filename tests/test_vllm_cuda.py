@@ -20,6 +20,7 @@ from cacheslide.engine import ReuseEngine
 from cacheslide.store import MemoryChunkStore
 from cacheslide.vllm.offline import ask, close_engine, open_engine, worker_of
 from cacheslide.vllm.params import marks_of, policy_of
+from cacheslide.vllm.saving import HostCopies
 from harness.backend import ReferenceBackend
 from harness.results.provenance import ROOT
 from harness.tasks.synthetic import examples
@@ -33,11 +34,8 @@ STORES = ["model", "cpu"]
 class Cuda:
     """The engine, its worker, and the reference model on the same device."""
 
-    def __init__(self) -> None:
-        options = {"chunk_size": CHUNK, "encode": "now", "store_device": "model"}
-        self.engine = open_engine(
-            str(PATH), options, max_model_len=2048, gpu_memory_utilization=0.2, skip_tokenizer_init=True
-        )
+    def __init__(self, engine) -> None:
+        self.engine = engine
         self.core = self.engine.llm_engine.engine_core.engine_core
         self.scheduler, self.worker = self.core.scheduler.connector.scheduler, worker_of()
         self.plans = []
@@ -63,6 +61,13 @@ class Cuda:
         before, now = (self.reference.prompt(s, question) for s in (example.previous, example.segments))
         return before, now
 
+    def said(self, answer) -> str:
+        """The answer's text before its end token."""
+        stop = next(
+            (i for i, t in enumerate(answer.token_ids) if t in self.reference.stop_ids()), len(answer.token_ids)
+        )
+        return self.reference.tokenizer.decode(answer.token_ids[:stop], skip_special_tokens=True).strip()
+
     def kv(self, rows: int):
         """K and V of the last loaded request."""
         kv = self.worker.model.paged_kv(self.plans[-1].block_ids, self.worker.block_size)
@@ -72,9 +77,12 @@ class Cuda:
 
 @pytest.fixture(scope="module")
 def cuda():
-    served = Cuda()
-    yield served
-    close_engine(served.engine)
+    options = {"chunk_size": CHUNK, "encode": "now", "store_device": "model"}
+    engine = open_engine(str(PATH), options, max_model_len=2048, gpu_memory_utilization=0.2, skip_tokenizer_init=True)
+    try:
+        yield Cuda(engine)
+    finally:
+        close_engine(engine)
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +161,32 @@ def test_a_mixed_batch_of_packed_and_plain_requests(cuda, prompts):
     marks = [marks_of(now) if i % 4 else None for i, (_, now) in enumerate(pairs)]
     alone = [ask(cuda.engine, [now.token_ids], [m], 8)[0] for (_, now), m in zip(pairs, marks, strict=True)]
     together = ask(cuda.engine, [now.token_ids for _, now in pairs], marks, 8)
-    assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+    # What the model says behind its end token is noise, which another batch size may tip.
+    assert [cuda.said(a) for a in together] == [cuda.said(a) for a in alone]
     assert all((a.receipt is None) == (m is None) for a, m in zip(together, marks, strict=True))
     assert all(a.receipt["rows_reused"] > 0 for a in together if a.receipt)
+
+
+def waits_within(monkeypatch, worker, *names: str) -> list[str]:
+    """Where this package made the host wait for the device, in these methods of the worker from now on."""
+    found = []
+
+    def watched(plain):
+        def call(step) -> None:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    plain(step)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            found.extend(f"{w.filename}:{w.lineno}" for w in seen if "cacheslide" in w.filename)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(worker, name, watched(getattr(worker, name)))
+    return found
 
 
 @pytest.mark.parametrize("store", STORES)
@@ -164,21 +195,35 @@ def test_a_load_never_waits_for_the_device(cuda, prompts, store, monkeypatch):
     cuda.fresh(store)
     run(cuda, before)
     cuda.poison()
-    load, waits = cuda.worker.load, []
-
-    def watched(step) -> None:
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                load(step)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        waits.extend(f"{w.filename}:{w.lineno}" for w in seen if "cacheslide" in w.filename)
-
-    monkeypatch.setattr(cuda.worker, "load", watched)
+    waits = waits_within(monkeypatch, cuda.worker, "load")
     assert run(cuda, now).receipt["rows_reused"] > 0
     assert not waits, waits
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_save_never_waits_for_the_device(cuda, prompts, store, monkeypatch):
+    """Neither what a prefill leaves in its blocks, nor what a finished request leaves as history."""
+    before, now = cuda.turns(prompts[4], prompts[4].questions[0].text)
+    cuda.fresh(store)
+    waits = waits_within(monkeypatch, cuda.worker, "save", "begin")
+    run(cuda, before, policy="naive_reuse", history=len(before) - 1)
+    run(cuda, now, policy="naive_reuse")  # the step that begins with the history's copy
+    assert cuda.worker.store.stats.puts > 0 and not waits, waits
+
+
+def test_copies_to_the_host_hold_no_more_than_they_may(cuda):
+    rows = [torch.randn(1000, 1000, device="cuda") for _ in range(8)]
+    copies = HostCopies(torch.device("cuda"), under_way=9_000_000)  # two of them
+    sent = []
+    for x in rows:
+        torch.cuda._sleep(1_000_000)
+        sent.append(copies.send([x]))
+        assert copies.held <= 9_000_000
+    for (held, done), x in zip(sent, rows, strict=True):
+        done.synchronize()
+        assert held[0].is_pinned() and torch.equal(held[0], x.cpu())
+    copies.settle()
+    assert copies.held == 0
 
 
 def score(cuda, prompts, **marks) -> float:
@@ -191,9 +236,7 @@ def score(cuda, prompts, **marks) -> float:
         run(cuda, before, **marks)
         answer = run(cuda, now, **marks)
         assert marks.get("policy") == "recompute" or answer.receipt["rows_reused"] > 0
-        stop = next((i for i, t in enumerate(answer.token_ids) if t in cuda.reference.stop_ids()), 8)
-        said = cuda.reference.tokenizer.decode(answer.token_ids[:stop], skip_special_tokens=True).strip()
-        right += said in question.answers
+        right += cuda.said(answer) in question.answers
     return right / len(prompts)
 
 

@@ -1,5 +1,7 @@
 """The connector inside a running vLLM (CPU): parity with the reference engine, batches, prefix cache, preemption."""
 
+from contextlib import closing
+
 import pytest
 import torch
 
@@ -15,8 +17,10 @@ from cacheslide.prefill import SelectivePrefill
 from cacheslide.prompt import Prompt, Role, Segment
 from cacheslide.store import MemoryChunkStore
 from cacheslide.vllm import CONNECTOR
+from cacheslide.vllm.offline import close_engine
 from cacheslide.vllm.params import marks_of, policy_of
 from tests.conftest import save_random
+from tests.late_copies import LateCopies
 from tests.test_prefill import prompt
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_environment")]
@@ -57,6 +61,10 @@ class Served:
             self.scheduler, self.worker = self.core.scheduler.connector.scheduler, get_kv_transfer_group().worker
             load = self.worker.load
             self.worker.load = lambda step: (self.plans.extend(step.loads), load(step))[1]
+
+    def close(self) -> None:
+        """Stop the engine."""
+        close_engine(self.llm)
 
     def ask(self, prompts, marks=None, tokens: int = 4, **sampling):
         """Outputs of a batch: greedy, all log-probabilities."""
@@ -125,17 +133,14 @@ def path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def stock(path):
     """What vLLM without the connector says to both turns; run first, since a process has one connector."""
-    engine = Served(path, connector=False)
-    outputs = [*engine.ask([FIRST, SECOND]), engine.plain(SECOND)]
-    engine.core.shutdown()
-    return outputs
+    with closing(Served(path, connector=False)) as engine:
+        return [*engine.ask([FIRST, SECOND]), engine.plain(SECOND)]
 
 
 @pytest.fixture(scope="module")
 def served(path, stock):
-    engine = Served(path)
-    yield engine
-    engine.core.shutdown()
+    with closing(Served(path)) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")
@@ -409,6 +414,23 @@ def test_aborted_requests_leave_nothing_behind(served):
     assert not served.scheduler.tracked and not served.scheduler.prefilling and not served.scheduler.box
 
 
+@pytest.mark.parametrize("system", ["cacheslide", "cacheblend", "epic"])
+def test_chunks_are_used_only_once_their_copies_are_done(served, monkeypatch, system):
+    """Copied out of the blocks, and encoded: a load that read before the copy would find NaN."""
+    served.fresh()
+    served.one(FIRST, policy=system)
+    served.poison()
+    want = served.one(SECOND, policy=system, share=0.3)
+    served.fresh()
+    monkeypatch.setattr(served.worker.store, "copies", late := LateCopies())
+    served.one(FIRST, policy=system)
+    assert late.sent and not any(copy.query() for copy in late.sent)
+    served.poison()
+    got = served.one(SECOND, policy=system, share=0.3)
+    assert tokens(got) == tokens(want) and torch.equal(logprobs(got), logprobs(want))
+    assert receipt(got)["chunks_hit"] == receipt(want)["chunks_hit"] > 0
+
+
 def test_several_samples_of_one_prompt(served):
     served.fresh()
     served.one(FIRST)
@@ -492,8 +514,8 @@ def test_a_small_store_evicts_and_stays_bounded(served, monkeypatch):
 def test_encoding_later_happens_in_a_following_step(served):
     served.fresh()
     served.one(FIRST, 1, encode="later")
-    assert len(served.scheduler.jobs) == 1 and served.core.scheduler.has_requests()  # a server goes on stepping
+    assert len(served.scheduler.keeper.jobs) == 1 and served.core.scheduler.has_requests()  # a server goes on stepping
     served.core.step_fn()
-    assert not served.scheduler.jobs and not served.core.scheduler.has_requests()
+    assert not served.scheduler.keeper.jobs and not served.core.scheduler.has_requests()
     served.poison()
     assert receipt(served.one(SECOND))["chunks_hit"] > 0

@@ -1,5 +1,7 @@
 """Every model family the connector serves: Mistral, Qwen2 (projection biases) and Qwen3 (norms on q and k)."""
 
+from contextlib import closing
+
 import pytest
 import torch
 from transformers import (
@@ -34,9 +36,8 @@ def served(request, tmp_path):
         if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
     made.save_pretrained(tmp_path)
-    engine = Served(tmp_path)
-    yield engine
-    engine.core.shutdown()
+    with closing(Served(tmp_path)) as engine:
+        yield engine
 
 
 def test_all_rows_selected_is_plain_vllm_and_none_is_not(served):

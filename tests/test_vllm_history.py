@@ -1,5 +1,7 @@
 """Generated text as the next turn's history: kept where its KV lies, or encoded anew; generations rise and fall."""
 
+from contextlib import closing
+
 import pytest
 import torch
 
@@ -27,9 +29,9 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(path):
-    engine = Served(path, engine={"num_gpu_blocks_override": BLOCKS, "max_model_len": 320}, max_generation=LIMIT)
-    yield engine
-    engine.core.shutdown()
+    settings = {"num_gpu_blocks_override": BLOCKS, "max_model_len": 320}
+    with closing(Served(path, engine=settings, max_generation=LIMIT)) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +166,7 @@ def test_history_is_copied_before_the_next_step_gives_its_blocks_away(served, re
 def test_a_limit_of_nought_keeps_no_corrected_kv(served, reference, monkeypatch):
     served.fresh()
     options = type(served.scheduler.options)(**{**vars(served.scheduler.options), "max_generation": 0})
-    monkeypatch.setattr(served.scheduler, "options", options)
+    monkeypatch.setattr(served.scheduler.keeper, "options", options)
     talk = Talk(served, policy="naive_reuse")
     kinds = [talk.say()[0]["history"]["from"] for _ in range(3)]
     assert kinds == ["blocks", "encode", "encode"]
@@ -210,4 +212,4 @@ def test_nothing_is_kept_of_what_was_not_generated(served):
     engine.add_request("gone", {"prompt_token_ids": list(prompt.token_ids)}, params)
     engine.abort_request(["gone"])
     engine.step()
-    assert not served.scheduler.keeps and not served.scheduler.jobs and not served.scheduler.running
+    assert not served.scheduler.keeper.keeps and not served.scheduler.keeper.jobs and not served.scheduler.running

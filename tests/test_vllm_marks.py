@@ -13,8 +13,8 @@ pytest.importorskip("vllm")
 from vllm.exceptions import VLLMValidationError
 
 from cacheslide.errors import ConfigError, PromptError
+from cacheslide.vllm.admission import admit
 from cacheslide.vllm.chat import mark_messages, message_roles
-from cacheslide.vllm.door import admit
 from cacheslide.vllm.params import Marks, ServerOptions
 from cacheslide.vllm.separators import cut, split_ids
 from cacheslide.vllm.spans import SpanMemory, content_cuts

@@ -18,6 +18,7 @@ from cacheslide.model.adapter import RowGroup
 from cacheslide.policy import load_policy
 from cacheslide.positions.rope import inverse_frequencies
 from cacheslide.prompt import Prompt
+from cacheslide.store.base import ChunkKV
 from cacheslide.vllm import serve
 from cacheslide.vllm.attention import RowKernel, choose, gathered
 from cacheslide.vllm.connector import CacheSlideConnector
@@ -31,13 +32,52 @@ from cacheslide.vllm.params import Marks, ServerOptions, marks_of, policy_of
 from cacheslide.vllm.plans import WorkerReport
 from cacheslide.vllm.prefix_cache import key_apart
 from cacheslide.vllm.scheduler_side import SchedulerSide
+from cacheslide.vllm.store import WorkerStore
 from cacheslide.vllm.support import check, check_policy
 from tests.conftest import save_random_adapter
+from tests.late_copies import LateCopies
 from tests.test_prefill import prompt
 
 GEOMETRY = Geometry("model", "torch.float32", 5, 2, 32, 64, 4, 1024)
 TURN = prompt(20, 3)  # system 6 | updated 20 | fixed 23, 31, 17 | question 5
 FIXED_END = len(TURN) - 5
+
+
+# --- the store -------------------------------------------------------------------------------------------------------
+
+
+def chunk_of(seed: int, rows: int = 5) -> ChunkKV:
+    g = torch.Generator().manual_seed(seed)
+    k, v = torch.randn(2, 3, rows, 2, 4, generator=g)
+    return ChunkKV(k, v, torch.arange(rows), {1: torch.randn(rows, 7, generator=g)}, generation=2)
+
+
+def test_a_chunk_is_read_only_once_its_copy_is_done():
+    late, wanted = LateCopies(), chunk_of(0)
+    store = WorkerStore(torch.device("cpu"), late)
+    store.put("a", wanted)
+    store.put("a", chunk_of(1))  # a key names its content: nothing is copied again
+    assert len(late.sent) == 1 and store.contains("a")
+    waits = []
+    streams = [SimpleNamespace(wait_event=waits.append) for _ in range(2)]
+    lent = store.lend("a", streams)
+    assert waits == 2 * late.sent and lent.k.isnan().all()  # the streams wait, the host does not
+    got = store.get("a")
+    for name in ("k", "v", "positions"):
+        assert torch.equal(getattr(got, name), getattr(wanted, name))
+    assert torch.equal(got.layer_inputs[1], wanted.layer_inputs[1]) and got.generation == 2
+    assert store.lend("a", streams) is got and len(waits) == 2  # over: nobody waits any more
+
+
+def test_chunks_on_their_way_can_be_dropped_and_handed_over():
+    store, to = WorkerStore(torch.device("cpu"), LateCopies()), WorkerStore(torch.device("cpu"))
+    for i, key in enumerate("abc"):
+        store.put(key, chunk_of(i))
+    store.drop("b")
+    assert store.get("b") is None and len(store) == 2
+    store.hand_over(to)
+    assert not len(store) and not store.nbytes
+    assert all(torch.equal(to.get(key).v, chunk_of(i).v) for key, i in (("a", 0), ("c", 2)))
 
 
 # --- options and marks -----------------------------------------------------------------------------------------------
@@ -78,6 +118,9 @@ def test_marks_round_trip():
         ({"segments": [], "policy": 3}, "policy must be a string"),
         ({"segments": [], "namespace": None}, "namespace must be a string"),
         ({"segments": [], "encode": "soon"}, "encode must be one of"),
+        ({"segments": [], "family": "search"}, "family must be an object"),
+        ({"segments": [], "family": {"name": "a", "rows": 0}}, "family must be an object"),
+        ({"segments": [], "family": {"name": "a", "rows": 4}, "history": 2}, "give no history"),
     ],
 )
 def test_malformed_marks_say_what_is_wrong(marks, reason):
@@ -145,9 +188,12 @@ def test_keying_apart_again_keeps_own_blocks_and_only_moves_down():
     before = list(request.block_hashes)
     key_apart(request, 4)
     assert request.block_hashes == before
-    key_apart(request, 1)
+    key_apart(request, 1, b"shared")
     plain = HashedRequest(range(12)).block_hashes
     assert request.block_hashes[0] == plain[0] and not set(request.block_hashes[1:]) & set(plain + before)
+    later = HashedRequest(range(15))  # longer, and keyed apart at once: the blocks of both are the same
+    key_apart(later, 1, b"shared")
+    assert later.block_hashes[:6] == request.block_hashes and len(later.block_hashes) == 7
 
 
 # --- paged rows in the open layout of GPU backends ---------------------------------------------------------------
@@ -420,7 +466,7 @@ def test_history_leaves_with_the_next_step_that_is_planned():
         "generation": 0,
         "from": "blocks",
     }
-    assert all(key in scheduler.index for plan in scheduler.keeps for key, _ in plan.chunks)
+    assert all(key in scheduler.index for plan in scheduler.keeper.keeps for key, _ in plan.chunks)
     [keep] = scheduler.step(step_output({}, {})).keeps
     rows = [(chunk.start, chunk.end) for _, chunk in keep.chunks]
     assert keep.block_ids == [7, 8, 9] and rows[0][0] == len(TURN) - 5 and rows[-1][1] == len(TURN) + 29
@@ -439,6 +485,50 @@ def test_a_prompt_that_spans_were_found_in_is_planned_with_them():
     assert "seen before" in scheduler.finish(first)["fallback"]
     scheduler.arrive(again)
     assert sum(len(c) for c in scheduler.tracked["1"].plan.chunks) == len(TURN)
+
+
+def member(scheduler, req_id: str, generated: int, name: str = "search", salt=None, **marks):
+    """A request of a family, `generated` tokens behind its prompt, as it arrives."""
+    asked = request(req_id, **marks, family={"name": name, "rows": len(TURN)})
+    asked.prompt_token_ids += range(3, 3 + generated)
+    asked.num_prompt_tokens, asked.cache_salt = len(asked.prompt_token_ids), salt
+    scheduler.arrive(asked)
+    return asked
+
+
+def test_a_family_decides_once_and_later_members_follow():
+    scheduler = side()
+    first = member(scheduler, "first", 0)
+    know(scheduler, "first")
+    assert scheduler.claim(first, 16) == FIXED_END - 16
+    scheduler.finish(first)
+    follower = member(scheduler, "follower", 3)
+    tracked = scheduler.tracked["follower"]
+    assert tracked.follows and not tracked.exact and tracked.kept and tracked.rows == len(TURN)
+    assert scheduler.claim(follower, len(TURN) // 16 * 16) == 0  # its rows are there
+    assert scheduler.finish(follower)["chunks_hit"] == 0 and scheduler.stats.data["requests"] == 1
+    lost = member(scheduler, "lost", 5)
+    assert scheduler.claim(lost, 32) == FIXED_END - 32  # its rows were given away
+    scheduler.index.clear()
+    assert scheduler.claim(lost, 32) == 0 and "no chunk" in scheduler.finish(lost)["fallback"]
+    assert scheduler.stats.data["requests"] == 2
+
+
+def test_a_family_that_started_exactly_stays_exact_and_tenants_have_their_own():
+    scheduler = side()
+    first = member(scheduler, "first", 0)
+    assert scheduler.claim(first, 0) == 0
+    know(scheduler, "first")
+    assert "no chunk" in scheduler.finish(first)["fallback"]
+    assert member(scheduler, "later", 1).request_id not in scheduler.tracked
+    for other in ({"salt": "tenant"}, {"name": "other"}):
+        asked = member(scheduler, "other", 1, **other)
+        assert not scheduler.tracked["other"].follows
+        scheduler.finish(asked)
+    for n in range(300):
+        scheduler.finish(member(scheduler, "one", 0, name=str(n)))
+    member(scheduler, "forgotten", 1)
+    assert not scheduler.tracked["forgotten"].follows
 
 
 def test_a_request_that_cannot_be_planned_is_computed_exactly():
@@ -473,9 +563,9 @@ def test_jobs_wait_for_a_later_step_keep_the_budget_and_are_not_doubled():
         scheduler.claim(r, 0)
     rows = {r.request_id: len(TURN) for r in asked}
     assert not scheduler.step(step_output(rows, dict.fromkeys(rows, 0))).encodes
-    assert len(scheduler.jobs) == 2
+    assert len(scheduler.keeper.jobs) == 2
     kinds = []
-    while scheduler.jobs:
+    while scheduler.keeper.jobs:
         [job] = scheduler.step(step_output({}, {})).encodes
         kinds.append(job.encoding.kind)
     assert kinds == ["fixed_chain", "isolated"] and len(scheduler.index) == 2 * len(TURN.chunks(16))

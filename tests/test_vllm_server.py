@@ -72,7 +72,10 @@ def server(tmp_path_factory) -> Iterator[Server]:
         yield Server(port)
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        try:
+            process.wait(timeout=60)
+        finally:
+            process.kill()
 
 
 def receipt(answer: dict) -> dict:
@@ -117,6 +120,36 @@ def test_streams_end_with_the_receipt(server):
     assert not any("kv_transfer_params" in e for e in stream["events"])
 
 
+def test_beam_search_with_marks(server):
+    """Ratio 1 gives the beams of an exact search, ratio 0 does not: chunks come from another turn."""
+    search = {"use_beam_search": True, "n": 3, "logprobs": 1}
+
+    def beams(answer) -> list[str]:
+        return [choice["text"] for choice in answer["choices"]]
+
+    def likely(answer) -> list[float]:
+        return [x for choice in answer["choices"] for x in choice["logprobs"]["token_logprobs"]]
+
+    marks = {"separator": SEPARATOR}
+    status, exact = server.complete(joined(1), marks | {"policy": "recompute"}, **search)
+    assert status == 200 and "reuses nothing" in receipt(exact)["fallback"]
+    apart = {"cache_salt": "beams"}  # the exact search's blocks are not found
+    server.complete(joined(0), marks, **apart)
+    _, every = server.complete(joined(1), marks | {"share": 1.0}, **search, **apart)
+    _, none = server.complete(joined(1), marks | {"share": 0.0}, **search, **apart)
+    for answer, used in ((every, "rows_recomputed"), (none, "rows_reused")):
+        assert receipt(answer)[used] > 100 and not receipt(answer)["fallback"]
+        assert receipt(answer)["beams"] == {"requests": 1 + 3 * 3, "completed_by_reuse": 1}
+    assert beams(every) == beams(exact) and likely(every) == pytest.approx(likely(exact), abs=1e-3)
+    assert likely(none) != pytest.approx(likely(exact), abs=1e-3)
+    chat = {"messages": messages(1), "kv_transfer_params": {"cacheslide": CHAT_MARKS}}
+    server.post("/v1/chat/completions", **chat)
+    status, answer = server.post("/v1/chat/completions", use_beam_search=True, n=2, **chat)
+    assert status == 200 and receipt(answer)["chunks"] > 5 and receipt(answer)["beams"]["requests"] == 7
+    _, plain = server.complete(joined(1, ""), None, **search)
+    assert plain["kv_transfer_params"] is None
+
+
 def test_messages_are_marked_in_chat_requests(server):
     def ask(turn, marks):
         return server.post("/v1/chat/completions", messages=messages(turn), kv_transfer_params={"cacheslide": marks})
@@ -136,7 +169,7 @@ def test_messages_are_marked_in_chat_requests(server):
         ({"segments": [[0, 9999]]}, {}, "outside the prompt"),
         ({"messages": "auto"}, {}, "in a chat request only"),
         ({"find": True, "history": 3}, {}, "no segments and no history"),
-        ({"find": True}, {"use_beam_search": True, "n": 2}, "beam search starts every beam anew"),
+        ({"separator": "@@"}, {"use_beam_search": True, "n": 2}, "'@@' is not in the prompt"),
         ([], {}, "must be an object"),
     ],
 )

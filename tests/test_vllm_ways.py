@@ -7,11 +7,13 @@ pytest.importorskip("vllm")
 
 from vllm import LLM, SamplingParams
 from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
 
 from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.chat import mark_messages
+from cacheslide.vllm.offline import beam_search, close_engine
 from tests.test_vllm_marks import TEMPLATE
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_environment")]
@@ -41,14 +43,18 @@ def engine():
         kv_transfer_config={"kv_connector": CONNECTOR, "kv_role": "kv_both", "kv_connector_extra_config": extra},
     )
     yield llm
-    llm.llm_engine.engine_core.engine_core.shutdown()
+    close_engine(llm)
+
+
+def side_of(engine):
+    """The connector's scheduler half."""
+    return engine.llm_engine.engine_core.engine_core.scheduler.connector.scheduler
 
 
 @pytest.fixture
 def fresh(engine):
     """The engine as after a start, its blocks full of garbage."""
-    side = engine.llm_engine.engine_core.engine_core.scheduler.connector.scheduler
-    side.reset()
+    side_of(engine).reset()
     assert engine.reset_prefix_cache()
     g = torch.Generator().manual_seed(0)
     for paged in get_kv_transfer_group().worker.model.paged:  # not NaN: masked rows enter the CPU kernel with weight 0
@@ -165,7 +171,7 @@ def test_what_was_seen_before_is_found(fresh):
 
 
 def test_a_server_may_look_for_spans_by_itself(fresh, monkeypatch):
-    side = fresh.llm_engine.engine_core.engine_core.scheduler.connector.scheduler
+    side = side_of(fresh)
     monkeypatch.setattr(side, "options", type(side.options)(**{**vars(side.options), "find_spans": True}))
     plain = fresh.generate(joined(1, ""), sampling({"find": False}), use_tqdm=False)[0]
     assert plain.kv_transfer_params is None and not side.memory.held
@@ -177,15 +183,94 @@ def test_a_server_may_look_for_spans_by_itself(fresh, monkeypatch):
     assert len(beams[0].sequences) == 2 and not side.tracked
 
 
-def test_beams_are_those_of_an_engine_without_reuse(fresh):
-    """Offline there is no way to hand marks to a beam search; what is stored must not leak into it."""
-    params = BeamSearchParams(beam_width=3, max_tokens=5)
-    want = fresh.beam_search([{"prompt": joined(1, "")}], params)[0].sequences
+BEAMS = BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True)
+
+
+def searched(engine, *asked: tuple, tokens: int = 5):
+    """Marked beam searches, which run together: prompts with marks."""
+    params = BeamSearchParams(beam_width=3, max_tokens=tokens, ignore_eos=True)
+    marks = [None if m is None else {"cacheslide": m} for _, m in asked]
+    prompts = [{"prompt": p} if isinstance(p, str) else {"prompt_token_ids": p} for p, _ in asked]
+    return beam_search(engine, prompts, params, marks)
+
+
+def same_beams(got, want) -> bool:
+    pairs = list(zip(got, want, strict=True))
+    return all(a.tokens == b.tokens and abs(a.cum_logprob - b.cum_logprob) < 1e-3 for a, b in pairs)
+
+
+def test_unmarked_beams_are_those_of_an_engine_without_reuse(fresh):
+    want = fresh.beam_search([{"prompt": joined(1, "")}], BEAMS)[0].sequences
     by_separator(0)(fresh)
     by_separator(1, share=0.0)(fresh)
-    got = fresh.beam_search([{"prompt": joined(1, "")}], params)[0].sequences
-    assert [b.tokens for b in got] == [b.tokens for b in want]
-    assert [b.cum_logprob for b in got] == pytest.approx([b.cum_logprob for b in want], abs=1e-4)
+    searched(fresh, (joined(1), {"separator": SEPARATOR, "share": 0.0}))
+    assert same_beams(fresh.beam_search([{"prompt": joined(1, "")}], BEAMS)[0].sequences, want)
+
+
+@torch.inference_mode()
+def spoil_chunks() -> None:
+    """Noise in every chunk: where a row of theirs is used as it is, it shows."""
+    g = torch.Generator().manual_seed(1)
+    for chunk in get_kv_transfer_group().worker.store._chunks.values():
+        for x in (chunk.k, chunk.v):
+            x.copy_(torch.randn(x.shape, generator=g))
+
+
+def test_marked_beams_share_the_rows_that_their_first_step_completed(fresh):
+    first = by_separator(1)(fresh)
+    want = fresh.beam_search([{"prompt_token_ids": first.prompt_token_ids}], BEAMS)[0].sequences
+    for share, same in ((1.0, True), (0.0, False)):
+        by_separator(0)(fresh)
+        spoil_chunks()
+        assert fresh.reset_prefix_cache()
+        [found] = searched(fresh, (joined(1), {"separator": SEPARATOR, "share": share}))
+        assert same_beams(found.sequences, want) is same
+        assert found.receipt["chunks_hit"] == found.receipt["chunks"] > 5 and found.receipt["measured"]
+        assert found.receipt["beams"] == {"requests": 13, "completed_by_reuse": 1}
+        assert not side_of(fresh).tracked
+
+
+def test_beams_whose_rows_were_given_away_complete_them_again(fresh, monkeypatch):
+    first = by_separator(1)(fresh)
+    want = fresh.beam_search([{"prompt_token_ids": first.prompt_token_ids}], BEAMS)[0].sequences
+    step, marks = BeamSearchOfflineMixin._beam_search_step, {"separator": SEPARATOR, "share": 1.0}
+
+    def forgetful(self, *args, **kwargs):
+        assert self.reset_prefix_cache()
+        return step(self, *args, **kwargs)
+
+    spoil_chunks()
+    assert fresh.reset_prefix_cache()
+    monkeypatch.setattr(BeamSearchOfflineMixin, "_beam_search_step", forgetful)
+    [found] = searched(fresh, (joined(1), marks))
+    assert same_beams(found.sequences, want)
+    assert found.receipt["beams"]["completed_by_reuse"] >= 5
+
+
+def test_searches_of_different_prompts_and_marks_run_together(fresh):
+    alone = []
+    by_separator(0)(fresh)
+    by_separator(0, policy="prompt_cache")(fresh)
+    asked = [
+        (joined(1), {"separator": SEPARATOR, "share": 0.3}),
+        (joined(1, ""), None),
+        (joined(1), {"separator": SEPARATOR, "policy": "prompt_cache"}),
+        (joined(2), {"separator": SEPARATOR, "share": 0.3, "history": 0, "encode": "off"}),
+        (joined(2), {"separator": SEPARATOR, "policy": "recompute"}),
+    ]
+    for one in asked:
+        assert fresh.reset_prefix_cache()
+        alone += searched(fresh, one)
+    assert fresh.reset_prefix_cache()
+    for got, want in zip(searched(fresh, *asked), alone, strict=True):
+        assert same_beams(got.sequences, want.sequences)
+        assert got.receipt == want.receipt or got.receipt["rows_prefix_cached"]
+    exact = alone[4].receipt
+    assert "reuses nothing" in exact["fallback"] and exact["beams"]["completed_by_reuse"] == 0
+    assert alone[3].receipt["history"] is None and "keeps no history" in alone[3].receipt["note"]
+    assert alone[2].receipt["chunks_hit"] > 0 and alone[2].receipt["beams"]["completed_by_reuse"] == 1
+    with pytest.raises(VLLMValidationError, match="is not in the prompt"):
+        searched(fresh, (joined(1), {"separator": "@@"}))
 
 
 def test_sixteen_requests_marked_in_every_way_at_once(fresh):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import closing
 
 from cacheslide.vllm.params import ServerOptions
 from cacheslide.vllm.runs import Engine
@@ -15,18 +16,20 @@ def answers(ranks: int) -> list[dict]:
     """Per turn: the tokens said and what the receipt counts."""
     options = ServerOptions(chunk_size=64, encode="now", max_generation=2)
     engine = Engine("models/tiny-llama-12m", options, dtype="float32", max_model_len=1024, tensor_parallel_size=ranks)
-    found = []
-    for system, share in SHARES.items():
-        talk = Turns(engine.begin() + engine.encode("Answer each question with the value ."))
-        talk.add(engine.encode(DOCUMENT))
-        for turn in range(4):
-            notes = engine.encode("\nnotes" + " amber falcon is copper seven ." * (turn + 1))
-            ids, marks = talk.prompt(notes, engine.encode("\nQuestion: what is brave ibex ?\nAnswer:"), policy=system)
-            answer = engine.ask(ids, marks if share is None else marks | {"share": share}, 6)
-            talk.answered(answer.token_ids)
-            counted = ("chunks", "chunks_hit", "rows_reused", "rows_recomputed", "generation", "history", "fallback")
-            found.append({"said": answer.token_ids, "system": system} | {k: answer.receipt[k] for k in counted})
-    engine.close()
+    with closing(engine):
+        return [turn for system, share in SHARES.items() for turn in _turns(engine, system, share)]
+
+
+def _turns(engine: Engine, system: str, share: float | None) -> list[dict]:
+    found, talk = [], Turns(engine.begin() + engine.encode("Answer each question with the value ."))
+    talk.add(engine.encode(DOCUMENT))
+    for turn in range(4):
+        notes = engine.encode("\nnotes" + " amber falcon is copper seven ." * (turn + 1))
+        ids, marks = talk.prompt(notes, engine.encode("\nQuestion: what is brave ibex ?\nAnswer:"), policy=system)
+        answer = engine.ask(ids, marks if share is None else marks | {"share": share}, 6)
+        talk.answered(answer.token_ids)
+        counted = ("chunks", "chunks_hit", "rows_reused", "rows_recomputed", "generation", "history", "fallback")
+        found.append({"said": answer.token_ids, "system": system} | {k: answer.receipt[k] for k in counted})
     return found
 
 

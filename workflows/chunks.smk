@@ -18,6 +18,6 @@ rule build_chunks:
     resources:
         exclusive=1,
     params:
-        config=config,
+        config=native(config),
     script:
         "scripts/build_chunks.py"

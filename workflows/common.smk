@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 from cacheslide.errors import CacheSlideError
-from harness.configuration import check
+from harness.configuration import check, native
 from harness.inventory import (
     FIGURES,
     NO_CKSIM,
@@ -12,7 +12,7 @@ from harness.inventory import (
     has_cksim,
     has_chunk_files,
 )
-from harness.systems import to_scale
+from harness.systems import cope_systems, to_scale
 
 SCHEMA = Path(workflow.basedir, "workflows", "schemas", "config.schema.yaml")
 
@@ -25,12 +25,15 @@ def stop(reason):
 
 def check_config(config):
     """Fill in the schema's defaults; stop where harness.configuration finds something wrong."""
+    with_cope = "cope" in config
     try:
         check(config, SCHEMA)
     except CacheSlideError as wrong:
         stop(wrong)
     if not has_cksim(config):
         print(f"config: cksim is left out: {NO_CKSIM}", file=sys.stderr)
+    if with_cope and "cope" not in config:
+        print("config: cope is left out with backend: vllm", file=sys.stderr)
 
 
 def result(path):
@@ -96,6 +99,26 @@ def per_system(stage):
 def records(stage):
     """The records of every data set and system."""
     return expand(per_system(stage), dataset=config["datasets"])
+
+
+def cope_records(dataset="{dataset}"):
+    """The files of the systems that run on the CoPE model; none without an adapter."""
+    return [
+        result(f"accuracy/{dataset}/{system}.jsonl") for system in cope_systems(config)
+    ]
+
+
+def cope_file(name):
+    """A result that only a configuration with an adapter has."""
+    return result(name) if "cope" in config else []
+
+
+def adapter_files(wildcards):
+    """The CoPE adapter's files: a retrained or newly calibrated one makes its results out of date."""
+    folder = Path(config["cope"]["adapter"])
+    if not (folder / "cope.json").is_file():
+        stop(f"cope.adapter: there is no adapter in {folder}")
+    return sorted(str(p) for p in folder.iterdir() if p.stem in ("cope", "ccpe"))
 
 
 def latency_records():

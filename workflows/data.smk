@@ -30,6 +30,6 @@ rule measure_prompts:
     conda:
         "envs/cacheslide.yaml"
     params:
-        config=config,
+        config=native(config),
     script:
         "scripts/measure_prompts.py"

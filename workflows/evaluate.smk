@@ -16,7 +16,7 @@ rule select_layer:
     resources:
         exclusive=1,
     params:
-        config=config,
+        config=native(config),
     script:
         "scripts/select_layer.py"
 
@@ -40,7 +40,7 @@ rule evaluate:
     resources:
         exclusive=1,
     params:
-        config=config,
+        config=native(config),
         share=None,  # each system recomputes what it recomputes
     script:
         "scripts/evaluate.py"
@@ -64,7 +64,7 @@ rule equal_share:
     resources:
         exclusive=1,
     params:
-        config=config,
+        config=native(config),
         share=config["topk"],
     script:
         "scripts/evaluate.py"
@@ -86,7 +86,7 @@ rule measure_latency:
     resources:
         exclusive=1,
     params:
-        config=config,
+        config=native(config),
     script:
         "scripts/measure_latency.py"
 
@@ -106,7 +106,7 @@ rule measure_throughput:
     resources:
         exclusive=1,
     params:
-        config=config,
+        config=native(config),
     script:
         "scripts/measure_throughput.py"
 
@@ -127,6 +127,6 @@ if has_cksim(config):
         resources:
             exclusive=1,
         params:
-            config=config,
+            config=native(config),
         script:
             "scripts/measure_cksim.py"

@@ -3,12 +3,15 @@
 
 rule summarize:
     input:
-        accuracy=records("accuracy"),
+        accuracy=records("accuracy")
+        + expand(cope_records(), dataset=config["datasets"]),
         equal_share=records("equal_share"),
         latency=latency_records(),
         throughput=result("throughput.jsonl"),
         cksim=result("cksim.jsonl") if has_cksim(config) else [],
+        cksim_cope=cope_file("cksim_cope.jsonl"),
         prompts=result("prompts.json"),
+        prompts_cope=cope_file("prompts_cope.json"),
         layer=result("selection_layer.json"),
     output:
         result("summary.json"),
@@ -44,6 +47,7 @@ if has_cksim(config):
         """KV similarity against position shift."""
         input:
             result(FIGURES["fig04a"]),
+            cope=cope_file("cksim_cope.jsonl"),  # the figure looks for it beside the first
         output:
             figure("fig04a"),
         log:
@@ -60,6 +64,7 @@ rule fig05:
     """How far a fixed segment moves."""
     input:
         result(FIGURES["fig05"]),
+        cope=cope_file("prompts_cope.json"),
     output:
         figure("fig05"),
     log:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cacheslide.kernels.cope_forward import _cope_attention
-from cacheslide.kernels.launch import Device, Work, device_of
+from cacheslide.kernels.launch import Work
 from cacheslide.positions.ccpe import SlotMasses
 
 _GATE = {torch.float32: tl.float32, torch.bfloat16: tl.float16, torch.float16: tl.float16}
@@ -23,15 +23,17 @@ class CopeTiling:
     """`lanes` query lanes (rows times packed heads) by `keys` keys, the launch's warps and stages.
 
     Once all rows have saturated, keys are taken `far_keys` (a multiple of `keys`) at a time, in `far_stages` stages.
+    Wider tiles of 128 lanes and 8 warps were slower at every length and kind of gates on an H200 (docs/log.md); with
+    head_dim 16 Triton 3.6 also compiles them wrongly.
     """
 
-    lanes: int = 128
+    lanes: int = 64
     keys: int = 64
-    warps: int = 8
-    stages: int = 3
+    warps: int = 4
+    stages: int = 2
     pack: bool = True
-    far_keys: int = 128
-    far_stages: int = 2
+    far_keys: int = 64
+    far_stages: int = 3
 
 
 @dataclass(frozen=True)
@@ -59,19 +61,16 @@ def paged(kv: Tensor, table: Tensor) -> Blocks:
     return Blocks(kv[..., :dim], kv[..., dim:], table)
 
 
-def choose_tiling(work: Work, device: Device) -> CopeTiling:
-    """The tiling for a call, by rule: dense rows are not packed, few rows get smaller tiles."""
+def choose_tiling(work: Work) -> CopeTiling:
+    """The tiling for a call, by rule: dense rows are not packed."""
     group = work.heads // work.kv_heads
     least = triton.next_power_of_2(group)
     if work.dtype == torch.float32:  # exact products run outside the tensor cores: small tiles, or registers spill
-        return CopeTiling(lanes=max(32, least), keys=32, warps=4, stages=2, far_keys=32)
+        return CopeTiling(lanes=max(32, least), keys=32, far_keys=32, far_stages=2)
     dense = 2 * work.rows >= work.span * work.requests
-    tiles = triton.cdiv(work.rows * group, 128) * work.kv_heads
     if work.dim > 128:
-        return CopeTiling(lanes=max(64, least), keys=32, warps=4, stages=2, pack=not dense, far_keys=32)
-    if tiles < 2 * device.multiprocessors:
-        return CopeTiling(lanes=max(64, least), warps=4, stages=2, pack=not dense or least > 64, far_keys=64)
-    return CopeTiling(lanes=max(128, least), pack=not dense)
+        return CopeTiling(lanes=max(64, least), keys=32, pack=not dense, far_keys=32, far_stages=2)
+    return CopeTiling(lanes=max(64, least), warps=4 if least <= 64 else 8, pack=not dense)
 
 
 def cope_attention(
@@ -97,7 +96,7 @@ def cope_attention(
     slots = None if slots is None or not len(slots.bounds) else slots
     span = blocks.table.shape[1] * block_size if max_row is None else max_row + 1
     work = Work(n, requests, span, heads, kv_heads, dim, block_size, q.dtype)
-    tiling = tiling or choose_tiling(work, device_of(q))
+    tiling = tiling or choose_tiling(work)
     pack = heads // kv_heads if tiling.pack else 1
     grid = (heads // pack, n // (tiling.lanes // pack) + requests)
     p_max = embedding.shape[0]

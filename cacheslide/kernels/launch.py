@@ -50,7 +50,6 @@ class Work:
 
 
 SMALL = Tiling(lanes=64, warps=4, stages=3)  # two of these share a multiprocessor
-_TUNED: dict[tuple, Tiling] = {}  # what `tuning.tune` found, by `tuning_key`
 
 
 def choose_tiling(work: Work, device: Device = Device()) -> Tiling:
@@ -118,8 +117,7 @@ def row_attention(
     span = block_table.shape[1] * block_size if max_row is None else max_row + 1
     if tiling is None:
         work = Work(n, requests, span, heads, kv_heads, dim, block_size, q.dtype)
-        tiling = _TUNED.get(tuning_key(work)) if _TUNED else None
-        tiling = tiling or choose_tiling(work, device_of(q))
+        tiling = choose_tiling(work, device_of(q))
     pack = heads // kv_heads if tiling.pack else 1
     padded = max(16, triton.next_power_of_2(dim))
     chunks = triton.cdiv(span, tiling.chunk) if tiling.chunk else 1
@@ -147,12 +145,6 @@ def row_attention(
             HEAD_DIM=dim, PAD_DIM=padded, BLOCK=block,
         )  # fmt: skip
     return out
-
-
-def tuning_key(work: Work) -> tuple:
-    """Calls that share a tuned tiling: the same shapes, rows and span within the same powers of two."""
-    sizes = (work.rows.bit_length(), work.requests.bit_length(), (work.span - 1).bit_length())
-    return (*sizes, work.heads, work.kv_heads, work.dim, work.block_size, work.dtype)
 
 
 def device_of(x: Tensor) -> Device:

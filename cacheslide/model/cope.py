@@ -64,14 +64,13 @@ class CopeLlama(ReferenceLlama):
         """See `ModelAdapter.attend`."""
         parts = q.split([len(g.rows) for g in groups])
         out = [
-            cope_attention(
-                part, g.kv.k[layer], g.kv.v[layer], self.tables[layer], g.rows, None, self._crossed(layer, g)
-            )
+            cope_attention(part, g.kv.k[layer], g.kv.v[layer], self.tables[layer], g.rows, None, self.crossed(layer, g))
             for part, g in zip(parts, groups, strict=True)
             if len(g.rows)
         ]
         return torch.cat(out) if len(out) > 1 else out[0]
 
-    def _crossed(self, layer: int, group: RowGroup) -> SlotMasses | None:
+    def crossed(self, layer: int, group: RowGroup) -> SlotMasses | None:
+        """The slot masses that rows of a described prompt meet in `layer`; None where every gate is live."""
         packed = None if self.masses is None else pack_slots([(getattr(group.kv, "slots", None), group.rows)])
         return None if packed is None else packed.masses(self.masses[layer].to(group.rows.device), self.cap)

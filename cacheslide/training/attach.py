@@ -37,8 +37,9 @@ def cope_attention_forward(
         raise ModelError(f"{key.shape[2]} keys exceed the sliding window of {window}, which CoPE does not keep")
     if dropout:
         raise ModelError("CoPE attention has no dropout")
-    # Under autocast the projections are in 16 bits, the table is not.
-    out = cope_attention(query, key, value, module.cope_positions.to(query.dtype), scaling)
+    # Under autocast the projections are in 16 bits, the table is not, nor are queries and keys after a turn by angle 0.
+    positions = module.cope_positions.to(value.dtype)
+    out = cope_attention(query.to(value.dtype), key.to(value.dtype), value, positions, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 

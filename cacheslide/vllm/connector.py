@@ -64,7 +64,7 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
 
     def has_pending_push_work(self) -> bool:
         """Keeps an idle engine stepping while chunks wait to be encoded or copied."""
-        return bool(self.scheduler.jobs or self.scheduler.keeps)
+        return bool(self.scheduler.keeper.jobs or self.scheduler.keeper.keeps)
 
     def get_kv_connector_stats(self) -> ReuseStats | None:
         return self.scheduler.take_stats() if self.scheduler is not None else None
@@ -112,3 +112,5 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
     def shutdown(self) -> None:
         if self.scheduler is not None:
             self.scheduler.close()
+        if self.worker is not None:
+            self.worker.close()

@@ -1,14 +1,16 @@
 """An offline vLLM engine with or without the connector, and requests whose time to first token is known."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.sampling_params import BeamSearchParams
 
 from cacheslide.vllm import CONNECTOR
+from cacheslide.vllm.beams import Search, start_search
 from cacheslide.vllm.cope_setting import overrides
 from cacheslide.vllm.params import FIELD
 
@@ -40,7 +42,8 @@ def open_engine(model: str, connector: Mapping[str, Any] | None, cope: str | Pat
 
 
 def close_engine(engine: LLM) -> None:
-    """Stop it and give its memory back."""
+    """Stop it, with its processes and threads, and give its memory back; a closed one may be closed again."""
+    engine.renderer.shutdown()
     engine.llm_engine.engine_core.shutdown()
 
 
@@ -85,3 +88,58 @@ def ask(
         )
         for o in outputs
     ]
+
+
+@dataclass(frozen=True)
+class Searched:
+    """One beam search: vLLM's sequences, best first, and its receipt if it was marked."""
+
+    sequences: list[Any]
+    receipt: dict[str, Any] | None
+
+
+def beam_search(
+    engine: LLM,
+    prompts: Sequence[Any],
+    params: BeamSearchParams,
+    marks: Sequence[Mapping[str, Any] | None],
+    **options: Any,
+) -> list[Searched]:
+    """`LLM.beam_search` with marks, which has no place for them.
+
+    `marks` are the prompts' `kv_transfer_params`, `options` are those of `LLM.beam_search`.
+    VLLMValidationError says what is wrong with marks.
+    """
+    search = _MarkedSearch(engine, marks)
+    found = search.beam_search(prompts, params, **options)
+    receipts = [None if s is None else (s.kv_transfer_params or {}).get(FIELD) for s in search.searches]
+    return [Searched(f.sequences, r) for f, r in zip(found, receipts, strict=True)]
+
+
+class _MarkedSearch(LLM):
+    """An engine's beam search, whose steps carry marks; everything else is the engine's own."""
+
+    def __init__(self, engine: LLM, marks: Sequence[Mapping[str, Any] | None]) -> None:
+        vars(self).update(vars(engine))
+        self.marks, self.searches, self._of = marks, [], {}
+
+    def _preprocess_cmpl(self, prompts: Sequence[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        config, rendered = self.llm_engine.vllm_config, super()._preprocess_cmpl(prompts, *args, **kwargs)
+        self.searches = [start_search(config, self.renderer, p, m) for p, m in zip(rendered, self.marks, strict=True)]
+        return [p if s is None else s.prompt for p, s in zip(rendered, self.searches, strict=True)]
+
+    def _beam_search_step(self, instances_batch: Sequence[Any], *args: Any, **kwargs: Any) -> bool:
+        by_prompt = {id(s.prompt): s for s in self.searches if s is not None}
+        beams = [beam for instance in instances_batch for beam in instance.beams]
+        self._of = {id(beam.tokens): by_prompt.get(id(beam.orig_prompt)) for beam in beams}
+        return super()._beam_search_step(instances_batch, *args, **kwargs)
+
+    def _render_and_run_requests(self, prompts: Iterable[Any], params: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        prompts = list(prompts)
+        searches: list[Search | None] = [self._of[id(p["prompt_token_ids"])] for p in prompts]
+        params = [p if s is None else s.step(p) for p, s in zip(params, searches, strict=True)]
+        outputs = super()._render_and_run_requests(iter(prompts), params, *args, **kwargs)
+        for search, output in zip(searches, outputs, strict=True):
+            if search is not None:
+                search.heard(output)
+        return outputs

@@ -119,7 +119,8 @@ class Marks:
     `segments` are the fixed spans, half-open in tokens; everything between them is updated text. With `find` they are
     the spans seen before. Rows from `history` on, and what is generated, are fixed text of the next turn. `policy`,
     `share` and `layer` override the server's system, the share of reused rows it recomputes and its selection layer.
-    `note` goes into the receipt; without segments it is the reason of an exact computation.
+    `note` goes into the receipt; without segments it is the reason of an exact computation. `family`, {"name", "rows"},
+    joins the requests that continue one prompt, the first `rows` rows of each (`families.py`; beam search sets it).
     """
 
     segments: tuple[tuple[int, int], ...] = ()
@@ -131,6 +132,7 @@ class Marks:
     namespace: str = ""
     encode: str | None = None
     note: str = ""
+    family: Mapping[str, Any] | None = None
 
     @classmethod
     def parse(cls, params: Mapping[str, Any] | None) -> "Marks | None":
@@ -172,6 +174,16 @@ class Marks:
             raise PromptError(f"{FIELD}: layer must be an integer, not {self.layer!r}")
         if self.history is not None and not _is_count(self.history):
             raise PromptError(f"{FIELD}: history must be the row it starts at, not {self.history!r}")
+        if self.family is not None:
+            self._check_family()
+
+    def _check_family(self) -> None:
+        family = self.family
+        fits = isinstance(family, Mapping) and set(family) == {"name", "rows"} and isinstance(family["name"], str)
+        if not fits or not _is_count(family["rows"]) or family["rows"] < 1:
+            raise PromptError(f"{FIELD}: family must be an object of name and rows, not {family!r}")
+        if self.history is not None:
+            raise PromptError(f"{FIELD}: what a family generates is not kept: give no history")
 
     def system(self, default: str) -> ReusePolicy:
         """The reuse policy asked for, `default` where the request names none."""
@@ -179,6 +191,12 @@ class Marks:
 
     def prompt(self, token_ids) -> Prompt:
         """The marked prompt; PromptError when a span, or the start of the history, does not fit it."""
+        if self.family is not None:
+            if self.family["rows"] > len(token_ids):
+                raise PromptError(
+                    f"{FIELD}: a family of {self.family['rows']} rows, but the prompt has {len(token_ids)}"
+                )
+            token_ids = token_ids[: self.family["rows"]]
         if self.history is not None:
             if not 0 <= self.history <= len(token_ids):
                 raise PromptError(f"{FIELD}: history starts at row {self.history} of {len(token_ids)}")

@@ -1,49 +1,44 @@
 """The scheduler's half: what each marked request reuses, what is kept of it, and what its receipt says."""
 
-import logging
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from vllm.v1.request import RequestStatus
 
 from cacheslide.engine import Receipt, make_plan
-from cacheslide.errors import CacheSlideError, PolicyError, PromptError, StoreError
-from cacheslide.keys import CacheIdentity, ChunkKey
-from cacheslide.positions.ccpe import PromptSlots, check_slots, slots_in
-from cacheslide.prompt import Chunk, Prompt
+from cacheslide.errors import CacheSlideError, PolicyError, PromptError
+from cacheslide.keys import CacheIdentity
 from cacheslide.vllm import reasons
 from cacheslide.vllm.cope_slots import SlotRows
+from cacheslide.vllm.families import Families
 from cacheslide.vllm.geometry import Geometry
-from cacheslide.vllm.history import job_of, keep_history
-from cacheslide.vllm.index import ChunkIndex
+from cacheslide.vllm.history import keep_history
+from cacheslide.vllm.keeping import ChunkKeeper
 from cacheslide.vllm.mailbox import close_box, open_box
 from cacheslide.vllm.metrics import ReuseStats
 from cacheslide.vllm.params import Marks, ServerOptions
-from cacheslide.vllm.plans import EncodeJob, LoadPlan, SavePlan, StepPlan, WorkerReport
+from cacheslide.vllm.plans import LoadPlan, StepPlan, WorkerReport
 from cacheslide.vllm.prefix_cache import key_apart
 from cacheslide.vllm.spans import SpanMemory
 from cacheslide.vllm.support import check_policy
 from cacheslide.vllm.tracked import Tracked
 
-logger = logging.getLogger("vllm.cacheslide")  # below vLLM's logger, so that its handler prints it
-
 
 class SchedulerSide:
-    """Owns the index of chunks. `vllm_config` and `geometry` describe the engine it serves."""
+    """Follows requests and plans steps. `vllm_config` and `geometry` describe the engine it serves."""
 
     def __init__(self, vllm_config, options: ServerOptions, geometry: Geometry) -> None:
         self.options, self.geometry = options, geometry
         self.block_size = vllm_config.cache_config.block_size
         self.engine_id = vllm_config.kv_transfer_config.engine_id
         self.box = open_box(self.engine_id)
-        self.index = ChunkIndex(int(options.store_gib * 2**30))
+        self.keeper = ChunkKeeper(options, geometry)
+        self.index = self.keeper.index
         self.tracked: dict[str, Tracked] = {}
         self.running: dict[str, Any] = {}  # vLLM's requests that have blocks, marked or not
         self.prefilling: dict[str, None] = {}  # tracked requests whose prompt is not complete yet, in order of arrival
-        self.jobs: deque[tuple[EncodeJob, bool]] = deque()  # and whether it may not wait
-        self.keeps: list[SavePlan] = []  # of requests that finished since the last step
+        self.families = Families()
         self.memory = SpanMemory(options.span_tokens, options.spans_known)
         self.stats = ReuseStats()
         self.rows_planned = 0  # claimed in the step being scheduled
@@ -58,21 +53,16 @@ class SchedulerSide:
             marks = Marks.parse(request.kv_transfer_params) or self._unmarked(request)
             if marks is None or (marks.find is False and not marks.segments):
                 return
-            tracked = self._plan(request, marks)
+            tracked = self._plan(request, marks) if marks.family is None else self._member(request, marks)
         except CacheSlideError as wrong:
             tracked = Tracked(rows, "", reason=str(wrong), kept=True)
+        if tracked is None:
+            return
         self.tracked[request.request_id] = tracked
         self.prefilling[request.request_id] = None
         if tracked.slots is not None:  # the rows behind the first slot are not those of a request without marks
-            key_apart(request, tracked.slots.bounds[0][1] // self.block_size)
-
-    def slots_of(self, prompt: Prompt) -> PromptSlots | None:
-        """The slots that a CoPE model crosses by their calibrated masses; PromptError when Γ has too few."""
-        if not self.geometry.slots:
-            return None
-        slots = slots_in(prompt)
-        check_slots(slots, self.geometry.slots)
-        return slots if slots.bounds else None
+            secret = tracked.family.secret if tracked.family is not None else None
+            key_apart(request, tracked.slots.bounds[0][1] // self.block_size, secret)
 
     def _unmarked(self, request) -> Marks | None:
         """Marks of a request without any, where the server looks for spans by itself."""
@@ -82,6 +72,16 @@ class SchedulerSide:
         one_beam = sampling.max_tokens == 1 and not sampling.detokenize  # a new request each token: see servers.py
         return None if one_beam else Marks(find=True)
 
+    def _member(self, request, marks: Marks) -> Tracked | None:
+        """A family's first member is planned as any request; a later one follows it (None: exactly, as all of it)."""
+        tenant, name = request.cache_salt or "", marks.family["name"]
+        family = self.families.get(tenant, name)
+        if family is None or not (family.reason or family.first is not None):
+            tracked = self._plan(request, marks)
+            tracked.family = family or self.families.add(tenant, name, tracked)
+            return tracked
+        return None if family.reason else family.join(request)
+
     def _plan(self, request, marks: Marks) -> Tracked:
         if marks.find and self.geometry.slots:
             raise PromptError("spans that are looked for follow no template, which calibrated slot masses (CCPE) need")
@@ -89,14 +89,15 @@ class SchedulerSide:
         check_policy(policy, self.geometry.num_layers)
         tenant = "\0".join((self.options.namespace, marks.namespace, request.cache_salt or ""))
         if marks.find:
-            marks = replace(marks, segments=tuple(self.memory.meet(tenant, request.prompt_token_ids)))
+            rows = marks.family and marks.family["rows"]
+            marks = replace(marks, segments=tuple(self.memory.meet(tenant, request.prompt_token_ids[:rows])))
         prompt = marks.prompt(request.prompt_token_ids)
         if policy.transform(prompt) != prompt:
             raise PolicyError(f"{policy.name} rewrites prompts: apply its transform before sending")
         identity = CacheIdentity(self.geometry.model_id, self.geometry.dtype, namespace=tenant)
         plan = make_plan(policy, identity, prompt, self.options.chunk_size, self.geometry.max_positions)
         tracked = Tracked(len(prompt), policy.name, policy=policy, plan=plan, identity=identity)
-        tracked.slots = self.slots_of(prompt)
+        tracked.slots = self.geometry.slots_of(prompt)
         tracked.encode = marks.encode or self.options.encode
         tracked.spans, tracked.history, tracked.note = marks.segments, marks.history, marks.note
         tracked.schema = plan.positions[-1] != len(prompt) - 1
@@ -130,6 +131,13 @@ class SchedulerSide:
             tracked.reason = reasons.NOT_STORED_BEYOND if stored else reasons.NOT_STORED
             if want <= 0:
                 tracked.reason = reasons.COVERED
+            if tracked.follows and tracked.rows - computed < self.block_size:
+                tracked.reason = ""  # the rest is exact work over the family's rows
+            elif tracked.family is not None:
+                tracked.family.reason = tracked.reason
+            return 0
+        if tracked.follows and want < self.block_size:  # a block that the first member left open
+            tracked.reuse = ()
             return 0
         if self.rows_planned and self.rows_planned + want > self.options.rows_per_step:
             return None
@@ -139,7 +147,11 @@ class SchedulerSide:
         tracked.generation = max(self.index.generation(key) for key, _ in reuse)
         self.rows_planned += want
         self.index.touch(tracked.plan.keys)
-        key_apart(request, computed // self.block_size)
+        first, secret = computed // self.block_size, None
+        if tracked.family is not None:
+            tracked.family.corrected_from(first)
+            secret = tracked.family.secret
+        key_apart(request, first, secret)
         return want
 
     def _shares_unfinished_blocks(self, request, computed: int) -> bool:
@@ -179,8 +191,9 @@ class SchedulerSide:
         receipt |= {"generation": 0 if tracked.exact else tracked.generation}
         receipt |= {"note": tracked.note} if tracked.note else {}
         if tracked.history is not None and tracked.plan is not None:
-            receipt |= {"history": keep_history(self, request, tracked, list(block_ids))}
-        self.stats.record(receipt)
+            receipt |= {"history": keep_history(self.keeper, request, tracked, list(block_ids))}
+        if not tracked.follows or tracked.reuse or tracked.reason:  # a family is one request while its blocks last
+            self.stats.record(receipt)
         return receipt
 
     def _forecast(self, tracked: Tracked) -> dict[str, Any]:
@@ -196,9 +209,9 @@ class SchedulerSide:
     def step(self, output) -> StepPlan:
         """What the workers do in the step that `output` describes."""
         step = StepPlan(forget=self.forget)
-        step.keeps, self.keeps = self.keeps, []
+        step.keeps, self.keeper.keeps = self.keeper.keeps, []
         self.forget, self.rows_planned = False, 0
-        waited = len(self.jobs)
+        waited = len(self.keeper.jobs)
         state = output.kv_connector_block_state
         for req_id in [r for r in self.prefilling if r in output.num_scheduled_tokens]:
             tracked = self.tracked[req_id]
@@ -215,8 +228,8 @@ class SchedulerSide:
                 del self.prefilling[req_id]
                 if not tracked.kept:
                     tracked.kept = True
-                    self._keep(tracked, step)
-        self._emit_jobs(step, waited, idle=not output.num_scheduled_tokens)
+                    self.keeper.keep(tracked, step)
+        self.keeper.hand_out(step, waited, idle=not output.num_scheduled_tokens)
         return step
 
     def _load(self, req_id: str, tracked: Tracked, end: int) -> LoadPlan:
@@ -237,55 +250,6 @@ class SchedulerSide:
             tracked.slots,
         )
 
-    def _keep(self, tracked: Tracked, step: StepPlan) -> None:
-        """The request's prompt is complete in this step: keep its chunks, or have them encoded."""
-        plan, policy = tracked.plan, tracked.policy
-        missing = {k: c for k, c in zip(plan.keys, plan.chunks, strict=True) if k not in self.index}
-        if not missing or tracked.encode == "off":
-            return
-        if policy.encoding.kind == "in_prompt" and tracked.exact and not policy.probe_layers and not tracked.schema:
-            evict = self.reserve(missing, len(policy.probe_layers))
-            if evict is not None:
-                step.saves.append(SavePlan(tracked.block_ids, tuple(missing.items()), evict))
-            return
-        self.enqueue(job_of(policy, plan), tracked.encode)
-
-    def enqueue(self, job: EncodeJob, when: str) -> None:
-        """Have a job done, unless it waits already."""
-        if all(job.keys != waiting.keys for waiting, _ in self.jobs):
-            self.jobs.append((job, when == "now"))
-
-    def reserve(
-        self, chunks: Mapping[ChunkKey, Chunk], probes: int, generation: int = 0
-    ) -> tuple[ChunkKey, ...] | None:
-        """Room in the index for `chunks` with the inputs of `probes` layers: the keys that leave, None if too large."""
-        sizes = {key: self.geometry.chunk_bytes(len(chunk), probes) for key, chunk in chunks.items()}
-        try:
-            return tuple(self.index.reserve(sizes, generation))
-        except StoreError as full:
-            logger.warning("CacheSlide keeps nothing of a prompt: %s", full)
-            return None
-
-    def _emit_jobs(self, step: StepPlan, waited: int, idle: bool) -> None:
-        """Hand out jobs; the first `waited` come from earlier steps, the others go only if they may not wait."""
-        budget, waiting = self.options.encode_tokens_per_step, deque()
-        for number, (job, urgent) in enumerate(self.jobs):
-            renewed = [key for key in job.keys if job.renew and self.index.generation(key)]
-            missing = [key not in self.index or key in renewed for key in job.keys]
-            tokens = job.tokens(missing)
-            if not tokens:
-                continue
-            fits = tokens <= budget or not step.encodes
-            if not urgent and not (fits and number < waited and (idle or not step.loads)):
-                waiting.append((job, urgent))
-                continue
-            evict = self.reserve(dict(zip(job.keys, job.chunks, strict=True)), len(job.capture))
-            if evict is not None:
-                budget -= tokens
-                self.index.set_exact(renewed)
-                step.encodes.append(replace(job, evict=(*evict, *renewed)))
-        self.jobs = waiting
-
     # --- what comes back -------------------------------------------------------------------------------------------
 
     def heard(self, report: WorkerReport) -> None:
@@ -304,10 +268,9 @@ class SchedulerSide:
 
     def reset(self) -> None:
         """Forget every chunk, here and in the workers (the weights have changed)."""
-        self.index.clear()
+        self.keeper.clear()
         self.memory.clear()
-        self.jobs.clear()
-        self.keeps.clear()
+        self.families.clear()
         self.forget = True
 
     def close(self) -> None:

@@ -1,18 +1,19 @@
-"""What vLLM's OpenAI servers leave out: receipts in streamed answers, and an answer to marks in beam search.
+"""What vLLM's OpenAI servers leave out: receipts in streamed answers, and the marks of a beam search.
 
 vLLM sends `kv_transfer_params` with whole answers only. A stream gets one event more before [DONE]; it has no choices,
-as the event with the usage, so that clients which know only choices pass over it. Beam search drops the parameters:
-every beam is a new request each token, and reuse would be paid for again each time. Marks are refused there.
+as the event with the usage, so that clients which know only choices pass over it. Beam search drops the parameters on
+its way to the requests it is made of: they are handed on (`beams.py`).
 """
 
 import inspect
 import json
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import wraps
 from typing import Any
 
+from cacheslide.vllm.beams import Search, start_search
 from cacheslide.vllm.params import FIELD
 
 _DONE = "data: [DONE]\n\n"
@@ -24,37 +25,72 @@ _OBJECTS = {
     "completion_stream_generator": "text_completion",
     "chat_completion_stream_generator": "chat.completion.chunk",
 }
-_BEAMS = (
+_PROTOCOLS = (
     ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest", "to_beam_search_params"),
     ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest", "to_beam_search_params"),
 )
+_BEAMS = ("vllm.entrypoints.generate.beam_search.online", "BeamSearchOnlineMixin", "beam_search")
 
 
 def adapt_servers() -> None:
     """Wrap those servers that this process has loaded (each once)."""
-    for module, owner, name in (*_STREAMS, *_BEAMS):
-        if (loaded := sys.modules.get(module)) is not None:
-            plain = getattr(getattr(loaded, owner), name)
-            if not hasattr(plain, "adapted"):
-                wrapped = _with_receipt(plain, _OBJECTS[name]) if name in _OBJECTS else _without_marks(plain)
-                wrapped.adapted = True
-                setattr(getattr(loaded, owner), name, wrapped)
+    for stream in _STREAMS:
+        _adapt(*stream, lambda plain: _with_receipt(plain, _OBJECTS[plain.__name__]))
+    for protocol in _PROTOCOLS:
+        _adapt(*protocol, _with_marks)
+    _adapt(*_BEAMS, _searched)
 
 
-def _without_marks(plain):
+def _adapt(module: str, owner: str, name: str, wrap: Callable) -> None:
+    if (loaded := sys.modules.get(module)) is not None:
+        plain = getattr(getattr(loaded, owner), name)
+        if not hasattr(plain, "adapted"):
+            wrapped = wrap(plain)
+            wrapped.adapted = True
+            setattr(getattr(loaded, owner), name, wrapped)
+
+
+def _with_marks(plain):
+    """Beam search parameters that keep the request's `kv_transfer_params`, which vLLM leaves out of them."""
+
     @wraps(plain)
     def to_beam_search_params(self, *args: Any, **kwargs: Any):
-        from vllm.exceptions import VLLMValidationError
-
-        if FIELD in (self.kv_transfer_params or {}):
-            raise VLLMValidationError(
-                "beam search starts every beam anew each token and would pay for reuse each time: "
-                "send it without marks, or ask for n samples",
-                parameter="kv_transfer_params",
-            )
-        return plain(self, *args, **kwargs)
+        params = plain(self, *args, **kwargs)
+        params.kv_transfer_params = self.kv_transfer_params
+        return params
 
     return to_beam_search_params
+
+
+def _searched(plain):
+    """Beam search whose steps carry marks, with a receipt for all of them."""
+
+    @wraps(plain)
+    async def beam_search(self, prompt, request_id, params, *args: Any, **kwargs: Any):
+        asked = getattr(params, "kv_transfer_params", None)
+        search = start_search(self.engine_client.vllm_config, self.renderer, prompt, asked)
+        if search is not None:
+            self, prompt = _Serving(self, search), search.prompt
+        async for output in plain(self, prompt, request_id, params, *args, **kwargs):
+            if search is not None:
+                output.kv_transfer_params = search.kv_transfer_params
+            yield output
+
+    return beam_search
+
+
+class _Serving:
+    """As much of a serving object as beam search uses; its engine gets the steps with their marks."""
+
+    def __init__(self, serving, search: Search) -> None:
+        self.renderer, self.engine_client = serving.renderer, self
+        self._engine, self._search = serving.engine_client, search
+
+    async def generate(self, prompt, sampling_params, *args: Any, **kwargs: Any):
+        """See vLLM's `EngineClient.generate`."""
+        async for output in self._engine.generate(prompt, self._search.step(sampling_params), *args, **kwargs):
+            self._search.heard(output)
+            yield output
 
 
 def _with_receipt(plain, kind: str):

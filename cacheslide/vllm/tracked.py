@@ -1,13 +1,16 @@
 """What the scheduler's half knows about one request."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cacheslide.engine import Plan
 from cacheslide.keys import CacheIdentity, ChunkKey
 from cacheslide.policy import ReusePolicy
 from cacheslide.positions.ccpe import PromptSlots
 from cacheslide.prompt import Chunk
+
+if TYPE_CHECKING:
+    from cacheslide.vllm.families import Family
 
 
 @dataclass
@@ -34,3 +37,5 @@ class Tracked:
     loading: bool = False
     block_ids: list[int] = field(default_factory=list)
     receipt: dict[str, Any] | None = None
+    family: "Family | None" = None
+    follows: bool = False  # an earlier member of its family has completed the prompt

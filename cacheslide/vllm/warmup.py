@@ -26,12 +26,13 @@ def warm_up(model: VllmModel, max_tokens: int) -> None:
     # A width that is a multiple of 16, and one that is not: Triton compiles them apart.
     tables = [torch.zeros(1, n, dtype=torch.int32, device=device) for n in (-(-max_tokens // size // 16) * 16, 7)]
     cope = model.crossing is not None
-    choose, found = cope_launch.choose_tiling if cope else launch.choose_tiling, set()
+    found = set()
     for span in _SPANS:
         for n in _ROWS:
             if n <= span <= max(max_tokens, _SPANS[0]):
                 work = launch.Work(n, 1, span, heads, kv_heads, dim, size, model.dtype)
-                found.add(choose(work, launch.device_of(q)))
+                rule = cope_launch.choose_tiling(work) if cope else launch.choose_tiling(work, launch.device_of(q))
+                found.add(rule)
     shared = q, rows, bounds.to(device)
     for tiling in found:
         for table in tables:

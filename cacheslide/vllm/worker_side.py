@@ -1,5 +1,6 @@
 """The worker's half: completes prompts from cached chunks, copies chunks out of the paged cache, encodes others."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,7 @@ from cacheslide.vllm.paged_source import PagedChunks
 from cacheslide.vllm.params import ServerOptions
 from cacheslide.vllm.plans import LoadPlan, SavePlan, StepPlan, WorkerReport
 from cacheslide.vllm.reasons import LOST
+from cacheslide.vllm.saving import HostCopies
 from cacheslide.vllm.store import WorkerStore
 
 
@@ -46,12 +48,12 @@ class WorkerSide:
             warm_up(self.model, config.model_config.max_model_len)
 
     def _open_store(self, where: str) -> WorkerStore:
-        """An empty store; one in host memory beside a GPU is pinned, and read on a stream of its own."""
+        """An empty store; one in host memory beside a GPU is pinned, and read and written on streams of its own."""
         device = torch.device("cpu") if where == "cpu" else self.model.device
         pinned = where == "cpu" and self.model.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.model.device) if pinned else None
         self.rings = Rings(self.model.device, self.stream)
-        return WorkerStore(device, pinned)
+        return WorkerStore(device, HostCopies(self.model.device) if pinned else None)
 
     def move_store(self, where: str) -> None:
         """Move all chunks to the host ("cpu") or to the model's device ("model")."""
@@ -61,6 +63,7 @@ class WorkerSide:
     @torch.inference_mode()
     def begin(self, step: StepPlan) -> None:
         """Before anything writes to the cache in this step: keep what finished requests leave in their old blocks."""
+        self.store.settle()
         if step.forget:
             self.store.clear()
         if self.model.crossing is not None:
@@ -74,7 +77,8 @@ class WorkerSide:
         """Complete the rows of all requests that reuse chunks in this step, in one packed run."""
         if not step.loads:
             return
-        found = [self._find(plan) for plan in step.loads]
+        streams = () if self.stream is None else (self.stream, torch.cuda.current_stream(self.model.device))
+        found = [self._find(plan, streams) for plan in step.loads]
         self._reserve(step.loads, [pieces for _, pieces, _ in found])
         prepared = [self._prepare(plan, *parts) for plan, parts in zip(step.loads, found, strict=True)]
         with self.model.running(any(plan.positions is not None for plan in step.loads)):
@@ -83,13 +87,13 @@ class WorkerSide:
         for plan, (request, receipt), output in zip(step.loads, prepared, outputs, strict=True):
             self._note(plan, request, receipt, output)
 
-    def _find(self, plan: LoadPlan) -> tuple[Receipt, list[Piece], Tensor]:
-        """The cached pieces of a request and the local rows [R] that they are for."""
+    def _find(self, plan: LoadPlan, streams: "Sequence[torch.cuda.Stream]") -> tuple[Receipt, list[Piece], Tensor]:
+        """The cached pieces of a request, for work on `streams`, and the local rows [R] that they are for."""
         receipt = Receipt(plan.system, len(plan.token_ids), chunks=plan.chunks)
         pieces, spans = [], [rows_none(torch.empty(0))]
         for key, chunk in plan.reuse:
             first, end = max(chunk.start, plan.start), min(chunk.end, plan.limit)
-            held = self.store.get(key) if first < end else None
+            held = self.store.lend(key, streams) if first < end else None
             if held is None:
                 self._missing(key, receipt, wanted=first < end)
                 continue
@@ -165,7 +169,10 @@ class WorkerSide:
 
     @torch.inference_mode()
     def save(self, step: StepPlan) -> None:
-        """Copy chunks of exactly prefilled requests out of the paged cache, before its blocks can be reused."""
+        """Copy chunks of exactly prefilled requests out of the paged cache, before its blocks can be reused.
+
+        Nothing here waits for the device: rows are gathered behind the forward, and leave it on a stream of their own.
+        """
         for plan in step.saves:
             self.store.drop(plan.evict)
             self._save(plan)
@@ -178,7 +185,8 @@ class WorkerSide:
     def _chunk(self, kv, chunk: Chunk) -> ChunkKV:
         rows = torch.arange(chunk.start, chunk.end, device=self.model.device)
         pairs = [kv.read(layer, rows) for layer in range(self.model.num_layers)]
-        return ChunkKV(torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs]), rows)
+        positions = torch.arange(chunk.start, chunk.end)
+        return ChunkKV(torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs]), positions)
 
     @torch.inference_mode()
     def encode(self, step: StepPlan) -> None:
@@ -190,6 +198,12 @@ class WorkerSide:
             encoder = ChunkEncoder(self.model, self.store, self.model.dtype, job.capture)
             with self.model.running():
                 encoder.encode(job.encoding, job.prompt, job.positions, job.chunks, job.keys)
+
+    def close(self) -> None:
+        """The engine stops: nothing of ours is on its way any more, and nothing holds its model or its memory."""
+        if self.model is not None:
+            self.store.close()
+            self.model = self.executor = self.rings = self.stream = None
 
     def take_report(self) -> WorkerReport | None:
         """What happened since the last call."""

@@ -1,22 +1,20 @@
-"""Any OpenAI-compatible server as a completer, streaming, over the standard library's HTTP client.
+"""Any OpenAI-compatible server as a completer, over the harness's streaming client.
 
 With a tokenizer the prompt is sent as token ids with the fixed spans marked in `kv_transfer_params` (see
 docs/vllm.md); without one it is sent as text and the server sees no marks.
 """
 
-import http.client
-import json
-import time
-from collections.abc import Iterator
+import asyncio
 from typing import Any
 from urllib.parse import urlsplit
+
+import aiohttp
 
 from cacheslide.errors import ConfigError
 from cacheslide.prompt import Prompt, Role, Segment
 from cacheslide.vllm.params import marks_of
 from harness.agents.completer import Completion, CompletionError, Request
-
-_PIECE_CHARS = 10_000
+from harness.client import stream
 
 
 class OpenAIServer:
@@ -52,41 +50,36 @@ class OpenAIServer:
             raise ConfigError(f"a server's address looks like http://localhost:8000/v1, not {url!r}")
         if policy is not None and tokenizer is None:
             raise ConfigError("a policy is asked for by marking token spans: give the model's tokenizer too")
-        self.parts, self.model, self.tokenizer, self.system = parts, model, tokenizer, system
-        self.policy, self.api_key, self.timeout = policy, api_key, timeout
+        self.endpoint = stream.Endpoint(
+            f"{parts.scheme}://{parts.netloc}",
+            model,
+            extensions=False,
+            timeout=None,
+            silence=timeout,
+            api_key=api_key,
+            path=f"{parts.path.rstrip('/')}/completions",
+        )
+        self.tokenizer, self.system, self.policy = tokenizer, system, policy
 
     def complete(self, request: Request) -> Completion:
         """Greedy, streamed. CompletionError names the server's status and message."""
-        body: dict[str, Any] = {
-            "model": self.model,
-            "max_tokens": request.max_tokens,
-            "temperature": 0,
-            "stop": list(request.stop),
-            "stream": True,
-        }
-        sent = None
-        if self.tokenizer is None:
-            body["prompt"] = request.text
-        else:
-            prompt = self._prompt(request)
-            sent = tuple(s.token_ids for s in prompt.segments)
-            body["prompt"] = list(prompt.token_ids)
-            body["kv_transfer_params"] = marks_of(prompt, **({"policy": self.policy} if self.policy else {}))
-        begin, pieces, times, receipt = time.perf_counter(), [], [], None
-        for event in self._events(body):
-            if "error" in event:
-                raise CompletionError(f"the server failed while streaming: {event['error']}")
-            receipt = event.get("kv_transfer_params") or receipt
-            text = "".join(c.get("text") or "" for c in event.get("choices", ()))
-            if text:
-                pieces.append(text)
-                if len(pieces) > 4 * request.max_tokens or len(text) > _PIECE_CHARS:
-                    raise CompletionError(
-                        f"the server sent far more than the {request.max_tokens} tokens it was asked for"
-                    )
-                times.append(time.perf_counter() - begin)
-        total = time.perf_counter() - begin
-        return Completion("".join(pieces), sent, None, tuple(times), total, receipt)
+        sent, params, prompt = None, None, request.text
+        if self.tokenizer is not None:
+            marked = self._prompt(request)
+            sent, prompt = tuple(s.token_ids for s in marked.segments), marked.token_ids
+            params = marks_of(marked, **({"policy": self.policy} if self.policy else {}))
+        asked = stream.Request(
+            f"{request.session}-{request.step}", prompt, request.max_tokens, params, stop=request.stop
+        )
+        done = asyncio.run(self._send(asked))
+        if done.failure:
+            raise CompletionError(f"no completion from {self.endpoint.url}: {done.failure}")
+        times = tuple(t - done.sent for t in done.token_times)
+        return Completion(done.text, sent, None, times, done.finished - done.sent, done.receipt)
+
+    async def _send(self, request: stream.Request) -> stream.Outcome:
+        async with aiohttp.ClientSession() as session:
+            return await stream.send(session, self.endpoint, request)
 
     def _prompt(self, request: Request) -> Prompt:
         bos = self.tokenizer.bos_token_id
@@ -96,27 +89,3 @@ class OpenAIServer:
             out.append(Segment(first + ids, Role(s.role), s.name))
             first = ()
         return Prompt(tuple(out))
-
-    def _events(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        kind = http.client.HTTPSConnection if self.parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(self.parts.hostname, self.parts.port, timeout=self.timeout)
-        headers = {"Content-Type": "application/json"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        try:
-            connection.request("POST", f"{self.parts.path.rstrip('/')}/completions", json.dumps(body), headers)
-            response = connection.getresponse()
-            if response.status != 200:
-                message = response.read(2000).decode(errors="replace")
-                raise CompletionError(f"the server answered {response.status}: {message}")
-            for line in response:
-                if line.startswith(b"data:"):
-                    data = line[5:].strip()
-                    if data == b"[DONE]":
-                        return
-                    yield json.loads(data)
-            raise CompletionError("the server's stream ended before it was done")
-        except (OSError, http.client.HTTPException, ValueError) as broken:
-            raise CompletionError(f"no completion from {self.parts.geturl()}: {broken}") from None
-        finally:
-            connection.close()

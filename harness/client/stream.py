@@ -11,40 +11,49 @@ import aiohttp
 
 from cacheslide.vllm.params import FIELD
 
+_TOKEN_CHARS = 1000  # no tokenizer has longer ones
 _EXPECTED = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError)
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where requests go. `extensions` sends fields that vLLM knows and other servers may refuse."""
+    """Where requests go: `url` up to and without `path`.
+
+    `extensions` sends fields that vLLM knows and other servers may refuse. `timeout` bounds a whole request, `silence`
+    the time without a byte, both in seconds.
+    """
 
     url: str
     model: str
     extensions: bool = True
-    timeout: float = 600.0
+    timeout: float | None = 600.0
+    silence: float | None = None
+    api_key: str = ""
+    path: str = "/v1/completions"
 
 
 @dataclass(frozen=True)
 class Request:
-    """A greedy completion of `max_tokens` tokens.
+    """A greedy completion of `max_tokens` tokens; `prompt` is token ids, or a text. It ends before a text in `stop`.
 
     `params` is its `kv_transfer_params` (see `cacheslide.vllm.params.marks_of`); `salt` keeps it from reading what
     requests of another salt left in the server's caches; `labels` are copied into its outcome.
     """
 
     id: str
-    token_ids: Sequence[int]
+    prompt: Sequence[int] | str
     max_tokens: int
     params: Mapping[str, Any] | None = None
     salt: str | None = None
     stream: bool = True
     labels: Mapping[str, Any] = field(default_factory=dict)
+    stop: Sequence[str] = ()
 
     def body(self, endpoint: Endpoint) -> dict[str, Any]:
         """The JSON to post."""
         out: dict[str, Any] = {
             "model": endpoint.model,
-            "prompt": list(self.token_ids),
+            "prompt": self.prompt if isinstance(self.prompt, str) else list(self.prompt),
             "max_tokens": self.max_tokens,
             "temperature": 0,
             "stream": self.stream,
@@ -55,6 +64,8 @@ class Request:
             out["ignore_eos"] = True
             if self.stream:  # a chunk may hold several tokens; this says how many
                 out["stream_options"]["continuous_usage_stats"] = True
+        if self.stop:
+            out["stop"] = list(self.stop)
         if self.params is not None:
             out["kv_transfer_params"] = dict(self.params)
         if self.salt is not None:
@@ -135,14 +146,15 @@ async def send(session: aiohttp.ClientSession, endpoint: Endpoint, request: Requ
     out = Outcome(request.id, time.perf_counter(), labels=dict(request.labels))
     try:
         async with session.post(
-            f"{endpoint.url}/v1/completions",
+            endpoint.url + endpoint.path,
             json=request.body(endpoint),
-            timeout=aiohttp.ClientTimeout(total=endpoint.timeout),
+            headers={"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else None,
+            timeout=aiohttp.ClientTimeout(total=endpoint.timeout, sock_read=endpoint.silence),
         ) as response:
             if response.status != 200:
                 raise ValueError(f"HTTP {response.status}: {(await response.text())[:500]}")
             if request.stream:
-                await _follow(response, out)
+                await _follow(response, out, request.max_tokens)
             else:
                 out.read(json.loads(await response.read()), time.perf_counter())
                 out.token_times = []
@@ -154,12 +166,14 @@ async def send(session: aiohttp.ClientSession, endpoint: Endpoint, request: Requ
     return out
 
 
-async def _follow(response: aiohttp.ClientResponse, out: Outcome) -> None:
+async def _follow(response: aiohttp.ClientResponse, out: Outcome, max_tokens: int) -> None:
     async for event in _events(response):
         now = time.perf_counter()
         if event == "[DONE]":
             return
         out.read(json.loads(event), now)
+        if out.tokens > 4 * max_tokens or len(out.text) > _TOKEN_CHARS * max_tokens:
+            raise ValueError(f"the server sent far more than the {max_tokens} tokens it was asked for")
     raise ValueError("the stream broke off before its end")
 
 

@@ -18,10 +18,12 @@ def evaluate(
     writers: Mapping[str, RecordWriter],
     max_new_tokens: int = 8,
     progress: str | None = "accuracy",
+    timed: bool = True,
 ) -> None:
     """Write one record per example and system to `writers[system.name]`.
 
-    `receipt` is that of the first request, `receipts` holds all where a backend sends one a question.
+    `receipt` is that of the first request, `receipts` holds all where a backend sends one a question. Without `timed`
+    no seconds are kept.
     """
     for responder, systems in sessions:
         for example in tqdm(examples, desc=progress, disable=progress is None, mininterval=1):
@@ -38,12 +40,12 @@ def evaluate(
                     writers[system.name],
                     example.id,
                     lambda responder=responder, example=example, system=system: _one(
-                        responder, example, system, max_new_tokens
+                        responder, example, system, max_new_tokens, timed
                     ),
                 )
 
 
-def _one(responder: Responder, example: TaskExample, system: System, max_new_tokens: int) -> dict:
+def _one(responder: Responder, example: TaskExample, system: System, max_new_tokens: int, timed: bool) -> dict:
     response, prompt = responder.respond(system, example, max_new_tokens), responder.backend.prompt(example.segments)
     record = {
         "system": system.name,
@@ -51,7 +53,7 @@ def _one(responder: Responder, example: TaskExample, system: System, max_new_tok
         "metric": example.metric,
         "tokens": len(prompt),
         "reusable_share": prompt.reusable_share(),
-        "prefill_seconds": response.seconds,
+        "prefill_seconds": response.seconds if timed else None,
         "receipt": response.receipts[0],
         "cksim": response.cksim,
         "questions": question_records(example, response.texts),

@@ -27,8 +27,9 @@ from cacheslide.positions.cope import query_blocks, scores_and_gates
 from cacheslide.prompt import Prompt, Role, Segment
 from cacheslide.store.memory import MemoryChunkStore
 from cacheslide.training import calibration as ccpe
-from harness.backend import EngineSettings, ReferenceBackend
+from harness.backend import EngineSettings, ReferenceBackend, exact_arithmetic
 from harness.cope_backend import CopeBackend
+from harness.results import intervals
 from harness.results.provenance import provenance
 from harness.scoring import question_records
 from harness.tasks.example import TaskExample
@@ -39,6 +40,7 @@ from harness.tasks.synthetic.world import MIXES
 VARIANTS = {"live": {"live": True}, "gamma": {}, "gamma_cap": {"cap": True}}
 NEW_TOKENS = 4
 TURNS = 100
+CKSIM = ("cksim", "cksim_unsaturated")
 
 
 def system(kind: str, share: float | None = None, layer: int = 1) -> ReusePolicy:
@@ -106,11 +108,14 @@ def calibrate(backend: CopeBackend, adapter: Path, given: list[TaskExample], bin
     }
 
 
-def answer_all(backend, example: TaskExample, layer: int) -> dict[str, Any]:
-    """F1 of every system on one example, and the likeness of its reused keys to the variant's own recompute."""
+def answer_all(backend, example: TaskExample, layer: int, open_rows: Tensor | None = None) -> dict[str, Any]:
+    """F1 of every system on one example, and the likeness of its reused keys to the variant's own recompute.
+
+    `open_rows` [layers, rows, heads] are the pairs of `unsaturated` under live gates, the same for every variant.
+    """
     prompt, before = backend.prompt(example.segments), backend.prompt(example.previous)
     cope = isinstance(backend, CopeBackend)
-    out: dict[str, Any] = {"f1": {}, "cksim_unsaturated": {}, "cksim": {}}
+    out: dict[str, Any] = {"f1": {}, "questions": len(example.questions), "cksim_unsaturated": {}, "cksim": {}}
     exact = None
     for name, policy in systems(layer).items() if cope else [("recompute", ReusePolicy("recompute", ""))]:
         engine = backend.engine(policy, MemoryChunkStore(), EngineSettings())
@@ -119,10 +124,9 @@ def answer_all(backend, example: TaskExample, layer: int) -> dict[str, Any]:
         found = question_records(example, backend.answers(state, example, NEW_TOKENS))
         out["f1"][name] = sum(q["f1"] for q in found) / len(found)
         keys = state.kv.k[:, : len(prompt)]
-        exact = keys if exact is None else exact
+        exact = keys.clone() if exact is None else exact
         if cope and name != "recompute":
-            open_rows = unsaturated(backend.model, prompt).float()
-            grouped = open_rows.unflatten(2, (keys.shape[2], -1)).mean(-1)
+            grouped = open_rows.float().unflatten(2, (keys.shape[2], -1)).mean(-1)
             earlier = torch.cat((grouped[:1] * 0, grouped[:-1]))  # a layer's keys follow from the layer before
             fixed = slots_in(prompt).canonical.float()[None, :, None].expand(grouped.shape)
             out["cksim_unsaturated"][name] = similarity(exact, keys, earlier)
@@ -153,13 +157,13 @@ def shifted_turns(backend: CopeBackend, given: Sequence[TaskExample], seed: int 
 
 
 def summarise(rows: dict[str, list[dict]]) -> dict[str, Any]:
-    """Means over examples: F1 by variant and system, CKSim by variant, system and layer."""
+    """Means over examples: F1 by variant and system with its interval, CKSim by variant, system and layer."""
     out: dict[str, Any] = {}
     for variant, found in rows.items():
-        table: dict[str, Any] = {"examples": len(found), "f1": {}}
+        table: dict[str, Any] = {"examples": len(found), "questions": sum(r["questions"] for r in found), "f1": {}}
         for name in found[0]["f1"]:
-            table["f1"][name] = sum(r["f1"][name] for r in found) / len(found)
-        for kind in ("cksim", "cksim_unsaturated"):
+            table["f1"][name] = intervals.mean([r["f1"][name] for r in found])
+        for kind in CKSIM:
             table[kind] = {}
             for name in found[0][kind]:
                 columns = zip(*(r[kind][name] for r in found), strict=True)
@@ -167,6 +171,34 @@ def summarise(rows: dict[str, list[dict]]) -> dict[str, Any]:
                 table[kind][name] = [sum(c) / len(c) if c else None for c in kept]
         out[variant] = table
     return out
+
+
+def against_live(rows: dict[str, list[dict]]) -> dict[str, Any]:
+    """Γ and capped Γ against live gates, paired by prompt: points of F1, and of CKSim (times 100, mean over layers)."""
+    out: dict[str, Any] = {}
+    for variant in (v for v in rows if v not in ("native", "live")):
+        out[variant] = {}
+        for name in rows["live"][0]["f1"]:
+            pair = rows[variant], rows["live"]
+            cell = {"f1_points": intervals.points_lost(*([r["f1"][name] for r in found] for found in pair))}
+            for kind in CKSIM:
+                means = [[_mean(r[kind].get(name, ())) for r in found] for found in pair]
+                both = [(a, b) for a, b in zip(*means, strict=True) if a is not None and b is not None]
+                cell[f"{kind}_points"] = intervals.points_lost(*zip(*both, strict=True)) if both else None
+            out[variant][name] = cell | {"better": _better(cell["cksim_unsaturated_points"] or cell["f1_points"])}
+    return out
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    kept = [x for x in values if x is not None]
+    return sum(kept) / len(kept) if kept else None
+
+
+def _better(gain: dict[str, Any]) -> str:
+    """Which one the interval of `gain` speaks for: CKSim on unsaturated pairs, F1 where nothing was reused."""
+    if gain["low"] is None or gain["low"] <= 0 <= gain["high"]:
+        return "no clear difference"
+    return "gamma" if gain["low"] > 0 else "live"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -180,30 +212,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--layer", type=int, default=4, help="WCA's selection layer")
     parser.add_argument("--bin-width", type=float, default=0.5, help="of the histogram, in positions")
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--minutes", type=float, default=8.0, help="no example is begun after this time")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    started, device = time.monotonic(), "cuda" if torch.cuda.is_available() else "cpu"
+    started, device = time.monotonic(), args.device
+    exact_arithmetic()
     live = CopeBackend(args.model, args.adapter, device=device, live=True)
     validation = prompts_of("validation", args.calibration_prompts, args.tokens)
     result: dict[str, Any] = {
         "schema": 1,
-        "provenance": provenance(vars_of(args), {}, "synthetic, validation and test"),
+        "conditions": vars_of(args)
+        | {"dtype": "float32", "data": "synthetic; validation to calibrate, test to measure"},
+        "provenance": provenance(vars_of(args), {}, live.model.model_id),
     }
     result["calibration"] = calibrate(live, args.adapter, validation, args.bin_width)
     result["shifted_turns"] = shifted_turns(live, validation)
     result["shifted_rows_reused_share"] = result["shifted_turns"]["share"]
-    backends: dict[str, ReferenceBackend] = {"native": ReferenceBackend(args.model, device=device)}
-    backends |= {name: CopeBackend(args.model, args.adapter, device=device, **how) for name, how in VARIANTS.items()}
+    backends: dict[str, ReferenceBackend] = {"native": ReferenceBackend(args.model, device=device), "live": live}
+    gamma = {name: how for name, how in VARIANTS.items() if name != "live"}
+    backends |= {name: CopeBackend(args.model, args.adapter, device=device, **how) for name, how in gamma.items()}
     rows: dict[str, list[dict]] = defaultdict(list)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     given = prompts_of("test", args.prompts, args.tokens)
     Random(0).shuffle(given)  # a run that ends early has seen every style and mix
     for example in given:
+        open_rows = unsaturated(live.model, live.prompt(example.segments))
         for name, backend in backends.items():
-            rows[name].append(answer_all(backend, example, args.layer))
-        result["variants"] = summarise(rows)
-        gap = result["variants"]["native"]["f1"]["recompute"] - result["variants"]["live"]["f1"]["recompute"]
-        result["adapter_f1_gap_points"] = 100 * gap
+            rows[name].append(answer_all(backend, example, args.layer, open_rows))
+        result |= {"variants": summarise(rows), "gamma_against_live": against_live(rows)}
+        native, adapted = ([r["f1"]["recompute"] for r in rows[v]] for v in ("native", "live"))
+        result["adapter_f1_gap"] = intervals.points_lost(native, adapted)
+        result["adapter_f1_gap_points"] = result["adapter_f1_gap"]["value"]
         args.out.write_text(json.dumps(result, indent=1) + "\n")
         if time.monotonic() - started > 60 * args.minutes:
             break

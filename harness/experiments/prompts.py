@@ -27,12 +27,17 @@ def measure_prompts(tokens: Tokens, data: Mapping[str, Sequence[TaskExample]], p
             moves.append(
                 {
                     "example": example.id,
-                    "displacement": _mean(b - a for a, b in zip(_starts(before), _starts(now), strict=True)),
+                    "displacement": displacement(before, now),
                     "shift": {p.name: _shift(p, before, now) for p in policies if _moves(p)},
                 }
             )
         out[dataset] = {"reusable_share": shares, "moves": moves}
     return {"datasets": out, "titles": {p.name: p.title for p in policies}}
+
+
+def displacement(before: Prompt, now: Prompt) -> float:
+    """How many tokens the fixed segments behind the first updated one moved (mean)."""
+    return _mean(b - a for a, b in zip(_starts(before), _starts(now), strict=True))
 
 
 def _moves(policy: System) -> bool:

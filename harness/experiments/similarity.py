@@ -28,7 +28,7 @@ def measure_similarity(
     """One record per example and shift: CKSim per layer [layers], mean over the segment's rows."""
     for i, example in enumerate(tqdm(examples, desc=progress, disable=progress is None, mininterval=1)):
         segment = backend.encode(fixed(example.segments)[1].text)
-        filler = _prefix_text(backend, [*examples[i + 1 :], *examples[:i]], max(shifts))
+        filler = prefix_text(backend, [*examples[i + 1 :], *examples[:i]], max(shifts))
         alone = prefill_exact(backend.model, segment).k
         for shift in shifts:
             guarded(
@@ -40,7 +40,7 @@ def measure_similarity(
             )
 
 
-def _prefix_text(backend: ReferenceBackend, others: Sequence[TaskExample], length: int) -> tuple[int, ...]:
+def prefix_text(backend: ReferenceBackend, others: Sequence[TaskExample], length: int) -> tuple[int, ...]:
     """Real text of other prompts, `length` tokens of it."""
     ids: tuple[int, ...] = ()
     for example in others:

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from harness.plots.labels import Label, place
 from harness.plots.style import GREY, error_bar, look, new_figure, nothing
-from harness.results.runs import REFERENCE, read_json
+from harness.results.runs import OURS, REFERENCE, read_json
+from harness.systems import COPE
 
 load = read_json
 COLUMNS = 2
@@ -46,12 +47,19 @@ def draw(summary: dict[str, Any]) -> Figure:
         legend = (
             "dashed: Pareto front · thin lines: 95 % intervals over prompts · hollow: a variant of the filled system"
         )
+        legend += f" · {_cope_note(panels)}"
         figure.supxlabel(legend, fontsize=8, color=GREY, x=0.01, ha="left")
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # labels are placed for this layout
     for axes, points in drawn:
         _label(axes, points)
     return figure
+
+
+def _cope_note(panels: list[dict[str, Any]]) -> str:
+    if not any(p.system.endswith(COPE) for panel in panels for p in panel["points"]):
+        return "this run has no CoPE adapter"
+    return "CoPE is not timed: its attention is the plain reference here"
 
 
 def _accuracy_panels(summary: dict[str, Any]) -> Iterable[dict[str, Any]]:
@@ -134,10 +142,10 @@ def _panel(axes: Axes, title: str, xlabel: str, points: list[Point], note: str) 
 
 
 def _label(axes: Axes, points: list[Point]) -> None:
-    labels = []
+    labels, twins = [], any(p.system == f"{OURS}{COPE}" for p in points)
     for p in points:
-        style = look(p.system, p.title)
-        labels.append(Label(p.x, p.y, style.label, style.ink, p.system == "cacheslide"))
+        style, ours = look(p.system, p.title), p.system == OURS
+        labels.append(Label(p.x, p.y, f"{style.label}-RoPE" if ours and twins else style.label, style.ink, ours))
     avoid = [list(zip(*steps(pareto(points)), strict=True))] if points else []
     for p in points:
         for ends, horizontal in ((p.across, True), (p.up, False)):

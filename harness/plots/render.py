@@ -7,7 +7,7 @@ from types import ModuleType
 import matplotlib as mpl
 
 from cacheslide.errors import DataError
-from harness.plots import fig03, fig04a, fig05, fig10, fig12a, fig12b, fig12c, fig12d, serving, throughput
+from harness.plots import fig03, fig04a, fig05, fig10, fig12a, fig12b, fig12c, fig12d, serving, throughput, wca
 from harness.plots.style import RC, save
 
 FIGURES: dict[str, ModuleType] = {
@@ -21,6 +21,7 @@ FIGURES: dict[str, ModuleType] = {
     "fig12d": fig12d,
     "throughput": throughput,
     "serving": serving,
+    "wca": wca,
 }
 
 

@@ -97,6 +97,9 @@ LOOKS = {
     "cacheslide": Look("CacheSlide", BLUE, "o"),
     "cacheslide_first_turn": Look("CacheSlide, first turn", BLUE, "o", False, "--"),
     "cacheslide_promote": Look("CacheSlide, promotion", VERMILLION, "*"),
+    "cacheslide_cope": Look("CacheSlide-CoPE", VERMILLION, "o", False, ":"),
+    "recompute_cope": Look("Recompute, CoPE", BLACK, "s", False, ":"),
+    "naive_reuse_cope": Look("Naive reuse, CoPE", VERMILLION, "d", False, ":"),
 }
 _SPARE_COLOURS = (SKY, PURPLE, GREEN, ORANGE, VERMILLION, GREY)
 _SPARE_MARKERS = ("p", "h", "<", ">", "8", "H")

@@ -19,19 +19,24 @@ CAPTIONS = {
         "the segment moved. Left, the segment does not attend to what was put before it, so only the position encoding "
         "differs: the paper's protocol. Right, it does. Lines are means over layers and prompts with 95 % intervals, "
         "bands reach from the smallest to the largest layer. The paper's numbers and our own prediction stand at the "
-        "right edge."
+        "right edge. With a CoPE adapter a third panel shows what CacheSlide reuses: the segment cached in the chain "
+        "behind the system prompt, met again behind system prompt and updated text. Only there a slot lies between two "
+        "fixed segments, so only there CCPE can differ from CoPE."
     ),
     "fig05": (
         "Figure 5. Distance between the position at which a cached key is rotated and the position of its row in this "
         "turn, against how far the fixed segments moved since the turn before. Systems that re-rotate keys, or that "
         "keep segments in place (slots, padding), are at 0; chunks encoded alone and left there are as far off as "
-        "their place in the prompt. A point is a prompt, averaged over its fixed segments."
+        "their place in the prompt. A point is a prompt, averaged over its fixed segments. Under CoPE the position "
+        "index is contextual: at which position a fixed row behind the updated slot sees the last row in front of it, "
+        "at most p_max - 1, in this turn against the one before, over rows, heads and layers."
     ),
     "fig10": (
         "Figure 10. Accuracy against cost. Above, the accuracy prompts of each mix against the share of row-layers "
         "computed, which does not depend on the machine. Below, the timed prompts: F1 and TTFT of the same requests. "
         "The dashed line is the Pareto front, thin lines are 95 % intervals over prompts. A system is timed here only "
-        "if it reused rows in every request and its answers were scored."
+        "if it reused rows in every request and its answers were scored. On the CoPE model accuracy is measured, not "
+        "time: its attention here is the plain reference (docs/cope.md has the kernel's times)."
     ),
     "throughput": (
         "Throughput in a closed loop by number of concurrent requests: all requests, and correctly answered ones. "

@@ -8,7 +8,8 @@ import numpy as np
 from harness.results import intervals
 from harness.results.runs import Run
 
-KINDS = ("position_stale", "position_delta", "context_stale", "context_delta")
+WHY = ("position", "context", "chain")
+HOW = ("stale", "delta", "cope", "ccpe")
 
 
 def cksim_table(run: Run) -> list[dict[str, Any]]:
@@ -16,15 +17,20 @@ def cksim_table(run: Run) -> list[dict[str, Any]]:
     return [] if run.cksim is None else cksim_rows(run.cksim.records)
 
 
+def cope_table(run: Run) -> list[dict[str, Any]]:
+    """`cksim_table` of the CoPE model, and of both in the chain of fixed chunks."""
+    return [] if run.cksim_cope is None else cksim_rows(run.cksim_cope.records)
+
+
 def cksim_rows(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`cksim_table` of records: the figure and the summary say the same."""
+    """`cksim_table` of records: the figure and the summary say the same. A kind is "why_how", of `WHY` and `HOW`."""
     by_shift: dict[int, list[dict[str, Any]]] = {}
     for record in records:
         by_shift.setdefault(record["shift"], []).append(record)
     rows = []
     for shift, group in sorted(by_shift.items()):
         row: dict[str, Any] = {"shift": shift, "prompts": len(group), "tokens": _mean(r["tokens"] for r in group)}
-        for kind in KINDS:
+        for kind in (k for why in WHY for how in HOW if (k := f"{why}_{how}") in group[0]["cksim"]):
             layers = np.array([r["cksim"][kind] for r in group])
             row[kind] = intervals.mean(layers.mean(axis=1)) | {"layers": layers.mean(axis=0).tolist()}
         rows.append(row)
@@ -48,6 +54,19 @@ def prompts_table(run: Run) -> list[dict[str, Any]]:
                 "shift": {s: _spread([m["shift"][s] for m in moves if s in m["shift"]]) for s in systems},
             }
         )
+    return rows
+
+
+def moves_table(run: Run) -> list[dict[str, Any]]:
+    """One row per data set: the shift of position indices on the CoPE model, by variant, in positions."""
+    rows = []
+    for dataset, content in (run.prompts_cope or {}).get("datasets", {}).items():
+        moves = content["moves"]
+        row = {"dataset": dataset, "prompts": len(moves)}
+        row["displacement"] = intervals.mean([abs(m["displacement"]) for m in moves])
+        for field in ("shift", "unsaturated"):
+            row[field] = {v: intervals.mean([m[field][v] for m in moves]) for v in moves[0][field]}
+        rows.append(row)
     return rows
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from harness.results.runs import NAIVE, OURS, REFERENCE
 from harness.results.tables import SHARE_TOLERANCE
+from harness.systems import COPE
 
 KEYS = (
     "recompute_f1",
@@ -127,8 +128,8 @@ def _best_policy(summary: Row):
 
 
 def family(system: str) -> bool:
-    """Whether `system` is CacheSlide or a variant of it (cacheslide_promote, cacheslide@3)."""
-    return system == OURS or system.startswith((f"{OURS}_", f"{OURS}@"))
+    """Whether `system` is CacheSlide or a variant of it on the same model (cacheslide_promote, cacheslide@3)."""
+    return system == OURS or (system.startswith((f"{OURS}_", f"{OURS}@")) and not system.endswith(COPE))
 
 
 def _at_4k(summary: Row) -> Row:

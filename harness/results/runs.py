@@ -8,9 +8,10 @@ from typing import Any
 
 from cacheslide.errors import DataError
 from harness.results.records import read_failures, read_records, read_settings
-from harness.systems import scalable, to_scale
+from harness.systems import cope_systems, scalable, to_scale
 
 MIXES = ("sparse", "deep")
+FILES = ("throughput", "cksim", "cksim_cope")
 REFERENCE, NAIVE, OURS = "recompute", "naive_reuse", "cacheslide"
 
 
@@ -41,7 +42,9 @@ class Run:
     latency: dict[int, RecordFile] = field(default_factory=dict)
     throughput: RecordFile | None = None
     cksim: RecordFile | None = None
+    cksim_cope: RecordFile | None = None
     prompts: dict[str, Any] | None = None
+    prompts_cope: dict[str, Any] | None = None
     layer: dict[str, Any] | None = None
 
     @property
@@ -56,8 +59,8 @@ class Run:
         return out
 
     def order(self, systems: Iterable[str]) -> list[str]:
-        """`systems` in the configuration's order, then those it does not name, by name."""
-        named = {s: i for i, s in enumerate(self.config.get("systems", []))}
+        """`systems` in the configuration's order, then those on CoPE, then those it does not name, by name."""
+        named = {s: i for i, s in enumerate([*self.config.get("systems", []), *cope_systems(self.config)])}
         return sorted(set(systems), key=lambda s: (named.get(s, len(named)), s))
 
     def failures(self) -> list[dict[str, Any]]:
@@ -70,7 +73,7 @@ class Run:
                     out += [where | f for f in file.failures]
         for tokens, file in self.latency.items():
             out += [{"stage": "latency", "tokens": tokens} | f for f in file.failures]
-        for stage in ("throughput", "cksim"):
+        for stage in FILES:
             file = getattr(self, stage)
             out += [{"stage": stage} | f for f in file.failures] if file else []
         return out
@@ -98,8 +101,9 @@ def load_run(config: dict[str, Any], **paths: Any) -> Run:
     config : dict
         The run's configuration.
     **paths
-        `accuracy`, `equal_share`, `sweep`, `latency`: lists of record files; `throughput`, `cksim`: one record
-        file; `prompts`, `layer`: one JSON file. Absent files are left out: the summary says what is missing.
+        `accuracy`, `equal_share`, `sweep`, `latency`: lists of record files; `throughput`, `cksim`, `cksim_cope`: one
+        record file; `prompts`, `prompts_cope`, `layer`: one JSON file. Absent files are left out: the summary
+        says what is missing.
     """
     run = Run(config)
     for stage in ("accuracy", "equal_share", "sweep"):
@@ -113,10 +117,10 @@ def load_run(config: dict[str, Any], **paths: Any) -> Run:
             raise DataError(f"{path}: a latency file is called by its prompt length, such as 4096.jsonl")
         run.latency[int(path.stem)] = read_file(path)
     run.latency = dict(sorted(run.latency.items()))
-    for stage in ("throughput", "cksim"):
+    for stage in FILES:
         for path in _existing(paths.get(stage)):
             setattr(run, stage, read_file(path))
-    for stage in ("prompts", "layer"):
+    for stage in ("prompts", "prompts_cope", "layer"):
         for path in _existing(paths.get(stage)):
             setattr(run, stage, read_json(path))
     return run

@@ -7,12 +7,13 @@ from typing import Any
 
 from cacheslide.errors import ModelError
 from cacheslide.model.weights import fingerprint
-from harness.results.curves import cksim_table, layer_sweep, prompts_table
+from harness.configuration import native
+from harness.results.curves import cksim_table, cope_table, layer_sweep, moves_table, prompts_table
 from harness.results.headline import headline
 from harness.results.intervals import LEVEL
 from harness.results.provenance import config_hash, provenance
 from harness.results.records import write_json
-from harness.results.runs import Run, load_run
+from harness.results.runs import FILES, Run, load_run
 from harness.results.tables import accuracy_ratios, accuracy_table
 from harness.results.timing import latency_ratios, latency_table, throughput_table
 
@@ -42,7 +43,9 @@ def build_summary(run: Run, progress: str | None = None) -> dict[str, Any]:
         "latency_ratios": latency_ratios(run),
         "throughput": throughput_table(run),
         "cksim": cksim_table(run),
+        "cksim_cope": cope_table(run),
         "prompts": prompts_table(run),
+        "prompts_cope": moves_table(run),
         "selection_layer": layer_sweep(run),
         "failures": run.failures(),
         "provenance": provenance(run.config, data_hashes(run), model_hash(run.config)),
@@ -53,7 +56,8 @@ def build_summary(run: Run, progress: str | None = None) -> dict[str, Any]:
 def conditions(run: Run) -> dict[str, Any]:
     """Under what the numbers hold: the configuration, and the configurations the records were made under."""
     files = [f for stage in (run.accuracy, run.equal_share, run.sweep) for d in stage.values() for f in d.values()]
-    files += [*run.latency.values(), *(f for f in (run.throughput, run.cksim) if f)]
+    files += [*run.latency.values(), *(f for f in (run.throughput, run.cksim, run.cksim_cope) if f)]
+    own = (config_hash(run.config), config_hash(native(run.config)))
     made = sorted({f.settings["config_hash"] for f in files if "config_hash" in f.settings})
     machines = {json.dumps(f.settings["measured_on"], sort_keys=True) for f in files if "measured_on" in f.settings}
     return {
@@ -64,7 +68,7 @@ def conditions(run: Run) -> dict[str, Any]:
         "selection_layer": (run.layer or {}).get("layer"),
         "config": run.config,
         "record_config_hashes": made,
-        "records_of_other_configs": [h for h in made if h != config_hash(run.config)],
+        "records_of_other_configs": [h for h in made if h not in own],
     }
 
 
@@ -75,7 +79,7 @@ def data_hashes(run: Run) -> dict[str, str]:
         for dataset, files in getattr(run, stage).items():
             out |= {f"{stage}/{dataset}": f.settings["data_hash"] for f in files.values() if "data_hash" in f.settings}
     named = {f"latency/{tokens}": f for tokens, f in run.latency.items()}
-    named |= {"throughput": run.throughput, "cksim": run.cksim}
+    named |= {stage: getattr(run, stage) for stage in FILES}
     out |= {name: f.settings["data_hash"] for name, f in named.items() if f and "data_hash" in f.settings}
     out |= {f"validation/{d}": h for d, h in (run.layer or {}).get("data_hashes", {}).items()}
     return out

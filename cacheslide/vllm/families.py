@@ -1,0 +1,66 @@
+"""Requests that continue one prompt share its corrected KV: the steps of a beam search.
+
+vLLM's beam search sends a new request for every beam and token. The first one completes the prompt by reuse; its blocks
+carry a secret of the family (`prefix_cache.py`), so that vLLM's own prefix cache hands them to the later ones and to
+nobody else. What the first request's decision was, exact or corrected, holds for the whole family.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+
+from cacheslide.vllm.prefix_cache import key_apart, new_secret
+from cacheslide.vllm.tracked import Tracked
+
+_KNOWN = 256  # families remembered; a forgotten one plans, and completes its prompt, once more
+
+
+@dataclass
+class Family:
+    """What the scheduler's half keeps of a family.
+
+    `first` is the block from which on its KV is its own, None before a member was corrected; `reason` says why its
+    first member was computed exactly.
+    """
+
+    plan: Tracked
+    first: int | None = None
+    reason: str = ""
+    secret: bytes = field(default_factory=new_secret)
+
+    def corrected_from(self, first: int) -> None:
+        """A member's rows from block `first` on are completed by reuse."""
+        if self.first is not None and first < self.first:
+            self.secret = new_secret()
+        self.first = first if self.first is None else min(first, self.first)
+
+    def join(self, request) -> Tracked:
+        """What is tracked of a later member, whose vLLM `request` looks up the family's blocks from now on."""
+        member = replace(self.plan, block_ids=[], exact=False, kept=True, follows=True, family=self)
+        if member.schema:
+            request.skip_reading_prefix_cache = False  # all its blocks are the family's, at the schema's positions
+        key_apart(request, self.first, self.secret)
+        return member
+
+
+class Families:
+    """The latest families, by tenant and name."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[tuple[str, str], Family] = OrderedDict()
+
+    def get(self, tenant: str, name: str) -> Family | None:
+        """The family, if it is known."""
+        if (tenant, name) in self._known:
+            self._known.move_to_end((tenant, name))
+        return self._known.get((tenant, name))
+
+    def add(self, tenant: str, name: str, plan: Tracked) -> Family:
+        """A new family, whose first member is planned as `plan`."""
+        self._known[tenant, name] = family = Family(replace(plan), reason=plan.reason)
+        while len(self._known) > _KNOWN:
+            self._known.popitem(last=False)
+        return family
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._known.clear()

@@ -1,0 +1,8 @@
+"""Moves of position indices on the CoPE model."""
+
+from harness.step import step
+from harness.study_cope import step_cope_prompts
+
+s = snakemake
+with step(s.log[0], s.rule):
+    step_cope_prompts(s.params.config, list(s.input.data), s.output[0], s.threads)

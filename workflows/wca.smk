@@ -1,0 +1,38 @@
+# The sweep of WCA's open points: records of its own, apart from any configuration's run.
+
+WCA = "results/wca/summary.json"
+
+
+rule measure_wca:
+    """Every reading of the paper's open points on the shipped models; resumes, half an hour on two idle cores."""
+    output:
+        WCA,
+    log:
+        "results/wca/logs/wca.log",
+    conda:
+        "envs/cacheslide.yaml"
+    threads: all_cores
+    resources:
+        exclusive=1,
+    params:
+        model=config["model"],
+        adapter=(f"--adapter {config['cope']['adapter']}" if config.get("cope") else ""),
+    shell:
+        "python -m harness.experiments.wca --model {params.model} {params.adapter} --jobs {threads}"
+        " --out results/wca > {log} 2>&1"
+
+
+rule wca:
+    """F1 by hop depth against row-layers computed."""
+    input:
+        WCA,
+    output:
+        multiext("figures/wca/wca", ".svg", ".pdf", ".png"),
+    log:
+        "results/wca/logs/figure.log",
+    conda:
+        "envs/cacheslide.yaml"
+    params:
+        figure="wca",
+    script:
+        "scripts/plot.py"

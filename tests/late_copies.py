@@ -25,6 +25,9 @@ class LateCopies:
     def __init__(self) -> None:
         self.sent: list[LateCopy] = []
 
+    def settle(self) -> None:
+        """Nothing to give back."""
+
     def send(self, tensors):
         held = [torch.full_like(t, float("nan")) for t in tensors]
         self.sent.append(LateCopy(held, tensors))

@@ -12,6 +12,8 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm import SamplingParams
+
 from cacheslide.engine import ReuseEngine
 from cacheslide.errors import ConfigError, ModelError
 from cacheslide.positions.ccpe import slots_in
@@ -21,7 +23,7 @@ from cacheslide.training.calibration import Calibration, save_calibration
 from cacheslide.training.load import find_cope, load_cope
 from cacheslide.vllm.cope_setting import overrides
 from cacheslide.vllm.params import marks_of, policy_of
-from cacheslide.vllm.support import check_cope
+from cacheslide.vllm.support import check_cope, check_spans
 from tests.conftest import VLLM_ENVIRONMENT, random_ids, save_random, save_random_adapter
 from tests.test_cope_model import dense
 from tests.test_vllm_engine import BLOCK, CHUNK, Served, assert_same, logprobs, receipt, tokens
@@ -136,6 +138,12 @@ def assert_follows(output, model, prompt, slots=None, served=None) -> None:
         want = exact(model, ids, slots)[2]
 
 
+def test_chunk_keys_cover_adapter_and_calibration(served, live, crossing):
+    geometry = served.scheduler.geometry
+    digests = [model.model_id.split(" ", 1)[1] for model in (live, crossing)]  # without the base's part
+    assert geometry.model_id.endswith(digests[1]) and digests[0] != digests[1] and geometry.slots == SLOTS
+
+
 def test_a_plain_request_is_the_reference_model(served, live):
     served.fresh()
     assert_follows(served.plain(SECOND), live, SECOND, served=served)
@@ -219,6 +227,32 @@ def test_what_masses_do_not_fit_is_computed_with_live_gates(served, live):
     assert "template" in receipt(found)["fallback"]
 
 
+def test_a_preempted_request_crosses_its_slots_again(served, crossing, live):
+    served.fresh()
+    served.one(FIRST)
+    served.poison()
+    engine, done = served.llm.llm_engine, []
+    asked = {"exact": marks_of(SECOND, policy="recompute"), "reused": marks_of(SECOND, share=1.0), "plain": None}
+    for name, marks in asked.items():
+        extra = None if marks is None else {"kv_transfer_params": marks}
+        params = SamplingParams(
+            max_tokens=16, temperature=0, logprobs=97, detokenize=False, ignore_eos=True, extra_args=extra
+        )
+        engine.add_request(name, {"prompt_token_ids": list(SECOND.token_ids)}, params)
+    for step in range(60):
+        if step == 10:
+            served.core.scheduler.reset_prefix_cache(reset_running_requests=True)
+            served.poison()  # nothing is left of what was computed before
+        done += [o for o in engine.step() if o.finished]
+    outputs = {o.request_id: o for o in done}
+    assert len(outputs) == 3
+    for name, output in outputs.items():
+        if name == "plain":
+            assert_follows(output, live, SECOND)
+        else:
+            assert_follows(output, crossing, SECOND, slots_in(SECOND))
+
+
 def said(engine) -> list:
     """Plain and marked requests, in one batch and in turns: tokens and first log-probabilities."""
     one = engine.ask([FIRST, turn(4, 20)], [marks_of(FIRST), None], 5)
@@ -230,7 +264,6 @@ def said(engine) -> list:
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="vLLM binds each rank to a core of its own")
 def test_two_ranks_are_one(served, path, adapter):
     environment = {**os.environ, **VLLM_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # the ranks are processes
     command = [sys.executable, "-m", "tests.test_vllm_cope", str(path), str(adapter)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -293,6 +326,9 @@ def settings(**changes) -> SimpleNamespace:
     ],
 )
 def test_what_does_not_work_is_named_at_the_start(change, value, said):
+    check_spans(True, 0)
+    with pytest.raises(ConfigError, match="template"):
+        check_spans(True, SLOTS)
     check_cope(settings())
     check_cope(settings(cache_config__cache_dtype="bfloat16"))
     with pytest.raises((ConfigError, ModelError), match=said):

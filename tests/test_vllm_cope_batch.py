@@ -53,7 +53,8 @@ def batch(lengths, computed, prefilling=None, pad=0) -> CommonAttentionMetadata:
 def test_rows_are_places_in_the_prompts():
     made = builder().build(0, batch([1, 1, 5, 3], [40, 7, 0, 90]))
     assert made.decodes == 2 and made.bounds.tolist() == [0, 5, 8] and made.max_row == 92
-    assert made.rows.tolist() == [40, 7, *range(5), 90, 91, 92]
+    assert made.decoding.tolist() == [40, 7] and made.rows.tolist() == [*range(5), 90, 91, 92]
+    assert len(made.decode_table) == len(made.block_table) == 2
     only = builder().build(0, batch([4, 2], [10, 0]))
     assert only.decodes == 0 and only.bounds.tolist() == [0, 4, 6] and only.rows.tolist() == [10, 11, 12, 13, 0, 1]
 
@@ -63,17 +64,17 @@ def test_a_prompts_single_row_is_no_decoded_one_where_slots_are_crossed():
     assert builder().build(0, asked).decodes == 2
     crossing = builder(torch.ones(1, 2, HEADS)).build(0, asked)
     assert crossing.decodes == 1 and crossing.bounds.tolist() == [0, 1, 4]
-    assert crossing.rows.tolist() == [40, 128, 0, 1, 2]
+    assert crossing.decoding.tolist() == [40] and crossing.rows.tolist() == [128, 0, 1, 2]
 
 
 def test_a_captured_graph_finds_new_rows_where_it_looks():
     made = builder()
     assert made.get_cudagraph_support(None, None) is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     captured = made.build_for_cudagraph_capture(batch([1] * 8, [30] * 8))
-    assert captured.decodes == 8 and captured.max_row == 511 and not captured.rows.any()
+    assert captured.decodes == 8 and captured.max_row == 511 and not captured.decoding.any()
     replayed = made.build(0, batch([1] * 5, [30, 2, 99, 4, 5], pad=3))
-    assert replayed.decodes == 8 and replayed.rows.data_ptr() == captured.rows.data_ptr()
-    assert captured.rows.tolist() == [30, 2, 99, 4, 5, 0, 0, 0]  # padding reads row 0, which is there
+    assert replayed.decodes == 8 and replayed.decoding.data_ptr() == captured.decoding.data_ptr()
+    assert captured.decoding.tolist() == [30, 2, 99, 4, 5, 0, 0, 0]  # padding reads row 0, which is there
 
 
 def test_a_cache_takes_rows_and_leaves_padding_out():

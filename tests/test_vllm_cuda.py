@@ -222,6 +222,8 @@ def test_copies_to_the_host_hold_no_more_than_they_may(cuda):
     for (held, done), x in zip(sent, rows, strict=True):
         done.synchronize()
         assert held[0].is_pinned() and torch.equal(held[0], x.cpu())
+    copies.settle()
+    assert copies.held == 0
 
 
 def score(cuda, prompts, **marks) -> float:

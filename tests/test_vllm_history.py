@@ -166,7 +166,7 @@ def test_history_is_copied_before_the_next_step_gives_its_blocks_away(served, re
 def test_a_limit_of_nought_keeps_no_corrected_kv(served, reference, monkeypatch):
     served.fresh()
     options = type(served.scheduler.options)(**{**vars(served.scheduler.options), "max_generation": 0})
-    monkeypatch.setattr(served.scheduler, "options", options)
+    monkeypatch.setattr(served.scheduler.keeper, "options", options)
     talk = Talk(served, policy="naive_reuse")
     kinds = [talk.say()[0]["history"]["from"] for _ in range(3)]
     assert kinds == ["blocks", "encode", "encode"]
@@ -212,4 +212,4 @@ def test_nothing_is_kept_of_what_was_not_generated(served):
     engine.add_request("gone", {"prompt_token_ids": list(prompt.token_ids)}, params)
     engine.abort_request(["gone"])
     engine.step()
-    assert not served.scheduler.keeps and not served.scheduler.jobs and not served.scheduler.running
+    assert not served.scheduler.keeper.keeps and not served.scheduler.keeper.jobs and not served.scheduler.running

@@ -22,6 +22,7 @@ from cacheslide.store.base import ChunkKV
 from cacheslide.vllm import serve
 from cacheslide.vllm.attention import RowKernel, choose, gathered
 from cacheslide.vllm.connector import CacheSlideConnector
+from cacheslide.vllm.cope_setting import overrides
 from cacheslide.vllm.geometry import Geometry, weights_id
 from cacheslide.vllm.index import ChunkIndex
 from cacheslide.vllm.kv_layout import PagedKV, PagedLayer
@@ -34,6 +35,7 @@ from cacheslide.vllm.receipts import forecast
 from cacheslide.vllm.scheduler_side import SchedulerSide
 from cacheslide.vllm.store import WorkerStore
 from cacheslide.vllm.support import check, check_policy
+from tests.conftest import save_random_adapter
 from tests.late_copies import LateCopies
 from tests.test_prefill import prompt
 
@@ -465,7 +467,7 @@ def test_history_leaves_with_the_next_step_that_is_planned():
         "generation": 0,
         "from": "blocks",
     }
-    assert all(key in scheduler.index for plan in scheduler.keeps for key, _ in plan.chunks)
+    assert all(key in scheduler.index for plan in scheduler.keeper.keeps for key, _ in plan.chunks)
     [keep] = scheduler.step(step_output({}, {})).keeps
     rows = [(chunk.start, chunk.end) for _, chunk in keep.chunks]
     assert keep.block_ids == [7, 8, 9] and rows[0][0] == len(TURN) - 5 and rows[-1][1] == len(TURN) + 29
@@ -562,9 +564,9 @@ def test_jobs_wait_for_a_later_step_keep_the_budget_and_are_not_doubled():
         scheduler.claim(r, 0)
     rows = {r.request_id: len(TURN) for r in asked}
     assert not scheduler.step(step_output(rows, dict.fromkeys(rows, 0))).encodes
-    assert len(scheduler.jobs) == 2
+    assert len(scheduler.keeper.jobs) == 2
     kinds = []
-    while scheduler.jobs:
+    while scheduler.keeper.jobs:
         [job] = scheduler.step(step_output({}, {})).encodes
         kinds.append(job.encoding.kind)
     assert kinds == ["fixed_chain", "isolated"] and len(scheduler.index) == 2 * len(TURN.chunks(16))
@@ -633,6 +635,23 @@ def test_the_serve_command_passes_options_on():
     options = ServerOptions.from_extra_config(transfer["kv_connector_extra_config"])
     assert options == ServerOptions(policy="epic", store_gib=2.5)
     assert line[line.index("--model") + 1] == "model" and line[-2:] == ["--port", "1"]
+    assert "--hf-overrides" not in line
     args, _ = parser.parse_known_args(["model", "--policy", "magic"])
     with pytest.raises(PolicyError, match="magic"):
         serve.command(args, [])
+
+
+def test_the_serve_command_puts_an_adapter_on(checkpoint, tmp_path):
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    save_random_adapter(tmp_path, checkpoint)
+    for given in (["--hf-overrides", '{"a": 1}'], ['--hf-overrides={"a": 1}']):
+        args, rest = parser.parse_known_args(["model", "--cope", str(tmp_path), *given, "--port", "1"])
+        line = serve.command(args, rest)
+        assert [w for w in line if w.startswith("--hf-overrides")] == ["--hf-overrides"]
+        wanted = overrides(tmp_path, others={"a": 1})
+        assert json.loads(line[line.index("--hf-overrides") + 1]) == wanted and wanted["a"] == 1
+        assert line[-2:] == ["--port", "1"]
+    args, rest = parser.parse_known_args(["model", "--cope", str(tmp_path / "none")])
+    with pytest.raises(ModelError, match="no CoPE adapter"):
+        serve.command(args, rest)

@@ -33,7 +33,7 @@ from cacheslide.kernels.launch import device_of
 class DecodeTiling:
     """`chunk` keys to a program, a power of two, `keys` of them at a time, and the launches' warps and stages."""
 
-    chunk: int = 2048
+    chunk: int = 512
     keys: int = 128
     warps: int = 4
     stages: int = 3
@@ -178,11 +178,11 @@ def _attend(
     tl.store(at, acc / mass[:, None], mask=there & wide)
 
 
-def choose_decode_tiling(requests: int, kv_heads: int, span: int, dim: int, multiprocessors: int) -> DecodeTiling:
-    """Chunks small enough for two to four programs a multiprocessor, were all requests `span` long."""
-    share = max(1, requests * kv_heads * span // (4 * multiprocessors))
-    chunk = min(2048, max(512, triton.next_power_of_2(share)))
-    return DecodeTiling(chunk=chunk, keys=128 if dim <= 128 else 64)
+def choose_decode_tiling(requests: int, kv_heads: int, span: int, multiprocessors: int) -> DecodeTiling:
+    """By a sweep on an H200 (docs/log.md): where there are many keys, programs of one warp, which wait for no other."""
+    if requests * kv_heads * span >= 4 * multiprocessors * 1024:
+        return DecodeTiling(chunk=1024, keys=32, warps=1)
+    return DecodeTiling(chunk=512)
 
 
 def cope_decode(
@@ -206,7 +206,7 @@ def cope_decode(
     padded_p = max(16, triton.next_power_of_2(p_max))
     longest = blocks.table.shape[1] * block_size if max_row is None else max_row + 1
     if tiling is None:
-        tiling = choose_decode_tiling(n, kv_heads, longest, padded, device_of(q).multiprocessors)
+        tiling = choose_decode_tiling(n, kv_heads, longest, device_of(q).multiprocessors)
     chunks = triton.cdiv(longest, tiling.chunk)
     span = chunks * tiling.chunk
     sums, entries, scores, parts, lse = (

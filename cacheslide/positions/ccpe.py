@@ -89,6 +89,7 @@ def pack_slots(parts: "Sequence[tuple[PromptSlots | None, Tensor]]") -> PackedSl
     device = parts[0][1].device
     numbers = send(torch.tensor([*sum(bounds, ()), *sizes], dtype=torch.int32), device)
     pairs, cu_slots = numbers.split([2 * len(bounds), len(sizes)])
+    cu_slots = cu_slots.clone()  # at an aligned address: another alignment is another compilation of the kernel
     return PackedSlots(pairs.view(-1, 2), cu_slots, send(tensor_of(which), device), torch.cat(canonical))
 
 

@@ -14,7 +14,7 @@ from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.metrics import ReuseMetrics, ReuseStats
 from cacheslide.vllm.params import FIELD, ServerOptions
 from cacheslide.vllm.scheduler_side import SchedulerSide
-from cacheslide.vllm.support import check, check_policy
+from cacheslide.vllm.support import check, check_policy, check_spans
 from cacheslide.vllm.worker_side import WorkerSide
 
 
@@ -28,6 +28,7 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
         shared = options.tiers is not None and role == KVConnectorRole.SCHEDULER  # who names chunks
         geometry = Geometry.of(vllm_config, by_content=shared)
         check_policy(options.system, geometry.num_layers)
+        check_spans(options.find_spans, geometry.slots)
         self.scheduler: SchedulerSide | None = None
         self.worker: WorkerSide | None = None
         if role == KVConnectorRole.SCHEDULER:
@@ -64,7 +65,7 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
 
     def has_pending_push_work(self) -> bool:
         """Keeps an idle engine stepping while chunks wait to be encoded or copied."""
-        return bool(self.scheduler.jobs or self.scheduler.keeps)
+        return bool(self.scheduler.keeper.jobs or self.scheduler.keeper.keeps)
 
     def get_kv_connector_stats(self) -> ReuseStats | None:
         return self.scheduler.take_stats() if self.scheduler is not None else None

@@ -34,17 +34,19 @@ from cacheslide.vllm.cope_slots import Crossing
 class CopeMetadata(AttentionMetadata):
     """A batch of one step.
 
-    `rows` int32 [tokens] are the tokens' places in their prompts. The first `decodes` requests have one token each;
-    `bounds` int32 [requests - decodes + 1] are the offsets of the others' tokens behind those. `block_table` int32
-    [requests, blocks]; no row lies behind `max_row`.
+    The first `decodes` requests have one token each, at the rows `decoding` int32 [decodes] of their prompts, and the
+    block table `decode_table` int32 [decodes, blocks]. The others' tokens follow: their `rows` int32 [rest], offsets
+    `bounds` int32 [requests - decodes + 1] and `block_table`; None without any. No row lies behind `max_row`.
     """
 
     num_actual_tokens: int
     decodes: int
     max_row: int
-    rows: Tensor
-    bounds: Tensor | None
-    block_table: Tensor
+    decoding: Tensor
+    decode_table: Tensor
+    rows: Tensor | None = None
+    bounds: Tensor | None = None
+    block_table: Tensor | None = None
     slots: list[SlotMasses] | None = None  # of the layers
     looked: bool = False  # for slots
 
@@ -52,8 +54,7 @@ class CopeMetadata(AttentionMetadata):
         """The slots that rows behind the decoding ones cross by their calibrated mass."""
         if not self.looked:  # made in the forward: the connector speaks between build and forward
             self.looked = True
-            rest = self.rows[self.decodes :], self.bounds, self.block_table[self.decodes :]
-            self.slots = crossing.of_batch(*rest, block_size)
+            self.slots = crossing.of_batch(self.rows, self.bounds, self.block_table, block_size)
         return None if self.slots is None else self.slots[layer]
 
 
@@ -67,9 +68,11 @@ class CopeMetadataBuilder(AttentionMetadataBuilder[CopeMetadata]):
         self._init_reorder_batch_threshold(1)
         context = vllm_config.compilation_config.static_forward_context
         self.crosses = context[layer_names[0]].cope_crossing.known > 0
-        scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
-        sizes = (scheduler.max_num_batched_tokens, scheduler.max_num_seqs, *(compilation.cudagraph_capture_sizes or ()))
-        self.rows = torch.zeros(max(sizes), dtype=torch.int32, device=device)  # captured graphs read it
+        sizes = (
+            vllm_config.scheduler_config.max_num_seqs,
+            *(vllm_config.compilation_config.cudagraph_capture_sizes or ()),
+        )
+        self.decoding = torch.zeros(max(sizes), dtype=torch.int32, device=device)  # captured graphs read it
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -82,26 +85,26 @@ class CopeMetadataBuilder(AttentionMetadataBuilder[CopeMetadata]):
         decodes, _, decoding, _ = split_decodes_and_prefills(batch, treat_short_extends_as_decodes=not short)
         if decoding != decodes:
             raise RuntimeError(f"{decodes} decoding requests have {decoding} rows")
-        rows = self.rows[:tokens] if tokens <= len(self.rows) else self.rows.new_empty(tokens)
+        decoding, table = self.decoding[:decodes], batch.block_table_tensor
         # A request that pads a graph's batch has length 0: row 0 of the block table's first block is there to be read.
-        torch.sub(batch.seq_lens[:decodes], 1, out=rows[:decodes])
-        rows[:decodes].clamp_(min=0)
-        bounds = None
+        torch.sub(batch.seq_lens[:decodes], 1, out=decoding).clamp_(min=0)
+        made = CopeMetadata(tokens, decodes, batch.max_seq_len - 1, decoding, table[:decodes])
         if decodes < tokens:
             ends = batch.query_start_loc[decodes + 1 :]
             lengths = ends - batch.query_start_loc[decodes:-1]
             first = batch.seq_lens[decodes:] - ends  # a token's row is its place in the batch and this
             offsets = torch.repeat_interleave(first, lengths, output_size=tokens - decodes)
-            places = torch.arange(decodes, tokens, dtype=torch.int32, device=rows.device)
-            torch.add(offsets, places, out=rows[decodes:])
-            bounds = batch.query_start_loc[decodes:] - decodes
-        return CopeMetadata(tokens, decodes, batch.max_seq_len - 1, rows, bounds, batch.block_table_tensor)
+            made.rows = offsets + torch.arange(decodes, tokens, dtype=torch.int32, device=offsets.device)
+            made.bounds = batch.query_start_loc[decodes:] - decodes
+            # Memory of its own begins at an aligned address: another alignment is another compilation of the kernel.
+            made.block_table = table[decodes:].clone() if decodes else table
+        return made
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> CopeMetadata:
         """A batch whose graph holds for any rows; while it is captured all of them are the first."""
         metadata = self.build(0, common_attn_metadata)
         metadata.max_row = self.vllm_config.model_config.max_model_len - 1
-        metadata.rows.zero_()
+        metadata.decoding.zero_()
         return metadata
 
 
@@ -165,20 +168,23 @@ class CopeImpl(AttentionImpl[CopeMetadata]):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """See `AttentionImpl.forward`: query, output [tokens, heads, head_size]; keys are in the cache by now."""
-        if attn_metadata is None:  # a profiling run
+        positions = layer.cope_positions
+        if attn_metadata is None:  # a profiling run, which must see the scratch of a whole batch's position logits
+            if query.is_cuda:
+                torch.empty(query.shape[0] * query.shape[1] * (len(positions) + 2), device=query.device)
             return output.fill_(0)
-        batch, positions = attn_metadata, layer.cope_positions
+        batch = attn_metadata
         tokens, some = batch.num_actual_tokens, batch.decodes
         if some:
             cope_decode(
-                query[:some], batch.rows[:some], batch.block_table[:some], kv_cache, positions, self.scale,
-                output[:some], batch.max_row,
+                query[:some], batch.decoding, batch.decode_table, kv_cache, positions, self.scale, output[:some],
+                batch.max_row,
             )  # fmt: skip
         if some < tokens:
             slots = batch.slots_of(layer.cope_layer, layer.cope_crossing, kv_cache.shape[2])
             cope_attention(
-                query[some:tokens], batch.rows[some:], batch.bounds, batch.block_table[some:], kv_cache, positions,
-                self.scale, output[some:tokens], batch.max_row, slots,
+                query[some:tokens], batch.rows, batch.bounds, batch.block_table, kv_cache, positions, self.scale,
+                output[some:tokens], batch.max_row, slots,
             )  # fmt: skip
         return output
 

@@ -9,8 +9,9 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
+from vllm.platforms import current_platform
 
-from cacheslide.errors import ModelError
+from cacheslide.errors import ConfigError, ModelError
 from cacheslide.vllm.cope_backend import CopeBackend
 from cacheslide.vllm.cope_setting import setup_of
 from cacheslide.vllm.cope_slots import Crossing
@@ -65,6 +66,9 @@ class CacheSlideCopeForCausalLM(LlamaForCausalLM):
         model = vllm_config.model_config
         check_cope(vllm_config)
         setup = setup_of(model.hf_config)
+        if setup.masses is not None and current_platform.is_cuda() and not vllm_config.use_v2_model_runner:
+            # Its graphs of decoding batches take a prompt's last row for a decoded one, which crosses no slot.
+            raise ConfigError("calibrated slot masses need vLLM's second model runner on a GPU: start with --cope-live")
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=CopeDecoderLayer)
         self.setup, self.source = setup, (model.model, model.revision)
         dtype, crossing = torch.get_default_dtype(), self._crossing()

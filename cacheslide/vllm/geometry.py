@@ -11,6 +11,8 @@ import torch
 
 from cacheslide.errors import CacheSlideError, ConfigError
 from cacheslide.model.weights import fingerprint
+from cacheslide.positions.ccpe import PromptSlots, check_slots, slots_in
+from cacheslide.prompt import Prompt
 from cacheslide.vllm.cope_setting import ADAPTER, is_cope, setup_of
 
 
@@ -50,6 +52,14 @@ class Geometry:
             max_positions=max(model.max_model_len, config.max_position_embeddings),
             slots=cope.slots if cope else 0,
         )
+
+    def slots_of(self, prompt: Prompt) -> PromptSlots | None:
+        """The slots that a CoPE model crosses by their calibrated masses; PromptError when Γ has too few."""
+        if not self.slots:
+            return None
+        slots = slots_in(prompt)
+        check_slots(slots, self.slots)
+        return slots if slots.bounds else None
 
     def chunk_bytes(self, rows: int, probes: int) -> int:
         """Bytes of one rank's chunk of `rows` rows with the inputs of `probes` layers."""

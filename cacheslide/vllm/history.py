@@ -9,31 +9,23 @@ prefill of their own.
 
 from typing import Any
 
-from cacheslide.engine import Plan, make_plan
+from cacheslide.engine import make_plan
 from cacheslide.errors import PromptError
 from cacheslide.keys import PrefixKeying
-from cacheslide.policy import ReusePolicy
 from cacheslide.prompt import Prompt
-from cacheslide.vllm.plans import EncodeJob, SavePlan
+from cacheslide.vllm.keeping import job_of
+from cacheslide.vllm.plans import SavePlan
 from cacheslide.vllm.tracked import Tracked
 
 
-def job_of(policy: ReusePolicy, plan: Plan, renew: bool = False) -> EncodeJob:
-    """The prefill that makes what is missing of a plan's chunks."""
-    return EncodeJob(
-        policy.encoding, policy.probe_layers, plan.prompt, plan.positions, plan.chunks, plan.keys, renew=renew
-    )
-
-
-def keep_history(side, request, tracked: Tracked, block_ids: list[int]) -> dict[str, Any] | None:
+def keep_history(keeper, request, tracked: Tracked, block_ids: list[int]) -> dict[str, Any] | None:
     """Keep a finished request's rows from `tracked.history` on.
 
     Parameters
     ----------
-    side : SchedulerSide
-        Its index, jobs and keeps.
+    keeper : ChunkKeeper
     request : vLLM's Request
-    tracked : what `side` knows about it, with a plan
+    tracked : what the scheduler's half knows about it, with a plan
     block_ids : list of int
         The blocks of its computed rows.
 
@@ -50,26 +42,26 @@ def keep_history(side, request, tracked: Tracked, block_ids: list[int]) -> dict[
     spans = [span for span in tracked.spans if span[1] <= start]
     prompt = Prompt.from_spans(ids[:end], [*spans, (start, end)])
     try:
-        plan = make_plan(policy, tracked.identity, prompt, side.options.chunk_size, side.geometry.max_positions)
-        side.slots_of(prompt)
+        plan = make_plan(policy, tracked.identity, prompt, keeper.options.chunk_size, keeper.geometry.max_positions)
+        keeper.geometry.slots_of(prompt)
     except PromptError:  # a schema has no slot left for it, or a CoPE model no mass
         return None
     last = len(plan.prompt.segments) - 1
-    missing = {k: c for k, c in zip(plan.keys, plan.chunks, strict=True) if c.segment == last and k not in side.index}
-    side.index.touch(plan.keys)
+    missing = {k: c for k, c in zip(plan.keys, plan.chunks, strict=True) if c.segment == last and k not in keeper.index}
+    keeper.index.touch(plan.keys)
     kept = {"start": start, "end": end, "generation": 0}
     copied = policy.encoding.kind == "in_prompt" and not policy.probe_layers and not tracked.schema
     # A prefix's KV is exact also where it was reused: nothing but the prefix decides it.
     corrected = not tracked.exact and not isinstance(policy.keying, PrefixKeying)
     generation = tracked.generation + corrected
-    if copied and generation <= side.options.max_generation:
-        evict = side.reserve(missing, 0, generation)
+    if copied and generation <= keeper.options.max_generation:
+        evict = keeper.reserve(missing, 0, generation)
         if evict is None:
             return None
         if missing:
-            side.keeps.append(SavePlan(block_ids, tuple(missing.items()), evict, generation))
+            keeper.keeps.append(SavePlan(block_ids, tuple(missing.items()), evict, generation))
         return kept | {"generation": generation, "from": "blocks"}
     if tracked.encode == "off":
         return None
-    side.jobs.add(job_of(policy, plan, renew=True), tracked.encode)
+    keeper.enqueue(job_of(policy, plan, renew=True), tracked.encode)
     return kept | {"from": "encode"}

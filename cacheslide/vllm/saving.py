@@ -51,9 +51,18 @@ class HostCopies:
         self._sources.clear()
         self.held = 0
 
+    def settle(self) -> None:
+        """Let go of what has been copied."""
+        while self._sources and self._sources[0][0].query():
+            self._let_go()
+
+    def _let_go(self) -> "torch.cuda.Event":
+        done, _, size = self._sources.popleft()
+        self.held -= size
+        return done
+
     def _make_room(self, nbytes: int, current: "torch.cuda.Stream") -> None:
-        """Let go of copied memory; what is let go early can be written only by work behind `current`'s wait."""
-        while self._sources and (self._sources[0][0].query() or self.held + nbytes > self.under_way):
-            done, _, size = self._sources.popleft()
-            current.wait_event(done)
-            self.held -= size
+        """What is let go before it has been copied is written to only by work behind `current`'s wait."""
+        self.settle()
+        while self._sources and self.held + nbytes > self.under_way:
+            current.wait_event(self._let_go())

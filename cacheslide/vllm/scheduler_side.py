@@ -1,55 +1,47 @@
 """The scheduler's half: what each marked request reuses, what is kept of it, and what its receipt says."""
 
-import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from cacheslide.engine import make_plan
-from cacheslide.errors import CacheSlideError, PolicyError, PromptError, StoreError
-from cacheslide.keys import CacheIdentity, ChunkKey
-from cacheslide.positions.ccpe import PromptSlots, check_slots, slots_in
-from cacheslide.prompt import Chunk, Prompt
+from cacheslide.errors import CacheSlideError, PolicyError, PromptError
+from cacheslide.keys import CacheIdentity
 from cacheslide.vllm import reasons
 from cacheslide.vllm.cold import ColdChunks
 from cacheslide.vllm.cope_slots import SlotRows
 from cacheslide.vllm.families import Families
 from cacheslide.vllm.geometry import Geometry
-from cacheslide.vllm.history import job_of, keep_history
-from cacheslide.vllm.index import ChunkIndex
-from cacheslide.vllm.jobs import EncodeJobs
+from cacheslide.vllm.history import keep_history
+from cacheslide.vllm.keeping import ChunkKeeper
 from cacheslide.vllm.mailbox import close_box, open_box
 from cacheslide.vllm.metrics import ReuseStats
 from cacheslide.vllm.params import Marks, ServerOptions
-from cacheslide.vllm.plans import EncodeJob, LoadPlan, SavePlan, StepPlan, WorkerReport
+from cacheslide.vllm.plans import LoadPlan, StepPlan, WorkerReport
 from cacheslide.vllm.prefix_cache import key_apart, shares_unfilled_blocks
 from cacheslide.vllm.receipts import forecast, tiers_of
 from cacheslide.vllm.spans import SpanMemory
 from cacheslide.vllm.support import check_policy
 from cacheslide.vllm.tracked import Tracked
 
-logger = logging.getLogger("vllm.cacheslide")  # below vLLM's logger, so that its handler prints it
-
 
 class SchedulerSide:
-    """Owns the index of chunks. `vllm_config` and `geometry` describe the engine it serves."""
+    """Follows requests and plans steps. `vllm_config` and `geometry` describe the engine it serves."""
 
     def __init__(self, vllm_config, options: ServerOptions, geometry: Geometry) -> None:
         self.options, self.geometry = options, geometry
         self.block_size = vllm_config.cache_config.block_size
         self.engine_id = vllm_config.kv_transfer_config.engine_id
         self.box = open_box(self.engine_id)
-        self.index = ChunkIndex(int(options.store_gib * 2**30))
-        self.cold = None
+        self.keeper = ChunkKeeper(options, geometry)
+        self.index, self.cold = self.keeper.index, None
         if (tiers := options.tiers) is not None:
             ranks = vllm_config.parallel_config.tensor_parallel_size
-            self.cold = ColdChunks(tiers, options.namespace, ranks, self.index, geometry)
+            self.cold = self.keeper.cold = ColdChunks(tiers, options.namespace, ranks, self.index, geometry)
         self.tracked: dict[str, Tracked] = {}
         self.running: dict[str, Any] = {}  # vLLM's requests that have blocks, marked or not
         self.prefilling: dict[str, None] = {}  # tracked requests whose prompt is not complete yet, in order of arrival
-        self.jobs = EncodeJobs(options.encode_tokens_per_step)
-        self.keeps: list[SavePlan] = []  # of requests that finished since the last step
         self.families = Families()
         self.memory = SpanMemory(options.span_tokens, options.spans_known)
         self.stats = ReuseStats()
@@ -77,14 +69,6 @@ class SchedulerSide:
         if tracked.slots is not None:  # the rows behind the first slot are not those of a request without marks
             secret = tracked.family.secret if tracked.family is not None else None
             key_apart(request, tracked.slots.bounds[0][1] // self.block_size, secret)
-
-    def slots_of(self, prompt: Prompt) -> PromptSlots | None:
-        """The slots that a CoPE model crosses by their calibrated masses; PromptError when Γ has too few."""
-        if not self.geometry.slots:
-            return None
-        slots = slots_in(prompt)
-        check_slots(slots, self.geometry.slots)
-        return slots if slots.bounds else None
 
     def _unmarked(self, request) -> Marks | None:
         """Marks of a request without any, where the server looks for spans by itself."""
@@ -119,7 +103,7 @@ class SchedulerSide:
         identity = CacheIdentity(self.geometry.model_id, self.geometry.dtype, namespace=tenant)
         plan = make_plan(policy, identity, prompt, self.options.chunk_size, self.geometry.max_positions)
         tracked = Tracked(len(prompt), policy.name, policy=policy, plan=plan, identity=identity)
-        tracked.slots = self.slots_of(prompt)
+        tracked.slots = self.geometry.slots_of(prompt)
         tracked.encode = marks.encode or self.options.encode
         tracked.spans, tracked.history, tracked.note = marks.segments, marks.history, marks.note
         tracked.schema = plan.positions[-1] != len(prompt) - 1
@@ -213,7 +197,7 @@ class SchedulerSide:
         receipt |= {"store_failures": tracked.below.failures} if tracked.below.failures else {}
         receipt |= {"note": tracked.note} if tracked.note else {}
         if tracked.history is not None and tracked.plan is not None:
-            receipt |= {"history": keep_history(self, request, tracked, list(block_ids))}
+            receipt |= {"history": keep_history(self.keeper, request, tracked, list(block_ids))}
         if not tracked.follows or tracked.reuse or tracked.reason:  # a family is one request while its blocks last
             self.stats.record(receipt)
         return receipt
@@ -223,10 +207,10 @@ class SchedulerSide:
     def step(self, output) -> StepPlan:
         """What the workers do in the step that `output` describes."""
         step = StepPlan(forget=self.forget)
-        step.keeps, self.keeps = self.keeps, []
+        step.keeps, self.keeper.keeps = self.keeper.keeps, []
         step.idle = not output.num_scheduled_tokens
         self.forget, self.rows_planned = False, 0
-        waited = len(self.jobs)
+        waited = len(self.keeper.jobs)
         state = output.kv_connector_block_state
         for req_id in [r for r in self.prefilling if r in output.num_scheduled_tokens]:
             tracked = self.tracked[req_id]
@@ -243,8 +227,8 @@ class SchedulerSide:
                 del self.prefilling[req_id]
                 if not tracked.kept:
                     tracked.kept = True
-                    self._keep(tracked, step)
-        self.jobs.emit(step, waited, self.index, self._room)
+                    self.keeper.keep(tracked, step)
+        self.keeper.hand_out(step, waited, idle=step.idle)
         if self.cold is not None:
             step.fetches, step.drops = self.cold.take()
         return step
@@ -266,36 +250,6 @@ class SchedulerSide:
             plan.positions if tracked.schema else None,
             tracked.slots,
         )
-
-    def _keep(self, tracked: Tracked, step: StepPlan) -> None:
-        """The request's prompt is complete in this step: keep its chunks, or have them encoded."""
-        plan, policy = tracked.plan, tracked.policy
-        missing = {k: c for k, c in zip(plan.keys, plan.chunks, strict=True) if k not in self.index}
-        if not missing or tracked.encode == "off":
-            return
-        if policy.encoding.kind == "in_prompt" and tracked.exact and not policy.probe_layers and not tracked.schema:
-            evict = self.reserve(missing, len(policy.probe_layers))
-            if evict is not None:
-                step.saves.append(SavePlan(tracked.block_ids, tuple(missing.items()), evict))
-            return
-        self.jobs.add(job_of(policy, plan), tracked.encode)
-
-    def reserve(
-        self, chunks: Mapping[ChunkKey, Chunk], probes: int, generation: int = 0
-    ) -> tuple[ChunkKey, ...] | None:
-        """Room in the index for `chunks` with the inputs of `probes` layers: the keys that leave, None if too large."""
-        sizes = {key: self.geometry.chunk_bytes(len(chunk), probes) for key, chunk in chunks.items()}
-        try:
-            evict = tuple(self.index.reserve(sizes, generation))
-            if self.cold is not None:
-                self.cold.evicted(evict)
-            return evict
-        except StoreError as full:
-            logger.warning("CacheSlide keeps nothing of a prompt: %s", full)
-            return None
-
-    def _room(self, job: EncodeJob) -> tuple[ChunkKey, ...] | None:
-        return self.reserve(dict(zip(job.keys, job.chunks, strict=True)), len(job.capture))
 
     # --- what comes back -------------------------------------------------------------------------------------------
 
@@ -320,14 +274,12 @@ class SchedulerSide:
 
         What lies below memory belongs to the weights that were loaded at first: keys of another name from here on.
         """
-        self.index.clear()
+        self.keeper.clear()
         if self.cold is not None:
             self.cold.forget()
             self.geometry = replace(self.geometry, model_id=f"{self.geometry.model_id} {secrets.token_hex(16)}")
         self.memory.clear()
         self.families.clear()
-        self.jobs.clear()
-        self.keeps.clear()
         self.forget = True
 
     def close(self) -> None:

@@ -67,6 +67,11 @@ class WorkerStore(MemoryChunkStore):
                 done.synchronize()
         return super().get(key)
 
+    def settle(self) -> None:
+        """Give back what copies that are done needed on the device."""
+        if self.copies is not None:
+            self.copies.settle()
+
     def drop(self, keys) -> None:
         """Forget `keys`; those that are not here are none of its business."""
         for key in keys:

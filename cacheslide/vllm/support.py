@@ -104,3 +104,9 @@ def check_policy(policy: ReusePolicy, layers: int) -> None:
     last = max([rule.layer, *(p.layer for p in rule.promote)])
     if last >= layers:
         raise PolicyError(f"{policy.name} selects at layer {last}, but the model has {layers} layers")
+
+
+def check_spans(find_spans: bool, slots: int) -> None:
+    """Raise ConfigError for a server that looks for spans itself with a CoPE model of `slots` calibrated slots."""
+    if find_spans and slots:
+        raise ConfigError("found spans follow no template, which calibrated slot masses need: start with --cope-live")

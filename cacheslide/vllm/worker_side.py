@@ -76,6 +76,7 @@ class WorkerSide:
     @torch.inference_mode()
     def begin(self, step: StepPlan) -> None:
         """Before anything writes to the cache in this step: keep what finished requests leave in their old blocks."""
+        self.store.settle()
         if step.forget:
             self.store.clear()
         if self.below is not None:

@@ -138,7 +138,7 @@ def decode_case(requests: int, tokens: int, gates: str, repeats: int) -> dict[st
     want = cope_reference.cope_attention(q.float(), rows, bounds, table, kv.float(), embedding.float())
     keys = kv[table[0].long()].transpose(1, 2).flatten(0, 1)[..., :DIM]
     case |= {"requests": requests, "tokens": tokens, "gates": gates, **gates_seen(q[:1], keys, rows[:1]), "tilings": {}}
-    own = cope_decode.choose_decode_tiling(requests, KV_HEADS, tokens, DIM, launch.device_of(q).multiprocessors)
+    own = cope_decode.choose_decode_tiling(requests, KV_HEADS, tokens, launch.device_of(q).multiprocessors)
     case["chosen_tiling"] = vars(own)
     for option in (None, *DECODE_TILINGS):
         cut = None if option is None else cope_decode.DecodeTiling(*option)

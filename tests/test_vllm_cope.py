@@ -160,10 +160,10 @@ def test_a_plain_request_is_the_reference_model(served, live):
 @pytest.mark.parametrize("last_row_alone", [False, True])
 def test_a_marked_request_crosses_its_slots_by_their_masses(served, crossing, live, last_row_alone):
     prompt = turn(3, 53)
-    if last_row_alone:  # in steps of 128 rows, the last row, a fixed chunk's, comes by itself, as a decoded one does
-        head = turn(3, 4).segments[:4]
-        missing = 2 * 128 + 1 - sum(len(s.token_ids) for s in head)
-        prompt = Prompt((*head, Segment(random_ids(missing, 30), Role.REUSE)))
+    if last_row_alone:  # in steps of 128: the last one, of a fixed chunk near its slot, comes as a decoded one
+        last = Segment(random_ids(4, 30), Role.REUSE)
+        prompt = Prompt((*turn(3, 2 * 128 + 1 - (40 + 90 + 9 + 4)).segments[:4], last))
+        assert len(prompt) == 2 * 128 + 1
     slots = slots_in(prompt)
     assert len(slots.bounds) == SLOTS
     served.fresh()

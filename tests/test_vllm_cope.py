@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from shutil import copy
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm import SamplingParams
+from vllm.sampling_params import BeamSearchParams
 
 from cacheslide.engine import ReuseEngine
 from cacheslide.errors import ConfigError, ModelError
@@ -22,8 +24,10 @@ from cacheslide.store import MemoryChunkStore
 from cacheslide.training.calibration import Calibration, save_calibration
 from cacheslide.training.load import find_cope, load_cope
 from cacheslide.vllm.cope_setting import overrides
+from cacheslide.vllm.offline import beam_search
 from cacheslide.vllm.params import marks_of, policy_of
 from cacheslide.vllm.support import check_cope, check_spans
+from harness.results.provenance import ROOT
 from tests.conftest import VLLM_ENVIRONMENT, random_ids, save_random, save_random_adapter
 from tests.test_cope_model import dense
 from tests.test_vllm_engine import BLOCK, CHUNK, Served, assert_same, logprobs, receipt, tokens
@@ -67,7 +71,10 @@ def save_setup(folder, checkpoint):
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    return save_random(tmp_path_factory.mktemp("base"), "mistral", **SHAPE, sliding_window=None)
+    folder = save_random(tmp_path_factory.mktemp("base"), "mistral", **SHAPE, sliding_window=None)
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # beam search asks for one
+        copy(ROOT / "models/tiny-llama-12m" / name, folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +86,8 @@ class Cope(Served):
     """An engine with an adapter that remembers which blocks every finished request had."""
 
     def __init__(self, path, adapter, **engine) -> None:
-        super().__init__(path, engine={"hf_overrides": overrides(adapter), **engine})
+        tokenizer = {"skip_tokenizer_init": not (path / "tokenizer.json").is_file()}
+        super().__init__(path, engine={"hf_overrides": overrides(adapter), **tokenizer, **engine})
         self.blocks = []
         finish = self.scheduler.finish
         self.scheduler.finish = lambda request, ids: (self.blocks.append(list(ids)), finish(request, ids))[1]
@@ -152,10 +160,10 @@ def test_a_plain_request_is_the_reference_model(served, live):
 @pytest.mark.parametrize("last_row_alone", [False, True])
 def test_a_marked_request_crosses_its_slots_by_their_masses(served, crossing, live, last_row_alone):
     prompt = turn(3, 53)
-    if last_row_alone:  # in steps of 128 rows, the last row, a fixed chunk's, comes by itself, as a decoded one does
-        head = turn(3, 4).segments[:4]
-        missing = 2 * 128 + 1 - sum(len(s.token_ids) for s in head)
-        prompt = Prompt((*head, Segment(random_ids(missing, 30), Role.REUSE)))
+    if last_row_alone:  # in steps of 128: the last one, of a fixed chunk near its slot, comes as a decoded one
+        last = Segment(random_ids(4, 30), Role.REUSE)
+        prompt = Prompt((*turn(3, 2 * 128 + 1 - (40 + 90 + 9 + 4)).segments[:4], last))
+        assert len(prompt) == 2 * 128 + 1
     slots = slots_in(prompt)
     assert len(slots.bounds) == SLOTS
     served.fresh()
@@ -251,6 +259,26 @@ def test_a_preempted_request_crosses_its_slots_again(served, crossing, live):
             assert_follows(output, live, SECOND)
         else:
             assert_follows(output, crossing, SECOND, slots_in(SECOND))
+
+
+@pytest.mark.parametrize("share", [None, 1.0])
+def test_beams_cross_their_slots(served, crossing, share):
+    """Later requests of a search, whose prompts hold generated rows: all exact, or over reused rows."""
+    served.fresh()
+    marks = marks_of(SECOND, policy="recompute")
+    if share is not None:
+        served.one(FIRST)
+        marks = marks_of(SECOND, share=share)
+    served.poison()
+    params = BeamSearchParams(beam_width=2, max_tokens=5, ignore_eos=True)
+    [found] = beam_search(served.llm, [{"prompt_token_ids": list(SECOND.token_ids)}], params, [marks])
+    best, total = found.sequences[0], 0.0
+    prompt, slots = list(SECOND.token_ids), slots_in(SECOND)
+    assert best.tokens[: len(prompt)] == prompt and len(best.tokens) == len(prompt) + 5
+    for i in range(5):
+        total += float(exact(crossing, best.tokens[: len(prompt) + i], slots)[2][best.tokens[len(prompt) + i]])
+    assert best.cum_logprob == pytest.approx(total, abs=2e-4)
+    assert not served.scheduler.tracked
 
 
 def said(engine) -> list:

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 
 from cacheslide.vllm.prefix_cache import key_apart, new_secret
+from cacheslide.vllm.reasons import AS_FAMILY
 from cacheslide.vllm.tracked import FromBelow, Tracked
 
 _KNOWN = 256  # families remembered; a forgotten one plans, and completes its prompt, once more
@@ -32,6 +33,14 @@ class Family:
         if self.first is not None and first < self.first:
             self.secret = new_secret()
         self.first = first if self.first is None else min(first, self.first)
+
+    def exactly(self) -> Tracked | None:
+        """What is tracked of a later member where the first one was computed exactly: the slots it crosses, if any."""
+        if self.plan.slots is None:
+            return None
+        return replace(
+            self.plan, block_ids=[], kept=True, follows=True, family=self, reason=AS_FAMILY, below=FromBelow()
+        )
 
     def join(self, request) -> Tracked:
         """What is tracked of a later member, whose vLLM `request` looks up the family's blocks from now on."""

@@ -6,6 +6,7 @@ COVERED = "vLLM's prefix cache holds the whole prompt"
 PROMPT_LOGPROBS = "prompt_logprobs needs every row computed by vLLM"
 NOT_SEEN = "nothing of this prompt was seen before; its spans are known from now on"
 LOST = "a chunk that the index named was not in the worker's store; its rows were recomputed"
+AS_FAMILY = "computed exactly, as the first request of its family was"
 
 MEMORY = {"cpu": "host", "model": "device"}  # the workers' memory as a tier, by `ServerOptions.store_device`
 TIERS = ("device", "host", "file", "remote")

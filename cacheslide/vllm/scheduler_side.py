@@ -86,7 +86,7 @@ class SchedulerSide:
             tracked = self._plan(request, marks)
             tracked.family = family or self.families.add(tenant, name, tracked)
             return tracked
-        return None if family.reason else family.join(request)
+        return family.exactly() if family.reason else family.join(request)
 
     def _plan(self, request, marks: Marks) -> Tracked:
         if marks.find and self.geometry.slots:
@@ -198,7 +198,8 @@ class SchedulerSide:
         receipt |= {"note": tracked.note} if tracked.note else {}
         if tracked.history is not None and tracked.plan is not None:
             receipt |= {"history": keep_history(self.keeper, request, tracked, list(block_ids))}
-        if not tracked.follows or tracked.reuse or tracked.reason:  # a family is one request while its blocks last
+        # A family is one request while its blocks last.
+        if not tracked.follows or tracked.reuse or tracked.reason not in ("", reasons.AS_FAMILY):
             self.stats.record(receipt)
         return receipt
 

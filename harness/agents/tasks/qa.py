@@ -65,23 +65,36 @@ def _tasks(split, seed, count, questions, tokens, mix) -> Iterator[QATask]:
     for i in range(count):
         rng = Random(f"agents-qa-{mix}-{split}-{seed}-{tokens}-{questions}-{i}")
         world = make_world(rng, mix, split, tokens)
-        documents = tuple(text(d.pieces()) for d in render.fixed_documents(rng, "hotpotqa", world))
-        held = draw_root_values(rng, split, world.roots)
-        notes = text(render.notes_document(rng, "hotpotqa", world, held).pieces())
-        nodes = range(world.roots, len(world.nodes))
-        volatile = [n for n in nodes if world.nodes[n].root is not None]
-        asked = []
-        for _ in range(questions):
-            stale = bool(volatile) and rng.random() < STALE
-            node = pick(rng, volatile if stale else nodes)
-            changed = now = ""
-            if stale:
-                root = world.nodes[node].root
-                held[root] = fresh_value(rng, split, held)
-                changed, now = " ".join(world.nodes[root].name), " ".join(held[root])
-            answer = " ".join(world.resolve(node, held))
-            asked.append(QAQuestion(" ".join(world.nodes[node].name), answer, changed, now))
-        yield QATask(f"qa-{split}-{seed}-{i:05d}", split, notes, documents, tuple(asked))
+        yield draw_qa(rng, f"qa-{split}-{seed}-{i:05d}", split, world, questions)
+
+
+def draw_qa(
+    rng: Random,
+    name: str,
+    split: str,
+    world: World,
+    questions: int,
+    tokens: tuple[int, int] | None = render.CHUNK_TOKENS,
+    filler: int = render.NOTES_FILLER,
+) -> QATask:
+    """A task over `world`; `tokens` and `filler` as in `render.fixed_documents` and `render.notes_document`."""
+    documents = tuple(text(d.pieces()) for d in render.fixed_documents(rng, "hotpotqa", world, tokens))
+    held = draw_root_values(rng, split, world.roots)
+    notes = text(render.notes_document(rng, "hotpotqa", world, held, filler).pieces())
+    nodes = range(world.roots, len(world.nodes))
+    volatile = [n for n in nodes if world.nodes[n].root is not None]
+    asked = []
+    for _ in range(questions):
+        stale = bool(volatile) and rng.random() < STALE
+        node = pick(rng, volatile if stale else nodes)
+        changed = now = ""
+        if stale:
+            root = world.nodes[node].root
+            held[root] = fresh_value(rng, split, held)
+            changed, now = " ".join(world.nodes[root].name), " ".join(held[root])
+        answer = " ".join(world.resolve(node, held))
+        asked.append(QAQuestion(" ".join(world.nodes[node].name), answer, changed, now))
+    return QATask(name, split, notes, documents, tuple(asked))
 
 
 def statement_about(documents: Sequence[str], name: str) -> str:

@@ -50,7 +50,10 @@ class DrySWEAgent(SWEAgent):
 
     def _right(self) -> bool:
         task, files = self.task, self.workspace
-        return files.now == {**task.files, task.path: with_line(task.files[task.path], task.path, task.line, task.fixed)}
+        return files.now == {
+            **task.files,
+            task.path: with_line(task.files[task.path], task.path, task.line, task.fixed),
+        }
 
     def _test(self) -> str:
         passed = "passed" if self._right() else "failed"

@@ -15,11 +15,17 @@ SHARD = 15 * 2**20
 EXTRAS = "training-parts.safetensors"
 
 
-def save(model: Trainee, tokenizer: Tokenizer, folder: Path) -> None:
+def save(model: Trainee, tokenizer: Tokenizer, folder: Path, new_tokens: int = 4) -> None:
     """Write the model in bf16 as shards of at most 15 MiB, its tokenizer, and the training-only parts."""
     save_tokenizer(tokenizer, folder)
     (folder / "config.json").write_text(json.dumps(_config(model.lm.config), indent=2) + "\n")
-    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "do_sample": False, "max_new_tokens": 4}
+    generation = {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "do_sample": False,
+        "max_new_tokens": new_tokens,
+    }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     weights = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in model.lm.state_dict().items()}
     shards, size = [{}], 0

@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.training.data import END, IGNORE, LINK, QUESTION, SECOND_WORD, SETTLED
+from harness.training.data import END, IGNORE, LINK, OUTPUT, QUESTION, SECOND_WORD, SETTLED
 from harness.training.model import Trainee
 
-SHARE = {SETTLED: 0.2, LINK: 1.0, QUESTION: 1.0, SECOND_WORD: 1.0, END: 0.1}
+SHARE = {SETTLED: 0.2, LINK: 1.0, QUESTION: 1.0, SECOND_WORD: 1.0, END: 0.1, OUTPUT: 2.0}
 
 
 def needed_layer(hops: Tensor, schedule: str) -> Tensor:
@@ -67,6 +67,7 @@ def accuracy(batch: dict[str, Tensor], right: Tensor) -> dict[str, float]:
     for name, mask in (("", torch.ones_like(bare)), ("bare ", bare)):
         cells[name + "question"] = mask & (kind == QUESTION)
         cells[name + "second"] = mask & (kind == SECOND_WORD)
+        cells[name + "output"] = mask & (kind == OUTPUT)
         for d in range(1, 5):
             cells[f"{name}link{d}"] = mask & (kind == LINK) & (depth == d)
     return {k: (right & m).sum().item() / n for k, m in cells.items() if (n := m.sum().item())}

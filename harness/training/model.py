@@ -103,7 +103,7 @@ class Trainee(nn.Module):
         states, loss = [], x.new_zeros(())
         for i, layer in enumerate(body.layers):
             before, x = x, self.block(layer, x, cos, sin)
-            if i == 0:
+            if i == 0 and len(scratch):
                 x, loss = self._hint(before, x, scratch, asked, hinted)
             states.append(x.flatten(0, 1)[want])
         return states, loss

@@ -8,13 +8,14 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from cacheslide.errors import ConfigError
+from harness.agents.tasks.qa import DEPTH
 from harness.training.agent_rows import STATES, STEPS, Encoder, RowsOf, rows
 from harness.training.agent_tasks import Difficulty
 from harness.training.data import collate
 
 
-def sources(stage: dict) -> list[list[RowsOf]]:
-    """A stage's parts. A part is a list of sources, of which each batch takes one by weight."""
+def sources(stage: dict, depth: int = DEPTH) -> list[list[RowsOf]]:
+    """A stage's parts. A part is a list of sources, of which each batch takes one by weight. `depth` caps chains."""
     parts = []
     for part in stage["parts"]:
         parts.append([])
@@ -23,6 +24,7 @@ def sources(stage: dict) -> list[list[RowsOf]]:
             harder = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.get("difficulty", {}).items()}
             if unknown := set(given["agents"]) - {*STATES, *STEPS}:
                 raise ConfigError(f"unknown agents {', '.join(sorted(unknown))}")
+            harder["depth"] = min(depth, harder.get("depth", Difficulty.depth))
             parts[-1].append(RowsOf(**given, difficulty=Difficulty(**harder)))
     return parts
 

@@ -19,7 +19,8 @@ from harness.agents.dry import DrySWEAgent
 from harness.agents.loop import Episode, Stops, run_episode
 from harness.agents.oracle import NoContext
 from harness.agents.registry import AGENTS
-from harness.training.agent_rows import Encoder, RowsOf, rows
+from harness.training.agent_rows import STATES, Encoder, RowsOf, rows
+from harness.training.agent_tasks import Difficulty
 from harness.training.data import OUTPUT, collate
 from harness.training.model import Trainee, block
 
@@ -113,18 +114,19 @@ def episodes(completer, name: str, split: str, seed: int, count: int, **options)
 HARDER = {"reflexion": {"questions": 12}, "memgpt": {"turns": 12}, "swe_agent": {}, "function_calling": {"jobs": 3}}
 
 
-def success(model: Trainee, tokenizer: Tokenizer, split: str, seed: int, count: int) -> dict:
+def success(model: Trainee, tokenizer: Tokenizer, split: str, seed: int, count: int, depth: int) -> dict:
     """Success and mean score by agent: as measured, at longer episodes and prompts, and without context."""
     compiled, model.block = model.block, block  # shapes differ every time
     completer, out = Batched(model, tokenizer), {}
     try:
         for name in AGENTS:
-            cases = {"": {}, "longer": HARDER[name]}
-            if name in ("reflexion", "memgpt"):
-                cases["1k"] = {"tokens": 1024}
+            chains = {"depth": depth} if name in STATES else {}
+            cases = {"": chains, "longer": chains | HARDER[name]}
+            if name in STATES:
+                cases["1k"] = chains | {"tokens": 1024}
             for case, options in cases.items():
                 out[f"{name} {case}".strip()] = _row(episodes(completer, name, split, seed, count, **options))
-            out[f"{name} no context"] = _row(episodes(NoContext(completer), name, split, seed, count))
+            out[f"{name} no context"] = _row(episodes(NoContext(completer), name, split, seed, count, **chains))
         return out
     finally:
         model.block = compiled
@@ -132,14 +134,16 @@ def success(model: Trainee, tokenizer: Tokenizer, split: str, seed: int, count: 
 
 
 @torch.no_grad()
-def exact(model: Trainee, tokenizer: Tokenizer, split: str, seed: int, count: int) -> dict:
+def exact(model: Trainee, tokenizer: Tokenizer, split: str, seed: int, count: int, how: Difficulty) -> dict:
     """Teacher-forced: the share of the oracles' outputs of which every token is the model's first choice."""
     compiled, model.block = model.block, block
     device, encoder, out = next(model.parameters()).device, Encoder(tokenizer), {}
     for name in AGENTS:
-        source = rows(Random(f"exact-{name}-{split}-{seed}"), RowsOf({name: 1}, 1600, 1, slips=0.0), encoder, split)
+        source = rows(
+            Random(f"exact-{name}-{split}-{seed}"), RowsOf({name: 1}, 1600, 1, how, slips=0.0), encoder, split
+        )
         right = []
-        for row in (next(source) for _ in range(2 * count)):
+        for row in (next(source) for _ in range(count)):
             batch = {k: v.to(device) for k, v in collate([row], len(row.ids), 0).items()}
             none = batch["scratch"].new_zeros(0)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):

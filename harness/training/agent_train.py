@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from harness.training import train
 from harness.training.agent_data import AgentStream, sources
 from harness.training.agent_evaluate import exact, show, success
+from harness.training.agent_tasks import Difficulty
 from harness.training.agent_words import agent_tokenizer
 from harness.training.losses import accuracy
 
@@ -27,7 +28,7 @@ class AgentRun(train.Run):
         return agent_tokenizer()
 
     def stream(self, stage: dict, seed: str) -> AgentStream:
-        return AgentStream(sources(stage), self.tokenizer, self.special["pad"], seed)
+        return AgentStream(sources(stage, self.s.depth), self.tokenizer, self.special["pad"], seed)
 
     def backward(self, batch: list) -> tuple[dict, torch.Tensor, dict]:
         done = [super(AgentRun, self).backward(part) for part in batch]
@@ -63,9 +64,20 @@ class AgentRun(train.Run):
     def evaluate(self) -> dict:
         if not self.s.eval_prompts:
             return {}
-        out = exact(self.model, self.tokenizer, "validation", 0, self.s.eval_prompts)
+        out = self.exact(2 * self.s.eval_prompts)
+        return out | success(self.model, self.tokenizer, "validation", 0, self.s.eval_prompts, self.s.depth)
+
+    def exact(self, prompts: int) -> dict:
+        """Teacher-forced scores on validation rows, printed."""
+        how = Difficulty(depth=min(self.s.depth, Difficulty.depth))
+        out = exact(self.model, self.tokenizer, "validation", 0, prompts, how)
         print(show(out), flush=True)
-        return out | success(self.model, self.tokenizer, "validation", 0, self.s.eval_prompts)
+        return out
+
+    def save(self, scores: dict | None = None) -> None:
+        super().save(scores)
+        if scores is None and self.s.eval_prompts:
+            self.exact(8)
 
 
 def main() -> None:

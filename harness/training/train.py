@@ -44,6 +44,7 @@ class Settings:
     pointers: float = 0.3
     workers: int = 14
     first_stage: int = 0
+    depth: int = 9
     log_every: int = 25
     save_seconds: float = 120.0
     eval_prompts: int = 16

@@ -159,3 +159,23 @@ def test_a_batch_has_a_part_for_each_source(tokenizer):
     state, step = next(iter(AgentStream(parts, tokenizer, 0, "seed")))
     assert state["ids"].shape == (2, 640) and step["ids"].shape == (3, 300) and len(step["scratch"]) == 0
     assert set(AGENTS) == {*STATES, *STEPS}
+
+
+def test_a_tied_checkpoint_reads_back_and_stores_no_second_copy(tokenizer, tmp_path):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from harness.training import checkpoint
+
+    torch.manual_seed(1)
+    tied = Trainee(llama(1104, bos=1, eos=2, pad=0, layers=2, hidden=32, heads=2, ff=32, tied=True))
+    checkpoint.save(tied, tokenizer, tmp_path, 48)
+    assert "lm_head.weight" not in load_file(tmp_path / "model-00001-of-00001.safetensors")
+    other = Trainee(llama(1104, bos=1, eos=2, pad=0, layers=2, hidden=32, heads=2, ff=32, tied=True))
+    checkpoint.load(other, tmp_path)
+    for a, b in zip(tied.state_dict().values(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(a.bfloat16().float(), b)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.randint(3, 1000, (1, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, other.lm(ids).logits)

@@ -59,7 +59,7 @@ class Batched:
 
     def _serve(self) -> None:
         while (first := self.waiting.get()) is not None:
-            time.sleep(0.01)  # the other episodes' next requests
+            time.sleep(0.03)  # the other episodes' next requests
             batch = [first]
             while not self.waiting.empty() and len(batch) < 256:
                 batch.append(self.waiting.get())
@@ -149,7 +149,8 @@ def exact(model: Trainee, tokenizer: Tokenizer, split: str, seed: int, count: in
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 states, _ = model(batch["ids"], none, none.bool(), none.float(), batch["pos"])
                 hit = model.logits(states[-1]).argmax(-1) == batch["y1"]
-            said = [(int(p), bool(h)) for p, h, k in zip(batch["pos"], hit, batch["kind"], strict=True) if k == OUTPUT]
+            told = zip(batch["pos"].tolist(), hit.tolist(), batch["kind"].tolist(), strict=True)
+            said = [(p, h) for p, h, k in told if k == OUTPUT]
             for n, (position, good) in enumerate(said):
                 if n and said[n - 1][0] == position - 1:
                     right[-1] &= good

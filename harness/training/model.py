@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 GATHER = {1: 128, 2: 64, 4: 128}  # offset before the last piece -> rank: two, one and two heads' worth
+EMBEDDING = 0.5  # standard deviation at the start
 ASK = 64  # rank of what a question gathers
 
 
-def llama(vocab: int, bos: int, eos: int, pad: int, layers=8, hidden=384, heads=6, ff=640) -> LlamaForCausalLM:
-    """A fresh model. Embeddings are larger and output projections smaller than transformers' default."""
+def llama(vocab: int, bos: int, eos: int, pad: int, layers=8, hidden=384, heads=6, ff=640, tied=False):
+    """A fresh `LlamaForCausalLM`. Embeddings are larger and output projections smaller than transformers' default.
+
+    `tied` shares the embeddings with the output layer: copying is then one map for all words, seldom copied ones too.
+    """
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -29,7 +33,7 @@ def llama(vocab: int, bos: int, eos: int, pad: int, layers=8, hidden=384, heads=
         head_dim=hidden // heads,
         max_position_embeddings=8192,
         rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         bos_token_id=bos,
         eos_token_id=eos,
         pad_token_id=pad,
@@ -37,10 +41,12 @@ def llama(vocab: int, bos: int, eos: int, pad: int, layers=8, hidden=384, heads=
     model = LlamaForCausalLM(config)
     for name, weight in model.named_parameters():
         if "embed" in name:
-            nn.init.normal_(weight, std=0.5)
+            nn.init.normal_(weight, std=EMBEDDING)
         elif weight.dim() > 1:
             scale = (2 * layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5 * scale)
+    if tied:  # logits of about 1 at the start
+        nn.init.constant_(model.model.norm.weight, 1 / (EMBEDDING * hidden**0.5))
     return model
 
 

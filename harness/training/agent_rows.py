@@ -19,7 +19,7 @@ from harness.agents.reflexion import asked, judged_wrong
 from harness.agents.tasks.chat import ChatTurn
 from harness.tasks.example import TextSegment
 from harness.tasks.synthetic import render, words
-from harness.tasks.synthetic.world import draw, pick
+from harness.tasks.synthetic.world import pick
 from harness.training.agent_tasks import Difficulty, between, episode
 from harness.training.data import IGNORE, LINK, OUTPUT, QUESTION, SETTLED, Row
 
@@ -140,8 +140,7 @@ def state_row(rng: Random, encoder: Encoder, agent: Agent, spec: RowsOf) -> Row 
 def _tails(rng, agent, names, roots, values, links, count) -> Iterator[tuple[str, str, str]]:
     """(text between state and cue, output, name that is asked or ""); what must not be believed later comes last."""
     told = sum(rng.random() < 0.2 for _ in range(count))
-    some = draw(rng, names, min(max(0, count - told), len(names)))
-    for name in some:
+    for name in _chosen(rng, names, values, links, count - told):
         value, unknown = resolve(name, values, links)
         if agent.name == "reflexion":
             again = (
@@ -161,6 +160,24 @@ def _tails(rng, agent, names, roots, values, links, count) -> Iterator[tuple[str
             yield message(ChatTurn("tell", root, now)), f" remember {root} {now}", ""
 
 
+def _chosen(rng: Random, names: list[str], values, links, count: int) -> list[str]:
+    """Up to `count` names to ask about: a quarter without a known value, a quarter three hops and more from it."""
+    hops = {name: _hops(name, values, links) for name in names}
+    kinds = [[n for n in names if not resolve(n, values, links)[0]], [n for n in names if hops[n] > 2], names]
+    out: list[str] = []
+    for _ in range(min(max(0, count), len(names))):
+        free = [n for n in kinds[min(2, int(rng.random() * 4))] if n not in out] or [n for n in names if n not in out]
+        out.append(pick(rng, free))
+    return out
+
+
+def _hops(name: str, values, links) -> int:
+    hops = 1
+    while name not in values and name in links:
+        name, hops = links[name], hops + 1
+    return hops
+
+
 def _statement(encoder: Encoder, ids, end: int, values, links) -> tuple[int, ...]:
     subject, right = (" ".join(encoder.word[ids[end - k]] for k in pair) for pair in ((5, 4), (2, 1)))
     if links.get(subject) != right:
@@ -174,10 +191,7 @@ def _statement(encoder: Encoder, ids, end: int, values, links) -> tuple[int, ...
 
 def _asked(encoder: Encoder, end: int, name: str, values, links) -> tuple[int, ...]:
     value, unknown = resolve(name, values, links)
-    hops = 1
-    while name not in values and name in links:
-        name, hops = links[name], hops + 1
-    return _label(encoder, end, value or unknown, hops, QUESTION, [])
+    return _label(encoder, end, value or unknown, _hops(name, values, links), QUESTION, [])
 
 
 def _label(encoder: Encoder, position: int, said: str, hops: int, kind: int, chain: list[str]) -> tuple[int, ...]:

@@ -121,6 +121,7 @@ def collate(rows: list[Row], length: int, pad: int) -> dict[str, torch.Tensor]:
     table = np.concatenate(labels)
     batch = {name: torch.from_numpy(np.ascontiguousarray(table[:, i])) for i, name in enumerate(FIELDS)}
     batch["bare"] = torch.from_numpy(np.concatenate(bare))
+    batch["resolved"] = torch.from_numpy(np.flatnonzero(table[:, FIELDS.index("kind")] <= QUESTION))
     batch["ids"] = torch.from_numpy(ids)
     batch["scratch"] = torch.from_numpy(np.concatenate(scratch))
     batch["asked"] = torch.from_numpy(np.concatenate(asked))

@@ -111,18 +111,18 @@ class Trainee(nn.Module):
             before, x = x, self.block(layer, x, cos, sin)
             if i == 0 and len(scratch):
                 x, loss = self._hint(before, x, scratch, asked, hinted)
-            states.append(x.flatten(0, 1)[want])
+            states.append(x.flatten(0, 1).index_select(0, want))
         return states, loss
 
     def _hint(self, before, after, scratch, asked, hinted) -> tuple[Tensor, Tensor]:
         flat = before.flatten(0, 1)
         norm = self.lm.model.layers[0].input_layernorm
-        ideal = sum(self.up[o](self.down[o](norm(flat[scratch - int(o)]))) for o in self.down).float()
+        ideal = sum(self.up[o](self.down[o](norm(flat.index_select(0, scratch - int(o))))) for o in self.down).float()
         # a question's code is apart from a link's, or it would follow pointers like a link instead of reading what
         # the asked statement has come to mean: then reused statements would hardly need to be right
-        asking = self.ask_up(self.ask_down(norm(flat[scratch - 1]))).float()
+        asking = self.ask_up(self.ask_down(norm(flat.index_select(0, scratch - 1)))).float()
         ideal = torch.where(asked[:, None], asking, ideal)
-        own = (after - before).flatten(0, 1)[scratch].float()
+        own = (after - before).flatten(0, 1).index_select(0, scratch).float()
         target = ideal.detach()
         loss = (own - target).pow(2).sum(-1).mean() / target.pow(2).sum(-1).mean().clamp_min(1e-6)
         change = hinted[:, None] * (ideal - own.detach())

@@ -1,13 +1,18 @@
 """The agents' model: its vocabulary, its training rows against the real loops, a smoke run."""
 
 from contextlib import closing
+from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness.agents.completer import Scripted
+from cacheslide.policy import load_policy
+from cacheslide.store.memory import MemoryChunkStore
+from harness.agents.completer import Request, Scripted
 from harness.agents.dry import DrySWEAgent
 from harness.agents.loop import run_episode
 from harness.agents.oracle import ORACLES, NoContext, oracle
@@ -15,14 +20,18 @@ from harness.agents.registry import AGENTS
 from harness.agents.sandbox import missing
 from harness.agents.swe_agent import SWEAgent
 from harness.agents.tasks import fix_tasks
+from harness.backend import EngineSettings, ReferenceBackend
+from harness.tasks.example import TextSegment
+from harness.training import checkpoint
 from harness.training.agent_data import AgentStream
-from harness.training.agent_evaluate import Batched, episodes
+from harness.training.agent_evaluate import Batched, episodes, exact
 from harness.training.agent_rows import STATES, STEPS, Encoder, RowsOf, rows, state_row, step_row
 from harness.training.agent_tasks import Difficulty, episode
 from harness.training.agent_words import agent_tokenizer
 from harness.training.data import LINK, OUTPUT, QUESTION, SETTLED
 from harness.training.model import Trainee, llama
 
+SHIPPED = Path(__file__).parent.parent / "models" / "tiny-agents-3m"
 sandboxed = pytest.mark.skipif(bool(missing()), reason=missing())
 
 
@@ -89,9 +98,6 @@ def test_rows_are_prompts_of_the_loops_with_the_oracles_outputs(tokenizer, encod
 
 
 def _check_questions(tokenizer, state, row, name) -> int:
-    from harness.agents.completer import Request
-    from harness.tasks.example import TextSegment
-
     text = tokenizer.decode(row.ids[:1] + row.ids[1:], skip_special_tokens=False).removeprefix("<s>")
     tails = text[len("".join(s.text for s in state)) :].split("</s>")[:-1]
     slot = "question" if name == "reflexion" else "message"
@@ -162,11 +168,6 @@ def test_a_batch_has_a_part_for_each_source(tokenizer):
 
 
 def test_a_tied_checkpoint_reads_back_and_stores_no_second_copy(tokenizer, tmp_path):
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
-
-    from harness.training import checkpoint
-
     torch.manual_seed(1)
     tied = Trainee(llama(1104, bos=1, eos=2, pad=0, layers=2, hidden=32, heads=2, ff=32, tied=True))
     checkpoint.save(tied, tokenizer, tmp_path, 48)
@@ -179,3 +180,27 @@ def test_a_tied_checkpoint_reads_back_and_stores_no_second_copy(tokenizer, tmp_p
     ids = torch.randint(3, 1000, (1, 9))
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, other.lm(ids).logits)
+
+
+def test_the_shipped_checkpoint_is_read_alike_by_transformers_and_the_engine(tokenizer):
+    assert sum(p.stat().st_size for p in SHIPPED.iterdir()) <= 6.2 * 2**20
+    prompt = next(episode(Random(0), "swe_agent", "validation")).agent.prompt()
+    text = "".join(s.text for s in prompt)
+    ids = AutoTokenizer.from_pretrained(SHIPPED)(text).input_ids
+    assert ids == tokenizer.encode(text).ids
+    backend = ReferenceBackend(SHIPPED)
+    ours = backend.prompt(prompt)
+    assert [t for s in ours.segments for t in s.token_ids] == ids
+    engine = backend.engine(load_policy("recompute"), MemoryChunkStore(), EngineSettings())
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)(torch.tensor([ids])).logits[0, -1]
+    torch.testing.assert_close(engine.prefill(ours).logits, theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_the_shipped_model_says_what_the_oracles_say(tokenizer):
+    """Teacher-forced on a few test rows, in float32."""
+    model = Trainee(llama(1104, bos=1, eos=2, pad=0, layers=8, hidden=192, heads=6, ff=336))
+    checkpoint.load(model, SHIPPED)
+    scores = exact(model, tokenizer, "test", 0, 3, Difficulty(chunks=(1, 1), turns=(2, 4)))
+    assert min(s["exact"] for s in scores.values()) >= 0.7
+    assert scores["swe_agent teacher-forced"]["exact"] == scores["function_calling teacher-forced"]["exact"] == 1.0

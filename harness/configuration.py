@@ -45,6 +45,17 @@ def check(config: MutableMapping[str, Any], schema: str | Path) -> None:
             raise ConfigError(f"{part}.dataset: {config[part]['dataset']!r} is not one of this run's datasets")
     if on_vllm:
         _check_vllm(config)
+    if "agents" in config:
+        _check_agents(config["agents"], on_vllm)
+
+
+def _check_agents(agents: Mapping[str, Any], on_vllm: bool) -> None:
+    if on_vllm:
+        raise ConfigError("agents: these are measured with backend: reference; docs/agents.md says how to use a server")
+    for part in (agents, *(v for v in agents.values() if isinstance(v, dict) and "systems" in v)):
+        for system in [*part["systems"], *part.get("kept", ())]:
+            if system not in policy_names():
+                raise ConfigError(f"agents: unknown system {system!r}; installed are {', '.join(policy_names())}")
 
 
 def _fill(config: MutableMapping[str, Any], schema: Mapping[str, Any]) -> None:

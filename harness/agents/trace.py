@@ -142,8 +142,8 @@ class Replayed:
 
     @property
     def agrees(self) -> bool:
-        """Whether the system's own output is the recorded one."""
-        return self.own.text == self.forced
+        """Whether the system's own output is the recorded one; a call is read without the blanks around it."""
+        return self.own.text.strip() == self.forced.strip()
 
 
 def replay(episode: Episode, completer: Completer, max_tokens: int) -> list[Replayed]:

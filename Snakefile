@@ -26,6 +26,7 @@ include: "workflows/chunks.smk"
 include: "workflows/evaluate.smk"
 include: "workflows/figures.smk"
 include: "workflows/slide.smk"
+include: "workflows/agents.smk"
 
 
 rule all:

@@ -46,12 +46,10 @@ def check(config: MutableMapping[str, Any], schema: str | Path) -> None:
     if on_vllm:
         _check_vllm(config)
     if "agents" in config:
-        _check_agents(config["agents"], on_vllm)
+        _check_agents(config["agents"])
 
 
-def _check_agents(agents: Mapping[str, Any], on_vllm: bool) -> None:
-    if on_vllm:
-        raise ConfigError("agents: these are measured with backend: reference; docs/agents.md says how to use a server")
+def _check_agents(agents: Mapping[str, Any]) -> None:
     for part in (agents, *(v for v in agents.values() if isinstance(v, dict) and "systems" in v)):
         for system in [*part["systems"], *part.get("kept", ())]:
             if system not in policy_names():

@@ -42,7 +42,7 @@ def variants_of(config: Config, section: str) -> list[Variant]:
         return plain + [v for w in own["windows"] for v in _padded(w)]
     if section == "turns":
         kept = resolve(own["kept"], layer=agents["layer"])
-        return plain + [Variant(f"{p.name}@{k}", f"{p.title}, kept {k}", p, k) for p in kept for k in own["limits"]]
+        return plain + [Variant(f"{p.name}@{k}", f"{p.title}, limit {k}", p, k) for p in kept for k in own["limits"]]
     if section == "grid":
         [policy] = resolve(["cacheslide"], layer=agents["layer"])
         return [
@@ -94,7 +94,8 @@ def step_agents(config: Config, section: str, output: str, threads: int, traces:
     prompts = sha256("".join(prompt_digest(s.segments) for e in episodes for s in e.steps))
     identity = {"config_hash": config_hash(dict(config)), "data_hash": prompts, "measured_on": machine()}
     about = {"run": config["run"], "section": section, "model": config["agents"]["model"], **own}
-    writer = RecordWriter(output, identity | about | {"titles": {v.name: v.title for v in variants}})
+    names = {"order": [v.name for v in variants], "titles": {v.name: v.title for v in variants}}
+    writer = RecordWriter(output, identity | about | names)
     if section == "load":
         shape = {k: own[k] for k in ("parallel", "widths", "repeats")}
         measure_load(backend, variants, tasks, episodes, writer, settings, seed, **shape)

@@ -8,6 +8,7 @@ rule summarize:
         latency=latency_records(),
         throughput=result("throughput.jsonl"),
         cksim=result("cksim.jsonl") if has_cksim(config) else [],
+        agents=agent_records(),
         prompts=result("prompts.json"),
         layer=result("selection_layer.json"),
     output:

@@ -16,9 +16,9 @@ from harness.beams import beam_search
 class InProcess:
     """Serves agents under one policy.
 
-    After each answer the chunks that its prompt lacked are kept, as a server does between requests: the next turn finds
-    them. That work is not in the request's times; the receipt counts it (`chunks_built`, `build_s`, and
-    `build_row_layers`, rows computed once a layer).
+    After each answer the chunks that its prompt lacked are kept, as a server does between requests: the next turn
+    finds them. That work is not in the request's times; the receipt counts it (`chunks_built`, `chunks_copied`,
+    `build_s`, and `build_row_layers`, rows computed once a layer).
 
     Parameters
     ----------
@@ -26,9 +26,9 @@ class InProcess:
     policy : ReusePolicy
     store : ChunkStore, optional
     settings : EngineSettings, optional
-    generations : int, optional
-        Without it every chunk is encoded exactly. With it, chunks are copied from the KV that serving the prompt left,
-        and encoded exactly once they are more than this many generations away from exact KV (`ReuseEngine.keep`).
+    generations : int
+        How many generations from exact KV a chunk may be that is copied from the KV that serving left
+        (`ReuseEngine.keep`). With 0 every chunk is exact: copied where nothing was reused, encoded otherwise.
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class InProcess:
         policy: ReusePolicy,
         store: ChunkStore | None = None,
         settings: EngineSettings | None = None,
-        generations: int | None = None,
+        generations: int = 0,
     ) -> None:
         self.backend, self.system, self.generations = backend, policy.name, generations
-        corrected = None if generations is None else MemoryChunkStore()
+        corrected = MemoryChunkStore() if generations else None
         self.engine = backend.engine(
             policy, store or MemoryChunkStore(), settings or EngineSettings(), corrected=corrected
         )
@@ -101,11 +101,8 @@ class InProcess:
     def _keep(self, prompt: Prompt, state: Prefilled) -> dict:
         """Keep the prompt's chunks for later turns; the request's receipt."""
         receipt, computed, begin = state.receipt.as_dict(), self.engine.encoder.row_layers, time.perf_counter()
-        if self.generations is None:
-            receipt["chunks_built"] = self.engine.build(prompt)
-        else:
-            kept = self.engine.keep(state, prompt, self.generations)
-            receipt |= {"chunks_built": kept.encoded, "chunks_copied": kept.copied}
+        kept = self.engine.keep(state, prompt, self.generations)
+        receipt |= {"chunks_built": kept.encoded, "chunks_copied": kept.copied}
         receipt["build_s"] = time.perf_counter() - begin
         receipt["build_row_layers"] = self.engine.encoder.row_layers - computed
         return receipt

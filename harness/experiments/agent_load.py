@@ -66,8 +66,8 @@ def beams(
 ) -> list[Done]:
     """One agent whose every request asks for `width` beams.
 
-    With `branch`, a beam search over one prefill (`harness.beams`). Without, `width` copies of the request in one packed
-    run: the reading of a figure in which the beam width is the batch size.
+    With `branch`, a beam search over one prefill (`harness.beams`). Without, `width` copies of the request in one
+    packed run: the reading in which the beam width is the batch size.
     """
     inner: InProcess = variant.serve(backend, settings, {})
     inner.engine.build(backend.prompt(episode.steps[0].segments))

@@ -36,12 +36,12 @@ class Variant:
     name: str
     title: str
     policy: ReusePolicy
-    generations: int | None = None
+    generations: int = 0
 
     def serve(self, backend: ReferenceBackend, settings: EngineSettings, stores: dict) -> InProcess:
         """A completer with this episode's chunks; `stores` shares exact ones between variants."""
         shared = self.policy.recipe, self.policy.probe_layers
-        store = stores.setdefault(shared, MemoryChunkStore()) if self.generations is None else MemoryChunkStore()
+        store = stores.setdefault(shared, MemoryChunkStore()) if not self.generations else MemoryChunkStore()
         return InProcess(backend, self.policy, store, settings, self.generations)
 
 

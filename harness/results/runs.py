@@ -41,6 +41,7 @@ class Run:
     latency: dict[int, RecordFile] = field(default_factory=dict)
     throughput: RecordFile | None = None
     cksim: RecordFile | None = None
+    agents: BySystem = field(default_factory=dict)  # by section of `agents:`
     prompts: dict[str, Any] | None = None
     layer: dict[str, Any] | None = None
 
@@ -73,6 +74,8 @@ class Run:
         for stage in ("throughput", "cksim"):
             file = getattr(self, stage)
             out += [{"stage": stage} | f for f in file.failures] if file else []
+        for section, file in self.agents.items():
+            out += [{"stage": f"agents/{section}"} | f for f in file.failures]
         return out
 
 
@@ -98,8 +101,8 @@ def load_run(config: dict[str, Any], **paths: Any) -> Run:
     config : dict
         The run's configuration.
     **paths
-        `accuracy`, `equal_share`, `sweep`, `latency`: lists of record files; `throughput`, `cksim`: one record
-        file; `prompts`, `layer`: one JSON file. Absent files are left out: the summary says what is missing.
+        `accuracy`, `equal_share`, `sweep`, `latency`, `agents`: lists of record files; `throughput`, `cksim`: one
+        record file; `prompts`, `layer`: one JSON file. Absent files are left out: the summary says what is missing.
     """
     run = Run(config)
     for stage in ("accuracy", "equal_share", "sweep"):
@@ -112,6 +115,7 @@ def load_run(config: dict[str, Any], **paths: Any) -> Run:
         if not path.stem.isdigit():
             raise DataError(f"{path}: a latency file is called by its prompt length, such as 4096.jsonl")
         run.latency[int(path.stem)] = read_file(path)
+    run.agents = {path.stem: read_file(path) for path in _existing(paths.get("agents"))}
     run.latency = dict(sorted(run.latency.items()))
     for stage in ("throughput", "cksim"):
         for path in _existing(paths.get(stage)):

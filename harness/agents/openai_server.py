@@ -35,6 +35,10 @@ class OpenAIServer:
     api_key : str
     timeout : float
         Seconds without a byte after which a request has failed.
+    salt : str
+        Requests of different salts share no cached blocks or chunks.
+    layer : int, optional
+        Selection layer that marked requests ask for.
     """
 
     def __init__(
@@ -46,6 +50,8 @@ class OpenAIServer:
         policy: str | None = None,
         api_key: str = "",
         timeout: float = 120.0,
+        salt: str = "",
+        layer: int | None = None,
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -53,7 +59,9 @@ class OpenAIServer:
         if policy is not None and tokenizer is None:
             raise ConfigError("a policy is asked for by marking token spans: give the model's tokenizer too")
         self.parts, self.model, self.tokenizer, self.system = parts, model, tokenizer, system
-        self.policy, self.api_key, self.timeout = policy, api_key, timeout
+        self.api_key, self.timeout, self.salt = api_key, timeout, salt
+        asked = {"policy": policy, "layer": layer}
+        self.options = {name: value for name, value in asked.items() if value is not None}
 
     def complete(self, request: Request) -> Completion:
         """Greedy, streamed. CompletionError names the server's status and message."""
@@ -64,6 +72,8 @@ class OpenAIServer:
             "stop": list(request.stop),
             "stream": True,
         }
+        if self.salt:
+            body["cache_salt"] = self.salt
         sent = None
         if self.tokenizer is None:
             body["prompt"] = request.text
@@ -71,7 +81,7 @@ class OpenAIServer:
             prompt = self._prompt(request)
             sent = tuple(s.token_ids for s in prompt.segments)
             body["prompt"] = list(prompt.token_ids)
-            body["kv_transfer_params"] = marks_of(prompt, **({"policy": self.policy} if self.policy else {}))
+            body["kv_transfer_params"] = marks_of(prompt, **self.options)
         begin, pieces, times, receipt = time.perf_counter(), [], [], None
         for event in self._events(body):
             if "error" in event:

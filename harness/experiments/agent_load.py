@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from harness.agents.completer import Completion, Request
+from harness.agents.completer import Completer, Completion, Request
 from harness.agents.in_process import InProcess
 from harness.agents.loop import Episode
 from harness.agents.registry import entry
@@ -24,6 +24,7 @@ from harness.experiments.agent_replay import LONG, Variant, request_of
 from harness.load import Closed, Done, drive
 from harness.load.driver import Together
 from harness.results.records import RecordWriter, guarded
+from harness.tokens import Tokens
 
 
 class Watched(Forced):
@@ -55,8 +56,15 @@ def closed_loop(
     inner = variant.serve(backend, settings, {})
     for episode in episodes:
         inner.engine.build(backend.prompt(episode.steps[0].segments))
-    limits = {(e.task_id, s.index): request_of(backend, e, s).max_tokens for e in episodes for s in e.steps}
-    watched = Watched(Together(inner), episodes, limits)
+    return loop_on(Together(inner), backend, tasks, episodes, concurrent)
+
+
+def loop_on(
+    completer: Completer, tokens: Tokens, tasks: Sequence[Any], episodes: Sequence[Episode], concurrent: int
+) -> list[Done]:
+    """The same on any completer; `tokens` measures the recorded answers."""
+    limits = {(e.task_id, s.index): request_of(tokens, e, s).max_tokens for e in episodes for s in e.steps}
+    watched = Watched(completer, episodes, limits)
     drive(tasks, entry(episodes[0].agent).agent, watched, Closed(concurrent), LONG)
     return watched.done
 

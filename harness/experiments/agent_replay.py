@@ -25,6 +25,7 @@ from harness.agents.sandbox import missing
 from harness.backend import EngineSettings, ReferenceBackend
 from harness.metrics.answers import token_f1
 from harness.results.records import RecordWriter, guarded
+from harness.tokens import Tokens
 
 LONG = Stops(turns=400)
 
@@ -56,7 +57,7 @@ def record(agent: str, count: int, seed: int, **options: Any) -> tuple[list[Any]
     return tasks, episodes
 
 
-def request_of(backend: ReferenceBackend, episode: Episode, step: Step) -> Request:
+def request_of(backend: Tokens, episode: Episode, step: Step) -> Request:
     """The step's prompt; the answer may be as long as the recorded one and its end."""
     return Request(episode.task_id, step.index, step.segments, len(backend.encode(step.completion.text)) + 1)
 

@@ -21,7 +21,9 @@ from harness.agents.registry import AGENTS, entry
 from harness.agents.sandbox import missing
 from harness.agents.trace import Recorded, prompt_digest, read_episodes, replay, write_episodes
 from harness.backend import ReferenceBackend
+from harness.experiments.agent_load import loop_on
 from harness.tasks.example import TextSegment
+from harness.tokens import Tokens
 from tests.conftest import save_random
 
 MODEL = Path(__file__).parents[1] / "models/tiny-llama-12m"
@@ -166,7 +168,28 @@ def test_a_server_gets_ids_and_marks_or_plain_text():
     assert first["prompt"] == [i for ids in marked.prompt_ids for i in ids] and plain.prompt_ids is None
     fixed = [0, len(marked.prompt_ids[0])]
     assert first["kv_transfer_params"] == {"cacheslide": {"segments": [fixed], "policy": "cacheslide"}}
-    assert "kv_transfer_params" not in second
+    assert "kv_transfer_params" not in second and "cache_salt" not in second
+
+
+def test_agents_load_a_server_with_salts_of_their_own(tmp_path):
+    """The closed loop of the server's experiment, against a server that gives the recorded answers."""
+    tokens, tasks = Tokens(MODEL), list(entry("function_calling").tasks("test", 3, 2, jobs=1))
+    episodes = [run_episode(entry("function_calling").agent(t), oracle("function_calling"), LONG) for t in tasks]
+    said = {"".join(s.text for s in step.segments): step.completion.text for e in episodes for step in e.steps}
+
+    def answer(body):
+        return 200, events(
+            {"choices": [{"text": said[tokens.tokenizer.decode(body["prompt"], skip_special_tokens=True)]}]}
+        )
+
+    with server(answer) as (url, bodies):
+        completer = OpenAIServer(url, "m", tokens.tokenizer, policy="epic", salt="a-2-0", layer=3)
+        done = loop_on(completer, tokens, tasks, episodes, 2)
+    assert len(done) == sum(len(e.steps) for e in episodes) and all(d.correct and d.ttft_s > 0 for d in done)
+    for _, body in bodies:
+        assert body["cache_salt"] == "a-2-0"
+        marks = body["kv_transfer_params"]["cacheslide"]
+        assert (marks["policy"], marks["layer"]) == ("epic", 3)
 
 
 @pytest.mark.parametrize(

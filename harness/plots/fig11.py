@@ -26,7 +26,7 @@ def load(path: str | Path) -> list[dict[str, Any]]:
 def draw(table: list[dict[str, Any]]) -> Figure:
     """A column a mode: TTFT, correct calls a second, and the best rival's TTFT over CacheSlide's."""
     modes = [m for m in MODES if any(r["mode"] == m for r in table)]
-    figure = new_figure(12.5, 8.6 if modes else 3.0)
+    figure = new_figure(max(6.5, 4.2 * len(modes)), 8.6 if modes else 3.0)
     if not modes:
         nothing(figure.add_subplot(), "no load was measured")
         return figure

@@ -67,7 +67,7 @@ def _by_turn(axes: Axes, rows: list[dict[str, Any]], agent: str) -> None:
 
 def _kept(axes: Axes, rows: list[dict[str, Any]]) -> None:
     late = rows[0]["late_from"]
-    axes.set_title(f"Right calls from turn {late} on, against what is computed")
+    axes.set_title(f"From turn {late} on, by what is computed")
     axes.set(ylim=(-0.03, 1.1), ylabel="right calls", xlabel="row-layers of serving and encoding / recompute")
     exact = next((r for r in rows if r["system"] == "recompute"), None)
     if exact and exact["late"]:
@@ -81,11 +81,18 @@ def _kept(axes: Axes, rows: list[dict[str, Any]]) -> None:
             continue
         xs, ys = [r["prefill"] + r["encode"] for r in own], [r["late"]["value"] for r in own]
         axes.plot(xs, ys, "-o", color=colour, ms=5, lw=1.2, label=look(system).label)
-        for x, r in zip(xs, own, strict=True):
+        for number, (x, r) in enumerate(zip(xs, own, strict=True)):
             error_bar(axes, x, r["late"]["value"], colour, up=(r["late"]["low"], r["late"]["high"]))
             k = _limit(r)
             text = "k = ∞" if k > r["generation"] and k >= 1000 else f"{k}"
-            axes.annotate(text, (x, r["late"]["value"]), (4, 5), textcoords="offset points", fontsize=7.5, color=colour)
+            axes.annotate(
+                text,
+                (x, r["late"]["value"]),
+                (4, (5, -11)[number % 2]),
+                textcoords="offset points",
+                fontsize=7.5,
+                color=colour,
+            )
     for r in rows:
         if r["system"] in ("cacheslide", "recompute") and r["late"]:
             style = look(r["system"])

@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from run_cacheslide import NAMES, load_examples, summary, write
@@ -95,8 +96,9 @@ def run(engine: Engine, args: argparse.Namespace) -> tuple[list[dict], list[Epis
     newline = engine.encode("\n")
     ends = newline if args.agent != "swe_style" and len(newline) == 1 else []  # a call is a line, a patch is not
     completer = OfflineEngine(engine, args.system if args.enable_cacheslide else "vllm_prefix_cache", ends)
-    turns = args.max_turns if args.agent == "swe_style" else max(24, args.max_turns)
-    stops = Stops(turns=turns, repeats=turns, seconds=float("inf"), max_tokens=args.max_new_tokens)
+    stops = Stops(turns=max(24, args.max_turns), seconds=float("inf"), max_tokens=args.max_new_tokens)
+    if args.agent == "swe_style":  # its turns are counted, whatever it does in them
+        stops = replace(stops, turns=args.max_turns, repeats=args.max_turns)
     records, episodes = [], []
     for agent, example in agents(args):
         with closing(agent):

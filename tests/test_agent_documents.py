@@ -12,12 +12,16 @@ from harness.agents.completer import Request, Scripted
 from harness.agents.documents import ASK, DocumentReader, Library, TextReflexion
 from harness.agents.loop import Stops, run_episode
 from harness.agents.offline_engine import OfflineEngine, split
+from harness.agents.oracle import oracle
+from harness.agents.registry import entry
 from harness.agents.template import keeps_order
 from harness.agents.trace import Recorded, prompt_digest, read_episodes, write_episodes
 from harness.tasks import registry
 from harness.tasks.example import TextSegment
+from harness.tokens import Tokens
 
 DATA = Path(__file__).parent / "data"
+MODEL = Path(__file__).parents[1] / "models/tiny-llama-12m"
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +111,23 @@ def test_generated_text_keeps_its_ids_and_is_marked_as_history(rows):
     assert three["segments"][: len(two["segments"])] != two["segments"]  # the observation moved them
     kept = [third[a:b] for a, b in three["segments"]]
     assert [second[a:b] for a, b in two["segments"]] == kept[: len(two["segments"])]
+
+
+@pytest.mark.parametrize("name", ["reflexion", "memgpt", "function_calling"])
+def test_every_agent_is_sent_what_the_in_process_backend_is_sent(name):
+    """Token ids and fixed spans of a whole episode, whatever the engine keeps between turns."""
+    tokens, answers = Tokens(MODEL), oracle(name)
+    task = next(iter(entry(name).tasks("test", 3, 1)))
+    episode = run_episode(entry(name).agent(task), answers, Stops(turns=60))
+    engine = FakeEngine((s.completion.text, list(tokens.encode(s.completion.text))) for s in episode.steps)
+    engine.begin, engine.encode = (lambda: [tokens.tokenizer.bos_token_id]), (lambda text: list(tokens.encode(text)))
+    again = run_episode(entry(name).agent(task), OfflineEngine(engine, "cacheslide"), Stops(turns=60))
+    assert again.success and len(engine.asked) == len(episode.steps)
+    for (ids, marks), step in zip(engine.asked, episode.steps, strict=True):
+        prompt = tokens.prompt(step.segments)
+        assert ids == list(prompt.token_ids)
+        fixed = [[c.start, c.end] for c in prompt.chunks(10**6)]
+        assert marks["segments"] == fixed
 
 
 def test_other_templates_are_marked_only():

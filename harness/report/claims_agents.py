@@ -135,15 +135,17 @@ def steadier(summary: Summary) -> Finding:
             continue
         own, spread = rows[rival]["rate_ratio"], rows[rival]["std_ratio"]
         grades.append(grade(own, rate))
-        text = f"{rows[rival]['title']}: {percent(own['value'] - 1)} more requests a second {interval(own)}"
+        text = (
+            f"{rows[rival]['title']}: CacheSlide serves {number(own['value'])}× its requests a second {interval(own)}"
+        )
         if spread is not None:
             grades.append(grade(inverse(spread), std))
-            text += f", σ changes by {percent(spread['value'] - 1)} {interval(spread)}"
+            text += f" with {number(spread['value'])}× its σ {interval(spread)}"
         parts.append(text)
     if not grades:
         raise NotMeasured("neither CacheBlend nor EPIC was loaded beside CacheSlide")
     n = rows[OURS]["rate"]["n"]
-    return Finding(joined(*grades), "; ".join(parts) + f"; brackets are ratios; n = {n} slices in turns")
+    return Finding(joined(*grades), "; ".join(parts) + f"; n = {n} slices in turns")
 
 
 def peak(summary: Summary) -> Finding:

@@ -28,6 +28,7 @@ include: "workflows/cope.smk"
 include: "workflows/figures.smk"
 include: "workflows/slide.smk"
 include: "workflows/wca.smk"
+include: "workflows/agents.smk"
 
 
 rule all:

@@ -25,6 +25,11 @@ class ChunkEncoder:
         What K, V and layer inputs are kept in.
     capture : frozenset of int
         Layers whose inputs are kept with every chunk.
+
+    Attributes
+    ----------
+    row_layers : int
+        Rows computed so far, once a layer: what encoding has cost.
     """
 
     def __init__(
@@ -32,6 +37,7 @@ class ChunkEncoder:
     ) -> None:
         self.model, self.store, self.store_dtype, self.capture = model, store, store_dtype, capture
         self.executor = SelectivePrefill(model)
+        self.row_layers = 0
 
     def encode(
         self,
@@ -96,21 +102,31 @@ class ChunkEncoder:
                 kv.write(layer, rows, *source.layer(layer))
         request = PrefillRequest(ids[done:], where[done:], kv, reused=rows_none(ids), start=done)
         [out] = self.executor.run([request], capture=self.capture)
+        self.row_layers += sum(out.rows_computed)
         return kv, (out.layer_inputs, done), positions
 
     def _keep(
         self, key: ChunkKey, kv, inputs: tuple[dict[int, Tensor], int], where: Sequence[int], start: int, end: int
     ) -> None:
+        captured, offset = inputs
+        layers = {layer: x[start - offset : end - offset] for layer, x in captured.items()}
+        self.store.put(key, self.cut(kv, where, start, end, layer_inputs=layers))
+
+    def cut(
+        self,
+        kv,
+        where: Sequence[int],
+        start: int,
+        end: int,
+        generation: int = 0,
+        layer_inputs: dict[int, Tensor] | None = None,
+    ) -> ChunkKV:
+        """Rows [start, end) of a KV buffer as a chunk; `where` are the positions of all of its rows."""
         rows = torch.arange(start, end, device=self.model.device)
         pairs = [kv.read(layer, rows) for layer in range(self.model.num_layers)]
-        captured, offset = inputs
-        chunk = ChunkKV(
-            torch.stack([k for k, _ in pairs]),
-            torch.stack([v for _, v in pairs]),
-            tensor_of(where[start:end]),
-            {layer: x[start - offset : end - offset] for layer, x in captured.items()},
-        )
-        self.store.put(key, chunk.to(self.store_dtype))
+        k, v = torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
+        positions = tensor_of(where[start:end])
+        return ChunkKV(k, v, positions, layer_inputs or {}, generation).to(self.store_dtype)
 
 
 def prefill_exact(model, token_ids: Sequence[int], first_position: int = 0, slots: PromptSlots | None = None):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cacheslide.encode import ChunkEncoder, rows_none
 from cacheslide.errors import PromptError, StoreError
-from cacheslide.keys import CacheIdentity, ChunkKey, chunk_keys
+from cacheslide.keys import CacheIdentity, ChunkKey, PrefixKeying, chunk_keys
 from cacheslide.placement import Piece, PlacedChunks
 from cacheslide.policy import ReusePolicy
 from cacheslide.positions.ccpe import slots_in
@@ -42,7 +42,10 @@ def make_plan(
 
 @dataclass
 class Receipt:
-    """What really happened to one request. Rows are tokens; bytes are those read from the store."""
+    """What really happened to one request. Rows are tokens; bytes are those read from the store.
+
+    `generation` is the oldest of the chunks it read: 0 where all were computed exactly.
+    """
 
     system: str
     rows: int
@@ -55,6 +58,7 @@ class Receipt:
     bytes_loaded: int = 0
     fallback: str = ""
     alpha: dict[int, float] = field(default_factory=dict)
+    generation: int = 0
 
     def as_dict(self) -> dict:
         """For a JSON record."""
@@ -63,7 +67,7 @@ class Receipt:
 
 @dataclass
 class Prefilled:
-    """A completed prompt: its KV of `length` rows, the last row's logits [vocab_size], the next position."""
+    """A completed prompt and its plan: KV of `length` rows, the last row's logits [vocab_size], the next position."""
 
     kv: object
     length: int
@@ -71,6 +75,16 @@ class Prefilled:
     logits: Tensor | None
     receipt: Receipt
     output: PrefillOutput
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What `ReuseEngine.keep` did: chunks copied from a request's KV at `generation`, or encoded exactly."""
+
+    copied: int = 0
+    encoded: int = 0
+    generation: int = 0
 
 
 class ReuseEngine:
@@ -87,6 +101,9 @@ class ReuseEngine:
         This many tokens at the prompt's end are always recomputed; at least 1 when logits are wanted.
     namespace : str
         Tenants of different namespaces never see each other's chunks.
+    corrected : ChunkStore, optional
+        Where `keep` puts KV that rests on reused KV. It is read where `store` lacks a chunk, so that an exact copy
+        always comes first and a corrected one is never taken for a chunk's reference copy.
     """
 
     def __init__(
@@ -100,10 +117,11 @@ class ReuseEngine:
         namespace: str = "",
         store_dtype: torch.dtype | None = None,
         capture: frozenset[int] = frozenset(),
+        corrected: ChunkStore | None = None,
     ) -> None:
         if suffix_len < 1:
             raise PromptError(f"suffix_len must be at least 1, not {suffix_len}")
-        self.model, self.policy, self.store = model, policy, store
+        self.model, self.policy, self.store, self.corrected = model, policy, store, corrected
         self.chunk_size, self.suffix_len = chunk_size, suffix_len
         store_dtype = store_dtype or model.dtype
         self.identity = CacheIdentity(model.model_id, str(store_dtype), namespace=namespace)
@@ -120,6 +138,50 @@ class ReuseEngine:
         if not plan.chunks:
             return 0
         return self.encoder.encode(self.policy.encoding, plan.prompt, plan.positions, plan.chunks, plan.keys)
+
+    @torch.inference_mode()
+    def keep(self, state: Prefilled, prompt: Prompt, limit: int) -> Kept:
+        """Keep the chunks of `prompt` that no store has, out of the KV that serving it left in `state`.
+
+        Copying computes nothing, but KV that was computed over reused rows carries their error on: a copy is one
+        generation older than the oldest chunk behind it. Beyond `limit` generations the prompt's corrected chunks are
+        encoded anew, exactly, and so are those of encodings other than "in_prompt". Prefix caching stays exact.
+
+        Parameters
+        ----------
+        prompt : Prompt
+            The prompt that was served, whose fixed segments may go on into generated text: the rows of `state` behind
+            the prompt, up to and without the last token generated (it has no KV yet).
+        limit : int
+            0 or more.
+        """
+        if limit < 0:
+            raise PromptError(f"a limit of generations is at least 0, not {limit}")
+        plan = self.plan(prompt)
+        if not plan.chunks or all(map(self._has, plan.keys)):
+            return Kept()
+        exact = state.receipt.chunks_hit == 0 or isinstance(self.policy.keying, PrefixKeying)
+        generation = 0 if exact else state.receipt.generation + 1
+        store = self.store if generation == 0 else self.corrected
+        if generation > limit or store is None or not self._holds(state, plan):
+            encoded = self.encoder.encode(self.policy.encoding, plan.prompt, plan.positions, plan.chunks, plan.keys)
+            return Kept(encoded=encoded)
+        missing = [(c, k) for c, k in zip(plan.chunks, plan.keys, strict=True) if not self._has(k)]
+        where = torch.tensor(plan.positions, device=self.model.device)
+        for chunk, key in missing:
+            store.put(key, self.encoder.cut(state.kv, where, chunk.start, chunk.end, generation))
+        return Kept(len(missing), 0, generation)
+
+    def _has(self, key: ChunkKey) -> bool:
+        return self.store.contains(key) or (self.corrected is not None and self.corrected.contains(key))
+
+    def _holds(self, state: Prefilled, plan: Plan) -> bool:
+        """Whether the KV of `state` is that of the plan's chunks, in the context their encoding names."""
+        served, rows = state.plan, len(state.plan.prompt)
+        same = plan.prompt.token_ids[:rows] == served.prompt.token_ids[: len(plan.prompt)]
+        same = same and plan.positions[:rows] == served.positions[: len(plan.prompt)]
+        in_prompt = self.policy.encoding.kind == "in_prompt" and not self.encoder.capture
+        return in_prompt and same and plan.chunks[-1].end <= state.length
 
     def prefill(self, prompt: Prompt, following: int = 0, room: int = 0) -> Prefilled:
         """Complete the KV of `prompt`, reusing what the store holds. See `prefill_batch`."""
@@ -151,6 +213,7 @@ class ReuseEngine:
             if held is not None:
                 receipt.chunks_hit += 1
                 receipt.bytes_loaded += held.nbytes
+                receipt.generation = max(receipt.generation, held.generation)
                 pieces.append(Piece(held, length))
                 spans.append(torch.arange(chunk.start, chunk.start + length, device=device))
         reused = torch.cat(spans) if spans else rows_none(ids)
@@ -176,7 +239,8 @@ class ReuseEngine:
 
     def _fetch(self, key: ChunkKey, receipt: Receipt):
         try:
-            return self.store.get(key)
+            found = self.store.get(key)
+            return self.corrected.get(key) if found is None and self.corrected is not None else found
         except StoreError as broken:  # a damaged chunk is recomputed, never served
             receipt.fallback = str(broken)
             return None
@@ -188,21 +252,28 @@ class ReuseEngine:
         receipt.row_layer_share = output.row_layer_share(receipt.rows)
         receipt.alpha = output.alpha
         logits = None if output.hidden is None else self.model.logits(output.hidden[None])[0]
-        return Prefilled(request.kv, receipt.rows, plan.positions[-1] + 1, logits, receipt, output)
+        return Prefilled(request.kv, receipt.rows, plan.positions[-1] + 1, logits, receipt, output, plan)
+
+    def extend(self, state: Prefilled, token_ids: Sequence[int]) -> Tensor:
+        """Append tokens behind `state`; returns the last one's logits [vocab_size]. See `extend_batch`."""
+        return self.extend_batch([state], [token_ids])[0]
 
     @torch.inference_mode()
-    def extend(self, state: Prefilled, token_ids: Sequence[int]) -> Tensor:
-        """Append tokens behind `state` (computed exactly over its KV); returns the last one's logits [vocab_size].
+    def extend_batch(self, states: Sequence[Prefilled], token_ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Append tokens behind every state (computed exactly over its KV), packed; the last ones' logits [vocab_size].
 
-        `state.length` and `state.next_position` move on; set them back to try another continuation.
+        `length` and `next_position` of the states move on; set them back to try another continuation.
         """
-        ids = torch.tensor(token_ids, device=self.model.device)
-        positions = torch.arange(state.next_position, state.next_position + len(ids), device=ids.device)
-        request = PrefillRequest(ids, positions, state.kv, rows_none(ids), start=state.length)
-        [out] = self.executor.run([request])
-        state.length += len(ids)
-        state.next_position += len(ids)
-        return self.model.logits(out.hidden[None])[0]
+        requests = []
+        for state, new in zip(states, token_ids, strict=True):
+            ids = torch.tensor(new, device=self.model.device)
+            positions = torch.arange(state.next_position, state.next_position + len(ids), device=ids.device)
+            requests.append(PrefillRequest(ids, positions, state.kv, rows_none(ids), start=state.length))
+        outputs = self.executor.run(requests)
+        for state, new in zip(states, token_ids, strict=True):
+            state.length += len(new)
+            state.next_position += len(new)
+        return list(self.model.logits(torch.stack([out.hidden for out in outputs])))
 
     def generate(self, state: Prefilled, logits: Tensor, max_new_tokens: int, stop: frozenset[int]) -> list[int]:
         """Greedy continuation of at most `max_new_tokens` ids, up to and without the first id in `stop`."""

@@ -1,7 +1,7 @@
 """Answers several questions behind one prefilled context in one packed decode.
 
 Each question and its answer is a branch: it sees the context and itself, never the other branches. That gives what
-asking them one by one gives (tested), for the price of one.
+asking them one by one gives (tested), for the price of one. Beam search branches the same way (`harness.beams`).
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cacheslide.engine import Prefilled
+from cacheslide.errors import PromptError
 from cacheslide.model.reference import ReferenceLlama
 
 
@@ -31,12 +32,12 @@ def answer_branches(
 
     The rows behind `state.length` in its KV buffer are overwritten.
     """
-    branches = _Branches(model, state, questions, max_new_tokens)
+    branches = Branches(model, state, [len(q) + max_new_tokens for q in questions])
     answers: list[list[int]] = [[] for _ in questions]
     running = list(range(len(questions)))
     tokens = [list(q) for q in questions]
     while running:
-        chosen = branches.step(running, tokens)
+        chosen = branches.step(running, tokens).argmax(dim=-1).tolist()
         still = []
         for branch, token in zip(running, chosen, strict=True):
             if token in stop:
@@ -48,23 +49,35 @@ def answer_branches(
     return answers
 
 
-class _Branches:
-    """The tail of the KV buffer, divided among the branches."""
+class Branches:
+    """The tail of a KV buffer behind `state.length`, divided among branches of `rows` rows each."""
 
-    def __init__(self, model, state: Prefilled, questions: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def __init__(self, model: ReferenceLlama, state: Prefilled, rows: Sequence[int]) -> None:
         self.model, self.kv, self.context = model, state.kv, state.length
-        sizes = torch.tensor([len(q) + max_new_tokens for q in questions])
+        sizes = torch.tensor(rows)
         self.starts = (sizes.cumsum(0) - sizes).tolist()
-        self.used = [0] * len(questions)
+        self.used = [0] * len(rows)
         self.position = state.next_position
         self.end = state.length + int(sizes.sum())
-        self.owner = torch.repeat_interleave(torch.arange(len(questions)), sizes).to(model.device)
+        self.owner = torch.repeat_interleave(torch.arange(len(rows)), sizes).to(model.device)
         # Masked keys still enter the weighted sum with weight 0, which does not swallow an unwritten row's NaN.
         self.kv.k[:, self.context : self.end] = 0
         self.kv.v[:, self.context : self.end] = 0
 
-    def step(self, branches: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[int]:
-        """Append `tokens[i]` to branch `branches[i]`; returns each one's next token."""
+    def follow(self, parents: Sequence[int]) -> None:
+        """Branch i goes on from branch `parents[i]`, whose rows it takes over; all have used equally many."""
+        used = self.used[parents[0]]
+        if any(self.used[p] != used for p in parents):
+            raise PromptError("branches follow only branches of one length")
+        span = torch.arange(used, device=self.model.device) + self.context
+        old = torch.cat([span + self.starts[p] for p in parents])
+        new = torch.cat([span + self.starts[i] for i in range(len(parents))])
+        for part in (self.kv.k, self.kv.v):
+            part[:, new] = part[:, old]
+        self.used[: len(parents)] = [used] * len(parents)
+
+    def step(self, branches: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Append `tokens[i]` to branch `branches[i]`; returns each one's next logits [branches, vocab_size]."""
         model, offsets, positions, lasts = self.model, [], [], []
         for branch, ids in zip(branches, tokens, strict=True):
             first = self.used[branch]
@@ -80,7 +93,7 @@ class _Branches:
             q, k, v = model.qkv(layer, hidden, where)
             self.kv.write(layer, tail + self.context, k, v)
             hidden = model.finish(layer, hidden, self._attend(layer, q, visible))
-        return model.logits(hidden[lasts]).argmax(dim=-1).tolist()
+        return model.logits(hidden[lasts])
 
     def _visible(self, tail: Tensor) -> Tensor:
         """Bool [rows, end]: the context, and the row's own branch up to itself."""

@@ -66,8 +66,9 @@ class ReferenceBackend(Tokens):
         store: ChunkStore,
         settings: EngineSettings,
         capture: frozenset[int] = frozenset(),
+        corrected: ChunkStore | None = None,
     ) -> ReuseEngine:
-        """An engine for `policy` over this model."""
+        """An engine for `policy` over this model; `corrected` holds what `ReuseEngine.keep` copies."""
         return ReuseEngine(
             self.model,
             policy,
@@ -76,6 +77,7 @@ class ReferenceBackend(Tokens):
             suffix_len=settings.suffix_len,
             store_dtype=dtype_of(settings.store_dtype),
             capture=capture,
+            corrected=corrected,
         )
 
     def answers(self, state: Prefilled, example: TaskExample, max_new_tokens: int) -> list[str]:

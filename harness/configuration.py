@@ -50,6 +50,15 @@ def check(config: MutableMapping[str, Any], schema: str | Path) -> None:
         config.pop("cope", None)
     elif "cope" in config and (unknown := sorted(set(config["cope"]["systems"]) - set(policy_names()))):
         raise ConfigError(f"cope.systems: unknown system {unknown[0]!r}; installed are {', '.join(policy_names())}")
+    if "agents" in config:
+        _check_agents(config["agents"])
+
+
+def _check_agents(agents: Mapping[str, Any]) -> None:
+    for part in (agents, *(v for v in agents.values() if isinstance(v, dict) and "systems" in v)):
+        for system in [*part["systems"], *part.get("kept", ())]:
+            if system not in policy_names():
+                raise ConfigError(f"agents: unknown system {system!r}; installed are {', '.join(policy_names())}")
 
 
 def native(config: Mapping[str, Any]) -> dict[str, Any]:

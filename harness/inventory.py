@@ -10,12 +10,25 @@ FIGURES = {  # and the result that each is drawn from
     "fig10": "summary.json",
     "throughput": "throughput.jsonl",
 }
+AGENT_FIGURES = {  # section of `agents:`, and the figure drawn from its records
+    "windows": "fig04b",
+    "turns": "turns",
+    "load": "fig11",
+    "series": "fig13",
+    "grid": "fig14",
+}
+NO_AGENTS = "agents are measured with backend: reference; docs/agents.md says how a server is measured"
 NO_CKSIM = "CKSim reads the KV of every layer, which only backend: reference shows"
 
 
 def has_cksim(config: Mapping[str, Any]) -> bool:
     """Whether this configuration measures CKSim; `NO_CKSIM` says why not."""
     return config.get("backend", "reference") == "reference"
+
+
+def has_agents(config: Mapping[str, Any]) -> bool:
+    """Whether this configuration measures agents; `NO_AGENTS` says why not where it names some."""
+    return "agents" in config and config.get("backend", "reference") == "reference"
 
 
 def has_chunk_files(config: Mapping[str, Any]) -> bool:
@@ -25,7 +38,19 @@ def has_chunk_files(config: Mapping[str, Any]) -> bool:
 
 def figures_of(config: Mapping[str, Any]) -> list[str]:
     """The figures that can be drawn of this configuration."""
-    return [name for name, source in FIGURES.items() if has_cksim(config) or source != FIGURES["fig04a"]]
+    plain = [name for name, source in FIGURES.items() if has_cksim(config) or source != FIGURES["fig04a"]]
+    return plain + [AGENT_FIGURES[section] for section in agent_sections(config) if section in AGENT_FIGURES]
+
+
+def source_of(figure: str) -> str:
+    """The result that a figure is drawn from, in the run's folder."""
+    sections = {name: f"agents/{section}.jsonl" for section, name in AGENT_FIGURES.items()}
+    return FIGURES.get(figure) or sections[figure]
+
+
+def agent_sections(config: Mapping[str, Any]) -> list[str]:
+    """The sections of `agents:` that this configuration measures; each makes one record file."""
+    return [s for s in ("replay", *AGENT_FIGURES) if has_agents(config) and s in config["agents"]]
 
 
 def data_spec(config: Mapping[str, Any], part: str) -> dict[str, Any]:

@@ -13,11 +13,12 @@ import torch
 from cacheslide.errors import ConfigError
 from cacheslide.store.directory import DirectoryChunkStore
 from cacheslide.vllm.in_process import EngineOptions
+from harness.agents.trace import read_episodes
 from harness.backend import EngineSettings, ReferenceBackend
 from harness.experiments.accuracy import evaluate
 from harness.experiments.chunks import build_chunks
 from harness.experiments.latency import measure_latency
-from harness.experiments.prompts import measure_prompts
+from harness.experiments.prompts import agent_shares, measure_prompts
 from harness.experiments.select_layer import select_layer
 from harness.experiments.similarity import measure_similarity
 from harness.experiments.throughput import measure_throughput
@@ -161,7 +162,10 @@ def step_similarity(config: Config, data: str, output: str, threads: int) -> Non
     writer.finish()
 
 
-def step_prompts(config: Config, data: Sequence[str], output: str) -> None:
-    """Reusable share and moves of the prompts."""
+def step_prompts(config: Config, data: Sequence[str], output: str, traces: str | None = None) -> None:
+    """Reusable share and moves of the prompts; with `traces`, of the recorded agents' prompts too."""
     examples = {Path(d).stem: read_examples(d) for d in data}
-    write_json(output, measure_prompts(Tokens(config["model"]), examples, resolve(config["systems"])))
+    found = measure_prompts(Tokens(config["model"]), examples, resolve(config["systems"]))
+    if traces:
+        found["agents"] = agent_shares(Tokens(config["agents"]["model"]), read_episodes(Path(traces)))
+    write_json(output, found)

@@ -1,7 +1,7 @@
 """Make a configuration's records without Snakemake, for a machine that has PyTorch but no package index.
 
 `python scripts/measure.py config/h200.yaml` writes results/<run>/ as the workflow would (data, selection layer,
-accuracy, equal share, prompts, CKSim, latency, throughput; with a section `cope`, the CoPE model's). `--only
+accuracy, equal share, prompts, CKSim, latency, throughput, agents; with a section `cope`, the CoPE model's). `--only
 accuracy,latency` picks steps, `--jobs 4` measures data sets side by side (never the timed steps). `python
 scripts/measure.py config/h200.yaml --finish` turns the records into summary, figures and report, on any machine.
 """
@@ -16,9 +16,19 @@ from pathlib import Path
 import yaml
 
 from cacheslide.errors import CacheSlideError, ConfigError
-from harness import study, study_cope
+from harness import study, study_agents, study_cope
 from harness.configuration import check, native
-from harness.inventory import FIGURES, NO_CKSIM, data_spec, figures_of, has_chunk_files, has_cksim, prompt_files
+from harness.inventory import (
+    NO_CKSIM,
+    agent_sections,
+    data_spec,
+    figures_of,
+    has_agents,
+    has_chunk_files,
+    has_cksim,
+    prompt_files,
+    source_of,
+)
 from harness.plots.render import render
 from harness.report.builder import build_report
 from harness.results.summary import summarize
@@ -26,7 +36,7 @@ from harness.systems import cope_systems, to_scale
 from harness.tasks.data import write_dataset
 
 SCHEMA = Path(__file__).resolve().parents[1] / "workflows/schemas/config.schema.yaml"
-STEPS = ("data", "layer", "prompts", "accuracy", "cksim", "latency", "throughput", "cope")
+STEPS = ("data", "layer", "traces", "prompts", "accuracy", "cksim", "latency", "throughput", "agents", "cope")
 
 
 def data(config: dict, root: Path) -> None:
@@ -74,8 +84,11 @@ def measure(config: dict, root: Path, steps: list[str], jobs: int, threads: int)
     if "layer" in steps:
         study.step_select_layer(config, all_data("validation"), str(root / "selection_layer.json"), threads * jobs)
     layer = study.selected_layer(root / "selection_layer.json")
+    traces = str(root / "agents/traces.jsonl") if has_agents(config) else None
+    if "traces" in steps and traces:
+        study_agents.step_traces(config, traces)
     if "prompts" in steps:
-        study.step_prompts(config, all_data("accuracy"), str(root / "prompts.json"))
+        study.step_prompts(config, all_data("accuracy"), str(root / "prompts.json"), traces)
     if "accuracy" in steps:
         side_by_side(one_dataset, config, root, jobs, threads)
     if "cksim" in steps and not has_cksim(config):
@@ -88,6 +101,8 @@ def measure(config: dict, root: Path, steps: list[str], jobs: int, threads: int)
             study.step_latency(config, prompts, layer, str(root / f"latency/{tokens}.jsonl"), threads)
     if "throughput" in steps:
         study.step_throughput(config, drawn_from("throughput"), layer, str(root / "throughput.jsonl"), threads)
+    for section in agent_sections(config) if "agents" in steps else ():
+        study_agents.step_agents(config, section, str(root / f"agents/{section}.jsonl"), threads, traces)
     if "cope" in steps and "cope" in full:
         study_cope.step_cope_similarity(full, drawn_from("cksim"), str(root / "cksim_cope.jsonl"), threads)
         study_cope.step_cope_prompts(full, all_data("accuracy"), str(root / "prompts_cope.json"), threads)
@@ -109,6 +124,7 @@ def finish(config: dict, root: Path, figures: Path) -> None:
         **{stage: sorted(root.glob(f"{stage}/*/*.jsonl")) for stage in ("accuracy", "equal_share")},
         latency=sorted(root.glob("latency/*.jsonl")),
         throughput=root / "throughput.jsonl",
+        agents=[root / f"agents/{section}.jsonl" for section in agent_sections(config)],
         cksim=root / "cksim.jsonl",
         cksim_cope=root / "cksim_cope.jsonl",
         prompts=root / "prompts.json",
@@ -117,7 +133,7 @@ def finish(config: dict, root: Path, figures: Path) -> None:
     )
     drawn = []
     for name in figures_of(config):
-        source = FIGURES[name]
+        source = source_of(name)
         if (root / source).is_file():
             outputs = [figures / f"{name}.{kind}" for kind in ("svg", "pdf", "png")]
             render(name, root / source, outputs)

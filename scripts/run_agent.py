@@ -1,129 +1,154 @@
-"""A small agent in vLLM: retrieve, build chunk KV, use a tool, reuse KV; turns, scores and receipts as JSON.
-
-Every turn the agent appends the document that retrieval likes best to its prompt, reads what its last command printed
-(updated text, before the documents), and writes the next command; what it wrote becomes history. Its tools read the
-example's own documents (`open NAME`, `search WORDS`); no code is run. The last turn answers the example's question.
+"""An agent of `harness.agents` in vLLM, turn by turn, with reuse or without; episodes, scores and receipts as JSON.
 
     python scripts/run_agent.py --agent swe_style --model mistralai/Mistral-7B-Instruct-v0.2 --dataset swe_bench \
         --enable_cacheslide
+
+swe_style retrieves one document a turn, runs the model's commands over the example's own documents (`open NAME`,
+`search WORDS`; no code is run) and answers on the last turn. `reflexion` on hotpot_qa answers, hears that it was wrong
+and reflects. With --dataset synthetic every agent works on this repository's own tasks: reflexion, memgpt, swe_agent
+(code runs in the sandbox), function_calling. SWE-bench patches are graded with --grade, which needs docker.
 """
 
 import argparse
-import math
-import re
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 
-from run_cacheslide import load_examples, summary, write
+from run_cacheslide import NAMES, load_examples, summary, write
 
-from cacheslide.errors import CacheSlideError
+from cacheslide.errors import CacheSlideError, ConfigError
 from cacheslide.vllm.runs import Engine, add_arguments, from_arguments
-from cacheslide.vllm.turns import Turns
+from harness.agents.agent import Agent
+from harness.agents.documents import DocumentReader, TextReflexion
+from harness.agents.loop import Episode, Step, Stops, run_episode
+from harness.agents.offline_engine import OfflineEngine
+from harness.agents.registry import AGENTS, entry
+from harness.agents.swebench_docker import check_docker, grade_instances
+from harness.agents.trace import write_episodes
 from harness.scoring import score
 from harness.tasks.example import TaskExample
 
-AGENTS = ("swe_style",)
-COMMAND = re.compile(r"\b(open|search)\s+([^\n]+)")
-ASK = "\nWrite the next command: open NAME or search WORDS.\nCommand: "
-WINDOW = 40  # lines that `open` shows
-WORD = re.compile(r"[A-Za-z0-9_]+")
+SYNTHETIC = "synthetic"
+KNOWN = ("swe_style", *AGENTS)
 
 
-def words(text: str) -> Counter[str]:
-    """Lower-case words and how often they occur."""
-    return Counter(w.lower() for w in WORD.findall(text))
+def agents(args: argparse.Namespace) -> Iterator[tuple[Agent, TaskExample | None]]:
+    """The agents to run, and the example that each works on where there is one."""
+    if args.dataset == SYNTHETIC:
+        made = entry(args.agent)
+        for task in made.tasks(args.split or "test", args.seed, args.max_examples):
+            yield made.agent(task), None
+        return
+    examples = load_examples(args.dataset, args.split, args.data, args.max_examples)
+    for example in examples:
+        yield (
+            (TextReflexion(example) if args.agent == "reflexion" else DocumentReader(example, args.max_turns)),
+            example,
+        )
 
 
-class Library:
-    """The documents of an example by name, ranked by BM25."""
-
-    def __init__(self, documents: dict[str, str]) -> None:
-        self.documents = documents
-        self.counts = {name: words(text) for name, text in documents.items()}
-        self.length = sum(c.total() for c in self.counts.values()) / max(1, len(documents))
-        self.holding = Counter(word for count in self.counts.values() for word in count)
-
-    def rank(self, query: str, without: Sequence[str] = ()) -> list[str]:
-        """Names, best first; documents of equal score keep their order."""
-        asked = words(query)
-        return sorted((n for n in self.documents if n not in without), key=lambda n: -self._score(n, asked))
-
-    def _score(self, name: str, asked: Counter[str], k: float = 1.2, b: float = 0.75) -> float:
-        count, total = self.counts[name], len(self.documents)
-        norm = k * (1 - b + b * count.total() / max(1.0, self.length))
-        gain = {w: math.log(1 + (total - self.holding[w] + 0.5) / (self.holding[w] + 0.5)) for w in asked if w in count}
-        return sum(idf * count[w] * (k + 1) / (count[w] + norm) for w, idf in gain.items())
-
-    def use(self, said: str) -> tuple[str, str]:
-        """The command in what the model wrote, and what it prints."""
-        found = COMMAND.search(said)
-        if found is None:
-            return "", "no command understood"
-        command, argument = found[1], found[2].strip()
-        if command == "open":
-            text = self.documents.get(argument)
-            return found[0], f"no file {argument}" if text is None else "\n".join(text.splitlines()[:WINDOW])
-        wanted = words(argument)
-        lines = [f"{n}: {line}" for n, text in self.documents.items() for line in text.splitlines()]
-        hits = [line for line in lines if wanted & words(line)]
-        return found[0], "\n".join(hits[:WINDOW]) or f"nothing found for {argument}"
+def check(args: argparse.Namespace) -> None:
+    """ConfigError on what cannot be run, before anything is loaded."""
+    on_rows = args.dataset != SYNTHETIC
+    if args.agent == "swe_style" and not on_rows:
+        raise ConfigError("swe_style works on a data set's documents; on synthetic tasks run swe_agent")
+    if args.agent == "swe_agent" and on_rows:
+        check_docker()
+        raise ConfigError(
+            "SWE-bench repositories are only in docker images: write patches with swe_style and --grade them"
+        )
+    if args.agent not in ("swe_style", "reflexion") and on_rows:
+        raise ConfigError(f"{args.agent} has no loader for {args.dataset}; use --dataset {SYNTHETIC}")
+    if args.grade:
+        if not NAMES.get(args.dataset, args.dataset).startswith("swebench"):
+            raise ConfigError("--grade is for SWE-bench's data sets")
+        check_docker()
 
 
-def run_example(engine: Engine, example: TaskExample, turns: int, max_new_tokens: int) -> list[dict]:
-    """One example's records, a turn each; the last one holds the answer and its scores."""
-    head, *rest = [s for s in example.segments if s.role == "reuse"]
-    issue, documents = (rest[0], rest[1:]) if rest and rest[0].name == "issue" else (None, rest)
-    library = Library({s.name or f"document {i}": s.text for i, s in enumerate(documents)})
-    talk = Turns(engine.begin() + engine.encode(head.text))
-    if issue is not None:
-        talk.add(engine.encode(issue.text))
-    query = issue.text if issue is not None else example.questions[0].text
-    observation = "\n".join(s.text for s in example.segments if s.role == "recompute")
-    question, shown, records = example.questions[0], [], []
-    for turn in range(turns):
-        retrieved = library.rank(query, without=shown)[:1]
-        for name in retrieved:
-            talk.add(engine.encode(f"\n{library.documents[name]}\n"))
-            shown.append(name)
-        last = turn + 1 == turns
-        ids, marks = talk.prompt(engine.encode(f"{observation}\n"), engine.encode(question.text if last else ASK))
-        got = engine.ask(ids, marks, max_new_tokens)
-        talk.answered(got.token_ids)
-        record = {"example": example.id, "turn": turn, "prompt_tokens": len(ids), "retrieved": retrieved}
-        record |= {"ttft_s": got.ttft, "seconds": got.seconds, "said": got.text, "receipt": got.receipt}
-        if last:
-            record |= {"answers": list(question.answers), **score(got.text.strip(), question.answers)}
-        else:
-            command, observation = library.use(got.text)
-            query = got.text or query
-            record |= {"command": command, "observation": observation}
-        records.append(record)
-    return records
+def records_of(agent: Agent, example: TaskExample | None, episode: Episode) -> list[dict]:
+    """A record a step; the last one holds the answer's scores, or the share of the task that is solved."""
+    out = [_record(agent, step, episode) for step in episode.steps]
+    if not out:
+        return out
+    last = {"solved": episode.score, "stop": episode.stop, "failure": episode.failure}
+    if example is not None:
+        answers = example.questions[0].answers
+        text = agent.answered[-1] if isinstance(agent, TextReflexion) and agent.answered else out[-1]["said"]
+        last |= {"answers": list(answers), **score(text.strip(), answers)}
+    out[-1] |= last
+    return out
+
+
+def _record(agent: Agent, step: Step, episode: Episode) -> dict:
+    done = step.completion
+    record = {"example": episode.task_id, "turn": step.index, "prompt_tokens": sum(map(len, done.prompt_ids))}
+    if isinstance(agent, DocumentReader):
+        record["retrieved"] = agent.retrieved[step.index]
+    call = "" if step.call is None else " ".join((step.call.tool, *step.call.args))
+    record |= {"ttft_s": done.ttft_s, "seconds": done.total_s, "said": done.text, "receipt": done.receipt}
+    return record | {"command": call, "observation": step.result, "error": step.error}
+
+
+def run(engine: Engine, args: argparse.Namespace) -> tuple[list[dict], list[Episode]]:
+    """Every agent's records, and the episodes."""
+    newline = engine.encode("\n")
+    ends = newline if args.agent != "swe_style" and len(newline) == 1 else []  # a call is a line, a patch is not
+    completer = OfflineEngine(engine, args.system if args.enable_cacheslide else "vllm_prefix_cache", ends)
+    stops = Stops(turns=max(24, args.max_turns), seconds=float("inf"), max_tokens=args.max_new_tokens)
+    if args.agent == "swe_style":  # its turns are counted, whatever it does in them
+        stops = replace(stops, turns=args.max_turns, repeats=args.max_turns)
+    records, episodes = [], []
+    for agent, example in agents(args):
+        with closing(agent):
+            episodes.append(run_episode(agent, completer, stops))
+            records += records_of(agent, example, episodes[-1])
+    return records, episodes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; a wrong argument or missing data is one line and status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--agent", choices=AGENTS, default=AGENTS[0])
-    parser.add_argument("--dataset", default="swe_bench", help="swe_bench, hotpot_qa, or a name from harness/tasks")
+    parser.add_argument("--agent", choices=KNOWN, default=KNOWN[0])
+    parser.add_argument(
+        "--dataset", default="swe_bench", help="swe_bench, hotpot_qa, a name from harness/tasks, synthetic"
+    )
     parser.add_argument("--max_turns", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0, help="of synthetic tasks")
+    parser.add_argument("--traces", help="JSONL file for the episodes, to replay them")
+    parser.add_argument("--grade", action="store_true", help="grade SWE-bench patches in docker")
     args = parser.parse_args(argv)
     try:
-        examples = load_examples(args.dataset, args.split, args.data, args.max_examples)
+        check(args)
+        if args.dataset != SYNTHETIC:
+            load_examples(args.dataset, args.split, args.data, 1)  # missing data stops here, before the engine loads
         engine = from_arguments(args)
         try:
-            records = [r for e in examples for r in run_example(engine, e, args.max_turns, args.max_new_tokens)]
+            records, episodes = run(engine, args)
         finally:
             engine.close()
+        if args.traces:
+            write_episodes(Path(args.traces), episodes, {"arguments": vars(args)})
+        graded = _grade(args, records) if args.grade else {}
     except CacheSlideError as error:
         print(f"run_agent: {error}", file=sys.stderr)
         return 2
-    scored = summary([r for r in records if "f1" in r])
-    turns = {"turns": len(records), "ttft_s_by_turn": [_mean(records, t) for t in range(args.max_turns)]}
-    write({"arguments": vars(args), "summary": scored | turns, "records": records}, args.output)
+    longest = max((r["turn"] for r in records), default=-1) + 1
+    found = summary([r for r in records if "f1" in r]) if args.dataset != SYNTHETIC else {}
+    found |= {"episodes": len(episodes), "solved": sum(e.success for e in episodes)}
+    turns = {"turns": len(records), "ttft_s_by_turn": [_mean(records, t) for t in range(longest)]}
+    write({"arguments": vars(args), "summary": found | turns | graded, "records": records}, args.output)
     return 0
+
+
+def _grade(args: argparse.Namespace, records: Sequence[dict]) -> dict:
+    patches = {r["example"]: r["said"] for r in records if "f1" in r}
+    from harness.tasks.swebench import SOURCES
+
+    source = args.data or SOURCES[NAMES.get(args.dataset, args.dataset)].repo
+    return {"resolved": grade_instances(source, args.split or "test", patches, "cacheslide-run-agent")}
 
 
 def _mean(records: Sequence[dict], turn: int) -> float:

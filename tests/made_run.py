@@ -253,7 +253,8 @@ def make_run(root: Path, changes: dict[str, Any] | None = None, prompts_each: in
     records = {f"e{i}-{shift}": similarity_record(shift, rng) for i in range(4) for shift in SHIFTS}
     paths["cksim"] = write(root / "cksim.jsonl", {}, records)
     paths["prompts"], paths["layer"] = str(root / "prompts.json"), str(root / "selection_layer.json")
-    write_json(paths["prompts"], prompts(datasets, prompts_each, rng))
+    agents = {a: {"reusable_share": [0.5, 0.6, 0.7], "tokens": [500, 600, 700], "episodes": 1} for a in ("memgpt",)}
+    write_json(paths["prompts"], prompts(datasets, prompts_each, rng) | {"agents": agents})
     arms = {
         f"{s}@{i}": min(0.96, 0.55 + 0.13 * i - 0.1 * (s == "cacheblend"))
         for s in ("cacheslide", "cacheblend")

@@ -8,11 +8,14 @@ import pytest
 from PIL import Image
 
 from cacheslide.errors import DataError
-from harness.plots import fig03, fig04a, fig05, fig10, labels, style, throughput
+from harness.inventory import AGENT_FIGURES
+from harness.plots import fig03, fig04a, fig04b, fig05, fig10, fig11, fig13, fig14, labels, style, throughput, turns
 from harness.plots.render import FIGURES, render
 from harness.results.runs import Run, read_json
 from harness.results.summary import build_summary, summarize
 from tests import made_run
+from tests.made_agents import SYSTEMS as AGENTS_SYSTEMS
+from tests.made_agents import make_agents
 
 ROOT = Path(__file__).resolve().parents[1]
 SYSTEMS = ["recompute", "context_cache", "cacheblend", "cacheblend_stale", "naive_reuse", "cacheslide"]
@@ -23,9 +26,11 @@ def sources(tmp_path_factory):
     """The result file of every figure."""
     root = tmp_path_factory.mktemp("made")
     cfg, paths = made_run.make_run(root, {"systems": SYSTEMS}, prompts_each=5)
-    summarize(cfg, root / "summary.json", **paths)
+    agents = make_agents(root / "agents")
+    summarize(cfg, root / "summary.json", **paths, agents=list(agents.values()))
     prompts = paths["prompts"]
     return {
+        **{figure: agents[section] for section, figure in AGENT_FIGURES.items()},
         "fig03": prompts,
         "fig04a": paths["cksim"],
         "fig05": prompts,
@@ -78,7 +83,9 @@ def test_figures_show_cope_where_it_was_measured_and_say_where_not(tmp_path):
 
 def test_figures_of_an_empty_run_say_so():
     empty = build_summary(Run({}))
-    for module, results in ((fig03, {}), (fig04a, []), (fig05, {}), (fig10, empty), (throughput, [])):
+    plain = ((fig03, {}), (fig04a, []), (fig05, {}), (fig10, empty), (throughput, []))
+    agents = ((fig04b, {}), (fig11, []), (fig13, []), (fig14, {}), (turns, []))
+    for module, results in (*plain, *agents):
         figure = module.draw(results)
         assert any(
             "was measured" in t.get_text() or "were measured" in t.get_text() for a in figure.axes for t in a.texts
@@ -119,7 +126,7 @@ def test_systems_that_failed_the_gate_are_named_not_drawn(sources):
         if row["system"] == "cacheblend":
             row["ttft_ratio"] = None
     texts = [[t.get_text() for t in axes.texts] for axes in fig10.draw(summary).axes]
-    assert sum("CacheBlend" in t for t in texts) == 2  # the two mixes only
+    assert sum("CacheBlend" in t for t in texts) == 2 + 3  # the two mixes and the three agents only
     assert sum(any(s.startswith("not shown") and "CacheBlend" in s for s in t) for t in texts) == 2
 
 
@@ -127,9 +134,9 @@ def test_labels_do_not_overlap(sources):
     """In every panel of figure 10, with points as close as CacheSlide and its variants are."""
     figure = fig10.draw(read_json(sources["fig10"]))
     renderer = labels.FigureCanvasAgg(figure).get_renderer()
-    for axes in figure.axes:
+    for axes in (a for a in figure.axes if a.axison):
         boxes = [t.get_window_extent(renderer) for t in axes.texts if not t.get_text().startswith("not shown")]
-        assert len(boxes) == len(SYSTEMS)
+        assert len(boxes) == len(AGENTS_SYSTEMS if "episodes" in axes.get_xlabel() else SYSTEMS)
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
 
 

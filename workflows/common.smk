@@ -5,10 +5,14 @@ from pathlib import Path
 from cacheslide.errors import CacheSlideError
 from harness.configuration import check, native
 from harness.inventory import (
+    AGENT_FIGURES,
     FIGURES,
+    NO_AGENTS,
     NO_CKSIM,
+    agent_sections,
     data_spec,
     figures_of,
+    has_agents,
     has_cksim,
     has_chunk_files,
 )
@@ -34,6 +38,8 @@ def check_config(config):
         print(f"config: cksim is left out: {NO_CKSIM}", file=sys.stderr)
     if with_cope and "cope" not in config:
         print("config: cope is left out with backend: vllm", file=sys.stderr)
+    if "agents" in config and not has_agents(config):
+        print(f"config: agents are left out: {NO_AGENTS}", file=sys.stderr)
 
 
 def result(path):
@@ -62,10 +68,15 @@ def all_cores(wildcards):
 
 def model_files(wildcards):
     """The checkpoint's files: a retrained model makes its results out of date."""
-    folder = Path(config["model"])
+    return checkpoint_files(config["model"], "model")
+
+
+def checkpoint_files(name, key):
+    """The files of the folder that the configuration's `key` names."""
+    folder = Path(name)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights or not (folder / "config.json").is_file():
-        stop(f"model: {folder} needs a config.json and *.safetensors weights")
+        stop(f"{key}: {folder} needs a config.json and *.safetensors weights")
     return [str(path) for path in [folder / "config.json", *weights]]
 
 
@@ -119,6 +130,27 @@ def adapter_files(wildcards):
     if not (folder / "cope.json").is_file():
         stop(f"cope.adapter: there is no adapter in {folder}")
     return sorted(str(p) for p in folder.iterdir() if p.stem in ("cope", "ccpe"))
+
+
+def agent_model_files(wildcards):
+    """The agents' checkpoint."""
+    return checkpoint_files(config["agents"]["model"], "agents.model")
+
+
+def agent_traces():
+    """The recorded episodes, where this configuration has agents."""
+    return result("agents/traces.jsonl") if has_agents(config) else []
+
+
+def agent_records():
+    """One record file a section of `agents:`."""
+    return [result(f"agents/{section}.jsonl") for section in agent_sections(config)]
+
+
+def agent_figures():
+    """The figures that are drawn from these files alone."""
+    sections = [s for s in agent_sections(config) if s in AGENT_FIGURES]
+    return [path for section in sections for path in figure(AGENT_FIGURES[section])]
 
 
 def latency_records():

@@ -22,6 +22,7 @@ rule measure_prompts:
     """How much of each prompt is reusable and how far its fixed segments move (figures 3 and 5)."""
     input:
         data=data_of("accuracy"),
+        traces=agent_traces(),
         tokenizer=tokenizer_files,
     output:
         result("prompts.json"),

@@ -10,6 +10,7 @@ rule summarize:
         throughput=result("throughput.jsonl"),
         cksim=result("cksim.jsonl") if has_cksim(config) else [],
         cksim_cope=cope_file("cksim_cope.jsonl"),
+        agents=agent_records(),
         prompts=result("prompts.json"),
         prompts_cope=cope_file("prompts_cope.json"),
         layer=result("selection_layer.json"),

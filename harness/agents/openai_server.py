@@ -33,6 +33,10 @@ class OpenAIServer:
     api_key : str
     timeout : float
         Seconds without a byte after which a request has failed.
+    salt : str, optional
+        Requests of different salts share no cached blocks or chunks.
+    layer : int, optional
+        Selection layer that marked requests ask for.
     """
 
     def __init__(
@@ -44,6 +48,8 @@ class OpenAIServer:
         policy: str | None = None,
         api_key: str = "",
         timeout: float = 120.0,
+        salt: str | None = None,
+        layer: int | None = None,
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -59,7 +65,9 @@ class OpenAIServer:
             api_key=api_key,
             path=f"{parts.path.rstrip('/')}/completions",
         )
-        self.tokenizer, self.system, self.policy = tokenizer, system, policy
+        self.tokenizer, self.system, self.salt = tokenizer, system, salt
+        asked = {"policy": policy, "layer": layer}
+        self.options = {name: value for name, value in asked.items() if value is not None}
 
     def complete(self, request: Request) -> Completion:
         """Greedy, streamed. CompletionError names the server's status and message."""
@@ -67,10 +75,9 @@ class OpenAIServer:
         if self.tokenizer is not None:
             marked = self._prompt(request)
             sent, prompt = tuple(s.token_ids for s in marked.segments), marked.token_ids
-            params = marks_of(marked, **({"policy": self.policy} if self.policy else {}))
-        asked = stream.Request(
-            f"{request.session}-{request.step}", prompt, request.max_tokens, params, stop=request.stop
-        )
+            params = marks_of(marked, **self.options)
+        name = f"{request.session}-{request.step}"
+        asked = stream.Request(name, prompt, request.max_tokens, params, self.salt, stop=request.stop)
         done = asyncio.run(self._send(asked))
         if done.failure:
             raise CompletionError(f"no completion from {self.endpoint.url}: {done.failure}")

@@ -7,7 +7,7 @@ that two runs' prompts can be compared by their hashes.
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +142,8 @@ class Replayed:
 
     @property
     def agrees(self) -> bool:
-        """Whether the system's own output is the recorded one."""
-        return self.own.text == self.forced
+        """Whether the system's own output is the recorded one; a call is read without the blanks around it."""
+        return self.own.text.strip() == self.forced.strip()
 
 
 def replay(episode: Episode, completer: Completer, max_tokens: int) -> list[Replayed]:
@@ -153,6 +153,29 @@ def replay(episode: Episode, completer: Completer, max_tokens: int) -> list[Repl
         own = completer.complete(Request(episode.task_id, step.index, step.segments, max_tokens))
         out.append(Replayed(step.index, prompt_digest(step.segments), step.completion.text, own))
     return out
+
+
+class Forced:
+    """Teacher-forced inside the loop: `inner` serves every request, but the agent is told what was recorded.
+
+    Tools run and every prompt is the recorded one, so any number of agents can be served at once and see identical
+    turns. `own` holds what the system said, by session and step.
+    """
+
+    def __init__(self, inner: Completer, episodes: Iterable[Episode]) -> None:
+        self.inner, self.system = inner, inner.system
+        self.recorded = {e.task_id: Recorded(e) for e in episodes}
+        self.own: dict[tuple[str, int], Replayed] = {}
+
+    def complete(self, request: Request) -> Completion:
+        """The recorded output with the times and the receipt of serving it here."""
+        if request.session not in self.recorded:
+            raise DataError(f"no episode of {request.session} was recorded")
+        told = self.recorded[request.session].complete(request)
+        own = self.inner.complete(request)
+        digest = prompt_digest(request.segments)
+        self.own[request.session, request.step] = Replayed(request.step, digest, told.text, own)
+        return replace(own, text=told.text, output_ids=told.output_ids)
 
 
 class Recorded:

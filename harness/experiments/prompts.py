@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from cacheslide.keys import PrefixKeying
 from cacheslide.policy import ReusePolicy
 from cacheslide.prompt import Prompt, Role
+from harness.agents.loop import Episode
 from harness.systems import System
 from harness.tasks.example import TaskExample
 from harness.tokens import Tokens
@@ -38,6 +39,18 @@ def measure_prompts(tokens: Tokens, data: Mapping[str, Sequence[TaskExample]], p
 def displacement(before: Prompt, now: Prompt) -> float:
     """How many tokens the fixed segments behind the first updated one moved (mean)."""
     return _mean(b - a for a, b in zip(_starts(before), _starts(now), strict=True))
+
+
+def agent_shares(tokens: Tokens, episodes: Sequence[Episode]) -> dict[str, dict]:
+    """Per agent: the reusable share of every prompt of its recorded episodes, and their lengths in tokens."""
+    out: dict[str, dict] = {}
+    for episode in episodes:
+        own = out.setdefault(episode.agent, {"reusable_share": [], "tokens": [], "episodes": 0})
+        prompts = [tokens.prompt(step.segments) for step in episode.steps]
+        own["reusable_share"] += [p.reusable_share() for p in prompts]
+        own["tokens"] += [len(p) for p in prompts]
+        own["episodes"] += 1
+    return out
 
 
 def _moves(policy: System) -> bool:

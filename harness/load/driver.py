@@ -5,12 +5,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from cacheslide.errors import ConfigError
+from cacheslide.errors import CacheSlideError, ConfigError
 from harness.agents.agent import Agent
-from harness.agents.completer import Completer, Completion, Request
+from harness.agents.completer import Completer, Completion, CompletionError, Request
 from harness.agents.loop import Episode, Stops, run_episode
 from harness.load.arrivals import Closed, Poisson, Replayed, Steady
 from harness.load.measures import Done
@@ -30,8 +30,65 @@ class OneAtATime:
         with self._lock:
             wait = time.perf_counter() - begin
             done = self.inner.complete(request)
-        times = tuple(t + wait for t in done.token_s)
-        return Completion(done.text, done.prompt_ids, done.output_ids, times, done.total_s + wait, done.receipt)
+        return _later(done, wait)
+
+
+@dataclass
+class _Waiting:
+    request: Request
+    since: float
+    done: Completion | None = None
+    error: CacheSlideError | None = None
+
+
+class Together:
+    """Packs what waits: whenever the engine is free, all requests that have come by then are served in one run.
+
+    `inner` has `complete_batch`; at most `limit` requests go into one run. Waiting counts into a request's times. A
+    batch that is refused is served one by one, so that a bad request fails alone.
+    """
+
+    def __init__(self, inner: Any, limit: int = 64) -> None:
+        if limit < 1:
+            raise ConfigError(f"a run serves at least 1 request, not {limit}")
+        self.inner, self.system, self.limit = inner, inner.system, limit
+        self._queue: list[_Waiting] = []
+        self._lock, self._engine = threading.Lock(), threading.Lock()
+
+    def complete(self, request: Request) -> Completion:
+        """The inner completer's answer; `token_s` and `total_s` include the wait for its run."""
+        mine = _Waiting(request, time.perf_counter())
+        with self._lock:
+            self._queue.append(mine)
+        while mine.done is None and mine.error is None:
+            with self._engine:
+                if mine.done is None and mine.error is None:
+                    with self._lock:
+                        batch, self._queue = self._queue[: self.limit], self._queue[self.limit :]
+                    self._serve(batch)
+        if mine.error is not None:
+            raise mine.error
+        return mine.done
+
+    def _serve(self, batch: list[_Waiting]) -> None:
+        begin = time.perf_counter()
+        try:
+            for waiting, done in zip(batch, self.inner.complete_batch([w.request for w in batch]), strict=True):
+                waiting.done = _later(done, begin - waiting.since)
+        except CacheSlideError as refused:
+            if len(batch) == 1:
+                batch[0].error = refused
+                return
+            for waiting in batch:
+                self._serve([waiting])
+        except BaseException as broken:  # a defect: nobody may wait for ever
+            for waiting in batch:
+                waiting.error = waiting.error or CompletionError(f"the engine failed: {broken!r}")
+            raise
+
+
+def _later(done: Completion, wait: float) -> Completion:
+    return replace(done, token_s=tuple(t + wait for t in done.token_s), total_s=done.total_s + wait)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Figure 3: how much of a prompt is reusable, with its spread over prompts."""
+"""Figure 3: how much of a prompt is reusable, with its spread over prompts: agents at work, and the data sets."""
 
 from typing import Any
 
@@ -9,11 +9,18 @@ from harness.plots.style import BLACK, BLUE, GREY, new_figure, nothing
 from harness.results.runs import read_json
 
 load = read_json
+AGENTS = {
+    "reflexion": "Reflexion",
+    "memgpt": "MemGPT",
+    "swe_agent": "SWE-Agent",
+    "function_calling": "Function calling",
+}
 
 
 def draw(results: dict[str, Any]) -> Figure:
-    """One line a data set: every prompt as a dot, the mean, and one standard deviation to each side."""
-    datasets = results.get("datasets", {})
+    """One line an agent or data set: every prompt as a dot, the mean, and one standard deviation to each side."""
+    agents = {AGENTS.get(name, name): content for name, content in results.get("agents", {}).items()}
+    datasets = agents | results.get("datasets", {})
     figure = new_figure(6.6, 1.5 + 0.46 * max(1, len(datasets)))
     axes = figure.add_subplot()
     axes.set_title("Share of the prompt that is reusable")
@@ -30,13 +37,13 @@ def draw(results: dict[str, Any]) -> Figure:
         axes.plot(mean, i, "D", ms=6, color="white", mec=BLACK, mew=1.4, zorder=3)
         text = f"{100 * mean:.1f} ± {100 * sd:.1f} %  (n = {len(shares)})"
         axes.text(1.03, i, text, va="center", color=BLACK, transform=axes.get_yaxis_transform())
+    if agents and len(agents) < len(datasets):
+        axes.axhline(len(agents) - 0.5, color=GREY, lw=0.8, ls=":")
     axes.set_yticks(range(len(datasets)), list(datasets))
     axes.set(xlim=(0, 1), ylim=(len(datasets) - 0.5, -0.5), xlabel="fixed tokens / all tokens")
     axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f} %")
     axes.grid(axis="y", visible=False)
-    axes.text(
-        0, 1.01, "dot: one prompt · diamond and bar: mean ± standard deviation", fontsize=8, color=GREY,
-        transform=axes.transAxes, va="bottom",
-    )  # fmt: skip
+    legend = "dot: one prompt · diamond and bar: mean ± standard deviation" + (" · top: agents" if agents else "")
+    axes.text(0, 1.01, legend, fontsize=8, color=GREY, transform=axes.transAxes, va="bottom")
     axes.set_title("Share of the prompt that is reusable", pad=18)
     return figure

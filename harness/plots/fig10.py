@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from harness.plots.fig03 import AGENTS
 from harness.plots.labels import Label, place
 from harness.plots.style import GREY, error_bar, look, new_figure, nothing
 from harness.results.runs import OURS, REFERENCE, read_json
@@ -30,8 +31,8 @@ class Point:
 
 
 def draw(summary: dict[str, Any]) -> Figure:
-    """Two panels a row: first one for each mix, then one for each timed length."""
-    panels = [*_accuracy_panels(summary), *_latency_panels(summary)]
+    """Two panels a row: one for each mix, one for each timed length, one for each agent."""
+    panels = [*_accuracy_panels(summary), *_latency_panels(summary), *_agent_panels(summary)]
     rows = max(1, math.ceil(len(panels) / COLUMNS))
     figure = new_figure(11.0, 4.1 * rows + 0.3)
     grid = figure.subplots(rows, COLUMNS, squeeze=False)
@@ -100,6 +101,31 @@ def _latency_panels(summary: dict[str, Any]) -> Iterable[dict[str, Any]]:
         }  # fmt: skip
 
 
+def _agent_panels(summary: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """Agents: TTFT on recorded turns, and the score with each system's own outputs (or right calls, where not run)."""
+    rows = summary.get("agents", {}).get("replay", [])
+    ms = 1000.0
+    for agent in dict.fromkeys(r["agent"] for r in rows):
+        own = [r for r in rows if r["agent"] == agent]
+        good = [r for r in own if not r["ratio_reason"]]
+        key = "score" if all(r["score"] is not None for r in own) else "right"
+        left_out = [look(r["system"], r["title"]).label for r in own if r not in good]
+        about = f"{own[0]['episodes']} episodes, about {own[0]['tokens']:,.0f} tokens"
+        yield {
+            "title": f"{AGENTS.get(agent, agent)}: {about}",
+            "xlabel": "TTFT (ms, median over episodes)",
+            "ylabel": {"score": "solved share of a task", "right": "right calls on recorded turns"}[key],
+            "points": [
+                Point(
+                    r["system"], r["title"], ms * r["ttft_median"]["value"], r[key]["value"],
+                    tuple(None if e is None else ms * e for e in _ends(r["ttft_median"])), _ends(r[key]),
+                )
+                for r in good
+            ],
+            "note": f"not shown, no reuse on some turn: {', '.join(left_out)}" if left_out else "",
+        }  # fmt: skip
+
+
 def _ends(estimate: dict[str, Any]) -> tuple[float | None, float | None]:
     return estimate["low"], estimate["high"]
 
@@ -122,7 +148,7 @@ def steps(front: list[Point]) -> tuple[list[float], list[float]]:
     return xs, ys
 
 
-def _panel(axes: Axes, title: str, xlabel: str, points: list[Point], note: str) -> list[Point]:
+def _panel(axes: Axes, title: str, xlabel: str, points: list[Point], note: str, ylabel: str = "F1") -> list[Point]:
     axes.set_title(title)
     if not points:
         nothing(axes, note or "no system passed the gate")
@@ -134,7 +160,7 @@ def _panel(axes: Axes, title: str, xlabel: str, points: list[Point], note: str) 
         error_bar(axes, p.x, p.y, style.colour, across=p.across, up=p.up)
         axes.plot(p.x, p.y, ls="none", ms=style.size, zorder=4, **style.points)
     reach = max([p.x for p in points] + [e for p in points if p.across for e in p.across if e is not None])
-    axes.set(xlim=(-0.04 * reach, 1.12 * reach), ylim=(-0.06, 1.24), xlabel=xlabel, ylabel="F1")
+    axes.set(xlim=(-0.04 * reach, 1.12 * reach), ylim=(-0.06, 1.24), xlabel=xlabel, ylabel=ylabel)
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     if note:
         axes.text(0.01, 0.015, note, transform=axes.transAxes, fontsize=7.5, color=GREY)

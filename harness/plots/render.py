@@ -7,18 +7,40 @@ from types import ModuleType
 import matplotlib as mpl
 
 from cacheslide.errors import DataError
-from harness.plots import fig03, fig04a, fig05, fig10, fig12a, fig12b, fig12c, fig12d, serving, throughput, wca
+from harness.plots import (
+    fig03,
+    fig04a,
+    fig04b,
+    fig05,
+    fig10,
+    fig11,
+    fig12a,
+    fig12b,
+    fig12c,
+    fig12d,
+    fig13,
+    fig14,
+    serving,
+    throughput,
+    turns,
+    wca,
+)
 from harness.plots.style import RC, save
 
 FIGURES: dict[str, ModuleType] = {
     "fig03": fig03,
     "fig04a": fig04a,
+    "fig04b": fig04b,
     "fig05": fig05,
     "fig10": fig10,
+    "fig11": fig11,
     "fig12a": fig12a,
     "fig12b": fig12b,
     "fig12c": fig12c,
     "fig12d": fig12d,
+    "fig13": fig13,
+    "fig14": fig14,
+    "turns": turns,
     "throughput": throughput,
     "serving": serving,
     "wca": wca,

@@ -94,9 +94,15 @@ def reusable_share(summary: Summary) -> Finding:
         f"(n = {r['prompts']})"
         for r in summary["prompts"]
     ]
-    return Finding(
-        Verdict.NOT_TESTABLE, "; ".join(parts) + ". These are shipped prompts, not the paper's agents at work."
+    agents = summary.get("agent_prompts", [])
+    said = "; ".join(
+        f"{r['agent']} {number(100 * r['reusable_share']['mean'], 1)} ± {percent(r['reusable_share']['sd'])} "
+        f"(n = {r['prompts']} prompts of {r['episodes']} episodes)"
+        for r in agents
     )
+    shipped = "These are shipped prompts, not the paper's agents at work."
+    end = f" Agents at work on this repository's tasks: {said}." if agents else ""
+    return Finding(Verdict.NOT_TESTABLE, "; ".join(parts) + f". {shipped}{end}")
 
 
 def _no_cksim(summary: Summary, otherwise: str) -> str:

@@ -2,6 +2,7 @@
 
 from harness.report import claims, claims_cope, claims_slide
 from harness.report.claims import Claim, not_run
+from harness.report.paper_agents import LOAD, OVER_TIME, PADDING, QUALITY
 
 _FACTOR = (
     "a part holds when its value reaches the paper's lower end and its interval leaves out 1; "
@@ -15,7 +16,6 @@ _SLIDE = (
     "reproduced: {what}; partly: only an interval that leaves out no effect, or only a part of the cells; "
     "not reproduced: neither"
 )
-_AGENTS = "needs concurrent serving with the agents' workloads, which comes in a later part of this project"
 
 CLAIMS = (
     Claim(
@@ -23,7 +23,7 @@ CLAIMS = (
         "3",
         "Much of an agent's prompt is reusable, and how much varies",
         "share by agent, with its variance (no number in our notes)",
-        "none: our prompts are generated, so their share is our choice; it is shown for reading the other numbers",
+        "none: our prompts and tasks are generated, so their share is our choice; it helps to read the other numbers",
         "fig03",
         claims.reusable_share,
     ),
@@ -73,6 +73,7 @@ CLAIMS = (
         "results/{run}/summary.json",
         claims.window_padding,
     ),
+    *PADDING,
     Claim(
         "fig05-rope",
         "5",
@@ -129,6 +130,7 @@ CLAIMS = (
         "fig10",
         claims.against_approximate("prompt_cache", 1.12, 1.41),
     ),
+    *QUALITY,
     Claim(
         "fig10-cope",
         "10, this model",
@@ -166,15 +168,7 @@ CLAIMS = (
         "",
         not_run("an ALiBi model: not in the first scope of this project"),
     ),
-    Claim(
-        "fig11",
-        "11",
-        "TTFT advantage over the best other baseline grows with parallel requests and beam width (2, 4, 6)",
-        "1.2× → 2.3× and 1.1× → 2.1×",
-        "none yet",
-        "",
-        not_run(_AGENTS),
-    ),
+    *LOAD,
     Claim(
         "fig12a",
         "12a",
@@ -215,24 +209,7 @@ CLAIMS = (
         "fig12d",
         claims_slide.gpu_bytes,
     ),
-    Claim(
-        "fig13",
-        "13",
-        "Higher and steadier throughput over time at batch 8",
-        "+49.6 % / +45.2 % over CacheBlend / EPIC, standard deviation −77.4 / −58.6 %",
-        "none yet",
-        "",
-        not_run(_AGENTS),
-    ),
-    Claim(
-        "fig14",
-        "14",
-        "Correct answers a second peak near top-k 0.26 and τ 0.12",
-        "peak near 0.26 / 0.12",
-        "none yet",
-        "",
-        not_run("the heat map over top-k and τ comes in a later part of this project"),
-    ),
+    *OVER_TIME,
     Claim(
         "headline-latency",
         "abstract",

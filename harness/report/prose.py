@@ -38,6 +38,30 @@ CAPTIONS = {
         "if it reused rows in every request and its answers were scored. On the CoPE model accuracy is measured, not "
         "time: its attention here is the plain reference (docs/cope.md has the kernel's times)."
     ),
+    "fig04b": (
+        "Figure 4b. F1 of the model's calls by reasoning round, with every updated segment padded or cut to a window, "
+        "against none. Solid lines reuse KV in place, dashed ones compute the padded prompt in full: their distance is "
+        "what reuse costs, the rest is what padding and cutting cost. Recorded Reflexion episodes, the same for all."
+    ),
+    "fig11": (
+        "Figure 11. TTFT with n agents at once, with a beam search of width n that shares one prefill and branches the "
+        "KV of its beams, and with n copies of a request in one packed run (the paper's beam width = batch size). "
+        "Recorded MemGPT turns; the in-process engine packs whatever waits, and encoding new chunks delays whoever "
+        "waits."
+    ),
+    "fig13": (
+        "Figure 13. Requests completed in every second by agents in a closed loop, and mean and standard deviation "
+        "over seconds. Systems take turns in slices of equal work."
+    ),
+    "fig14": (
+        "Figure 14. Correct calls a second over the share of reused tokens that is recomputed and the threshold at "
+        "which a recomputed token counts as converged and gives its place to the next."
+    ),
+    "turns": (
+        "Accuracy by turn. Left, right calls on recorded turns whose history grows: every system from exact chunks. "
+        "Right, calls from turn 12 on when chunks are copied from corrected KV for k generations and then encoded "
+        "exactly, against all row-layers computed, for serving and for encoding."
+    ),
     "throughput": (
         "Throughput in a closed loop by number of concurrent requests: all requests, and correctly answered ones. "
         "Bars are 95 % intervals over the loop's rounds. The reference backend serves in rounds, so its numbers are "

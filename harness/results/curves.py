@@ -70,6 +70,20 @@ def moves_table(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
+def agent_prompts_table(run: Run) -> list[dict[str, Any]]:
+    """One row an agent: reusable share and length of the prompts of its recorded episodes."""
+    return [
+        {
+            "agent": agent,
+            "episodes": content["episodes"],
+            "prompts": len(content["reusable_share"]),
+            "reusable_share": _spread(content["reusable_share"]),
+            "tokens": _spread(content["tokens"]),
+        }
+        for agent, content in (run.prompts or {}).get("agents", {}).items()
+    ]
+
+
 def layer_sweep(run: Run) -> dict[str, Any] | None:
     """The sweep that chose the selection layer: F1 by system, layer and data set on validation data."""
     if run.layer is None:

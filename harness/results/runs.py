@@ -43,6 +43,7 @@ class Run:
     throughput: RecordFile | None = None
     cksim: RecordFile | None = None
     cksim_cope: RecordFile | None = None
+    agents: BySystem = field(default_factory=dict)  # by section of `agents:`
     prompts: dict[str, Any] | None = None
     prompts_cope: dict[str, Any] | None = None
     layer: dict[str, Any] | None = None
@@ -76,6 +77,8 @@ class Run:
         for stage in FILES:
             file = getattr(self, stage)
             out += [{"stage": stage} | f for f in file.failures] if file else []
+        for section, file in self.agents.items():
+            out += [{"stage": f"agents/{section}"} | f for f in file.failures]
         return out
 
 
@@ -101,9 +104,9 @@ def load_run(config: dict[str, Any], **paths: Any) -> Run:
     config : dict
         The run's configuration.
     **paths
-        `accuracy`, `equal_share`, `sweep`, `latency`: lists of record files; `throughput`, `cksim`, `cksim_cope`: one
-        record file; `prompts`, `prompts_cope`, `layer`: one JSON file. Absent files are left out: the summary
-        says what is missing.
+        `accuracy`, `equal_share`, `sweep`, `latency`, `agents`: lists of record files; `throughput`, `cksim`,
+        `cksim_cope`: one record file; `prompts`, `prompts_cope`, `layer`: one JSON file. Absent files are left out: the
+        summary says what is missing.
     """
     run = Run(config)
     for stage in ("accuracy", "equal_share", "sweep"):
@@ -116,6 +119,7 @@ def load_run(config: dict[str, Any], **paths: Any) -> Run:
         if not path.stem.isdigit():
             raise DataError(f"{path}: a latency file is called by its prompt length, such as 4096.jsonl")
         run.latency[int(path.stem)] = read_file(path)
+    run.agents = {path.stem: read_file(path) for path in _existing(paths.get("agents"))}
     run.latency = dict(sorted(run.latency.items()))
     for stage in FILES:
         for path in _existing(paths.get(stage)):

@@ -8,7 +8,16 @@ from typing import Any
 from cacheslide.errors import ModelError
 from cacheslide.model.weights import fingerprint
 from harness.configuration import native
-from harness.results.curves import cksim_table, cope_table, layer_sweep, moves_table, prompts_table
+from harness.results.agent_load import load_table, series_table
+from harness.results.agents import grid_table, quality_table, turns_table, windows_table
+from harness.results.curves import (
+    agent_prompts_table,
+    cksim_table,
+    cope_table,
+    layer_sweep,
+    moves_table,
+    prompts_table,
+)
 from harness.results.headline import headline
 from harness.results.intervals import LEVEL
 from harness.results.provenance import config_hash, provenance
@@ -18,6 +27,14 @@ from harness.results.tables import accuracy_ratios, accuracy_table
 from harness.results.timing import latency_ratios, latency_table, throughput_table
 
 SCHEMA = "cacheslide.summary/1"
+AGENTS = {  # section of `agents:`, and its table
+    "replay": quality_table,
+    "windows": windows_table,
+    "turns": turns_table,
+    "load": load_table,
+    "series": series_table,
+    "grid": grid_table,
+}
 
 
 def summarize(config: Mapping[str, Any], output: str | Path, **paths: Any) -> dict[str, Any]:
@@ -44,8 +61,10 @@ def build_summary(run: Run, progress: str | None = None) -> dict[str, Any]:
         "throughput": throughput_table(run),
         "cksim": cksim_table(run),
         "cksim_cope": cope_table(run),
+        "agents": {section: AGENTS[section](file) for section, file in run.agents.items() if file.records},
         "prompts": prompts_table(run),
         "prompts_cope": moves_table(run),
+        "agent_prompts": agent_prompts_table(run),
         "selection_layer": layer_sweep(run),
         "failures": run.failures(),
         "provenance": provenance(run.config, data_hashes(run), model_hash(run.config)),
@@ -56,7 +75,8 @@ def build_summary(run: Run, progress: str | None = None) -> dict[str, Any]:
 def conditions(run: Run) -> dict[str, Any]:
     """Under what the numbers hold: the configuration, and the configurations the records were made under."""
     files = [f for stage in (run.accuracy, run.equal_share, run.sweep) for d in stage.values() for f in d.values()]
-    files += [*run.latency.values(), *(f for f in (run.throughput, run.cksim, run.cksim_cope) if f)]
+    files += [*run.agents.values(), *run.latency.values()]
+    files += [f for f in (run.throughput, run.cksim, run.cksim_cope) if f]
     own = (config_hash(run.config), config_hash(native(run.config)))
     made = sorted({f.settings["config_hash"] for f in files if "config_hash" in f.settings})
     machines = {json.dumps(f.settings["measured_on"], sort_keys=True) for f in files if "measured_on" in f.settings}
@@ -79,6 +99,7 @@ def data_hashes(run: Run) -> dict[str, str]:
         for dataset, files in getattr(run, stage).items():
             out |= {f"{stage}/{dataset}": f.settings["data_hash"] for f in files.values() if "data_hash" in f.settings}
     named = {f"latency/{tokens}": f for tokens, f in run.latency.items()}
+    named |= {f"agents/{section}": file for section, file in run.agents.items()}
     named |= {stage: getattr(run, stage) for stage in FILES}
     out |= {name: f.settings["data_hash"] for name, f in named.items() if f and "data_hash" in f.settings}
     out |= {f"validation/{d}": h for d, h in (run.layer or {}).get("data_hashes", {}).items()}

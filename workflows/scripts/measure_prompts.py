@@ -5,4 +5,5 @@ from harness.study import step_prompts
 
 s = snakemake
 with step(s.log[0], s.rule):
-    step_prompts(s.params.config, list(s.input.data), s.output[0])
+    traces = s.input.get("traces")
+    step_prompts(s.params.config, list(s.input.data), s.output[0], traces and str(traces))

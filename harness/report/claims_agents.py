@@ -1,0 +1,192 @@
+"""Rules for the claims about agents (figures 3, 4b, 10, 11, 13, 14) and for our own question, accuracy by turn."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from harness.report.claims import Finding, Grade, NotMeasured, Summary, Verdict, grade, joined
+from harness.report.words import interval, number, percent, points
+from harness.results.runs import NAIVE, OURS
+
+MOST_POINTS = 3.0  # what counts as a negligible loss in this study
+RIVALS = {  # lower TTFT by, accuracy better by; None: no loss of more than MOST_POINTS to recompute
+    "context_cache": (2.4, None),
+    "cacheblend": (1.21, 1.97),
+    "cacheblend_stale": (1.21, 1.97),
+    "prompt_cache": (1.12, 1.41),
+}
+
+
+def section(summary: Summary, name: str) -> Any:
+    """The table of one section of `agents:`; NotMeasured when the run lacks it."""
+    found = summary.get("agents", {}).get(name)
+    if not found:
+        raise NotMeasured(f"the section {name!r} of agents was not measured in this run")
+    return found
+
+
+def inverse(e: dict[str, Any]) -> dict[str, Any]:
+    """1 / an estimate, its ends exchanged."""
+    ends = {"low": e["high"], "high": e["low"]}
+    return (
+        e
+        | {"value": 1 / e["value"]}
+        | {k: None if v is None else 1 / v if v else float("inf") for k, v in ends.items()}
+    )
+
+
+def episodes(e: dict[str, Any]) -> str:
+    """How many episodes are behind an estimate."""
+    return f"n = {e['n']} episodes"
+
+
+def ours_and_rivals(agent: str) -> Callable[[Summary], Finding]:
+    """Fig. 10, one agent: TTFT on the same recorded turns, scores of tasks solved with each system's own outputs."""
+
+    def rule(summary: Summary) -> Finding:
+        rows = {r["system"]: r for r in section(summary, "replay") if r["agent"] == agent}
+        if OURS not in rows or rows[OURS]["score"] is None:
+            raise NotMeasured(f"{agent} was not run with CacheSlide's own outputs")
+        ours, loss = rows[OURS], rows[OURS]["loss_points"]
+        if not rows["recompute"]["score"]["value"]:
+            raise NotMeasured(
+                f"the run's model solves nothing of {agent} under recompute: there is no quality to compare"
+            )
+        grades = [Grade.FULL if loss["value"] <= MOST_POINTS else Grade.NONE]
+        parts = [
+            f"score {number(ours['score']['value'])} {interval(ours['score'])}, {points(loss['value'])} to recompute "
+            f"{interval(loss, lambda x: number(x, 1))}, {episodes(ours['score'])}"
+        ]
+        for rival, (faster, better) in RIVALS.items():
+            if rival not in rows or rows[rival]["speedup"] is None:
+                continue
+            speed, ratio = rows[rival]["speedup"], rows[rival]["better"]
+            grades.append(grade(speed, faster))
+            text = f"{rows[rival]['title']}: TTFT {number(speed['value'])}× CacheSlide's {interval(speed)}"
+            if better is not None:
+                known = ratio is not None and ratio["value"] is not None
+                grades.append(grade(ratio, better) if known else Grade.NONE)
+                text += (
+                    f", CacheSlide's score {number(ratio['value'])}× its {interval(ratio)}"
+                    if known
+                    else ", it scores 0"
+                )
+            parts.append(text)
+        if len(grades) == 1:
+            raise NotMeasured(f"{agent}: no rival of CacheSlide was timed with reuse")
+        return Finding(joined(*grades), "; ".join(parts))
+
+    return rule
+
+
+def padding(summary: Summary) -> Finding:
+    """Fig. 4b over reasoning rounds: what each window loses of the F1 of the same reuse without one."""
+    table = section(summary, "windows")
+    rows = {r["system"]: r for r in table["rows"]}
+    if NAIVE not in rows:
+        raise NotMeasured("the same reuse without a window was not measured")
+    base, grades, parts = rows[NAIVE]["f1"], [], []
+    if not base["value"]:
+        raise NotMeasured("the run's model makes no right call without a window: there is nothing to lose")
+    for window in table["windows"]:
+        e = rows[f"window@{window}"]["f1"]
+        lost = 1 - e["value"] / base["value"]
+        apart = None not in (e["high"], base["low"]) and e["high"] < base["low"]
+        grades.append(Grade.FULL if apart and lost >= 0.781 else Grade.SOME if apart else Grade.NONE)
+        full = rows[f"window_recompute@{window}"]["f1"]["value"]
+        parts.append(
+            f"{window} tokens: F1 {number(e['value'])} {interval(e)}, {percent(lost)} lost (recomputed {number(full)})"
+        )
+    text = f"without a window {number(base['value'])} {interval(base)}, {episodes(base)}; " + "; ".join(parts)
+    return Finding(joined(*grades), text + "; windows scaled down with the prompts")
+
+
+def advantage(modes: Iterable[str], first: float, last: float) -> Callable[[Summary], Finding]:
+    """Fig. 11: TTFT of the best rival over CacheSlide's at 2 and at 6; the first of `modes` is judged."""
+
+    def rule(summary: Summary) -> Finding:
+        table, parts, judged = section(summary, "load"), [], None
+        for mode in modes:
+            rows = {r["n"]: r for r in table if r["mode"] == mode and r["advantage"]}
+            if not rows:
+                continue
+            ends = rows.get(2, rows[min(rows)]), rows.get(6, rows[max(rows)])
+            judged = judged or ends
+            said = ", ".join(
+                f"{number(rows[n]['advantage']['value'])}× {interval(rows[n]['advantage'])} over "
+                f"{rows[n]['best']} at {n}"
+                for n in sorted(rows)
+            )
+            parts.append(f"{mode.replace('_', ' ')}: {said}; n = {ends[0]['repeats']} repeats")
+        if judged is None:
+            raise NotMeasured("no load with CacheSlide and a rival was measured")
+        return Finding(
+            joined(grade(judged[0]["advantage"], first), grade(judged[1]["advantage"], last)), "; ".join(parts)
+        )
+
+    return rule
+
+
+def steadier(summary: Summary) -> Finding:
+    """Fig. 13: rate and σ beside CacheBlend's and EPIC's."""
+    rows = {r["system"]: r for r in section(summary, "series")}
+    grades, parts = [], []
+    for rival, rate, std in (("cacheblend", 1.496, 1 / (1 - 0.774)), ("epic", 1.452, 1 / (1 - 0.586))):
+        if rival not in rows or rows[rival]["rate_ratio"] is None:
+            continue
+        own, spread = rows[rival]["rate_ratio"], rows[rival]["std_ratio"]
+        grades.append(grade(own, rate))
+        text = (
+            f"{rows[rival]['title']}: CacheSlide serves {number(own['value'])}× its requests a second {interval(own)}"
+        )
+        if spread is not None:
+            grades.append(grade(inverse(spread), std))
+            text += f" with {number(spread['value'])}× its σ {interval(spread)}"
+        parts.append(text)
+    if not grades:
+        raise NotMeasured("neither CacheBlend nor EPIC was loaded beside CacheSlide")
+    n = rows[OURS]["rate"]["n"]
+    return Finding(joined(*grades), "; ".join(parts) + f"; n = {n} slices in turns")
+
+
+def peak(summary: Summary) -> Finding:
+    """Fig. 14: whether the cell next to top-k 0.26 and τ 0.12 is the best, or cannot be told from it."""
+    table = section(summary, "grid")
+    cells = [c for c in table["cells"] if c["qps"]["value"] is not None]
+    best = max(cells, key=lambda c: c["qps"]["value"])
+    if not best["qps"]["value"]:
+        raise NotMeasured("the run's model makes no right call in any cell: there is no peak")
+    near = min(cells, key=lambda c: (abs(c["share"] - 0.26), abs(c["tau"] - 0.12)))
+    high = near["qps"]["high"]
+    touches = high is not None and high >= best["qps"]["value"]
+    verdict = Verdict.REPRODUCED if near is best else Verdict.PARTLY if touches else Verdict.NOT_REPRODUCED
+
+    def said(c: dict[str, Any]) -> str:
+        return f"{number(c['qps']['value'])} {interval(c['qps'])} at {c['share']:g} / {c['tau']:g}"
+
+    return Finding(
+        verdict, f"best {said(best)}; near the paper's setting {said(near)}; n = {table['episodes']} episodes"
+    )
+
+
+def by_turn(summary: Summary) -> Finding:
+    """Our question: CacheSlide's loss from turn 12 on, and what re-encoding buys where corrected KV is kept."""
+    rows = [r for r in section(summary, "turns") if r["loss_points"]]
+    ours = [r for r in rows if r["system"] == OURS]
+    if not ours:
+        raise NotMeasured("no episode with CacheSlide had twelve turns")
+    exact = {r["agent"]: r["late"]["value"] for r in rows if r["system"] == "recompute"}
+    if not any(exact.values()):
+        raise NotMeasured("the run's model makes no right call under recompute")
+    grades, parts = [], []
+    for row in ours:
+        e = row["loss_points"]
+        inside = e["high"] is not None and e["high"] <= MOST_POINTS
+        grades.append(Grade.FULL if inside else Grade.SOME if e["value"] <= MOST_POINTS else Grade.NONE)
+        kept = [
+            f"{r['system']} {points(r['loss_points']['value'])} for {percent(r['prefill'] + r['encode'])} of row-layers"
+            for r in rows
+            if r["agent"] == row["agent"] and "@" in r["system"]
+        ]
+        said = f"CacheSlide {points(e['value'])} {interval(e, lambda x: number(x, 1))}, {episodes(e)}"
+        parts.append(f"{row['agent']}: {said}" + (f"; kept KV by limit: {', '.join(kept)}" if kept else ""))
+    return Finding(joined(*grades), "; ".join(parts))

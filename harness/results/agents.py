@@ -1,0 +1,181 @@
+"""Tables of replayed agents: quality and TTFT by agent (fig 10), padding by round (4b), accuracy by turn, heat map.
+
+Records are those of `harness.experiments.agent_replay`; steps of one episode rise and fall together, so intervals
+resample episodes.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from harness.results import intervals
+from harness.results.runs import OURS, REFERENCE, RecordFile
+
+LEAST = 3  # episodes that a turn or a round needs to be shown
+Step = dict[str, Any]
+
+
+def agents_of(file: RecordFile) -> list[str]:
+    """The agents of a file, in the order of its records."""
+    return list(dict.fromkeys(r["agent"] for r in file.records))
+
+
+def systems_of(file: RecordFile) -> list[str]:
+    """The variants of a file, in the order of its configuration."""
+    return [s for s in file.settings.get("order", ()) if any(s in r["systems"] for r in file.records)]
+
+
+def by_step(records: Iterable[Step], system: str, value: Callable[[Step], float]) -> tuple[list[float], list[str]]:
+    """The value of every step, and its episode."""
+    found = [(value(s), r["id"]) for r in records for s in r["systems"][system]]
+    return [v for v, _ in found], [e for _, e in found]
+
+
+def warm(record: Step, system: str) -> list[Step]:
+    """The steps after an episode's first one, before which nothing was cached."""
+    return record["systems"][system][1:]
+
+
+def gate(records: Sequence[Step], system: str) -> str:
+    """Why no speed-up may be reported; empty when every warm step reused rows."""
+    steps = [s for r in records for s in warm(r, system)]
+    idle = sum(not s["chunks_hit"] for s in steps)
+    return "" if steps and not idle else f"nothing was reused in {idle} of {len(steps)} warm steps"
+
+
+def cost(steps: Sequence[Step], key: str = "row_layers") -> float:
+    """Row-layers computed, as a share of those of computing every prompt in full."""
+    return sum(s[key] for s in steps) / sum(s["rows"] * s["layers"] for s in steps)
+
+
+def _ttft_ratio(records: Sequence[Step], top: str, bottom: str) -> dict[str, Any] | None:
+    """Median over episodes of the median ratio of TTFTs on the same warm steps."""
+    ratios = []
+    for r in records:
+        pairs = zip(warm(r, top), warm(r, bottom), strict=True)
+        ratios += [float(np.median([a["ttft_s"] / b["ttft_s"] for a, b in pairs]))] if warm(r, top) else []
+    return intervals.median(ratios) if ratios else None
+
+
+def _own(records: Sequence[Step], system: str) -> list[float] | None:
+    scores = [r["own"][system]["score"] for r in records if "own" in r]
+    return scores if scores and len(scores) == len(records) else None
+
+
+def quality_table(file: RecordFile) -> list[dict[str, Any]]:
+    """One row an agent and system.
+
+    `right` is the share of recorded turns on which the system makes the recorded call. `score` is the solved share of a
+    task when the agent acts on the system's own outputs, None where that was not run, `success` the share of tasks
+    solved in full; `loss_points` is against recompute. TTFT is of recorded turns after the first; `ttft_ratio` is
+    TTFT / TTFT of recompute on the same turn, `speedup` TTFT / TTFT of CacheSlide, `better` CacheSlide's score / its.
+    """
+    out = []
+    for agent in agents_of(file):
+        records = [r for r in file.records if r["agent"] == agent]
+        for system in systems_of(file):
+            steps = [s for r in records for s in warm(r, system)]
+            if not steps:
+                continue
+            right, episodes = by_step(records, system, lambda s: s["right"])
+            own, ours, exact = (_own(records, s) for s in (system, OURS, REFERENCE))
+            row = {
+                "agent": agent,
+                "system": system,
+                "title": file.settings["titles"][system],
+                "episodes": len(records),
+                "steps": len(right),
+                "tokens": float(np.mean([s["rows"] for s in steps])),
+                "right": intervals.mean(right, episodes),
+                "score": None if own is None else intervals.mean(own),
+                "success": None
+                if own is None
+                else intervals.mean([float(r["own"][system]["success"]) for r in records]),
+                "loss_points": None if own is None else intervals.points_lost(exact, own),
+                "ttft_median": intervals.median([np.median([s["ttft_s"] for s in warm(r, system)]) for r in records]),
+                "row_layer_share": cost(steps),
+            }
+            reason = "" if system == REFERENCE else gate(records, system)
+            both = reason or (OURS not in systems_of(file) and "CacheSlide was not run") or gate(records, OURS)
+            row["ratio_reason"] = reason
+            row["ttft_ratio"] = None if reason or system == REFERENCE else _ttft_ratio(records, system, REFERENCE)
+            row["speedup"] = None if both or system == OURS else _ttft_ratio(records, system, OURS)
+            known = own is not None and ours is not None
+            row["better"] = intervals.ratio_of_sums(ours, own, range(len(own))) if known and system != OURS else None
+            out.append(row)
+    return out
+
+
+def windows_table(file: RecordFile) -> dict[str, Any]:
+    """F1 of every variant by reasoning round, and over all rounds; `updated` are the windows."""
+    rows = []
+    for system in systems_of(file):
+        f1, episodes = by_step(file.records, system, lambda s: s["f1"])
+        rounds = []
+        longest = max((len(r["systems"][system]) for r in file.records), default=0)
+        for k in range(longest):
+            own = [r["systems"][system][k]["f1"] for r in file.records if k < len(r["systems"][system])]
+            if len(own) >= LEAST:
+                rounds.append({"round": k + 1, "f1": intervals.mean(own)})
+        title = file.settings["titles"][system]
+        rows.append({"system": system, "title": title, "f1": intervals.mean(f1, episodes), "rounds": rounds})
+    tokens = [s["rows"] for r in file.records for s in r["systems"].get(REFERENCE, [])]
+    return {
+        "rows": rows,
+        "windows": file.settings.get("windows", []),
+        "tokens": float(np.mean(tokens)) if tokens else None,
+        "episodes": len(file.records),
+    }
+
+
+def turns_table(file: RecordFile, late: int = 12) -> list[dict[str, Any]]:
+    """One row an agent and variant: right calls by turn, over turns from `late` on, and what serving and keeping cost.
+
+    `prefill` and `encode` are row-layers as a share of computing every prompt in full; `loss_points` is against
+    recompute over the late turns.
+    """
+    out = []
+    for agent in agents_of(file):
+        records = [r for r in file.records if r["agent"] == agent]
+        for system in systems_of(file):
+            turns = []
+            for k in range(max(len(r["systems"][system]) for r in records)):
+                own = [r["systems"][system][k]["right"] for r in records if k < len(r["systems"][system])]
+                if len(own) >= min(LEAST, len(records)):
+                    turns.append({"turn": k + 1, "right": intervals.mean(own), "episodes": len(own)})
+            pairs = [
+                (s["right"], base["right"], r["id"])
+                for r in records
+                for s, base in list(zip(r["systems"][system], r["systems"][REFERENCE], strict=True))[late - 1 :]
+            ]
+            steps = [s for r in records for s in r["systems"][system]]
+            mine, base, episodes = zip(*pairs, strict=True) if pairs else ((), (), ())
+            out.append(
+                {
+                    "agent": agent,
+                    "system": system,
+                    "title": file.settings["titles"][system],
+                    "turns": turns,
+                    "late": intervals.mean(mine, episodes) if pairs else None,
+                    "loss_points": intervals.points_lost(base, mine, episodes) if pairs else None,
+                    "prefill": cost(steps),
+                    "encode": cost(steps, "build_row_layers"),
+                    "generation": max(s["generation"] for s in steps),
+                    "late_from": late,
+                }
+            )
+    return out
+
+
+def grid_table(file: RecordFile) -> dict[str, Any]:
+    """Correct calls a second of every cell (top-k, τ): right calls over the seconds that all calls took."""
+    cells = []
+    for system in systems_of(file):
+        share, tau = map(float, system.split("@"))
+        right, episodes = by_step(file.records, system, lambda s: s["right"])
+        seconds, _ = by_step(file.records, system, lambda s: s["total_s"])
+        qps = intervals.ratio_of_sums(right, seconds, episodes)
+        cells.append({"share": share, "tau": tau, "qps": qps, "right": float(np.mean(right))})
+    settings = {k: file.settings.get(k) for k in ("shares", "taus", "every")}
+    return {"cells": cells, "episodes": len(file.records), **settings}

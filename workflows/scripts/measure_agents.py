@@ -1,0 +1,9 @@
+"""One section of `agents:`."""
+
+from harness.step import step
+from harness.study_agents import step_agents
+
+s = snakemake
+with step(s.log[0], s.rule):
+    traces = s.input.get("traces")
+    step_agents(s.params.config, s.params.section, s.output[0], s.threads, traces and str(traces))

@@ -167,9 +167,8 @@ class ReuseEngine:
             encoded = self.encoder.encode(self.policy.encoding, plan.prompt, plan.positions, plan.chunks, plan.keys)
             return Kept(encoded=encoded)
         missing = [(c, k) for c, k in zip(plan.chunks, plan.keys, strict=True) if not self._has(k)]
-        where = torch.tensor(plan.positions, device=self.model.device)
         for chunk, key in missing:
-            store.put(key, self.encoder.cut(state.kv, where, chunk.start, chunk.end, generation))
+            store.put(key, self.encoder.cut(state.kv, plan.positions, chunk.start, chunk.end, generation))
         return Kept(len(missing), 0, generation)
 
     def _has(self, key: ChunkKey) -> bool:

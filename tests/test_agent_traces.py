@@ -182,9 +182,8 @@ def test_agents_load_a_server_with_salts_of_their_own(tmp_path):
     said = {"".join(s.text for s in step.segments): step.completion.text for e in episodes for step in e.steps}
 
     def answer(body):
-        return 200, events(
-            {"choices": [{"text": said[tokens.tokenizer.decode(body["prompt"], skip_special_tokens=True)]}]}
-        )
+        text = said[tokens.tokenizer.decode(body["prompt"], skip_special_tokens=True)]
+        return 200, events({"choices": [{"text": text, "finish_reason": "stop"}]})
 
     with server(answer) as (url, bodies):
         completer = OpenAIServer(url, "m", tokens.tokenizer, policy="epic", salt="a-2-0", layer=3)

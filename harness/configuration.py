@@ -62,8 +62,8 @@ def _check_agents(agents: Mapping[str, Any]) -> None:
 
 
 def native(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration without its CoPE part: what is measured on the native model does not depend on that."""
-    return {key: value for key, value in config.items() if key != "cope"}
+    """Without CoPE's and the agents' parts: what the native model answers on the data sets does not depend on them."""
+    return {key: value for key, value in config.items() if key not in ("cope", "agents")}
 
 
 def _fill(config: MutableMapping[str, Any], schema: Mapping[str, Any]) -> None:

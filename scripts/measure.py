@@ -84,9 +84,9 @@ def measure(config: dict, root: Path, steps: list[str], jobs: int, threads: int)
     if "layer" in steps:
         study.step_select_layer(config, all_data("validation"), str(root / "selection_layer.json"), threads * jobs)
     layer = study.selected_layer(root / "selection_layer.json")
-    traces = str(root / "agents/traces.jsonl") if has_agents(config) else None
+    traces = str(root / "agents/traces.jsonl") if has_agents(full) else None
     if "traces" in steps and traces:
-        study_agents.step_traces(config, traces)
+        study_agents.step_traces(full, traces)
     if "prompts" in steps:
         study.step_prompts(config, all_data("accuracy"), str(root / "prompts.json"), traces)
     if "accuracy" in steps:
@@ -101,8 +101,8 @@ def measure(config: dict, root: Path, steps: list[str], jobs: int, threads: int)
             study.step_latency(config, prompts, layer, str(root / f"latency/{tokens}.jsonl"), threads)
     if "throughput" in steps:
         study.step_throughput(config, drawn_from("throughput"), layer, str(root / "throughput.jsonl"), threads)
-    for section in agent_sections(config) if "agents" in steps else ():
-        study_agents.step_agents(config, section, str(root / f"agents/{section}.jsonl"), threads, traces)
+    for section in agent_sections(full) if "agents" in steps else ():
+        study_agents.step_agents(full, section, str(root / f"agents/{section}.jsonl"), threads, traces)
     if "cope" in steps and "cope" in full:
         study_cope.step_cope_similarity(full, drawn_from("cksim"), str(root / "cksim_cope.jsonl"), threads)
         study_cope.step_cope_prompts(full, all_data("accuracy"), str(root / "prompts_cope.json"), threads)

@@ -189,7 +189,7 @@ def test_agents_load_a_server_with_salts_of_their_own(tmp_path):
         completer = OpenAIServer(url, "m", tokens.tokenizer, policy="epic", salt="a-2-0", layer=3)
         done = loop_on(completer, tokens, tasks, episodes, 2)
     assert len(done) == sum(len(e.steps) for e in episodes) and all(d.correct and d.ttft_s > 0 for d in done)
-    for _, body in bodies:
+    for _, body, _ in bodies:
         assert body["cache_salt"] == "a-2-0"
         marks = body["kv_transfer_params"]["cacheslide"]
         assert (marks["policy"], marks["layer"]) == ("epic", 3)

@@ -222,3 +222,44 @@ def test_words():
     assert points(-1.0) == "gains 1.0 points"
     assert size(1536) == "1.5 KiB" and size(3 * 2**30) == "3.0 GiB"
     assert cell({"value": 0.5, "low": None, "high": None}, 1) == "0.5 [no interval]" and cell(None) == "–"
+
+
+def slide_summary(reduction, stall, ratio, pages):
+    def cell(order, staging, value):
+        e = {"value": value, "low": value - 1, "high": value + 1, "n": 20}
+        return {"source": "host", "batch": 2, "order": order, "staging": staging, "reduction_pct": e}
+
+    rows = [
+        cell(o, s, (reduction or 0.0) if s == 1 else 1.5) for o in ("locked", "relocate", "disjoint") for s in (1, 2)
+    ]
+    volume = {
+        "write_stall_reduction_pct_against_lru": {"value": stall, "low": stall - 60, "high": 100.0, "n": 10},
+        "lru_over_clean_first_bytes": {"value": ratio, "low": ratio - 0.1, "high": ratio + 0.1, "n": 10},
+    }
+    counted = [
+        {"batch": b, "requests_on": "one template", "prompt_cache_shared": 50, "cacheslide": 100, "ratio": r}
+        for b, r in pages.items()
+    ]
+    cuda = None if reduction is None else {"rows": rows, "rounds": {"host": 20}}
+    return {"slide": {"orders": {"cuda": cuda}, "main": volume, "conditions": {}, "gpu_pages_computed": counted}}
+
+
+@pytest.mark.parametrize(
+    ("key", "made", "verdict", "said"),
+    [
+        ("fig12a", (30.0, 70, 3.5, {2: 1.7}), Verdict.REPRODUCED, "locked, % less at batch 2: 30.0 [29.0, 31.0]"),
+        ("fig12a", (12.0, 70, 3.5, {2: 1.7}), Verdict.PARTLY, "running ahead in both, % less at batch 2: 1.5"),
+        ("fig12a", (0.5, 70, 3.5, {2: 1.7}), Verdict.NOT_REPRODUCED, "n = 20 rounds"),
+        ("fig12a", (None, 70, 3.5, {2: 1.7}), Verdict.NOT_RUN, "not measured on a GPU"),
+        ("fig12b", (30.0, 70, 3.5, {2: 1.7}), Verdict.REPRODUCED, "70.0 % less [10.0, 100.0]"),
+        ("fig12b", (30.0, 50, 3.5, {2: 1.7}), Verdict.NOT_REPRODUCED, "50.0 %"),
+        ("fig12c", (30.0, 70, 2.0, {2: 1.7}), Verdict.PARTLY, "2.00× [1.90, 2.10]"),
+        ("headline-ssd", (30.0, 70, 3.5, {2: 1.7}), Verdict.REPRODUCED, "n = 10 runs"),
+        ("fig12d", (30.0, 70, 3.5, {2: 1.7, 8: 1.4}), Verdict.PARTLY, "it would need 0.50"),
+        ("fig12d", (30.0, 70, 3.5, {2: 0.9}), Verdict.NOT_REPRODUCED, "0.90 at batch 2"),
+    ],
+)
+def test_slide_is_judged_by_its_own_records(key, made, verdict, said):
+    found = judge(by_key(key), slide_summary(*made))
+    assert found.verdict is verdict and said in found.measured
+    assert judge(by_key(key), {}).verdict is Verdict.NOT_RUN

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from harness.backend import ReferenceBackend
 from harness.experiments import slide_index, slide_orders, slide_replay, slide_trace
@@ -72,11 +73,14 @@ def test_known_templates_stay_and_the_disk_limit_holds(tmp_path):
 
 
 def test_the_orders_are_timed_only_when_they_agree(tmp_path):
-    shape = slide_orders.Shape(3, 32, 48, 4, 2, 8, 40, 8, dtype="float32")
-    found = slide_orders.measure(tmp_path, "cpu", batches=(2,), repeats=1, shape=shape)
-    assert {(r["source"], r["order"]) for r in found["rows"]} == {
-        (s, o) for s in ("host", "file") for o in ("locked", "relocate", "disjoint")
+    shape = slide_orders.Shape(3, 32, 48, 4, 2, 8, 40, dtype="float32")
+    found = slide_orders.measure(tmp_path, "cpu", batches=(2,), repeats=2, shape=shape)
+    assert {(r["source"], r["staging"], r["order"]) for r in found["rows"]} == {
+        (s, n, o) for s in ("host", "file") for n in (1, 2) for o in ("locked", "relocate", "disjoint")
     }
+    assert all(r["bitwise_equal"] and len(r["rounds_s"]) == 2 and r["load_s"]["value"] > 0 for r in found["rows"])
+    locked = [r["reduction_pct"]["value"] for r in found["rows"] if r["order"] == "locked"]
+    assert locked == [0.0] * 4
 
     class Wrong(slide_orders.LayerModel):
         runs = 0
@@ -89,6 +93,14 @@ def test_the_orders_are_timed_only_when_they_agree(tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Exception, match="nothing was timed"):
         patch.setattr(slide_orders, "LayerModel", Wrong)
         slide_orders.measure(tmp_path / "w", "cpu", batches=(1,), repeats=1, shape=shape, sources=("host",))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_orders_agree_on_a_gpu(tmp_path):
+    shape = slide_orders.Shape(4, 256, 512, 8, 2, 64, 512)
+    found = slide_orders.measure(tmp_path, "cuda", batches=(1, 3), repeats=2, shape=shape)
+    assert len(found["rows"]) == 2 * 2 * 2 * 3 and all(r["layer_s"]["value"] > 0 for r in found["rows"])
 
 
 def run_record(policy, seed, written, stall):
@@ -115,3 +127,26 @@ def test_the_summary_says_what_the_records_say(tmp_path):
     assert found["headline"]["write_stall_reduction_pct"] == pytest.approx(75.0)
     assert found["main"]["write_stall_reduction_pct_against_fifo"]["value"] is None
     assert found["main"]["units"] == 3
+
+
+def test_the_headline_takes_the_gpu_and_the_cpu_stays_beside_it(tmp_path):
+    def record(device, percent):
+        rows = [
+            {
+                "source": source, "batch": batch, "staging": staging, "order": order, "layer_s": {"value": 1.0},
+                "reduction_pct": {"value": 0.0 if order == "locked" else pct, "low": pct - 1, "high": pct + 1},
+            }
+            for source in ("host", "file") for batch in (2, 4) for staging in (1, 2)
+            for order, pct in (("locked", 0.0), ("relocate", 1.0),
+                               ("disjoint", percent + batch if (source, staging) == ("host", 1) else 3.0))
+        ]  # fmt: skip
+        return json.dumps({"device": device, "rows": rows})
+
+    (tmp_path / "orders_cpu.json").write_text(record("cpu", -50))
+    assert slide.summarise(tmp_path, {})["headline"]["layer_latency_reduction_pct"] is None
+    (tmp_path / "orders_h200.json").write_text(record("cuda", 20))
+    found = slide.summarise(tmp_path, {})
+    assert found["headline"]["layer_latency_reduction_pct"] == pytest.approx(23.0)
+    assert found["orders"]["cpu"]["device"] == "cpu" and found["orders"]["cuda"]["device"] == "cuda"
+    note = found["notes"]["layer_latency_reduction_pct"]
+    assert "'disjoint'" in note and "batch 4: 24.0 [23.0, 25.0]" in note and "both, 'disjoint': 3.0" in note

@@ -31,6 +31,7 @@ from cacheslide.vllm.model_adapter import rotary_of
 from cacheslide.vllm.params import Marks, ServerOptions, marks_of, policy_of
 from cacheslide.vllm.plans import WorkerReport
 from cacheslide.vllm.prefix_cache import key_apart
+from cacheslide.vllm.receipts import forecast
 from cacheslide.vllm.scheduler_side import SchedulerSide
 from cacheslide.vllm.store import WorkerStore
 from cacheslide.vllm.support import check, check_policy
@@ -601,7 +602,7 @@ def test_receipts_become_counters():
         scheduler.arrive(asked)
         scheduler.claim(asked, 0)
         if heard:
-            receipt = scheduler._forecast(scheduler.tracked[str(i)]) | {"rows_reused": heard, "fallback": ""}
+            receipt = forecast(scheduler.tracked[str(i)]) | {"rows_reused": heard, "fallback": ""}
             scheduler.heard(WorkerReport({str(i): receipt}))
         scheduler.finish(asked)
     stats = scheduler.take_stats()

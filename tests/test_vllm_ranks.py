@@ -17,13 +17,28 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="vLLM binds each rank to a core of its own")
 def test_two_ranks_are_one():
-    environment = {**os.environ, **VLLM_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # the ranks are processes
-    command = [sys.executable, "-m", "tests.vllm_turns", "2"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two, one = json.loads(done.stdout.splitlines()[-1]), answers(1)
+    two, one = two_ranks(), answers(1)
     assert two == one
     assert [t["chunks_hit"] for t in one] == [0, *(t["chunks"] for t in one[1:4]), 0, *(t["chunks"] for t in one[5:])]
     assert [t["history"]["generation"] for t in one] == [0, 1, 2, 0, 0, 0, 0, 0]
     assert all(t["rows_recomputed"] > 0 for t in one[5:])
+
+
+@pytest.mark.server
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="vLLM binds each rank to a core of its own")
+def test_two_ranks_find_their_heads_again(tmp_path):
+    """Two lives of two ranks over one folder say what two lives of one rank say."""
+    shared, alone = str(tmp_path / "shared"), str(tmp_path / "alone")
+    first, second = two_ranks(shared), two_ranks(shared)
+    assert (first, second) == (answers(1, alone), answers(1, alone))
+    assert first[0]["chunks_hit"] == 0 and second[0]["tiers"] == {"file": second[0]["chunks_hit"]} != {}
+    assert answers(1, shared)[0]["chunks_hit"] == 0  # one rank's chunks are no rank's of two
+
+
+def two_ranks(*store: str) -> list[dict]:
+    environment = {**os.environ, **VLLM_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # the ranks are processes
+    command = [sys.executable, "-m", "tests.vllm_turns", "2", *store]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])

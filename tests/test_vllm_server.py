@@ -2,12 +2,15 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -26,7 +29,8 @@ START = 180  # seconds: two processes import vLLM and load a model
 class Server:
     """A client of the running server."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, process: subprocess.Popen) -> None:
+        self.process = process
         self.url = f"http://127.0.0.1:{port}"
 
     def post(self, path: str, **body) -> tuple[int, dict]:
@@ -41,25 +45,31 @@ class Server:
         except HTTPError as refused:
             return refused.code, json.loads(refused.read())["error"]
 
+    def metrics(self) -> dict[str, float]:
+        """This connector's counters, by name and labels as they are printed."""
+        with urlopen(self.url + "/metrics") as page:
+            lines = [line for line in page.read().decode().splitlines() if line.startswith("cacheslide:")]
+        return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
+
     def complete(self, prompt, marks=None, **body) -> tuple[int, dict]:
         """A completion request."""
         extra = {} if marks is None else {"kv_transfer_params": {"cacheslide": marks}}
         return self.post("/v1/completions", prompt=prompt, **extra, **body)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
-    (folder / "chat.jinja").write_text(TEMPLATE)
+@contextmanager
+def running(folder: Path, *options: str) -> Iterator[Server]:
+    """A server of the shipped model with its log in `folder`; killed at the end, whatever state it is in."""
+    folder.mkdir(exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = f"""--chunk-size 32 --encode now --separator=<sep> --dtype float32 --max-model-len 1024 --enforce-eager
-        --max-num-seqs 16 --served-model-name tiny --port {port} --chat-template {folder / "chat.jinja"}"""
+    common = f"""--chunk-size 32 --encode now --dtype float32 --max-model-len 1024 --enforce-eager
+        --max-num-seqs 16 --served-model-name tiny --port {port}"""
     environment = {**os.environ, **VLLM_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "cacheslide.cli", "serve", MODEL, *options.split()]
+    command = [sys.executable, "-m", "cacheslide.cli", "serve", MODEL, *common.split(), *options]
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         until = time.monotonic() + START
         while True:
@@ -69,13 +79,22 @@ def server(tmp_path_factory) -> Iterator[Server]:
             except URLError:
                 assert process.poll() is None and time.monotonic() < until, (folder / "log").read_text()[-3000:]
                 time.sleep(0.5)
-        yield Server(port)
+        yield Server(port, process)
     finally:
         process.terminate()
         try:
             process.wait(timeout=60)
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its engine is a process of its own
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "chat.jinja").write_text(TEMPLATE)
+    with running(folder, "--separator=<sep>", "--chat-template", str(folder / "chat.jinja")) as found:
+        yield found
 
 
 def receipt(answer: dict) -> dict:
@@ -92,10 +111,8 @@ def test_marked_turns_over_http(server):
     assert second["usage"]["prompt_tokens"] < plain["usage"]["prompt_tokens"]  # the separators are gone
     _, own = server.complete(joined(2, "<sep>"), {"separator": True})
     assert receipt(own)["chunks_hit"] == receipt(own)["chunks"]
-    with urlopen(server.url + "/metrics") as page:
-        metrics = page.read().decode()
-    [reused] = [line for line in metrics.splitlines() if line.startswith("cacheslide:rows_reused_total")]
-    assert float(reused.split()[-1]) >= receipt(second)["rows_reused"]
+    [reused] = [n for name, n in server.metrics().items() if name.startswith("cacheslide:rows_reused_total")]
+    assert reused >= receipt(second)["rows_reused"]
 
 
 def test_streams_end_with_the_receipt(server):

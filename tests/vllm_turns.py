@@ -1,4 +1,4 @@
-"""An agent's turns over `models/tiny-llama-12m` on so many ranks, as JSON: `python -m tests.vllm_turns 2`."""
+"""An agent's turns over `models/tiny-llama-12m` on so many ranks, as JSON: `python -m tests.vllm_turns 2 [STORE]`."""
 
 import json
 import sys
@@ -12,15 +12,16 @@ DOCUMENT = "\nGarden report\n brave ibex follows amber falcon . the painter foun
 SHARES = {"naive_reuse": None, "cacheslide": 0.3}
 
 
-def answers(ranks: int) -> list[dict]:
-    """Per turn: the tokens said and what the receipt counts."""
-    options = ServerOptions(chunk_size=64, encode="now", max_generation=2)
+def answers(ranks: int, store: str = "") -> list[dict]:
+    """Per turn: the tokens said and what the receipt counts; `store` is a folder that outlives the engine."""
+    below = {"path": store, "file_gib": 0.25, "shards": 2, "direct": False} if store else ""
+    options = ServerOptions(chunk_size=64, encode="now", max_generation=2, store=below)
     engine = Engine("models/tiny-llama-12m", options, dtype="float32", max_model_len=1024, tensor_parallel_size=ranks)
     with closing(engine):
-        return [turn for system, share in SHARES.items() for turn in _turns(engine, system, share)]
+        return [turn for system, share in SHARES.items() for turn in _turns(engine, system, share, bool(store))]
 
 
-def _turns(engine: Engine, system: str, share: float | None) -> list[dict]:
+def _turns(engine: Engine, system: str, share: float | None, tiers: bool) -> list[dict]:
     found, talk = [], Turns(engine.begin() + engine.encode("Answer each question with the value ."))
     talk.add(engine.encode(DOCUMENT))
     for turn in range(4):
@@ -30,8 +31,10 @@ def _turns(engine: Engine, system: str, share: float | None) -> list[dict]:
         talk.answered(answer.token_ids)
         counted = ("chunks", "chunks_hit", "rows_reused", "rows_recomputed", "generation", "history", "fallback")
         found.append({"said": answer.token_ids, "system": system} | {k: answer.receipt[k] for k in counted})
+        if tiers:
+            found[-1]["tiers"] = {tier: n["chunks"] for tier, n in answer.receipt["tiers"].items()}
     return found
 
 
 if __name__ == "__main__":
-    print(json.dumps(answers(int(sys.argv[1]))))
+    print(json.dumps(answers(int(sys.argv[1]), *sys.argv[2:])))

@@ -8,6 +8,7 @@ from typing import Any
 
 from cacheslide.errors import ConfigError, StoreError
 from cacheslide.store.arena import Arena
+from cacheslide.store.backing import Backing, TieredStats
 from cacheslide.store.eviction import POLICIES
 from cacheslide.store.files import Files
 from cacheslide.store.filetier import FileOptions, FileTier
@@ -224,6 +225,16 @@ def _from_crosscache(raw: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def open_backing(config: StoreConfig, stats: TieredStats | None = None, files: Files | None = None) -> Backing:
+    """The file and remote tiers that a configuration describes, without memory above them: enough to look chunks up."""
+    options, remote = config.file_options, config.remote_options
+    return Backing(
+        None if options is None else FileTier(options, files or Files()),
+        None if remote is None else ValkeyTier(remote),
+        stats or TieredStats(),
+    )
+
+
 def open_store(
     config: StoreConfig | str | Path | Mapping[str, Any],
     row_bytes: int,
@@ -256,10 +267,9 @@ def open_store(
     sizes = {"device": int(config.device_gib * GIB), "host": int(config.host_gib * GIB)}
     where = {"device": device, "host": "cpu"}
     memory = {t: Arena(t, n, page_bytes, where[t], config.policy) for t, n in sizes.items() if n}
-    options, remote = config.file_options, config.remote_options
     files = files or Files()
-    spill = None
-    if options is not None and config.spill_gib:
+    backing, spill = open_backing(config, files=files), None
+    if backing.file is not None and config.spill_gib:
         spill = SpillFile(
             Path(config.path) / "spill", int(config.spill_gib * GIB), page_bytes, files, direct=config.direct
         )
@@ -267,8 +277,8 @@ def open_store(
         config.page_tokens,
         page_bytes,
         **memory,
-        file=None if options is None else FileTier(options, files),
-        remote=None if remote is None else ValkeyTier(remote),
+        file=backing.file,
+        remote=backing.remote,
         spill=spill,
         namespace=namespace,
         rank=rank,

@@ -36,6 +36,8 @@ class FileLayers:
 class HostLayers:
     """Rows that lie in host memory already: kv [layers, rows, 2, kv_heads, head_dim], pinned here beside a GPU."""
 
+    resident = True
+
     def __init__(self, kv: Tensor) -> None:
         self.kv = kv.pin_memory() if torch.cuda.is_available() else kv
 

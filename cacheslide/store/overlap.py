@@ -8,14 +8,16 @@ relocate   both start at once; rows whose recomputation ends before the load go 
 disjoint   both start at once; the cached selected rows come first, for fusion, and the loader scatters only the rows
            that are not recomputed: the two never write the same slot, so no spare slots are needed.
 
-Layers are read ahead by threads into staging buffers (pinned beside a GPU) and copied on a stream of their own.
+Layers are read by threads into staging buffers (pinned beside a GPU) and copied on a stream of their own. On a GPU a
+layer arrives in one copy, from which the selected rows are taken first: gathering them on the host would take longer
+than the whole copy. The host waits for nothing there but the reads; events order the two streams.
 """
 
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -27,7 +29,11 @@ ORDERS = ("locked", "relocate", "disjoint")
 
 
 class LayerSource(Protocol):
-    """Cached KV of a request's reused rows, somewhere below the GPU."""
+    """Cached KV of a request's reused rows, somewhere below the GPU.
+
+    One whose rows lie in host memory already says so by an attribute `resident`: its reads take no time worth holding
+    back.
+    """
 
     def read(self, layer: int, out: Tensor) -> Tensor:
         """The layer's keys and values in row order, [rows, 2, kv_heads, head_dim] on the CPU.
@@ -83,23 +89,41 @@ class PagedKV:
 
 @dataclass
 class RunReport:
-    """Seconds a layer from its start to the end of its attention, seconds spent waiting for loads, rows relocated."""
+    """What a run took.
+
+    Attributes
+    ----------
+    layer_s : list of float
+        Seconds from the end of the previous layer's work to the end of this one's; on a GPU by CUDA events.
+    load_s : float
+        Seconds the loads took in all, reads and copies.
+    relocated : int
+        Rows that went to spare slots.
+    """
 
     order: str
     layer_s: list[float] = field(default_factory=list)
-    wait_s: float = 0.0
+    load_s: float = 0.0
     relocated: int = 0
 
 
 class _Loaded:
-    """One layer on its way in: host buffer, cached selected rows on the device, and the end of the load."""
+    """One layer on its way in: cached selected rows on the device, and the end of the load."""
 
-    def __init__(self) -> None:
+    def __init__(self, gate: "torch.cuda.Event | None") -> None:
+        self.gate = gate
         self.first: Tensor | None = None
         self.first_ready = threading.Event()
         self.done: Future | None = None
+        self.begun: torch.cuda.Event | None = None
         self.mark: torch.cuda.Event | None = None
         self.first_mark: torch.cuda.Event | None = None
+        self.host_s = 0.0
+
+    @property
+    def over(self) -> bool:
+        """Whether the rows are in place."""
+        return self.done.done() and (self.mark is None or self.mark.query())
 
 
 class LoadWrite:
@@ -110,7 +134,8 @@ class LoadWrite:
     order : str
         "locked", "relocate" or "disjoint".
     staging : int
-        Layers read ahead, each with a buffer of its own.
+        Layers under way at once, each with a buffer of its own. 1: a layer's load starts when the layer starts, that
+        is when the layer before has been computed; n: the loads of n - 1 more layers run ahead.
     workers : int
         Threads that read.
     """
@@ -124,119 +149,170 @@ class LoadWrite:
 
     def run(self, source: LayerSource, target: PagedKV, selected: Tensor, work: LayerWork, first: int = 0) -> RunReport:
         """Complete layers [first, layers) of `target`; `selected` int64 ascending indices of the corrected rows."""
-        device, layers = target.kv.device, target.kv.shape[0]
-        job = _Run(self, source, target, selected, device)
+        layers = target.kv.shape[0]
+        job = _Run(self, source, target, selected)
         report = RunReport(self.order)
+        waiting: dict[int, _Loaded] = {}
         with ThreadPoolExecutor(self.workers, "cacheslide-layer") as pool:
-            loads = {layer: job.start(pool, layer) for layer in range(first, min(first + self.staging, layers))}
             try:
+                clock = _Clock(job.device)
                 for layer in range(first, layers):
-                    begun = time.perf_counter()
-                    job.layer(layer, loads.pop(layer), work, report)
-                    if layer + self.staging < layers:
-                        loads[layer + self.staging] = job.start(pool, layer + self.staging)
-                    if device.type == "cuda":
-                        torch.cuda.current_stream(device).synchronize()
-                    report.layer_s.append(time.perf_counter() - begun)
+                    gate = clock.marks[-1] if job.cuda else None
+                    for ahead in range(layer, min(layer + self.staging, layers)):
+                        if ahead not in waiting:
+                            waiting[ahead] = job.start(pool, ahead, gate)
+                    loaded = waiting[layer]
+                    job.layer(layer, loaded, work, report)
+                    clock.tick()
+                report.layer_s = clock.seconds()
+                report.load_s = sum(job.seconds(loaded) for loaded in waiting.values())
             finally:
-                for left in loads.values():
+                for left in waiting.values():
                     left.done.cancel()
         return report
+
+
+class _Clock:
+    """Times between ticks: of the host, or of the device's current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self.marks: list = []
+        self.tick()
+
+    def tick(self) -> None:
+        """The end of a layer."""
+        if self.stream is None:
+            self.marks.append(time.perf_counter())
+            return
+        self.marks.append(torch.cuda.Event(enable_timing=True))
+        self.marks[-1].record(self.stream)
+
+    def seconds(self) -> list[float]:
+        """Between one tick and the next; waits for the device."""
+        if self.stream is None:
+            return [b - a for a, b in pairwise(self.marks)]
+        self.marks[-1].synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in pairwise(self.marks)]
 
 
 class _Run:
     """The state of one run."""
 
-    def __init__(self, plan: LoadWrite, source: LayerSource, target: PagedKV, selected: Tensor, device) -> None:
-        self.plan, self.source, self.target, self.device = plan, source, target, device
-        self.cuda = device.type == "cuda"
+    def __init__(self, plan: LoadWrite, source: LayerSource, target: PagedKV, selected: Tensor) -> None:
+        self.plan, self.source, self.target, self.device = plan, source, target, target.kv.device
+        self.cuda = self.device.type == "cuda"
         rows, shape = target.slots.shape[1], target.kv.shape[2:]
+        self.selected_host, self.selected = selected.cpu(), selected.to(self.device)
         mask = torch.ones(rows, dtype=torch.bool)
-        self.selected_host, self.selected = selected.cpu(), selected.to(device)
         mask[self.selected_host] = False
-        self.rest = mask.nonzero()[:, 0].to(device)
+        self.rest = mask.nonzero()[:, 0].to(self.device)
         self.home = target.slots.clone()  # where the loader puts rows, whatever is repointed meanwhile
-        pin = {"pin_memory": True} if self.cuda else {}
-        like = {"dtype": target.kv.dtype, **pin}
-        chosen = 0 if plan.order == "locked" else len(selected)
-        self.free = [
-            (torch.empty((rows, *shape), **like), torch.empty((chosen, *shape), **like)) for _ in range(plan.staging)
-        ]
+        like = {"dtype": target.kv.dtype} | ({"pin_memory": True} if self.cuda else {})
+        # Buffers, each with the mark of the copy that may still read it.
+        self.free = [(torch.empty((rows, *shape), **like), None) for _ in range(plan.staging)]
         self.guard = threading.Condition()
-        self.stream = torch.cuda.Stream(device) if self.cuda else None
+        self.stream = None
+        if self.cuda:
+            self.stream = torch.cuda.Stream(self.device)
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # whatever prepared the target
 
-    def start(self, pool: ThreadPoolExecutor, layer: int) -> _Loaded:
-        """Begin to load a layer."""
-        loaded = _Loaded()
+    def start(self, pool: ThreadPoolExecutor, layer: int, gate: "torch.cuda.Event | None") -> _Loaded:
+        """Begin to load a layer; on a GPU not before `gate`."""
+        loaded = _Loaded(gate)
         loaded.done = pool.submit(self._load, layer, loaded)
         return loaded
 
     def _load(self, layer: int, loaded: _Loaded) -> None:
         with self.guard:
             self.guard.wait_for(lambda: self.free)
-            buffer, ahead = self.free.pop()
+            buffer, reader = self.free.pop(0)
         try:
+            if reader is not None:
+                reader.synchronize()
+            if loaded.gate is not None and not getattr(self.source, "resident", False):
+                loaded.gate.synchronize()
+            begun = time.perf_counter()
             held = self.source.read(layer, buffer)
-            with torch.cuda.stream(self.stream) if self.cuda else nullcontext():
-                if self.plan.order != "locked":
-                    torch.index_select(held, 0, self.selected_host, out=ahead)
-                    loaded.first = ahead.to(self.device, non_blocking=True, copy=True)
-                    loaded.first_mark = self._mark()
-                    loaded.first_ready.set()
-                rows, slots = held.to(self.device, non_blocking=True), self.home[layer]
-                if self.plan.order == "disjoint":
-                    rows, slots = rows[self.rest], slots[self.rest]
-                self.target.kv[layer].index_copy_(0, slots, rows)
-                loaded.mark = self._mark()
-            if loaded.mark is not None:
-                loaded.mark.synchronize()
+            if self.cuda:
+                loaded.host_s = time.perf_counter() - begun
+                with torch.cuda.stream(self.stream):
+                    self._copy(layer, loaded, held)
+            else:
+                self._scatter(layer, loaded, held)
+                loaded.host_s = time.perf_counter() - begun
         finally:
             loaded.first_ready.set()
             with self.guard:
-                self.free.append((buffer, ahead))
+                self.free.append((buffer, loaded.mark))
                 self.guard.notify()
 
-    def _mark(self):
+    def _copy(self, layer: int, loaded: _Loaded, held: Tensor) -> None:
+        """Issue what brings a layer to the GPU and into its slots."""
+        if loaded.gate is not None:
+            self.stream.wait_event(loaded.gate)
+        loaded.begun = self._mark(timing=True)
+        self._scatter(layer, loaded, held.to(self.device, non_blocking=True))
+        loaded.mark = self._mark(timing=True)
+
+    def _scatter(self, layer: int, loaded: _Loaded, rows: Tensor) -> None:
+        """The selected rows first, where they are wanted apart; then rows into the slots that are the loader's."""
+        slots = self.home[layer]
+        if self.plan.order != "locked":
+            loaded.first = rows[self.selected]
+            loaded.first_mark = self._mark()
+            loaded.first_ready.set()
+        if self.plan.order == "disjoint":
+            rows, slots = rows[self.rest], slots[self.rest]
+        self.target.kv[layer].index_copy_(0, slots, rows)
+
+    def _mark(self, timing: bool = False) -> "torch.cuda.Event | None":
         if not self.cuda:
             return None
-        mark = torch.cuda.Event()
+        mark = torch.cuda.Event(enable_timing=timing)
         mark.record(self.stream)
         return mark
+
+    def seconds(self, loaded: _Loaded) -> float:
+        """What a layer's load took."""
+        copied = 0.0
+        if loaded.mark is not None:
+            loaded.mark.synchronize()
+            copied = loaded.begun.elapsed_time(loaded.mark) / 1e3
+        return loaded.host_s + copied
 
     def layer(self, layer: int, loaded: _Loaded, work: LayerWork, report: RunReport) -> None:
         """One layer in the chosen order."""
         kv, slots = self.target.kv[layer], self.target.slots[layer]
         if self.plan.order == "locked":
-            self._wait(loaded, report)
+            self._wait(loaded)
             fresh = work.recompute(layer)
             kv[slots[self.selected]] = work.fuse(layer, fresh, kv[slots[self.selected]])
         else:
             fresh = work.recompute(layer)
-            fused = work.fuse(layer, fresh, self._first(loaded, report))
-            if self.plan.order == "relocate" and not loaded.done.done():
+            fused = work.fuse(layer, fresh, self._first(loaded))
+            if self.plan.order == "relocate" and not loaded.over:
                 spare = self.target.spare[: len(self.selected)]
                 self.target.vacated[layer] = slots[self.selected]
                 slots[self.selected] = spare
                 report.relocated += len(spare)
             kv[slots[self.selected]] = fused
-            self._wait(loaded, report)
+            self._wait(loaded)
+        loaded.first = None
         work.attend(layer, kv, slots)
 
-    def _first(self, loaded: _Loaded, report: RunReport) -> Tensor:
+    def _first(self, loaded: _Loaded) -> Tensor:
         """The cached selected rows, on the device."""
-        begun = time.perf_counter()
         loaded.first_ready.wait()
         if loaded.first is None:
             loaded.done.result()  # raises what stopped the load
         if loaded.first_mark is not None:
             torch.cuda.current_stream(self.device).wait_event(loaded.first_mark)
             loaded.first.record_stream(torch.cuda.current_stream(self.device))
-        report.wait_s += time.perf_counter() - begun
         return loaded.first
 
-    @staticmethod
-    def _wait(loaded: _Loaded, report: RunReport) -> None:
-        """Until the layer is loaded; a failed load is raised here."""
-        begun = time.perf_counter()
+    def _wait(self, loaded: _Loaded) -> None:
+        """What follows finds the layer loaded; a failed load is raised here."""
         loaded.done.result()
-        report.wait_s += time.perf_counter() - begun
+        if loaded.mark is not None:
+            torch.cuda.current_stream(self.device).wait_event(loaded.mark)

@@ -25,7 +25,8 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         check(vllm_config, kv_cache_config)
         options = ServerOptions.from_extra_config(self._kv_transfer_config.kv_connector_extra_config)
-        geometry = Geometry.of(vllm_config)
+        shared = options.tiers is not None and role == KVConnectorRole.SCHEDULER  # who names chunks
+        geometry = Geometry.of(vllm_config, by_content=shared)
         check_policy(options.system, geometry.num_layers)
         check_spans(options.find_spans, geometry.slots)
         self.scheduler: SchedulerSide | None = None
@@ -103,7 +104,9 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker.save(self._get_connector_metadata())
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[None, None]:
-        self.worker.encode(self._get_connector_metadata())  # the one hook that steps without a forward call too
+        step = self._get_connector_metadata()  # the one hook that steps without a forward call too
+        self.worker.encode(step)
+        self.worker.land(step)
         return None, None
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:

@@ -9,7 +9,7 @@ from cacheslide.training.load import CopeSetup, find_cope
 
 ARCHITECTURE = "CacheSlideCopeForCausalLM"
 KINDS = ("llama", "mistral")  # model types
-_ADAPTER, _LIVE, _CAP = "cope_adapter", "cope_live", "cope_cap"
+ADAPTER, _LIVE, _CAP = "cope_adapter", "cope_live", "cope_cap"
 
 
 def overrides(
@@ -24,13 +24,13 @@ def overrides(
     if "architectures" in others:
         raise ConfigError("with a CoPE adapter hf_overrides cannot name another architecture")
     find_cope(adapter, live=live)
-    mine = {"architectures": [ARCHITECTURE], _ADAPTER: str(Path(adapter).resolve()), _LIVE: live, _CAP: cap}
+    mine = {"architectures": [ARCHITECTURE], ADAPTER: str(Path(adapter).resolve()), _LIVE: live, _CAP: cap}
     return others | mine
 
 
 def is_cope(hf_config: Any) -> bool:
     """Whether a model's configuration carries an adapter."""
-    return getattr(hf_config, _ADAPTER, None) is not None
+    return getattr(hf_config, ADAPTER, None) is not None
 
 
 def setup_of(hf_config: Any) -> CopeSetup:
@@ -38,4 +38,4 @@ def setup_of(hf_config: Any) -> CopeSetup:
     if not is_cope(hf_config):
         raise ConfigError(f"{ARCHITECTURE} needs an adapter: start it with --cope FOLDER")
     live, cap = getattr(hf_config, _LIVE, False), getattr(hf_config, _CAP, False)
-    return find_cope(getattr(hf_config, _ADAPTER), live=live, cap=cap)
+    return find_cope(getattr(hf_config, ADAPTER), live=live, cap=cap)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from cacheslide.vllm.prefix_cache import key_apart, new_secret
 from cacheslide.vllm.reasons import AS_FAMILY
-from cacheslide.vllm.tracked import Tracked
+from cacheslide.vllm.tracked import FromBelow, Tracked
 
 _KNOWN = 256  # families remembered; a forgotten one plans, and completes its prompt, once more
 
@@ -38,11 +38,12 @@ class Family:
         """What is tracked of a later member where the first one was computed exactly: the slots it crosses, if any."""
         if self.plan.slots is None:
             return None
-        return replace(self.plan, block_ids=[], kept=True, follows=True, family=self, reason=AS_FAMILY)
+        member = {"block_ids": [], "kept": True, "follows": True, "family": self, "below": FromBelow()}
+        return replace(self.plan, **member, reason=AS_FAMILY)
 
     def join(self, request) -> Tracked:
         """What is tracked of a later member, whose vLLM `request` looks up the family's blocks from now on."""
-        member = replace(self.plan, block_ids=[], exact=False, kept=True, follows=True, family=self)
+        member = replace(self.plan, block_ids=[], exact=False, kept=True, follows=True, family=self, below=FromBelow())
         if member.schema:
             request.skip_reading_prefix_cache = False  # all its blocks are the family's, at the schema's positions
         key_apart(request, self.first, self.secret)
@@ -63,7 +64,7 @@ class Families:
 
     def add(self, tenant: str, name: str, plan: Tracked) -> Family:
         """A new family, whose first member is planned as `plan`."""
-        self._known[tenant, name] = family = Family(replace(plan), reason=plan.reason)
+        self._known[tenant, name] = family = Family(replace(plan, below=FromBelow()), reason=plan.reason)
         while len(self._known) > _KNOWN:
             self._known.popitem(last=False)
         return family

@@ -1,14 +1,19 @@
 """The engine in numbers that a scheduler needs: it has no model, but it names chunks and knows what they weigh."""
 
 import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from cacheslide.errors import CacheSlideError, ConfigError
+from cacheslide.model.weights import fingerprint
 from cacheslide.positions.ccpe import PromptSlots, check_slots, slots_in
 from cacheslide.prompt import Prompt
-from cacheslide.vllm.cope_setting import is_cope, setup_of
+from cacheslide.vllm.cope_setting import ADAPTER, is_cope, setup_of
 
 
 @dataclass(frozen=True)
@@ -26,14 +31,18 @@ class Geometry:
     slots: int = 0  # updated slots that a CoPE model's Γ was calibrated for
 
     @classmethod
-    def of(cls, vllm_config) -> "Geometry":
-        """From vLLM's configuration."""
+    def of(cls, vllm_config, by_content: bool = False) -> "Geometry":
+        """From vLLM's configuration; `by_content`: weights named so that all processes agree (`content_id`)."""
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         config = model.hf_text_config
         cope = setup_of(config) if is_cope(config) else None
+        if by_content:
+            dummy = vllm_config.load_config.load_format == "dummy"
+            name = content_id(model.model, model.revision, config.to_dict(), model.quantization, dummy)
+        else:
+            name = weights_id(model.model, model.revision, str(config.to_dict()))
         return cls(
-            model_id=weights_id(model.model, model.revision, str(config.to_dict()))
-            + (f" {cope.digest}" if cope else ""),
+            model_id=name + (f" {cope.digest}" if cope else ""),
             dtype=str(model.dtype),
             num_layers=model.get_num_layers(parallel),
             kv_heads=model.get_num_kv_heads(parallel),
@@ -61,8 +70,8 @@ class Geometry:
 def weights_id(path: str, revision: str | None, config: str) -> str:
     """Names the weights in chunk keys: configuration, revision, and each weight file's name, size and time.
 
-    Not a hash of their content, as in `cacheslide.model.weights.fingerprint`: chunks live no longer than the process
-    that loaded these files, and hashing a large model would delay its start by minutes.
+    Not a hash of their content: for chunks that live no longer than the process which loaded these files. Chunks that
+    others may find need `content_id`.
     """
     h = hashlib.sha256(f"{path}\0{revision}\0{config}".encode())
     folder = Path(path)
@@ -70,3 +79,30 @@ def weights_id(path: str, revision: str | None, config: str) -> str:
         stat = file.stat()
         h.update(f"\0{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
     return h.hexdigest()
+
+
+def content_id(
+    path: str, revision: str | None, config: Mapping[str, Any], quantization: str | None, dummy: bool
+) -> str:
+    """Names the weights by what is in them, so that processes on any host agree and other weights never match.
+
+    Reads the checkpoint once more, about a second a gigabyte. `dummy` weights are made from the configuration. A CoPE
+    adapter's folder is left out: its content has a digest of its own.
+    ConfigError where the files cannot be found.
+    """
+    shape = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version", ADAPTER)}
+    h = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
+    h.update(f"\0{quantization}\0{'dummy' if dummy else fingerprint_of(path, revision)}".encode())
+    return h.hexdigest()
+
+
+def fingerprint_of(path: str, revision: str | None) -> str:
+    """`fingerprint` of a folder, or of what the hub's cache holds under a name."""
+    try:
+        if Path(path).is_dir():
+            return fingerprint(Path(path))
+        from huggingface_hub import snapshot_download
+
+        return fingerprint(Path(snapshot_download(path, revision=revision, local_files_only=True)))
+    except (CacheSlideError, OSError, ValueError) as missing:
+        raise ConfigError(f"chunks shared through a store are named by the weights' content: {missing}") from None

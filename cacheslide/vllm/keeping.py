@@ -10,6 +10,7 @@ from cacheslide.errors import StoreError
 from cacheslide.keys import ChunkKey
 from cacheslide.policy import ReusePolicy
 from cacheslide.prompt import Chunk
+from cacheslide.vllm.cold import ColdChunks
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.index import ChunkIndex
 from cacheslide.vllm.params import ServerOptions
@@ -34,6 +35,7 @@ class ChunkKeeper:
         self.index = ChunkIndex(int(options.store_gib * 2**30))
         self.jobs: deque[tuple[EncodeJob, bool]] = deque()  # and whether it may not wait
         self.keeps: list[SavePlan] = []  # of requests that finished since the last step
+        self.cold: ColdChunks | None = None  # what lies below memory
 
     def keep(self, tracked: Tracked, step: StepPlan) -> None:
         """The request's prompt is complete in this step: keep its chunks, or have them encoded."""
@@ -59,10 +61,13 @@ class ChunkKeeper:
         """Room in the index for `chunks` with the inputs of `probes` layers: the keys that leave, None if too large."""
         sizes = {key: self.geometry.chunk_bytes(len(chunk), probes) for key, chunk in chunks.items()}
         try:
-            return tuple(self.index.reserve(sizes, generation))
+            evict = tuple(self.index.reserve(sizes, generation))
         except StoreError as full:
             logger.warning("CacheSlide keeps nothing of a prompt: %s", full)
             return None
+        if self.cold is not None:
+            self.cold.evicted(evict)
+        return evict
 
     def hand_out(self, step: StepPlan, waited: int, idle: bool) -> None:
         """Hand out jobs; the first `waited` come from earlier steps, the others go only if they may not wait."""

@@ -7,7 +7,7 @@ from typing import Any
 from prometheus_client import REGISTRY
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from cacheslide.vllm.reasons import KINDS, kind_of
+from cacheslide.vllm.reasons import FAILURES, KINDS, TIERS, failure_of, kind_of
 
 COUNTERS = {
     "requests": "Marked requests that finished",
@@ -21,16 +21,29 @@ COUNTERS = {
 }
 
 
+# Counters with one label more: its name, its values, and what is counted.
+LABELLED = {
+    "fallbacks": ("reason", KINDS, "Marked requests computed exactly, in part or whole, by reason"),
+    "store_chunks": ("tier", TIERS, "Chunks used, by the tier that had them when the request came"),
+    "store_bytes": ("tier", TIERS, "Bytes of those chunks, of one rank"),
+    "store_failures": ("reason", FAILURES, "Chunks computed again because a tier could not give them"),
+}
+
+
 @dataclass
 class ReuseStats(KVConnectorStats):
-    """Counts since the last report: the keys of `COUNTERS`, and `fallback.<kind>`."""
+    """Counts since the last report: the keys of `COUNTERS`, and `<name of LABELLED>.<label>`."""
 
     def record(self, receipt: Mapping[str, Any]) -> None:
         """Count one finished request."""
         found = {"requests": 1} | {name: receipt[name] for name in COUNTERS if name != "requests"}
         if kind := kind_of(receipt["fallback"]):
-            found[f"fallback.{kind}"] = 1
+            found[f"fallbacks.{kind}"] = 1
+        for tier, counts in receipt.get("tiers", {}).items():
+            found[f"store_chunks.{tier}"], found[f"store_bytes.{tier}"] = counts["chunks"], counts["bytes"]
         self._add(found)
+        for why in receipt.get("store_failures", {}).values():
+            self._add({f"store_failures.{failure_of(why)}": 1})
 
     def _add(self, counts: Mapping[str, int]) -> None:
         for name, count in counts.items():
@@ -72,14 +85,12 @@ class ReuseMetrics(KVConnectorPromMetrics):
             counter = self._counter_cls(name=f"cacheslide:{name}", documentation=what, labelnames=labelnames)
             for engine, labels in per_engine_labelvalues.items():
                 self.counters[engine, name] = counter.labels(*labels)
-        fallbacks = self._counter_cls(
-            name="cacheslide:fallbacks",
-            documentation="Marked requests computed exactly, in part or whole, by reason",
-            labelnames=[*labelnames, "reason"],
-        )
-        for engine, labels in per_engine_labelvalues.items():
-            for kind in KINDS:
-                self.counters[engine, f"fallback.{kind}"] = fallbacks.labels(*labels, kind)
+        for name, (label, values, what) in LABELLED.items():
+            names = [*labelnames, label]
+            counter = self._counter_cls(name=f"cacheslide:{name}", documentation=what, labelnames=names)
+            for engine, labels in per_engine_labelvalues.items():
+                for value in values:
+                    self.counters[engine, f"{name}.{value}"] = counter.labels(*labels, value)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add one report's counts."""

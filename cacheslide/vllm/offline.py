@@ -29,15 +29,25 @@ class Answered:
     step: float = 0.0
 
 
-def open_engine(model: str, connector: Mapping[str, Any] | None, cope: str | Path | None = None, **options: Any) -> LLM:
+def open_engine(
+    model: str,
+    connector: Mapping[str, Any] | None,
+    cope: str | Path | None = None,
+    store: str | Path | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> LLM:
     """A vLLM engine over `model`; `connector` holds the connector's options, None leaves it out.
 
-    With `cope`, the folder of a CoPE adapter, `model` is its base. `options` are `vllm.LLM`'s. Statistics are on: they
-    hold the time of the first token.
+    With `cope`, the folder of a CoPE adapter, `model` is its base. `store` is the configuration of tiers below memory,
+    as a JSON file or parsed (see `ServerOptions.store`). `options` are `vllm.LLM`'s. Statistics are on: they hold the
+    time of the first token.
     """
     if cope is not None:
         options["hf_overrides"] = overrides(cope, others=options.get("hf_overrides"))
-    transfer = {"kv_connector": CONNECTOR, "kv_role": "kv_both", "kv_connector_extra_config": dict(connector or {})}
+    extra = dict(connector or {})
+    if store is not None:
+        extra["store"] = str(Path(store).resolve()) if isinstance(store, str | Path) else dict(store)
+    transfer = {"kv_connector": CONNECTOR, "kv_role": "kv_both", "kv_connector_extra_config": extra}
     return LLM(model, kv_transfer_config=None if connector is None else transfer, disable_log_stats=False, **options)
 
 

@@ -2,16 +2,18 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any
 
 from cacheslide.errors import ConfigError, PromptError
 from cacheslide.policy import ReusePolicy, load_policy
 from cacheslide.prompt import Prompt, Role
+from cacheslide.store.config import StoreConfig
 
 FIELD = "cacheslide"
 ENCODE = ("later", "now", "off")
+SERVER_KEYS = ("cache.server.host", "cache.server.port")  # CrossCache's connector options
 DOOR_KEYS = ("separator", "roles", "messages")  # become segments where vLLM takes requests in (door.py)
 _COUNTS = {
     "chunk_size": 1,
@@ -55,6 +57,9 @@ class ServerOptions:
         Average size of such a span in tokens, and how many spans are remembered.
     max_generation : int
         Corrected KV of generated text is kept up to this generation, and encoded exactly beyond it; 0: never kept.
+    store : str or dict
+        Tiers below the workers' memory: a `StoreConfig` or CrossCache's configuration, as a JSON file's path or parsed.
+        It also gives `chunk_size`, `store_gib` and `store_device` where those are not given themselves.
     """
 
     policy: str = "cacheslide"
@@ -71,6 +76,7 @@ class ServerOptions:
     span_tokens: int = 256
     spans_known: int = 65536
     max_generation: int = 3
+    store: str | dict[str, Any] = ""
 
     def __post_init__(self) -> None:
         for name, least in _COUNTS.items():
@@ -102,14 +108,33 @@ class ServerOptions:
         """The reuse policy of requests that name none."""
         return policy_of(self.policy)
 
+    @property
+    def tiers(self) -> StoreConfig | None:
+        """The tiers below the workers' memory; None without any."""
+        config = _store_config(self.store) if self.store else None
+        lower = config is not None and (config.device_gib or config.file_options or config.remote_host)
+        return config if lower else None
+
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, Any]) -> "ServerOptions":
         """From the parsed JSON; a key that is not an option is an error."""
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(extra) - known)
+        unknown = sorted(set(extra) - known - set(SERVER_KEYS))
         if unknown:
             raise ConfigError(f"unknown connector option {', '.join(unknown)} (known: {', '.join(sorted(known))})")
-        return cls(**extra)
+        given = {name: value for name, value in extra.items() if name in known}
+        server = {name: value for name, value in extra.items() if name in SERVER_KEYS}
+        if given.get("store") or server:
+            config = _store_config(given.get("store") or {}).with_server(server)
+            given["store"] = asdict(config)
+            given.setdefault("chunk_size", config.chunk_tokens)
+            given.setdefault("store_device", "model" if config.device_gib else "cpu")
+            given.setdefault("store_gib", config.device_gib or config.host_gib)
+        return cls(**given)
+
+
+def _store_config(raw: str | Mapping[str, Any]) -> StoreConfig:
+    return StoreConfig.from_file(raw) if isinstance(raw, str) else StoreConfig.from_dict(raw)
 
 
 @dataclass(frozen=True)

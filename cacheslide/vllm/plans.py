@@ -75,15 +75,33 @@ class EncodeJob:
         return sum(wanted[first:]) if self.encoding.kind == "fixed_chain" else sum(wanted)
 
 
+@dataclass(frozen=True)
+class FetchPlan:
+    """Start reading a chunk from the tiers below memory; room was made for it by dropping `evict`.
+
+    `ticket` tells this attempt from earlier ones, which some ranks may still report on.
+    """
+
+    key: ChunkKey
+    evict: tuple[ChunkKey, ...]
+    ticket: int
+
+
 @dataclass
 class StepPlan(KVConnectorMetadata):
-    """One step's work, in the order in which it must happen: forget, keep, load, (vLLM's forward), save, encode.
+    """One step's work, in the order in which it must happen: forget, keep, load, (vLLM's forward), save, encode, land.
 
-    `keeps` are chunks of requests that have finished: their blocks may be given away in this very step. `slots` are the
-    rows of the forward that a calibrated CoPE model may have to treat in its own way.
+    `keeps` are chunks of requests that have finished: their blocks may be given away in this very step. Reads of
+    `fetches` start first of all and are taken into memory when they end, after a step's loads: what a fetch evicts may
+    still be loaded in its step. `drops` were read by some ranks and could not be by others. An `idle` step has no
+    forward: the workers may wait a little for reads instead of spinning. `slots` are the rows of the forward that a
+    calibrated CoPE model may have to treat in its own way.
     """
 
     forget: bool = False
+    fetches: list[FetchPlan] = field(default_factory=list)
+    drops: list[ChunkKey] = field(default_factory=list)
+    idle: bool = False
     keeps: list[SavePlan] = field(default_factory=list)
     loads: list[LoadPlan] = field(default_factory=list)
     saves: list[SavePlan] = field(default_factory=list)
@@ -91,13 +109,34 @@ class StepPlan(KVConnectorMetadata):
     slots: list[SlotRows] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Landed:
+    """A chunk that one rank has read: the lowest tier it came from, its bytes, and its `ChunkKV.generation`."""
+
+    ticket: int
+    tier: str
+    nbytes: int
+    generation: int
+
+
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):
-    """Receipts by request, and chunks that a worker was asked for but did not hold."""
+    """Receipts by request, chunks that a worker was asked for but did not hold, and how reads from below ended.
+
+    `landed` has one entry a rank, `failed` the ticket and one reason.
+    """
 
     receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
     missing: set[ChunkKey] = field(default_factory=set)
+    landed: dict[ChunkKey, list[Landed]] = field(default_factory=dict)
+    failed: dict[ChunkKey, tuple[int, str]] = field(default_factory=dict)
 
     def aggregate(self, other: "WorkerReport") -> "WorkerReport":
         """All ranks do the same work on the same rows: one receipt stands for all."""
-        return WorkerReport(other.receipts | self.receipts, self.missing | other.missing)
+        keys = {*self.landed, *other.landed}
+        landed = {k: self.landed.get(k, []) + other.landed.get(k, []) for k in keys}
+        missing = self.missing | other.missing
+        return WorkerReport(other.receipts | self.receipts, missing, landed, other.failed | self.failed)
+
+    def __bool__(self) -> bool:
+        return bool(self.receipts or self.missing or self.landed or self.failed)

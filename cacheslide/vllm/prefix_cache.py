@@ -7,6 +7,9 @@ blocks again after a preemption, and requests of one family (`families.py`), whi
 
 import hashlib
 import secrets
+from collections.abc import Iterable
+
+from vllm.v1.request import RequestStatus
 
 
 class _ApartHasher:
@@ -46,3 +49,20 @@ def key_apart(request, first: int, secret: bytes | None = None) -> None:
         request.update_block_hashes()
     request._block_hasher = apart = _ApartHasher(hasher, first, secret or new_secret())
     request.block_hashes[first:] = [apart.own(plain) for plain in request.block_hashes[first:]]
+
+
+def shares_unfilled_blocks(request, hits: int, running: Iterable, block_size: int) -> bool:
+    """Whether a request's first `hits` blocks, from the prefix cache, are in part those that this step's forward fills.
+
+    vLLM shares a block as soon as the request that computes it is scheduled. Its own attention then finds the rows
+    there, but reuse runs before the forward. Hashes are chained, so one comparison a running request is enough.
+    """
+    for other in running:
+        if other.status != RequestStatus.RUNNING:
+            continue
+        unfilled = other.num_computed_tokens // block_size  # its first block that is not full yet
+        if unfilled < min(hits, len(other.block_hashes)):
+            shared = other.block_hashes[unfilled] == request.block_hashes[unfilled]
+            if shared:
+                return True
+    return False

@@ -8,6 +8,9 @@ NOT_SEEN = "nothing of this prompt was seen before; its spans are known from now
 LOST = "a chunk that the index named was not in the worker's store; its rows were recomputed"
 AS_FAMILY = "computed exactly, as the first request of its family was"
 
+MEMORY = {"cpu": "host", "model": "device"}  # the workers' memory as a tier, by `ServerOptions.store_device`
+TIERS = ("device", "host", "file", "remote")
+
 _KINDS = {
     NOT_STORED: "not_stored",
     NOT_STORED_BEYOND: "not_stored",
@@ -18,6 +21,15 @@ _KINDS = {
 }
 KINDS = (*dict.fromkeys(_KINDS.values()), "refused")
 RETRY = ("", NOT_STORED, NOT_STORED_BEYOND, COVERED)  # may be different when the request is scheduled again
+
+
+FAILURES = ("damaged", "read error", "remote unavailable", "no room", "other")  # of reads below memory
+
+
+def failure_of(why: str) -> str:
+    """One of `FAILURES`, from a reason with its details behind a colon."""
+    kind = why.split(":")[0]
+    return kind if kind in FAILURES else "other"
 
 
 def kind_of(reason: str) -> str:

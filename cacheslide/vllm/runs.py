@@ -101,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cope", help="folder of a CoPE adapter; the model is its base")
     parser.add_argument("--chunk_size", type=int, default=1024)
     parser.add_argument("--suffix_len", type=int, default=1, help="tokens at the end that are always recomputed")
+    parser.add_argument("--store", default="", help="JSON file: tiers below memory, where chunks outlive the engine")
     parser.add_argument("--tensor_parallel_size", type=int, default=1)
     parser.add_argument("--gpu_memory_utilization", type=float, help="default: vLLM's; on a CPU 2 GiB of KV cache")
     parser.add_argument("--max_model_len", type=int)
@@ -113,7 +114,7 @@ def from_arguments(args: argparse.Namespace) -> Engine:
     options = None
     if args.enable_cacheslide:
         options = ServerOptions(
-            policy=args.system, chunk_size=args.chunk_size, suffix_len=args.suffix_len, encode="now"
+            policy=args.system, chunk_size=args.chunk_size, suffix_len=args.suffix_len, encode="now", store=args.store
         )
     return Engine(
         args.model,

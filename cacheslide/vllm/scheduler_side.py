@@ -1,15 +1,15 @@
 """The scheduler's half: what each marked request reuses, what is kept of it, and what its receipt says."""
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from vllm.v1.request import RequestStatus
-
-from cacheslide.engine import Receipt, make_plan
+from cacheslide.engine import make_plan
 from cacheslide.errors import CacheSlideError, PolicyError, PromptError
 from cacheslide.keys import CacheIdentity
 from cacheslide.vllm import reasons
+from cacheslide.vllm.cold import ColdChunks
 from cacheslide.vllm.cope_slots import SlotRows
 from cacheslide.vllm.families import Families
 from cacheslide.vllm.geometry import Geometry
@@ -19,7 +19,8 @@ from cacheslide.vllm.mailbox import close_box, open_box
 from cacheslide.vllm.metrics import ReuseStats
 from cacheslide.vllm.params import Marks, ServerOptions
 from cacheslide.vllm.plans import LoadPlan, StepPlan, WorkerReport
-from cacheslide.vllm.prefix_cache import key_apart
+from cacheslide.vllm.prefix_cache import key_apart, shares_unfilled_blocks
+from cacheslide.vllm.receipts import forecast, tiers_of
 from cacheslide.vllm.spans import SpanMemory
 from cacheslide.vllm.support import check_policy
 from cacheslide.vllm.tracked import Tracked
@@ -34,7 +35,10 @@ class SchedulerSide:
         self.engine_id = vllm_config.kv_transfer_config.engine_id
         self.box = open_box(self.engine_id)
         self.keeper = ChunkKeeper(options, geometry)
-        self.index = self.keeper.index
+        self.index, self.cold = self.keeper.index, None
+        if (tiers := options.tiers) is not None:
+            ranks = vllm_config.parallel_config.tensor_parallel_size
+            self.cold = self.keeper.cold = ColdChunks(tiers, options.namespace, ranks, self.index, geometry)
         self.tracked: dict[str, Tracked] = {}
         self.running: dict[str, Any] = {}  # vLLM's requests that have blocks, marked or not
         self.prefilling: dict[str, None] = {}  # tracked requests whose prompt is not complete yet, in order of arrival
@@ -60,6 +64,8 @@ class SchedulerSide:
             return
         self.tracked[request.request_id] = tracked
         self.prefilling[request.request_id] = None
+        if self.cold is not None and not tracked.reason:
+            self.cold.look(tracked, tracked.plan.keys)
         if tracked.slots is not None:  # the rows behind the first slot are not those of a request without marks
             secret = tracked.family.secret if tracked.family is not None else None
             key_apart(request, tracked.slots.bounds[0][1] // self.block_size, secret)
@@ -116,12 +122,21 @@ class SchedulerSide:
         tracked = self.tracked.get(request.request_id)
         if tracked is None or tracked.reason not in reasons.RETRY:
             return 0
+        rows = self._claim(request, tracked, computed)
+        if rows is not None:
+            self._settle(tracked)
+        return rows
+
+    def _claim(self, request, tracked: Tracked, computed: int) -> int | None:
         limit = tracked.rows - max(1, self.options.suffix_len)
-        reuse = tuple(
+        wanted = [
             (key, chunk)
             for key, chunk in zip(tracked.plan.keys, tracked.plan.chunks, strict=True)
-            if key in self.index and max(chunk.start, computed) < min(chunk.end, limit)
-        )
+            if max(chunk.start, computed) < min(chunk.end, limit)
+        ]
+        if self.cold is not None and self.cold.waits(tracked, wanted):
+            return None
+        reuse = tuple((key, chunk) for key, chunk in wanted if key in self.index)
         tracked.start, tracked.reuse = computed, reuse
         # Behind the last reused row the text is exact work over completed KV: vLLM does it best itself, together with
         # the last row, for which it reads all weights anyway.
@@ -141,7 +156,7 @@ class SchedulerSide:
             return 0
         if self.rows_planned and self.rows_planned + want > self.options.rows_per_step:
             return None
-        if self._shares_unfinished_blocks(request, computed):
+        if shares_unfilled_blocks(request, computed // self.block_size, self.running.values(), self.block_size):
             return None
         tracked.reason = ""
         tracked.generation = max(self.index.generation(key) for key, _ in reuse)
@@ -154,22 +169,10 @@ class SchedulerSide:
         key_apart(request, first, secret)
         return want
 
-    def _shares_unfinished_blocks(self, request, computed: int) -> bool:
-        """Whether the `computed` rows from the prefix cache are, in part, those that this step's forward will fill.
-
-        vLLM shares a block as soon as the request that computes it is scheduled. Its own attention then finds the
-        rows there, but reuse runs before the forward. Hashes are chained, so one comparison a request is enough.
-        """
-        hits = computed // self.block_size
-        for other in self.running.values():
-            if other.status != RequestStatus.RUNNING:
-                continue
-            unfilled = other.num_computed_tokens // self.block_size  # its first block that is not full yet
-            if unfilled < min(hits, len(other.block_hashes)):
-                shared = other.block_hashes[unfilled] == request.block_hashes[unfilled]
-                if shared:
-                    return True
-        return False
+    def _settle(self, tracked: Tracked) -> None:
+        """Whatever the request waited for is loaded in this step, or not needed."""
+        if self.cold is not None:
+            self.cold.release(tracked)
 
     def allocated(self, request, external: int) -> None:
         """vLLM gave the request its blocks; `external` of its rows are ours to complete."""
@@ -187,8 +190,11 @@ class SchedulerSide:
         measured = self.box.pop(request.request_id, None)
         if tracked is None:
             return None
-        receipt = measured or tracked.receipt or self._forecast(tracked)
+        self._settle(tracked)
+        receipt = measured or tracked.receipt or forecast(tracked)
         receipt |= {"generation": 0 if tracked.exact else tracked.generation}
+        receipt |= {"tiers": tiers_of(tracked, receipt, self.geometry, self.options.store_device)}
+        receipt |= {"store_failures": tracked.below.failures} if tracked.below.failures else {}
         receipt |= {"note": tracked.note} if tracked.note else {}
         if tracked.history is not None and tracked.plan is not None:
             receipt |= {"history": keep_history(self.keeper, request, tracked, list(block_ids))}
@@ -197,20 +203,13 @@ class SchedulerSide:
             self.stats.record(receipt)
         return receipt
 
-    def _forecast(self, tracked: Tracked) -> dict[str, Any]:
-        """The receipt of an exactly computed request, or of one whose worker has not reported yet."""
-        receipt = Receipt(tracked.system, tracked.rows, chunks=len(tracked.plan.chunks) if tracked.plan else 0)
-        receipt.fallback = tracked.reason
-        if not tracked.exact:
-            receipt.chunks_hit = len(tracked.reuse)
-        return receipt.as_dict() | {"rows_prefix_cached": tracked.start, "measured": tracked.exact}
-
     # --- a step's plan ---------------------------------------------------------------------------------------------
 
     def step(self, output) -> StepPlan:
         """What the workers do in the step that `output` describes."""
         step = StepPlan(forget=self.forget)
         step.keeps, self.keeper.keeps = self.keeper.keeps, []
+        step.idle = not output.num_scheduled_tokens
         self.forget, self.rows_planned = False, 0
         waited = len(self.keeper.jobs)
         state = output.kv_connector_block_state
@@ -230,7 +229,9 @@ class SchedulerSide:
                 if not tracked.kept:
                     tracked.kept = True
                     self.keeper.keep(tracked, step)
-        self.keeper.hand_out(step, waited, idle=not output.num_scheduled_tokens)
+        self.keeper.hand_out(step, waited, idle=step.idle)
+        if self.cold is not None:
+            step.fetches, step.drops = self.cold.take()
         return step
 
     def _load(self, req_id: str, tracked: Tracked, end: int) -> LoadPlan:
@@ -261,6 +262,8 @@ class SchedulerSide:
             self.box.pop(req_id, None)
         for key in report.missing:
             self.index.discard(key)
+        if self.cold is not None:
+            self.cold.heard(report)
 
     def take_stats(self) -> ReuseStats:
         """Counts since the last call."""
@@ -268,8 +271,14 @@ class SchedulerSide:
         return stats
 
     def reset(self) -> None:
-        """Forget every chunk, here and in the workers (the weights have changed)."""
+        """Forget every chunk, here and in the workers (the weights have changed).
+
+        What lies below memory belongs to the weights that were loaded at first: keys of another name from here on.
+        """
         self.keeper.clear()
+        if self.cold is not None:
+            self.cold.forget()
+            self.geometry = replace(self.geometry, model_id=f"{self.geometry.model_id} {secrets.token_hex(16)}")
         self.memory.clear()
         self.families.clear()
         self.forget = True
@@ -277,6 +286,8 @@ class SchedulerSide:
     def close(self) -> None:
         """The engine stops."""
         close_box(self.engine_id)
+        if self.cold is not None:
+            self.cold.close()
 
 
 def _computed(output, req_id: str) -> int:

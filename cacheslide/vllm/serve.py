@@ -9,6 +9,7 @@ import os
 import sys
 from dataclasses import fields
 from importlib.util import find_spec
+from pathlib import Path
 
 from cacheslide.errors import ConfigError
 from cacheslide.vllm import CONNECTOR
@@ -29,13 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         known = (
             {"action": argparse.BooleanOptionalAction} if option.default is False else {"type": type(option.default)}
         )
-        parser.add_argument(flag, default=option.default, help=f"default: {option.default or 'none'}", **known)
+        # What is not given stays out: a store's configuration has a say in it.
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=f"default: {option.default or 'none'}", **known)
 
 
 def command(args: argparse.Namespace, rest: list[str]) -> list[str]:
     """The server's command line; ConfigError for options out of range."""
-    options = {f.name: getattr(args, f.name) for f in fields(ServerOptions)}
-    ServerOptions(**options).system  # noqa: B018 (an unknown system stops here, not after minutes of loading)
+    options = {f.name: getattr(args, f.name) for f in fields(ServerOptions) if hasattr(args, f.name)}
+    if options.get("store"):
+        options["store"] = str(Path(options["store"]).resolve())
+    ServerOptions.from_extra_config(options).system  # noqa: B018 (what is wrong stops here, not after minutes)
     transfer = {"kv_connector": CONNECTOR, "kv_role": "kv_both", "kv_connector_extra_config": options}
     # Not vLLM's own command: it asks for a distribution of the name vllm, which the CPU build is not.
     line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args.model]

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from cacheslide.keys import ChunkKey
 from cacheslide.store.base import ChunkKV
 from cacheslide.store.memory import MemoryChunkStore
+from cacheslide.vllm.below import Below
 from cacheslide.vllm.saving import HostCopies
 
 
@@ -15,12 +17,13 @@ class WorkerStore(MemoryChunkStore):
     """Chunks on `device`; the index bounds it, not itself.
 
     With `copies` the device is the host beside a GPU. A chunk is then here as soon as its copy has been issued, and
-    whoever reads it waits for the copy: the host in `get`, streams in `lend`.
+    whoever reads it waits for the copy: the host in `get`, streams in `lend`. New chunks are written through to the
+    tiers `below`, if there are any.
     """
 
-    def __init__(self, device: torch.device, copies: HostCopies | None = None) -> None:
+    def __init__(self, device: torch.device, copies: HostCopies | None = None, below: Below | None = None) -> None:
         super().__init__()
-        self.device, self.copies = device, copies
+        self.device, self.copies, self.below = device, copies, below
         self._arriving: dict[ChunkKey, torch.cuda.Event] = {}
 
     def put(self, key: ChunkKey, chunk: ChunkKV) -> None:
@@ -33,6 +36,17 @@ class WorkerStore(MemoryChunkStore):
             k, v, *inputs = (t.to(self.device) for t in tensors)
         else:
             (k, v, *inputs), self._arriving[key] = self.copies.send(tensors)
+        self._hold(key, chunk, k, v, inputs)
+        if self.below is not None:
+            self.below.write(key, self._chunks[key], self._arriving.get(key))
+
+    def land(self, key: ChunkKey, chunk: ChunkKV) -> None:
+        """`put` of a chunk that came from below, in the kind of host memory that `Below` was asked for."""
+        if not self.contains(key):
+            k, v, *inputs = (t.to(self.device) for t in (chunk.k, chunk.v, *chunk.layer_inputs.values()))
+            self._hold(key, chunk, k, v, inputs)
+
+    def _hold(self, key: ChunkKey, chunk: ChunkKV, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> None:
         positions = chunk.positions.cpu()  # read by the host alone
         layer_inputs = dict(zip(chunk.layer_inputs, inputs, strict=True))
         super().put(key, replace(chunk, k=k, v=v, positions=positions, layer_inputs=layer_inputs))

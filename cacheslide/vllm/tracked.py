@@ -1,5 +1,6 @@
 """What the scheduler's half knows about one request."""
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,23 @@ from cacheslide.prompt import Chunk
 
 if TYPE_CHECKING:
     from cacheslide.vllm.families import Family
+
+
+@dataclass
+class FromBelow:
+    """What a request has to do with chunks below memory (cold.py).
+
+    The look-up under way, where each chunk lies ("" for nowhere), which reads were asked for, the chunks that wait with
+    it, the tier and bytes of those that came, and why others did not.
+    """
+
+    lookup: Future[dict[ChunkKey, str]] | None = None
+    since: float = 0.0  # of the look-up, monotonic seconds
+    places: dict[ChunkKey, str] = field(default_factory=dict)
+    tried: set[ChunkKey] = field(default_factory=set)
+    leased: set[ChunkKey] = field(default_factory=set)
+    tiers: dict[ChunkKey, tuple[str, int]] = field(default_factory=dict)
+    failures: dict[ChunkKey, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -39,3 +57,4 @@ class Tracked:
     receipt: dict[str, Any] | None = None
     family: "Family | None" = None
     follows: bool = False  # an earlier member of its family has completed the prompt
+    below: FromBelow = field(default_factory=FromBelow)

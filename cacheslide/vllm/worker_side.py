@@ -14,12 +14,13 @@ from cacheslide.placement import Piece, PlacedChunks, Placement, send, tensor_of
 from cacheslide.prefill import PrefillOutput, PrefillRequest, SelectivePrefill
 from cacheslide.prompt import Chunk
 from cacheslide.store.base import ChunkKV
+from cacheslide.vllm.below import Below
 from cacheslide.vllm.fetch import LayerFetch, Rings, ring_bytes
 from cacheslide.vllm.mailbox import post
 from cacheslide.vllm.model_adapter import VllmModel, find_model
 from cacheslide.vllm.paged_source import PagedChunks
 from cacheslide.vllm.params import ServerOptions
-from cacheslide.vllm.plans import LoadPlan, SavePlan, StepPlan, WorkerReport
+from cacheslide.vllm.plans import Landed, LoadPlan, SavePlan, StepPlan, WorkerReport
 from cacheslide.vllm.reasons import LOST
 from cacheslide.vllm.saving import HostCopies
 from cacheslide.vllm.store import WorkerStore
@@ -40,6 +41,7 @@ class WorkerSide:
         config = self.vllm_config
         found = find_model(config.compilation_config.static_forward_context)
         self.model = VllmModel(found, config.model_config.hf_text_config)
+        self.below = self._open_below()
         self.store = self._open_store(self.options.store_device)
         self.executor = SelectivePrefill(self.model)
         if self.model.device.type == "cuda":
@@ -47,13 +49,24 @@ class WorkerSide:
 
             warm_up(self.model, config.model_config.max_model_len)
 
+    def _open_below(self) -> Below | None:
+        """This rank's share of the tiers below memory."""
+        if (tiers := self.options.tiers) is None:
+            return None
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        shape, pinned = self.model.shape, self.model.device.type == "cuda"
+        row_bytes = 2 * shape.num_kv_heads * shape.head_dim * self.model.dtype.itemsize
+        rank = get_tensor_model_parallel_rank()
+        return Below(tiers, row_bytes, self.options.namespace, rank, self.model.ranks, pinned)
+
     def _open_store(self, where: str) -> WorkerStore:
         """An empty store; one in host memory beside a GPU is pinned, and read and written on streams of its own."""
         device = torch.device("cpu") if where == "cpu" else self.model.device
         pinned = where == "cpu" and self.model.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.model.device) if pinned else None
         self.rings = Rings(self.model.device, self.stream)
-        return WorkerStore(device, HostCopies(self.model.device) if pinned else None)
+        return WorkerStore(device, HostCopies(self.model.device) if pinned else None, self.below)
 
     def move_store(self, where: str) -> None:
         """Move all chunks to the host ("cpu") or to the model's device ("model")."""
@@ -66,6 +79,13 @@ class WorkerSide:
         self.store.settle()
         if step.forget:
             self.store.clear()
+        if self.below is not None:
+            if step.forget:
+                self.below.forget()
+            self.below.drop(step.drops)
+            self.store.drop(step.drops)
+            for fetch in step.fetches:
+                self.below.fetch(fetch.key, fetch.ticket)
         if self.model.crossing is not None:
             self.model.crossing.expect(step.slots, self.block_size)
         for plan in step.keeps:
@@ -199,13 +219,31 @@ class WorkerSide:
             with self.model.running():
                 encoder.encode(job.encoding, job.prompt, job.positions, job.chunks, job.keys)
 
-    def close(self) -> None:
-        """The engine stops: nothing of ours is on its way any more, and nothing holds its model or its memory."""
-        if self.model is not None:
-            self.store.close()
-            self.model = self.executor = self.rings = self.stream = None
+    def land(self, step: StepPlan) -> None:
+        """Take in chunks that were read from below."""
+        if self.below is None:
+            return
+        for fetch in step.fetches:
+            self.store.drop(fetch.evict)
+        for key, ticket, found in self.below.arrivals(step.idle):
+            if found.chunk is None:
+                self.report.failed[key] = ticket, found.why
+                continue
+            self.store.land(key, found.chunk)
+            self.report.landed[key] = [Landed(ticket, found.tier, found.chunk.nbytes, found.chunk.generation)]
 
     def take_report(self) -> WorkerReport | None:
         """What happened since the last call."""
         report, self.report = self.report, WorkerReport()
-        return report if report.receipts or report.missing else None
+        return report or None
+
+    def close(self) -> None:
+        """The engine stops: nothing of ours is on its way any more, and nothing holds its model or its memory.
+
+        What is queued for the tiers below is written first.
+        """
+        if self.model is not None:
+            if self.below is not None:
+                self.below.close()
+            self.store.close()
+            self.model = self.executor = self.rings = self.stream = self.below = None

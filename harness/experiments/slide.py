@@ -106,11 +106,12 @@ def faults(out: Path, work: Path, model: str) -> None:
 
 
 def orders(out: Path, work: Path, model: str) -> None:
-    """The three load-write orders on this machine's device."""
+    """The three load-write orders on this machine's device: orders_cpu.json, or for example orders_h200.json."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(dir=work) as folder:
         record = slide_orders.measure(Path(folder), device)
-    (out / f"orders_{device}.json").write_text(json.dumps(record | {"machine": machine()}, indent=1))
+    name = torch.cuda.get_device_name().split()[-1].lower() if device == "cuda" else "cpu"
+    (out / f"orders_{name}.json").write_text(json.dumps(record | {"machine": machine()}, indent=1))
 
 
 def summary(out: Path, work: Path, model: str) -> None:

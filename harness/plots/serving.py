@@ -7,14 +7,16 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from harness.plots.style import BLACK, GREY, new_figure, nothing
+from harness.plots.style import BLACK, GREY, ORANGE, new_figure, nothing
 
 _BLUES = ("#9ecae1", "#6baed6", "#2f7ebc", "#0b3c6f")  # from the smallest share to the largest
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """The run of a serving file with the largest table."""
-    return max(json.loads(Path(path).read_text())["runs"], key=lambda run: len(run["table"]))
+    """The run of a serving file with the largest table; `others` are its runs of other shapes."""
+    runs = json.loads(Path(path).read_text())["runs"]
+    main = max(runs, key=lambda run: len(run["table"]))
+    return main | {"others": [r for r in runs if r["settings"]["shape"] != main["settings"]["shape"]]}
 
 
 def draw(run: dict[str, Any]) -> Figure:
@@ -34,6 +36,8 @@ def draw(run: dict[str, Any]) -> Figure:
     panels[1][1].set_title("Executor efficiency (ideal over measured TTFT)")
     rows = [r for r in table if "efficiency" in r and r["store"] == "model" and r["batch"] == batches[0]]
     _lines(panels[1][1], rows, lambda r: r["efficiency"]["value"], "", log=False)
+    for other in run.get("others", ()):
+        _beside(panels[1][1], other)
     panels[1][1].axhline(0.8, color=GREY, lw=0.8, ls=":")
     gpus = run["provenance"]["gpus"]
     where = f", {len(gpus)} x {gpus[0]['name']}" if gpus else ""
@@ -69,6 +73,16 @@ def _lines(axes: Axes, rows: list[dict[str, Any]], value, label: str, log: bool)
     else:
         axes.set_ylim(0, 1.05)
     axes.legend(fontsize=7.5)
+
+
+def _beside(axes: Axes, run: dict[str, Any]) -> None:
+    """Another shape's efficiency at top-k 26 %, chunks on the GPU."""
+    rows = [r for r in run["table"] if (r["system"], r["store"], r["batch"]) == ("cacheslide@0.26", "model", 1)]
+    if rows:
+        label = f"{run['settings']['shape']}, TP={run['engine']['tensor_parallel_size']}, top-k 26%"
+        xs, ys = [r["tokens"] for r in rows], [r["efficiency"]["value"] for r in rows]
+        axes.plot(xs, ys, "*", ms=11, color=ORANGE, label=label)
+        axes.legend(fontsize=7.5)
 
 
 def _share(system: str) -> float:

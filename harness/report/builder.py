@@ -12,27 +12,35 @@ from harness.report import prose, words
 from harness.report.claims import judge
 from harness.report.paper import CLAIMS
 from harness.results.headline import KEYS
+from harness.results.provenance import ROOT
 from harness.results.runs import read_json
 from harness.results.summary import SCHEMA
 
 HERE = Path(__file__).parent
+SLIDE = ROOT / "results/slide/summary.json"  # committed: SLIDE's experiments are no part of a configuration's run
 MEDIA = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
-def build_report(summary_path: str | Path, figures: Iterable[str | Path], output: str | Path) -> None:
+def build_report(
+    summary_path: str | Path, figures: Iterable[str | Path], output: str | Path, slide: Path = SLIDE
+) -> None:
     """Write the report of a run.
 
     Parameters
     ----------
     summary_path : path
-        summary.json; every number in the text comes from it.
+        summary.json; every number in the text comes from it, those of SLIDE excepted.
     figures : iterable of path
         Figure files; of each name the vector form is embedded, PNG where there is none.
     output : path
+    slide : path
+        Summary of SLIDE's experiments; without the file their claims are "not run".
     """
     summary = read_json(summary_path)
     if summary.get("schema") != SCHEMA:
         raise DataError(f"{summary_path}: schema {summary.get('schema')!r}, expected {SCHEMA!r}")
+    if slide.is_file():
+        summary = summary | {"slide": read_json(slide)}
     html = render(summary, embed(figures))
     output = Path(output)
     part = output.with_name(f".{output.name}.part")

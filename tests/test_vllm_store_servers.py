@@ -1,0 +1,75 @@
+"""Servers share chunks: on one host through files, on two through Valkey or Redis; killed, and apart by tenant."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from cacheslide.store import StoreConfig
+from cacheslide.store.config import open_backing
+from tests.test_store_remote import SERVER
+from tests.test_store_remote import server as valkey
+from tests.test_vllm_server import receipt, running
+from tests.test_vllm_ways import SEPARATOR, joined
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.server,
+    pytest.mark.skipif(SERVER is None, reason="neither valkey-server nor redis-server is installed"),
+]
+MARKS = {"separator": SEPARATOR}
+
+
+def configuration(folder, cache, port) -> str:
+    """A CrossCache file."""
+    file = folder / f"{cache.name}.json"
+    basic = {"Port": port, "ChunkSize": 32, "PoolSize": 1, "CacheDir": str(cache)}
+    workers = {"LoadWorker": 2, "StoreWorker": 1, "CommWorker": 2}
+    file.write_text(json.dumps({"Basic": basic, "Request": workers, "Cache": {"LookupMapScale": 512}}))
+    return str(file)
+
+
+def published(file: str, chunks: int) -> None:
+    """Wait until so many chunks are on disk and in the server."""
+    until = time.monotonic() + 60
+    while True:
+        backing = open_backing(StoreConfig.from_file(file))
+        names = list(backing.file.names())
+        if len(names) >= chunks and all(backing.remote.contains(n) for n in names):
+            return
+        assert time.monotonic() < until, f"{len(names)} of {chunks} chunks"
+        time.sleep(0.5)
+
+
+def test_servers_share_what_one_of_them_built(tmp_path):
+    with valkey(tmp_path) as port:
+        here = configuration(tmp_path, tmp_path / "here", port)
+        with running(tmp_path / "a", "--store", here) as first:
+            first.complete(joined(0), MARKS)
+            _, warm = first.complete(joined(1), MARKS)
+            chunks = receipt(warm)["chunks"]
+            assert receipt(warm)["chunks_hit"] == chunks > 5 and set(receipt(warm)["tiers"]) == {"host"}
+            published(here, chunks)
+            with running(tmp_path / "b", "--store", here) as second:
+                _, found = second.complete(joined(1), MARKS)
+                assert receipt(found)["tiers"] == {"file": receipt(warm)["tiers"]["host"]}
+                assert found["choices"][0]["text"] == warm["choices"][0]["text"]
+                for tenant in ({"cache_salt": "key of another"}, {}):
+                    _, other = second.complete(joined(1), MARKS | ({} if tenant else {"namespace": "other"}), **tenant)
+                    assert receipt(other)["chunks_hit"] == 0
+                counted = {n.split("{")[0]: v for n, v in second.metrics().items() if 'tier="file"' in n}
+                assert counted["cacheslide:store_chunks_total"] == chunks
+                assert counted["cacheslide:store_bytes_total"] == receipt(found)["tiers"]["file"]["bytes"]
+            os.killpg(first.process.pid, signal.SIGKILL)
+            first.process.wait(30)
+        with running(tmp_path / "c", "--store", here) as again:
+            assert receipt(again.complete(joined(1), MARKS)[1])["tiers"]["file"]["chunks"] == chunks
+        elsewhere = configuration(tmp_path, tmp_path / "elsewhere", port)
+        with running(tmp_path / "d", "--store", elsewhere) as far:
+            _, found = far.complete(joined(1), MARKS)
+            assert receipt(found)["tiers"]["remote"]["chunks"] == chunks
+            assert found["choices"][0]["text"] == warm["choices"][0]["text"]

@@ -12,7 +12,7 @@ from harness import study
 from harness.answering import answer_branches, branch_room
 from harness.backend import EngineSettings, ReferenceBackend
 from harness.experiments.accuracy import evaluate
-from harness.experiments.select_layer import _choose
+from harness.experiments.select_layer import choose
 from harness.results.records import RecordWriter, read_failures, read_records, read_settings
 from harness.systems import recipes, resolve, scalable, to_scale
 from harness.tasks.data import read_examples, write_dataset
@@ -152,7 +152,7 @@ def test_selection_layer_is_chosen_on_validation_data(data, tmp_path):
 @pytest.mark.parametrize(("losses", "layer"), [((0.5, 0.01, 0.0), 2), ((0.5, 0.3, 0.2), 3), ((0.0, 0.2, 0.0), 1)])
 def test_the_smallest_sufficient_layer_wins(losses, layer):
     row = {"recompute": 0.9} | {f"s@{i + 1}": 0.9 - loss for i, loss in enumerate(losses)}
-    assert _choose({"a": row, "b": dict.fromkeys(row, 0.9)}, "s", range(1, 4)) == layer
+    assert choose({"a": row, "b": dict.fromkeys(row, 0.9)}, "s", range(1, 4)) == layer
 
 
 def test_branches_equal_one_question_at_a_time(model):

@@ -38,8 +38,9 @@ class Family:
         """What is tracked of a later member where the first one was computed exactly: the slots it crosses, if any."""
         if self.plan.slots is None:
             return None
-        member = {"block_ids": [], "kept": True, "follows": True, "family": self, "below": FromBelow()}
-        return replace(self.plan, **member, reason=AS_FAMILY)
+        return replace(
+            self.plan, block_ids=[], kept=True, follows=True, family=self, reason=AS_FAMILY, below=FromBelow()
+        )
 
     def join(self, request) -> Tracked:
         """What is tracked of a later member, whose vLLM `request` looks up the family's blocks from now on."""

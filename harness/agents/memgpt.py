@@ -2,8 +2,14 @@
 
 from harness.agents.agent import Agent, describe
 from harness.agents.calls import Call, Tool
-from harness.agents.tasks.chat import ChatTask
+from harness.agents.tasks.chat import ChatTask, ChatTurn
 from harness.agents.template import Slot, Template
+
+
+def message(turn: ChatTurn) -> str:
+    """The message slot."""
+    said = f"what is {turn.name} ?" if turn.kind == "ask" else f"{turn.name} is now {turn.value} ."
+    return f"\nUser: {said}"
 
 
 class MemGPT(Agent):
@@ -45,14 +51,13 @@ class MemGPT(Agent):
 
     def slots(self):
         turn = self.task.turns[min(self.at, len(self.task.turns) - 1)]
-        said = f"what is {turn.name} ?" if turn.kind == "ask" else f"{turn.name} is now {turn.value} ."
         return {
             "system": "\nTalk with the user . Keep what the user says ." + describe(list(self.tools.values())),
             "memory": "\nMemory:" + "".join(f" {n} is {v} ." for n, v in self.memory.items()),
             "recalled": self.recalled,
             "sessions": self.task.sessions,
             "history": self.history,
-            "message": f"\nUser: {said}",
+            "message": message(turn),
             "cue": "\nCall:",
         }
 

@@ -109,7 +109,7 @@ def swe_agent(request: Request) -> str:
 
 
 def function_calling(request: Request) -> str:
-    """Works the job from left to right: fetch both operands, apply, go on."""
+    """Works the job from left to right: fetch two operands, apply, fetch the next one, go on."""
     s = slots(request)
     words = s["job"].split(":", 1)[1].split()
     if "system" not in s:
@@ -118,12 +118,12 @@ def function_calling(request: Request) -> str:
     held = {call.removeprefix("get "): result for call, result in entries if call.startswith("get ")}
     results = [result for call, result in entries if call.split()[0] in OPERATIONS]
     operands = [" ".join(words[i + 1 : i + 3]) for i in range(0, len(words), 3)]
-    for name in operands:
-        if name not in held:
-            return f" get {name}"
     done = len(results)
     if done == len(operands) - 1:
         return f" finish {results[-1]}"
+    for name in operands[: done + 2]:
+        if name not in held:
+            return f" get {name}"
     return f" {words[3 * (done + 1)]} {results[-1] if results else held[operands[0]]} {held[operands[done + 1]]}"
 
 

@@ -8,6 +8,16 @@ from harness.agents.template import Slot, Template
 TRIALS = 3
 
 
+def asked(name: str) -> str:
+    """The question slot."""
+    return f"\nQuestion: what is {name} ?"
+
+
+def judged_wrong(given: str, changed: str, now: str) -> str:
+    """The judge's feedback: a root that changed and what it is now, "" when the notes are right."""
+    return f"\nFeedback: {given} is wrong . " + (f"{changed} is now {now} ." if changed else "Try again .")
+
+
 class Reflexion(Agent):
     """Slots: system, notes and reflections (updated), documents and history (fixed), question and feedback (updated).
 
@@ -51,7 +61,7 @@ class Reflexion(Agent):
             "reflections": reflections,
             "documents": self.task.documents,
             "history": self.history,
-            "question": f"\nQuestion: what is {self.task.questions[min(self.at, len(self.task.questions) - 1)].name} ?",
+            "question": asked(self.task.questions[min(self.at, len(self.task.questions) - 1)].name),
             "feedback": self.feedback,
             "cue": "\nCall:",
         }
@@ -71,8 +81,7 @@ class Reflexion(Agent):
         if right:
             self.right += 1
         elif self.trial < TRIALS:
-            changed = f"{question.changed} is now {question.now} ." if question.changed else "Try again ."
-            self._heard = f"\nFeedback: {given} is wrong . {changed}"
+            self._heard = judged_wrong(given, question.changed, question.now)
             return "wrong"
         self.history.append(f"\nQuestion: what is {question.name} ?\nAnswer: {question.name} is {given} .")
         self.trials.append(self.trial)

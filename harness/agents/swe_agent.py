@@ -40,17 +40,20 @@ class SWEAgent(Agent):
     def __init__(self, task: FixTask, limits: Limits | None = None, trust_code: bool = False) -> None:
         super().__init__(task.id)
         self.task, self.limits, self.trust_code = task, limits or Limits(), trust_code
-        self.repository = Repository(task.files)
-        try:
-            self.workspace = Workspace(self.repository, self.limits, trust_code)
-        except BaseException:
-            self.repository.close()
-            raise
+        self._check_out()
         self.tree = self.workspace.files()
         self.open_path, self.test_output = "", ""
         self.history: list[str] = []
         self.patch = ""
         self.solved: float | None = None
+
+    def _check_out(self) -> None:
+        self.repository = Repository(self.task.files)
+        try:
+            self.workspace = Workspace(self.repository, self.limits, self.trust_code)
+        except BaseException:
+            self.repository.close()
+            raise
 
     def make_tools(self) -> list[Tool]:
         return [

@@ -44,6 +44,15 @@ def checked(done: subprocess.CompletedProcess) -> str:
     return done.stdout
 
 
+def with_line(content: str, name: str, line: int, text: str) -> str:
+    """`content` of the file `name` with `text` in place of line `line`, counted from 1."""
+    lines = content.split("\n")
+    if not 1 <= line <= len(lines) - (lines[-1] == ""):
+        raise ToolError(f"{name} has no line {line}")
+    lines[line - 1] = text
+    return "\n".join(lines)
+
+
 class Repository:
     """A repository with one commit of `files`, in a folder of its own."""
 
@@ -113,12 +122,9 @@ class Workspace:
 
     def replace_line(self, name: str, line: int, text: str) -> None:
         """Put `text` in place of line `line`, counted from 1."""
-        lines = self.read(name).split("\n")
-        if not 1 <= line <= len(lines) - (lines[-1] == ""):
-            raise ToolError(f"{name} has no line {line}")
-        lines[line - 1] = text
+        changed = with_line(self.read(name), name, line, text)
         try:
-            self.path(name).write_text("\n".join(lines))
+            self.path(name).write_text(changed)
         except (OSError, UnicodeEncodeError) as wrong:
             raise ToolError(f"{name[:80]!r} cannot be written: {wrong}") from None
 

@@ -43,10 +43,11 @@ def select_layer(
                     totals[name] += sum(q["f1"] for q in found)
             count = sum(len(e.questions) for e in examples)
             table[dataset] = {name: total / count for name, total in totals.items()}
-    return {"layer": _choose(table, systems[0], layers), "share": share, "margin": MARGIN, "f1": table}
+    return {"layer": choose(table, systems[0], layers), "share": share, "margin": MARGIN, "f1": table}
 
 
-def _choose(table: Mapping[str, Mapping[str, float]], system: str, layers: range) -> int:
+def choose(table: Mapping[str, Mapping[str, float]], system: str, layers: range) -> int:
+    """The smallest of `layers` at which `system` is within `MARGIN` of recompute in every row, or the best one."""
     worst = {i: min(row[f"{system}@{i}"] - row["recompute"] for row in table.values()) for i in layers}
     good = [i for i in layers if worst[i] >= -MARGIN]
     return good[0] if good else max(layers, key=lambda i: worst[i])

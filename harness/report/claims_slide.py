@@ -35,6 +35,8 @@ def layer_latency(summary: Summary) -> Finding:
         ahead = ", the next layer's load running ahead in both" if staging == 2 else ""
         parts.append(f"{order} against locked{ahead}, % less at batch {batches}: {', '.join(each)}")
     text = f"{'; '.join(parts)}; n = {measured['rounds']['host']} rounds"
+    if any(e["low"] is None for e in ours):
+        raise NotMeasured(f"medians only, without the intervals that a verdict needs: {text}")
     return Finding(joined(*(grade(e, 26.7, no_effect=0.0) for e in ours)), text)
 
 

@@ -200,5 +200,9 @@ def _latency(measured: dict[str, Any] | None) -> tuple[float | None, str]:
 def reductions(measured: dict[str, Any], order: str, staging: int) -> tuple[float, str]:
     """Mean reduction of an order in percent over batches, chunks in host memory, and each batch in words."""
     rows = [r for r in measured["rows"] if (r["source"], r["order"], r["staging"]) == ("host", order, staging)]
-    said = ["batch {}: {value:.1f} [{low:.1f}, {high:.1f}]".format(r["batch"], **r["reduction_pct"]) for r in rows]
+    said = []
+    for r in rows:
+        e = r["reduction_pct"]
+        limits = "no interval" if e["low"] is None else f"{e['low']:.1f}, {e['high']:.1f}"
+        said.append(f"batch {r['batch']}: {e['value']:.1f} [{limits}]")
     return float(np.mean([r["reduction_pct"]["value"] for r in rows])), ", ".join(said)

@@ -15,13 +15,21 @@ SHARD = 15 * 2**20
 EXTRAS = "training-parts.safetensors"
 
 
-def save(model: Trainee, tokenizer: Tokenizer, folder: Path) -> None:
+def save(model: Trainee, tokenizer: Tokenizer, folder: Path, new_tokens: int = 4) -> None:
     """Write the model in bf16 as shards of at most 15 MiB, its tokenizer, and the training-only parts."""
     save_tokenizer(tokenizer, folder)
     (folder / "config.json").write_text(json.dumps(_config(model.lm.config), indent=2) + "\n")
-    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "do_sample": False, "max_new_tokens": 4}
+    generation = {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "do_sample": False,
+        "max_new_tokens": new_tokens,
+    }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     weights = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in model.lm.state_dict().items()}
+    if model.lm.config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)  # the embeddings, which loaders use for it
     shards, size = [{}], 0
     for name, tensor in weights.items():
         if size + tensor.nbytes > SHARD:
@@ -57,6 +65,8 @@ def load(model: Trainee, folder: Path) -> None:
     weights: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         weights.update({f"lm.{k}": v for k, v in load_file(path).items()})
+    if model.lm.config.tie_word_embeddings:
+        weights["lm.lm_head.weight"] = weights["lm.model.embed_tokens.weight"]
     extras = load_file(folder / EXTRAS) if (folder / EXTRAS).exists() else {}
     missing = model.load_state_dict(weights | extras, strict=False)
     lost = [k for k in missing.missing_keys if k.startswith("lm.")]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from harness.tasks.synthetic import render
 from harness.tasks.synthetic.world import MIXES, Mix, build_world, draw_questions, draw_root_values
 
-SETTLED, LINK, QUESTION, SECOND_WORD, END = range(5)
+SETTLED, LINK, QUESTION, SECOND_WORD, END, OUTPUT = range(6)
 IGNORE = -100
 FIELDS = ("pos", "y1", "y2", "hops", "kind", "depth", "volatile", "ptr2", "ptr4")
 
@@ -111,7 +111,7 @@ def collate(rows: list[Row], length: int, pad: int) -> dict[str, torch.Tensor]:
     scratch, asked, hinted, labels, bare = [], [], [], [], []
     for b, row in enumerate(rows):
         ids[b, : len(row.ids)] = row.ids
-        scratch.append(np.asarray(row.scratch) + b * length)
+        scratch.append(np.asarray(row.scratch, np.int64) + b * length)
         asked.append(np.arange(len(row.scratch)) >= len(row.scratch) - row.questions)
         hinted.append(np.asarray(row.hinted, np.float32))
         table = np.asarray(row.labels, np.int64)
@@ -121,6 +121,7 @@ def collate(rows: list[Row], length: int, pad: int) -> dict[str, torch.Tensor]:
     table = np.concatenate(labels)
     batch = {name: torch.from_numpy(np.ascontiguousarray(table[:, i])) for i, name in enumerate(FIELDS)}
     batch["bare"] = torch.from_numpy(np.concatenate(bare))
+    batch["resolved"] = torch.from_numpy(np.flatnonzero(table[:, FIELDS.index("kind")] <= QUESTION))
     batch["ids"] = torch.from_numpy(ids)
     batch["scratch"] = torch.from_numpy(np.concatenate(scratch))
     batch["asked"] = torch.from_numpy(np.concatenate(asked))

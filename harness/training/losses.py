@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.training.data import END, IGNORE, LINK, QUESTION, SECOND_WORD, SETTLED
+from harness.training.data import END, IGNORE, LINK, OUTPUT, QUESTION, SECOND_WORD, SETTLED
 from harness.training.model import Trainee
 
-SHARE = {SETTLED: 0.2, LINK: 1.0, QUESTION: 1.0, SECOND_WORD: 1.0, END: 0.1}
+SHARE = {SETTLED: 0.2, LINK: 1.0, QUESTION: 1.0, SECOND_WORD: 1.0, END: 0.1, OUTPUT: 2.0}
 
 
 def needed_layer(hops: Tensor, schedule: str) -> Tensor:
@@ -33,31 +33,37 @@ def training_loss(
         weight = weight + of_kind * (share / of_kind.sum().clamp_min(1))
     logits = model.logits(final)
     answer = (F.cross_entropy(logits, batch["y1"], reduction="none") * weight).sum()
-    resolved = kind <= QUESTION
-    y1, y2, w = batch["y1"], batch["y2"], weight
-
-    def both(state: Tensor, mask: Tensor) -> Tensor:
-        first = F.cross_entropy(model.logits(state), y1, reduction="none")
-        second = F.cross_entropy(model.logits(state, "second"), y2, reduction="none", ignore_index=IGNORE)
-        return ((first + second) * w * mask).sum()
-
-    second = F.cross_entropy(model.logits(final, "second"), y2, reduction="none", ignore_index=IGNORE)
-    loss = answer + (second * w * resolved).sum()
-    last = min(depth, len(states) - 2)
-    # a question reads what statements have come to mean, once they have: no hurry, and no pointers of its own
-    need = torch.where(kind == QUESTION, last, needed_layer(batch["hops"], schedule))
-    for layer in range(1, last + 1):
-        loss = loss + aux / last * both(states[layer], resolved & (need <= layer))
-    if pointers and schedule == "double":
-        for layer, name in ((1, "ptr2"), (2, "ptr4")):
-            at = batch[name] != IGNORE
-            if layer < len(states):
-                ce = F.cross_entropy(
-                    model.logits(states[layer], "pointer"), batch[name], reduction="sum", ignore_index=IGNORE
-                )
-                loss = loss + pointers * ce / at.sum().clamp_min(1)
+    loss = answer
+    if len(batch["resolved"]):
+        loss = loss + _supervised(model, states, batch, weight, aux, schedule, pointers, min(depth, len(states) - 2))
     right = logits.argmax(-1) == batch["y1"]
     return loss + gather * gather_loss, {"answer": answer.detach(), "gather": gather_loss.detach(), "right": right}
+
+
+def _supervised(model, states, batch, weight, aux: float, schedule: str, pointers: float, last: int) -> Tensor:
+    """What layers 1 to `last` show at statements and questions (`resolved`), and the last state's second word."""
+    at = batch["resolved"]
+    kind, hops, y1, y2, w = (
+        x.index_select(0, at) for x in (batch["kind"], batch["hops"], batch["y1"], batch["y2"], weight)
+    )
+
+    def words(state: Tensor, head: str, target: Tensor) -> Tensor:
+        return F.cross_entropy(model.logits(state, head), target, reduction="none", ignore_index=IGNORE)
+
+    loss = (words(states[-1].index_select(0, at), "second", y2) * w).sum()
+    # a question reads what statements have come to mean, once they have: no hurry, and no pointers of its own
+    need = torch.where(kind == QUESTION, last, needed_layer(hops, schedule))
+    for layer in range(1, last + 1):
+        state = states[layer].index_select(0, at)
+        both = words(state, "first", y1) + words(state, "second", y2)
+        loss = loss + aux / last * (both * w * (need <= layer)).sum()
+    if pointers and schedule == "double":
+        for layer, name in ((1, "ptr2"), (2, "ptr4")):
+            if layer < len(states):
+                target = batch[name].index_select(0, at)
+                ce = words(states[layer].index_select(0, at), "pointer", target).sum()
+                loss = loss + pointers * ce / (target != IGNORE).sum().clamp_min(1)
+    return loss
 
 
 def accuracy(batch: dict[str, Tensor], right: Tensor) -> dict[str, float]:
@@ -67,6 +73,7 @@ def accuracy(batch: dict[str, Tensor], right: Tensor) -> dict[str, float]:
     for name, mask in (("", torch.ones_like(bare)), ("bare ", bare)):
         cells[name + "question"] = mask & (kind == QUESTION)
         cells[name + "second"] = mask & (kind == SECOND_WORD)
+        cells[name + "output"] = mask & (kind == OUTPUT)
         for d in range(1, 5):
             cells[f"{name}link{d}"] = mask & (kind == LINK) & (depth == d)
     return {k: (right & m).sum().item() / n for k, m in cells.items() if (n := m.sum().item())}

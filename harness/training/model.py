@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 GATHER = {1: 128, 2: 64, 4: 128}  # offset before the last piece -> rank: two, one and two heads' worth
+EMBEDDING = 0.5  # standard deviation at the start
 ASK = 64  # rank of what a question gathers
 
 
-def llama(vocab: int, bos: int, eos: int, pad: int, layers=8, hidden=384, heads=6, ff=640) -> LlamaForCausalLM:
-    """A fresh model. Embeddings are larger and output projections smaller than transformers' default."""
+def llama(vocab: int, bos: int, eos: int, pad: int, layers=8, hidden=384, heads=6, ff=640, tied=False):
+    """A fresh `LlamaForCausalLM`. Embeddings are larger and output projections smaller than transformers' default.
+
+    `tied` shares the embeddings with the output layer: copying is then one map for all words, seldom copied ones too.
+    """
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -29,7 +33,7 @@ def llama(vocab: int, bos: int, eos: int, pad: int, layers=8, hidden=384, heads=
         head_dim=hidden // heads,
         max_position_embeddings=8192,
         rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         bos_token_id=bos,
         eos_token_id=eos,
         pad_token_id=pad,
@@ -37,10 +41,12 @@ def llama(vocab: int, bos: int, eos: int, pad: int, layers=8, hidden=384, heads=
     model = LlamaForCausalLM(config)
     for name, weight in model.named_parameters():
         if "embed" in name:
-            nn.init.normal_(weight, std=0.5)
+            nn.init.normal_(weight, std=EMBEDDING)
         elif weight.dim() > 1:
             scale = (2 * layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5 * scale)
+    if tied:  # logits of about 1 at the start
+        nn.init.constant_(model.model.norm.weight, 1 / (EMBEDDING * hidden**0.5))
     return model
 
 
@@ -103,20 +109,20 @@ class Trainee(nn.Module):
         states, loss = [], x.new_zeros(())
         for i, layer in enumerate(body.layers):
             before, x = x, self.block(layer, x, cos, sin)
-            if i == 0:
+            if i == 0 and len(scratch):
                 x, loss = self._hint(before, x, scratch, asked, hinted)
-            states.append(x.flatten(0, 1)[want])
+            states.append(x.flatten(0, 1).index_select(0, want))
         return states, loss
 
     def _hint(self, before, after, scratch, asked, hinted) -> tuple[Tensor, Tensor]:
         flat = before.flatten(0, 1)
         norm = self.lm.model.layers[0].input_layernorm
-        ideal = sum(self.up[o](self.down[o](norm(flat[scratch - int(o)]))) for o in self.down).float()
+        ideal = sum(self.up[o](self.down[o](norm(flat.index_select(0, scratch - int(o))))) for o in self.down).float()
         # a question's code is apart from a link's, or it would follow pointers like a link instead of reading what
         # the asked statement has come to mean: then reused statements would hardly need to be right
-        asking = self.ask_up(self.ask_down(norm(flat[scratch - 1]))).float()
+        asking = self.ask_up(self.ask_down(norm(flat.index_select(0, scratch - 1)))).float()
         ideal = torch.where(asked[:, None], asking, ideal)
-        own = (after - before).flatten(0, 1)[scratch].float()
+        own = (after - before).flatten(0, 1).index_select(0, scratch).float()
         target = ideal.detach()
         loss = (own - target).pow(2).sum(-1).mean() / target.pow(2).sum(-1).mean().clamp_min(1e-6)
         change = hinted[:, None] * (ideal - own.detach())

@@ -5,6 +5,7 @@ segments tokenised one by one are the ids of the whole text, wherever a segment 
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 
@@ -36,14 +37,7 @@ def task_pieces() -> list[str]:
 
 def build_tokenizer() -> Tokenizer:
     """Train the tokenizer on the task's pieces. It stops below `VOCAB` when every piece is one token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = bare(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB,
         special_tokens=[PAD, BOS, EOS],
@@ -51,6 +45,51 @@ def build_tokenizer() -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(task_pieces() * 2, trainer)
+    return begins(tokenizer)
+
+
+def word_tokenizer(pieces: Iterable[str]) -> Tokenizer:
+    """One token a piece and one a byte: what is no piece falls back to its bytes. Nothing is trained.
+
+    Raises
+    ------
+    ValueError
+        When a piece is not one word to `bare`: it could never be met.
+    """
+    alphabet = [PAD, BOS, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer, found = bare(models.BPE()), set()
+    for piece in pieces:
+        words = [w for w, _ in tokenizer.pre_tokenizer.pre_tokenize_str(piece)]
+        if len(words) != 1:
+            raise ValueError(f"{piece!r} is {len(words)} words")
+        found.add(words[0])
+    vocab = {w: i for i, w in enumerate([*alphabet, *sorted(found - set(alphabet))])}
+    # without merges a word is looked up whole, and otherwise byte by byte
+    tokenizer.model = models.BPE(vocab, [], ignore_merges=True)
+    tokenizer.add_special_tokens([PAD, BOS, EOS])
+    return begins(tokenizer)
+
+
+def words_of(text: str) -> list[str]:
+    """The pieces that `text` is split into, as text."""
+    return [text[a:b] for _, (a, b) in pre_tokenizers.Split(Regex(_WORDS), behavior="isolated").pre_tokenize_str(text)]
+
+
+def bare(model: models.Model) -> Tokenizer:
+    """A tokenizer that splits words and shows bytes as the small models' do."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def begins(tokenizer: Tokenizer) -> Tokenizer:
+    """`tokenizer`, with every text beginning with `BOS`."""
     bos = tokenizer.token_to_id(BOS)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos)])
     return tokenizer

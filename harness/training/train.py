@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 import yaml
+from tokenizers import Tokenizer
+from torch.utils.data import IterableDataset
 
 from cacheslide.errors import ConfigError
 from harness.training import checkpoint, evaluate
@@ -42,6 +44,7 @@ class Settings:
     pointers: float = 0.3
     workers: int = 14
     first_stage: int = 0
+    depth: int = 9
     log_every: int = 25
     save_seconds: float = 120.0
     eval_prompts: int = 16
@@ -71,12 +74,13 @@ def specs(stage: dict) -> list[tuple[float, RowSpec]]:
 class Run:
     """One training run: the model, its optimiser and what was logged."""
 
+    new_tokens = 4  # of an answer, for generation_config.json
+
     def __init__(self, s: Settings, out: Path, init: Path | None):
         torch.manual_seed(s.seed)
         self.s, self.out, self.started = s, out, time.time()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.tokenizer = build_tokenizer()
-        self.table = piece_ids(self.tokenizer)
+        self.tokenizer = self.make_tokenizer()
         self.special = {k: self.tokenizer.token_to_id(v) for k, v in (("bos", BOS), ("eos", EOS), ("pad", PAD))}
         self.model = Trainee(llama(s.vocab, **self.special, **s.model))
         if init:
@@ -99,6 +103,14 @@ class Run:
         """Seconds since the start."""
         return time.time() - self.started
 
+    def make_tokenizer(self) -> Tokenizer:
+        """The tokenizer of the data."""
+        return build_tokenizer()
+
+    def stream(self, stage: dict, seed: str) -> IterableDataset:
+        """A stage's endless batches."""
+        return Stream(specs(stage), piece_ids(self.tokenizer), self.special, seed)
+
     def rate(self) -> float:
         """Learning rate: warm-up by steps, decay over the last share of the time."""
         s, left = self.s, 1 - self.seconds / (60 * self.s.minutes)
@@ -109,7 +121,7 @@ class Run:
         saved = self.seconds
         for number in range(self.s.first_stage, len(self.s.stages)):
             stage, last = self.s.stages[number], number + 1 == len(self.s.stages)
-            stream = Stream(specs(stage), self.table, self.special, f"{self.s.seed}-{number}-{self.step}")
+            stream = self.stream(stage, f"{self.s.seed}-{number}-{self.step}")
             for batch in loader(stream, self.s.workers):
                 report = self.update(batch)
                 if self.seconds - saved > self.s.save_seconds:
@@ -131,13 +143,10 @@ class Run:
     def update(self, batch: dict) -> dict | None:
         """One optimiser step; every `log_every` steps its figures."""
         s = self.s
-        batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-            loss, parts = training_loss(self.model, batch, s.aux, s.schedule, s.gather, s.pointers)
         self.optimizer.zero_grad()
-        loss.backward()
+        batch, loss, parts = self.backward(batch)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
@@ -154,12 +163,22 @@ class Run:
             print(line, figures, flush=True)
         return report
 
+    def backward(self, batch: dict) -> tuple[dict, torch.Tensor, dict]:
+        """The gradients of one batch; the batch on the device, its loss, and the loss's parts."""
+        s = self.s
+        batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            loss, parts = training_loss(self.model, batch, s.aux, s.schedule, s.gather, s.pointers)
+        loss.backward()
+        return batch, loss, parts
+
     def save(self, scores: dict | None = None) -> None:
         """Write the checkpoint and what was logged."""
-        checkpoint.save(self.model, self.tokenizer, self.out)
+        checkpoint.save(self.model, self.tokenizer, self.out, self.new_tokens)
         device = torch.cuda.get_device_name() if self.device == "cuda" else "CPU"
         log = {"settings": vars(self.s), "seconds": round(self.seconds), "steps": self.step, "device": device}
-        log |= {"torch": torch.__version__, "switches": self.switches, "scores": scores or {}, "curve": self.curve}
+        log |= {"torch": torch.__version__, "switches": self.switches, "scores": scores or {}}
+        log["curve"] = self.curve[:: max(1, len(self.curve) // 200)]
         (self.out / "training.json").write_text(json.dumps(log, indent=None) + "\n")
 
     def evaluate(self) -> dict:

@@ -43,10 +43,12 @@ def fix_tasks(split: str, seed: int, count: int, modules: int = 3, lines: int = 
     if modules < 1 or lines < 3:
         raise DataError(f"a repository has at least 1 module of 3 lines, not {modules} of {lines}")
     for i in range(count):
-        yield _task(Random(f"agents-fixes-{split}-{seed}-{modules}-{lines}-{i}"), split, seed, i, modules, lines)
+        rng = Random(f"agents-fixes-{split}-{seed}-{modules}-{lines}-{i}")
+        yield draw_fix(rng, f"fix-{split}-{seed}-{i:05d}", split, modules, lines)
 
 
-def _task(rng: Random, split: str, seed: int, i: int, modules: int, lines: int) -> FixTask:
+def draw_fix(rng: Random, task_id: str, split: str, modules: int, lines: int) -> FixTask:
+    """One task."""
     by_second, kind = names(split), pick(rng, KINDS)
     drawn = iter([(pick(rng, by_second[s]), s) for s in draw(rng, list(by_second), modules * lines)])
     where, files, broken = int(rng.random() * modules), {}, None
@@ -71,7 +73,7 @@ def _task(rng: Random, split: str, seed: int, i: int, modules: int, lines: int) 
     imports = "".join(f"    importlib.import_module('conf.set_{m}')\n" for m in range(modules))
     files[other] = f"import importlib\n\n\ndef test_imports():\n{imports}"
     keys = (f"{test}::test_{name}",), (f"{other}::test_imports",)
-    return FixTask(f"fix-{split}-{seed}-{i:05d}", split, kind, issue, files, path, line, fixed, *keys)
+    return FixTask(task_id, split, kind, issue, files, path, line, fixed, *keys)
 
 
 def _line(rng, split, name, kind, held) -> tuple[str, str, str, str]:

@@ -47,15 +47,20 @@ def function_tasks(split: str, seed: int, count: int, jobs: int = 2, steps: int 
     """Draw `count` tasks of `jobs` jobs with 1 to `steps` operations each."""
     for i in range(count):
         rng = Random(f"agents-functions-{split}-{seed}-{jobs}-{steps}-{i}")
-        by_second = names(split)
-        seconds = draw(rng, list(by_second), jobs * (steps + 1))
-        held = {f"{pick(rng, by_second[s])} {s}": pick(rng, constants(split)) for s in seconds}
-        free, made = list(held), []
-        for _ in range(jobs):
-            name = free.pop()
-            said, result = f"get {name}", held[name]
-            for _ in range(1 + int(rng.random() * steps)):
-                name, operation = free.pop(), pick(rng, tuple(OPERATIONS))
-                said, result = f"{said} {operation} {name}", OPERATIONS[operation](result, held[name])
-            made.append(Job(said, result))
-        yield FunctionTask(f"functions-{split}-{seed}-{i:05d}", split, held, tuple(made))
+        yield draw_functions(rng, f"functions-{split}-{seed}-{i:05d}", split, jobs, steps)
+
+
+def draw_functions(rng: Random, name: str, split: str, jobs: int, steps: int) -> FunctionTask:
+    """One task."""
+    by_second = names(split)
+    seconds = draw(rng, list(by_second), jobs * (steps + 1))
+    held = {f"{pick(rng, by_second[s])} {s}": pick(rng, constants(split)) for s in seconds}
+    free, made = list(held), []
+    for _ in range(jobs):
+        operand = free.pop()
+        said, result = f"get {operand}", held[operand]
+        for _ in range(1 + int(rng.random() * steps)):
+            operand, operation = free.pop(), pick(rng, tuple(OPERATIONS))
+            said, result = f"{said} {operation} {operand}", OPERATIONS[operation](result, held[operand])
+        made.append(Job(said, result))
+    return FunctionTask(name, split, held, tuple(made))

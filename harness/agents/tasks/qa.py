@@ -15,6 +15,7 @@ from harness.tasks.synthetic.words import values
 from harness.tasks.synthetic.world import MIXES, World, build_world, draw_root_values, pick
 
 STALE = 0.6
+DEPTH = 9
 _STATEMENTS = 9
 
 
@@ -39,11 +40,11 @@ class QATask:
     questions: tuple[QAQuestion, ...]
 
 
-def make_world(rng: Random, mix: str, split: str, tokens: int) -> World:
-    """A world whose documents have about `tokens` tokens."""
+def make_world(rng: Random, mix: str, split: str, tokens: int, depth: int = DEPTH) -> World:
+    """A world whose documents have about `tokens` tokens; `depth` caps the mix's chains."""
     if mix not in MIXES:
         raise DataError(f"unknown mix {mix!r}: one of {', '.join(MIXES)}")
-    return build_world(rng, MIXES[mix], split, [_STATEMENTS] * chunks_for(tokens))
+    return build_world(rng, MIXES[mix], split, [_STATEMENTS] * chunks_for(tokens), max_depth=depth)
 
 
 def fresh_value(rng: Random, split: str, taken: Sequence[tuple[str, str]]) -> tuple[str, str]:
@@ -56,32 +57,43 @@ def fresh_value(rng: Random, split: str, taken: Sequence[tuple[str, str]]) -> tu
             return value
 
 
-def qa_tasks(split: str, seed: int, count: int, questions: int = 3, tokens: int = 512, mix: str = "deep"):
-    """Draw `count` tasks; the same arguments always give the same ones."""
-    return _tasks(split, seed, count, questions, tokens, mix)
-
-
-def _tasks(split, seed, count, questions, tokens, mix) -> Iterator[QATask]:
+def qa_tasks(
+    split: str, seed: int, count: int, questions: int = 3, tokens: int = 512, mix: str = "deep", depth: int = DEPTH
+) -> Iterator[QATask]:
+    """Draw `count` tasks; the same arguments always give the same ones. `depth` caps the mix's chains."""
     for i in range(count):
         rng = Random(f"agents-qa-{mix}-{split}-{seed}-{tokens}-{questions}-{i}")
-        world = make_world(rng, mix, split, tokens)
-        documents = tuple(text(d.pieces()) for d in render.fixed_documents(rng, "hotpotqa", world))
-        held = draw_root_values(rng, split, world.roots)
-        notes = text(render.notes_document(rng, "hotpotqa", world, held).pieces())
-        nodes = range(world.roots, len(world.nodes))
-        volatile = [n for n in nodes if world.nodes[n].root is not None]
-        asked = []
-        for _ in range(questions):
-            stale = bool(volatile) and rng.random() < STALE
-            node = pick(rng, volatile if stale else nodes)
-            changed = now = ""
-            if stale:
-                root = world.nodes[node].root
-                held[root] = fresh_value(rng, split, held)
-                changed, now = " ".join(world.nodes[root].name), " ".join(held[root])
-            answer = " ".join(world.resolve(node, held))
-            asked.append(QAQuestion(" ".join(world.nodes[node].name), answer, changed, now))
-        yield QATask(f"qa-{split}-{seed}-{i:05d}", split, notes, documents, tuple(asked))
+        world = make_world(rng, mix, split, tokens, depth)
+        yield draw_qa(rng, f"qa-{split}-{seed}-{i:05d}", split, world, questions)
+
+
+def draw_qa(
+    rng: Random,
+    name: str,
+    split: str,
+    world: World,
+    questions: int,
+    tokens: tuple[int, int] | None = render.CHUNK_TOKENS,
+    filler: int = render.NOTES_FILLER,
+) -> QATask:
+    """A task over `world`; `tokens` and `filler` as in `render.fixed_documents` and `render.notes_document`."""
+    documents = tuple(text(d.pieces()) for d in render.fixed_documents(rng, "hotpotqa", world, tokens))
+    held = draw_root_values(rng, split, world.roots)
+    notes = text(render.notes_document(rng, "hotpotqa", world, held, filler).pieces())
+    nodes = range(world.roots, len(world.nodes))
+    volatile = [n for n in nodes if world.nodes[n].root is not None]
+    asked = []
+    for _ in range(questions):
+        stale = bool(volatile) and rng.random() < STALE
+        node = pick(rng, volatile if stale else nodes)
+        changed = now = ""
+        if stale:
+            root = world.nodes[node].root
+            held[root] = fresh_value(rng, split, held)
+            changed, now = " ".join(world.nodes[root].name), " ".join(held[root])
+        answer = " ".join(world.resolve(node, held))
+        asked.append(QAQuestion(" ".join(world.nodes[node].name), answer, changed, now))
+    return QATask(name, split, notes, documents, tuple(asked))
 
 
 def statement_about(documents: Sequence[str], name: str) -> str:

@@ -23,6 +23,7 @@ from cacheslide.positions.ccpe import slots_in
 from cacheslide.prompt import Prompt, Role, Segment
 from cacheslide.store import MemoryChunkStore
 from cacheslide.training.load import load_cope
+from cacheslide.vllm.offline import close_engine
 from cacheslide.vllm.params import marks_of, policy_of
 from tests.conftest import save_random
 from tests.test_vllm_cope import SHAPE, Cope, exact, save_setup
@@ -95,7 +96,7 @@ def cuda_exact(model, said, slots=None):
 def cuda(request, tmp_path_factory):
     served = CudaCope(tmp_path_factory.mktemp("cope"), request.param)
     yield served
-    served.core.shutdown()
+    close_engine(served.llm)
 
 
 def test_whole_graphs_are_declared_and_used(cuda):
@@ -167,6 +168,7 @@ def test_a_mixed_batch_says_what_each_request_says_alone(cuda):
 def test_nothing_waits_for_the_device(cuda):
     """Neither a load nor the attention of a batch with slots."""
     cuda.fresh()
+    cuda.worker.move_store("model")
     prompts = [turn(2, 53), turn(4, 20), turn(5, 70)]
     marks = [marks_of(prompts[0]), None, marks_of(prompts[2], policy="recompute")]
     cuda.one(turn(1, 37))

@@ -23,6 +23,7 @@ from cacheslide.positions.ccpe import slots_in
 from cacheslide.prompt import Prompt, Role, Segment
 from cacheslide.store import MemoryChunkStore
 from cacheslide.training.load import load_cope
+from cacheslide.vllm.offline import close_engine
 from cacheslide.vllm.params import marks_of, policy_of
 from tests.conftest import save_random
 from tests.test_vllm_cope import SHAPE, Cope, exact, save_setup
@@ -33,6 +34,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
 # Largest difference of KV relative to the layer's norm, and of log-probabilities.
 # (In bfloat16 the reference itself is 0.07 and 0.14 off its values in float64.)
 BOUNDS = {"float32": (1e-4, 1e-3), "bfloat16": (0.15, 0.4)}
+SYSTEMS = {"naive_reuse": {}, "epic": {"share": 0.26}, "cacheslide": {}}  # EPIC's own edges would cover these chunks
 LARGER = {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 8, "intermediate_size": 384}
 LARGER |= {"max_position_embeddings": 4096, "initializer_range": 0.05}
 
@@ -95,7 +97,7 @@ def cuda_exact(model, said, slots=None):
 def cuda(request, tmp_path_factory):
     served = CudaCope(tmp_path_factory.mktemp("cope"), request.param)
     yield served
-    served.core.shutdown()
+    close_engine(served.llm)
 
 
 def test_whole_graphs_are_declared_and_used(cuda):
@@ -135,18 +137,18 @@ def test_a_marked_request_crosses_its_slots_by_their_masses(cuda):
 
 
 @pytest.mark.parametrize("store", ["model", "cpu"])
-@pytest.mark.parametrize("system", ["naive_reuse", "epic", "cacheslide"])
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_reuse_leaves_the_kv_that_the_reference_engine_leaves(cuda, system, store):
     first, second = turn(1, 37), turn(2, 53)
-    policy = policy_of(system)
+    policy = policy_of(system, **SYSTEMS[system])
     engine = ReuseEngine(cuda.calibrated, policy, MemoryChunkStore(), chunk_size=16)
     engine.build(first)
     want = engine.prefill(second)
     cuda.fresh()
     cuda.worker.move_store(store)
-    cuda.one(first, policy=system)
+    cuda.one(first, policy=system, **SYSTEMS[system])
     cuda.poison()
-    got = receipt(cuda.one(second, 2, policy=system))
+    got = receipt(cuda.one(second, 2, policy=system, **SYSTEMS[system]))
     assert got["rows_reused"] == want.receipt.rows_reused > 0 and got["chunks_hit"] == want.receipt.chunks_hit
     # Near ties in the ranking may choose other rows in 16 bits: a few rows then differ as a whole.
     ties = system == "cacheslide" and cuda.kv_bound > 1e-2
@@ -167,6 +169,7 @@ def test_a_mixed_batch_says_what_each_request_says_alone(cuda):
 def test_nothing_waits_for_the_device(cuda):
     """Neither a load nor the attention of a batch with slots."""
     cuda.fresh()
+    cuda.worker.move_store("model")
     prompts = [turn(2, 53), turn(4, 20), turn(5, 70)]
     marks = [marks_of(prompts[0]), None, marks_of(prompts[2], policy="recompute")]
     cuda.one(turn(1, 37))

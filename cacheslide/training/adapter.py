@@ -68,9 +68,8 @@ class CopeAdapter:
             raise ModelError(f"the adapter has no {name}: the model has more layers than its base")
         return self.tensors[name]
 
-    def check_base(self, model: Path) -> None:
-        """Raise ModelError unless the checkpoint folder `model` is the base model; reads and hashes all of it."""
-        found = fingerprint(Path(model))
+    def check_base(self, found: str, model: str | Path) -> None:
+        """Raise ModelError unless `found`, the fingerprint of `model`, is the base model's."""
         if found != self.base:
             raise ModelError(
                 f"the CoPE adapter belongs to the base model {self.base[:12]}, but {model} is {found[:12]}"
@@ -147,5 +146,5 @@ def load_adapter(folder: Path, model: Path | None = None) -> CopeAdapter:
     if adapter.digest != stated:
         raise ModelError(f"the adapter in {folder} is altered or incomplete: its tensors do not match cope.json")
     if model is not None:
-        adapter.check_base(model)
+        adapter.check_base(fingerprint(Path(model)), model)
     return adapter

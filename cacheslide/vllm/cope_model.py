@@ -1,7 +1,7 @@
 """Llama and Mistral with a CoPE adapter, as a model of vLLM: LoRA merged while loading, no rotation, CoPE attention."""
 
 from collections.abc import Iterable
-from pathlib import Path
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from cacheslide.errors import ConfigError, ModelError
 from cacheslide.vllm.cope_backend import CopeBackend
 from cacheslide.vllm.cope_setting import setup_of
 from cacheslide.vllm.cope_slots import Crossing
+from cacheslide.vllm.geometry import fingerprint_of
 from cacheslide.vllm.support import check_cope
 
 
@@ -95,10 +96,12 @@ class CacheSlideCopeForCausalLM(LlamaForCausalLM):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """The base's weights, LoRA added; ModelError unless they are those that the adapter was trained on."""
+        weights = iter(weights)
+        first = next(weights)  # from here on the files are on this machine
         if get_tensor_model_parallel_rank() == 0:  # hashing takes seconds: once is enough
-            self._check_base()
+            self.setup.adapter.check_base(fingerprint_of(*self.source), self.source[0])
         missing = self.setup.adapter.changes
-        loaded = super().load_weights(self._merged(weights, missing))
+        loaded = super().load_weights(self._merged(chain([first], weights), missing))
         if missing:
             raise ModelError(f"the adapter changes {min(missing)}, which the checkpoint lacks")
         return loaded
@@ -107,12 +110,3 @@ class CacheSlideCopeForCausalLM(LlamaForCausalLM):
         for name, weight in weights:
             stem = missing.pop(name, None)
             yield name, weight if stem is None else self.setup.adapter.merge(stem, weight)
-
-    def _check_base(self) -> None:
-        name, revision = self.source
-        folder = Path(name)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "model*.safetensors"]))
-        self.setup.adapter.check_base(folder)

@@ -1,4 +1,4 @@
-"""The agents' model: its vocabulary, its training rows against the real loops, a smoke run."""
+"""The agents' model: its vocabulary, its training rows against the real loops, the shipped checkpoint."""
 
 from contextlib import closing
 from pathlib import Path

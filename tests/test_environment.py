@@ -129,10 +129,10 @@ def test_snakemake_scripts_see_hugging_face_datasets(tmp_path):
 
 
 def leaves(schema: dict, prefix: str = "") -> set[str]:
-    """Every key that a value can be given for, as `section.key`."""
+    """Every key as `section.key`; what a key's own value may hold is described in its row."""
     keys = set()
     for key, value in schema["properties"].items():
-        keys |= leaves(value, f"{prefix}{key}.") if "properties" in value else {f"{prefix}{key}"}
+        keys |= leaves(value, f"{prefix}{key}.") if "properties" in value and not prefix else {f"{prefix}{key}"}
     return keys
 
 

@@ -88,7 +88,7 @@ def measure(config: dict, root: Path, steps: list[str], jobs: int, threads: int)
     if "traces" in steps and traces:
         study_agents.step_traces(full, traces)
     if "prompts" in steps:
-        study.step_prompts(config, all_data("accuracy"), str(root / "prompts.json"), traces)
+        study.step_prompts(full, all_data("accuracy"), str(root / "prompts.json"), traces)
     if "accuracy" in steps:
         side_by_side(one_dataset, config, root, jobs, threads)
     if "cksim" in steps and not has_cksim(config):

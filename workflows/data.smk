@@ -31,6 +31,6 @@ rule measure_prompts:
     conda:
         "envs/cacheslide.yaml"
     params:
-        config=native(config),
+        config=config,
     script:
         "scripts/measure_prompts.py"

@@ -83,7 +83,7 @@ def _paper(axes: Axes, right: float, why: str, with_cope: bool) -> None:
     x = PAPER_SHIFT + 0.045 * right
     marks = {"mec": BLACK, "color": "white", "ms": 7, "mew": 1.3, "ls": "none", "clip_on": False, "zorder": 5}
     axes.plot(x, PAPER_ROPE, marker="v", label="paper: RoPE, at most 0.10 is left", **marks)
-    cope = "paper: CoPE, 0.72 is left" + ("" if with_cope else " (this run has no CoPE adapter)")
+    cope = "paper: CoPE, 0.72 is left" + ("" if with_cope else " (not measured in this run)")
     axes.plot(x, PAPER_COPE, marker="P", label=cope, **marks)
     if why == "position":
         axes.errorbar(

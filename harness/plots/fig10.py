@@ -59,7 +59,7 @@ def draw(summary: dict[str, Any]) -> Figure:
 
 def _cope_note(panels: list[dict[str, Any]]) -> str:
     if not any(p.system.endswith(COPE) for panel in panels for p in panel["points"]):
-        return "this run has no CoPE adapter"
+        return "this run has no answers on a CoPE model"
     return "CoPE is not timed: its attention is the plain reference here"
 
 

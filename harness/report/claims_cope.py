@@ -5,7 +5,7 @@ from harness.report.words import interval, number, percent, points, prompts
 from harness.results.runs import OURS
 from harness.systems import COPE
 
-NO_ADAPTER = "this configuration names no CoPE adapter (section cope)"
+NO_ADAPTER = "this run measured no CoPE adapter (section cope of its configuration)"
 FALL = 0.28  # the paper's, at a shift of 1000 tokens
 
 

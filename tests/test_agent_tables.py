@@ -53,6 +53,18 @@ def test_no_speed_up_where_a_turn_reused_nothing(files):
     assert rows[records[-1]["agent"], "epic"]["ttft_ratio"]
 
 
+def test_an_episode_of_one_step_has_no_warm_ttft_and_spoils_no_others(files):
+    file = files["replay"]
+    records = json.loads(json.dumps(file.records))
+    for system, steps in records[0]["systems"].items():
+        records[0]["systems"][system] = steps[:1]
+    agent = records[0]["agent"]
+    rows = {(r["agent"], r["system"]): r for r in quality_table(RecordFile(file.settings, records, []))}
+    whole = {(r["agent"], r["system"]): r for r in quality_table(file)}
+    cut = rows[agent, "cacheslide"]["ttft_median"]
+    assert cut["n"] == whole[agent, "cacheslide"]["ttft_median"]["n"] - 1 and cut["value"] > 0
+
+
 def test_turns_count_what_encoding_costs_and_from_the_twelfth_turn_on():
     rng = Random(0)
     systems = {s: [step(rng, right, 0.5, t, s != "recompute") for t in range(STEPS)] for s, right in

@@ -44,6 +44,12 @@ def gate(records: Sequence[Step], system: str) -> str:
     return "" if steps and not idle else f"nothing was reused in {idle} of {len(steps)} warm steps"
 
 
+def _warm_ttfts(records: Sequence[Step], system: str) -> list[list[float]]:
+    """TTFTs of every episode's warm steps; an episode that ended with its first step has none, and is left out."""
+    each = ([s["ttft_s"] for s in warm(r, system)] for r in records)
+    return [seconds for seconds in each if seconds]
+
+
 def cost(steps: Sequence[Step], key: str = "row_layers") -> float:
     """Row-layers computed, as a share of those of computing every prompt in full."""
     return sum(s[key] for s in steps) / sum(s["rows"] * s["layers"] for s in steps)
@@ -93,7 +99,7 @@ def quality_table(file: RecordFile) -> list[dict[str, Any]]:
                 if own is None
                 else intervals.mean([float(r["own"][system]["success"]) for r in records]),
                 "loss_points": None if own is None else intervals.points_lost(exact, own),
-                "ttft_median": intervals.median([np.median([s["ttft_s"] for s in warm(r, system)]) for r in records]),
+                "ttft_median": intervals.median([np.median(x) for x in _warm_ttfts(records, system)]),
                 "row_layer_share": cost(steps),
             }
             reason = "" if system == REFERENCE else gate(records, system)

@@ -1,6 +1,7 @@
 """The set-up: pins, pyproject and environment.yml agree, installing says what is wrong, configurations are checked."""
 
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -226,3 +227,19 @@ def test_install_refuses_an_unknown_list():
     done = subprocess.run(["bash", "scripts/install.sh", "tpu"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "no list named 'tpu'" in done.stderr
+
+
+HEADLINES = {
+    "h200/serving": "executor_efficiency_8k ttft_ratio_8k_topk26 row_attention_vs_flash plugin_overhead_pct",
+    "h200/kernels": "cope_vs_sdpa_16k_saturating cope_vs_sdpa_16k_unsaturated cope_decode_vs_stock",
+    "slide/summary": "lru_over_clean_first_bytes write_stall_reduction_pct layer_latency_reduction_pct lookup_us_1e6 "
+    "startup_s_1e5_pages faults_injected wrong_pages_served",
+    "agents/summary": "reflexion_success memgpt_success swe_agent_success function_calling_success",
+}
+
+
+@pytest.mark.parametrize("name", HEADLINES)
+def test_the_committed_results_hold_their_headlines(name):
+    """What the documents quote travels with the repository."""
+    headline = json.loads((ROOT / f"results/{name}.json").read_text())["headline"]
+    assert all(isinstance(headline[key], int | float) for key in HEADLINES[name].split())

@@ -124,8 +124,10 @@ class TopDeviation:
         total = self.share + sum(p.share for p in self.promote)
         if not self.promote or not total:
             return replace(self, share=share)
-        scaled = tuple(replace(p, share=p.share * share / total) for p in self.promote)
-        return replace(self, share=self.share * share / total, promote=scaled)
+        scale = share / total  # 1.0, exactly, at the rule's own share
+        return replace(
+            self, share=self.share * scale, promote=tuple(replace(p, share=p.share * scale) for p in self.promote)
+        )
 
 
 Correction = NoCorrection | EdgeRows | TopDeviation

@@ -82,7 +82,7 @@ def test_records_say_what_happened(accuracy):
     assert read_settings(accuracy / "cacheslide.jsonl")["layer"] == 3
     assert not read_failures(accuracy / "cacheslide.jsonl")
     index = json.loads((accuracy / "chunks" / "index.json").read_text())
-    assert index["recipes"]["fixedchain_fixed_chain"]["layer_inputs"] == [3, 4, 5]
+    assert index["recipes"]["fixedchain_fixed_chain"]["layer_inputs"] == [1]
 
 
 def test_recompute_is_exact_in_cksim(accuracy):
@@ -92,7 +92,11 @@ def test_recompute_is_exact_in_cksim(accuracy):
 
 def test_equal_share_holds_only_systems_that_scale(data, accuracy, tmp_path):
     assert scalable(SYSTEMS) == ["epic", "cacheslide", "cacheslide_promote"]
-    assert to_scale(SYSTEMS, 0.26) == ["epic", "cacheslide_promote"]
+    assert to_scale(SYSTEMS, 0.26) == ["epic"] and to_scale(SYSTEMS, 0.3) == [
+        "epic",
+        "cacheslide",
+        "cacheslide_promote",
+    ]
     outputs = [str(tmp_path / f"{name}.jsonl") for name in to_scale(SYSTEMS, 0.26)]
     study.step_accuracy(CONFIG, data, str(accuracy / "chunks"), 3, outputs, 2, share=0.26)
     for path in outputs[:1]:
@@ -176,7 +180,7 @@ def test_branches_equal_one_question_at_a_time(model):
 def test_recipes_share_caches_and_unite_probe_layers():
     held = recipes(resolve(["cacheslide", "cacheslide_promote", "epic", "cacheblend", "recompute"], layer=2))
     assert {name: sorted(layers) for name, (_, layers) in held.items()} == {
-        "fixedchain_fixed_chain": [2, 3, 4],
+        "fixedchain_fixed_chain": [1],
         "content_isolated": [],
     }
 

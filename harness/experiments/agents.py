@@ -30,6 +30,7 @@ from harness.results import intervals
 from harness.results.provenance import config_hash, provenance
 from harness.results.records import RecordWriter, guarded, read_records, write_json
 from harness.results.runs import OURS, REFERENCE
+from harness.systems import first_look
 
 NO_CONTEXT = "no_context"
 BASELINES = ("naive_reuse", "cacheblend", "epic", "prompt_cache", "context_cache", "window_padding")
@@ -80,7 +81,7 @@ def serve(backend: ReferenceBackend, system: str, layer: int | None) -> InProces
     if system == NO_CONTEXT:
         return NoContext(InProcess(backend, load_policy(REFERENCE)))
     policy = load_policy(system)
-    return InProcess(backend, policy if layer is None else policy.at_layer(layer))
+    return InProcess(backend, policy if layer is None else policy.at_layer(first_look(policy, layer)))
 
 
 def measure(backend: ReferenceBackend, plan: Plan, output: Path, until: float | None = None) -> bool:

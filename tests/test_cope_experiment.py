@@ -9,6 +9,8 @@ from cacheslide.training.calibration import find_calibration
 from cacheslide.training.load import find_cope
 from harness.experiments import cope, cope_kernels, cope_serving
 from harness.experiments.engine_ttft import SHAPES
+from harness.limit import Limit
+from harness.results.records import write_json
 from tests.tiny_cope import make_pair
 
 
@@ -87,3 +89,24 @@ def test_the_serving_benchmarks_adapter_and_headline(tmp_path):
     ratio = said["ttft_over_rope_recompute"]
     assert ratio["8192 cope cacheslide@0.1"]["value"] == pytest.approx(0.5) and "8192 rope recompute" not in ratio
     assert said["decode_over_rope"]["x16"]["value"] == pytest.approx(1.25)
+
+
+def test_a_serving_benchmark_that_is_cut_keeps_what_it_has(tmp_path, monkeypatch):
+    args = cope_serving.parser().parse_args(["--out", "x", "--lengths", "64", "--shares", "0.1", "--warmups", "1"])
+    result, limit, left = {"complete": False, "ttft": {}, "decode": {}}, Limit(), [3]
+
+    def write(found) -> None:
+        write_json(tmp_path / "r.json", found | {"headline": cope_serving.headline(found)})
+        left[0] -= 1
+        limit.end = limit.end if left[0] else 0.0
+
+    monkeypatch.setattr(cope_serving, "fill", lambda engine, prompts: None)
+    monkeypatch.setattr(cope_serving, "once", lambda *a: {"ttft": [0.2], "rows_reused": [3]})
+    monkeypatch.setattr(cope_serving, "decode_step", lambda *a: 0.01)
+    cope_serving.measure({"rope": None, "cope": None}, args, result, write, limit)  # a warm-up and two turns
+    kept = json.loads((tmp_path / "r.json").read_text())
+    assert not kept["complete"] and not kept["decode"] and kept["headline"]["decode_over_rope"] == {}
+    assert {len(runs["ttft"]) for runs in kept["ttft"]["64"].values()} == {2}
+    assert kept["headline"]["ttft_ms"]["64 cope recompute"]["n"] == 2
+    cope_serving.measure({"rope": None, "cope": None}, args, result, lambda found: None, Limit())
+    assert result["complete"] and len(result["decode"][16]["step"]["cope"]) == args.repeats

@@ -10,6 +10,7 @@ import torch
 
 from harness.backend import ReferenceBackend
 from harness.experiments import slide_index, slide_orders, slide_replay, slide_trace
+from harness.limit import Limit
 from harness.results import slide
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +83,29 @@ def test_the_orders_are_timed_only_when_they_agree(tmp_path):
     locked = [r["reduction_pct"]["value"] for r in found["rows"] if r["order"] == "locked"]
     assert locked == [0.0] * 4
 
+    limit, kept = Limit(), []
+
+    def keep(record) -> None:
+        kept.append(json.loads(json.dumps(record)))
+        limit.end = 0.0  # over from here on
+
+    shared = {"batches": (2,), "repeats": 2, "shape": shape, "keep": keep}
+    slide_orders.measure(tmp_path / "a", "cpu", **shared, limit=limit)
+    assert len(kept) == 1 and {(r["source"], r["staging"]) for r in kept[0]["rows"]} == {("host", 1)}
+    assert not kept[0]["complete"]
+    again = slide_orders.measure(tmp_path / "b", "cpu", **shared, known=kept[0])
+    assert len(kept) == 4 and again["rows"][:3] == kept[0]["rows"] and again["complete"]
+    assert [(r["source"], r["staging"]) for r in again["rows"][::3]] == [
+        ("host", 1),
+        ("host", 2),
+        ("file", 1),
+        ("file", 2),
+    ]
+    assert (
+        again["rows"][0]["rounds_s"]
+        != slide_orders.measure(tmp_path / "c", "cpu", **shared, known=again)["rows"][0]["rounds_s"]
+    )  # a complete record is measured anew
+
     class Wrong(slide_orders.LayerModel):
         runs = 0
 
@@ -148,5 +172,9 @@ def test_the_headline_takes_the_gpu_and_the_cpu_stays_beside_it(tmp_path):
     found = slide.summarise(tmp_path, {})
     assert found["headline"]["layer_latency_reduction_pct"] == pytest.approx(23.0)
     assert found["orders"]["cpu"]["device"] == "cpu" and found["orders"]["cuda"]["device"] == "cuda"
+    cut = json.loads(record("cuda", 20))
+    cut["rows"] = [r for r in cut["rows"] if r["source"] == "file" or r["staging"] == 1]
+    (tmp_path / "orders_h200.json").write_text(json.dumps(cut))
+    assert "ended before" in slide.summarise(tmp_path, {})["notes"]["layer_latency_reduction_pct"]
     note = found["notes"]["layer_latency_reduction_pct"]
     assert "'disjoint'" in note and "batch 4: 24.0 [23.0, 25.0]" in note and "both, 'disjoint': 3.0" in note

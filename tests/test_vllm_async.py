@@ -16,6 +16,7 @@ from cacheslide.prompt import Prompt
 from tests.conftest import random_ids, save_random
 from tests.test_vllm_engine import FIRST, SECOND, SHAPE, Served, logprobs, marks_of, receipt, tokens
 from tests.test_vllm_history import BLOCKS, Talk, assert_exact
+from tests.test_vllm_store import life, same
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_environment")]
 
@@ -49,6 +50,29 @@ def idle_streams():
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     return save_random(tmp_path_factory.mktemp("async"), **SHAPE)
+
+
+def test_chunks_come_back_from_files(path, tmp_path):  # the first test: a process has one connector at a time
+    """Steps are planned while a read is under way, and beside requests that decode."""
+    with idle_streams():
+        with life(path, tmp_path / "s") as engine:
+            engine.one(FIRST)
+            warm = engine.one(SECOND)
+            plain = engine.plain(FIRST, 12)
+        with life(path, tmp_path / "s") as engine:
+            assert isinstance(engine.core.scheduler, AsyncScheduler) and engine.core.batch_queue is not None
+            cold = engine.one(SECOND)
+            assert same(cold, warm) and set(receipt(cold)["tiers"]) == {"file"}
+            assert receipt(cold)["chunks_hit"] == receipt(cold)["chunks"] and receipt(cold)["measured"]
+            engine.worker.store.drop(engine.scheduler.index.keys())
+            engine.scheduler.index.clear()
+            engine.poison()
+            marks = [None, marks_of(SECOND), marks_of(SECOND)]
+            beside, *both = engine.ask([FIRST, SECOND, SECOND], marks, 12)
+            assert tokens(beside) == tokens(plain)
+            for found in map(receipt, both):
+                assert set(found["tiers"]) == {"file"} and found["chunks_hit"] == found["chunks"]
+            assert not engine.scheduler.cold.coming and not engine.scheduler.index._leases
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,8 @@ def _attend(
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=["requests"])  # batches come in every size: one compilation serves all
+# Batches and block tables come in every size: one compilation serves all.
+@triton.jit(do_not_specialize=["requests", "table_row"])
 def _row_attention(
     q, rows, cu_rows, table, kv, out, lse, requests, scale, chunk,
     q_row, q_head, out_chunk, out_row, out_head, lse_chunk, lse_row, table_row, kv_block, kv_head, kv_slot,

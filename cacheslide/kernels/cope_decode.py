@@ -39,7 +39,7 @@ class DecodeTiling:
     stages: int = 3
 
 
-@triton.jit(do_not_specialize=["requests", "chunks", "span"])
+@triton.jit(do_not_specialize=["requests", "chunks", "span", "table_row"])
 def _scores(
     q, rows, table, k, embedding, entries, scores, sums, requests, chunks, span, scale,
     q_row, q_head, table_row, kv_block, kv_head, kv_slot, e_row,
@@ -88,7 +88,7 @@ def _scores(
         tl.store(entries + PAD_P * LANES + lane, tl.zeros([LANES], tl.float32))
 
 
-@triton.jit(do_not_specialize=["requests", "chunks", "span"])
+@triton.jit(do_not_specialize=["requests", "chunks", "span", "table_row", "lse_chunk"])
 def _attend(
     rows, table, v, entries, scores, sums, out, lse, requests, chunks, span,
     out_chunk, lse_chunk, table_row, kv_block, kv_head, kv_slot,

@@ -11,7 +11,8 @@ import triton.language as tl
 from cacheslide.kernels.cope_tiles import NEVER, block_ids, fetch, gated_tile, key_offsets, load, plain_tile, triangle
 
 
-@triton.jit(do_not_specialize=["requests"])  # batches come in every size: one compilation serves all
+# Batches and block tables come in every size: one compilation serves all.
+@triton.jit(do_not_specialize=["requests", "table_row"])
 def _cope_attention(
     q, rows, cu_rows, table, k, v, embedding, entries, out, lse,
     slot_bounds, cu_slots, masses, canonical, requests, heads, scale,

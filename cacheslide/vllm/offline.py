@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.platforms import current_platform
 from vllm.sampling_params import BeamSearchParams
 
 from cacheslide.vllm import CONNECTOR
@@ -55,6 +56,9 @@ def close_engine(engine: LLM) -> None:
     """Stop it, with its processes and threads, and give its memory back; a closed one may be closed again."""
     engine.renderer.shutdown()
     engine.llm_engine.engine_core.shutdown()
+    # vLLM keeps one pool for the CUDA graphs of a process; captures into a pool whose graphs are gone fail
+    # (vllm-project/vllm issue 28426), so the next engine of this process gets its own.
+    type(current_platform)._global_graph_pool = None
 
 
 def move_store(engine: LLM, where: str) -> None:

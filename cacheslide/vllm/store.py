@@ -43,7 +43,9 @@ class WorkerStore(MemoryChunkStore):
     def land(self, key: ChunkKey, chunk: ChunkKV) -> None:
         """`put` of a chunk that came from below, in the kind of host memory that `Below` was asked for."""
         if not self.contains(key):
-            k, v, *inputs = (t.to(self.device) for t in (chunk.k, chunk.v, *chunk.layer_inputs.values()))
+            tensors = chunk.k, chunk.v, *chunk.layer_inputs.values()
+            # From pinned memory to a GPU this does not wait for what is queued there.
+            k, v, *inputs = (t.to(self.device, non_blocking=True) for t in tensors)
             self._hold(key, chunk, k, v, inputs)
 
     def _hold(self, key: ChunkKey, chunk: ChunkKV, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> None:

@@ -6,7 +6,7 @@ import time
 import torch
 
 from cacheslide import kernels
-from cacheslide.kernels import cope_launch, launch
+from cacheslide.kernels import cope_decode, cope_launch, launch
 from cacheslide.positions.ccpe import PromptSlots, pack_slots
 from cacheslide.vllm.model_adapter import VllmModel
 
@@ -23,8 +23,7 @@ def warm_up(model: VllmModel, max_tokens: int) -> None:
     size, count = kv.shape[2], 64  # rows of the launches; only their variants matter
     q = torch.zeros(count, heads, dim, dtype=model.dtype, device=device)
     rows, bounds = torch.arange(count, dtype=torch.int32, device=device), torch.tensor([0, count], dtype=torch.int32)
-    # A width that is a multiple of 16, and one that is not: Triton compiles them apart.
-    tables = [torch.zeros(1, n, dtype=torch.int32, device=device) for n in (-(-max_tokens // size // 16) * 16, 7)]
+    table = torch.zeros(1, -(-max_tokens // size), dtype=torch.int32, device=device)
     cope = model.crossing is not None
     found = set()
     for span in _SPANS:
@@ -35,16 +34,17 @@ def warm_up(model: VllmModel, max_tokens: int) -> None:
                 found.add(rule)
     shared = q, rows, bounds.to(device)
     for tiling in found:
-        for table in tables:
-            if cope:
-                _launch_cope(model, shared, cope_launch.paged(kv, table), tiling)
-            else:
-                launch.row_attention(*shared, table, kv, model.scale, max_row=count - 1, tiling=tiling)
+        if cope:
+            _launch_cope(model, shared, cope_launch.paged(kv, table), tiling)
+        else:
+            launch.row_attention(*shared, table, kv, model.scale, max_row=count - 1, tiling=tiling)
+    if cope:
+        _launch_decoding(model, q, table, max_tokens)
     k = torch.zeros(model.num_layers, count, kv_heads, dim, dtype=model.dtype, device=device)
     nowhere = torch.full((count,), -1, dtype=torch.int64, device=device)
     turns = torch.zeros(count, dtype=torch.int32, device=device)
     caches, pointers = model.caches.get()
-    for deltas in (turns, None):
+    for deltas in (turns, None) if model.rotates else (None,):
         kernels.place_layers(k, k, nowhere, deltas, caches, model.rotary, pointers)
         kernels.row_deviation(k[0], k[0], deltas, model.rotary)
     torch.cuda.synchronize(device)
@@ -68,3 +68,14 @@ def _launch_cope(
         cope_launch.cope_attention(
             *shared, blocks, table, model.scale, max_row=len(rows) - 1, slots=slots, tiling=tiling
         )
+
+
+def _launch_decoding(model: VllmModel, q: torch.Tensor, table: torch.Tensor, max_tokens: int) -> None:
+    """CoPE attention of decoding rows at both tilings: steps that no graph holds choose by their batch and length."""
+    blocks = cope_launch.paged(model.paged[0].cache, table)
+    rows = torch.zeros(1, dtype=torch.int32, device=q.device)
+    embedding, units = model.layers[0].self_attn.attn.cope_positions, launch.device_of(q).multiprocessors
+    kv_heads = blocks.k.shape[1]
+    for n, span in ((1, 1), (1024, max_tokens)):
+        tiling = cope_decode.choose_decode_tiling(n, kv_heads, span, units)
+        cope_decode.cope_decode(q[:1], rows, blocks, embedding, model.scale, max_row=0, tiling=tiling)

@@ -21,6 +21,7 @@ from harness.agents.registry import AGENTS
 from harness.client.server import Server, connector_command, engine_flags
 from harness.experiments.agent_load import loop_on
 from harness.experiments.agent_replay import record
+from harness.limit import Limit, add_minutes
 from harness.load import Done
 from harness.results.provenance import machine
 from harness.results.records import RecordWriter, guarded
@@ -30,16 +31,21 @@ from harness.tokens import Tokens
 SYSTEMS = "recompute,context_cache,cacheblend,epic,cacheslide"
 
 
-def measure(server: Server, args: argparse.Namespace, systems: Sequence[str], writer: RecordWriter) -> None:
-    """Records as those of `harness.experiments.agent_load.measure_load`, mode parallel."""
+def measure(
+    server: Server, args: argparse.Namespace, systems: Sequence[str], writer: RecordWriter, limit: Limit
+) -> bool:
+    """Records as those of `harness.experiments.agent_load.measure_load`, mode parallel; False when time ran out."""
     tokens = Tokens(args.model)
     tasks, episodes = record(args.agent, args.episodes, seed=args.seed, tokens=args.tokens)
     for repeat in range(args.repeats):
         for n in args.parallel:
+            if limit.over:
+                return False
             chosen = [(repeat * n + i) % len(episodes) for i in range(n)]
             own = [tasks[i] for i in chosen], [episodes[i] for i in chosen]
             work = partial(_cell, server, args, systems, tokens, *own, n, repeat)
             guarded(writer, f"parallel-{n}-{repeat}", work)
+    return True
 
 
 def _cell(server, args, systems, tokens, tasks, episodes, n, repeat) -> dict:
@@ -78,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kv_cache_gib", type=float)
     parser.add_argument("--eager", action="store_true", help="no compilation and no CUDA graphs")
     parser.add_argument("--out", required=True, type=Path)
+    add_minutes(parser)
     args = parser.parse_args(argv)
+    limit = Limit(args.minutes)
     try:
         systems = args.systems.split(",")
         titles = {p.name: p.title for p in resolve(systems)}
@@ -88,10 +96,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         store = {"store_gib": options.store_gib, "store_device": options.store_device, "encode": "now"}
         command = connector_command(args.model, store, engine_flags(options, args.dtype))
         about = {k: v if isinstance(v, int | float | str | list | None) else str(v) for k, v in vars(args).items()}
+        del about["minutes"]
         writer = RecordWriter(args.out, about | {"order": systems, "titles": titles, "measured_on": machine()})
         with Server(command, args.model, args.out.with_suffix(".log"), args.device, args.eager) as server:
-            measure(server, args, systems, writer)
-        writer.finish()
+            whole = measure(server, args, systems, writer, limit)
+        if whole:
+            writer.finish()
+        else:
+            print(f"agent_server: no more time; {writer.part} goes on when it is run again", file=sys.stderr)
     except (CacheSlideError, OSError) as error:
         print(f"agent_server: {error}", file=sys.stderr)
         return 2

@@ -15,13 +15,17 @@ import argparse
 import json
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from harness.experiments.engine_ttft import Prompts, described, fill, shaped
+from harness.limit import Limit, add_minutes
 from harness.metrics.bootstrap import median
 from harness.results.provenance import machine
+from harness.results.records import write_json
 
 SYSTEM, SHARE = "cacheslide", 0.26
 ROWS = ("recompute", "memory", "file", "memory beside file")
@@ -68,8 +72,8 @@ class Measured:
         return [a.ttft for a in answers]
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All lengths on one engine."""
+def measure(args: argparse.Namespace, limit: Limit, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """All lengths on one engine; the record is written after every turn."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler and the worker are looked into
     from cacheslide.vllm.offline import close_engine, open_engine
 
@@ -81,36 +85,45 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "max_model_len": max(args.lengths) + 64,
             "skip_tokenizer_init": True,
             "max_num_batched_tokens": 16384,
+            "max_num_seqs": 16,  # graphs of larger batches would only take time to capture
         }
         options |= ({} if args.model else {"load_format": "dummy"}) | json.loads(args.engine)
         engine = open_engine(model, {"chunk_size": max(args.lengths)}, store=store, **options)
+        settings = {"system": SYSTEM, "share": SHARE, "direct": args.direct, "load_workers": args.load_workers}
+        record = {"model": args.model or args.shape, "settings": settings, "complete": False, "machine": machine()}
+        record |= {"engine": described(engine), "rows": []}
         try:
-            rows = [row for tokens in args.lengths for row in _length(engine, tokens, args)]
-            about = described(engine)
+            for tokens in args.lengths:
+                before = record["rows"]
+                for rows in _length(engine, tokens, args, limit):
+                    record["rows"] = before + rows
+                    write(record)
+            done = [len(row["runs"]) for row in record["rows"]]
+            record["complete"] = done == [args.repeats] * len(ROWS) * len(args.lengths)
+            write(record)
         finally:
             close_engine(engine)
-    settings = {"system": SYSTEM, "share": SHARE, "direct": args.direct, "load_workers": args.load_workers}
-    return {
-        "model": args.model or args.shape,
-        "settings": settings,
-        "engine": about,
-        "rows": rows,
-        "machine": machine(),
-    }
+    return record
 
 
-def _length(engine, tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+def _length(engine, tokens: int, args: argparse.Namespace, limit: Limit) -> Iterator[list[dict[str, Any]]]:
+    """A length's rows as they are after every turn, until there is no more time."""
+    if limit.over:
+        return
     measured = Measured(engine, tokens, args.vocabulary)
     runs: dict[str, list[list[float]]] = {row: [] for row in ROWS}
     for turn in range(args.repeats + 1):  # the first is a warm-up
+        if limit.over:
+            return
         for row in ROWS[turn % len(ROWS) :] + ROWS[: turn % len(ROWS)]:
             seconds = measured.time(row)
             if turn:
                 runs[row].append(seconds)
-    return [
-        {"tokens": tokens, "chunks": row, "ttft_s": asdict(median([r[0] for r in found])), "runs": found}
-        for row, found in runs.items()
-    ]
+        if turn:
+            yield [
+                {"tokens": tokens, "chunks": row, "ttft_s": asdict(median([r[0] for r in found])), "runs": list(found)}
+                for row, found in runs.items()
+            ]
 
 
 def main() -> None:
@@ -128,10 +141,9 @@ def main() -> None:
     p.add_argument("--load-workers", type=int, default=8)
     p.add_argument("--direct", action="store_true", help="read past the page cache")
     p.add_argument("--engine", default="{}", help="more options of the engine, as JSON")
+    add_minutes(p)
     args = p.parse_args()
-    record = measure(args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    record = measure(args, Limit(args.minutes), partial(write_json, args.out))
     for row in record["rows"]:
         print(row["tokens"], row["chunks"], row["ttft_s"], flush=True)
 

@@ -22,7 +22,9 @@ from torch import Tensor
 from cacheslide.kernels import cope_reference
 from cacheslide.positions.cope import scores_and_gates
 from harness.experiments.kernels import FLASH, FLUSH_BYTES, GateError, causal_attentions, median_ms, relative_error
+from harness.limit import Limit, add_minutes
 from harness.results.provenance import ROOT, provenance
+from harness.results.records import write_json
 
 DEVICE, DTYPE, HEADS, KV_HEADS, DIM, P_MAX, BLOCK = "cuda", torch.bfloat16, 32, 8, 128, 64, 16
 LENGTHS = (16384, 8192, 4096)
@@ -242,7 +244,7 @@ def run_part(part: str, out: Path, repeats: int, trained: tuple[Path, Path] | No
             k: v for k, v in done[name].items() if k in ("ms", "ratio_to_sdpa", "ratio_to_stock", "ratio", "error")
         }
         print(part, name, json.dumps(shown), flush=True)
-        out.write_text(json.dumps(done))
+        write_json(out, done)
 
 
 def headline(parts: dict[str, dict]) -> dict[str, float | None]:
@@ -268,8 +270,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--commit", help="git commit of these sources, where the folder is no git checkout")
     parser.add_argument("--model", type=Path, default=ROOT / "models/tiny-llama-12m", help="the adapter's base model")
     parser.add_argument("--adapter", type=Path, help="a trained CoPE adapter: its own gates are timed too")
+    add_minutes(parser)
     parser.add_argument("--part", choices=PARTS, help="run this part alone, here, and write its cases only")
     args = parser.parse_args(argv)
+    limit = Limit(args.minutes)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.part:
         return run_part(args.part, args.out, args.repeats, (args.model, args.adapter))
@@ -291,8 +295,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     result: dict[str, Any] = {"schema": 1, "provenance": made_by, "conditions": conditions}
     for part, seconds in PARTS.items():
-        if part == "trained" and not args.adapter:
+        if limit.over or (part == "trained" and not args.adapter):
             continue
+        seconds = min(seconds, limit.left)
         file = args.out.with_suffix(f".{part}.tmp")
         command = [sys.executable, "-m", "harness.experiments.cope_kernels", "--part", part, "--out", str(file)]
         command += ["--model", str(args.model), "--adapter", str(args.adapter)] if args.adapter else []
@@ -301,12 +306,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             code = subprocess.run([*command, "--repeats", str(args.repeats)], timeout=seconds, cwd=ROOT).returncode
             state = state if code == 0 else f"exit status {code}"
         except subprocess.TimeoutExpired:
-            state = f"stopped after {seconds} s"
+            state = f"stopped after {seconds:.0f} s"
         result[part] = {"state": state, "cases": json.loads(file.read_text()) if file.is_file() else {}}
         file.unlink(missing_ok=True)
         result["headline"] = headline({p: result[p]["cases"] for p in PARTS if p in result})
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["headline"]), flush=True)
+        write_json(args.out, result)
+    print(json.dumps(result.get("headline")), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,10 @@ import torch
 from cacheslide.training.adapter import AdapterSettings, CopeAdapter, save_adapter
 from cacheslide.training.calibration import Calibration, save_calibration
 from harness.experiments.engine_ttft import SHAPES, Prompts, described, fill, once, shaped, system_name
+from harness.limit import Limit, add_minutes
 from harness.metrics.bootstrap import median, ratio_of_medians
 from harness.results.provenance import provenance
+from harness.results.records import write_json
 
 
 def random_tables(shape: str, folder: Path, p_max: int, masses: bool) -> Path:
@@ -50,34 +52,40 @@ def decode_step(engine, prompts: list[list[int]], tokens: int) -> float:
     return sum(a.step for a in answers) / len(answers)
 
 
-def measure(engines: dict[str, Any], args: argparse.Namespace, result: dict[str, Any], write) -> None:
-    """Every length and batch, engines in turns; what was measured is written after every cell."""
+def measure(engines: dict[str, Any], args: argparse.Namespace, result: dict[str, Any], write, limit: Limit) -> None:
+    """Every length and batch, engines in turns; what was measured is written after every turn."""
     systems = ["recompute", *(system_name(s) for s in args.shares)]
     for length in args.lengths:
         drawn = Prompts(length, args.vocabulary, seed=length)
         for engine in engines.values():
             fill(engine, drawn)
         cell: dict[str, dict[str, list]] = {f"{e} {s}": {"ttft": []} for e in engines for s in systems}
+        result["ttft"][length] = cell
         for turn in range(args.warmups + args.repeats):
+            if limit.over:
+                return
             for system in systems:
                 for name in sorted(engines, reverse=bool(turn % 2)):
                     said = once(engines[name], drawn, system, 1, 2)
                     if turn >= args.warmups:
                         cell[f"{name} {system}"]["ttft"] += said.pop("ttft")
                         cell[f"{name} {system}"] |= said
-        result["ttft"][length] = cell
-        write(result)
+            write(result)
     for batch in args.batches:
         drawn = Prompts(args.decode_context, args.vocabulary, seed=batch)
         steps: dict[str, list[float]] = {e: [] for e in engines}
         prompts = [drawn.turn()[0] for _ in range(batch)]
+        result["decode"][batch] = {"context": args.decode_context, "tokens": args.decode_tokens, "step": steps}
         for turn in range(args.warmups + args.repeats):
+            if limit.over:
+                return
             for name in sorted(engines, reverse=bool(turn % 2)):
                 took = decode_step(engines[name], prompts, args.decode_tokens)
                 if turn >= args.warmups:
                     steps[name].append(took)
-        result["decode"][batch] = {"context": args.decode_context, "tokens": args.decode_tokens, "step": steps}
-        write(result)
+            write(result)
+    result["complete"] = True
+    write(result)
 
 
 def estimate(found) -> dict[str, float]:
@@ -91,18 +99,22 @@ def headline(result: dict[str, Any]) -> dict[str, Any]:
     for length, cell in result["ttft"].items():
         base = cell["rope recompute"]["ttft"]
         for name, runs in cell.items():
+            if not runs["ttft"]:
+                continue
             out["ttft_ms"][f"{length} {name}"] = estimate(median([1e3 * t for t in runs["ttft"]]))
             if name != "rope recompute":
                 ratio = estimate(ratio_of_medians(runs["ttft"], base))
                 out["ttft_over_rope_recompute"][f"{length} {name}"] = ratio
     for batch, cell in result["decode"].items():
+        if not all(cell["step"].values()):
+            continue
         for name, steps in cell["step"].items():
             out["decode_step_ms"][f"x{batch} {name}"] = estimate(median([1e3 * t for t in steps]))
         out["decode_over_rope"][f"x{batch}"] = estimate(ratio_of_medians(cell["step"]["cope"], cell["step"]["rope"]))
     return out
 
 
-def run(args: argparse.Namespace, result: dict[str, Any], write) -> None:
+def run(args: argparse.Namespace, result: dict[str, Any], write, limit: Limit) -> None:
     """Open both engines and measure; an error is written down beside what was measured before it."""
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     from cacheslide.vllm.offline import close_engine, open_engine
@@ -122,11 +134,11 @@ def run(args: argparse.Namespace, result: dict[str, Any], write) -> None:
     } | json.loads(args.engine)
     engines: dict[str, Any] = {}
     try:
-        for name, cope in (("rope", None), ("cope", adapter)):
+        for name, cope in (("cope", adapter), ("rope", None)):
             engines[name] = open_engine(str(model), connector, cope=cope, **options)
             result["engines"][name] = described(engines[name])
             write(result)
-        measure(engines, args, result, write)
+        measure(engines, args, result, write, limit)
     except Exception:
         result["error"] = traceback.format_exc()[-4000:]
         write(result)
@@ -155,14 +167,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--memory", type=float, default=0.4, help="gpu_memory_utilization of each engine")
     p.add_argument("--engine", default="{}", help="more options of vllm.LLM, as JSON")
     p.add_argument("--commit", help="git commit of these sources, where the folder is no git checkout")
+    add_minutes(p)
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and write one JSON file."""
     args = parser().parse_args(argv)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "commit")}
+    limit = Limit(args.minutes)
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "commit", "minutes")}
     made_by = provenance(settings, {}, f"{args.shape}, random weights")
     made_by["git_commit"] = args.commit or made_by["git_commit"]
     conditions = {
@@ -173,13 +186,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "order": "engines take turns, first and second in turns as well",
     }
     result: dict[str, Any] = {"schema": 1, "provenance": made_by, "settings": settings, "conditions": conditions}
-    result |= {"engines": {}, "ttft": {}, "decode": {}}
+    result |= {"complete": False, "engines": {}, "ttft": {}, "decode": {}}
 
     def write(found: dict[str, Any]) -> None:
         found["headline"] = headline(found)
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(args.out, found)
 
-    run(args, result, write)
+    run(args, result, write, limit)
     print(json.dumps(result.get("headline")), result.get("error", ""), file=sys.stderr)
 
 

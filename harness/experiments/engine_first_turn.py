@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.experiments.engine_ttft import SHAPES, Prompts, shaped
+from harness.limit import Limit, add_minutes
 from harness.results.provenance import provenance
+from harness.results.records import write_json
 
 CONDITIONS = ("plain", "nothing_kept", "kept_on_model", "kept_on_cpu")
 
@@ -44,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--repeats", type=int, default=10)
     p.add_argument("--vocabulary", type=int, default=31000)
     p.add_argument("--memory", type=float, default=0.4, help="share of the device for vLLM")
+    add_minutes(p)
     args = p.parse_args(argv)
+    limit = Limit(args.minutes)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from cacheslide.vllm.offline import close_engine, open_engine, worker_of
 
@@ -56,9 +60,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_model_len=args.tokens + 64,
         gpu_memory_utilization=args.memory,
         max_num_batched_tokens=max(16384, args.tokens + 64),
+        max_num_seqs=16,  # graphs of larger batches would only take time to capture
     )
+    settings = {k: str(v) for k, v in vars(args).items() if k not in ("out", "minutes")}
+    made = provenance(settings, {}, str(args.model or f"{args.shape}, random weights"))
     prompts = Prompts(args.tokens, args.vocabulary)
     found, cold = ({c: [] for c in CONDITIONS} for _ in range(2))
+    medians = {}
     try:
         worker, save, spent = worker_of(), worker_of().save, []
 
@@ -70,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         worker.save = timed
         for number in range(-2, args.repeats):  # two rounds in which kernels are compiled and host memory is pinned
+            if limit.over:
+                break
             for condition in CONDITIONS:
                 if condition.startswith("kept_on"):
                     worker.move_store(condition.removeprefix("kept_on_"))
@@ -80,12 +90,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 (cold if number < 0 else found)[condition].append(measured)
                 worker.store.clear()
                 engine.llm_engine.engine_core.engine_core.scheduler.connector.scheduler.reset()
-        medians = {c: {k: statistics.median(r[k] for r in rows) for k in rows[0]} for c, rows in found.items()}
-        out = {"median": medians, "runs": found, "cold": cold}
-        settings = {k: str(v) for k, v in vars(args).items() if k != "out"}
-        made = provenance(settings, {}, str(args.model or f"{args.shape}, random weights"))
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(out | {"provenance": made}, indent=1) + "\n")
+            medians = {
+                c: {k: statistics.median(r[k] for r in rows) for k in rows[0]} for c, rows in found.items() if rows
+            }
+            out = {"median": medians, "runs": found, "cold": cold, "provenance": made}
+            write_json(args.out, out | {"complete": number == args.repeats - 1})
         print(json.dumps(medians, indent=1))
     finally:
         close_engine(engine)

@@ -9,7 +9,8 @@
     summary  results/slide/summary.json from the records
     figures  figures/slide/ from the summary
 
-A step that was interrupted goes on where it stopped. Everything is written under --out, work files under --work.
+A step that was interrupted goes on where it stopped, and `--minutes` ends `volume` and `orders`. Everything is written
+under --out, work files under --work.
 """
 
 import argparse
@@ -24,8 +25,10 @@ from typing import Any
 import torch
 
 from harness.experiments import slide_faults, slide_index, slide_orders, slide_replay, slide_trace
+from harness.limit import Limit, add_minutes
 from harness.plots.render import render
 from harness.results.provenance import machine, provenance
+from harness.results.records import write_json
 from harness.results.slide import summarise
 
 POLICIES = ("clean-first", "lru", "fifo")
@@ -60,12 +63,12 @@ def _runs() -> Iterator[tuple[str, str, int]]:
                 yield condition, policy, seed
 
 
-def trace(out: Path, work: Path, model: str) -> None:
+def trace(out: Path, work: Path, model: str, limit: Limit) -> None:
     """Record the traces."""
     (out / "trace.json").write_text(json.dumps(slide_trace.main(model)))
 
 
-def volume(out: Path, work: Path, model: str) -> None:
+def volume(out: Path, work: Path, model: str, limit: Limit) -> None:
     """Run every condition, seed and policy once."""
     traces = json.loads((out / "trace.json").read_text())
     file = out / "volume.jsonl"
@@ -73,6 +76,8 @@ def volume(out: Path, work: Path, model: str) -> None:
     for condition, policy, seed in _runs():
         if (condition, policy, seed) in done:
             continue
+        if limit.over:
+            return
         name, _, count, changes, speed = CONDITIONS[condition]
         templates = [slide_trace.Template.from_dict(t) for t in traces[name]][:count]
         setting = slide_replay.Setting(policy, seed, **({"turns": 3} | changes))
@@ -84,37 +89,42 @@ def volume(out: Path, work: Path, model: str) -> None:
         print(condition, policy, seed, int(got["spill_bytes"]) >> 20, "MiB", round(got["stall_s"], 3), "s", flush=True)
 
 
-def scan(out: Path, work: Path, model: str) -> None:
+def scan(out: Path, work: Path, model: str, limit: Limit) -> None:
     """1,000 novel queries and known templates through a full store."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
         record = slide_index.scan(Path(folder))
     (out / "scan.json").write_text(json.dumps(record | {"machine": machine()}, indent=1))
 
 
-def index(out: Path, work: Path, model: str) -> None:
+def index(out: Path, work: Path, model: str, limit: Limit) -> None:
     """Start-up and lookup."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
         record = slide_index.figures(Path(folder))
     (out / "index.json").write_text(json.dumps(record | {"machine": machine()}, indent=1))
 
 
-def faults(out: Path, work: Path, model: str) -> None:
+def faults(out: Path, work: Path, model: str, limit: Limit) -> None:
     """All faults, a hundred kills among them."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
         found = [asdict(v) for v in slide_faults.all_faults(Path(folder), kills=100, rots=100)]
     (out / "faults.json").write_text(json.dumps({"faults": found, "machine": machine()}, indent=1))
 
 
-def orders(out: Path, work: Path, model: str) -> None:
+def orders(out: Path, work: Path, model: str, limit: Limit) -> None:
     """The three load-write orders on this machine's device: orders_cpu.json, or for example orders_h200.json."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory(dir=work) as folder:
-        record = slide_orders.measure(Path(folder), device)
     name = torch.cuda.get_device_name().split()[-1].lower() if device == "cuda" else "cpu"
-    (out / f"orders_{name}.json").write_text(json.dumps(record | {"machine": machine()}, indent=1))
+    file, where = out / f"orders_{name}.json", machine()
+    known = json.loads(file.read_text()) if file.exists() else None
+
+    def keep(record: dict[str, Any]) -> None:
+        write_json(file, record | {"machine": where})
+
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        slide_orders.measure(Path(folder), device, known=known, keep=keep, limit=limit)
 
 
-def summary(out: Path, work: Path, model: str) -> None:
+def summary(out: Path, work: Path, model: str, limit: Limit) -> None:
     """The committed summary, from the records."""
     conditions = {
         k: {"trace": v[0], "templates": v[2], **v[3], "write_bytes_per_s": v[4]} for k, v in CONDITIONS.items()
@@ -123,7 +133,7 @@ def summary(out: Path, work: Path, model: str) -> None:
     (out / "summary.json").write_text(json.dumps(summarise(out, about), indent=1) + "\n")
 
 
-def figures(out: Path, work: Path, model: str) -> None:
+def figures(out: Path, work: Path, model: str, limit: Limit) -> None:
     """Figures 12a-d from the summary, beside the other figures."""
     folder = Path("figures") / out.name
     for part in "abcd":
@@ -141,13 +151,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("results/slide"))
     parser.add_argument("--work", type=Path, default=Path("build/slide"), help="folder on the disk to be measured")
     parser.add_argument("--model", default="models/tiny-llama-12m")
+    add_minutes(parser)
     args = parser.parse_args(argv)
+    limit = Limit(args.minutes)
     for folder in (args.out, args.work):
         folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for step in args.steps:
         start = time.monotonic()
-        STEPS[step](args.out, args.work, args.model)
+        STEPS[step](args.out, args.work, args.model, limit)
         print(f"{step}: {time.monotonic() - start:.0f} s", flush=True)
 
 

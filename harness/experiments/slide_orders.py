@@ -10,7 +10,7 @@ Before anything is timed, the three orders must give the same output from a cach
 in another sequence every round.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ from cacheslide.store.layers import FileLayers, HostLayers
 from cacheslide.store.overlap import ORDERS, LayerSource, LoadWrite, PagedKV
 from cacheslide.store.record import Encoded
 from harness.experiments.slide_faults import made_key
+from harness.limit import Limit
 from harness.metrics.bootstrap import median, ratio_of_medians
 
+_LEAST = 3  # rounds of a cell that the limit on time cuts short; one with fewer is dropped
 _SAME = 2e-2  # relative error up to which outputs on a GPU count as the same; a misplaced row gives far more
 
 
@@ -140,16 +142,28 @@ def measure(
     shape: Shape | None = None,
     sources: Sequence[str] = ("host", "file"),
     stagings: Sequence[int] = (1, 2),
+    known: Mapping[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda record: None,
+    limit: Limit | None = None,
 ) -> dict[str, Any]:
     """Seconds a layer by source, batch, staging and order: every round's, and the median with its interval.
 
     `staging` 1 is the paper's question: a layer's load starts with the layer. With 2 the next layer's load runs ahead
-    in every order, "locked" too.
+    in every order, "locked" too. Sources are measured one after the other, since files take far longer than the rest.
+
+    `keep` is given the record after every cell. `known`, the record of an interrupted run of the same kind, is
+    continued. What `limit` has no time for is left out, and the record is not `complete`.
     """
-    kind = torch.device(device).type
+    kind, limit = torch.device(device).type, limit or Limit()
     shape, rounds = shape or SHAPES[kind], REPEATS[kind] if repeats is None else dict.fromkeys(sources, repeats)
-    rows = []
-    for batch in batches:
+    record = {"device": kind, "shape": asdict(shape), "rounds": rounds, "complete": False, "rows": []}
+    if known is not None and all(known.get(k) == record[k] for k in ("device", "shape", "rounds", "complete")):
+        record["rows"] = list(known["rows"])
+    wanted = [(source, batch, staging) for source in sources for batch in batches for staging in stagings]
+    done = {(r["source"], r["batch"], r["staging"]) for r in record["rows"]}
+    for name, batch in dict.fromkeys(cell[:2] for cell in wanted if cell not in done):
+        if limit.over:
+            break
         chunks = _chunks(shape, batch, device)
         g = torch.Generator().manual_seed(8)
         count = int(shape.share * shape.tokens)
@@ -158,15 +172,18 @@ def measure(
         ]
         selected = torch.cat(picks).to(device)
         model = LayerModel(shape, batch, selected, device)
-        for name in sources:
-            source = HostLayers.of(chunks) if name == "host" else _file_source(folder / f"batch-{batch}", chunks)
-            for staging in stagings:
-                cell = {"source": name, "batch": batch, "staging": staging}
-                rows += _compare(cell, shape, source, model, selected, device, rounds[name])
-                print(
-                    cell, {r["order"]: round(1e3 * r["layer_s"]["value"], 3) for r in rows[-len(ORDERS) :]}, flush=True
-                )
-    return {"device": kind, "shape": asdict(shape), "rounds": rounds, "rows": rows}
+        source = HostLayers.of(chunks) if name == "host" else _file_source(folder / f"batch-{batch}", chunks)
+        for staging in stagings:
+            if (name, batch, staging) in done or limit.over:
+                continue
+            cell = {"source": name, "batch": batch, "staging": staging}
+            rows = _compare(cell, shape, source, model, selected, device, rounds[name], limit)
+            record["rows"] += rows
+            done |= {(name, batch, staging)} if rows else set()
+            record["complete"] = done.issuperset(wanted)
+            keep(record)
+            print(cell, {r["order"]: round(1e3 * r["layer_s"]["value"], 3) for r in rows}, flush=True)
+    return record
 
 
 def _file_source(folder: Path, chunks: list[ChunkKV]) -> FileLayers:
@@ -186,9 +203,15 @@ def _compare(
     selected: Tensor,
     device: str,
     rounds: int,
+    limit: Limit,
 ) -> list[dict[str, Any]]:
+    """Rows of a cell, one an order; none where the limit comes before there is enough to tell."""
     outputs, found = {}, {o: [] for o in ORDERS}
     for number in range(rounds + 1):  # the first round warms up and is the gate
+        if limit.over and number > _LEAST:
+            break
+        if limit.over:
+            return []
         turn = number % len(ORDERS)
         for order in ORDERS[turn:] + ORDERS[:turn]:
             model.reset()

@@ -27,6 +27,8 @@ def layer_latency(summary: Summary) -> Finding:
         raise NotMeasured("the load-write orders were not measured on a GPU; times on a CPU are no answer")
     rows = [r for r in measured["rows"] if r["source"] == "host"]
     ours = [r["reduction_pct"] for r in rows if (r["order"], r["staging"]) == ("disjoint", 1)]
+    if not ours:
+        raise NotMeasured("the run on a GPU ended before it had timed chunks in host memory")
     parts = []
     for order, staging in (("disjoint", 1), ("relocate", 1), ("disjoint", 2)):
         cells = [r for r in rows if (r["order"], r["staging"]) == (order, staging)]
@@ -34,7 +36,8 @@ def layer_latency(summary: Summary) -> Finding:
         batches = "/".join(str(r["batch"]) for r in cells)
         ahead = ", the next layer's load running ahead in both" if staging == 2 else ""
         parts.append(f"{order} against locked{ahead}, % less at batch {batches}: {', '.join(each)}")
-    text = f"{'; '.join(parts)}; n = {measured['rounds']['host']} rounds"
+    fewest = min((r["reduction_pct"].get("n", measured["rounds"]["host"]) for r in rows), default=0)
+    text = f"{'; '.join(parts)}; n = {fewest} rounds"
     if any(e["low"] is None for e in ours):
         raise NotMeasured(f"medians only, without the intervals that a verdict needs: {text}")
     return Finding(joined(*(grade(e, 26.7, no_effect=0.0) for e in ours)), text)

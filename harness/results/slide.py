@@ -188,6 +188,9 @@ def _latency(measured: dict[str, Any] | None) -> tuple[float | None, str]:
     """Mean reduction over batches of `disjoint` against `locked`, from host memory, on a GPU; and how to say it."""
     if measured is None:
         return None, "not measured: needs a GPU (python -m harness.experiments.slide orders summary)"
+    host = {(r["order"], r["staging"]) for r in measured["rows"] if r["source"] == "host"}
+    if not host >= {("disjoint", 1), ("relocate", 1), ("disjoint", 2)}:
+        return None, "not measured: the run on the GPU ended before it had chunks in host memory"
     value, said = reductions(measured, "disjoint", 1)
     paper, ahead = reductions(measured, "relocate", 1), reductions(measured, "disjoint", 2)
     return value, (

@@ -293,7 +293,7 @@ def said(engine) -> list:
 def test_two_ranks_are_one(served, path, adapter):
     environment = {**os.environ, **VLLM_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.test_vllm_cope", str(path), str(adapter)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     served.fresh()
     for (their_ids, theirs), (ids, mine) in zip(json.loads(done.stdout.splitlines()[-1]), said(served), strict=True):

@@ -147,7 +147,7 @@ def assert_follows(output, model, prompt, slots=None, served=None) -> None:
 
 
 def test_chunk_keys_cover_adapter_and_calibration(served, live, crossing):
-    geometry = served.scheduler.geometry
+    geometry = served.scheduler.planner.geometry
     digests = [model.model_id.split(" ", 1)[1] for model in (live, crossing)]  # without the base's part
     assert geometry.model_id.endswith(digests[1]) and digests[0] != digests[1] and geometry.slots == SLOTS
 

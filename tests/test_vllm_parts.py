@@ -481,7 +481,7 @@ def test_a_prompt_that_spans_were_found_in_is_planned_with_them():
         asked.kv_transfer_params = None
     beam.sampling_params = SimpleNamespace(prompt_logprobs=None, max_tokens=1, detokenize=False)
     scheduler.arrive(beam)
-    assert not scheduler.tracked and not scheduler.memory.held
+    assert not scheduler.tracked and not scheduler.planner.memory.held
     scheduler.arrive(first)
     assert "seen before" in scheduler.finish(first)["fallback"]
     scheduler.arrive(again)

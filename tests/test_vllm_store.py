@@ -63,9 +63,9 @@ def test_a_second_life_hits_what_the_first_stored(path, tmp_path):
         warm = engine.one(SECOND)
         assert receipt(warm)["chunks_hit"] == receipt(warm)["chunks"]
         assert receipt(warm)["tiers"] == {"host": {"chunks": 14, "bytes": receipt(warm)["bytes_loaded"]}}
-        id_of_first_life = engine.scheduler.geometry.model_id
+        id_of_first_life = engine.scheduler.planner.geometry.model_id
     with life(path, tmp_path / "s") as engine:
-        assert engine.scheduler.geometry.model_id == id_of_first_life
+        assert engine.scheduler.planner.geometry.model_id == id_of_first_life
         again = engine.one(SECOND)
         found = receipt(again)
         assert same(again, warm)

@@ -174,7 +174,7 @@ def test_a_server_may_look_for_spans_by_itself(fresh, monkeypatch):
     side = side_of(fresh)
     monkeypatch.setattr(side, "options", type(side.options)(**{**vars(side.options), "find_spans": True}))
     plain = fresh.generate(joined(1, ""), sampling({"find": False}), use_tqdm=False)[0]
-    assert plain.kv_transfer_params is None and not side.memory.held
+    assert plain.kv_transfer_params is None and not side.planner.memory.held
     for hit in (False, False, True):
         assert fresh.reset_prefix_cache()
         output = fresh.generate(joined(1, ""), sampling(), use_tqdm=False)[0]

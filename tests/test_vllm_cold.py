@@ -21,7 +21,7 @@ from cacheslide.vllm.plans import FetchPlan, Landed, WorkerReport
 from cacheslide.vllm.scheduler_side import SchedulerSide
 from cacheslide.vllm.store import WorkerStore
 from tests.conftest import eventually, save_random
-from tests.test_vllm_parts import GEOMETRY, TURN, request, step_output
+from tests.test_vllm_scheduler import GEOMETRY, TURN, request, step_output
 
 ROW = 2 * GEOMETRY.kv_heads * GEOMETRY.head_dim * GEOMETRY.itemsize
 CONFIG = {"file_gib": 0.1, "shards": 2, "direct": False, "segment_mib": 1}

@@ -9,7 +9,8 @@ from cacheslide.keys import ChunkKey, fixed_text
 from cacheslide.placement import Piece, PlacedChunks, Placement, tensor_of
 from cacheslide.policy import Encoding
 from cacheslide.positions.ccpe import PromptSlots, slots_between, slots_in
-from cacheslide.prefill import PrefillRequest, SelectivePrefill
+from cacheslide.prefill import SelectivePrefill
+from cacheslide.prefill_request import PrefillRequest
 from cacheslide.prompt import Chunk, Prompt
 from cacheslide.store.base import ChunkKV, ChunkStore
 

@@ -12,7 +12,8 @@ from cacheslide.keys import CacheIdentity, ChunkKey, PrefixKeying, chunk_keys
 from cacheslide.placement import Piece, PlacedChunks
 from cacheslide.policy import ReusePolicy
 from cacheslide.positions.ccpe import slots_in
-from cacheslide.prefill import PrefillOutput, PrefillRequest, SelectivePrefill
+from cacheslide.prefill import SelectivePrefill
+from cacheslide.prefill_request import PrefillOutput, PrefillRequest
 from cacheslide.prompt import Chunk, Prompt
 from cacheslide.store.base import ChunkStore
 

@@ -1,6 +1,8 @@
-"""Shared fixtures: small random checkpoints and the dense oracle of the selective prefill."""
+"""Shared fixtures: small random checkpoints, an engine's environment; and how a test waits for other threads."""
 
-from collections.abc import Iterator
+import fcntl
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,24 @@ def vllm_environment() -> Iterator[None]:
         for name, value in VLLM_ENVIRONMENT.items():
             patch.setenv(name, value)
         yield
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 60.0) -> bool:
+    """Whether `holds()` comes true within `seconds`, a limit for what would hang: no test may need most of it."""
+    until = time.monotonic() + seconds
+    while not (true := holds()) and time.monotonic() < until:
+        time.sleep(0.005)
+    return true
+
+
+def released(path: Path) -> bool:
+    """Whether nobody holds a lock on the file: the process that took one for as long as it lives has ended."""
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def random_ids(n: int, seed: int) -> tuple[int, ...]:

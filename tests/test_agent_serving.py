@@ -21,6 +21,7 @@ from harness.beams import Beam, beam_search
 from harness.load import Closed, drive
 from harness.load.driver import Together
 from harness.tasks.example import TextSegment
+from tests.conftest import eventually
 from tests.test_prefill import prompt
 
 MODEL = Path(__file__).parents[1] / "models/tiny-llama-12m"
@@ -149,7 +150,7 @@ class Packed:
 
     def complete_batch(self, requests):
         if not self.sizes:
-            self.go.wait(10)
+            assert self.go.wait(60)
         self.sizes.append(len(requests))
         if any("bad" in r.text for r in requests):
             raise PromptError("too long")
@@ -168,15 +169,13 @@ def test_what_waits_is_served_together_and_a_bad_request_fails_alone():
 
     threads = [threading.Thread(target=ask, args=(t,)) for t in ("first", "a", "b", "bad", "c", "d")]
     threads[0].start()
-    while not front._engine.locked() or front._queue:
-        pass
+    assert eventually(lambda: front._engine.locked() and not front._queue)
     for number, thread in enumerate(threads[1:], 1):
         thread.start()
-        while len(front._queue) < number:
-            pass
+        assert eventually(lambda n=number: len(front._queue) == n)
     inner.go.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert inner.sizes == [1, 4, 1, 1, 1, 1, 1]  # the four that waited longest, then each of them alone, then the rest
     assert got.pop("bad") == "too long" and {t: c.text for t, c in got.items()} == {t: t for t in got}
     assert got["first"].ttft_s >= 0.5 and got["d"].token_s[0] > 0.5 and got["d"].total_s > 0.75

@@ -243,7 +243,8 @@ BOMBS = {
 @pytest.mark.parametrize("stopped", BOMBS)
 def test_hostile_code_ends_in_a_recorded_failure(stopped):
     task = next(iter(fix_tasks("test", 0, 1)))
-    with closing(SWEAgent(task, Limits(seconds=1.5, processes=24, output_bytes=50_000))) as agent:
+    seconds = 1.5 if stopped == "time" else 60.0  # the others end by their own bound, however slowly pytest starts
+    with closing(SWEAgent(task, Limits(seconds, processes=24, output_bytes=50_000))) as agent:
         episode = run_episode(agent, says(f"open {task.path}", f"edit 1 {BOMBS[stopped]}", "test", "submit"))
         assert episode.stop == "done" and episode.score == 0.0
         assert episode.steps[2].error == f"the tests were ended: {stopped}"

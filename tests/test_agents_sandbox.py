@@ -3,13 +3,13 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from harness.agents import sandbox
 from harness.agents.sandbox import Limits, Sandbox, SandboxError, confine, missing
+from tests.conftest import eventually, released
 
 needs = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -111,10 +111,16 @@ def test_an_endless_loop_ends(root):
 
 @needs
 def test_a_background_process_does_not_outlive_the_run(root):
-    code = "import os, time\nif os.fork() == 0:\n  os.setsid(); time.sleep(2); open('late', 'w').close()"
+    code = """
+import fcntl, os, time
+held = open('held', 'w')
+fcntl.flock(held, fcntl.LOCK_EX)
+if os.fork() == 0:
+    os.setsid()
+    time.sleep(600)
+"""
     assert python(root, code).code == 0
-    time.sleep(2.3)
-    assert not (root / "late").exists()
+    assert eventually(lambda: released(root / "held"))
 
 
 @needs
@@ -158,7 +164,8 @@ def test_without_a_sandbox_code_must_be_trusted(root, monkeypatch):
     monkeypatch.setattr(sandbox.run, "missing", lambda: "this kernel has no Landlock")
     with pytest.raises(SandboxError, match=r"no Landlock.*trust_code=True"):
         Sandbox(root)
-    trusted = Sandbox(root, Limits(seconds=1.0), trust_code=True)
+    trusted = Sandbox(root, trust_code=True)
     assert not trusted.confined
     assert trusted.run([sys.executable, "-c", "print(1)"]).output == "1\n"
-    assert trusted.run([sys.executable, "-c", "while True: pass"]).stopped == "time"
+    hasty = Sandbox(root, Limits(seconds=1.0), trust_code=True)
+    assert hasty.run([sys.executable, "-c", "while True: pass"]).stopped == "time"

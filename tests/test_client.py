@@ -4,17 +4,22 @@ import asyncio
 import json
 import sys
 import threading
+import time
+from contextlib import contextmanager
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from aiohttp import web
 
 from cacheslide.errors import ConfigError
+from harness.client import server as client_server
 from harness.client.load import closed_loop, open_loop
 from harness.client.server import Server, ServerError, connector_command, engine_flags, stock_command
 from harness.client.stream import Endpoint, Request
 from harness.client.summary import no_speed, summarize_load
 from harness.load import Poisson
+from tests.conftest import eventually, released
 
 GAP = 0.02
 RECEIPT = {"rows_reused": 7, "rows_recomputed": 2, "row_layer_share": 0.5, "fallback": ""}
@@ -34,6 +39,7 @@ class Served:
 
     def __init__(self) -> None:
         self.bodies, self.running, self.most = [], 0, 0
+        self.least = 0  # answers wait until so many requests have been at work at once
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -43,6 +49,8 @@ class Served:
             return web.Response(status=400, text="malformed marks")
         self.running += 1
         self.most = max(self.most, self.running)
+        while self.most < self.least:
+            await asyncio.sleep(0.001)
         try:
             return await self._stream(request, way, asked)
         finally:
@@ -87,12 +95,23 @@ def served():
 
     thread = threading.Thread(target=lambda: (loop.run_until_complete(start()), loop.run_forever()), daemon=True)
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(60)
     served.endpoint = Endpoint(f"http://127.0.0.1:{found['port']}", "m")
     yield served
     asyncio.run_coroutine_threadsafe(found["runner"].cleanup(), loop).result(10)
     loop.call_soon_threadsafe(loop.stop)
     thread.join(10)
+
+
+@contextmanager
+def meeting(served: Served, n: int):
+    """No request is answered before `n` of them are there; one that an earlier test gave up has gone."""
+    assert eventually(lambda: not served.running)
+    served.most, served.least = 0, n
+    try:
+        yield
+    finally:
+        served.least = 0
 
 
 def request(name: str, way: int = 0, tokens: int = 4, **more) -> Request:
@@ -143,8 +162,8 @@ def test_nothing_listens():
 
 
 def test_a_closed_loop_waits_for_its_answers(served):
-    served.most = 0
-    load = closed_loop(served.endpoint, [[request(f"{c}-{i}", 4) for i in range(3)] for c in range(2)])
+    with meeting(served, 2):
+        load = closed_loop(served.endpoint, [[request(f"{c}-{i}", 4) for i in range(3)] for c in range(2)])
     assert served.most == 2 and len(load.outcomes) == 6
     for client in "01":
         own = [o for o in load.outcomes if o.id.startswith(client)]
@@ -156,9 +175,9 @@ def test_a_closed_loop_waits_for_its_answers(served):
 
 
 def test_an_open_loop_does_not_wait(served):
-    served.most = 0
-    load = open_loop(served.endpoint, [request(str(i), 4, tokens=12) for i in range(6)], rate=200)
-    assert served.most > 2 and [o.id for o in load.outcomes] == [*"012345"] and not no_speed(load)
+    with meeting(served, 6):
+        load = open_loop(served.endpoint, [request(str(i), 4, tokens=12) for i in range(6)], rate=200)
+    assert served.most == 6 and [o.id for o in load.outcomes] == [*"012345"] and not no_speed(load)
 
 
 def test_arrivals_are_a_poisson_process_of_the_seed():
@@ -185,13 +204,24 @@ def test_a_server_that_dies_is_told_with_its_last_words(tmp_path):
         pass
 
 
-def test_a_server_that_never_answers_is_ended_with_its_children(tmp_path):
-    child = "import time; print('waiting', flush=True); time.sleep(60)"
+def test_a_server_that_never_answers_is_ended_with_its_children(tmp_path, monkeypatch):
+    log, held = tmp_path / "log", tmp_path / "held"
+    child = f"""
+import fcntl, time
+held = open({str(held)!r}, 'w')
+fcntl.flock(held, fcntl.LOCK_EX)
+print('waiting', flush=True)
+time.sleep(600)"""
     command = [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"]
-    server = Server(command, "m", tmp_path / "log", timeout=2)
+
+    def patience() -> float:  # begins to end when the child is there
+        return time.monotonic() if log.stat().st_size else 0.0
+
+    monkeypatch.setattr(client_server, "time", SimpleNamespace(monotonic=patience, sleep=time.sleep))
+    server = Server(command, "m", log, timeout=2)
     with pytest.raises(ServerError, match=r"did not answer within 2 s:\nwaiting"), server:
         pass
-    assert server.process is None
+    assert server.process is None and eventually(lambda: released(held))
 
 
 def test_command_lines():

@@ -1,11 +1,5 @@
 """CoPE's plain reference against a direct reading of its definition, and CCPE's canonical masses."""
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,9 +8,7 @@ from cacheslide.kernels import cope as kernels
 from cacheslide.positions import cope
 from cacheslide.positions.ccpe import SlotMasses
 from cacheslide.positions.cope import cope_attention, query_blocks
-from tests.test_kernels import other_layout, paged, scattered
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.test_kernels import other_layout, paged, passes_interpreted, scattered
 
 
 def made(n, keys, heads, kv_heads, dim, p_max, seed=0, dtype=torch.float32):
@@ -158,11 +150,4 @@ def test_attention_refuses_what_it_cannot_do(change, reason):
 
 
 def test_triton_kernels_under_the_interpreter():
-    """Triton decides at import whether it interprets, so these tests need a process of their own."""
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels_cope.py"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) >= 50, done.stdout[-1000:]  # skipping everything would be no test
+    passes_interpreted("tests/test_kernels_cope.py", 50)

@@ -14,6 +14,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from cacheslide.errors import CacheSlideError
+from harness.configuration import check
 from harness.systems import STOCK
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +24,8 @@ PROJECT = PYPROJECT["project"]
 # The configurations of the study; harness.training and harness.experiments.serving check theirs themselves.
 OTHERS = ("training", "serving")
 CONFIGS = sorted(path for path in (ROOT / "config").glob("*.yaml") if not path.stem.startswith(OTHERS))
-SCHEMA = yaml.safe_load((ROOT / "workflows/schemas/config.schema.yaml").read_text())
+SCHEMA_FILE = ROOT / "workflows/schemas/config.schema.yaml"
+SCHEMA = yaml.safe_load(SCHEMA_FILE.read_text())
 
 
 def pins(name: str) -> dict[str, str]:
@@ -162,32 +165,45 @@ def test_configuration_is_valid_and_named_after_its_run(path):
     assert f"`{path.name}`" in (ROOT / "config/README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("change", "line"),
-    [
-        ("sede: 1", "config: the file: unknown key sede; config/README.md lists every key"),
-        ("accuracy: {promts: 3}", "config: accuracy: unknown key promts; config/README.md lists every key"),
-        ("systems: [recompute, vanilla]", "config: systems: unknown system 'vanilla'; installed are "),
-        ("topk: 1.5", "config: topk: 1.5 is greater than the maximum of 1; config/README.md lists every key"),
-        ("seed: x", "config: seed: 'x' is not of type 'integer'; config/README.md lists every key"),
-        ("model: models/absent", "config: model: models/absent needs a config.json and *.safetensors weights"),
-    ],
-)
-def test_a_wrong_configuration_ends_with_one_line(tmp_path, change, line):
-    config = yaml.safe_load((ROOT / "config/smoke.yaml").read_text())
+def changed(change: str) -> dict:
+    """The smoke configuration with some keys changed, under the name of a run that never is."""
+    config = yaml.safe_load((ROOT / "config/smoke.yaml").read_text()) | {"run": "never"}
     for key, value in yaml.safe_load(change).items():
         config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    return config
+
+
+WRONG = {
+    "sede: 1": "the file: unknown key sede; config/README.md lists every key",
+    "accuracy: {promts: 3}": "accuracy: unknown key promts; config/README.md lists every key",
+    "systems: [recompute, vanilla]": "systems: unknown system 'vanilla'; installed are ",
+    "topk: 1.5": "topk: 1.5 is greater than the maximum of 1; config/README.md lists every key",
+    "seed: x": "seed: 'x' is not of type 'integer'; config/README.md lists every key",
+}
+ENDS = {  # one that `check` refuses, one that the workflow itself refuses
+    "sede: 1": WRONG["sede: 1"],
+    "model: models/absent": "model: models/absent needs a config.json and *.safetensors weights",
+}
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_what_is_wrong_with_a_configuration_is_one_line(change):
+    with pytest.raises(CacheSlideError) as wrong:
+        check(changed(change), SCHEMA_FILE)
+    assert str(wrong.value).startswith(WRONG[change]) and "\n" not in str(wrong.value)
+
+
+@pytest.mark.parametrize("change", ENDS)
+def test_a_wrong_configuration_ends_the_workflow_with_that_line(tmp_path, change):
     path = tmp_path / "changed.yaml"
-    path.write_text(yaml.safe_dump({**config, "run": "never"}))
+    path.write_text(yaml.safe_dump(changed(change)))
     done = snakemake("reproduce-all", "--configfile", str(path))
     assert done.returncode == 2
-    said = [row for row in done.stderr.splitlines() if row.startswith("config: ")]
-    assert len(said) == 1
-    assert said[0].startswith(line)
+    assert [row for row in done.stderr.splitlines() if row.startswith("config: ")] == [f"config: {ENDS[change]}"]
     assert not (ROOT / "results/never").exists()
 
 
-@pytest.mark.parametrize("targets", [["smoke"], ["fig04a"], ["reproduce-all"], ["--cores", "all", "reproduce-all"], []])
+@pytest.mark.parametrize("targets", [["smoke", "fig04a"], ["--cores", "all", "reproduce-all"], []])
 def test_targets_resolve_with_the_default_profile(targets):
     """Forced, so that results that are already there do not hide a broken graph."""
     done = snakemake("--dry-run", "--forceall", *targets)

@@ -82,7 +82,7 @@ class Meeting:
     system = "meeting"
 
     def __init__(self, n: int) -> None:
-        self.barrier, self.inner = threading.Barrier(n, timeout=10), oracle("function_calling")
+        self.barrier, self.inner = threading.Barrier(n, timeout=60), oracle("function_calling")
         self.now = self.most = 0
         self.lock = threading.Lock()
 

@@ -43,7 +43,7 @@ def test_sixteen_mixed_clients_get_every_answer_and_every_receipt(tmp_path):
     command = connector_command(MODEL, {"store_gib": 1, "encode": "now"}, flags)
     clients = [requests(i, system) for i, system in enumerate(SYSTEMS)]
     assert len(clients) == 16
-    with Server(command, MODEL, tmp_path / "server.log", eager=True, timeout=240) as server:
+    with Server(command, MODEL, tmp_path / "server.log", eager=True, timeout=900) as server:
         load = closed_loop(server.endpoint, clients)
         again = closed_loop(server.endpoint, [c[-1:] for c in clients[-4:]])  # plain ones, now with nothing beside them
     assert len(load.outcomes) == 16 * TURNS and not [o.failure for o in load.outcomes if o.failure]

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from cacheslide.cli import main
 from cacheslide.errors import ConfigError
 from cacheslide.store.config import StoreConfig, open_store
 from cacheslide.store.spill import SpillFile
+from tests.conftest import eventually
 from tests.test_store_file import assert_same, chunk, encoded, name, segment_files, tier
 from tests.test_store_remote import SERVER, free_port
 from tests.test_store_tiers import key
@@ -171,20 +171,22 @@ def test_serve_starts_a_server_that_clients_can_use(tmp_path):
     config.write_text(json.dumps({"Basic": {"Port": port, "PoolSize": 1}}))
     password.write_text("letmein\n")
     command = [sys.executable, "-m", "cacheslide.store.cli", "store", "serve", str(config)]
-    refused = subprocess.run([*command, "--bind", "0.0.0.0"], capture_output=True, text=True, timeout=60)
+    refused = subprocess.run([*command, "--bind", "0.0.0.0"], capture_output=True, text=True, timeout=300)
     assert refused.returncode == 2 and "--password-file" in refused.stdout
     server = subprocess.Popen([*command, "--password-file", str(password)], stdout=subprocess.DEVNULL, cwd=tmp_path)
     try:
         client = redis.Redis(port=port, password="letmein")
-        for _ in range(200):
+
+        def settled() -> bool:
             try:
-                assert client.ping()
-                break
+                return client.ping()
             except redis.exceptions.ConnectionError:
-                time.sleep(0.05)
+                return server.poll() is not None
+
+        assert eventually(settled, 300) and server.poll() is None
         assert client.config_get("maxmemory")["maxmemory"] == str((1152 + 64) << 20)
         with pytest.raises(redis.exceptions.AuthenticationError):
             redis.Redis(port=port).ping()
     finally:
         server.terminate()
-        server.wait(10)
+        server.wait(60)

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import stat
+from contextlib import suppress
 
 import pytest
 import torch
@@ -235,7 +236,7 @@ def test_a_damaged_head_or_segment_start_loses_no_more_than_it_must(tmp_path):
 
 
 def _fill(path, first, count):
-    store = tier(path, 60 * encoded(0).size, lock_timeout_s=30)
+    store = tier(path, 60 * encoded(0).size, lock_timeout_s=300)
     for i in range(first, first + count):
         store.write([encoded(i)])
 
@@ -243,6 +244,15 @@ def _fill(path, first, count):
 def _die_holding(path):
     tier(path, shards=1).shards[0].lock.acquire()
     os._exit(9)
+
+
+def segments(path) -> dict:
+    """Segment files and their sizes, one after the other."""
+    found = {}
+    for file in path.rglob("seg-*"):
+        with suppress(FileNotFoundError):
+            found[file] = file.stat().st_size
+    return found
 
 
 def clean_processes():
@@ -258,15 +268,12 @@ def test_processes_share_a_folder_and_its_capacity(tmp_path):
     for w in workers:
         w.start()
     seen = tier(tmp_path / "s", 60 * encoded(0).size)
-    most = 0
-    while any(w.is_alive() for w in workers):
-        sizes = []
-        for f in tmp_path.rglob("seg-*"):
-            try:
-                sizes.append(f.stat().st_size)
-            except FileNotFoundError:
-                continue
-        most = max(most, sum(sizes))
+    most, alive = 0, True
+    while alive:
+        alive = any(w.is_alive() for w in workers)  # the last look comes after their ends
+        before, after = segments(tmp_path), segments(tmp_path)
+        if before == after:  # else sizes of different moments would be added up
+            most = max(most, sum(before.values()))
     for w in workers:
         w.join()
         assert w.exitcode == 0

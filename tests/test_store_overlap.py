@@ -8,6 +8,7 @@ import torch
 
 from cacheslide.errors import ConfigError
 from cacheslide.store.overlap import ORDERS, LoadWrite, PagedKV
+from tests.conftest import eventually
 from tests.test_store_file import chunk, encoded, name, tier
 
 LAYERS, ROWS, HEADS, DIM = 5, 37, 2, 6
@@ -81,8 +82,11 @@ def test_relocation_repoints_the_rows_and_leaves_their_slots_to_decode():
     cached, selected, weights, target = case(1)
     home, original = target.slots.clone(), torch.Tensor.index_copy_
 
-    def late_copy(self, *args):  # the bulk is held back after the selected rows have arrived
-        time.sleep(0.05)
+    layers = iter(range(LAYERS))
+
+    def late_copy(self, *args):  # the bulk is held back until its layer's selected rows have been moved
+        layer = next(layers)
+        assert eventually(lambda: torch.equal(target.slots[layer][selected], target.spare)), "nothing was relocated"
         return original(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -12,6 +12,7 @@ from cacheslide.errors import StoreError
 from cacheslide.store.breaker import Breaker
 from cacheslide.store.record import Damaged, chunk_of
 from cacheslide.store.remote import RemoteOptions, ValkeyTier
+from tests.conftest import eventually
 from tests.test_store_file import assert_same, chunk, encoded, name
 from tests.test_store_tiers import PAGES, key, store
 
@@ -26,6 +27,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
 @contextmanager
 def server(folder, *flags, port=None, tls=False):
     port = port or free_port()
@@ -33,15 +39,11 @@ def server(folder, *flags, port=None, tls=False):
     command = [SERVER, "--bind", "127.0.0.1", *where, "--save", "", "--appendonly", "no", "--dir", str(folder), *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        for _ in range(200):
-            with socket.socket() as s:
-                if s.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.02)
+        assert eventually(lambda: listens(port) or process.poll() is not None) and process.poll() is None
         yield port
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def port(shared):
 
 
 def tier(port, **kw) -> ValkeyTier:
-    return ValkeyTier(RemoteOptions(port=port, **({"timeout_s": 1.0} | kw)))
+    return ValkeyTier(RemoteOptions(port=port, **({"timeout_s": 60.0} | kw)))
 
 
 def test_round_trip_and_tenants(port):
@@ -125,9 +127,9 @@ def test_tls(tmp_path):
         good.write(encoded(1))
         assert_same(chunk_of(*good.read(name(1))), chunk(1))
         with pytest.raises(OSError, match="does not answer"):
-            tier(port, tls=True).ping()  # an unknown authority is refused
+            tier(port, tls=True, timeout_s=1.0).ping()  # an unknown authority is refused
         with pytest.raises(OSError, match="does not answer"):
-            tier(port, tls=False).ping()
+            tier(port, tls=False, timeout_s=1.0).ping()
 
 
 def test_two_hosts_share_through_the_server_and_their_tenants_do_not(port, tmp_path):
@@ -148,7 +150,7 @@ def test_two_hosts_share_through_the_server_and_their_tenants_do_not(port, tmp_p
 
 def test_remote_gone_and_back(tmp_path):
     port = free_port()
-    far = tier(port, timeout_s=0.3)
+    far = tier(port)
     s = store(tmp_path / "a", host=2 * PAGES, remote=far, disk=None)
     s.backing.remote_breaker = Breaker(0.05, 0.1)
     begun = time.monotonic()

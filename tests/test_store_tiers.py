@@ -2,7 +2,6 @@
 
 import random
 import threading
-import time
 from contextlib import suppress
 
 import pytest
@@ -174,6 +173,7 @@ def test_policies_differ_in_their_order_alone(tmp_path):
         for i in (1, 2, 3, 4, 1, 2):
             s.put(key(i), chunk(i))
             s.get(key(i))
+            s.flush()
         assert s.get(key(0), "o").k.abs().sum() == 0
         s.flush()
         spilled[policy] = s.stats.dirty_written
@@ -220,7 +220,7 @@ class Gate(Files):
 
     def write(self, fd, buffer, offset):
         if len(buffer) > 4096:
-            assert self.open_gate.wait(20)
+            assert self.open_gate.wait(60)
         super().write(fd, buffer, offset)
 
 
@@ -289,10 +289,21 @@ def test_what_does_not_belong_is_refused(tmp_path):
         TieredChunkStore(N, PAGE)
 
 
+def run(work, n: int) -> None:
+    """`work(i)` in `n` threads; daemons, so that two that wait for each other fail the test and end with it."""
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(n)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(120)
+    assert not any(t.is_alive() for t in threads)
+
+
 @pytest.mark.parametrize("write_back", ["through", "evict"])
 def test_threads_correct_side_by_side(tmp_path, write_back):
     """Owners in several threads over a queue that two of them could block for each other: no wait, no wrong row."""
-    s = store(tmp_path, device=2 * PAGES, host=2 * PAGES, write_back=write_back, queue_bytes=4 * PAGE, batch_bytes=PAGE)
+    narrow = {"queue_bytes": 4 * PAGE, "batch_bytes": PAGE, "stall_limit_s": 600.0}
+    s = store(tmp_path, device=2 * PAGES, host=2 * PAGES, write_back=write_back, **narrow)
     wrong = []
 
     def work(n):
@@ -311,14 +322,9 @@ def test_threads_correct_side_by_side(tmp_path, write_back):
         except Exception as error:
             wrong.append(repr(error))
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-    begun = time.monotonic()
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join(60)
+    run(work, 4)
     assert not wrong and not s.queue.errors
-    assert time.monotonic() - begun < 60 and s.flush(20) and s.queue._taken == 0
+    assert s.flush(60) and s.queue._taken == 0
 
 
 def test_threads_share_a_store(tmp_path):
@@ -338,11 +344,7 @@ def test_threads_share_a_store(tmp_path):
         except Exception as error:
             wrong.append(repr(error))
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join(60)
+    run(work, 4)
     assert not wrong and not s.queue.errors and s.close()
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import time
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -21,8 +20,8 @@ from cacheslide.vllm.params import ServerOptions
 from cacheslide.vllm.plans import FetchPlan, Landed, WorkerReport
 from cacheslide.vllm.scheduler_side import SchedulerSide
 from cacheslide.vllm.store import WorkerStore
-from tests.conftest import save_random
-from tests.test_vllm_parts import GEOMETRY, TURN, request, step_output
+from tests.conftest import eventually, save_random
+from tests.test_vllm_scheduler import GEOMETRY, TURN, request, step_output
 
 ROW = 2 * GEOMETRY.kv_heads * GEOMETRY.head_dim * GEOMETRY.itemsize
 CONFIG = {"file_gib": 0.1, "shards": 2, "direct": False, "segment_mib": 1}
@@ -75,7 +74,7 @@ def claimed(scheduler, asked):
     """The claim, once look-ups are over."""
     lookup = scheduler.tracked[asked.request_id].below.lookup
     if lookup is not None:
-        lookup.result(10)
+        lookup.result(60)
     return scheduler.claim(asked, 0)
 
 
@@ -87,6 +86,13 @@ def served(scheduler, asked) -> dict:
     step = scheduler.step(step_output({asked.request_id: len(TURN) - rows}, {asked.request_id: rows}))
     assert len(step.loads) == 1
     return scheduler.finish(asked)
+
+
+def arrived(below, count: int) -> list:
+    """What `count` reads brought."""
+    found = []
+    assert eventually(lambda: found.extend(below.arrivals(idle=True)) or len(found) >= count)
+    return found
 
 
 def landed(fetch) -> WorkerReport:
@@ -105,11 +111,10 @@ def test_a_request_waits_for_its_chunks_and_claims_what_landed(tmp_path):
     below, store = rank(tmp_path / "s"), WorkerStore(torch.device("cpu"))
     for fetch in step.fetches:
         below.fetch(fetch.key, fetch.ticket)
-    report, until = WorkerReport(), time.monotonic() + 30
-    while len(report.landed) < len(keys) and time.monotonic() < until:
-        for key, ticket, found in below.arrivals(idle=True):
-            store.land(key, found.chunk)
-            report.landed[key] = [Landed(ticket, found.tier, found.chunk.nbytes, found.chunk.generation)]
+    report = WorkerReport()
+    for key, ticket, found in arrived(below, len(keys)):
+        store.land(key, found.chunk)
+        report.landed[key] = [Landed(ticket, found.tier, found.chunk.nbytes, found.chunk.generation)]
     for i, (key, n) in enumerate(zip(keys, lengths, strict=True)):
         got, want = store.get(key), chunk_kv(n, i)
         assert torch.equal(got.k, want.k) and torch.equal(got.v, want.v) and got.k.is_contiguous()
@@ -198,10 +203,9 @@ def test_the_hosts_memory_below_a_gpu_takes_what_leaves_it():
     assert {f.key for f in fetches} == set(gone) and never not in scheduler.index
     for fetch in fetches:
         below.fetch(fetch.key, fetch.ticket)
-    report, until = WorkerReport(), time.monotonic() + 30
-    while len(report.landed) < len(gone) and time.monotonic() < until:
-        for key, ticket, found in below.arrivals(idle=True):
-            report.landed[key] = [Landed(ticket, found.tier, found.chunk.nbytes, 0)]
+    report = WorkerReport()
+    for key, ticket, found in arrived(below, len(gone)):
+        report.landed[key] = [Landed(ticket, found.tier, found.chunk.nbytes, 0)]
     scheduler.heard(report)
     assert served(scheduler, asked)["tiers"].keys() == {"host"}
     below.close()

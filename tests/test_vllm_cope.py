@@ -1,12 +1,9 @@
-"""CoPE models inside vLLM (CPU): parity with the reference model, reuse, batches, prefix cache, ranks, refusals."""
+"""CoPE models inside vLLM (CPU): parity with the reference model, reuse, batches, prefix cache, ranks."""
 
 import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
-from shutil import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,27 +14,31 @@ from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams
 
 from cacheslide.engine import ReuseEngine
-from cacheslide.errors import ConfigError, ModelError
 from cacheslide.positions.ccpe import slots_in
 from cacheslide.prompt import Prompt, Role, Segment
 from cacheslide.store import MemoryChunkStore
-from cacheslide.training.calibration import Calibration, save_calibration
-from cacheslide.training.load import find_cope, load_cope
-from cacheslide.vllm.cope_setting import overrides
+from cacheslide.training.load import load_cope
 from cacheslide.vllm.offline import beam_search
 from cacheslide.vllm.params import marks_of, policy_of
-from cacheslide.vllm.support import check_cope, check_spans
-from harness.results.provenance import ROOT
 from tests.conftest import VLLM_ENVIRONMENT, random_ids, save_random, save_random_adapter
-from tests.test_cope_model import dense
-from tests.test_vllm_engine import BLOCK, CHUNK, Served, assert_same, logprobs, receipt, tokens
-from tests.test_vllm_engine import SHAPE as ENGINE_SHAPE
+from tests.test_vllm_engine import BLOCK, CHUNK, assert_same, logprobs, receipt, tokens
+from tests.vllm_cope import (
+    CLOSE,
+    FIRST,
+    SECOND,
+    SHAPE,
+    SLOTS,
+    Cope,
+    assert_follows,
+    exact,
+    said,
+    save_base,
+    save_setup,
+    turn,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_environment")]
 
-# Weights small enough that float32 keeps to 1e-5: with larger ones sums of gates pass on rounding, layer by layer.
-SHAPE = ENGINE_SHAPE | {"initializer_range": 0.1}
-SLOTS, CLOSE = 2, {"atol": 1e-4, "rtol": 1e-5}
 SYSTEMS = {
     "cacheslide": {"layer": 2},
     "cacheslide_promote": {},
@@ -48,55 +49,14 @@ SYSTEMS = {
 }
 
 
-def turn(number: int, notes: int, remark: int = 9, tail: int = 6) -> Prompt:
-    """System text, notes that change, a document, a remark that changes, a second document, a question."""
-    fixed = [random_ids(n, 20 + i) for i, n in enumerate((40, 90, 70))]
-    changing = [random_ids(n, 100 * number + i) for i, n in enumerate((notes, remark, tail))]
-    parts = [x for a, b in zip(fixed, changing, strict=True) for x in ((a, Role.REUSE), (b, Role.RECOMPUTE))]
-    return Prompt(tuple(Segment(ids, role) for ids, role in parts if ids))
-
-
-FIRST, SECOND = turn(1, 37), turn(2, 53, 12)
-
-
-def save_setup(folder, checkpoint):
-    """A random adapter of `checkpoint` with random masses of two slots."""
-    save_random_adapter(folder, checkpoint, p_max=12)
-    config = json.loads((checkpoint / "config.json").read_text())
-    g = torch.Generator().manual_seed(8)
-    masses = torch.rand(config["num_hidden_layers"], SLOTS, config["num_attention_heads"], generator=g) * 4
-    save_calibration(Calibration(masses, find_cope(folder).adapter.digest, "template", 0.5), folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    folder = save_random(tmp_path_factory.mktemp("base"), "mistral", **SHAPE, sliding_window=None)
-    for name in ("tokenizer.json", "tokenizer_config.json"):  # beam search asks for one
-        copy(ROOT / "models/tiny-llama-12m" / name, folder)
-    return folder
+    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
 def adapter(path, tmp_path_factory):
     return save_setup(tmp_path_factory.mktemp("adapter"), path)
-
-
-class Cope(Served):
-    """An engine with an adapter that remembers which blocks every finished request had."""
-
-    def __init__(self, path, adapter, **engine) -> None:
-        tokenizer = {"skip_tokenizer_init": not (path / "tokenizer.json").is_file()}
-        super().__init__(path, engine={"hf_overrides": overrides(adapter), **tokenizer, **engine})
-        self.blocks = []
-        finish = self.scheduler.finish
-        self.scheduler.finish = lambda request, ids: (self.blocks.append(list(ids)), finish(request, ids))[1]
-
-    def left(self, rows: int):
-        """K and V [layers, rows, kv_heads, head_dim] in the blocks of the request that finished last."""
-        kv = self.worker.model.paged_kv(self.blocks[-1], BLOCK)
-        pairs = [kv.read(layer, torch.arange(rows)) for layer in range(self.worker.model.num_layers)]
-        return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
 
 
 def test_llama_has_it_too(tmp_path):  # the first test: a process has one connector at a time
@@ -126,28 +86,8 @@ def crossing(path, adapter):
     return load_cope(path, adapter)
 
 
-def exact(model, ids, slots=None):
-    """K, V [layers, rows, kv_heads, head_dim] and the last row's log-probabilities of a plain forward."""
-    hidden, kv = dense(model, tuple(ids), slots)
-    return kv.k[:, : len(ids)], kv.v[:, : len(ids)], model.logits(hidden[-1][-1:])[0].log_softmax(-1)
-
-
-def assert_follows(output, model, prompt, slots=None, served=None) -> None:
-    """Every generated token's log-probabilities are the model's; with `served` also all KV of the prompt."""
-    ids = list(prompt.token_ids)
-    k, v, want = exact(model, ids, slots)
-    if served is not None:
-        for got, right in zip(served.left(len(ids)), (k, v), strict=True):
-            assert_same(got, right)
-    for i, token in enumerate(tokens(output)):
-        torch.testing.assert_close(logprobs(output, i), want, **CLOSE)
-        assert token == int(want.argmax())
-        ids.append(token)
-        want = exact(model, ids, slots)[2]
-
-
 def test_chunk_keys_cover_adapter_and_calibration(served, live, crossing):
-    geometry = served.scheduler.geometry
+    geometry = served.scheduler.planner.geometry
     digests = [model.model_id.split(" ", 1)[1] for model in (live, crossing)]  # without the base's part
     assert geometry.model_id.endswith(digests[1]) and digests[0] != digests[1] and geometry.slots == SLOTS
 
@@ -281,95 +221,13 @@ def test_beams_cross_their_slots(served, crossing, share):
     assert not served.scheduler.tracked
 
 
-def said(engine) -> list:
-    """Plain and marked requests, in one batch and in turns: tokens and first log-probabilities."""
-    one = engine.ask([FIRST, turn(4, 20)], [marks_of(FIRST), None], 5)
-    two = engine.ask([SECOND, SECOND], [marks_of(SECOND, layer=2, share=0.4), None], 5)
-    assert receipt(two[0])["rows_reused"] > 0
-    return [[tokens(o), logprobs(o, i).tolist()] for o in (*one, *two) for i in (0, 4)]
-
-
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="vLLM binds each rank to a core of its own")
 def test_two_ranks_are_one(served, path, adapter):
     environment = {**os.environ, **VLLM_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.test_vllm_cope", str(path), str(adapter)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "tests.vllm_cope", str(path), str(adapter)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     served.fresh()
     for (their_ids, theirs), (ids, mine) in zip(json.loads(done.stdout.splitlines()[-1]), said(served), strict=True):
         assert their_ids == ids
         torch.testing.assert_close(torch.tensor(theirs), torch.tensor(mine), **CLOSE)
-
-
-def test_another_base_and_a_changed_adapter_are_refused(path, adapter, tmp_path):
-    other = save_random(tmp_path / "other", "mistral", **SHAPE, sliding_window=None, tie_word_embeddings=True)
-    with pytest.raises(ModelError, match="belongs to the base model"):
-        Cope(other, adapter)
-    found = find_cope(adapter).adapter
-    changed = replace(found, base="0" * 64)
-    (tmp_path / "changed").mkdir()
-    for name in ("cope.safetensors", "cope.json"):
-        (tmp_path / "changed" / name).write_bytes((adapter / name).read_bytes())
-    text = (tmp_path / "changed/cope.json").read_text().replace(found.base, changed.base)
-    (tmp_path / "changed/cope.json").write_text(text)
-    with pytest.raises(ModelError, match="altered"):
-        overrides(tmp_path / "changed")
-    with pytest.raises(ModelError, match="no CoPE adapter"):
-        overrides(tmp_path)
-    with pytest.raises(ConfigError, match="architecture"):
-        overrides(adapter, others={"architectures": ["X"]})
-
-
-def settings(**changes) -> SimpleNamespace:
-    """What `check_cope` reads of vLLM's configuration; `a__b` changes b of a."""
-    parts = {
-        "model_config": {"dtype": torch.bfloat16, "quantization": None, "get_sliding_window": lambda: None},
-        "parallel_config": {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1},
-        "cache_config": {"cache_dtype": "auto", "sliding_window": None},
-    }
-    rest = {"quant_config": None, "speculative_config": None, "lora_config": None}
-    config = SimpleNamespace(model_type="llama")
-    for name, value in changes.items():
-        where, _, what = name.rpartition("__")
-        if where == "hf":
-            setattr(config, what, value)
-        else:
-            (parts[where] if where else rest)[what] = value
-    parts["model_config"]["hf_config"] = config
-    return SimpleNamespace(**{k: SimpleNamespace(**v) for k, v in parts.items()}, **rest)
-
-
-@pytest.mark.parametrize(
-    ("change", "value", "said"),
-    [
-        ("cache_config__cache_dtype", "fp8", "KV cache type fp8"),
-        ("cache_config__cache_dtype", "float16", "KV cache type float16"),
-        ("cache_config__sliding_window", 4096, "sliding windows"),
-        ("speculative_config", {}, "speculative decoding"),
-        ("lora_config", {}, "LoRA"),
-        ("quant_config", {}, "quantisation"),
-        ("parallel_config__pipeline_parallel_size", 2, "pipeline parallelism"),
-        ("hf__model_type", "qwen2", "qwen2"),
-        ("hf__llama_4_scaling", {"beta": 1}, "llama_4_scaling"),
-    ],
-)
-def test_what_does_not_work_is_named_at_the_start(change, value, said):
-    check_spans(True, 0)
-    with pytest.raises(ConfigError, match="template"):
-        check_spans(True, SLOTS)
-    check_cope(settings())
-    check_cope(settings(cache_config__cache_dtype="bfloat16"))
-    with pytest.raises((ConfigError, ModelError), match=said):
-        check_cope(settings(**{change: value}))
-
-
-if __name__ == "__main__":
-    engine = object.__new__(Served)
-    from vllm import LLM
-
-    from cacheslide.vllm.offline import close_engine
-    from tests.test_vllm_engine import engine_settings
-
-    engine.llm = LLM(sys.argv[1], hf_overrides=overrides(sys.argv[2]), tensor_parallel_size=2, **engine_settings())
-    print(json.dumps(said(engine)))
-    close_engine(engine.llm)

@@ -27,8 +27,8 @@ from cacheslide.training.load import load_cope
 from cacheslide.vllm.offline import close_engine
 from cacheslide.vllm.params import marks_of, policy_of
 from tests.conftest import save_random
-from tests.test_vllm_cope import SHAPE, Cope, exact, save_setup
 from tests.test_vllm_engine import logprobs, receipt, tokens
+from tests.vllm_cope import SHAPE, Cope, exact, save_setup
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
 

@@ -501,7 +501,7 @@ def test_a_chunk_the_worker_lost_is_recomputed(served):
 
 def test_a_small_store_evicts_and_stays_bounded(served, monkeypatch):
     served.fresh()
-    capacity = 9 * served.scheduler.geometry.chunk_bytes(CHUNK, 0)
+    capacity = 9 * served.scheduler.planner.geometry.chunk_bytes(CHUNK, 0)
     monkeypatch.setattr(served.scheduler.index, "capacity", capacity)
     for seed in (3, 5, 7):
         p = prompt(20, seed, fixed=(40 + seed, 20))

@@ -39,6 +39,6 @@ def two_ranks(*store: str) -> list[dict]:
     environment = {**os.environ, **VLLM_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # the ranks are processes
     command = [sys.executable, "-m", "tests.vllm_turns", "2", *store]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -23,7 +23,7 @@ from tests.test_vllm_ways import CHAT_MARKS, MODEL, SEPARATOR, TEMPLATE, joined,
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-START = 180  # seconds: two processes import vLLM and load a model
+START = 600  # seconds: two processes import vLLM and load a model
 
 
 class Server:

@@ -63,9 +63,9 @@ def test_a_second_life_hits_what_the_first_stored(path, tmp_path):
         warm = engine.one(SECOND)
         assert receipt(warm)["chunks_hit"] == receipt(warm)["chunks"]
         assert receipt(warm)["tiers"] == {"host": {"chunks": 14, "bytes": receipt(warm)["bytes_loaded"]}}
-        id_of_first_life = engine.scheduler.geometry.model_id
+        id_of_first_life = engine.scheduler.planner.geometry.model_id
     with life(path, tmp_path / "s") as engine:
-        assert engine.scheduler.geometry.model_id == id_of_first_life
+        assert engine.scheduler.planner.geometry.model_id == id_of_first_life
         again = engine.one(SECOND)
         found = receipt(again)
         assert same(again, warm)
@@ -104,7 +104,7 @@ def test_a_flipped_bit_is_computed_again_and_named(path, tmp_path):
 def test_requests_with_warm_chunks_pass_one_that_waits_for_its_own(path, tmp_path):
     with life(path, tmp_path / "s") as engine:
         engine.one(FIRST)
-    with life(path, tmp_path / "s") as engine:
+    with life(path, tmp_path / "s", store={"stall_limit_s": 600.0}) as engine:  # nobody gives up before the gate opens
         gate, read = threading.Event(), engine.worker.below.store.fetch
 
         def held_back(key):
@@ -148,7 +148,11 @@ def test_what_memory_has_no_room_for_is_computed(path, tmp_path):
 @pytest.mark.skipif(SERVER is None, reason="neither valkey-server nor redis-server is installed")
 def test_lives_on_two_hosts_meet_at_a_server_until_it_is_gone(path, tmp_path):
     with server(tmp_path) as port:
-        options = {"cache.server.host": "tcp://127.0.0.1", "cache.server.port": port}
+        options = {
+            "cache.server.host": "tcp://127.0.0.1",
+            "cache.server.port": port,
+            "store": {"remote_timeout_s": 60.0},
+        }
         with life(path, "", **options) as engine:
             engine.one(FIRST)
             warm = engine.one(SECOND)

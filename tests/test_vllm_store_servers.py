@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 
 import pytest
 
@@ -11,6 +10,7 @@ pytest.importorskip("vllm")
 
 from cacheslide.store import StoreConfig
 from cacheslide.store.config import open_backing
+from tests.conftest import eventually
 from tests.test_store_remote import SERVER
 from tests.test_store_remote import server as valkey
 from tests.test_vllm_server import receipt, running
@@ -35,14 +35,13 @@ def configuration(folder, cache, port) -> str:
 
 def published(file: str, chunks: int) -> None:
     """Wait until so many chunks are on disk and in the server."""
-    until = time.monotonic() + 60
-    while True:
+
+    def there() -> bool:
         backing = open_backing(StoreConfig.from_file(file))
         names = list(backing.file.names())
-        if len(names) >= chunks and all(backing.remote.contains(n) for n in names):
-            return
-        assert time.monotonic() < until, f"{len(names)} of {chunks} chunks"
-        time.sleep(0.5)
+        return len(names) >= chunks and all(backing.remote.contains(n) for n in names)
+
+    assert eventually(there, 300)
 
 
 def test_servers_share_what_one_of_them_built(tmp_path):
@@ -65,7 +64,7 @@ def test_servers_share_what_one_of_them_built(tmp_path):
                 assert counted["cacheslide:store_chunks_total"] == chunks
                 assert counted["cacheslide:store_bytes_total"] == receipt(found)["tiers"]["file"]["bytes"]
             os.killpg(first.process.pid, signal.SIGKILL)
-            first.process.wait(30)
+            first.process.wait(60)
         with running(tmp_path / "c", "--store", here) as again:
             assert receipt(again.complete(joined(1), MARKS)[1])["tiers"]["file"]["chunks"] == chunks
         elsewhere = configuration(tmp_path, tmp_path / "elsewhere", port)

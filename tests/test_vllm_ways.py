@@ -1,5 +1,7 @@
 """Every way to mark, in one running engine with a tokenizer: same spans, same reuse, unmarked requests untouched."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -171,16 +173,16 @@ def test_what_was_seen_before_is_found(fresh):
 
 
 def test_a_server_may_look_for_spans_by_itself(fresh, monkeypatch):
-    side = side_of(fresh)
-    monkeypatch.setattr(side, "options", type(side.options)(**{**vars(side.options), "find_spans": True}))
+    planner = side_of(fresh).planner
+    monkeypatch.setattr(planner, "options", replace(planner.options, find_spans=True))
     plain = fresh.generate(joined(1, ""), sampling({"find": False}), use_tqdm=False)[0]
-    assert plain.kv_transfer_params is None and not side.memory.held
+    assert plain.kv_transfer_params is None and not planner.memory.held
     for hit in (False, False, True):
         assert fresh.reset_prefix_cache()
         output = fresh.generate(joined(1, ""), sampling(), use_tqdm=False)[0]
         assert (receipt(output)["chunks_hit"] > 0) is hit
     beams = fresh.beam_search([{"prompt": joined(1, "")}], BeamSearchParams(beam_width=2, max_tokens=3))
-    assert len(beams[0].sequences) == 2 and not side.tracked
+    assert len(beams[0].sequences) == 2 and not side_of(fresh).tracked
 
 
 BEAMS = BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True)

@@ -1,28 +1,21 @@
 """The scheduler's half: what each marked request reuses, what is kept of it, and what its receipt says."""
 
-import secrets
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-from cacheslide.engine import make_plan
-from cacheslide.errors import CacheSlideError, PolicyError, PromptError
-from cacheslide.keys import CacheIdentity
 from cacheslide.vllm import reasons
 from cacheslide.vllm.cold import ColdChunks
 from cacheslide.vllm.cope_slots import SlotRows
-from cacheslide.vllm.families import Families
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.history import keep_history
 from cacheslide.vllm.keeping import ChunkKeeper
 from cacheslide.vllm.mailbox import close_box, open_box
 from cacheslide.vllm.metrics import ReuseStats
-from cacheslide.vllm.params import Marks, ServerOptions
+from cacheslide.vllm.params import ServerOptions
+from cacheslide.vllm.planning import Planner
 from cacheslide.vllm.plans import LoadPlan, StepPlan, WorkerReport
 from cacheslide.vllm.prefix_cache import key_apart, shares_unfilled_blocks
 from cacheslide.vllm.receipts import forecast, tiers_of
-from cacheslide.vllm.spans import SpanMemory
-from cacheslide.vllm.support import check_policy
 from cacheslide.vllm.tracked import Tracked
 
 
@@ -30,7 +23,7 @@ class SchedulerSide:
     """Follows requests and plans steps. `vllm_config` and `geometry` describe the engine it serves."""
 
     def __init__(self, vllm_config, options: ServerOptions, geometry: Geometry) -> None:
-        self.options, self.geometry = options, geometry
+        self.options, self.planner = options, Planner(options, geometry)
         self.block_size = vllm_config.cache_config.block_size
         self.engine_id = vllm_config.kv_transfer_config.engine_id
         self.box = open_box(self.engine_id)
@@ -42,8 +35,6 @@ class SchedulerSide:
         self.tracked: dict[str, Tracked] = {}
         self.running: dict[str, Any] = {}  # vLLM's requests that have blocks, marked or not
         self.prefilling: dict[str, None] = {}  # tracked requests whose prompt is not complete yet, in order of arrival
-        self.families = Families()
-        self.memory = SpanMemory(options.span_tokens, options.spans_known)
         self.stats = ReuseStats()
         self.rows_planned = 0  # claimed in the step being scheduled
         self.forget = False
@@ -51,15 +42,8 @@ class SchedulerSide:
     # --- a request's way -------------------------------------------------------------------------------------------
 
     def arrive(self, request) -> None:
-        """Plan a marked request. Whatever is wrong with it makes it exact, never fails the engine."""
-        rows = request.num_prompt_tokens
-        try:
-            marks = Marks.parse(request.kv_transfer_params) or self._unmarked(request)
-            if marks is None or (marks.find is False and not marks.segments):
-                return
-            tracked = self._plan(request, marks) if marks.family is None else self._member(request, marks)
-        except CacheSlideError as wrong:
-            tracked = Tracked(rows, "", reason=str(wrong), kept=True)
+        """Track a request that may reuse something; its chunks are looked for below memory at once."""
+        tracked = self.planner.plan(request)
         if tracked is None:
             return
         self.tracked[request.request_id] = tracked
@@ -69,53 +53,6 @@ class SchedulerSide:
         if tracked.slots is not None:  # the rows behind the first slot are not those of a request without marks
             secret = tracked.family.secret if tracked.family is not None else None
             key_apart(request, tracked.slots.bounds[0][1] // self.block_size, secret)
-
-    def _unmarked(self, request) -> Marks | None:
-        """Marks of a request without any, where the server looks for spans by itself."""
-        sampling = request.sampling_params
-        if not self.options.find_spans or sampling is None or request.prompt_token_ids is None:
-            return None
-        one_beam = sampling.max_tokens == 1 and not sampling.detokenize  # a new request each token: see servers.py
-        return None if one_beam else Marks(find=True)
-
-    def _member(self, request, marks: Marks) -> Tracked | None:
-        """A family's first member is planned as any request; a later one follows it (None: exactly, as all of it)."""
-        tenant, name = request.cache_salt or "", marks.family["name"]
-        family = self.families.get(tenant, name)
-        if family is None or not (family.reason or family.first is not None):
-            tracked = self._plan(request, marks)
-            tracked.family = family or self.families.add(tenant, name, tracked)
-            return tracked
-        return family.exactly() if family.reason else family.join(request)
-
-    def _plan(self, request, marks: Marks) -> Tracked:
-        if marks.find and self.geometry.slots:
-            raise PromptError("spans that are looked for follow no template, which calibrated slot masses (CCPE) need")
-        policy = marks.system(self.options.policy)
-        check_policy(policy, self.geometry.num_layers)
-        tenant = "\0".join((self.options.namespace, marks.namespace, request.cache_salt or ""))
-        if marks.find:
-            rows = marks.family and marks.family["rows"]
-            marks = replace(marks, segments=tuple(self.memory.meet(tenant, request.prompt_token_ids[:rows])))
-        prompt = marks.prompt(request.prompt_token_ids)
-        if policy.transform(prompt) != prompt:
-            raise PolicyError(f"{policy.name} rewrites prompts: apply its transform before sending")
-        identity = CacheIdentity(self.geometry.model_id, self.geometry.dtype, namespace=tenant)
-        plan = make_plan(policy, identity, prompt, self.options.chunk_size, self.geometry.max_positions)
-        tracked = Tracked(len(prompt), policy.name, policy=policy, plan=plan, identity=identity)
-        tracked.slots = self.geometry.slots_of(prompt)
-        tracked.encode = marks.encode or self.options.encode
-        tracked.spans, tracked.history, tracked.note = marks.segments, marks.history, marks.note
-        tracked.schema = plan.positions[-1] != len(prompt) - 1
-        sampling = request.sampling_params
-        if sampling is not None and sampling.prompt_logprobs is not None:
-            tracked.reason = reasons.PROMPT_LOGPROBS
-        elif not plan.chunks:
-            nothing = f"{policy.name} reuses nothing of this prompt"
-            tracked.reason = reasons.NOT_SEEN if marks.find and policy.reuses else marks.note or nothing
-        elif tracked.schema:
-            request.skip_reading_prefix_cache = True  # shared blocks hold keys at other positions than the schema's
-        return tracked
 
     def claim(self, request, computed: int) -> int | None:
         """Rows the worker will complete by reuse beyond the `computed` ones; None to be asked again in a later step."""
@@ -193,7 +130,7 @@ class SchedulerSide:
         self._settle(tracked)
         receipt = measured or tracked.receipt or forecast(tracked)
         receipt |= {"generation": 0 if tracked.exact else tracked.generation}
-        receipt |= {"tiers": tiers_of(tracked, receipt, self.geometry, self.options.store_device)}
+        receipt |= {"tiers": tiers_of(tracked, receipt, self.planner.geometry, self.options.store_device)}
         receipt |= {"store_failures": tracked.below.failures} if tracked.below.failures else {}
         receipt |= {"note": tracked.note} if tracked.note else {}
         if tracked.history is not None and tracked.plan is not None:
@@ -278,9 +215,8 @@ class SchedulerSide:
         self.keeper.clear()
         if self.cold is not None:
             self.cold.forget()
-            self.geometry = replace(self.geometry, model_id=f"{self.geometry.model_id} {secrets.token_hex(16)}")
-        self.memory.clear()
-        self.families.clear()
+            self.planner.rename_model()
+        self.planner.clear()
         self.forget = True
 
     def close(self) -> None:

@@ -11,7 +11,8 @@ from cacheslide.encode import ChunkEncoder, rows_none
 from cacheslide.engine import Receipt
 from cacheslide.keys import ChunkKey
 from cacheslide.placement import Piece, PlacedChunks, Placement, send, tensor_of
-from cacheslide.prefill import PrefillOutput, PrefillRequest, SelectivePrefill
+from cacheslide.prefill import SelectivePrefill
+from cacheslide.prefill_request import PrefillOutput, PrefillRequest
 from cacheslide.prompt import Chunk
 from cacheslide.store.base import ChunkKV
 from cacheslide.vllm.below import Below

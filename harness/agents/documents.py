@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from cacheslide.errors import DataError
 from harness.agents.agent import Agent, describe
 from harness.agents.calls import Call, MalformedCall, Tool
+from harness.agents.reflexion import TRIALS, Reflexion
 from harness.agents.template import Slot, Template
 from harness.metrics.answers import exact_match
 from harness.tasks.example import TaskExample
 
-TRIALS = 3
 WINDOW = 40  # lines that a tool shows
 WORD = re.compile(r"[A-Za-z0-9_]+")
 COMMAND = re.compile(r"\b(open|search)\s+([^\n]+)")
@@ -61,22 +61,11 @@ def _words(text: str) -> Counter[str]:
 class TextReflexion(Agent):
     """Reflexion on a row of a question-answering set: an exact match ends it, after a miss the model may reflect.
 
-    Slots: system, reflections (updated), documents and history (fixed), question and feedback (updated). Feedback never
-    names the answer. `answered` holds the answers given; `score` is 1 once one of them is an exact match.
+    Slots: those of `Reflexion`, without notes. Feedback never names the answer. `answered` holds the answers given;
+    `score` is 1 once one of them is an exact match.
     """
 
-    name = "reflexion"
-    template = Template(
-        (
-            Slot("system", "reuse"),
-            Slot("reflections", "recompute"),
-            Slot("documents", "reuse", grows=True),
-            Slot("history", "reuse", grows=True),
-            Slot("question", "recompute"),
-            Slot("feedback", "recompute"),
-            Slot("cue", "recompute"),
-        )
-    )
+    name, template = Reflexion.name, Reflexion.template
 
     def __init__(self, example: TaskExample, trials: int = TRIALS) -> None:
         super().__init__(example.id)
@@ -102,6 +91,7 @@ class TextReflexion(Agent):
         return {
             "system": "\nAnswer the question from the documents below. One call a turn:"
             + describe(list(self.tools.values())),
+            "notes": "",
             "reflections": "".join(f"\nReflection: {r}" for r in self.reflections),
             "documents": self.documents,
             "history": self.history,

@@ -5,9 +5,6 @@ the rows are prompts of the agents' loops with the oracles' outputs. Before the 
 validation tasks, in real loops over the model as it is on this device (SWE-Agent on files in memory).
 """
 
-import argparse
-from pathlib import Path
-
 import torch
 from tokenizers import Tokenizer
 
@@ -80,23 +77,5 @@ class AgentRun(train.Run):
             self.exact(8)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--init", type=Path, help="continue from this checkpoint, with a fresh optimiser")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the configuration")
-    args = parser.parse_args()
-    run = AgentRun(train.settings(args.config, args.set), args.out, args.init)
-    run.train()
-    run.save()
-    print(f"trained {run.step} steps in {run.seconds:.0f} s", flush=True)
-    scores = run.evaluate()
-    print(show(scores), flush=True)
-    run.save(scores)
-    print(f"done after {run.seconds:.0f} s", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    train.main(AgentRun, show, __doc__)

@@ -8,6 +8,7 @@ something to continue from with `--init DIR`.
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -191,21 +192,22 @@ class Run:
             return evaluate.table(model, self.tokenizer, "validation", 0, s.eval_prompts, list(s.eval_tokens))
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(kind: type[Run] = Run, show: Callable[[dict], str] = evaluate.show, about: str | None = __doc__) -> None:
+    """Command line of a training of one `kind`; `show` words its scores."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--init", type=Path, help="continue from this checkpoint, with a fresh optimiser")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the configuration")
     args = parser.parse_args()
-    run = Run(settings(args.config, args.set), args.out, args.init)
+    run = kind(settings(args.config, args.set), args.out, args.init)
     run.train()
     run.save()
     print(f"trained {run.step} steps in {run.seconds:.0f} s", flush=True)
     scores = run.evaluate()
-    print(evaluate.show(scores), flush=True)
+    print(show(scores), flush=True)
     run.save(scores)
+    print(f"done after {run.seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -182,10 +182,10 @@ def _watch(process, limits: Limits, confined: bool, begin: float, folders: tuple
                 output += piece
             elif not open_pipe:
                 time.sleep(_POLL_S)
-            if process.poll() is not None and not confined:
-                break  # without a PID namespace a stray child may hold the pipe open
             now = time.monotonic()
             stopped = _passed(process.pid, output, limits, now - begin, confined, own)
+            if process.poll() is not None and not confined:
+                break  # without a PID namespace a stray child may hold the pipe open
             if not stopped and now - walked > _WALK_S:
                 stopped, walked = _too_full(folders, limits), time.monotonic()
     if stopped or not confined:

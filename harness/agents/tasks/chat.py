@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from harness.agents.tasks.qa import DEPTH, fresh_value, make_world
+from harness.agents.tasks.worlds import DEPTH, draw_tasks, fresh_value
 from harness.tasks.synthetic import render
 from harness.tasks.synthetic.prompts import text
 from harness.tasks.synthetic.world import World, draw_root_values, pick
@@ -38,11 +38,8 @@ class ChatTask:
 def chat_tasks(
     split: str, seed: int, count: int, turns: int = 6, tokens: int = 512, mix: str = "deep", depth: int = DEPTH
 ) -> Iterator[ChatTask]:
-    """Draw `count` tasks; the last turn always asks. The same arguments always give the same ones."""
-    for i in range(count):
-        rng = Random(f"agents-chat-{mix}-{split}-{seed}-{tokens}-{turns}-{i}")
-        world = make_world(rng, mix, split, tokens, depth)
-        yield draw_chat(rng, f"chat-{split}-{seed}-{i:05d}", split, world, turns)
+    """Tasks of so many turns, the last of which always asks; see `draw_tasks`."""
+    return draw_tasks("chat", draw_chat, split, seed, count, turns, tokens, mix, depth)
 
 
 def draw_chat(

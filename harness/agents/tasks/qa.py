@@ -8,15 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from cacheslide.errors import DataError
+from harness.agents.tasks.worlds import DEPTH, draw_tasks, fresh_value
 from harness.tasks.synthetic import render
-from harness.tasks.synthetic.prompts import chunks_for, text
-from harness.tasks.synthetic.words import values
-from harness.tasks.synthetic.world import MIXES, World, build_world, draw_root_values, pick
+from harness.tasks.synthetic.prompts import text
+from harness.tasks.synthetic.world import World, draw_root_values, pick
 
 STALE = 0.6
-DEPTH = 9
-_STATEMENTS = 9
 
 
 @dataclass(frozen=True)
@@ -40,31 +37,11 @@ class QATask:
     questions: tuple[QAQuestion, ...]
 
 
-def make_world(rng: Random, mix: str, split: str, tokens: int, depth: int = DEPTH) -> World:
-    """A world whose documents have about `tokens` tokens; `depth` caps the mix's chains."""
-    if mix not in MIXES:
-        raise DataError(f"unknown mix {mix!r}: one of {', '.join(MIXES)}")
-    return build_world(rng, MIXES[mix], split, [_STATEMENTS] * chunks_for(tokens), max_depth=depth)
-
-
-def fresh_value(rng: Random, split: str, taken: Sequence[tuple[str, str]]) -> tuple[str, str]:
-    """A value of the split that none of `taken` is; DataError when all are taken."""
-    if set(values(split)) <= set(taken):
-        raise DataError(f"the {split} split has {len(values(split))} values, all are taken")
-    while True:
-        value = pick(rng, values(split))
-        if value not in taken:
-            return value
-
-
 def qa_tasks(
     split: str, seed: int, count: int, questions: int = 3, tokens: int = 512, mix: str = "deep", depth: int = DEPTH
 ) -> Iterator[QATask]:
-    """Draw `count` tasks; the same arguments always give the same ones. `depth` caps the mix's chains."""
-    for i in range(count):
-        rng = Random(f"agents-qa-{mix}-{split}-{seed}-{tokens}-{questions}-{i}")
-        world = make_world(rng, mix, split, tokens, depth)
-        yield draw_qa(rng, f"qa-{split}-{seed}-{i:05d}", split, world, questions)
+    """Tasks of so many questions, see `draw_tasks`."""
+    return draw_tasks("qa", draw_qa, split, seed, count, questions, tokens, mix, depth)
 
 
 def draw_qa(

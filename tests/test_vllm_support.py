@@ -1,0 +1,116 @@
+"""What cannot be served inside vLLM is refused by name: settings, caches, systems, rotations; weights are named."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from cacheslide.errors import ConfigError, ModelError, PolicyError
+from cacheslide.positions.rope import inverse_frequencies
+from cacheslide.vllm.geometry import weights_id
+from cacheslide.vllm.model_adapter import rotary_of
+from cacheslide.vllm.params import policy_of
+from cacheslide.vllm.support import check, check_policy
+
+
+def engine_config(**changes):
+    """A configuration that is served, with some of its parts changed by dotted name."""
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(
+            architectures=["LlamaForCausalLM"],
+            hf_text_config=SimpleNamespace(rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+            uses_mrope=False,
+            runner_type="generate",
+        ),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1, decode_context_parallel_size=1),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        kv_transfer_config=SimpleNamespace(kv_role="kv_both"),
+        lora_config=None,
+        speculative_config=None,
+    )
+    for name, value in changes.items():
+        *way, last = name.split("__")
+        part = config
+        for step in way:
+            part = getattr(part, step)
+        setattr(part, last, value)
+    return config
+
+
+def cache_config(kind: str = "FullAttentionSpec", groups: int = 1, window=None):
+    spec = type(kind, (), {"sliding_window": window, "attention_chunk_size": None})()
+    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)] * groups)
+
+
+def test_a_plain_configuration_is_served():
+    check(engine_config(), cache_config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_config__architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "decode context"),
+        ({"cache_config__cache_dtype": "fp8"}, "cache type fp8"),
+        ({"lora_config": object()}, "LoRA"),
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"model_config__uses_mrope": True}, "M-RoPE"),
+        ({"model_config__runner_type": "pooling"}, "pooling"),
+        ({"kv_transfer_config__kv_role": "kv_producer"}, "kv_role"),
+        ({"model_config__hf_text_config__rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+        ({"model_config__hf_text_config__rope_parameters": {"partial_rotary_factor": 0.5}}, "partial rotary"),
+        ({"model_config__hf_text_config__is_causal": False}, "bidirectional"),
+        ({"model_config__hf_text_config__llama_4_scaling": {"beta": 1}}, "llama_4_scaling"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(changes, reason):
+    with pytest.raises((ModelError, ConfigError), match=reason):
+        check(engine_config(**changes), cache_config())
+
+
+@pytest.mark.parametrize("cache", [cache_config("SlidingWindowSpec"), cache_config(groups=2), cache_config(window=64)])
+def test_caches_of_other_attention_are_refused(cache):
+    with pytest.raises(ModelError, match=r"full-attention|sliding-window"):
+        check(engine_config(), cache)
+
+
+def test_systems_that_a_model_cannot_run():
+    with pytest.raises(PolicyError, match="layer 5, but the model has 5 layers"):
+        check_policy(policy_of("cacheslide", None, 5), 5)
+    check_policy(policy_of("cacheslide", None, 4), 5)
+
+
+def test_chunks_are_named_by_the_files_the_weights_came_from(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"1")
+    first = weights_id(str(tmp_path), None, "{}")
+    assert first == weights_id(str(tmp_path), None, "{}") != weights_id(str(tmp_path), "main", "{}")
+    file.write_bytes(b"12")
+    assert weights_id(str(tmp_path), None, "{}") != first
+
+
+def rotating_model(rope: dict, dtype: torch.dtype, positions: int = 131072):
+    """A model whose rotation tables are made as vLLM makes them: angles in float32, rounded to `dtype`."""
+    inv = inverse_frequencies(64, rope["rope_theta"], {k: v for k, v in rope.items() if k != "rope_theta"}).float()
+    angles = torch.arange(positions, dtype=torch.float32)[:, None] * inv
+    table = torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype)
+    rotary = SimpleNamespace(head_size=64, cos_sin_cache=table, is_neox_style=True)
+    layer = SimpleNamespace(self_attn=SimpleNamespace(rotary_emb=rotary))
+    return SimpleNamespace(model=SimpleNamespace(layers=[layer]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rotations_are_compared_before_they_are_trusted(dtype):
+    llama3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 8192}
+    llama3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    plain = {"rope_type": "default", "rope_theta": 5e5}
+    model = rotating_model(llama3, dtype)
+    assert rotary_of(model, SimpleNamespace(rope_parameters=llama3)).max_positions == 131072
+    with pytest.raises(ModelError, match="rotates differently"):
+        rotary_of(model, SimpleNamespace(rope_parameters=plain))
+    model.model.layers[0].self_attn.rotary_emb.is_neox_style = False
+    with pytest.raises(ModelError, match="half-split"):
+        rotary_of(model, SimpleNamespace(rope_parameters=llama3))

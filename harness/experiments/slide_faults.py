@@ -141,7 +141,7 @@ def kill_9(path: Path, points: int, seed: int = 0) -> Verdict:
     for point in range(points):
         victim = context.Process(target=_die, args=(path, seed * 1000 + point, rng.randint(1, 60), rng.random()))
         victim.start()
-        victim.join(60)
+        victim.join(300)
         if victim.exitcode != -signal.SIGKILL:
             raise RuntimeError(f"the writer ended with {victim.exitcode}, not by signal 9")
         verdict.faults += 1

@@ -1,7 +1,4 @@
-"""CacheSlide on a stock RoPE model (RPDC): fixed-chain keys, delta rotation, WCA.
-
-The CoPE variants, with the canonical encodings of CCPE, join this file.
-"""
+"""CacheSlide: fixed-chain keys, delta rotation, WCA. On a CoPE model, whose rotation is by angle 0, the same policies."""
 
 from cacheslide.correction import Promotion, TopDeviation
 from cacheslide.keys import FixedChainKeying

@@ -17,6 +17,12 @@ AGENT_FIGURES = {  # section of `agents:`, and the figure drawn from its records
     "series": "fig13",
     "grid": "fig14",
 }
+AGENT_NAMES = {
+    "reflexion": "Reflexion",
+    "memgpt": "MemGPT",
+    "swe_agent": "SWE-Agent",
+    "function_calling": "Function calling",
+}
 NO_AGENTS = "agents are measured with backend: reference; docs/agents.md says how a server is measured"
 NO_CKSIM = "CKSim reads the KV of every layer, which only backend: reference shows"
 

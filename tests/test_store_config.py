@@ -172,7 +172,7 @@ def test_serve_starts_a_server_that_clients_can_use(tmp_path):
     password.write_text("letmein\n")
     command = [sys.executable, "-m", "cacheslide.store.cli", "store", "serve", str(config)]
     refused = subprocess.run([*command, "--bind", "0.0.0.0"], capture_output=True, text=True, timeout=60)
-    assert refused.returncode == 2 and "--password-file" in refused.stdout
+    assert refused.returncode == 2 and "--password-file" in refused.stderr
     server = subprocess.Popen([*command, "--password-file", str(password)], stdout=subprocess.DEVNULL, cwd=tmp_path)
     try:
         client = redis.Redis(port=port, password="letmein")
@@ -188,3 +188,17 @@ def test_serve_starts_a_server_that_clients_can_use(tmp_path):
     finally:
         server.terminate()
         server.wait(10)
+
+
+def test_what_is_wrong_with_the_files_of_a_command_is_said(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda program: "/bin/false")
+    config, empty = tmp_path / "c.json", tmp_path / "empty"
+    config.write_text('{"remote_port": 6400}')
+    empty.write_text("")
+    for said, *args in (
+        ("names no folder of chunks", "stat", str(config)),
+        (f"{empty} is not valid JSON", "stat", str(empty)),
+        ("cannot read", "serve", str(config), "--password-file", str(tmp_path / "none")),
+        ("its first line is the password", "serve", str(config), "--password-file", str(empty)),
+    ):
+        assert main(["store", *args]) == 2 and said in capsys.readouterr().err

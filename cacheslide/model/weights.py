@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cacheslide.errors import ModelError
+from cacheslide.errors import ConfigError, ModelError
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -25,6 +25,15 @@ def weight_files(path: Path) -> list[Path]:
         if not file.is_file():
             raise ModelError(f"weights are incomplete: {file.name} is missing from {path}")
     return files
+
+
+def check_device(device: str) -> None:
+    """ConfigError for a device that this PyTorch does not know or cannot use."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as refused:  # a build without CUDA asserts
+        why = str(refused).strip().splitlines()[0]
+        raise ConfigError(f"device {device!r} cannot be used: {why}") from None
 
 
 def load_weights(path: Path, dtype: torch.dtype, device: str) -> dict[str, Tensor]:

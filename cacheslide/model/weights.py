@@ -50,7 +50,10 @@ def load_weights(path: Path, dtype: torch.dtype, device: str) -> dict[str, Tenso
 
 def fingerprint(path: Path) -> str:
     """SHA-256 over config.json and the weight files: the model's part of every chunk key."""
-    h = hashlib.sha256((Path(path) / "config.json").read_bytes())
+    config = Path(path) / "config.json"
+    if not config.is_file():
+        raise ModelError(f"no model at {path}: config.json is missing")
+    h = hashlib.sha256(config.read_bytes())
     for file in weight_files(path):
         h.update(file.name.encode())
         with file.open("rb") as f:

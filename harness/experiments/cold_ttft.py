@@ -22,6 +22,7 @@ from typing import Any
 from harness.experiments.engine_ttft import Prompts, described, fill, shaped
 from harness.metrics.bootstrap import median
 from harness.results.provenance import machine
+from harness.step import command
 
 SYSTEM, SHARE = "cacheslide", 0.26
 ROWS = ("recompute", "memory", "file", "memory beside file")
@@ -137,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -23,6 +23,7 @@ from cacheslide.kernels import cope_reference
 from cacheslide.positions.cope import scores_and_gates
 from harness.experiments.kernels import FLASH, FLUSH_BYTES, GateError, causal_attentions, median_ms, relative_error
 from harness.results.provenance import ROOT, provenance
+from harness.step import command
 
 DEVICE, DTYPE, HEADS, KV_HEADS, DIM, P_MAX, BLOCK = "cuda", torch.bfloat16, 32, 8, 128, 64, 16
 LENGTHS = (16384, 8192, 4096)
@@ -310,4 +311,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -23,6 +23,7 @@ from cacheslide.training.calibration import Calibration, save_calibration
 from harness.experiments.engine_ttft import SHAPES, Prompts, described, fill, once, shaped, system_name
 from harness.metrics.bootstrap import median, ratio_of_medians
 from harness.results.provenance import provenance
+from harness.step import command
 
 
 def random_tables(shape: str, folder: Path, p_max: int, masses: bool) -> Path:
@@ -184,4 +185,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from harness.experiments.engine_ttft import SHAPES, Prompts, shaped
 from harness.results.provenance import provenance
+from harness.step import command
 
 CONDITIONS = ("plain", "nothing_kept", "kept_on_model", "kept_on_cpu")
 
@@ -92,4 +93,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

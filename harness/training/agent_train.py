@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from harness.step import command
 from harness.training import train
 from harness.training.agent_data import AgentStream, sources
 from harness.training.agent_evaluate import exact, show, success
@@ -99,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -25,6 +25,7 @@ from cacheslide.errors import ConfigError
 from cacheslide.model.weights import fingerprint
 from cacheslide.training.adapter import AdapterSettings, load_adapter, save_adapter
 from cacheslide.training.attach import CopeStack
+from harness.step import command
 from harness.training import evaluate
 from harness.training.data import Stream, loader
 from harness.training.losses import SHARE
@@ -279,4 +280,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

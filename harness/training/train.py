@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from torch.utils.data import IterableDataset
 
 from cacheslide.errors import ConfigError
+from harness.step import command
 from harness.training import checkpoint, evaluate
 from harness.training.data import RowSpec, Stream, loader
 from harness.training.losses import accuracy, training_loss
@@ -209,4 +210,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -1,4 +1,4 @@
-"""CacheSlide: fixed-chain keys, delta rotation, WCA. On a CoPE model, whose rotation is by angle 0, the same policies."""
+"""CacheSlide: fixed-chain keys, delta rotation, WCA; a CoPE model rotates by angle 0 and takes the same policies."""
 
 from cacheslide.correction import Promotion, TopDeviation
 from cacheslide.keys import FixedChainKeying

@@ -72,7 +72,7 @@ def _systems(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     from cacheslide.engine import ReuseEngine
     from cacheslide.model.reference import ReferenceLlama
-    from cacheslide.policy import load_policy
+    from cacheslide.policy import check_policy, load_policy
     from cacheslide.prompt import Prompt
     from cacheslide.prompt_file import load_tokenizer, read_segments
     from cacheslide.store import DirectoryChunkStore, MemoryChunkStore
@@ -81,6 +81,7 @@ def _run(args: argparse.Namespace) -> int:
     policy = policy if args.layer is None else policy.at_layer(args.layer)
     policy = policy if args.share is None else policy.at_share(args.share)
     model = ReferenceLlama.from_pretrained(args.model, device=args.device)
+    check_policy(policy, model.num_layers)
     tokenizer = load_tokenizer(args.model)
     store = MemoryChunkStore() if args.store is None else DirectoryChunkStore(args.store)
     engine = ReuseEngine(model, policy, store, chunk_size=args.chunk_size, suffix_len=args.suffix_len)

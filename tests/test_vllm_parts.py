@@ -15,7 +15,7 @@ from vllm.v1.request import RequestStatus
 
 from cacheslide.errors import ConfigError, ModelError, PolicyError, PromptError, StoreError
 from cacheslide.model.adapter import RowGroup
-from cacheslide.policy import load_policy
+from cacheslide.policy import check_policy, load_policy
 from cacheslide.positions.rope import inverse_frequencies
 from cacheslide.prompt import Prompt
 from cacheslide.store.base import ChunkKV
@@ -34,7 +34,7 @@ from cacheslide.vllm.prefix_cache import key_apart
 from cacheslide.vllm.receipts import forecast
 from cacheslide.vllm.scheduler_side import SchedulerSide
 from cacheslide.vllm.store import WorkerStore
-from cacheslide.vllm.support import check, check_policy
+from cacheslide.vllm.support import check
 from tests.conftest import save_random_adapter
 from tests.late_copies import LateCopies
 from tests.test_prefill import prompt
@@ -306,7 +306,7 @@ def test_caches_of_other_attention_are_refused(cache):
 
 
 def test_systems_that_a_model_cannot_run():
-    with pytest.raises(PolicyError, match="layer 5, but the model has 5 layers"):
+    with pytest.raises(PolicyError, match="layer 5, but the model has layers 0 to 4"):
         check_policy(policy_of("cacheslide", None, 5), 5)
     check_policy(policy_of("cacheslide", None, 4), 5)
 

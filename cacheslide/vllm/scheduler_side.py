@@ -8,6 +8,7 @@ from typing import Any
 from cacheslide.engine import make_plan
 from cacheslide.errors import CacheSlideError, PolicyError, PromptError
 from cacheslide.keys import CacheIdentity
+from cacheslide.policy import check_policy
 from cacheslide.vllm import reasons
 from cacheslide.vllm.cold import ColdChunks
 from cacheslide.vllm.cope_slots import SlotRows
@@ -22,7 +23,6 @@ from cacheslide.vllm.plans import LoadPlan, StepPlan, WorkerReport
 from cacheslide.vllm.prefix_cache import key_apart, shares_unfilled_blocks
 from cacheslide.vllm.receipts import forecast, tiers_of
 from cacheslide.vllm.spans import SpanMemory
-from cacheslide.vllm.support import check_policy
 from cacheslide.vllm.tracked import Tracked
 
 

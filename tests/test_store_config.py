@@ -1,9 +1,12 @@
 """Configurations and the command line of the store."""
 
 import json
+import re
 import subprocess
 import sys
 import time
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,6 +191,12 @@ def test_serve_starts_a_server_that_clients_can_use(tmp_path):
     finally:
         server.terminate()
         server.wait(10)
+
+
+def test_every_option_is_documented_and_no_other():
+    table = Path("docs/store.md").read_text().split("\n## Configuration\n")[1].split("\nCrossCache")[0]
+    named = re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.splitlines() if row.startswith("| `")))
+    assert sorted(named) == sorted(f.name for f in fields(StoreConfig))
 
 
 def test_what_is_wrong_with_the_files_of_a_command_is_said(capsys, tmp_path, monkeypatch):

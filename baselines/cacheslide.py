@@ -1,7 +1,4 @@
-"""CacheSlide on a stock RoPE model (RPDC): fixed-chain keys, delta rotation, WCA.
-
-The CoPE variants, with the canonical encodings of CCPE, join this file.
-"""
+"""CacheSlide: fixed-chain keys, delta rotation, WCA; a CoPE model rotates by angle 0 and takes the same policies."""
 
 from cacheslide.correction import Promotion, TopDeviation
 from cacheslide.keys import FixedChainKeying

@@ -40,7 +40,7 @@ class ActiveRows:
         self.stopped: Tensor | None = None  # hidden state of each reused row at the selection layer (for swaps)
         self.selects = isinstance(self.rule, TopDeviation) and len(self.reused) > 0
         if self.selects and self.rule.layer >= model.num_layers:
-            raise PolicyError(f"selection layer {self.rule.layer} is beyond the model's {model.num_layers} layers")
+            raise PolicyError(f"selection layer {self.rule.layer}: the model has layers 0 to {model.num_layers - 1}")
         count = 0
         if isinstance(self.rule, EdgeRows):
             self.mask, count = _edge_mask(self.rule, request.chunk_lengths, device)

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from cacheslide.errors import CacheSlideError, PromptError
+from cacheslide.errors import CacheSlideError
 from cacheslide.precompute import add_command
 from cacheslide.store.cli import add_parser as add_store_parser
 
@@ -27,8 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--share", type=float, help="share of the reused rows to recompute (default: the system's own)")
     run.add_argument("--chunk-size", type=int, default=1024, help="tokens a chunk at most")
     run.add_argument("--suffix-len", type=int, default=1, help="tokens at the end that are always recomputed")
-    run.add_argument("--max-new-tokens", type=int, default=32)
-    run.add_argument("--device", default="cpu")
+    run.add_argument("--max-new-tokens", type=_count, default=32, help="tokens to answer at most (default: 32)")
+    run.add_argument("--device", default="cpu", help="cpu, or cuda (default: cpu)")
     run.set_defaults(run=_run)
     add_command(commands)
     add_store_parser(commands)
@@ -52,6 +52,13 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
+def _count(text: str) -> int:
+    """An integer of at least 0, for argparse."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"an integer of at least 0 is expected, not {text!r}")
+    return int(text)
+
+
 def _systems(args: argparse.Namespace) -> int:
     from cacheslide.policy import load_policy, policy_names
 
@@ -62,48 +69,25 @@ def _systems(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_prompt(path: Path, tokenizer):
-    """A prompt from {"segments": [{"text" or "token_ids", "role", "name"?}, ...]}; BOS goes before the first text."""
-    from cacheslide.prompt import Prompt, Segment
-
-    try:
-        raw = json.loads(path.read_text())["segments"]
-        out = []
-        for i, s in enumerate(raw):
-            ids = s.get("token_ids")
-            if ids is None:
-                bos = tokenizer.bos_token_id
-                ids = ([bos] if i == 0 and bos is not None else []) + tokenizer.encode(
-                    s["text"], add_special_tokens=False
-                )
-            out.append(Segment(tuple(ids), s["role"], s.get("name", "")))
-    except OSError as error:
-        raise PromptError(f"cannot read {path}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        raise PromptError(f"{path} is not valid JSON: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise PromptError(f"{path}: every segment needs text or token_ids, and a role ({error!r})") from None
-    return Prompt(tuple(out))
-
-
 def _run(args: argparse.Namespace) -> int:
-    from transformers import AutoTokenizer
-
     from cacheslide.engine import ReuseEngine
     from cacheslide.model.reference import ReferenceLlama
-    from cacheslide.policy import load_policy
+    from cacheslide.policy import check_policy, load_policy
+    from cacheslide.prompt import Prompt
+    from cacheslide.prompt_file import load_tokenizer, read_segments
     from cacheslide.store import DirectoryChunkStore, MemoryChunkStore
 
     policy = load_policy(args.system)
     policy = policy if args.layer is None else policy.at_layer(args.layer)
     policy = policy if args.share is None else policy.at_share(args.share)
     model = ReferenceLlama.from_pretrained(args.model, device=args.device)
-    tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+    check_policy(policy, model.num_layers)
+    tokenizer = load_tokenizer(args.model)
     store = MemoryChunkStore() if args.store is None else DirectoryChunkStore(args.store)
     engine = ReuseEngine(model, policy, store, chunk_size=args.chunk_size, suffix_len=args.suffix_len)
-    prompt = _read_prompt(args.prompt, tokenizer)
+    prompt = Prompt(tuple(read_segments(args.prompt, tokenizer)))
     if args.previous is not None:
-        engine.build(_read_prompt(args.previous, tokenizer))
+        engine.build(Prompt(tuple(read_segments(args.previous, tokenizer))))
     state = engine.prefill(prompt, room=args.max_new_tokens)
     stop = frozenset(i for i in [tokenizer.eos_token_id] if i is not None)
     ids = engine.generate(state, state.logits, args.max_new_tokens, stop)

@@ -115,3 +115,13 @@ def load_policy(name: str) -> ReusePolicy:
             return policy
     known = ", ".join(policy_names()) or "none: is the package installed?"
     raise PolicyError(f"unknown system {name!r} (known: {known})")
+
+
+def check_policy(policy: ReusePolicy, layers: int) -> None:
+    """Raise PolicyError for a system that this model of `layers` layers cannot run."""
+    rule = policy.correction
+    if not isinstance(rule, TopDeviation):
+        return
+    last = max([rule.layer, *(p.layer for p in rule.promote)])
+    if last >= layers:
+        raise PolicyError(f"{policy.name} selects at layer {last}, but the model has layers 0 to {layers - 1}")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from cacheslide.engine import ReuseEngine
 from cacheslide.errors import PolicyError, PromptError
 from cacheslide.prompt import Prompt, Role, Segment
+from cacheslide.prompt_file import load_tokenizer, read_segments
 
 _UNKNOWN = (0,)  # stands for updated text that is not known yet; it is never encoded
 
@@ -94,13 +95,11 @@ def add_command(commands) -> None:
     parser.add_argument("--system", default="cacheslide", help="a name from `cacheslide systems`")
     parser.add_argument("--cope", type=Path, help="folder of a CoPE adapter of the model")
     parser.add_argument("--chunk-size", type=int, default=1024, help="tokens a chunk at most")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda (default: cpu)")
     parser.set_defaults(run=_run)
 
 
 def _run(args) -> int:
-    from transformers import AutoTokenizer
-
     from cacheslide.model.reference import ReferenceLlama
     from cacheslide.policy import load_policy
     from cacheslide.store import DirectoryChunkStore
@@ -110,7 +109,7 @@ def _run(args) -> int:
         model = load_cope(args.model, args.cope, device=args.device)
     else:
         model = ReferenceLlama.from_pretrained(args.model, device=args.device)
-    tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+    tokenizer = load_tokenizer(args.model)
     engine = ReuseEngine(model, load_policy(args.system), DirectoryChunkStore(args.store), chunk_size=args.chunk_size)
     print(json.dumps(asdict(precompute(engine, read_template(args.template, tokenizer)))))
     return 0
@@ -118,19 +117,4 @@ def _run(args) -> int:
 
 def read_template(path, tokenizer) -> Prompt:
     """A template from a prompt file; see `cacheslide run`. Updated segments may have empty text or none."""
-    try:
-        raw = json.loads(path.read_text())["segments"]
-        bos, out = tokenizer.bos_token_id, []
-        for i, s in enumerate(raw):
-            ids = s.get("token_ids")
-            if ids is None:
-                ids = tokenizer.encode(s.get("text", ""), add_special_tokens=False)
-                ids = [bos, *ids] if i == 0 and bos is not None else ids
-            out.append(Segment(tuple(ids), s["role"], s.get("name", "")))
-    except OSError as error:
-        raise PromptError(f"cannot read {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise PromptError(
-            f"{path} is not a prompt file: every segment needs a role, fixed ones text ({error!r})"
-        ) from None
-    return template(out)
+    return template(read_segments(path, tokenizer, need_text=False))

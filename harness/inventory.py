@@ -1,7 +1,12 @@
 """What a configuration is made of: prompt files and figures. The workflow and scripts/measure.py both read it here."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
+
+from cacheslide.errors import ConfigError
 
 FIGURES = {  # and the result that each is drawn from
     "fig03": "prompts.json",
@@ -17,8 +22,27 @@ AGENT_FIGURES = {  # section of `agents:`, and the figure drawn from its records
     "series": "fig13",
     "grid": "fig14",
 }
+AGENT_NAMES = {
+    "reflexion": "Reflexion",
+    "memgpt": "MemGPT",
+    "swe_agent": "SWE-Agent",
+    "function_calling": "Function calling",
+}
 NO_AGENTS = "agents are measured with backend: reference; docs/agents.md says how a server is measured"
 NO_CKSIM = "CKSim reads the KV of every layer, which only backend: reference shows"
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The keys of a YAML file; ConfigError in one line where it cannot be read or holds none."""
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as broken:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(broken).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} is not a configuration: keys and values are expected; config/README.md lists them")
+    return raw
 
 
 def has_cksim(config: Mapping[str, Any]) -> bool:

@@ -1,11 +1,11 @@
-"""What every workflow script does around its work: log what it prints, and end on an expected error with one line."""
+"""What every workflow script and command does around its work: an expected error ends it with one line."""
 
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, NoReturn, TextIO
 
 from cacheslide.errors import CacheSlideError
 
@@ -45,3 +45,13 @@ def step(log: str | Path, name: str) -> Iterator[None]:
             sys.exit(1)
         finally:
             sys.stderr = before
+
+
+def command(main: Callable[[], Any]) -> NoReturn:
+    """Run a module's `main` as a command: an error a user can act on is one line and exit status 2."""
+    try:
+        main()
+    except (CacheSlideError, OSError) as error:
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)

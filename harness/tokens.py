@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from cacheslide.errors import ModelError
 from cacheslide.prompt import Prompt, Role, Segment
+from cacheslide.prompt_file import load_tokenizer
 from harness.tasks.example import TaskExample, TextSegment
 
 
@@ -14,10 +14,7 @@ class Tokens:
     """A checkpoint folder's tokenizer."""
 
     def __init__(self, path: str | Path) -> None:
-        try:
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError) as missing:
-            raise ModelError(f"no tokenizer in {path}: {missing}") from None
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(path)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of `text` alone, without special tokens."""

@@ -13,8 +13,6 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-import yaml
-
 from cacheslide.errors import CacheSlideError, ConfigError
 from harness import study, study_agents, study_cope
 from harness.configuration import check, native
@@ -27,6 +25,7 @@ from harness.inventory import (
     has_chunk_files,
     has_cksim,
     prompt_files,
+    read_config,
     source_of,
 )
 from harness.plots.render import render
@@ -153,7 +152,7 @@ def main() -> int:
     parser.add_argument("--finish", action="store_true", help="summary, figures and report instead of measuring")
     args = parser.parse_args()
     try:
-        config, steps = yaml.safe_load(args.config.read_text()), args.only.split(",")
+        config, steps = read_config(args.config), args.only.split(",")
         check(config, SCHEMA)
         if unknown := sorted(set(steps) - set(STEPS)):
             raise ConfigError(f"unknown step {', '.join(unknown)} (known: {', '.join(STEPS)})")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -65,11 +66,20 @@ def test_run_answers_from_a_store_on_disk(capsys, tmp_path):
         ('{"segments": [{"text": "a"}]}', "role"),
         ('{"segments": [{"role": "reuse"}]}', "text or token_ids"),
         ('{"segments": []}', "empty"),
-        ('{"segments": [{"role": "keep", "text": "a"}]}', "role must be"),
+        ('{"segments": [{"role": "keep", "text": "a"}]}', "segment 0: role must be"),
+        (
+            '{"segments": [{"role": "reuse", "token_ids": [1]}, {"role": "reuse", "token_ids": [-1]}]}',
+            "segment 1: token ids",
+        ),
+        ('{"segments": [{"role": "reuse", "token_ids": 3}]}', "a list of integers"),
+        ('{"segments": ["text"]}', "segment 0 must be an object"),
+        ('{"segs": []}', '{"segments": [...]} is expected'),
+        ("[1]", '{"segments": [...]} is expected'),
+        ("\xff", "not valid JSON"),
     ],
 )
 def test_a_bad_prompt_file_is_one_line(capsys, tmp_path, content, said):
-    (tmp_path / "p.json").write_text(content)
+    (tmp_path / "p.json").write_text(content, encoding="latin-1")
     code, out, err = run(capsys, "run", MODEL, "--prompt", str(tmp_path / "p.json"))
     assert (code, out) == (2, "")
     assert err.count("\n") == 1 and said in err
@@ -83,9 +93,24 @@ def test_missing_files_and_unknown_systems(capsys, tmp_path):
         ((MODEL, "--prompt", prompt, "--system", "magic"), "unknown system 'magic'"),
         ((MODEL, "--prompt", prompt, "--share", "1.5"), "share must lie in"),
         ((MODEL, "--prompt", prompt, "--chunk-size", "0"), "chunk_size"),
+        ((MODEL, "--prompt", prompt, "--device", "abacus"), "device 'abacus' cannot be used"),
+        ((MODEL, "--prompt", prompt, "--layer", "8"), "selects at layer 8, but the model has layers 0 to 7"),
+        ((MODEL, "--prompt", prompt, "--store", prompt), "cannot use"),
     ]:
         code, _, err = run(capsys, "run", *args)
         assert code == 2 and said in err and err.count("\n") == 1, err
+
+
+def test_a_checkpoint_without_a_tokenizer_and_a_negative_count_say_so(capsys, tmp_path):
+    prompt = write(tmp_path / "p.json", NOTES)
+    for file in Path(MODEL).iterdir():
+        if not file.name.startswith("tokenizer"):
+            (tmp_path / file.name).symlink_to(file.resolve())
+    code, _, err = run(capsys, "run", str(tmp_path), "--prompt", prompt)
+    assert code == 2 and "no tokenizer in" in err and err.count("\n") == 1, err
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", MODEL, "--prompt", prompt, "--max-new-tokens", "-5"])
+    assert "at least 0 is expected, not '-5'" in capsys.readouterr().err
 
 
 def test_serve_hands_the_process_over_to_vllm(capsys, monkeypatch):

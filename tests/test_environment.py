@@ -14,8 +14,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from cacheslide.errors import CacheSlideError
+from cacheslide.errors import CacheSlideError, ConfigError
 from harness.configuration import check
+from harness.inventory import read_config
 from harness.systems import STOCK
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,6 +147,18 @@ def test_every_configuration_key_is_documented_and_no_other():
     documented = [row for row in rows if not row.endswith(".yaml")]
     assert len(documented) == len(set(documented))
     assert set(documented) == leaves(SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("a: [1", "not valid YAML"), ("\xff", "not valid YAML"), ("", "not a configuration")]
+)
+def test_a_file_that_is_no_configuration_is_one_line(tmp_path, content, said):
+    (tmp_path / "c.yaml").write_text(content, encoding="latin-1")
+    with pytest.raises(ConfigError, match=said) as wrong:
+        read_config(tmp_path / "c.yaml")
+    assert "\n" not in str(wrong.value)
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_config(tmp_path / "none.yaml")
 
 
 def test_every_schema_section_refuses_unknown_keys():

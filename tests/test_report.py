@@ -191,7 +191,11 @@ def test_the_opening_does_not_flatter(summary):
     text = " ".join(prose.opening(bad, []))
     assert "loses 12.3 points" in text and "outside the 3 points" in text
     assert "time to first token" not in text and "made-up reason" in text
-    assert "not comparable with the paper's" in text
+    assert "not comparable with the paper's" in text and "those" not in text
+    config = bad["conditions"].get("config", {}) | {"agents": {"model": "models/other"}}
+    more = {"agents": {"replay": []}, "slide": {}, "conditions": bad["conditions"] | {"config": config}}
+    text = " ".join(prose.opening(bad | more, []))
+    assert "those about agents are of models/other, those of figure 12" in text
     good = " ".join(prose.opening({**summary, "headline": head | {"cacheslide_loss_points": -0.5}}, []))
     assert "gains 0.5 points" in good and "within the 3 points" in good
 
@@ -263,3 +267,11 @@ def test_slide_is_judged_by_its_own_records(key, made, verdict, said):
     found = judge(by_key(key), slide_summary(*made))
     assert found.verdict is verdict and said in found.measured
     assert judge(by_key(key), {}).verdict is Verdict.NOT_RUN
+
+
+def test_medians_alone_are_shown_and_not_judged():
+    made = slide_summary(30.0, 70, 3.5, {2: 1.7})
+    for row in made["slide"]["orders"]["cuda"]["rows"]:
+        row["reduction_pct"] |= {"low": None, "high": None}
+    found = judge(by_key("fig12a"), made)
+    assert found.verdict is Verdict.NOT_JUDGED and "30.0 [no interval]" in found.measured

@@ -1,8 +1,11 @@
 """Configurations and the command line of the store."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,7 +175,7 @@ def test_serve_starts_a_server_that_clients_can_use(tmp_path):
     password.write_text("letmein\n")
     command = [sys.executable, "-m", "cacheslide.store.cli", "store", "serve", str(config)]
     refused = subprocess.run([*command, "--bind", "0.0.0.0"], capture_output=True, text=True, timeout=300)
-    assert refused.returncode == 2 and "--password-file" in refused.stdout
+    assert refused.returncode == 2 and "--password-file" in refused.stderr
     server = subprocess.Popen([*command, "--password-file", str(password)], stdout=subprocess.DEVNULL, cwd=tmp_path)
     try:
         client = redis.Redis(port=port, password="letmein")
@@ -190,3 +193,23 @@ def test_serve_starts_a_server_that_clients_can_use(tmp_path):
     finally:
         server.terminate()
         server.wait(60)
+
+
+def test_every_option_is_documented_and_no_other():
+    table = Path("docs/store.md").read_text().split("\n## Configuration\n")[1].split("\nCrossCache")[0]
+    named = re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.splitlines() if row.startswith("| `")))
+    assert sorted(named) == sorted(f.name for f in fields(StoreConfig))
+
+
+def test_what_is_wrong_with_the_files_of_a_command_is_said(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda program: "/bin/false")
+    config, empty = tmp_path / "c.json", tmp_path / "empty"
+    config.write_text('{"remote_port": 6400}')
+    empty.write_text("")
+    for said, *args in (
+        ("names no folder of chunks", "stat", str(config)),
+        (f"{empty} is not valid JSON", "stat", str(empty)),
+        ("cannot read", "serve", str(config), "--password-file", str(tmp_path / "none")),
+        ("its first line is the password", "serve", str(config), "--password-file", str(empty)),
+    ):
+        assert main(["store", *args]) == 2 and said in capsys.readouterr().err

@@ -8,11 +8,12 @@ import torch
 pytest.importorskip("vllm")
 
 from cacheslide.errors import ConfigError, ModelError, PolicyError
+from cacheslide.policy import check_policy
 from cacheslide.positions.rope import inverse_frequencies
 from cacheslide.vllm.geometry import weights_id
 from cacheslide.vllm.model_adapter import rotary_of
 from cacheslide.vllm.params import policy_of
-from cacheslide.vllm.support import check, check_policy
+from cacheslide.vllm.support import check
 
 
 def engine_config(**changes):
@@ -78,7 +79,7 @@ def test_caches_of_other_attention_are_refused(cache):
 
 
 def test_systems_that_a_model_cannot_run():
-    with pytest.raises(PolicyError, match="layer 5, but the model has 5 layers"):
+    with pytest.raises(PolicyError, match="layer 5, but the model has layers 0 to 4"):
         check_policy(policy_of("cacheslide", None, 5), 5)
     check_policy(policy_of("cacheslide", None, 4), 5)
 

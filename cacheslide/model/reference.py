@@ -14,7 +14,7 @@ from torch import Tensor
 from cacheslide.errors import ModelError
 from cacheslide.model.adapter import RowGroup
 from cacheslide.model.config import LlamaConfig
-from cacheslide.model.weights import fingerprint, load_weights
+from cacheslide.model.weights import check_device, fingerprint, load_weights
 from cacheslide.positions.rope import Rotary, inverse_frequencies
 
 _QUERY_BLOCK = 256  # rows a scattered-attention call handles at once: bounds the mask, skips most masked keys
@@ -115,6 +115,7 @@ class ReferenceLlama:
     ) -> "ReferenceLlama":
         """Load config.json and safetensors from the folder `path`."""
         config = LlamaConfig.from_pretrained(Path(path))
+        check_device(device)
         return cls(config, load_weights(Path(path), dtype, device), fingerprint(Path(path)))
 
     def new_kv(self, capacity: int) -> DenseKV:

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cacheslide.errors import ModelError
+from cacheslide.errors import ConfigError, ModelError
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -27,6 +27,15 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
+def check_device(device: str) -> None:
+    """ConfigError for a device that this PyTorch does not know or cannot use."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as refused:  # a build without CUDA asserts
+        why = str(refused).strip().splitlines()[0]
+        raise ConfigError(f"device {device!r} cannot be used: {why}") from None
+
+
 def load_weights(path: Path, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """All tensors of the checkpoint, converted to `dtype` on `device`."""
     out: dict[str, Tensor] = {}
@@ -41,7 +50,10 @@ def load_weights(path: Path, dtype: torch.dtype, device: str) -> dict[str, Tenso
 
 def fingerprint(path: Path) -> str:
     """SHA-256 over config.json and the weight files: the model's part of every chunk key."""
-    h = hashlib.sha256((Path(path) / "config.json").read_bytes())
+    config = Path(path) / "config.json"
+    if not config.is_file():
+        raise ModelError(f"no model at {path}: config.json is missing")
+    h = hashlib.sha256(config.read_bytes())
     for file in weight_files(path):
         h.update(file.name.encode())
         with file.open("rb") as f:

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def add_parser(commands) -> None:
 def _open(where: Path, gib: float | None = None) -> FileTier:
     path = where
     if where.is_file():
-        path = Path(StoreConfig.from_file(where).path)
+        if not (named := StoreConfig.from_file(where).path):
+            raise StoreError(f"{where} names no folder of chunks (option path)")
+        path = Path(named)
     if not (path / "format.json").is_file():
         raise StoreError(f"{path} is not a chunk store (it has no format.json)")
     capacity = int(gib * GIB) if gib is not None else 1 << 60
@@ -134,7 +137,7 @@ def _serve(args: argparse.Namespace) -> int:
         "maxmemory-policy": "noeviction",
     }
     if args.password_file is not None:
-        settings["requirepass"] = json.dumps(args.password_file.read_text().splitlines()[0])
+        settings["requirepass"] = json.dumps(_password(args.password_file))
     elif args.bind not in ("127.0.0.1", "::1", "localhost"):
         raise ConfigError(f"listening on {args.bind} needs --password-file: chunks must not be open to the network")
     reading, writing = os.pipe()
@@ -142,6 +145,17 @@ def _serve(args: argparse.Namespace) -> int:
     os.close(writing)
     os.dup2(reading, 0)
     os.execv(program, [program, "-"])
+
+
+def _password(path: Path) -> str:
+    """The first line of a password file."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    if not lines or not lines[0]:
+        raise ConfigError(f"{path} is empty: its first line is the password")
+    return lines[0]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -152,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except CacheSlideError as error:
-        print(f"cacheslide: {error}")
+        print(f"cacheslide: {error}", file=sys.stderr)
         return 2
 
 

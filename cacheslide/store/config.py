@@ -130,7 +130,7 @@ class StoreConfig:
     def from_dict(cls, raw: Mapping[str, Any]) -> "StoreConfig":
         """From parsed JSON: CrossCache's sections, or the fields of this class. Unknown keys are errors."""
         if not isinstance(raw, Mapping):
-            raise ConfigError("a store configuration is a JSON object")
+            raise ConfigError("a store configuration is a JSON object of options")
         if set(raw) & set(CROSSCACHE):
             return cls(**_from_crosscache(raw))
         unknown = sorted(set(raw) - {f.name for f in fields(cls)})
@@ -142,11 +142,15 @@ class StoreConfig:
     def from_file(cls, path: str | Path) -> "StoreConfig":
         """From a JSON file."""
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # not JSON, or not UTF-8
             raise ConfigError(f"{path} is not valid JSON: {error}") from None
+        try:
+            return cls.from_dict(raw)
+        except ConfigError as wrong:
+            raise ConfigError(f"{path}: {wrong}") from None
 
     def with_server(self, extra: Mapping[str, Any]) -> "StoreConfig":
         """With CrossCache's connector options: `cache.server.host` ("tcp://…" or bare) and `cache.server.port`."""

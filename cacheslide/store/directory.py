@@ -20,11 +20,14 @@ class DirectoryChunkStore(ChunkStore):
     def __init__(self, root: str | Path) -> None:
         super().__init__()
         self.root = Path(root)
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as refused:
+            raise StoreError(f"cannot use {root} as a folder of chunks: {refused.strerror}") from None
 
     def _file(self, key: ChunkKey) -> Path:
         if not key or any(c not in "0123456789abcdef" for c in key):
-            raise StoreError(f"malformed chunk key {key!r}")
+            raise StoreError(f"malformed chunk key {key!r}: hexadecimal digits are expected")
         return self.root / f"{key}.safetensors"
 
     def contains(self, key: ChunkKey) -> bool:

@@ -7,7 +7,7 @@ import torch
 
 from cacheslide.model.config import LlamaConfig
 from cacheslide.model.cope import CopeLlama
-from cacheslide.model.weights import load_weights
+from cacheslide.model.weights import check_device, load_weights
 from cacheslide.training.adapter import CopeAdapter, load_adapter
 from cacheslide.training.calibration import Calibration, find_calibration
 
@@ -61,6 +61,7 @@ def load_cope(
     every chunk key, covers base, adapter, calibration and cap. Raises ModelError when adapter and base do not fit.
     """
     path = Path(path)
+    check_device(device)
     setup = find_cope(adapter, path, live, cap)
     config = LlamaConfig.from_pretrained(path)
     weights = setup.adapter.merged(load_weights(path, torch.float32, "cpu"))

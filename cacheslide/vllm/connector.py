@@ -10,11 +10,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from cacheslide.policy import check_policy
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.metrics import ReuseMetrics, ReuseStats
 from cacheslide.vllm.params import FIELD, ServerOptions
 from cacheslide.vllm.scheduler_side import SchedulerSide
-from cacheslide.vllm.support import check, check_policy, check_spans
+from cacheslide.vllm.support import check, check_spans
 from cacheslide.vllm.worker_side import WorkerSide
 
 

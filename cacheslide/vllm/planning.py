@@ -6,12 +6,12 @@ from dataclasses import replace
 from cacheslide.engine import make_plan
 from cacheslide.errors import CacheSlideError, PolicyError, PromptError
 from cacheslide.keys import CacheIdentity
+from cacheslide.policy import check_policy
 from cacheslide.vllm import reasons
 from cacheslide.vllm.families import Families
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.params import Marks, ServerOptions
 from cacheslide.vllm.spans import SpanMemory
-from cacheslide.vllm.support import check_policy
 from cacheslide.vllm.tracked import Tracked
 
 

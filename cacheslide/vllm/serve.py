@@ -46,7 +46,11 @@ def command(args: argparse.Namespace, rest: list[str]) -> list[str]:
     line += ["--kv-transfer-config", json.dumps(transfer)]
     if args.cope is not None:
         given, rest = _take(rest, "--hf-overrides")
-        wanted = overrides(args.cope, args.cope_live, others=json.loads(given or "{}"))
+        try:
+            others = json.loads(given or "{}")
+        except ValueError as error:
+            raise ConfigError(f"--hf-overrides is not valid JSON: {error}") from None
+        wanted = overrides(args.cope, args.cope_live, others=others)
         line += ["--hf-overrides", json.dumps(wanted)]
     if not any(x.split("=")[0] == "--block-size" for x in rest) and _on_cpu():
         line += ["--block-size", str(_CPU_BLOCK)]

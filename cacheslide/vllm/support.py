@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from cacheslide.correction import TopDeviation
-from cacheslide.errors import ConfigError, ModelError, PolicyError
+from cacheslide.errors import ConfigError, ModelError
 from cacheslide.model.config import SUPPORTED as LLAMA_LIKE
-from cacheslide.policy import ReusePolicy
 from cacheslide.positions.rope import KNOWN_ROPE_TYPES
 from cacheslide.vllm.cope_setting import ARCHITECTURE, KINDS, is_cope
 
@@ -94,16 +92,6 @@ def _check_cache(kv_cache_config: Any) -> None:
     spec = groups[0].kv_cache_spec
     if spec.sliding_window is not None or spec.attention_chunk_size is not None:
         raise ModelError("sliding-window and chunked attention are not supported")
-
-
-def check_policy(policy: ReusePolicy, layers: int) -> None:
-    """Raise PolicyError for a system that this model cannot run."""
-    rule = policy.correction
-    if not isinstance(rule, TopDeviation):
-        return
-    last = max([rule.layer, *(p.layer for p in rule.promote)])
-    if last >= layers:
-        raise PolicyError(f"{policy.name} selects at layer {last}, but the model has {layers} layers")
 
 
 def check_spans(find_spans: bool, slots: int) -> None:

@@ -30,6 +30,7 @@ from harness.results import intervals
 from harness.results.provenance import config_hash, provenance
 from harness.results.records import RecordWriter, guarded, read_records, write_json
 from harness.results.runs import OURS, REFERENCE
+from harness.step import command
 from harness.systems import first_look
 
 NO_CONTEXT = "no_context"
@@ -177,11 +178,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="models/tiny-agents-3m")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tasks", type=int, default=40)
+    parser.add_argument("--tasks", type=int, default=40, help="test tasks an agent")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layer", type=int, help="selection layer; without it, chosen on validation episodes")
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS))
-    parser.add_argument("--agents", nargs="+", default=list(AGENTS))
+    parser.add_argument("--agents", nargs="+", default=list(AGENTS), choices=list(AGENTS))
     parser.add_argument("--minutes", type=float, help="stop after this time; run again to go on")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -215,4 +216,4 @@ def _chosen(backend: ReferenceBackend, plan: Plan, kept: Path) -> dict[str, Any]
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

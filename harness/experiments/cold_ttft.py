@@ -26,6 +26,7 @@ from harness.limit import Limit, add_minutes
 from harness.metrics.bootstrap import median
 from harness.results.provenance import machine
 from harness.results.records import write_json
+from harness.step import command
 
 SYSTEM, SHARE = "cacheslide", 0.26
 ROWS = ("recompute", "memory", "file", "memory beside file")
@@ -149,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

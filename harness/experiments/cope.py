@@ -32,6 +32,7 @@ from harness.cope_backend import CopeBackend
 from harness.results import intervals
 from harness.results.provenance import provenance
 from harness.scoring import question_records
+from harness.step import command
 from harness.tasks.example import TaskExample
 from harness.tasks.synthetic.prompts import examples
 from harness.tasks.synthetic.render import STYLES
@@ -255,4 +256,4 @@ def vars_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -25,6 +25,7 @@ from harness.experiments.kernels import FLASH, FLUSH_BYTES, GateError, causal_at
 from harness.limit import Limit, add_minutes
 from harness.results.provenance import ROOT, provenance
 from harness.results.records import write_json
+from harness.step import command
 
 DEVICE, DTYPE, HEADS, KV_HEADS, DIM, P_MAX, BLOCK = "cuda", torch.bfloat16, 32, 8, 128, 64, 16
 LENGTHS = (16384, 8192, 4096)
@@ -315,4 +316,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

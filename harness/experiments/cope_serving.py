@@ -25,6 +25,7 @@ from harness.limit import Limit, add_minutes
 from harness.metrics.bootstrap import median, ratio_of_medians
 from harness.results.provenance import provenance
 from harness.results.records import write_json
+from harness.step import command
 
 
 def random_tables(shape: str, folder: Path, p_max: int, masses: bool) -> Path:
@@ -197,4 +198,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -18,6 +18,7 @@ from harness.experiments.engine_ttft import SHAPES, Prompts, shaped
 from harness.limit import Limit, add_minutes
 from harness.results.provenance import provenance
 from harness.results.records import write_json
+from harness.step import command
 
 CONDITIONS = ("plain", "nothing_kept", "kept_on_model", "kept_on_cpu")
 
@@ -101,4 +102,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.experiments.engine_ttft import SHAPES, Prompts, fill, once, shaped, system_name
+from harness.step import command
 
 
 def profiled(run) -> dict:
@@ -97,4 +98,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.results.provenance import provenance
+from harness.step import command
 
 CHUNKS, REUSED = 8, 0.9
 SHAPES: dict[str, dict[str, Any]] = {
@@ -302,4 +303,4 @@ def summary(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -22,6 +22,7 @@ from cacheslide import kernels
 from cacheslide.kernels import reference
 from cacheslide.positions.rope import Rotary, inverse_frequencies
 from harness.results.provenance import ROOT, provenance
+from harness.step import command
 
 DEVICE, DTYPE, DIM, BLOCK = "cuda", torch.bfloat16, 128, 16
 LENGTHS = (4096, 8192, 16384, 32768)
@@ -298,4 +299,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cacheslide.errors import ConfigError, ModelError
 from cacheslide.vllm.in_process import EngineOptions
+from harness.inventory import read_config
 from harness.systems import STOCK, resolve, scalable
 
 _LISTS = {"systems": str, "tokens": int, "batches": int, "shares": float, "store_devices": str, "rates": float}
@@ -102,9 +101,7 @@ class ServingPlan:
 
 def read_plan(path: str | Path) -> ServingPlan:
     """The plan in a YAML file; ConfigError naming an unknown or missing key."""
-    raw = yaml.safe_load(Path(path).read_text())
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} is not a configuration")
+    raw = read_config(path)
     known = {f.name for f in fields(ServingPlan)}
     if unknown := sorted(set(raw) - known):
         raise ConfigError(f"{path}: unknown key {', '.join(unknown)}; config/README.md lists every key")

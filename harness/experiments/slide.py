@@ -30,6 +30,7 @@ from harness.plots.render import render
 from harness.results.provenance import machine, provenance
 from harness.results.records import write_json
 from harness.results.slide import summarise
+from harness.step import command
 
 POLICIES = ("clean-first", "lru", "fifo")
 # name -> trace, seeds, templates, settings, bytes a second that writes are held to (0: the disk's own speed)
@@ -164,4 +165,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -29,6 +29,7 @@ from harness.results.records import RecordWriter, read_settings, write_json
 from harness.results.runs import read_json
 from harness.results.wca import read_sweep, tabulate
 from harness.scoring import question_records
+from harness.step import command
 from harness.tasks.example import TaskExample
 from harness.tasks.synthetic.prompts import examples
 from harness.tasks.synthetic.render import STYLES
@@ -193,4 +194,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -5,21 +5,16 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from harness.inventory import AGENT_NAMES
 from harness.plots.style import BLACK, BLUE, GREY, new_figure, nothing
 from harness.results.runs import read_json
 
 load = read_json
-AGENTS = {
-    "reflexion": "Reflexion",
-    "memgpt": "MemGPT",
-    "swe_agent": "SWE-Agent",
-    "function_calling": "Function calling",
-}
 
 
 def draw(results: dict[str, Any]) -> Figure:
     """One line an agent or data set: every prompt as a dot, the mean, and one standard deviation to each side."""
-    agents = {AGENTS.get(name, name): content for name, content in results.get("agents", {}).items()}
+    agents = {AGENT_NAMES.get(name, name): content for name, content in results.get("agents", {}).items()}
     datasets = agents | results.get("datasets", {})
     figure = new_figure(6.6, 1.5 + 0.46 * max(1, len(datasets)))
     axes = figure.add_subplot()

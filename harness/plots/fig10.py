@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from harness.plots.fig03 import AGENTS
+from harness.inventory import AGENT_NAMES
 from harness.plots.labels import Label, place
 from harness.plots.style import GREY, error_bar, look, new_figure, nothing
 from harness.results.runs import OURS, REFERENCE, read_json
@@ -112,7 +112,7 @@ def _agent_panels(summary: dict[str, Any]) -> Iterable[dict[str, Any]]:
         left_out = [look(r["system"], r["title"]).label for r in own if r not in good]
         about = f"{own[0]['episodes']} episodes, about {own[0]['tokens']:,.0f} tokens"
         yield {
-            "title": f"{AGENTS.get(agent, agent)}: {about}",
+            "title": f"{AGENT_NAMES.get(agent, agent)}: {about}",
             "xlabel": "TTFT (ms, median over episodes)",
             "ylabel": {"score": "solved share of a task", "right": "right calls on recorded turns"}[key],
             "points": [

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from harness.plots.fig03 import AGENTS
+from harness.inventory import AGENT_NAMES
 from harness.plots.labels import spread
 from harness.plots.style import BLACK, BLUE, GREY, VERMILLION, error_bar, look, new_figure, nothing
 from harness.results.agents import turns_table
@@ -39,7 +39,7 @@ def draw(table: list[dict[str, Any]]) -> Figure:
 
 
 def _by_turn(axes: Axes, rows: list[dict[str, Any]], agent: str) -> None:
-    axes.set_title(f"{AGENTS.get(agent, agent)}: right calls by turn, exact chunks")
+    axes.set_title(f"{AGENT_NAMES.get(agent, agent)}: right calls by turn, exact chunks")
     ends = {}
     for row in rows:
         style = look(row["system"], row["title"])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from harness.inventory import NO_CKSIM, has_cksim
+from harness.inventory import AGENT_NAMES, NO_CKSIM, has_cksim
 from harness.report.words import interval, number, percent, points, prompts
 from harness.results.runs import NAIVE, OURS, REFERENCE
 
@@ -23,6 +23,7 @@ class Verdict(Enum):
     REPRODUCED = "reproduced"
     PARTLY = "partly"
     NOT_REPRODUCED = "not reproduced"
+    NOT_JUDGED = "not judged"
     NOT_RUN = "not run"
     NOT_TESTABLE = "not testable here"
 
@@ -96,8 +97,8 @@ def reusable_share(summary: Summary) -> Finding:
     ]
     agents = summary.get("agent_prompts", [])
     said = "; ".join(
-        f"{r['agent']} {number(100 * r['reusable_share']['mean'], 1)} ± {percent(r['reusable_share']['sd'])} "
-        f"(n = {r['prompts']} prompts of {r['episodes']} episodes)"
+        f"{AGENT_NAMES.get(r['agent'], r['agent'])} {number(100 * r['reusable_share']['mean'], 1)} ± "
+        f"{percent(r['reusable_share']['sd'])} (n = {r['prompts']} prompts of {r['episodes']} episodes)"
         for r in agents
     )
     shipped = "These are shipped prompts, not the paper's agents at work."

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from harness.inventory import AGENT_NAMES
 from harness.report.claims import Finding, Grade, NotMeasured, Summary, Verdict, grade, joined
 from harness.report.words import interval, number, percent, points
 from harness.results.runs import NAIVE, OURS
 
 MOST_POINTS = 3.0  # what counts as a negligible loss in this study
+MODES = {"parallel": "agents at once", "beam": "beams over one prefill", "beam_batch": "copies in one packed run"}
 RIVALS = {  # lower TTFT by, accuracy better by; None: no loss of more than MOST_POINTS to recompute
     "context_cache": (2.4, None),
     "cacheblend": (1.21, 1.97),
@@ -112,11 +114,12 @@ def advantage(modes: Iterable[str], first: float, last: float) -> Callable[[Summ
             ends = rows.get(2, rows[min(rows)]), rows.get(6, rows[max(rows)])
             judged = judged or ends
             said = ", ".join(
-                f"{number(rows[n]['advantage']['value'])}× {interval(rows[n]['advantage'])} over "
-                f"{rows[n]['best']} at {n}"
+                f"{number(rows[n]['advantage']['value'])}× {interval(rows[n]['advantage'])} ({_title(rows[n])}) at {n}"
                 for n in sorted(rows)
             )
-            parts.append(f"{mode.replace('_', ' ')}: {said}; n = {ends[0]['repeats']} repeats")
+            parts.append(
+                f"{MODES[mode]}, TTFT of the fastest rival over CacheSlide's: {said}; n = {ends[0]['repeats']} repeats"
+            )
         if judged is None:
             raise NotMeasured("no load with CacheSlide and a rival was measured")
         return Finding(
@@ -124,6 +127,11 @@ def advantage(modes: Iterable[str], first: float, last: float) -> Callable[[Summ
         )
 
     return rule
+
+
+def _title(row: dict[str, Any]) -> str:
+    """The rival that was fastest in a row of the load table, by its printed name."""
+    return next((s["title"] for s in row["systems"] if s["system"] == row["best"]), row["best"])
 
 
 def steadier(summary: Summary) -> Finding:
@@ -168,6 +176,20 @@ def peak(summary: Summary) -> Finding:
     )
 
 
+def _kept(rows: list[dict[str, Any]]) -> str:
+    """What KV kept for up to k generations loses and costs, a clause a system."""
+    said = ""
+    for system in dict.fromkeys(r["system"].split("@")[0] for r in rows):
+        mine = [r for r in rows if r["system"].split("@")[0] == system]
+        each = ", ".join(
+            f"k = {r['system'].split('@')[1]} {points(r['loss_points']['value'])} for "
+            f"{percent(r['prefill'] + r['encode'], 0)}"
+            for r in mine
+        )
+        said += f"; {mine[0]['title'].split(', limit')[0]}, KV kept for k generations: {each} of recompute's row-layers"
+    return said
+
+
 def by_turn(summary: Summary) -> Finding:
     """Our question: CacheSlide's loss from turn 12 on, and what re-encoding buys where corrected KV is kept."""
     rows = [r for r in section(summary, "turns") if r["loss_points"]]
@@ -182,11 +204,7 @@ def by_turn(summary: Summary) -> Finding:
         e = row["loss_points"]
         inside = e["high"] is not None and e["high"] <= MOST_POINTS
         grades.append(Grade.FULL if inside else Grade.SOME if e["value"] <= MOST_POINTS else Grade.NONE)
-        kept = [
-            f"{r['system']} {points(r['loss_points']['value'])} for {percent(r['prefill'] + r['encode'])} of row-layers"
-            for r in rows
-            if r["agent"] == row["agent"] and "@" in r["system"]
-        ]
+        kept = [r for r in rows if r["agent"] == row["agent"] and "@" in r["system"]]
         said = f"CacheSlide {points(e['value'])} {interval(e, lambda x: number(x, 1))}, {episodes(e)}"
-        parts.append(f"{row['agent']}: {said}" + (f"; kept KV by limit: {', '.join(kept)}" if kept else ""))
+        parts.append(f"{AGENT_NAMES.get(row['agent'], row['agent'])}: {said}{_kept(kept)}")
     return Finding(joined(*grades), "; ".join(parts))

@@ -22,7 +22,7 @@ CLAIMS = (
         "fig03",
         "3",
         "Much of an agent's prompt is reusable, and how much varies",
-        "share by agent, with its variance (no number in our notes)",
+        "share by agent, with its variance (a drawing; no number is quoted here)",
         "none: our prompts and tasks are generated, so their share is our choice; it helps to read the other numbers",
         "fig03",
         claims.reusable_share,
@@ -78,7 +78,7 @@ CLAIMS = (
         "fig05-rope",
         "5",
         "RoPE: the position index of fixed segments shifts from turn to turn",
-        "shift grows with the updated text (no number in our notes)",
+        "shift grows with the updated text (a drawing; no number is quoted here)",
         "reproduced: fixed segments moved on every data set; partly: on some",
         "fig05",
         claims.shifted_positions,
@@ -87,7 +87,7 @@ CLAIMS = (
         "fig05-cope",
         "5",
         "CoPE: the shift is smaller",
-        "no number in our notes",
+        "a drawing; no number is quoted here",
         "reproduced: on every data set position indices move by less than the tokens do, intervals apart; partly: on "
         "some, or only the values",
         "fig05",
@@ -148,7 +148,10 @@ CLAIMS = (
         "as above",
         "none yet",
         "",
-        not_run("its weights are not part of this repository; config/paper.yaml runs it where they are"),
+        not_run(
+            "its weights are not part of this repository; config/paper.yaml runs it where they are. TTFT of its shape, "
+            "with random weights: results/h200"
+        ),
     ),
     Claim(
         "fig10-llama",
@@ -157,7 +160,10 @@ CLAIMS = (
         "as above",
         "none yet",
         "",
-        not_run("its weights are not part of this repository, and it needs two large GPUs"),
+        not_run(
+            "its weights are not part of this repository, and it needs two large GPUs. TTFT of its shape, with random "
+            "weights: results/h200"
+        ),
     ),
     Claim(
         "fig10-mpt",
@@ -166,7 +172,7 @@ CLAIMS = (
         "as above",
         "none yet",
         "",
-        not_run("an ALiBi model: not in the first scope of this project"),
+        not_run("an ALiBi model, which this engine does not serve"),
     ),
     *LOAD,
     Claim(

@@ -1,9 +1,10 @@
 """The paper's claims about agents at work, with the rules of `claims_agents.py`."""
 
+from harness.inventory import AGENT_NAMES
 from harness.report import claims_agents as rules
 from harness.report.claims import Claim
 
-_NAMES = {"reflexion": "Reflexion", "memgpt": "MemGPT", "swe_agent": "SWE-Agent"}
+_PAPERS = ("reflexion", "memgpt", "swe_agent")  # function calling is this study's own
 
 PADDING = (
     Claim(
@@ -25,12 +26,13 @@ QUALITY = tuple(
         "TTFT 2.4–3.3× below ContextCache, 1.21–2.11× below CacheBlend with 1.97–2.28× its accuracy, 1.12–2.45× "
         "below PromptCache with 1.41–3.95×",
         "TTFT on the same recorded turns, scores with each system's own outputs; a part holds when its value reaches "
-        "the paper's lower end and its interval leaves out 1, or the loss is at most 3 points; reproduced: all parts; "
-        "not reproduced: none; partly: anything between",
+        "the paper's lower end and its interval leaves out 1, or the loss is at most 3 points; a rival that scores 0 "
+        "has no ratio, so that part does not hold; reproduced: all parts; not reproduced: none; partly: anything "
+        "between",
         "fig10",
         rules.ours_and_rivals(agent),
     )
-    for agent, name in _NAMES.items()
+    for agent, name in ((a, AGENT_NAMES[a]) for a in _PAPERS)
 )
 LOAD = (
     Claim(

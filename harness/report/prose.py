@@ -132,7 +132,7 @@ def _accuracy(summary: Summary) -> list[str]:
         n = notes["best_policy_loss_points"]
         share = f"computes {percent(head['best_policy_row_share'])} of all row-layers"
         if n["system"] == OURS:
-            out.append(f"No other CacheSlide policy is better by more than {TIE_POINTS} points; it {share}.")
+            out.append(f"No other CacheSlide policy is better by more than {TIE_POINTS} points; CacheSlide {share}.")
         else:
             name = titles.get(n["system"], n["system"])
             out.append(f"The best CacheSlide policy here, “{name}”, {points(best)} on its worse mix and {share}.")
@@ -163,11 +163,19 @@ def _missing(summary: Summary) -> list[str]:
 def _scope(summary: Summary) -> str:
     where = {"cpu": "a CPU", "cuda": "a GPU"}.get(summary["conditions"]["device"], "this device")
     on_vllm = summary["conditions"].get("config", {}).get("backend") == "vllm"
+    agents = summary["conditions"].get("config", {}).get("agents") if summary.get("agents") else None
+    apart = [f"those about agents are of {agents['model']}"] if agents else []
+    apart += (
+        ["those of figure 12 and of SSD writes are from runs of their own (results/slide)"]
+        if "slide" in summary
+        else []
+    )
+    others = f"; {', '.join(apart)}" if apart else ""
     how = "inside vLLM" if on_vllm else "in plain PyTorch without a serving engine"
     return (
-        f"All numbers are of {summary['conditions']['model']} with this repository's prompts on {where}, {how}, not of "
-        "the paper's models on its A100: absolute times are not comparable with the paper's, and ratios only as far as "
-        "the same work is saved."
+        f"Numbers are of {summary['conditions']['model']} with this repository's prompts on {where}, {how}{others}. "
+        "None is of the paper's models on its A100: absolute times are not comparable with the paper's, and ratios "
+        "only as far as the same work is saved."
     )
 
 

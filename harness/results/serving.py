@@ -16,6 +16,7 @@ from typing import Any
 from cacheslide.errors import DataError
 from harness.metrics.bootstrap import ratio_of_medians
 from harness.results.intervals import as_json, median
+from harness.step import command
 
 _ESTIMATE = ("value", "low", "high")
 HEADLINE = (8192, 1, "cacheslide@0.26", "model")  # tokens, batch, system, store
@@ -155,4 +156,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

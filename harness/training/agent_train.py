@@ -5,9 +5,12 @@ the rows are prompts of the agents' loops with the oracles' outputs. Before the 
 validation tasks, in real loops over the model as it is on this device (SWE-Agent on files in memory).
 """
 
+from functools import partial
+
 import torch
 from tokenizers import Tokenizer
 
+from harness.step import command
 from harness.training import train
 from harness.training.agent_data import AgentStream, sources
 from harness.training.agent_evaluate import exact, show, success
@@ -78,4 +81,4 @@ class AgentRun(train.Run):
 
 
 if __name__ == "__main__":
-    train.main(AgentRun, show, __doc__)
+    command(partial(train.main, AgentRun, show, __doc__))

@@ -25,6 +25,8 @@ from cacheslide.errors import ConfigError
 from cacheslide.model.weights import fingerprint
 from cacheslide.training.adapter import AdapterSettings, load_adapter, save_adapter
 from cacheslide.training.attach import CopeStack
+from harness.inventory import read_config
+from harness.step import command
 from harness.training import evaluate
 from harness.training.data import Stream, loader
 from harness.training.losses import SHARE
@@ -66,7 +68,7 @@ class CopeSettings:
 
 def settings(path: Path, changes: list[str]) -> CopeSettings:
     """Read a YAML file; `changes` are key=value strings that override it."""
-    raw = yaml.safe_load(path.read_text())
+    raw = read_config(path)
     raw.update({k: yaml.safe_load(v) for k, v in (c.split("=", 1) for c in changes)})
     if unknown := set(raw) - {f.name for f in fields(CopeSettings)}:
         raise ConfigError(f"{path}: unknown keys {', '.join(sorted(unknown))}")
@@ -279,4 +281,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from cacheslide.model.config import LlamaConfig
+from harness.step import command
 from harness.tasks.example import TaskExample
 from harness.tasks.synthetic.prompts import examples
 from harness.tasks.synthetic.render import STYLES
@@ -117,6 +119,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    LlamaConfig.from_pretrained(args.model)  # says what a folder lacks, where the hub's client asks for a repository
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
@@ -127,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

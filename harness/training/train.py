@@ -18,6 +18,8 @@ from tokenizers import Tokenizer
 from torch.utils.data import IterableDataset
 
 from cacheslide.errors import ConfigError
+from harness.inventory import read_config
+from harness.step import command
 from harness.training import checkpoint, evaluate
 from harness.training.data import RowSpec, Stream, loader
 from harness.training.losses import accuracy, training_loss
@@ -54,7 +56,7 @@ class Settings:
 
 def settings(path: Path, changes: list[str]) -> Settings:
     """Read a YAML file; `changes` are key=value strings that override it."""
-    raw = yaml.safe_load(path.read_text())
+    raw = read_config(path)
     raw.update({k: yaml.safe_load(v) for k, v in (c.split("=", 1) for c in changes)})
     if unknown := set(raw) - {f.name for f in fields(Settings)}:
         raise ConfigError(f"{path}: unknown keys {', '.join(sorted(unknown))}")
@@ -211,4 +213,4 @@ def main(kind: type[Run] = Run, show: Callable[[dict], str] = evaluate.show, abo
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

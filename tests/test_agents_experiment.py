@@ -8,6 +8,7 @@ import pytest
 from harness.agents.sandbox import missing
 from harness.backend import ReferenceBackend
 from harness.experiments.agents import NO_CONTEXT, Plan, measure, summarise
+from harness.limit import Limit
 from harness.results.records import read_records
 
 MODEL = Path(__file__).parent.parent / "models" / "tiny-agents-3m"
@@ -42,7 +43,7 @@ def test_the_shipped_model_fixes_a_bug_in_the_sandbox(backend, tmp_path):
 def test_a_run_that_is_stopped_goes_on_and_counts_only_tasks_that_all_systems_finished(backend, tmp_path):
     plan, output = Plan("tiny", 2, ("recompute", "cacheslide", "naive_reuse"), ("function_calling",), layer=2), None
     output = tmp_path / "episodes.jsonl"
-    assert not measure(backend, plan, output, until=0.0)
+    assert not measure(backend, plan, output, Limit(0.0))
     part = output.with_name(f".{output.name}.part")
     assert list(read_records(part)) == []
     assert measure(backend, plan, output)

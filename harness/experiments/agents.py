@@ -7,7 +7,6 @@ summary covers the tasks that every system has finished. The selection layer is 
 
 import argparse
 import json
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -26,6 +25,7 @@ from harness.agents.registry import AGENTS, run_tasks
 from harness.agents.trace import replay
 from harness.backend import ReferenceBackend
 from harness.experiments.select_layer import MARGIN, choose
+from harness.limit import Limit, add_minutes
 from harness.results import intervals
 from harness.results.provenance import config_hash, provenance
 from harness.results.records import RecordWriter, guarded, read_records, write_json
@@ -85,14 +85,14 @@ def serve(backend: ReferenceBackend, system: str, layer: int | None) -> InProces
     return InProcess(backend, policy if layer is None else policy.at_layer(first_look(policy, layer)))
 
 
-def measure(backend: ReferenceBackend, plan: Plan, output: Path, until: float | None = None) -> bool:
-    """Run what is missing in `output`, task by task, all systems on each; False when `until` (time.time) came first."""
+def measure(backend: ReferenceBackend, plan: Plan, output: Path, limit: Limit | None = None) -> bool:
+    """Run what is missing in `output`, task by task, all systems on each; False when `limit` came first."""
     writer = RecordWriter(output, asdict(plan))
     tasks = {agent: list(plan.drawn(agent)) for agent in plan.agents}
     for i in range(plan.tasks):
         for agent in plan.agents:
             for system in plan.systems:
-                if until is not None and time.time() > until:
+                if limit is not None and limit.over:
                     return False
 
                 work = partial(_episode, backend, plan.layer, agent, system, i, tasks[agent][i])
@@ -183,10 +183,10 @@ def main() -> None:
     parser.add_argument("--layer", type=int, help="selection layer; without it, chosen on validation episodes")
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS))
     parser.add_argument("--agents", nargs="+", default=list(AGENTS), choices=list(AGENTS))
-    parser.add_argument("--minutes", type=float, help="stop after this time; run again to go on")
+    add_minutes(parser)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    begin = time.time()
+    limit = Limit(args.minutes)
     torch.set_num_threads(args.threads)
     backend = ReferenceBackend(args.model)
     plan = Plan(args.model, args.tasks, tuple(args.systems), tuple(args.agents), seed=args.seed, layer=args.layer)
@@ -196,8 +196,7 @@ def main() -> None:
         plan = Plan(**(vars(plan) | {"layer": chosen["layer"]}))
     output = args.out / "episodes.jsonl"
     if not output.exists():
-        until = None if args.minutes is None else begin + 60 * args.minutes
-        done = measure(backend, plan, output, until)
+        done = measure(backend, plan, output, limit)
         output = output if done else output.with_name(f".{output.name}.part")
     summary = summarise(plan, list(read_records(output)))
     conditions = asdict(plan) | {"stops": asdict(STOPS), "backend": "reference, float32, CPU", "selection": chosen}

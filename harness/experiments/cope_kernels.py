@@ -300,11 +300,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         seconds = min(seconds, limit.left)
         file = args.out.with_suffix(f".{part}.tmp")
-        command = [sys.executable, "-m", "harness.experiments.cope_kernels", "--part", part, "--out", str(file)]
-        command += ["--model", str(args.model), "--adapter", str(args.adapter)] if args.adapter else []
+        call = [sys.executable, "-m", "harness.experiments.cope_kernels", "--part", part, "--out", str(file)]
+        call += ["--model", str(args.model), "--adapter", str(args.adapter)] if args.adapter else []
         state = "finished"
         try:
-            code = subprocess.run([*command, "--repeats", str(args.repeats)], timeout=seconds, cwd=ROOT).returncode
+            code = subprocess.run([*call, "--repeats", str(args.repeats)], timeout=seconds, cwd=ROOT).returncode
             state = state if code == 0 else f"exit status {code}"
         except subprocess.TimeoutExpired:
             state = f"stopped after {seconds:.0f} s"

@@ -158,6 +158,27 @@ def test_strided_queries_and_output():
     assert wide[:, 0].isnan().all() and wide[:, 5].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float16])
+@pytest.mark.parametrize("excess", [60.0, 200.0])
+def test_far_keys_that_outweigh_the_near_ones_by_more_than_a_float_holds(dtype, excess):
+    """Keys 16 to 31 score `excess` higher than others, for every other query head: 2^87 and 2^289 times the weight."""
+    length = 200 * SIZE
+    kv, table, queries, embedding = inputs([length], 4, 2, 32, 16, dtype, SATURATING, 16)
+    kv[..., 1] = torch.where(kv[..., 1].isnan(), kv[..., 1], 0.0)
+    kv[table[0, 1].long(), :, :, 1] = excess * 32**0.5 / 4
+    rows, cu_rows = scattered([length], [0.3], seed=1, device=DEVICE)
+    q = queries(len(rows))
+    q[..., 1] = torch.tensor([4.0, 0.0, 4.0, 0.0], device=DEVICE)
+    out = torch.full_like(q, float("nan"))
+    lse = torch.full(q.shape[:2], float("nan"), device=DEVICE)
+    blocks = launch.paged(kv, table)
+    launch.cope_attention(q, rows, cu_rows, blocks, embedding, out=out, lse=lse)
+    want = cope_reference.cope_attention(q.double(), rows, cu_rows, table, kv.double(), embedding.double())
+    assert error(out, want) < BOUND[dtype]
+    seen = rows >= 32
+    assert (lse[seen][:, ::2] > excess).all() and (lse[seen][:, 1::2] < 20).all()
+
+
 # One tile a chunk, several, and the kernel's own choice.
 DECODE_TILINGS = [decode.DecodeTiling(16, 16, 4, 2), decode.DecodeTiling(64, 16, 4, 3), None]
 
@@ -178,6 +199,20 @@ def test_decoding(heads, kv_heads, dim, dtype, shift):
         out.fill_(float("nan"))
         decode.cope_decode(q, rows, launch.paged(kv, table), embedding, out=out, tiling=cut)
         assert error(out, want) < BOUND[dtype], cut
+
+
+@pytest.mark.skipif(INTERPRETED, reason="launches overlap on a device only")
+@pytest.mark.parametrize("cut", [(1024, 32, 1, 3), (512, 128, 4, 3)])
+def test_launches_that_begin_early_read_nothing_too_soon(cut):
+    """Bit for bit what launches one after the other give, over many calls in a row that share their scratch memory."""
+    lengths = [9000, 4100, 700, 1] * 8
+    kv, table, queries, embedding = inputs(lengths, 8, 2, 128, 16, DTYPES[-1], SLOW, 64)
+    rows, blocks = (torch.tensor(lengths) - 1).int().to(DEVICE), launch.paged(kv, table)
+    asked = [queries(len(rows)).roll(i, 0) for i in range(40)]
+    early = [decode.cope_decode(q, rows, blocks, embedding, tiling=decode.DecodeTiling(*cut)) for q in asked]
+    for q, out in zip(asked, early, strict=True):
+        tiling = decode.DecodeTiling(*cut, early=False)
+        assert torch.equal(out, decode.cope_decode(q, rows, blocks, embedding, tiling=tiling))
 
 
 def test_a_nan_key_ends_decoding_and_shows():

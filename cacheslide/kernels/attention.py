@@ -7,6 +7,7 @@ Keys up to the tile's first row need no mask and run in a loop of their own; key
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 
 @triton.jit
@@ -135,9 +136,14 @@ def _row_attention(
 @triton.jit(do_not_specialize=["count"])
 def _merge(
     parts, lse, rows, out, count, heads, chunk, part_chunk, out_row, out_head,
-    HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Weigh the chunks' outputs by their sums. parts [chunks, n, heads, HEAD_DIM], lse [chunks, n, heads], base 2."""
+    """Weigh the chunks' outputs by their sums. parts [chunks, n, heads, HEAD_DIM], lse [chunks, n, heads], base 2.
+
+    EARLY: launched while the programs that leave them still run.
+    """
+    if EARLY:
+        gdc_wait()
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = pair < count * heads
     row = pair // heads

@@ -2,7 +2,8 @@
 
 Gate sums run from right to left, so a chunk of keys must know the gates of all chunks to its right. One launch reads
 the keys and leaves scores and each chunk's gate sum; the next reads scores and values. Scores are 4 bytes a query head
-and key, beside 4 * head_dim bytes of keys and values a KV head: keys and values are read once.
+and key, beside 4 * head_dim bytes of keys and values a KV head: keys and values are read once. Where the device can
+(Hopper's programmatic dependent launch) a launch's programs come up while the last ones of the launch before still run.
 """
 
 import math
@@ -12,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from cacheslide.kernels.attention import _merge
 from cacheslide.kernels.cope_launch import _ASM, _GATE, Blocks
@@ -31,12 +33,16 @@ from cacheslide.kernels.launch import device_of
 
 @dataclass(frozen=True)
 class DecodeTiling:
-    """`chunk` keys to a program, a power of two, `keys` of them at a time, and the launches' warps and stages."""
+    """`chunk` keys to a program, a power of two, `keys` of them at a time, and the launches' warps and stages.
+
+    With `early` a launch's programs start before the launch in front has ended, if the device can do so.
+    """
 
     chunk: int = 512
     keys: int = 128
     warps: int = 4
     stages: int = 3
+    early: bool = True
 
 
 @triton.jit(do_not_specialize=["requests", "chunks", "span", "table_row"])
@@ -45,12 +51,14 @@ def _scores(
     q_row, q_head, table_row, kv_block, kv_head, kv_slot, e_row,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr,
     P_MAX: tl.constexpr, PAD_P: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, KV_HEADS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, KV_HEADS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Scores and gate sum of one chunk of one request and KV head; the first chunk's program adds position logits.
 
     `scale` includes log2(e): all of them are in base 2.
     """
+    if EARLY:
+        gdc_launch_dependents()
     pair = tl.program_id(0) % (requests * KV_HEADS)
     chunk = tl.program_id(0) // (requests * KV_HEADS)
     request = pair // KV_HEADS
@@ -94,10 +102,12 @@ def _attend(
     out_chunk, lse_chunk, table_row, kv_block, kv_head, kv_slot,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr,
     P_MAX: tl.constexpr, PAD_P: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, KV_HEADS: tl.constexpr, AHEAD: tl.constexpr, GATE: tl.constexpr,
-    ASM: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, KV_HEADS: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
+    GATE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Output and softmax sum of one chunk, from its scores, its values and the gate sums of the chunks behind it."""
+    if EARLY:
+        gdc_launch_dependents()
     LAST: tl.constexpr = P_MAX - 1
     pair = tl.program_id(0) % (requests * KV_HEADS)
     chunk = tl.program_id(0) // (requests * KV_HEADS)
@@ -114,6 +124,8 @@ def _attend(
     scores += pair.to(tl.int64) * GROUP * span
     entries += pair.to(tl.int64) * ((PAD_P + 1) * LANES)
     sums += pair.to(tl.int64) * chunks * LANES
+    if EARLY:
+        gdc_wait()  # what follows was left by the launch before
     carry = tl.zeros([LANES], tl.float32)
     for behind in range(chunk + 1, (limit - 1) // CHUNK + 1, AHEAD):
         others = behind + tl.arange(0, AHEAD)
@@ -219,7 +231,9 @@ def cope_decode(
     sizes = {"GROUP": group, "HEAD_DIM": dim, "PAD_DIM": padded, "P_MAX": p_max, "PAD_P": padded_p, "LANES": lanes}
     sizes |= {"BLOCK_SIZE": block_size, "CHUNK": tiling.chunk, "KEYS": min(tiling.keys, tiling.chunk)}
     sizes |= {"PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "STAGES": tiling.stages}
-    sizes |= {"KV_HEADS": kv_heads, "num_warps": tiling.warps}
+    early = tiling.early and device_of(q).early_launch
+    sizes |= {"KV_HEADS": kv_heads, "EARLY": early, "num_warps": tiling.warps}
+    follows = {"launch_pdl": True} if early else {}
     grid = (chunks * n * kv_heads,)
     scale = (dim**-0.5 if scale is None else scale) * math.log2(math.e)
     _scores[grid](
@@ -229,11 +243,11 @@ def cope_decode(
     _attend[grid](
         rows, blocks.table, blocks.v, entries, scores, sums, parts, lse, n, chunks, span,
         parts.stride(0), lse.stride(0), blocks.table.stride(0), *blocks.strides, AHEAD=16, GATE=_GATE[q.dtype],
-        ASM=_ASM, **sizes,
+        ASM=_ASM, **sizes, **follows,
     )  # fmt: skip
     block = max(1, 2048 // padded)
     _merge[(triton.cdiv(n * heads, block),)](
         parts, lse, rows, out, n, heads, tiling.chunk, parts.stride(0), out.stride(0), out.stride(1),
-        HEAD_DIM=dim, PAD_DIM=padded, BLOCK=block,
+        HEAD_DIM=dim, PAD_DIM=padded, BLOCK=block, EARLY=early, **follows,
     )  # fmt: skip
     return out

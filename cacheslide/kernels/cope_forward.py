@@ -8,7 +8,8 @@ Once every row's gate sum has reached p_max - 1 the keys further left share one 
 import triton
 import triton.language as tl
 
-from cacheslide.kernels.cope_tiles import NEVER, block_ids, fetch, gated_tile, key_offsets, load, plain_tile, triangle
+from cacheslide.kernels.cope_far import TOO_MUCH, far_tiles
+from cacheslide.kernels.cope_tiles import NEVER, block_ids, fetch, gated_tile, key_offsets, load, triangle
 
 
 # Batches and block tables come in every size: one compilation serves all.
@@ -20,11 +21,11 @@ def _cope_attention(
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr,
     P_MAX: tl.constexpr, PAD_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RUN: tl.constexpr,
     FAR_N: tl.constexpr, FAR_STAGES: tl.constexpr, SLOTS: tl.constexpr, CAPPED: tl.constexpr, LSE: tl.constexpr,
-    GATE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    GATE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, STEADY: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows and PACK query heads. `scale` includes log2(e); RUN is the longest run of whole tiles.
 
-    Keys left of where all rows have saturated are taken FAR_N, a multiple of BLOCK_N, at a time.
+    Keys left of where all rows have saturated are taken FAR_N, a multiple of BLOCK_N, at a time; STEADY: see cope_far.
 
     `entries` is scratch, float32 [programs, PAD_P + 2, BLOCK_M]: the position logits (base 2) of each program's rows.
     """
@@ -156,22 +157,28 @@ def _cope_attention(
         wanted = (LAST - least) / tl.maximum(least, 1e-3) * (lowest + 1 - stop).to(tl.float32) * (1.0 / BLOCK_N)
         run = tl.maximum(tl.minimum(wanted, RUN - 1.0), 0.0).to(tl.int32) + 1
 
+    heavy = lane < 0
     if stop > 0:
         constant = tl.load(entries + LAST * BLOCK_M + lane)
-        top -= constant
-        while stop % FAR_N != 0:
-            stop -= BLOCK_N
-            blocks = block_ids(table, stop, limit, BLOCK_SIZE, BLOCK_N)
-            offsets = key_offsets(blocks, stop, limit, kv_block, kv_slot, BLOCK_SIZE, BLOCK_N, False)
-            acc, top, total = plain_tile(acc, top, total, queries, k, v, offsets, scale, HEAD_DIM, PAD_DIM, PRECISION)
-        blocks = block_ids(table, stop - FAR_N, limit, BLOCK_SIZE, FAR_N)
-        for i in tl.range(0, stop // FAR_N, num_stages=FAR_STAGES):
-            first = stop - (i + 1) * FAR_N
-            offsets = key_offsets(blocks, first, limit, kv_block, kv_slot, BLOCK_SIZE, FAR_N, False)
-            blocks = block_ids(table, first - FAR_N, limit, BLOCK_SIZE, FAR_N)
-            acc, top, total = plain_tile(acc, top, total, queries, k, v, offsets, scale, HEAD_DIM, PAD_DIM, PRECISION)
+        acc, top, total = far_tiles(
+            acc, top - constant, total, queries, k, v, table, stop, limit, scale, kv_block, kv_slot,
+            BLOCK_SIZE, HEAD_DIM, PAD_DIM, BLOCK_M, BLOCK_N, FAR_N, STEADY, PRECISION, FAR_STAGES,
+        )  # fmt: skip
         top += constant
-    if LSE:
-        tl.store(lse + row64 * lse_row + head, top + tl.log2(total), mask=live)
+        if STEADY:
+            heavy = total > TOO_MUCH
     at = out + row64[:, None] * out_row + head[:, None] * out_head + d[None, :]
-    tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=live[:, None] & wide)
+    if LSE:
+        tl.store(lse + row64 * lse_row + head, top + tl.log2(total), mask=live & ~heavy)
+    tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=(live & ~heavy)[:, None] & wide)
+    if STEADY and tl.max(heavy.to(tl.int32), 0) > 0:
+        # Next to far keys of such weight the near ones are nothing, in float32: these rows get the far ones alone.
+        acc, top, total = far_tiles(
+            tl.zeros([BLOCK_M, PAD_DIM], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32),
+            tl.zeros([BLOCK_M], tl.float32), queries, k, v, table, stop, limit, scale, kv_block, kv_slot,
+            BLOCK_SIZE, HEAD_DIM, PAD_DIM, BLOCK_M, BLOCK_N, BLOCK_N, False, PRECISION, 2,
+        )  # fmt: skip
+        top += tl.load(entries + LAST * BLOCK_M + lane)
+        if LSE:
+            tl.store(lse + row64 * lse_row + head, top + tl.log2(total), mask=live & heavy)
+        tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=(live & heavy)[:, None] & wide)

@@ -22,7 +22,8 @@ _LONG_RUN = 32  # whole tiles between two looks at whether all rows have saturat
 class CopeTiling:
     """`lanes` query lanes (rows times packed heads) by `keys` keys, the launch's warps and stages.
 
-    Once all rows have saturated, keys are taken `far_keys` (a multiple of `keys`) at a time, in `far_stages` stages.
+    Once all rows have saturated, keys are taken `far_keys` (a multiple of `keys`) at a time, in `far_stages` stages,
+    with `steady` under a maximum that stays (in float16 it must not: weights would overflow).
     Wider tiles of 128 lanes and 8 warps were slower at every length and kind of gates on an H200 (docs/log.md); with
     head_dim 16 Triton 3.6 also compiles them wrongly.
     """
@@ -34,6 +35,7 @@ class CopeTiling:
     pack: bool = True
     far_keys: int = 64
     far_stages: int = 3
+    steady: bool = True
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def cope_attention(
         BLOCK_N=tiling.keys, RUN=_LONG_RUN, FAR_N=max(tiling.far_keys, tiling.keys), FAR_STAGES=tiling.far_stages,
         SLOTS=slots is not None, CAPPED=slots is not None and slots.cap, LSE=lse is not None, GATE=_GATE[q.dtype],
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        STAGES=tiling.stages, ASM=_ASM, num_warps=tiling.warps, num_stages=tiling.stages,
+        STAGES=tiling.stages, ASM=_ASM, STEADY=tiling.steady and q.dtype != torch.float16,
+        num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return out

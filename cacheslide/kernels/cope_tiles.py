@@ -158,21 +158,3 @@ def gated_tile(
     acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
     total = total * shrink + tl.sum(weights, 1)
     return acc, higher, total, carry, base, level, slope, kink1, kink2
-
-
-@triton.jit
-def plain_tile(
-    acc, top, total, q, k, v, offsets, scale,
-    HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over a tile of keys that all rows see; their entries are one constant a row, taken off `top`."""
-    d = tl.arange(0, PAD_DIM)
-    wide = (d < HEAD_DIM)[None, :]
-    keys = load(k + offsets[:, None] + d[None, :], wide, PAD_DIM > HEAD_DIM)
-    scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
-    higher = tl.maximum(top, tl.max(scores, 1) * scale)
-    weights = tl.exp2(scores * scale - higher[:, None])
-    shrink = tl.exp2(top - higher)
-    values = load(v + offsets[:, None] + d[None, :], wide, PAD_DIM > HEAD_DIM)
-    acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
-    return acc, higher, total * shrink + tl.sum(weights, 1)

@@ -29,10 +29,14 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Device:
-    """What the choice depends on; by default an H200 (bytes of shared memory that one block may use)."""
+    """What the choice depends on; by default an H200 (bytes of shared memory that one block may use).
+
+    `early_launch`: a launch can begin while the one before it ends (programmatic dependent launch, Hopper and later).
+    """
 
     multiprocessors: int = 132
     shared_bytes: int = 232448
+    early_launch: bool = True
 
 
 @dataclass(frozen=True)
@@ -142,17 +146,17 @@ def row_attention(
         block = max(1, 2048 // padded)
         _merge[(triton.cdiv(n * heads, block),)](
             target, lse, rows, out, n, heads, tiling.chunk, target.stride(0), out.stride(0), out.stride(1),
-            HEAD_DIM=dim, PAD_DIM=padded, BLOCK=block,
+            HEAD_DIM=dim, PAD_DIM=padded, BLOCK=block, EARLY=False,
         )  # fmt: skip
     return out
 
 
 def device_of(x: Tensor) -> Device:
     """The device a tensor lives on; under Triton's interpreter, one multiprocessor."""
-    return _device(x.device.index or 0) if x.is_cuda else Device(1)
+    return _device(x.device.index or 0) if x.is_cuda else Device(1, early_launch=False)
 
 
 @functools.cache
 def _device(index: int) -> Device:
     found = torch.cuda.get_device_properties(index)
-    return Device(found.multi_processor_count, found.shared_memory_per_block_optin)
+    return Device(found.multi_processor_count, found.shared_memory_per_block_optin, found.major >= 9)

@@ -34,13 +34,15 @@ SHIFTS = {"mean_0.5": 0.0, "mean_0.01": -5.1, "never": -8.1}
 DECODES = ((8, 16384), (1, 16384), (32, 4096))  # requests, tokens
 BOUND = 1e-2  # ||out - want|| / ||want||, bfloat16
 PARTS = {"prefill": 140, "decode": 120, "training": 45, "trained": 60}  # seconds; the last with --adapter only
-# lanes, keys, warps, stages, keys and stages once saturated
-TILINGS = ((64, 64, 4, 2, 64, 3), (64, 64, 4, 3, 64, 3), (64, 32, 4, 3, 64, 3), (64, 64, 4, 2, 64, 4))
-TILINGS += ((64, 64, 4, 2, 64, 2), (128, 64, 8, 3, 64, 3))
-# chunk, keys, warps, stages
+# Lanes, keys, warps, stages; keys, stages and a maximum that stays once saturated.
+TILINGS = ((64, 64, 4, 2, 64, 3, True), (64, 64, 4, 2, 64, 3, False), (128, 64, 8, 2, 64, 3, True))
+TILINGS += ((128, 64, 8, 2, 64, 3, False), (128, 64, 8, 2, 128, 2, True), (128, 32, 8, 2, 64, 3, True))
+TILINGS += ((64, 32, 4, 2, 32, 4, True),)
+# Chunk, keys, warps, stages, launches that begin early.
 DECODE_TILINGS = tuple(
-    (c, *t) for c in (1024, 2048) for t in ((64, 1, 3), (32, 1, 3), (64, 2, 3), (64, 2, 4), (128, 4, 3), (128, 2, 3))
-) + tuple((512, *t) for t in ((64, 1, 3), (64, 2, 3), (128, 4, 3)))
+    (c, *t, True) for c in (512, 1024, 2048) for t in ((32, 1, 3), (32, 1, 4), (64, 1, 3), (128, 4, 3))
+)
+DECODE_TILINGS += ((1024, 32, 1, 3, False), (512, 128, 4, 3, False))
 
 
 def made(requests: int, tokens: int, shift: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

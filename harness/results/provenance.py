@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -71,8 +72,12 @@ def config_hash(config: dict[str, Any]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What a measurement runs on: hardware, and the versions that can change its numbers."""
+    """What a measurement runs on: the code, the hardware, and the versions that can change its numbers.
+
+    In a copy of a checkout, which has no commit of its own, the variable CACHESLIDE_COMMIT can name it.
+    """
     return {
+        "git_commit": _git("rev-parse", "HEAD") or os.environ.get("CACHESLIDE_COMMIT"),
         "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
         "os": f"{platform.system()} {platform.release()}",
         "cpu": _cpu(),
@@ -87,7 +92,6 @@ def provenance(config: dict[str, Any], data: dict[str, str], model_id: str) -> d
     """Everything needed to say what made a result; `data` maps a data set's name to its hash."""
     status = _git("status", "--porcelain", "--untracked-files=no")
     return machine() | {
-        "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
         "config_hash": config_hash(config),
         "data_hashes": data,

@@ -71,6 +71,7 @@ def test_chunks_come_back_from_files_into_either_home(tmp_path):
     before, now = (backend.prompt(s, example.questions[0].text) for s in (example.previous, example.segments))
     with life(tmp_path / "s", "cpu") as engine:
         assert rows_of(engine, before)[0]["chunks_hit"] == 0
+        assert engine.reset_prefix_cache()  # else a block at the front is shared, and the chunk in it is not asked for
         warm, want = rows_of(engine, now)
         assert warm["chunks_hit"] == warm["chunks"] > 1 and set(warm["tiers"]) == {"host"}
     for home, tier in (("cpu", "host"), ("model", "device")):

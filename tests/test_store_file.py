@@ -6,16 +6,17 @@ import os
 import random
 import stat
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
 
 from cacheslide.errors import StoreError
-from cacheslide.store import ChunkKV
+from cacheslide.store import ChunkKV, record
 from cacheslide.store.files import BLOCK, Files
 from cacheslide.store.filetier import FileOptions, FileTier, chunk_name, namespace_id
 from cacheslide.store.pages import PageLayout, from_payload, to_payload
-from cacheslide.store.record import Damaged, Encoded, chunk_of
+from cacheslide.store.record import Damaged, Encoded, chunk_of, page_sums
 
 MIB = 1 << 20
 
@@ -183,6 +184,33 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path):
             assert_same(read(again, i), chunk(i))
         store = tier(tmp_path / "s")
     assert found > len(spots)
+
+
+def without_whole(record: Encoded) -> Encoded:
+    """As it was written before records had a checksum of the whole payload."""
+    size = int.from_bytes(record.head[:8], "little")
+    about = json.loads(record.head[8 : 8 + size])
+    assert about.pop("whole")
+    header = json.dumps(about, separators=(",", ":")).encode()
+    return replace(record, head=len(header).to_bytes(8, "little") + header + record.head[8 + size :])
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_all_pages_are_checked_at_once_and_records_without_that_checksum_are_read(tmp_path, old, monkeypatch):
+    store = tier(tmp_path / "s", shards=1)
+    store.write([without_whole(encoded(1)) if old else encoded(1)])
+    pages = []
+    monkeypatch.setattr(record, "page_sums", lambda *a: (pages.append(a[2:]), page_sums(*a))[1])
+    assert_same(read(store, 1), chunk(1))
+    assert len(pages) == old
+    assert store.read(name(1), [(0, 2)]) and pages[-1] == (0, 2)  # some pages are checked by their own
+    [file] = segment_files(tmp_path / "s")
+    raw = bytearray(file.read_bytes())
+    at = raw.index(bytes(to_payload(chunk(1), PageLayout.of(chunk(1), 16)).numpy()[-64:]))
+    raw[at] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(Damaged, match=r"page \d+ of \d+ does not match"):
+        read(tier(tmp_path / "s", shards=1), 1)
 
 
 @pytest.mark.parametrize("cut", ["half", "preamble", "gone", "zeros", "swapped"])

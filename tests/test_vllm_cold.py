@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 from cacheslide.errors import ConfigError, StoreError
 from cacheslide.store.base import ChunkKV
 from cacheslide.vllm import serve
-from cacheslide.vllm.below import Below, lower_tiers
+from cacheslide.vllm.below import Below, laid_out, lower_tiers
 from cacheslide.vllm.geometry import content_id
 from cacheslide.vllm.index import ChunkIndex
 from cacheslide.vllm.params import ServerOptions
@@ -98,6 +98,15 @@ def arrived(below, count: int) -> list:
 def landed(fetch) -> WorkerReport:
     """One rank's."""
     return WorkerReport(landed={fetch.key: [Landed(fetch.ticket, "file", 64, 0)]})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_chunks_are_laid_out_anew(dtype):
+    pages = torch.randn(3, 5, 2, 4, 8).to(dtype)
+    for x in (pages[:, :, 1], pages[:, :, 0], pages):
+        out = laid_out(x, pinned=False)
+        assert out.is_contiguous() and out.dtype == dtype and torch.equal(out.float(), x.float())
+        assert out.data_ptr() != x.data_ptr()
 
 
 def test_a_request_waits_for_its_chunks_and_claims_what_landed(tmp_path):

@@ -33,8 +33,8 @@ from tests.vllm_cope import SHAPE, Cope, exact, save_setup
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
 
 # Largest difference of KV relative to the layer's norm, and of log-probabilities.
-# (In bfloat16 the reference itself is 0.07 and 0.14 off its values in float64; of some 300 tokens on an H200 one was 0.53
-# off, all others less than 0.4. What is not rounding the bound in float32 finds.)
+# (In bfloat16 the reference itself is 0.07 and 0.14 off its values in float64. One of some 300 tokens on an H200 was
+# 0.53 off, all others less than 0.4; what is not rounding is left to the bound in float32.)
 BOUNDS = {"bfloat16": (0.15, 0.8), "float32": (1e-4, 1e-3)}
 SYSTEMS = {"naive_reuse": {}, "epic": {"share": 0.26}, "cacheslide": {}}  # EPIC's own edges would cover these chunks
 LARGER = {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 8, "intermediate_size": 384}

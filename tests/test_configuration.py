@@ -73,7 +73,7 @@ def test_prompt_files_name_every_part_once():
     found = config()
     files = prompt_files(found)
     assert len(files) == len(set(files)) == 2 * 4 + 2 + len(found["latency"]["tokens"])
-    assert data_spec(found, "latency-4096") == {"split": "test", "prompts": 5, "tokens": 4096}
+    assert data_spec(found, "latency-4096") == {"split": "test", "prompts": 3, "tokens": 4096}
     assert data_spec(found, "throughput") == {"split": "test", "prompts": 8, "tokens": 768}
     assert data_spec(found, "validation")["split"] == "validation"
     assert set(FIGURES) <= set(render.FIGURES)  # others are drawn from benchmarks, not from a run

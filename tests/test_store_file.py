@@ -15,7 +15,7 @@ from cacheslide.errors import StoreError
 from cacheslide.store import ChunkKV, record
 from cacheslide.store.files import BLOCK, Files
 from cacheslide.store.filetier import FileOptions, FileTier, chunk_name, namespace_id
-from cacheslide.store.pages import PageLayout, from_payload, to_payload
+from cacheslide.store.pages import PageLayout, from_payload, side_by_side, to_payload
 from cacheslide.store.record import Damaged, Encoded, chunk_of, page_sums
 
 MIB = 1 << 20
@@ -184,6 +184,40 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path):
             assert_same(read(again, i), chunk(i))
         store = tier(tmp_path / "s")
     assert found > len(spots)
+
+
+class Marked(Files):
+    """Hands out memory full of ones and remembers it."""
+
+    def __init__(self) -> None:
+        self.given = []
+
+    def buffer(self, nbytes):
+        self.given.append(torch.full((nbytes,), 255, dtype=torch.uint8))
+        return self.given[-1]
+
+
+@pytest.mark.parametrize("n", [1, 40, 300])
+def test_a_whole_record_lies_in_the_memory_that_was_given_for_it(tmp_path, n):
+    tier(tmp_path / "s", shards=1).write([encoded(0), encoded(1, n=n)])
+    files = Marked()
+    found = chunk_of(*FileTier(FileOptions(tmp_path / "s", 8 * MIB, 1), files).read(name(1)))
+    assert_same(found, chunk(1, n=n))
+    [given] = files.given
+    assert not len(given) % BLOCK and found.k.untyped_storage().data_ptr() == given.data_ptr()
+    both = side_by_side(found.k, found.v)
+    assert both.is_contiguous() and torch.equal(both, torch.stack((found.k, found.v), 2))
+    assert both.data_ptr() == given.data_ptr()
+
+
+def test_keys_and_values_are_side_by_side_in_pages_only():
+    k, v = torch.randn(3, 5, 2, 4, 8).unbind(2)
+    assert side_by_side(k, v).shape == (3, 5, 2, 4, 8)
+    assert side_by_side(v, k) is None and side_by_side(k, k) is None
+    assert side_by_side(k[1:], v[1:]) is not None  # whole layers
+    assert side_by_side(k[:, 1:], v[:, 1:]) is None
+    assert side_by_side(k, v.clone()) is None and side_by_side(k.contiguous(), v.contiguous()) is None
+    assert side_by_side(*torch.randn(2, 3, 5, 4, 8)) is None
 
 
 def without_whole(record: Encoded) -> Encoded:

@@ -112,9 +112,17 @@ def chunk_of(layers: int, rows: int, seed: int) -> ChunkKV:
     return ChunkKV(*(torch.randn(layers, rows, 2, 4, generator=g) for _ in range(2)), torch.arange(rows))
 
 
+def from_pages(chunk: ChunkKV) -> ChunkKV:
+    """The chunk as it comes from a file: keys and values of a token side by side."""
+    k, v = torch.stack((chunk.k, chunk.v), 2).unbind(2)
+    return replace(chunk, k=k, v=v)
+
+
 @pytest.mark.parametrize(("group", "depth"), [(1, 1), (2, 2), (3, 1), (9, 9)])
 def test_prefetched_layers_hold_their_rows_until_the_next_group(group, depth):
-    pieces = [Piece(chunk_of(6, 5, 0), 5), Piece(chunk_of(6, 7, 1), 4, first=2)]
+    chunks = from_pages(chunk_of(6, 3, 2)), chunk_of(6, 5, 0), from_pages(chunk_of(6, 7, 1))
+    pieces = [Piece(chunks[0], 3), Piece(chunks[1], 5), Piece(chunks[2], 4, first=2)]
+    assert ring_bytes(pieces, 5, group, depth) >= sum(2 * min(group, 5) * c.k[0].nbytes for c in chunks)
     fetch = LayerFetch(pieces, 1, 6, rings_for(pieces, 5, group, depth), group=group, depth=depth)
     for layer in range(1, 6):
         for _ in range(2):  # scores are taken from a layer before it is placed

@@ -3,6 +3,10 @@
 import mmap
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK = 4096  # records, extents and reads keep to it, which is what O_DIRECT wants
 _HUGE = 2**22  # bytes from which a buffer is asked for in huge pages
@@ -37,6 +41,10 @@ class Files:
                     raise
                 flags &= ~os.O_EXCL  # some file systems create the file before they refuse
         return os.open(path, flags, 0o600)
+
+    def buffer(self, nbytes: int) -> "Tensor":
+        """Memory that a record's pages are read into and then served from: uint8 [nbytes], at a block boundary."""
+        return host_buffer(nbytes)
 
     def close(self, fd: int) -> None:
         """Close a descriptor."""
@@ -87,9 +95,14 @@ class Files:
         os.replace(source, target)
 
 
-def tensor_view(buffer: memoryview):
+def tensor_view(buffer: memoryview) -> "Tensor":
     """A uint8 tensor over writable memory; the tensor keeps the memory alive."""
     import numpy as np
     import torch
 
     return torch.from_numpy(np.frombuffer(buffer, dtype=np.uint8))
+
+
+def host_buffer(nbytes: int) -> "Tensor":
+    """`aligned_buffer` as a tensor."""
+    return tensor_view(aligned_buffer(nbytes))

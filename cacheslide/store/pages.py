@@ -155,6 +155,21 @@ def kv_views(payload: Tensor, layout: PageLayout) -> Tensor:
     return kv.view(layout.layers, layout.tokens, 2, layout.kv_heads, layout.head_dim)
 
 
+def side_by_side(k: Tensor, v: Tensor) -> Tensor | None:
+    """K and V of a chunk as one tensor over their memory, if they lie there as in its pages; else None.
+
+    [layers, tokens, 2, kv_heads, head_dim], contiguous: one copy moves it, K or V alone would take one a row.
+    """
+    layers, tokens, heads, dim = k.shape
+    row = heads * dim
+    apart = (2 * row * tokens, 2 * row, dim, 1)
+    if k.untyped_storage().data_ptr() != v.untyped_storage().data_ptr() or k.stride() != apart or v.stride() != apart:
+        return None
+    if v.storage_offset() != k.storage_offset() + row:
+        return None
+    return k.as_strided((layers, tokens, 2, heads, dim), (2 * row * tokens, 2 * row, row, dim, 1))
+
+
 def from_payload(payload: Tensor, layout: PageLayout, positions: Tensor, generation: int) -> ChunkKV:
     """The chunk whose pages are `payload`, as views of it."""
     kv, at, inputs = kv_views(payload, layout), layout.kv_bytes, {}

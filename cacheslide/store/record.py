@@ -36,6 +36,7 @@ _PREAMBLE = struct.Struct(
 )  # magic, format, head bytes, payload bytes, seq, salt, ns, key, -, sums
 PREAMBLE_BYTES = 128
 _SUM = struct.Struct("<Q")
+CUT_OFF = "the record ends before its pages do"
 
 
 class Damaged(StoreError):
@@ -189,7 +190,7 @@ def decode(raw: memoryview, name: bytes, salt: bytes, offset: int) -> tuple[Head
     start = align(PREAMBLE_BYTES + head.nbytes)
     body = raw[start : start + head.layout.payload_bytes]
     if len(body) != head.layout.payload_bytes:
-        raise Damaged("the record ends before its pages do")
+        raise Damaged(CUT_OFF)
     payload = tensor_view(body)
     head.check(payload.numpy(), 0, head.layout.pages)
     return head, payload

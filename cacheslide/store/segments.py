@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
+from torch import Tensor
 
 from cacheslide.errors import StoreError
 from cacheslide.store.files import BLOCK, Files, aligned_buffer
@@ -133,6 +134,20 @@ class SegmentFolder:
         finally:
             self.files.close(fd)
         return whole[offset - start : max(offset - start, min(n, offset - start + length))]
+
+    def read_record(self, segment: int, offset: int, head_bytes: int, payload: Tensor) -> tuple[memoryview, int]:
+        """A record's first `head_bytes` bytes, and how many came of its payload, which is read into uint8 `payload`.
+
+        Both start and end at whole blocks. Fewer bytes come at the end of the file; OSError on failure.
+        """
+        head, pages = aligned_buffer(head_bytes), memoryview(payload.numpy())
+        fd = self.files.open(self.file(segment), direct=self.direct)
+        try:
+            if (n := self.files.read(fd, head, offset)) < head_bytes:
+                return head[:n], 0
+            return head, self.files.read(fd, pages, offset + head_bytes)
+        finally:
+            self.files.close(fd)
 
     def kind(self, segment: int) -> tuple[bytes, int] | None:
         """Salt and log of a segment, None when its first block is damaged."""

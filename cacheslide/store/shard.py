@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from cacheslide.errors import StoreError
-from cacheslide.store.files import BLOCK, Files, aligned_buffer, tensor_view
+from cacheslide.store.files import BLOCK, Files, aligned_buffer, host_buffer, tensor_view
 from cacheslide.store.index import Location, Segment, ShardIndex
 from cacheslide.store.lock import WriterLock
-from cacheslide.store.record import Damaged, Encoded, Head, decode, decode_head
+from cacheslide.store.record import CUT_OFF, Damaged, Encoded, Head, decode_head
 from cacheslide.store.segments import KEPT, YOUNG, SegmentFolder, ShardHead
 
 Runs = Sequence[tuple[int, int]]
+Buffer = Callable[[int], Tensor]
 MAX_HITS = 3
 _YOUNG_SHARE = 0.1  # of the capacity, before the young log is emptied ahead of the kept one
 
@@ -92,7 +93,7 @@ class Shard:
             if place is None:
                 return None
             try:
-                found = self._read(name, place, runs)
+                found = self._read(name, place, runs, self.files.buffer)
             except FileNotFoundError:
                 self.index.drop(name, place)
                 self.index.refresh(force=True)
@@ -106,19 +107,26 @@ class Shard:
             return found
         return None
 
-    def _read(self, name: bytes, place: Location, runs: Runs | None) -> tuple[Head, Tensor]:
+    def _read(self, name: bytes, place: Location, runs: Runs | None, buffer: Buffer) -> tuple[Head, Tensor]:
         salt = self.index.salt(place)
         if salt is None:
             raise FileNotFoundError
         if runs is None:
-            return decode(self.folder.read(place.segment, place.offset, place.size), name, salt, place.offset)
+            room = buffer(place.size - place.payload_at)
+            raw, read = self.folder.read_record(place.segment, place.offset, place.payload_at, room)
+            head = decode_head(raw, name, salt, place.offset)
+            if read < head.layout.payload_bytes:
+                raise Damaged(CUT_OFF)
+            payload = room[: head.layout.payload_bytes]
+            head.check(payload.numpy(), 0, head.layout.pages)
+            return head, payload
         head = decode_head(self.folder.read(place.segment, place.offset, place.payload_at), name, salt, place.offset)
         bounds, parts = head.layout.bounds, []
         for first, last in runs:
             length = bounds[last] - bounds[first]
             raw = self.folder.read(place.segment, place.offset + place.payload_at + bounds[first], length)
             if len(raw) != length:
-                raise Damaged("the record ends before its pages do")
+                raise Damaged(CUT_OFF)
             parts.append(tensor_view(raw))
             head.check(parts[-1].numpy(), first, last)
         return head, parts[0] if len(parts) == 1 else torch.cat([torch.empty(0, dtype=torch.uint8), *parts])
@@ -276,7 +284,7 @@ class Shard:
         for name, place in self.index.live(number):
             if keep(name):
                 try:
-                    head, payload = self._read(name, place, None)
+                    head, payload = self._read(name, place, None, host_buffer)
                 except (Damaged, FileNotFoundError):
                     self.stats.damaged += 1
                     continue

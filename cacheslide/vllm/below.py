@@ -17,6 +17,8 @@ from cacheslide.errors import CacheSlideError
 from cacheslide.keys import ChunkKey
 from cacheslide.store.base import ChunkKV
 from cacheslide.store.config import GIB, MIB, StoreConfig, open_store
+from cacheslide.store.files import BLOCK, Files
+from cacheslide.store.pages import side_by_side
 from cacheslide.store.tiered import Fetched
 
 logger = logging.getLogger("vllm.cacheslide")
@@ -36,12 +38,21 @@ def lower_tiers(config: StoreConfig, row_bytes: int) -> StoreConfig:
     return replace(config, device_gib=0.0, host_gib=max(host, passage), spill_gib=0.0, **changes)
 
 
-def laid_out(x: torch.Tensor, pinned: bool) -> torch.Tensor:
+def copied(x: torch.Tensor, pinned: bool) -> torch.Tensor:
     """A contiguous copy, by one thread: torch's own copy would have every reader call up a team of threads."""
     out = torch.empty(x.shape, dtype=x.dtype, pin_memory=pinned)
     bits = getattr(torch, f"int{8 * x.dtype.itemsize}")
     np.copyto(out.view(bits).numpy(), x.view(bits).numpy())
     return out
+
+
+class PinnedFiles(Files):
+    """Files whose records are read into pinned memory, where they then stay: pages are served as they lie on disk."""
+
+    def buffer(self, nbytes: int) -> torch.Tensor:
+        """See `Files.buffer`."""
+        room = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return super().buffer(nbytes) if room.data_ptr() % BLOCK else room
 
 
 class Below:
@@ -63,7 +74,14 @@ class Below:
     def __init__(
         self, config: StoreConfig, row_bytes: int, namespace: str = "", rank: int = 0, ranks: int = 1, pinned=False
     ) -> None:
-        self.store = open_store(lower_tiers(config, row_bytes), row_bytes, namespace=namespace, rank=rank, ranks=ranks)
+        self.store = open_store(
+            lower_tiers(config, row_bytes),
+            row_bytes,
+            namespace=namespace,
+            rank=rank,
+            ranks=ranks,
+            files=PinnedFiles() if pinned else Files(),
+        )
         self.pinned, self.limit = pinned, config.queue_mib * MIB
         self.unwritten = 0  # chunks that came faster than they could be written
         self._queued, self._guard = 0, threading.Lock()
@@ -117,8 +135,11 @@ class Below:
             return Fetched(None, why=f"read error: {error}")
 
     def _settled(self, chunk: ChunkKV) -> ChunkKV:
-        """The chunk as memory wants it: contiguous, pinned beside a GPU. Pages hold keys and values interleaved."""
-        return replace(chunk, k=laid_out(chunk.k, self.pinned), v=laid_out(chunk.v, self.pinned))
+        """The chunk in pinned memory, if that is wanted: a server's, or one that memory below still had, is not."""
+        if not self.pinned or chunk.k.is_pinned():
+            return chunk
+        k, v = copied(side_by_side(chunk.k, chunk.v), True).unbind(2)
+        return replace(chunk, k=k, v=v)
 
     def arrivals(self, idle: bool) -> list[tuple[ChunkKey, int, Fetched]]:
         """Reads that have ended since the last call: key, ticket, chunk. With nothing else to do, wait a moment."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from cacheslide.placement import Piece
+from cacheslide.store.base import ChunkKV
+from cacheslide.store.pages import side_by_side
 
 GROUP, DEPTH = 4, 2  # layers of a group, groups under way
 _ALIGNED = 256  # bytes
@@ -68,6 +70,12 @@ def ring_bytes(pieces: Sequence[Piece], layers: int, group: int = GROUP, depth: 
     return depth * sum(-(-n // _ALIGNED) * _ALIGNED for n in one)
 
 
+def _held(chunk: ChunkKV) -> tuple[Tensor, ...]:
+    """What there is to copy: keys and values, or both at once [layers, rows, 2, ...] where they lie side by side."""
+    both = side_by_side(chunk.k, chunk.v)
+    return (chunk.k, chunk.v) if both is None else (both,)
+
+
 class LayerFetch:
     """The chunks of `pieces`, group after group.
 
@@ -93,6 +101,7 @@ class LayerFetch:
         self.pieces, self.first, self.end = pieces, first, end
         self.device, self.stream = rings.device, rings.stream
         self.size, self.depth = _cut(end - first, group, depth)
+        self.held = [_held(p.chunk) for p in pieces]
         self.ring = [self._room(rings) for _ in range(self.depth)]
         self.oldest = self.next = 0  # groups that may still be asked for, and the first that is not under way
         if self.stream is not None:
@@ -101,14 +110,13 @@ class LayerFetch:
         for _ in range(self.depth):
             self._issue()
 
-    def _room(self, rings: Rings) -> Parts:
-        """Per piece, room for the keys and values [layers of a group, rows, kv_heads, head_dim] of its chunk."""
-        parts = []
-        for piece in self.pieces:
-            shape = (2, self.size, *piece.chunk.k.shape[1:])
-            both = rings.take(shape, piece.chunk.k.dtype)
-            parts.append((both[0], both[1]))
-        return parts
+    def _room(self, rings: Rings) -> list[tuple[Tensor, ...]]:
+        """Per piece, room for a group's layers of what is held."""
+        rooms = []
+        for held in self.held:
+            room = rings.take((len(held), self.size, *held[0].shape[1:]), held[0].dtype)
+            rooms.append(room.unbind())
+        return rooms
 
     def _layers(self, number: int) -> tuple[int, int]:
         start = self.first + number * self.size
@@ -128,10 +136,10 @@ class LayerFetch:
                 self.ready[place].record(self.stream)
         self.next += 1
 
-    def _copy(self, start: int, stop: int, room: Parts) -> None:
-        for piece, pair in zip(self.pieces, room, strict=True):
-            for to, held in zip(pair, (piece.chunk.k, piece.chunk.v), strict=True):
-                to[: stop - start].copy_(held[start:stop], non_blocking=True)  # whole chunks: one block of memory
+    def _copy(self, start: int, stop: int, rooms: list[tuple[Tensor, ...]]) -> None:
+        for room, held in zip(rooms, self.held, strict=True):
+            for to, source in zip(room, held, strict=True):
+                to[: stop - start].copy_(source[start:stop], non_blocking=True)  # whole chunks: one block of memory
 
     def group(self, layer: int) -> tuple[int, Parts]:
         """The end of the group that holds `layer`, and from `layer` on its keys and values [layers, rows, ...]."""
@@ -143,10 +151,10 @@ class LayerFetch:
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_event(self.ready[place])
         start, stop = self._layers(number)
-        within = slice(layer - start, stop - start)
-        parts = [
-            (k[within, p.rows], v[within, p.rows]) for p, (k, v) in zip(self.pieces, self.ring[place], strict=True)
-        ]
+        parts = []
+        for piece, room in zip(self.pieces, self.ring[place], strict=True):
+            k, v = room if len(room) == 2 else room[0].unbind(2)
+            parts.append(tuple(x[layer - start : stop - start, piece.rows] for x in (k, v)))
         return stop, parts
 
     def _retire(self, number: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from cacheslide.keys import ChunkKey
 from cacheslide.store.base import ChunkKV
 from cacheslide.store.memory import MemoryChunkStore
+from cacheslide.store.pages import side_by_side
 from cacheslide.vllm.below import Below
 from cacheslide.vllm.saving import HostCopies
 
@@ -43,10 +44,12 @@ class WorkerStore(MemoryChunkStore):
     def land(self, key: ChunkKey, chunk: ChunkKV) -> None:
         """`put` of a chunk that came from below, in the kind of host memory that `Below` was asked for."""
         if not self.contains(key):
-            tensors = chunk.k, chunk.v, *chunk.layer_inputs.values()
+            both = side_by_side(chunk.k, chunk.v)
+            pair = (chunk.k, chunk.v) if both is None else (both,)
             # From pinned memory to a GPU this does not wait for what is queued there.
-            k, v, *inputs = (t.to(self.device, non_blocking=True) for t in tensors)
-            self._hold(key, chunk, k, v, inputs)
+            held = [t.to(self.device, non_blocking=True) for t in (*pair, *chunk.layer_inputs.values())]
+            k, v = held[:2] if both is None else held[0].unbind(2)
+            self._hold(key, chunk, k, v, held[len(pair) :])
 
     def _hold(self, key: ChunkKey, chunk: ChunkKV, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> None:
         positions = chunk.positions.cpu()  # read by the host alone

@@ -81,6 +81,7 @@ def test_chunks_come_back_from_files_into_either_home(tmp_path):
             assert cold["tiers"] == {"file": warm["tiers"]["host"]} and "store_failures" not in cold
             assert close(got, want)
             held = list(worker_of().store._chunks.values())
+            assert not worker_of().memory.elsewhere
             if home == "cpu":
                 assert held and all(c.k.is_pinned() and side_by_side(c.k, c.v) is not None for c in held)
             else:

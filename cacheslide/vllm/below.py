@@ -20,6 +20,7 @@ from cacheslide.store.config import GIB, MIB, StoreConfig, open_store
 from cacheslide.store.files import BLOCK, Files
 from cacheslide.store.pages import side_by_side
 from cacheslide.store.tiered import Fetched
+from cacheslide.vllm.pinned import PinnedMemory
 
 logger = logging.getLogger("vllm.cacheslide")
 
@@ -38,9 +39,9 @@ def lower_tiers(config: StoreConfig, row_bytes: int) -> StoreConfig:
     return replace(config, device_gib=0.0, host_gib=max(host, passage), spill_gib=0.0, **changes)
 
 
-def copied(x: torch.Tensor, pinned: bool) -> torch.Tensor:
-    """A contiguous copy, by one thread: torch's own copy would have every reader call up a team of threads."""
-    out = torch.empty(x.shape, dtype=x.dtype, pin_memory=pinned)
+def copied(x: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy in `room`, uint8, by one thread: torch's own would have every reader call up a team of them."""
+    out = room.view(x.dtype).view(x.shape)
     bits = getattr(torch, f"int{8 * x.dtype.itemsize}")
     np.copyto(out.view(bits).numpy(), x.view(bits).numpy())
     return out
@@ -49,9 +50,12 @@ def copied(x: torch.Tensor, pinned: bool) -> torch.Tensor:
 class PinnedFiles(Files):
     """Files whose records are read into pinned memory, where they then stay: pages are served as they lie on disk."""
 
+    def __init__(self, memory: PinnedMemory) -> None:
+        self.memory = memory
+
     def buffer(self, nbytes: int) -> torch.Tensor:
         """See `Files.buffer`."""
-        room = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        room = self.memory.for_host(nbytes)
         return super().buffer(nbytes) if room.data_ptr() % BLOCK else room
 
 
@@ -67,12 +71,18 @@ class Below:
     namespace : str
         The server's; tenants are part of the chunk keys.
     rank, ranks : int
-    pinned : bool
-        Whether chunks are wanted in pinned memory.
+    memory : PinnedMemory, optional
+        Where chunks are wanted; without it in any memory.
     """
 
     def __init__(
-        self, config: StoreConfig, row_bytes: int, namespace: str = "", rank: int = 0, ranks: int = 1, pinned=False
+        self,
+        config: StoreConfig,
+        row_bytes: int,
+        namespace: str = "",
+        rank: int = 0,
+        ranks: int = 1,
+        memory: PinnedMemory | None = None,
     ) -> None:
         self.store = open_store(
             lower_tiers(config, row_bytes),
@@ -80,9 +90,9 @@ class Below:
             namespace=namespace,
             rank=rank,
             ranks=ranks,
-            files=PinnedFiles() if pinned else Files(),
+            files=Files() if memory is None else PinnedFiles(memory),
         )
-        self.pinned, self.limit = pinned, config.queue_mib * MIB
+        self.memory, self.limit = memory, config.queue_mib * MIB
         self.unwritten = 0  # chunks that came faster than they could be written
         self._queued, self._guard = 0, threading.Lock()
         self._writer = ThreadPoolExecutor(1, "cacheslide-through")
@@ -136,9 +146,10 @@ class Below:
 
     def _settled(self, chunk: ChunkKV) -> ChunkKV:
         """The chunk in pinned memory, if that is wanted: a server's, or one that memory below still had, is not."""
-        if not self.pinned or chunk.k.is_pinned():
+        if self.memory is None or chunk.k.is_pinned():
             return chunk
-        k, v = copied(side_by_side(chunk.k, chunk.v), True).unbind(2)
+        both = side_by_side(chunk.k, chunk.v)
+        k, v = copied(both, self.memory.for_host(both.nbytes)).unbind(2)
         return replace(chunk, k=k, v=v)
 
     def arrivals(self, idle: bool) -> list[tuple[ChunkKey, int, Fetched]]:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cacheslide.vllm.pinned import PinnedMemory
+
 UNDER_WAY = 2**30  # bytes of device memory whose copies are under way at most; later saves wait on the device
 
 
@@ -21,10 +23,13 @@ class HostCopies:
     under_way : int
         Bytes of device memory that copies may hold. Beyond it the stream that saves waits for the oldest copy, since
         the next step's forward needs that memory.
+    memory : PinnedMemory, optional
+        Where the copies lie; without it torch pins memory for each.
     """
 
-    def __init__(self, device: torch.device, under_way: int = UNDER_WAY) -> None:
+    def __init__(self, device: torch.device, under_way: int = UNDER_WAY, memory: PinnedMemory | None = None) -> None:
         self.device, self.under_way, self.held = torch.device(device), under_way, 0
+        self.memory = memory or PinnedMemory(None, tuple)
         self.stream = torch.cuda.Stream(self.device)
         self._sources: deque[tuple[torch.cuda.Event, list[Tensor], int]] = deque()
 
@@ -34,7 +39,8 @@ class HostCopies:
         nbytes = sum(t.numel() * t.element_size() for t in tensors)
         current = torch.cuda.current_stream(self.device)
         self._make_room(nbytes, current)
-        held = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+        self.memory.settle()  # what was evicted for these makes room for them
+        held = [self.memory.for_stream(t.shape, t.dtype, self.stream) for t in tensors]
         self.stream.wait_stream(current)
         done = torch.cuda.Event()
         with torch.cuda.stream(self.stream):

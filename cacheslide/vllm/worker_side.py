@@ -21,6 +21,7 @@ from cacheslide.vllm.mailbox import post
 from cacheslide.vllm.model_adapter import VllmModel, find_model
 from cacheslide.vllm.paged_source import PagedChunks
 from cacheslide.vllm.params import ServerOptions
+from cacheslide.vllm.pinned import PinnedMemory, pin
 from cacheslide.vllm.plans import Landed, LoadPlan, SavePlan, StepPlan, WorkerReport
 from cacheslide.vllm.reasons import LOST
 from cacheslide.vllm.saving import HostCopies
@@ -42,6 +43,7 @@ class WorkerSide:
         config = self.vllm_config
         found = find_model(config.compilation_config.static_forward_context)
         self.model = VllmModel(found, config.model_config.hf_text_config)
+        self.memory = self._pinned_memory()
         self.below = self._open_below()
         self.store = self._open_store(self.options.store_device)
         self.executor = SelectivePrefill(self.model)
@@ -50,16 +52,29 @@ class WorkerSide:
 
             warm_up(self.model, config.model_config.max_model_len)
 
+    def _pinned_memory(self) -> PinnedMemory | None:
+        """Beside a GPU: the host memory that chunks may take, pinned now rather than while requests wait."""
+        if self.model.device.type != "cuda":
+            return None
+        keeps = self.options.store_device == "cpu"
+        return PinnedMemory(pin(int(self.options.store_gib * 2**30)) if keeps else None, self._stamp)
+
+    def _stamp(self) -> "list[torch.cuda.Event]":
+        """Events behind all work that may use chunks in host memory."""
+        copies = self.store.copies
+        streams = [torch.cuda.current_stream(self.model.device), self.stream, None if copies is None else copies.stream]
+        return [stream.record_event() for stream in streams if stream is not None]
+
     def _open_below(self) -> Below | None:
         """This rank's share of the tiers below memory."""
         if (tiers := self.options.tiers) is None:
             return None
         from vllm.distributed import get_tensor_model_parallel_rank
 
-        shape, pinned = self.model.shape, self.model.device.type == "cuda"
+        shape = self.model.shape
         row_bytes = 2 * shape.num_kv_heads * shape.head_dim * self.model.dtype.itemsize
         rank = get_tensor_model_parallel_rank()
-        return Below(tiers, row_bytes, self.options.namespace, rank, self.model.ranks, pinned)
+        return Below(tiers, row_bytes, self.options.namespace, rank, self.model.ranks, self.memory)
 
     def _open_store(self, where: str) -> WorkerStore:
         """An empty store; one in host memory beside a GPU is pinned, and read and written on streams of its own."""
@@ -67,17 +82,22 @@ class WorkerSide:
         pinned = where == "cpu" and self.model.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.model.device) if pinned else None
         self.rings = Rings(self.model.device, self.stream)
-        return WorkerStore(device, HostCopies(self.model.device) if pinned else None, self.below)
+        copies = HostCopies(self.model.device, memory=self.memory) if pinned else None
+        return WorkerStore(device, copies, self.below)
 
     def move_store(self, where: str) -> None:
         """Move all chunks to the host ("cpu") or to the model's device ("model")."""
         before, self.store = self.store, self._open_store(where)
         before.hand_over(self.store)
+        if self.memory is not None:  # what comes back from now on is stamped on the new streams alone
+            torch.cuda.synchronize(self.model.device)
 
     @torch.inference_mode()
     def begin(self, step: StepPlan) -> None:
         """Before anything writes to the cache in this step: keep what finished requests leave in their old blocks."""
         self.store.settle()
+        if self.memory is not None:
+            self.memory.settle()
         if step.forget:
             self.store.clear()
         if self.below is not None:
@@ -247,4 +267,4 @@ class WorkerSide:
             if self.below is not None:
                 self.below.close()
             self.store.close()
-            self.model = self.executor = self.rings = self.stream = self.below = None
+            self.model = self.executor = self.rings = self.stream = self.below = self.memory = None

@@ -117,6 +117,8 @@ def orders(out: Path, work: Path, model: str, limit: Limit) -> None:
     name = torch.cuda.get_device_name().split()[-1].lower() if device == "cuda" else "cpu"
     file, where = out / f"orders_{name}.json", machine()
     known = json.loads(file.read_text()) if file.exists() else None
+    if known is not None and known["machine"]["git_commit"] != where["git_commit"]:
+        where["begun_at_commit"] = known["machine"].get("begun_at_commit", known["machine"]["git_commit"])
 
     def keep(record: dict[str, Any]) -> None:
         write_json(file, record | {"machine": where})

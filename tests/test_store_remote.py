@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from cacheslide.errors import StoreError
+from cacheslide.store.backing import Backing, TieredStats
 from cacheslide.store.breaker import Breaker
 from cacheslide.store.record import Damaged, chunk_of
 from cacheslide.store.remote import RemoteOptions, ValkeyTier
@@ -85,6 +86,10 @@ def test_capacity_is_the_servers_and_the_least_recently_used_leave(port):
     assert clients[0].nbytes == 5 * size and clients[0].contains(name(9))
     with pytest.raises(StoreError, match="larger than the remote tier"):
         tier(port, capacity=size - 1).write(encoded(50))
+    backing = Backing(None, tier(port, capacity=size), TieredStats())
+    records = [encoded(50, n=80), encoded(51)]
+    assert backing.write(records) == [False, True]  # one that cannot be kept keeps no other from it
+    assert backing.stats.refused == 1 and backing.stats.remote_errors == 0
 
 
 def test_altered_records_are_found(port):

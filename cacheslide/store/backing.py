@@ -11,7 +11,7 @@ from cacheslide.errors import StoreError
 from cacheslide.store.base import StoreStats
 from cacheslide.store.breaker import Breaker
 from cacheslide.store.filetier import FileTier
-from cacheslide.store.record import Damaged, Encoded, Head
+from cacheslide.store.record import Damaged, Encoded, Head, NoRoom
 from cacheslide.store.shard import Runs
 
 
@@ -27,12 +27,16 @@ class RemoteTier(Protocol):
         ...
 
     def write(self, record: Encoded) -> int:
-        """Keep a record; returns bytes sent."""
+        """Keep a record; returns bytes sent, 0 when it was there already. NoRoom when it cannot be kept."""
         ...
 
     @property
     def nbytes(self) -> int:
         """Bytes the server holds for this store."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the server."""
         ...
 
 
@@ -43,7 +47,7 @@ class TieredStats(StoreStats):
     `bytes_written` counts what went to disk, padding included: records, moves between the logs, and spilled pages.
     A page is `clean_dropped` when it left memory without a write, `dirty_written` when it had to be spilled, and
     `cancelled` or `released` when its owner gave it up before or without a write. `refused` counts chunks that are too
-    large for the file tier or were built on corrected KV too often.
+    large for the file tier, that the remote tier has no room for, or that were built on corrected KV too often.
     """
 
     hits_device: int = 0
@@ -163,6 +167,9 @@ class Backing:
                     self.stats.remote_bytes += self.remote.write(r)
                     self.remote_breaker.worked()
                     kept[i] = True
+                except NoRoom:
+                    self.stats.refused += 1
+                    self.remote_breaker.worked()
                 except (OSError, StoreError) as error:
                     self._remote_failed(error)
                     break

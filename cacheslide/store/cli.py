@@ -6,12 +6,15 @@ import os
 import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from cacheslide.errors import CacheSlideError, ConfigError, StoreError
 from cacheslide.store.config import GIB, StoreConfig
 from cacheslide.store.files import Files
 from cacheslide.store.filetier import FileOptions, FileTier, namespace_id
+from cacheslide.store.mooncake import MooncakeOptions
+from cacheslide.store.mooncake_pool import serve as serve_mooncake
 from cacheslide.store.record import Damaged
 from cacheslide.store.spill import stale_spills
 
@@ -34,10 +37,11 @@ def add_parser(commands) -> None:
             p.add_argument("--namespace", help=text)
         if name == "gc":
             p.add_argument("--gib", type=float, help="shrink the folder to at most this size")
-    serve = actions.add_parser("serve", help="start Valkey or Redis as the remote tier, from a configuration file")
+    serve = actions.add_parser("serve", help="start Valkey, Redis or Mooncake as the remote tier, from a configuration")
     serve.add_argument("config", type=Path, help="JSON: CrossCache's sections or this store's options")
     serve.add_argument("--bind", default="127.0.0.1", help="address to listen on")
     serve.add_argument("--password-file", type=Path, help="file whose first line is the password clients must give")
+    serve.add_argument("--open", action="store_true", help="Mooncake: let anybody on the network read and write chunks")
     serve.set_defaults(run=_serve)
 
 
@@ -125,6 +129,17 @@ def _gc(args: argparse.Namespace) -> int:
 
 def _serve(args: argparse.Namespace) -> int:
     config = StoreConfig.from_file(args.config)
+    local = args.bind in ("127.0.0.1", "::1", "localhost")
+    if config.remote_engine == "mooncake":
+        if args.password_file is not None:
+            raise ConfigError("--password-file cannot be used with remote_engine mooncake: it has no passwords")
+        if not local and not args.open:
+            raise ConfigError(f"Mooncake asks nobody for a password: listening on {args.bind} needs --open")
+        if args.bind == "0.0.0.0" or ":" in args.bind:
+            raise ConfigError(f"Mooncake cannot listen on {args.bind}: name the IPv4 address that clients reach")
+        options = replace(config, remote_host=args.bind, remote_segment_gib=0.0).remote_options
+        assert isinstance(options, MooncakeOptions)
+        return serve_mooncake(options, args.bind)
     program = shutil.which("valkey-server") or shutil.which("redis-server")
     if program is None:
         raise ConfigError("neither valkey-server nor redis-server is installed: install one of them")
@@ -138,7 +153,7 @@ def _serve(args: argparse.Namespace) -> int:
     }
     if args.password_file is not None:
         settings["requirepass"] = json.dumps(_password(args.password_file))
-    elif args.bind not in ("127.0.0.1", "::1", "localhost"):
+    elif not local:
         raise ConfigError(f"listening on {args.bind} needs --password-file: chunks must not be open to the network")
     reading, writing = os.pipe()
     os.write(writing, "\n".join(f"{k} {v}" for k, v in settings.items()).encode())

@@ -12,7 +12,9 @@ from cacheslide.store.backing import Backing, TieredStats
 from cacheslide.store.eviction import POLICIES
 from cacheslide.store.files import Files
 from cacheslide.store.filetier import FileOptions, FileTier
-from cacheslide.store.remote import RemoteOptions, ValkeyTier
+from cacheslide.store.mooncake import MooncakeOptions
+from cacheslide.store.remote import RemoteOptions
+from cacheslide.store.remotes import check_remote, open_remote, remote_options
 from cacheslide.store.spill import SpillFile
 from cacheslide.store.tiered import TieredChunkStore
 
@@ -61,7 +63,12 @@ class StoreConfig:
     direct, durable : bool
         See `Shard`.
     remote_host : str
-        Empty: no remote tier. The remaining `remote_` fields: see `RemoteOptions`; the password is read from a file.
+        Empty: no remote tier. The remaining `remote_` fields: see `RemoteOptions` and `MooncakeOptions`; the password
+        is read from a file.
+    remote_engine : str
+        "valkey" (also Redis) or "mooncake".
+    remote_segment_gib : float
+        Memory that every process that opens the store adds to Mooncake's pool, GiB.
     store_workers, load_workers, io_workers : int
         Threads that write back, that prefetch chunks, and that read the layers of one chunk.
     staging_buffers : int
@@ -84,6 +91,7 @@ class StoreConfig:
     direct: bool = True
     durable: bool = True
     lock_timeout_s: float = 10.0
+    remote_engine: str = "valkey"
     remote_host: str = ""
     remote_port: int = 6379
     remote_gib: float = 16.0
@@ -94,6 +102,11 @@ class StoreConfig:
     remote_cert_file: str = ""
     remote_key_file: str = ""
     remote_timeout_s: float = 2.0
+    remote_segment_gib: float = 0.0
+    remote_metrics_port: int = 9003
+    remote_metadata_server: str = "P2PHANDSHAKE"
+    remote_protocol: str = "tcp"
+    remote_devices: str = ""
     queue_mib: int = 256
     stall_limit_s: float = 10.0
     store_workers: int = 1
@@ -121,8 +134,7 @@ class StoreConfig:
             raise ConfigError(f"write_back must be 'through' or 'evict', not {self.write_back!r}")
         if not 1 <= self.shards <= 256:
             raise ConfigError(f"shards must lie in 1 to 256, not {self.shards}")
-        if not 0 < self.remote_port < 65536:
-            raise ConfigError(f"remote_port must lie in 1 to 65535, not {self.remote_port}")
+        check_remote(self)
         if not self.device_gib and not self.host_gib:
             raise ConfigError("device_gib and host_gib are both 0: a store needs memory for pages")
 
@@ -184,29 +196,9 @@ class StoreConfig:
         )
 
     @property
-    def remote_options(self) -> RemoteOptions | None:
+    def remote_options(self) -> RemoteOptions | MooncakeOptions | None:
         """The remote tier's settings."""
-        if not self.remote_host:
-            return None
-        password = None
-        if self.remote_password_file:
-            try:
-                password = Path(self.remote_password_file).read_text().strip()
-            except OSError as error:
-                raise ConfigError(f"cannot read {self.remote_password_file}: {error.strerror}") from None
-        return RemoteOptions(
-            host=self.remote_host,
-            port=self.remote_port,
-            capacity=int(self.remote_gib * GIB),
-            username=self.remote_username or None,
-            password=password,
-            tls=self.remote_tls,
-            ca_file=self.remote_ca_file or None,
-            cert_file=self.remote_cert_file or None,
-            key_file=self.remote_key_file or None,
-            timeout_s=self.remote_timeout_s,
-            connections=self.connections,
-        )
+        return remote_options(self)
 
 
 def _from_crosscache(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,10 +223,10 @@ def _from_crosscache(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def open_backing(config: StoreConfig, stats: TieredStats | None = None, files: Files | None = None) -> Backing:
     """The file and remote tiers that a configuration describes, without memory above them: enough to look chunks up."""
-    options, remote = config.file_options, config.remote_options
+    options = config.file_options
     return Backing(
         None if options is None else FileTier(options, files or Files()),
-        None if remote is None else ValkeyTier(remote),
+        open_remote(config),
         stats or TieredStats(),
     )
 

@@ -43,6 +43,10 @@ class Damaged(StoreError):
     """A record does not hold what was written: torn, truncated, altered, or another record."""
 
 
+class NoRoom(StoreError):
+    """A tier cannot keep this record; it works otherwise."""
+
+
 class Preamble(NamedTuple):
     """Head (JSON, checksums and positions) and payload sizes in bytes; `name` is namespace and key, 36 bytes."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cacheslide.errors import StoreError
 from cacheslide.store.files import aligned_buffer
-from cacheslide.store.record import Encoded, Head, decode, to_bytes
+from cacheslide.store.record import Encoded, Head, NoRoom, decode, to_bytes
 
 _SALT = bytes(16)
 # Sizes are kept beside the values, so that a value the server dropped by itself is still taken off the account.
@@ -120,7 +120,7 @@ class ValkeyTier:
             raise OSError(f"the server at {self._where} does not answer: {gone}") from None
         except self._errors.RedisError as wrong:
             if "TOOLARGE" in str(wrong):
-                raise StoreError(f"a record is larger than the remote tier's {self.options.capacity} bytes") from None
+                raise NoRoom(f"a record is larger than the remote tier's {self.options.capacity} bytes") from None
             raise StoreError(f"the server at {self._where} cannot do this: {wrong}") from None
 
     @property

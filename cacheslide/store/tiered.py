@@ -337,9 +337,11 @@ class TieredChunkStore(ChunkStore):
         return self.queue.flush(timeout_s)
 
     def close(self, timeout_s: float = 30.0) -> bool:
-        """Write what is queued and let go of the files; False when the time was too short."""
+        """Write what is queued and let go of files and server; False when the time was too short."""
         self._loaders.shutdown(wait=True, cancel_futures=True)
         done = self.queue.close(timeout_s)
         if self.spill is not None:
             self.spill.close()
+        if self.backing.remote is not None:
+            self.backing.remote.close()
         return done

@@ -41,7 +41,7 @@ def add_parser(commands) -> None:
     serve.add_argument("config", type=Path, help="JSON: CrossCache's sections or this store's options")
     serve.add_argument("--bind", default="127.0.0.1", help="address to listen on")
     serve.add_argument("--password-file", type=Path, help="file whose first line is the password clients must give")
-    serve.add_argument("--open", action="store_true", help="Mooncake: let anybody on the network read and write chunks")
+    serve.add_argument("--open", action="store_true", help="Mooncake, which has no passwords: allow more than loopback")
     serve.set_defaults(run=_serve)
 
 

@@ -1,8 +1,8 @@
 """The process that holds a Mooncake client for `MooncakeTier`; run as a script, it imports nothing of this package.
 
-A client of its own process, because setting one up and closing it hold Python's lock for as long as the master does not
-answer (4 s when it refuses, 30 s when it hangs, 20 attempts by default), a call after `close` is a segmentation fault,
-and importing it starts some thirty threads and replaces the handlers of SIGSEGV, SIGBUS and SIGFPE.
+The client has a process of its own because `setup` and `close` hold Python's lock while the master does not answer (4 s
+an attempt when it is gone, of 20 by default; 30 s when it hangs), a call after `close` is a segmentation fault, and
+loading it starts some thirty threads and installs handlers for SIGSEGV, SIGBUS, SIGFPE and SIGURG.
 
 Standard input is a socket of messages. First this process says "ok", or why it cannot work; then every message brings
 one end of a connection, which a thread of its own serves until the other end closes. On it a request is an operation

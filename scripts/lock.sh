@@ -15,7 +15,7 @@ if [ -n "${PIP_FIND_LINKS:-}${UV_FIND_LINKS:-}" ]; then
   cpu=()
 fi
 
-"$uv" pip compile "${options[@]}" ${cpu[@]+"${cpu[@]}"} pyproject.toml --extra cpu --extra retrieval --extra remote --extra dev -o requirements/cpu.txt
+"$uv" pip compile "${options[@]}" ${cpu[@]+"${cpu[@]}"} pyproject.toml --extra cpu --extra retrieval --extra remote --extra mooncake --extra dev -o requirements/cpu.txt
 strip_local requirements/cpu.txt
 
 # Without the wheel folder: the GPU list wants PyPI's torch and the CUDA libraries that it names.

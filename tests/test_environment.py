@@ -41,7 +41,8 @@ def pins(name: str) -> dict[str, str]:
 
 def direct(backend: str) -> list[str]:
     extras = PROJECT["optional-dependencies"]
-    return [*PROJECT["dependencies"], *extras[backend], *extras["retrieval"], *extras["remote"], *extras["dev"]]
+    names = [backend, "retrieval", "remote", "dev", *(["mooncake"] if backend == "cpu" else [])]
+    return [*PROJECT["dependencies"], *(requirement for name in names for requirement in extras[name])]
 
 
 def assert_pinned(requirements: list[str], versions: dict[str, str]) -> None:

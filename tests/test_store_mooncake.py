@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,7 +128,9 @@ def _write(ports, prefix, pipe) -> None:
     t = tier(ports, prefix=prefix)
     for i in range(5):
         t.write(encoded(i))
-    pipe.send(t._running[0].process.pid)
+    helper = t._running[0]
+    heir = subprocess.Popen(["sleep", "300"], pass_fds=[helper.control.fileno()])  # keeps the socket open, like a fork
+    pipe.send((helper.process.pid, heir.pid))
     time.sleep(300)
 
 
@@ -137,14 +139,20 @@ def test_records_outlive_the_process_that_wrote_them_and_its_helper_does_not(por
     mine, theirs = spawn.Pipe()
     writer = spawn.Process(target=_write, args=(ports, prefix, theirs))
     writer.start()
+    started = []
     try:
         assert mine.poll(300)
-        helper = mine.recv()
+        helper, _ = started = mine.recv()
         assert not gone(helper)
+        writer.kill()
+        writer.join(60)
+        assert eventually(lambda: gone(helper))
     finally:
         writer.kill()
         writer.join(60)
-    assert eventually(lambda: gone(helper))
+        for process in started:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
     with opened(tier(ports, prefix=prefix), tier(ports, prefix=f"{prefix}-other")) as (t, other):
         for i in range(5):
             assert_same(chunk_of(*t.read(name(i))), chunk(i))

@@ -33,8 +33,8 @@ from tests.vllm_cope import SHAPE, Cope, exact, save_setup
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
 
 # Largest difference of KV relative to the layer's norm, and of log-probabilities.
-# (In bfloat16 the reference's own log-probabilities are up to 0.52 off its values in float32, over the 120 tokens of the
-# padded batch on an H200. The engine's are up to 0.65 off those and 0.53 off the reference's, the same token alone.)
+# (In bfloat16 the reference's own log-probabilities are up to 0.52 off its values in float32, over the 120 tokens of
+# the padded batch on an H200. The engine's are up to 0.65 off those and 0.53 off the reference's, padded or not.)
 BOUNDS = {"bfloat16": (0.15, 0.8), "float32": (1e-4, 1e-3)}
 SYSTEMS = {"naive_reuse": {}, "epic": {"share": 0.26}, "cacheslide": {}}  # EPIC's own edges would cover these chunks
 LARGER = {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 8, "intermediate_size": 384}

@@ -151,8 +151,9 @@ def test_records_outlive_the_process_that_wrote_them_and_its_helper_does_not(por
         writer.kill()
         writer.join(60)
         for process in started:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+            if not gone(process):
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
     with opened(tier(ports, prefix=prefix), tier(ports, prefix=f"{prefix}-other")) as (t, other):
         for i in range(5):
             assert_same(chunk_of(*t.read(name(i))), chunk(i))
@@ -190,18 +191,20 @@ def test_a_full_pool_makes_room_or_refuses(prefix):
         pool.ping()
         backing = Backing(None, t, TieredStats())
         n = 2 * capacity // size
-        kept = [backing.write([large(i)])[0] for i in range(n)]
-        assert all(kept) and backing.stats.refused == backing.stats.remote_errors == 0
+        for i in range(n):  # again, should the master not have made room in time
+            assert eventually(lambda i=i: backing.write([large(i)])[0])
         assert capacity // 2 < t.nbytes <= capacity
         here = [i for i in range(n) if t.contains(name(i))]  # which the master takes for a use: an hour's lease
         assert 0 < len(here) < n and not t.contains(name(0))
         for i in here:
             assert_same(chunk_of(*t.read(name(i))), chunk(i, n=1000))
+        refused = backing.stats.refused
         for i in range(n, 2 * n):  # each is in use at once, so that none can leave
             if not backing.write([large(i)])[0]:
                 break
             assert t.contains(name(i))
-        assert backing.stats.refused == 1 and backing.stats.remote_errors == 0 and not backing.remote_breaker.open
+        assert backing.stats.refused == refused + 1
+        assert backing.stats.remote_errors == 0 and not backing.remote_breaker.open
         assert all(t.contains(name(j)) for j in here) and not t.contains(name(i)) and t.nbytes <= capacity
         with pytest.raises(NoRoom, match="larger than the remote tier"):
             t.write(encoded(2 * n, n=40000))
@@ -259,7 +262,7 @@ def test_master_gone_and_back(tmp_path):
 
 def test_memory_ends_with_its_process(prefix):
     with (
-        master(None, "-client_ttl=2") as (_, ports),
+        master(None, "-client_ttl=5") as (_, ports),
         opened(tier(ports, segment=POOL), tier(ports, segment=POOL)) as (first, second),
         opened(tier(ports, prefix=prefix, timeout_s=5.0)) as t,
     ):

@@ -98,11 +98,18 @@ def overwrite(t: MooncakeTier, which: bytes, raw: bytes) -> None:
         os.close(file)
 
 
+def states(process: int) -> set[str]:
+    """Of its threads, in the letters of proc(5): a signal reaches them one by one, after it was sent."""
+    tasks = Path(f"/proc/{process}/task").glob("*/stat")
+    found = set()
+    for task in tasks:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found.add(task.read_text().rsplit(")", 1)[1].split()[0])
+    return found
+
+
 def gone(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
+    return states(process) <= {"Z"}
 
 
 def test_round_trip_and_tenants(ports, prefix, monkeypatch):
@@ -198,14 +205,18 @@ def test_a_full_pool_makes_room_or_refuses(prefix):
         assert 0 < len(here) < n and not t.contains(name(0))
         for i in here:
             assert_same(chunk_of(*t.read(name(i))), chunk(i, n=1000))
-        refused = backing.stats.refused
-        for i in range(n, 2 * n):  # each is in use at once, so that none can leave
-            if not backing.write([large(i)])[0]:
-                break
-            assert t.contains(name(i))
-        assert backing.stats.refused == refused + 1
+        refused, fresh = backing.stats.refused, itertools.count(n)
+
+        def none_can_leave() -> bool:  # each is in use at once, if it has not left by then
+            if not backing.write([large(i := next(fresh))])[0]:
+                return True
+            t.contains(name(i))
+            return False
+
+        assert eventually(none_can_leave)
+        assert backing.stats.refused == refused + 1 and not t.contains(name(next(fresh) - 1))
         assert backing.stats.remote_errors == 0 and not backing.remote_breaker.open
-        assert all(t.contains(name(j)) for j in here) and not t.contains(name(i)) and t.nbytes <= capacity
+        assert all(t.contains(name(j)) for j in here) and t.nbytes <= capacity
         with pytest.raises(NoRoom, match="larger than the remote tier"):
             t.write(encoded(2 * n, n=40000))
         t.options = replace(t.options, capacity=1 << 40)  # told wrong: the master refuses
@@ -239,8 +250,9 @@ def test_master_gone_and_back(tmp_path):
             assert eventually(lambda: all(s.get(key(i)) is not None for i in range(6)))
             assert s.stats.hits_remote > 0
             far.options = impatient
-            for end in (signal.SIGSTOP, signal.SIGKILL):
+            for end, state in ((signal.SIGSTOP, "T"), (signal.SIGKILL, "Z")):
                 process.send_signal(end)
+                assert eventually(lambda state=state: states(process.pid) == {state})
                 for call in (lambda: far.contains(name(1)), lambda: far.read(name(1)), lambda: far.write(encoded(7))):
                     with pytest.raises(OSError, match="does not answer"):
                         call()

@@ -13,6 +13,7 @@ import torch
 from cacheslide.cli import main
 from cacheslide.errors import ConfigError
 from cacheslide.store.config import StoreConfig, open_store
+from cacheslide.store.mooncake import why_not
 from cacheslide.store.spill import SpillFile
 from tests.conftest import eventually
 from tests.test_store_file import assert_same, chunk, encoded, name, segment_files, tier
@@ -213,3 +214,10 @@ def test_what_is_wrong_with_the_files_of_a_command_is_said(capsys, tmp_path, mon
         ("its first line is the password", "serve", str(config), "--password-file", str(empty)),
     ):
         assert main(["store", *args]) == 2 and said in capsys.readouterr().err
+
+
+def test_a_library_that_mooncake_misses_is_not_taken_for_its_package():
+    said = why_not("libibverbs.so.1: cannot open shared object file: No such file or directory")
+    assert "libibverbs1" in said and "pip install" not in said
+    assert "pip install 'cacheslide[mooncake]'" in why_not("No module named 'mooncake'")
+    assert "its helper process ended" in why_not("")

@@ -66,6 +66,16 @@ class MooncakeOptions:
             raise ConfigError(f"Mooncake takes memory of at least {_LEAST} bytes a process, not {self.segment}")
 
 
+def why_not(said: str) -> str:
+    """What keeps a helper process that `said` something else than "ok" from working, and what to do."""
+    if "cannot open shared object file" in said:
+        return f"Mooncake needs a library of the system (on Debian libibverbs1, libnuma1 and libcurl4): {said}"
+    return (
+        "the remote tier needs the package `mooncake-transfer-engine-non-cuda` or `mooncake-transfer-engine`: "
+        f"pip install 'cacheslide[mooncake]' ({said or 'its helper process ended'})"
+    )
+
+
 class _Helper:
     """The helper process and the socket that it lives by."""
 
@@ -100,10 +110,7 @@ class _Helper:
             raise OSError(f"the helper process for Mooncake did not start within {limit_s:g} s") from late
         if hello != "ok":
             self.stop(0)
-            raise StoreError(
-                "the remote tier needs the package `mooncake-transfer-engine-non-cuda` or `mooncake-transfer-engine`: "
-                f"pip install 'cacheslide[mooncake]' ({hello or 'its helper process ended'})"
-            )
+            raise StoreError(why_not(hello))
 
     def connect(self) -> socket.socket:
         """A new connection to it."""

@@ -13,7 +13,7 @@ import torch
 from cacheslide.cli import main
 from cacheslide.errors import ConfigError
 from cacheslide.store.config import StoreConfig, open_store
-from cacheslide.store.mooncake import why_not
+from cacheslide.store.mooncake import MooncakeOptions, why_not
 from cacheslide.store.spill import SpillFile
 from tests.conftest import eventually
 from tests.test_store_file import assert_same, chunk, encoded, name, segment_files, tier
@@ -219,5 +219,30 @@ def test_what_is_wrong_with_the_files_of_a_command_is_said(capsys, tmp_path, mon
 def test_a_library_that_mooncake_misses_is_not_taken_for_its_package():
     said = why_not("libibverbs.so.1: cannot open shared object file: No such file or directory")
     assert "libibverbs1" in said and "pip install" not in said
+    assert "pip install" in why_not("libcuda.so.1: cannot open shared object file: No such file or directory")
     assert "pip install 'cacheslide[mooncake]'" in why_not("No module named 'mooncake'")
     assert "its helper process ended" in why_not("")
+
+
+def test_too_little_memory_for_mooncake_is_refused():
+    with pytest.raises(ConfigError, match="at least 16777216 bytes"):
+        MooncakeOptions(segment=1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"remote_engine": "memcached"}, "choose valkey, mooncake"),
+        ({"remote_engine": "mooncake", "remote_tls": True}, "remote_tls cannot be used .* no users, passwords or TLS"),
+        ({"remote_engine": "mooncake", "remote_password_file": "x"}, "remote_password_file cannot be used"),
+        ({"remote_segment_gib": 1.0}, "remote_segment_gib cannot be used with remote_engine valkey"),
+        ({"remote_protocol": "rdma"}, "option of remote_engine mooncake"),
+        ({"remote_engine": "mooncake", "remote_protocol": "udp"}, "choose tcp, rdma"),
+        ({"remote_engine": "mooncake", "remote_devices": "mlx5_0"}, "set remote_protocol to rdma"),
+        ({"remote_engine": "mooncake", "remote_metadata_server": ""}, "P2PHANDSHAKE"),
+        ({"remote_engine": "mooncake", "remote_metrics_port": 0}, "remote_metrics_port must lie in 1 to 65535"),
+    ],
+)
+def test_wrong_settings_of_a_remote_tier_say_so(raw, message):
+    with pytest.raises(ConfigError, match=message):
+        StoreConfig.from_dict(raw)

@@ -16,11 +16,10 @@ from pathlib import Path
 import pytest
 
 from cacheslide.cli import main
-from cacheslide.errors import ConfigError, StoreError
+from cacheslide.errors import StoreError
 from cacheslide.store import mooncake, open_store
 from cacheslide.store.backing import Backing, TieredStats
 from cacheslide.store.breaker import Breaker
-from cacheslide.store.config import StoreConfig
 from cacheslide.store.files import Files, aligned_buffer
 from cacheslide.store.mooncake import MooncakeOptions, MooncakeTier, why_not
 from cacheslide.store.mooncake_pool import _die_with_parent
@@ -344,7 +343,7 @@ def test_chunks_outlive_the_store_that_made_them(ports):
 
 
 @pytest.mark.parametrize(
-    ("said", "code"), [("libcuda.so.1: cannot open", "raise ImportError('{}')"), ("ended", "1 / 0")]
+    ("said", "code"), [("libcuda.so.1: cannot open shared object file", "raise ImportError('{}')"), ("ended", "1 / 0")]
 )
 def test_a_package_that_cannot_be_loaded_is_said_to(tmp_path, monkeypatch, said, code):
     (tmp_path / "mooncake").mkdir()
@@ -353,30 +352,6 @@ def test_a_package_that_cannot_be_loaded_is_said_to(tmp_path, monkeypatch, said,
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(StoreError, match=rf"mooncake-transfer-engine-non-cuda.*{said}"):
         tier((free_port(), free_port()))
-
-
-def test_too_little_memory_is_refused():
-    with pytest.raises(ConfigError, match="at least 16777216 bytes"):
-        MooncakeOptions(segment=MIB)
-
-
-@pytest.mark.parametrize(
-    ("raw", "message"),
-    [
-        ({"remote_engine": "memcached"}, "choose valkey, mooncake"),
-        ({"remote_engine": "mooncake", "remote_tls": True}, "remote_tls cannot be used .* no users, passwords or TLS"),
-        ({"remote_engine": "mooncake", "remote_password_file": "x"}, "remote_password_file cannot be used"),
-        ({"remote_segment_gib": 1.0}, "remote_segment_gib cannot be used with remote_engine valkey"),
-        ({"remote_protocol": "rdma"}, "option of remote_engine mooncake"),
-        ({"remote_engine": "mooncake", "remote_protocol": "udp"}, "choose tcp, rdma"),
-        ({"remote_engine": "mooncake", "remote_devices": "mlx5_0"}, "set remote_protocol to rdma"),
-        ({"remote_engine": "mooncake", "remote_metadata_server": ""}, "P2PHANDSHAKE"),
-        ({"remote_engine": "mooncake", "remote_metrics_port": 0}, "remote_metrics_port must lie in 1 to 65535"),
-    ],
-)
-def test_wrong_settings_say_so(raw, message):
-    with pytest.raises(ConfigError, match=message):
-        StoreConfig.from_dict(raw)
 
 
 def test_serve_starts_a_pool_that_clients_can_use(tmp_path, prefix, capsys):

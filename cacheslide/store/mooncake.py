@@ -68,7 +68,7 @@ class MooncakeOptions:
 
 def why_not(said: str) -> str:
     """What keeps a helper process that `said` something else than "ok" from working, and what to do."""
-    if "cannot open shared object file" in said:
+    if "cannot open shared object file" in said and "libcuda" not in said:  # that one: the package without CUDA
         return f"Mooncake needs a library of the system (on Debian libibverbs1, libnuma1 and libcurl4): {said}"
     return (
         "the remote tier needs the package `mooncake-transfer-engine-non-cuda` or `mooncake-transfer-engine`: "

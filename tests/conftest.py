@@ -1,6 +1,7 @@
 """Shared fixtures: small random checkpoints, an engine's environment; and how a test waits for other threads."""
 
 import fcntl
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from cacheslide.model.reference import ReferenceLlama
 from cacheslide.model.weights import fingerprint
 from cacheslide.training.adapter import AdapterSettings, CopeAdapter, save_adapter
+from harness.robustness.rows import ROWS
 
 SHAPE = {
     "vocab_size": 97,
@@ -107,3 +109,33 @@ def random_ids(n: int, seed: int) -> tuple[int, ...]:
     """`n` token ids of the small vocabulary."""
     g = torch.Generator().manual_seed(seed)
     return tuple(torch.randint(3, 97, (n,), generator=g).tolist())
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--fault-report", type=Path, help="write the outcome of every test marked `fault` to this file")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """A mark that names no row of the list is a mistake."""
+    for item in items:
+        for mark in item.iter_markers("fault"):
+            if mark.args[0] not in ROWS:
+                raise pytest.UsageError(f"{item.nodeid}: no row {mark.args[0]!r} in harness/robustness/rows.py")
+
+
+_FAULTS: dict[str, dict[str, str]] = {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    for mark in item.iter_markers("fault"):
+        said = _FAULTS.setdefault(mark.args[0], {})
+        if report.when == "call" or report.outcome != "passed":
+            said[item.nodeid] = "failed" if said.get(item.nodeid) == "failed" else report.outcome
+    return report
+
+
+def pytest_sessionfinish(session) -> None:
+    if (path := session.config.getoption("--fault-report")) is not None:
+        path.write_text(json.dumps(_FAULTS, indent=1, sort_keys=True) + "\n")

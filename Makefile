@@ -2,26 +2,28 @@
 # PYTHON=/path/to/python3.12 picks the interpreter, BACKEND=gpu the CUDA build of vLLM.
 
 SHELL := /bin/bash
+# VENV=folder uses another environment than .venv, as CI does.
+VENV ?= .venv
 # Stay with the backend that .venv was made for, so that `make smoke` after `make install-gpu` does not undo it.
-BACKEND ?= $(if $(wildcard .venv/.installed-gpu),gpu,cpu)
+BACKEND ?= $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
 PYTHON ?=
 PYTEST ?=
-export PYTHON
+export PYTHON VENV
 # Nothing here talks to a usage server, and forked tokenizers should not warn about it.
 export VLLM_NO_USAGE_STATS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-BIN := .venv/bin
+BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/snakemake
 SMK := Snakefile $(wildcard workflows/*.smk)
 
 # What these targets read is in the tree; offline, a forgotten download fails at once instead of hanging.
-smoke smoke-vllm test full lint: export HF_HUB_OFFLINE := 1
-smoke smoke-vllm test full lint: export HF_DATASETS_OFFLINE := 1
+smoke smoke-vllm test full lint test-servers: export HF_HUB_OFFLINE := 1
+smoke smoke-vllm test full lint test-servers: export HF_DATASETS_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu install-rag install-slurm test smoke smoke-vllm full lint format lock clean
+.PHONY: help install install-gpu install-rag install-slurm test test-servers smoke smoke-vllm full lint format lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -46,6 +48,10 @@ smoke-vllm: install  ## the study in small inside vLLM: results/smoke-vllm/repor
 
 test: install  ## all tests; PYTEST="-k name" passes options on
 	$(BIN)/python -m pytest $(PYTEST)
+
+test-servers: install  ## what the remote tiers' tests need from the system (apt-get), then those tests
+	scripts/servers.sh
+	$(BIN)/python -m pytest tests/test_store_*.py tests/test_vllm_store*.py $(PYTEST)
 
 full: install  ## the full CPU set, hours: results/cpu/, figures/cpu/
 	$(SNAKEMAKE) --configfile config/cpu.yaml -- reproduce-all

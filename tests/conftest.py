@@ -15,6 +15,8 @@ from cacheslide.model.weights import fingerprint
 from cacheslide.training.adapter import AdapterSettings, CopeAdapter, save_adapter
 from harness.robustness.rows import ROWS
 
+pytest_plugins = ["tests.skips"]
+
 SHAPE = {
     "vocab_size": 97,
     "hidden_size": 40,

@@ -148,7 +148,9 @@ def step_throughput(config: Config, data: str, layer: int, output: str, threads:
     backend, part = backend_of(config, threads), config["throughput"]
     policies = policies_of(config, layer, part="throughput")
     writer = RecordWriter(output, header(config, data, layer=layer, titles={p.name: p.title for p in policies}, **part))
-    measure_throughput(sessions_of(config, backend, policies), read_examples(data), writer, part["batches"])
+    measure_throughput(
+        sessions_of(config, backend, policies), read_examples(data), writer, part["batches"], seed=config["seed"]
+    )
     writer.finish()
 
 

@@ -1,7 +1,8 @@
 """Agents under load: TTFT and throughput with n agents at once, with beams, and throughput over time (figs 11, 13).
 
 Closed loops of teacher-forced agents on the in-process engine, which packs whatever waits (`Together`): all systems
-are asked for exactly the same work, in turns, and a ratio is taken within one repeat. Chunks of the agents' first
+are asked for exactly the same work, in turns, and a ratio is taken within one repeat (each with its reading of
+`harness.quiet`). Chunks of the agents' first
 prompts are there before the clock starts, as in a server that has been running; later ones are kept while it runs, and
 that work delays whoever waits.
 """
@@ -23,6 +24,7 @@ from harness.backend import EngineSettings, ReferenceBackend
 from harness.experiments.agent_replay import LONG, Variant, request_of
 from harness.load import Closed, Done, drive
 from harness.load.driver import Together
+from harness.quiet import watched
 from harness.results.records import RecordWriter, guarded
 from harness.tokens import Tokens
 
@@ -142,8 +144,9 @@ def measure_series(
 
 
 def _cell(head, variants, run, rng) -> dict[str, Any]:
-    out = {}
+    out, quiet = {}, {}
     for v in rng.sample(list(variants), len(variants)):
-        done = sorted(run(v), key=lambda d: d.end)
+        with watched() as quiet[v.name]:
+            done = sorted(run(v), key=lambda d: d.end)
         out[v.name] = [[d.start, d.ttft_s, d.end, float(d.correct)] for d in done]
-    return head | {"systems": out}
+    return head | {"systems": out, "quiet": quiet}

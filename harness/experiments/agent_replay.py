@@ -24,6 +24,7 @@ from harness.agents.registry import entry
 from harness.agents.sandbox import missing
 from harness.backend import EngineSettings, ReferenceBackend
 from harness.metrics.answers import token_f1
+from harness.quiet import Watch
 from harness.results.records import RecordWriter, guarded
 from harness.tokens import Tokens
 
@@ -95,7 +96,10 @@ def replay_variants(
     tasks: Mapping[str, Any] | None = None,
     progress: str | None = "replay",
 ) -> None:
-    """One record an episode. With `tasks` by id, every variant also runs the agent with its own outputs."""
+    """One record an episode, with a reading of `harness.quiet` a step.
+
+    With `tasks` by id, every variant also runs the agent with its own outputs.
+    """
     for episode in tqdm(list(episodes), desc=progress, disable=progress is None, mininterval=1):
         work = partial(_one, backend, variants, episode, settings, seed, (tasks or {}).get(episode.task_id))
         guarded(writer, f"{episode.agent}/{episode.task_id}", work)
@@ -105,13 +109,16 @@ def _one(backend, variants, episode, settings, seed, task) -> dict[str, Any]:
     stores: dict = {}
     served = {v.name: v.serve(backend, settings, stores) for v in variants}
     rows: dict[str, list] = {v.name: [] for v in variants}
-    order, rng = list(served), random.Random(f"{seed}-{episode.task_id}")
+    order, rng, quiet = list(served), random.Random(f"{seed}-{episode.task_id}"), []
+    watch = Watch()
     for step in episode.steps:
         request = request_of(backend, episode, step)
         rng.shuffle(order)
         for name in order:
             rows[name].append(step_record(step, served[name].complete(request)))
+        quiet.append(watch.lap())
     out = {"agent": episode.agent, "forced": [s.completion.text for s in episode.steps], "systems": rows}
+    out["quiet"] = quiet
     return out if task is None else out | {"own": _own(backend, variants, episode.agent, task, settings, rng)}
 
 

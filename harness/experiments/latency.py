@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from harness.quiet import Watch
 from harness.responders import Responder
 from harness.results.records import RecordWriter, guarded
 from harness.scoring import question_records
@@ -27,6 +28,9 @@ def measure_latency(
 ) -> None:
     """One record per example: for every system `repeats` TTFT samples, its receipt and answers.
 
+    A round times every system once, in random order, so that a neighbour hits all of them; `quiet` holds each round's
+    reading (`harness.quiet`), by session.
+
     `warmups` uncounted rounds over all systems precede the first example of a session. The last repeat's answers
     give the accuracy that stands beside the times (gate, then time). Systems of several sessions (vLLM by itself,
     vLLM with the connector) take turns within their session; a record is written once all sessions have run.
@@ -45,16 +49,19 @@ def measure_latency(
 
 def _empty(responder: Responder, example: TaskExample) -> dict[str, Any]:
     prompt = responder.backend.prompt(example.segments, example.questions[0].text)
-    return {"task": example.task, "tokens": len(prompt), "build": {}, "systems": {}}
+    return {"task": example.task, "tokens": len(prompt), "build": {}, "systems": {}, "quiet": []}
 
 
 def _one(responder, systems, example, part, warmups, repeats, seed, max_new_tokens) -> dict[str, Any]:
     """The example's record with these systems joined to `part`."""
     built = responder.fill([example], systems)
     out: dict[str, dict[str, Any]] = {s.name: {"ttft_seconds": []} for s in systems}
-    order, rng = list(systems), random.Random(f"{seed}-{example.id}")
+    order, rng, rounds = list(systems), random.Random(f"{seed}-{example.id}"), []
+    watch = None
     for turn in range(warmups + repeats):
         rng.shuffle(order)
+        if turn == warmups:
+            watch = Watch()
         for system in order:
             last = turn == warmups + repeats - 1
             response = responder.first_token(system, example, max_new_tokens, answer=last)
@@ -63,6 +70,9 @@ def _one(responder, systems, example, part, warmups, repeats, seed, max_new_toke
             if last:
                 questions = question_records(example, response.texts)
                 out[system.name] |= {"receipt": response.receipts[0], "questions": questions}
+        if watch is not None:
+            rounds.append(watch.lap())
     part["build"] |= built
     part["systems"] |= out
+    part["quiet"].append({"systems": list(out), "rounds": rounds})
     return part

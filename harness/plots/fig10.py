@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from harness.inventory import AGENT_NAMES
 from harness.plots.labels import Label, place
-from harness.plots.style import GREY, error_bar, look, new_figure, nothing
+from harness.plots.style import GREY, error_bar, look, new_figure, nothing, remark, shown_disturbed
 from harness.results.runs import OURS, REFERENCE, read_json
 from harness.systems import COPE
 
@@ -84,11 +84,11 @@ def _latency_panels(summary: dict[str, Any]) -> Iterable[dict[str, Any]]:
     device = str(summary["conditions"].get("device", "")).upper()
     for tokens in dict.fromkeys(r["tokens"] for r in rows):
         own = [r for r in rows if r["tokens"] == tokens]
-        good = [r for r in own if r["f1"] and (r["ttft_ratio"] or r["system"] == REFERENCE)]
+        good = [r for r in own if r["f1"] and (r["ttft_ratio"] or r["system"] == REFERENCE or shown_disturbed(r))]
         left_out = [look(r["system"], r["title"]).label for r in own if r not in good]
         ms = 1000.0
         yield {
-            "title": f"{tokens:,} tokens, {device}: {max(r['prompts'] for r in own)} prompts",
+            "title": f"{tokens:,} tokens, {device}: {max(r['prompts'] for r in own)} prompts{remark(good)}",
             "xlabel": "TTFT (ms, median over prompts)",
             "points": [
                 Point(
@@ -107,12 +107,12 @@ def _agent_panels(summary: dict[str, Any]) -> Iterable[dict[str, Any]]:
     ms = 1000.0
     for agent in dict.fromkeys(r["agent"] for r in rows):
         own = [r for r in rows if r["agent"] == agent]
-        good = [r for r in own if not r["ratio_reason"]]
+        good = [r for r in own if not r["ratio_reason"] or shown_disturbed(r)]
         key = "score" if all(r["score"] is not None for r in own) else "right"
         left_out = [look(r["system"], r["title"]).label for r in own if r not in good]
         about = f"{own[0]['episodes']} episodes, about {own[0]['tokens']:,.0f} tokens"
         yield {
-            "title": f"{AGENT_NAMES.get(agent, agent)}: {about}",
+            "title": f"{AGENT_NAMES.get(agent, agent)}: {about}{remark(good)}",
             "xlabel": "TTFT (ms, median over episodes)",
             "ylabel": {"score": "solved share of a task", "right": "right calls on recorded turns"}[key],
             "points": [

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.plots.labels import spread
-from harness.plots.style import BLUE, GREY, error_bar, look, new_figure, nothing
+from harness.plots.style import BLUE, GREY, error_bar, look, new_figure, nothing, remark
 from harness.results.agent_load import load_table
 from harness.results.runs import read_file
 
@@ -35,6 +35,7 @@ def draw(table: list[dict[str, Any]]) -> Figure:
     for column, mode in enumerate(modes):
         rows = sorted((r for r in table if r["mode"] == mode), key=lambda r: r["n"])
         title, label = MODES[mode]
+        title += remark(rows)
         _lines(grid[0][column], rows, "ttft", 1e3, f"{title}: TTFT", "ms")
         _lines(grid[1][column], rows, "qps_correct", 1.0, "Correct calls a second", "1/s")
         _advantage(grid[2][column], rows, label)

@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from harness.plots.style import GREY, error_bar, look, new_figure, nothing
+from harness.plots.style import GREY, error_bar, look, new_figure, nothing, remark
 from harness.results.agent_load import series_table
 from harness.results.runs import read_file
 
@@ -22,7 +22,7 @@ def draw(table: list[dict[str, Any]]) -> Figure:
         nothing(figure.add_subplot(), "no throughput over time was measured")
         return figure
     left, right = figure.subplots(1, 2, width_ratios=(5, 3))
-    left.set_title(f"Requests completed in every second, {table[0]['concurrent']} agents at work")
+    left.set_title(f"Requests completed in every second, {table[0]['concurrent']} agents at work{remark(table)}")
     for i, row in enumerate(table):
         style, at = look(row["system"], row["title"]), 0
         for k, part in enumerate(row["slices"]):

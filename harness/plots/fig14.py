@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from harness.plots.style import GREY, new_figure, nothing
+from harness.plots.style import GREY, new_figure, nothing, remark
 from harness.results.agents import grid_table
 from harness.results.runs import read_file
 
@@ -24,7 +24,7 @@ def draw(table: dict[str, Any]) -> Figure:
         nothing(figure.add_subplot(), "no heat map was measured")
         return figure
     left, right = figure.subplots(1, 2)
-    _map(left, table, lambda c: c["qps"]["value"], "Correct calls a second", "{:.1f}")
+    _map(left, table, lambda c: c["qps"]["value"], f"Correct calls a second{remark([table])}", "{:.1f}")
     _map(right, table, lambda c: c["right"], "Share of right calls", "{:.2f}")
     every = "layer" if table["every"] == 1 else f"{table['every']} layers"
     note = f"{table['episodes']} episodes; converged rows are swapped every {every}; ring: the cell next to"

@@ -4,7 +4,7 @@ Colours are Okabe and Ito's, which stay apart for colour-blind readers. A system
 variants of one system by hollow against filled, so that a grey print reads as well.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,16 @@ def look(system: str, title: str = "") -> Look:
     seed = crc32(system.encode())
     colour, marker = _SPARE_COLOURS[seed % 6], _SPARE_MARKERS[seed // 6 % 6]
     return Look(title or system, colour, marker, False, "-.")
+
+
+def shown_disturbed(row: Mapping[str, Any]) -> bool:
+    """Whether a row has no ratio only because too few of its timings were undisturbed: drawn, with `remark`."""
+    return bool(row.get("disturbed")) and row.get("ratio_reason", row.get("disturbed")) == row["disturbed"]
+
+
+def remark(rows: Iterable[Mapping[str, Any]]) -> str:
+    """What a title says where times of these rows are of disturbed blocks; empty where none are."""
+    return "\nDISTURBED TIMINGS, no result" if any(row.get("disturbed") for row in rows) else ""
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.plots.labels import spread
-from harness.plots.style import GREY, look, new_figure, nothing
+from harness.plots.style import GREY, look, new_figure, nothing, remark, shown_disturbed
 from harness.results.runs import REFERENCE, Run, read_file
 from harness.results.timing import throughput_table
 
@@ -22,10 +22,10 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     figure = new_figure(11.0, 4.6)
     panels = figure.subplots(1, 2)
     figure.get_layout_engine().set(w_pad=0.1)
-    good = [r for r in rows if r["qps_ratio"] or r["system"] == REFERENCE]
+    good = [r for r in rows if r["qps_ratio"] or r["system"] == REFERENCE or shown_disturbed(r)]
     titles = (("qps", "Requests a second"), ("qps_correct", "Correctly answered requests a second"))
     for axes, (key, title) in zip(panels, titles, strict=True):
-        axes.set_title(title)
+        axes.set_title(f"{title}{remark(good)}")
         if good:
             _panel(axes, good, key)
         else:

@@ -53,6 +53,10 @@ class NotMeasured(Exception):
     """The run lacks what a rule needs; the message says what."""
 
 
+class Disturbed(NotMeasured):
+    """What a rule needs was timed beside other work, so that there is nothing to judge; the message says how much."""
+
+
 class Grade(Enum):
     """How far one quantity goes along with its claim."""
 
@@ -74,9 +78,11 @@ def joined(*grades: Grade) -> Verdict:
 
 
 def judge(claim: Claim, summary: Summary) -> Finding:
-    """The finding on `claim`; what was not measured is "not run", with the reason."""
+    """The finding on `claim`; what was not measured is "not run", what was disturbed "not judged", with the reason."""
     try:
         return claim.judge(summary)
+    except Disturbed as reason:
+        return Finding(Verdict.NOT_JUDGED, str(reason))
     except NotMeasured as reason:
         return Finding(Verdict.NOT_RUN, str(reason))
 
@@ -192,12 +198,19 @@ def shifted_positions(summary: Summary) -> Finding:
     return Finding(joined(*grades), "mean shift between two turns: " + "; ".join(parts))
 
 
+def calm(row: dict[str, Any]) -> None:
+    """Disturbed, if too few of the timed blocks behind a table's row were undisturbed."""
+    if row.get("disturbed"):
+        raise Disturbed(row["disturbed"])
+
+
 def _speedup(summary: Summary, other: str) -> tuple[dict[str, Any], str]:
     """CacheSlide's TTFT advantage over `other` at the longest timed length, and how to say it."""
     rows = [r for r in summary["latency_ratios"] if r["system"] == other]
     if not rows:
         raise NotMeasured(f"{OURS} and {other} were not timed together in this run")
     row = max(rows, key=lambda r: r["tokens"])
+    calm(row)
     if row["speedup"] is None:
         raise NotMeasured(f"no speed-up may be reported: {row['speedup_reason']}")
     e = row["speedup"]
@@ -254,6 +267,7 @@ def headline_throughput(summary: Summary) -> Finding:
     if not rows:
         raise NotMeasured("CacheSlide's throughput was not measured in this run")
     row = max(rows, key=lambda r: r["batch"])
+    calm(row)
     if row["qps_ratio"] is None:
         raise NotMeasured(f"no speed-up may be reported: {row['ratio_reason']}")
     e = row["qps_ratio"]

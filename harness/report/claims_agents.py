@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from harness.inventory import AGENT_NAMES
-from harness.report.claims import Finding, Grade, NotMeasured, Summary, Verdict, grade, joined
+from harness.report.claims import Finding, Grade, NotMeasured, Summary, Verdict, calm, grade, joined
 from harness.report.words import interval, number, percent, points
 from harness.results.runs import NAIVE, OURS
 
@@ -74,6 +74,7 @@ def ours_and_rivals(agent: str) -> Callable[[Summary], Finding]:
                 )
             parts.append(text)
         if len(grades) == 1:
+            calm(ours)
             raise NotMeasured(f"{agent}: no rival of CacheSlide was timed with reuse")
         return Finding(joined(*grades), "; ".join(parts))
 
@@ -121,6 +122,8 @@ def advantage(modes: Iterable[str], first: float, last: float) -> Callable[[Summ
                 f"{MODES[mode]}, TTFT of the fastest rival over CacheSlide's: {said}; n = {ends[0]['repeats']} repeats"
             )
         if judged is None:
+            for row in table:
+                calm(row)
             raise NotMeasured("no load with CacheSlide and a rival was measured")
         return Finding(
             joined(grade(judged[0]["advantage"], first), grade(judged[1]["advantage"], last)), "; ".join(parts)
@@ -151,6 +154,8 @@ def steadier(summary: Summary) -> Finding:
             text += f" with {number(spread['value'])}× its σ {interval(spread)}"
         parts.append(text)
     if not grades:
+        for row in rows.values():
+            calm(row)
         raise NotMeasured("neither CacheBlend nor EPIC was loaded beside CacheSlide")
     n = rows[OURS]["rate"]["n"]
     return Finding(joined(*grades), "; ".join(parts) + f"; n = {n} slices in turns")
@@ -159,6 +164,7 @@ def steadier(summary: Summary) -> Finding:
 def peak(summary: Summary) -> Finding:
     """Fig. 14: whether the cell next to top-k 0.26 and τ 0.12 is the best, or cannot be told from it."""
     table = section(summary, "grid")
+    calm(table)
     cells = [c for c in table["cells"] if c["qps"]["value"] is not None]
     best = max(cells, key=lambda c: c["qps"]["value"])
     if not best["qps"]["value"]:

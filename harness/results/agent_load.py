@@ -9,6 +9,7 @@ from harness.load.measures import Done, series, span
 from harness.results import intervals
 from harness.results.intervals import LEVEL
 from harness.results.runs import OURS, REFERENCE, RecordFile
+from harness.results.undisturbed import cells_of, kept, together, too_few
 
 VARIANTS = (OURS, "cacheslide_first_turn", "cacheslide_promote", "naive_reuse", REFERENCE)  # no rivals of CacheSlide
 RESAMPLES = 2000
@@ -19,14 +20,21 @@ def done_of(rows: Sequence[Sequence[float]]) -> list[Done]:
     return [Done(start, start, end, bool(right), ttft) for start, ttft, end, right in rows]
 
 
+def quiet_records(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """The records in which no system was disturbed (all where those are too few), and why they are no result."""
+    readings = [together(cells_of(r)) for r in records]
+    return [r for r, ok in zip(records, kept(readings), strict=True) if ok], too_few(readings)
+
+
 def load_table(file: RecordFile) -> list[dict[str, Any]]:
     """One row a mode and number. TTFT and rates are taken within a repeat; intervals resample repeats.
 
-    `best` names the rival with the lowest TTFT there, `advantage` is its TTFT over CacheSlide's.
+    `best` names the rival with the lowest TTFT there, `advantage` is its TTFT over CacheSlide's; None, with the reason
+    in `disturbed`, where too few repeats were undisturbed.
     """
     out = []
     for mode, n in dict.fromkeys((r["mode"], r["n"]) for r in file.records):
-        own = [r for r in file.records if (r["mode"], r["n"]) == (mode, n)]
+        own, few = quiet_records([r for r in file.records if (r["mode"], r["n"]) == (mode, n)])
         systems = [s for s in file.settings["order"] if all(s in r["systems"] for r in own)]
         rows, ttft = [], {}
         for system in systems:
@@ -48,9 +56,10 @@ def load_table(file: RecordFile) -> list[dict[str, Any]]:
         rivals = {s: float(np.median(t)) for s, t in ttft.items() if s not in VARIANTS}
         best = min(rivals, key=rivals.get) if rivals and OURS in ttft else None
         ratio = None
-        if best is not None:
+        if best is not None and not few:
             ratio = intervals.median([a / b for a, b in zip(ttft[best], ttft[OURS], strict=True)])
-        out.append({"mode": mode, "n": n, "repeats": len(own), "systems": rows, "best": best, "advantage": ratio})
+        row = {"mode": mode, "n": n, "repeats": len(own), "systems": rows, "best": best, "advantage": ratio}
+        out.append(row | {"disturbed": few})
     return out
 
 
@@ -63,13 +72,15 @@ def bins_of(rows: Sequence[Sequence[float]]) -> list[float]:
 def series_table(file: RecordFile) -> list[dict[str, Any]]:
     """One row a system: requests completed in every second, mean rate and σ, both beside CacheSlide's.
 
-    `rate_ratio` is CacheSlide's rate over its, `std_ratio` CacheSlide's σ over its; both resample slices in pairs.
+    `rate_ratio` is CacheSlide's rate over its, `std_ratio` CacheSlide's σ over its; both resample slices in pairs. Both
+    are None, with the reason in `disturbed`, where too few slices were undisturbed.
     """
     systems = [s for s in file.settings["order"] if all(s in r["systems"] for r in file.records)]
-    each = range(len(file.records))
-    counts = {s: [len(r["systems"][s]) for r in file.records] for s in systems}
-    seconds = {s: [span(done_of(r["systems"][s])) for r in file.records] for s in systems}
-    bins = {s: [bins_of(r["systems"][s]) for r in file.records] for s in systems}
+    records, few = quiet_records(file.records)
+    each = range(len(records))
+    counts = {s: [len(r["systems"][s]) for r in records] for s in systems}
+    seconds = {s: [span(done_of(r["systems"][s])) for r in records] for s in systems}
+    bins = {s: [bins_of(r["systems"][s]) for r in records] for s in systems}
     out = []
     for s in systems:
         row = {
@@ -79,8 +90,9 @@ def series_table(file: RecordFile) -> list[dict[str, Any]]:
             "rate": intervals.ratio_of_sums(counts[s], seconds[s], each),
             "std": float(np.std(np.concatenate(bins[s]))),
             "concurrent": file.records[0]["n"],
+            "disturbed": few,
         }
-        pair = OURS in systems and s != OURS
+        pair = OURS in systems and s != OURS and not few
         row["rate_ratio"] = intervals.ratio_of_sums(seconds[s], seconds[OURS], each) if pair else None
         row["std_ratio"] = _std_ratio(bins[OURS], bins[s]) if pair else None
         out.append(row)

@@ -11,6 +11,7 @@ import numpy as np
 
 from harness.results import intervals
 from harness.results.runs import OURS, REFERENCE, RecordFile
+from harness.results.undisturbed import kept, steps_of, too_few
 
 LEAST = 3  # episodes that a turn or a round needs to be shown
 Step = dict[str, Any]
@@ -44,10 +45,26 @@ def gate(records: Sequence[Step], system: str) -> str:
     return "" if steps and not idle else f"nothing was reused in {idle} of {len(steps)} warm steps"
 
 
-def _warm_ttfts(records: Sequence[Step], system: str) -> list[list[float]]:
-    """TTFTs of every episode's warm steps; an episode that ended with its first step has none, and is left out."""
-    each = ([s["ttft_s"] for s in warm(r, system)] for r in records)
-    return [seconds for seconds in each if seconds]
+Timed = list[tuple[Step, list[int]]]
+
+
+def timed(records: Sequence[Step], first: int = 0) -> tuple[Timed, str]:
+    """Every episode with those of its steps, from `first` on, whose times count; and why they are no result.
+
+    The steps are the undisturbed ones, or all where those are too few.
+    """
+    readings = [steps_of(r)[first:] for r in records]
+    every = [reading for own in readings for reading in own]
+    chosen = iter(kept(every))
+    found = [
+        (r, [k + first for k in range(len(own)) if next(chosen)]) for r, own in zip(records, readings, strict=True)
+    ]
+    return found, too_few(every)
+
+
+def _ttfts(records: Timed, system: str) -> list[list[float]]:
+    """TTFTs of every episode's chosen steps; an episode without any is left out."""
+    return [[r["systems"][system][k]["ttft_s"] for k in steps] for r, steps in records if steps]
 
 
 def cost(steps: Sequence[Step], key: str = "row_layers") -> float:
@@ -55,12 +72,10 @@ def cost(steps: Sequence[Step], key: str = "row_layers") -> float:
     return sum(s[key] for s in steps) / sum(s["rows"] * s["layers"] for s in steps)
 
 
-def _ttft_ratio(records: Sequence[Step], top: str, bottom: str) -> dict[str, Any] | None:
-    """Median over episodes of the median ratio of TTFTs on the same warm steps."""
-    ratios = []
-    for r in records:
-        pairs = zip(warm(r, top), warm(r, bottom), strict=True)
-        ratios += [float(np.median([a["ttft_s"] / b["ttft_s"] for a, b in pairs]))] if warm(r, top) else []
+def _ttft_ratio(records: Timed, top: str, bottom: str) -> dict[str, Any] | None:
+    """Median over episodes of the median ratio of TTFTs on the same chosen steps."""
+    pairs = zip(_ttfts(records, top), _ttfts(records, bottom), strict=True)
+    ratios = [float(np.median(np.array(a) / np.array(b))) for a, b in pairs]
     return intervals.median(ratios) if ratios else None
 
 
@@ -76,10 +91,12 @@ def quality_table(file: RecordFile) -> list[dict[str, Any]]:
     task when the agent acts on the system's own outputs, None where that was not run, `success` the share of tasks
     solved in full; `loss_points` is against recompute. TTFT is of recorded turns after the first; `ttft_ratio` is
     TTFT / TTFT of recompute on the same turn, `speedup` TTFT / TTFT of CacheSlide, `better` CacheSlide's score / its.
+    Times are of undisturbed turns; where those are too few, `disturbed` says so and there are no ratios of times.
     """
     out = []
     for agent in agents_of(file):
         records = [r for r in file.records if r["agent"] == agent]
+        calm, few = timed(records, first=1)
         for system in systems_of(file):
             steps = [s for r in records for s in warm(r, system)]
             if not steps:
@@ -99,14 +116,16 @@ def quality_table(file: RecordFile) -> list[dict[str, Any]]:
                 if own is None
                 else intervals.mean([float(r["own"][system]["success"]) for r in records]),
                 "loss_points": None if own is None else intervals.points_lost(exact, own),
-                "ttft_median": intervals.median([np.median(x) for x in _warm_ttfts(records, system)]),
+                "ttft_median": intervals.median([np.median(x) for x in _ttfts(calm, system)]),
                 "row_layer_share": cost(steps),
+                "disturbed": few,
             }
             reason = "" if system == REFERENCE else gate(records, system)
+            reason = reason or few
             both = reason or (OURS not in systems_of(file) and "CacheSlide was not run") or gate(records, OURS)
             row["ratio_reason"] = reason
-            row["ttft_ratio"] = None if reason or system == REFERENCE else _ttft_ratio(records, system, REFERENCE)
-            row["speedup"] = None if both or system == OURS else _ttft_ratio(records, system, OURS)
+            row["ttft_ratio"] = None if reason or system == REFERENCE else _ttft_ratio(calm, system, REFERENCE)
+            row["speedup"] = None if both or system == OURS else _ttft_ratio(calm, system, OURS)
             known = own is not None and ours is not None
             row["better"] = intervals.ratio_of_sums(ours, own, range(len(own))) if known and system != OURS else None
             out.append(row)
@@ -175,13 +194,19 @@ def turns_table(file: RecordFile, late: int = 12) -> list[dict[str, Any]]:
 
 
 def grid_table(file: RecordFile) -> dict[str, Any]:
-    """Correct calls a second of every cell (top-k, τ): right calls over the seconds that all calls took."""
+    """Correct calls a second of every cell (top-k, τ): right calls over the seconds that all calls took.
+
+    Of undisturbed turns; where those are too few, of all, and `disturbed` says so.
+    """
     cells = []
+    calm, few = timed(file.records)
     for system in systems_of(file):
         share, tau = map(float, system.split("@"))
-        right, episodes = by_step(file.records, system, lambda s: s["right"])
-        seconds, _ = by_step(file.records, system, lambda s: s["total_s"])
-        qps = intervals.ratio_of_sums(right, seconds, episodes)
+        right, _ = by_step(file.records, system, lambda s: s["right"])
+        steps = [(r["systems"][system][k], r["id"]) for r, some in calm for k in some]
+        qps = intervals.ratio_of_sums(
+            [s["right"] for s, _ in steps], [s["total_s"] for s, _ in steps], [episode for _, episode in steps]
+        )
         cells.append({"share": share, "tau": tau, "qps": qps, "right": float(np.mean(right))})
     settings = {k: file.settings.get(k) for k in ("shares", "taus", "every")}
-    return {"cells": cells, "episodes": len(file.records), **settings}
+    return {"cells": cells, "episodes": len(file.records), "disturbed": few, **settings}

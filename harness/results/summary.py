@@ -25,6 +25,7 @@ from harness.results.records import write_json
 from harness.results.runs import FILES, Run, load_run
 from harness.results.tables import accuracy_ratios, accuracy_table
 from harness.results.timing import latency_ratios, latency_table, throughput_table
+from harness.results.undisturbed import added, cells_of, counted, rounds_of, slices_of, steps_of
 
 SCHEMA = "cacheslide.summary/1"
 AGENTS = {  # section of `agents:`, and its table
@@ -66,10 +67,31 @@ def build_summary(run: Run, progress: str | None = None) -> dict[str, Any]:
         "prompts_cope": moves_table(run),
         "agent_prompts": agent_prompts_table(run),
         "selection_layer": layer_sweep(run),
+        "timings": timings(run),
         "failures": run.failures(),
         "provenance": provenance(run.config, data_hashes(run), model_hash(run.config)),
     }
     return headline(summary) | summary
+
+
+def timings(run: Run) -> dict[str, dict[str, int]]:
+    """How many timed blocks each part of the run has, how many are disturbed and how many were not checked."""
+    found = {}
+    if run.latency:
+        records = [r for file in run.latency.values() for r in file.records]
+        found["latency"] = added(counted(rounds_of(r, s)) for r in records for s in _one_a_session(r))
+    if run.throughput:
+        found["throughput"] = added(counted(slices_of(r)[1]) for r in run.throughput.records)
+    for section, file in run.agents.items():
+        of = {"load": cells_of, "series": cells_of, "replay": steps_of, "grid": steps_of}.get(section)
+        if of and file.records:
+            found[f"agents/{section}"] = added(counted(of(r)) for r in file.records)
+    return found
+
+
+def _one_a_session(record: Mapping[str, Any]) -> list[str]:
+    """A system of every session of a latency record: systems of a session share their rounds."""
+    return [q["systems"][0] for q in record.get("quiet", ())] or list(record["systems"])[:1]
 
 
 def conditions(run: Run) -> dict[str, Any]:

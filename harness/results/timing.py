@@ -1,4 +1,7 @@
-"""Latency and throughput tables. Gate, then time: a speed-up needs proof of reuse and answers from the same run."""
+"""Latency and throughput tables. Gate, then time: a speed-up needs proof of reuse and answers from the same run.
+
+Disturbed rounds and slices are left out; where too few are left, `disturbed` says so and there is no ratio.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +11,7 @@ import numpy as np
 from harness.results import intervals
 from harness.results.runs import OURS, REFERENCE, RecordFile, Run
 from harness.results.tables import receipt_totals
+from harness.results.undisturbed import kept, rounds_of, slices_of, together, too_few
 
 NOT_COMPARED = "the reference of the comparison"
 
@@ -54,10 +58,12 @@ def latency_ratios(run: Run) -> list[dict[str, Any]]:
             if not reason and system != REFERENCE:
                 reason = gate([other[key] for key in both])
                 reason = reason and f"{system}: {reason}"
-            ratio = None
-            if not reason:
-                ratio = intervals.median([_ttft(other[key]) / _ttft(ours[key]) for key in both])
-            out.append({"tokens": tokens, "system": system, "speedup": ratio, "speedup_reason": reason})
+            times, few = _times(file, both, system, OURS)
+            reason = reason or few
+            ratio = None if reason else intervals.median([a / b for a, b in times.values()])
+            out.append(
+                {"tokens": tokens, "system": system, "speedup": ratio, "speedup_reason": reason, "disturbed": few}
+            )
     return out
 
 
@@ -65,16 +71,32 @@ def _samples(file: RecordFile, system: str) -> dict[str, dict[str, Any]]:
     return {r["id"]: r["systems"][system] for r in file.records if r["systems"].get(system, {}).get("ttft_seconds")}
 
 
-def _ttft(sample: Mapping[str, Any]) -> float:
-    return float(np.median(sample["ttft_seconds"]))
+def _times(file: RecordFile, keys: Sequence[str], *systems: str) -> tuple[dict[str, list[float]], str]:
+    """Median TTFT of each system by prompt over the same rounds, and why they are not to be compared.
+
+    The rounds are those undisturbed for all the systems; a prompt without one is left out. Where too few of all rounds
+    are undisturbed, all are taken, and the second value says so.
+    """
+    records = {r["id"]: r for r in file.records if r["id"] in set(keys)}
+    rounds = {key: rounds_of(records[key], *systems) for key in keys}
+    every = [reading for own in rounds.values() for reading in own]
+    few, chosen = too_few(every), iter(kept(every))
+    out = {}
+    for key, own in rounds.items():
+        take = [next(chosen) for _ in own]
+        samples = [np.array(records[key]["systems"][s]["ttft_seconds"]) for s in systems]
+        if any(take):
+            out[key] = [float(np.median(s[take])) for s in samples]
+    return out, few
 
 
 def _latency_row(run: Run, tokens: int, file: RecordFile, system: str) -> dict[str, Any]:
     own, reference = _samples(file, system), _samples(file, REFERENCE)
     row = {"tokens": tokens, "system": system, "title": run.titles.get(system, system), "prompts": len(own)}
     if not own:
-        return row | {"ttft_ratio": None, "ratio_reason": "not timed"}
-    seconds = [_ttft(s) for s in own.values()]
+        return row | {"ttft_ratio": None, "ratio_reason": "not timed", "disturbed": ""}
+    times, few = _times(file, list(own), system)
+    seconds = [one for one, *_ in times.values()]
     row |= {
         "prompt_tokens": float(np.mean([r["tokens"] for r in file.records if r["id"] in own])),
         "repeats": min(len(s["ttft_seconds"]) for s in own.values()),
@@ -89,16 +111,21 @@ def _latency_row(run: Run, tokens: int, file: RecordFile, system: str) -> dict[s
     reason = NOT_COMPARED if system == REFERENCE else gate([own[key] for key in both])
     if not reason and len(both) < len(own):
         reason = f"recompute was timed on {len(both)} of {len(own)} prompts"
-    ratio = None
-    if not reason:
-        ratio = intervals.median([_ttft(own[key]) / _ttft(reference[key]) for key in both])
-    row |= {"ttft_ratio": ratio, "ratio_reason": reason}
+    pairs, apart = _times(file, both, system, REFERENCE)
+    few = few or apart
+    if few and (not reason or reason == NOT_COMPARED):
+        reason = few
+    ratio = None if reason else intervals.median([a / b for a, b in pairs.values()])
+    row |= {"ttft_ratio": ratio, "ratio_reason": reason, "disturbed": few}
     row["efficiency"] = row["row_layer_share"] / ratio["value"] if ratio else None
     return row
 
 
 def throughput_table(run: Run) -> list[dict[str, Any]]:
-    """One row per system and batch size; intervals resample the rounds of the closed loop."""
+    """One row per system and batch size; intervals resample the rounds of the closed loop.
+
+    Rounds count that were undisturbed for the system and, where it was run, for recompute.
+    """
     if run.throughput is None:
         return []
     by_key = {(r["system"], r["batch"]): r for r in run.throughput.records}
@@ -111,7 +138,11 @@ def throughput_table(run: Run) -> list[dict[str, Any]]:
 
 
 def _throughput_row(run: Run, record: Mapping[str, Any], reference: Mapping[str, Any] | None) -> dict[str, Any]:
-    requests, seconds, rounds = record["requests"], round_seconds(record), _rounds(record)
+    take, few = _kept_requests(record, reference)
+    requests, seconds, rounds = (
+        [x for x, ok in zip(of, take, strict=True) if ok]
+        for of in (record["requests"], round_seconds(record), _rounds(record))
+    )
     correct = [r["question"]["success"] for r in requests]
     ones = [1.0] * len(requests)
     ttft = [r["ttft_seconds"] for r in requests]
@@ -129,10 +160,22 @@ def _throughput_row(run: Run, record: Mapping[str, Any], reference: Mapping[str,
         "row_layer_share": record["row_layer_share"],
     }
     reason = _throughput_gate(record, reference)
+    if few and (not reason or reason == NOT_COMPARED):
+        reason = few
     ratio = None
     if not reason:
-        ratio = intervals.ratio_of_sums(round_seconds(reference), seconds, rounds)
-    return row | {"qps_ratio": ratio, "ratio_reason": reason}
+        base = [x for x, ok in zip(round_seconds(reference), take, strict=True) if ok]
+        ratio = intervals.ratio_of_sums(base, seconds, rounds)
+    return row | {"qps_ratio": ratio, "ratio_reason": reason, "disturbed": few}
+
+
+def _kept_requests(record: Mapping[str, Any], reference: Mapping[str, Any] | None) -> tuple[list[bool], str]:
+    """Which requests count, by slice, and why the loop is not to be compared."""
+    sizes, readings = slices_of(record)
+    if reference is not None and slices_of(reference)[0] == sizes:
+        readings = [together(pair) for pair in zip(readings, slices_of(reference)[1], strict=True)]
+    take = [ok for ok, size in zip(kept(readings), sizes, strict=True) for _ in range(size)]
+    return take, too_few(readings)
 
 
 def _throughput_gate(record: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:

@@ -2,5 +2,6 @@
 
 from harness.agents.sandbox.limits import Limits, SandboxError, SandboxResult
 from harness.agents.sandbox.run import Sandbox, missing
+from harness.agents.sandbox.tree import remove
 
-__all__ = ["Limits", "Sandbox", "SandboxError", "SandboxResult", "missing"]
+__all__ = ["Limits", "Sandbox", "SandboxError", "SandboxResult", "missing", "remove"]

@@ -83,6 +83,12 @@ class Group:
                     return True
         return False
 
+    def refused(self) -> int:
+        """Processes and threads that could not be started for the bound on them."""
+        with suppress(OSError, ValueError, IndexError):
+            return int((self.folders[-1] / "pids.events").read_text().split("max ")[1].split()[0])
+        return 0
+
     def close(self) -> None:
         """End what is left in the groups and remove them. A group that stays busy is left, empty of bounds' use."""
         if self.place.version == 2 and self.folders:

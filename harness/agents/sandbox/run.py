@@ -131,7 +131,7 @@ class Runner:
                 return SandboxResult(_NOT_STARTED, str(unusable), time.monotonic() - begin, "start")
             finally:
                 os.close(writer)
-            watch = Watch(process, self.limits, self.root, scratch, self.confined, group is not None, reader)
+            watch = Watch(process, self.limits, self.root, scratch, self.confined, group, reader)
             watch.run(begin)
         finally:
             os.close(reader)

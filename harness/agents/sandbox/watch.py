@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.agents.sandbox import usage
+from harness.agents.sandbox.group import Group
 from harness.agents.sandbox.limits import Limits
 
 POLL_S, DISK_POLL_S = 0.02, 0.1
@@ -29,8 +30,8 @@ class Watch:
     root, scratch : Path
     confined : bool
         It runs in a PID namespace with the scratch folder in memory.
-    counted : bool
-        Control groups bound processes and memory already.
+    group : Group or None
+        Bounds processes and memory already.
     report : int
         Descriptor that says why the run did not start; -1 for none.
     """
@@ -40,7 +41,7 @@ class Watch:
     root: Path
     scratch: Path
     confined: bool
-    counted: bool
+    group: Group | None
     report: int = -1
     output: bytearray = field(default_factory=bytearray)
     reported: bytearray = field(default_factory=bytearray)
@@ -103,10 +104,12 @@ class Watch:
         if not self.confined:
             return self._too_full([]) if disk else ""
         self._namespace = self._namespace or usage.namespace(self.process.pid)
-        if not self._namespace or (self.counted and not disk):
+        if self.group is not None and self.group.refused() > self.limits.processes:
+            return "processes"  # it goes on trying
+        if not self._namespace or (self.group is not None and not disk):
             return ""
         folders = usage.members(self._namespace)
-        if not self.counted:
+        if self.group is None:
             count, memory = usage.processes_and_memory(folders)
             if count > self.limits.processes + 1:  # the one of confine.py
                 return "processes"
@@ -127,7 +130,7 @@ class Watch:
             inside = usage.folder_usage(self.scratch, limits.files, limits.disk_bytes)
             seen = seen and inside[2]
         held = usage.Held(folders, device, limits.file_bytes)
-        if not self.counted and memory + held.buffers > limits.memory:
+        if self.group is None and memory + held.buffers > limits.memory:
             return "memory"
         self._hidden = 0 if seen else self._hidden + 1
         files += inside[0] + len(held.deleted)

@@ -37,9 +37,11 @@ class Limits:
         return self.processes + _CONFINE
 
     def rlimits(self) -> dict[str, int]:
-        """For setrlimit, per process (NPROC: per user within the sandbox; user 0 passes it)."""
+        """For setrlimit, per process. NPROC counts the sandbox's user, lets one too many start for the watcher to see,
+        and does not hold for user 0.
+        """
         cpu = max(1, int(self.seconds) + 1)
-        return {"AS": self.memory, "CPU": cpu, "FSIZE": self.file_bytes, "NPROC": self.tasks, **_FIXED}
+        return {"AS": self.memory, "CPU": cpu, "FSIZE": self.file_bytes, "NPROC": self.tasks + 1, **_FIXED}
 
     def tmpfs(self) -> str:
         """Mount options of the scratch folder."""

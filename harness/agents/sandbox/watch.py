@@ -104,8 +104,11 @@ class Watch:
         if not self.confined:
             return self._too_full([]) if disk else ""
         self._namespace = self._namespace or usage.namespace(self.process.pid)
-        if self.group is not None and self.group.refused() > self.limits.processes:
-            return "processes"  # it goes on trying
+        if self.group is not None:
+            if self.group.out_of_memory():
+                return "memory"
+            if self.group.refused() > self.limits.processes:
+                return "processes"  # it goes on trying
         if not self._namespace or (self.group is not None and not disk):
             return ""
         folders = usage.members(self._namespace)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.agents.git import git
 from harness.agents.sandbox import Limits
 from harness.agents.tasks.fixes import FixTask
-from harness.agents.workspace import Repository, Workspace, git
+from harness.agents.workspace import Repository, Workspace
 
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "tests")
 

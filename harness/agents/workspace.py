@@ -1,47 +1,29 @@
 """A git worktree that an agent edits. No path leaves it, and no file in it is ever trusted by git.
 
-Commands run in the sandbox may change anything inside the worktree, its `.git` file too. So git is always told where
-its directory is, and runs without the user's configuration, hooks and attributes from outside.
+Commands run in the sandbox may leave anything inside: links, pipes, folders too deep for a path or closed to us.
 """
 
+import logging
 import os
-import shutil
-import subprocess
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from harness.agents.calls import ToolError
-from harness.agents.sandbox import Limits, Sandbox, SandboxError, SandboxResult
+from harness.agents.git import checked, git
+from harness.agents.sandbox import Limits, Sandbox, SandboxResult, remove
 
 FILE_BYTES = 1 << 20
+log = logging.getLogger(__name__)
 
 
-def git(*args: str, git_dir: Path, tree: Path | None = None, stdin: str | None = None) -> subprocess.CompletedProcess:
-    """Run git on a repository that is named, with no configuration but its own and without hooks."""
-    env = {
-        "PATH": os.environ.get("PATH", os.defpath),
-        "GIT_DIR": str(git_dir),
-        "GIT_CONFIG_NOSYSTEM": "1",
-        "GIT_CONFIG_GLOBAL": os.devnull,
-        "GIT_TERMINAL_PROMPT": "0",
-        "LC_ALL": "C",
-    }
-    for role in ("AUTHOR", "COMMITTER"):
-        env |= {f"GIT_{role}_NAME": "synthetic", f"GIT_{role}_EMAIL": "synthetic@example.invalid"}
-        env[f"GIT_{role}_DATE"] = "2026-01-01T00:00:00Z"  # equal files give an equal commit
-    if tree is not None:
-        env["GIT_WORK_TREE"] = str(tree)
-    safe = ("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "gc.auto=0")
-    command = ["git", *safe, *args]
-    return subprocess.run(command, env=env, cwd=tree, input=stdin, text=True, capture_output=True, errors="replace")
-
-
-def checked(done: subprocess.CompletedProcess) -> str:
-    """Its stdout; SandboxError when git failed."""
-    if done.returncode:
-        raise SandboxError(f"git failed: {done.stderr.strip()}")
-    return done.stdout
+def _removed(folder: Path) -> None:
+    """Delete a folder with whatever is in it; what stays is logged."""
+    try:
+        remove(folder)
+    except OSError as stays:
+        log.warning("%s could not be removed: %s", folder, stays)
 
 
 def with_line(content: str, name: str, line: int, text: str) -> str:
@@ -70,7 +52,7 @@ class Repository:
 
     def close(self) -> None:
         """Delete it with all its worktrees."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _removed(self.folder)
 
 
 class Workspace:
@@ -130,9 +112,8 @@ class Workspace:
 
     def files(self) -> list[str]:
         """The tracked files."""
-        return checked(
-            git("ls-tree", "-r", "--name-only", self.repository.base, git_dir=self.repository.git_dir)
-        ).split()
+        args = ("ls-tree", "-r", "-z", "--name-only", self.repository.base)
+        return checked(git(*args, git_dir=self.repository.git_dir)).split("\0")[:-1]
 
     def run(self, *command: str) -> SandboxResult:
         """Run a command in the sandbox."""
@@ -140,13 +121,25 @@ class Workspace:
 
     def diff(self) -> str:
         """What changed in tracked files since the base commit; ToolError when git cannot read them any more."""
-        options = ("--no-ext-diff", "--no-textconv", "--no-color")
+        self._check_attributes()
+        options = ("--no-ext-diff", "--no-textconv", "--no-color", "--ignore-submodules=all")
         done = git("diff", *options, self.repository.base, git_dir=self.git_dir, tree=self.root)
         if done.returncode:
             raise ToolError(f"no diff: {done.stderr.strip()[:200]}")
         return done.stdout
 
+    def _check_attributes(self) -> None:
+        """git opens every `.gitattributes` beside a tracked file, and would wait at a pipe for ever."""
+        for folder in {parent for name in self.files() for parent in Path(name).parents}:
+            name = folder / ".gitattributes"
+            try:
+                kind = os.lstat(self.root / name).st_mode
+            except OSError:
+                continue
+            if not stat.S_ISREG(kind):
+                raise ToolError(f"no diff: {str(name)!r} is no file")
+
     def close(self) -> None:
         """Delete the worktree."""
-        shutil.rmtree(self.root.parent, ignore_errors=True)
+        _removed(self.root.parent)
         git("worktree", "prune", git_dir=self.repository.git_dir)

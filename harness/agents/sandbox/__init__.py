@@ -1,5 +1,7 @@
 """Runs code that a model wrote: confined by the kernel, or not at all."""
 
-from harness.agents.sandbox.run import Limits, Sandbox, SandboxError, SandboxResult, missing
+from harness.agents.sandbox.limits import Limits, SandboxError, SandboxResult
+from harness.agents.sandbox.run import Sandbox, missing
+from harness.agents.sandbox.tree import remove
 
-__all__ = ["Limits", "Sandbox", "SandboxError", "SandboxResult", "missing"]
+__all__ = ["Limits", "Sandbox", "SandboxError", "SandboxResult", "missing", "remove"]

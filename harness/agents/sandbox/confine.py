@@ -1,55 +1,42 @@
 """Confines this process and then runs a command: `python -I -S confine.py POLICY_JSON COMMAND...`.
 
-Standard library only, since it runs isolated. In order: own user, PID, network and IPC namespaces; rlimits; Landlock
-(reads only below `read`, writes only below `write`); no capabilities; a seccomp filter without sockets. The command
-is the first process of its PID namespace: when it ends or is killed, the kernel kills everything it started.
-Exit status 125 with a line that starts with `confine:` means that the command was never started.
+Standard library only, since it runs isolated. In order: the run's control groups; own user, PID, network, IPC and mount
+namespaces; mounts (everything read-only but the root, a memory file system over the scratch folder); rlimits; Landlock
+(reads only below `read`, writes only below `write`); no capabilities; the seccomp filter. The command runs in a session
+of its own below the first process of the PID namespace: when either ends or is killed, the kernel kills everything that
+the command started.
+
+What fails before the command runs is written to the descriptor `report`, which is closed by the time the command runs:
+one JSON object with `error` and, where the command or its folder is to blame, `command: true`.
 """
 
+import base64
 import contextlib
 import ctypes
 import json
 import os
-import platform
 import resource
 import signal
 import struct
 import sys
 
-NEWUSER, NEWPID, NEWNET, NEWIPC = 0x10000000, 0x20000000, 0x40000000, 0x08000000
+NEWUSER, NEWPID, NEWNET, NEWIPC, NEWNS = 0x10000000, 0x20000000, 0x40000000, 0x08000000, 0x00020000
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP = 1, 38, 22
-LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT, MOUNT_SETATTR = 444, 445, 446, 442
+MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
+ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, AT_FDCWD, AT_RECURSIVE = 1, 2, 4, -100, 0x8000
 FAILED = 125
 # Landlock's file rights: execute, read a file, read a directory; the rights that a plain file (no directory) can have.
 _READ, _FILE_RIGHTS = 0b1101, 0b111 | 1 << 14 | 1 << 15
 _RIGHTS_BY_ABI = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1}
 _ALL_RIGHTS = (1 << 16) - 1  # ABI 5 adds ioctl on devices
 
-
-def _numbers(text):
-    return tuple(map(int, text.split()))
-
-
-# System call numbers that the filter refuses, by machine: every way to a socket that is not a pair, into another
-# process, namespace or mount, and into the kernel's programmable parts.
-_DENIED = {
-    "x86_64": (
-        0xC000003E,
-        _numbers(
-            "41 101 155 161 165 166 167 168 169 175 176 246 248 249 250 272 298 304 308 310 311 313"
-            " 320 321 323 425 426 427 428 429 430 431 432 442"
-        ),
-    ),
-    "aarch64": (
-        0xC00000B7,
-        _numbers(
-            "198 117 41 51 40 39 224 225 142 105 106 104 217 218 219 97 241 265 268 270 271 273"
-            " 294 280 282 425 426 427 428 429 430 431 432 442"
-        ),
-    ),
-}
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
+
+
+class CommandError(Exception):
+    """The command or its folder cannot be used; the sandbox itself is in order."""
 
 
 def call(what, result):
@@ -71,24 +58,67 @@ def landlock_abi():
     return call("Landlock", libc.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1)))
 
 
+def groups(policy):
+    """Join the run's control groups; be the first to go when the machine runs out of memory."""
+    for path in policy["groups"]:
+        with open(path, "w") as file:
+            file.write("0")
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+
+
 def namespaces():
-    """Enter own user, PID, network and IPC namespaces; the user keeps its number."""
+    """Enter own user, PID, network, IPC and mount namespaces; the user keeps its number."""
     uid, gid = os.getuid(), os.getgid()
-    call("user, PID and network namespaces", libc.unshare(NEWUSER | NEWPID | NEWNET | NEWIPC))
+    call("user, PID, network and mount namespaces", libc.unshare(NEWUSER | NEWPID | NEWNET | NEWIPC | NEWNS))
     for name, line in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(line)
 
 
+def _mount(what, source, target, kind, flags, data=None):
+    texts = [None if t is None else os.fsencode(t) for t in (source, target, kind, data)]
+    call(what, libc.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]))
+
+
+def _attributes(what, path, flags, on, off=0):
+    attributes = struct.pack("QQQQ", on, off, 0, 0)
+    size = ctypes.c_size_t(len(attributes))
+    call(what, libc.syscall(MOUNT_SETATTR, AT_FDCWD, os.fsencode(path), ctypes.c_uint(flags), attributes, size))
+
+
+def mounts(policy):
+    """Everything read-only, so that modes, owners, times and attributes outside stay; root and scratch writable.
+
+    The scratch folder is a memory file system: the kernel bounds and counts all of it, and it goes with the namespace.
+    """
+    root, scratch = policy["root"], policy["scratch"]
+    _mount("private mounts", None, "/", None, MS_REC | MS_PRIVATE)
+    try:
+        _mount(f"bind mount of {root}", root, root, None, MS_BIND | MS_REC)
+    except OSError as gone:
+        raise CommandError(gone.strerror) from None
+    _mount("tmpfs", "scratch", scratch, "tmpfs", MS_NOSUID | MS_NODEV, policy["tmpfs"])
+    _attributes("read-only mounts", "/", AT_RECURSIVE, ATTR_RDONLY | ATTR_NOSUID)
+    for path in (root, scratch):
+        _attributes(f"writable mount of {path}", path, 0, ATTR_NOSUID | ATTR_NODEV, ATTR_RDONLY)
+    try:
+        os.chdir(root)  # the folder that this process started in lies below the mount
+    except OSError as gone:
+        raise CommandError(str(gone)) from None
+    null = os.open("/dev/null", os.O_RDONLY)  # the one that was handed down was opened where it could be changed
+    os.dup2(null, 0)
+    os.close(null)
+
+
 def limits(policy):
     """Rlimits of each process."""
-    for name in ("AS", "CPU", "FSIZE", "NOFILE", "NPROC"):
-        value, kind = policy["rlimits"][name], getattr(resource, f"RLIMIT_{name}")
+    for name, value in policy["rlimits"].items():
+        kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
         if hard != resource.RLIM_INFINITY:
             value = min(value, hard)
         resource.setrlimit(kind, (value, value))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def landlock(policy):
@@ -119,54 +149,71 @@ def drop_capabilities():
     call("capabilities", libc.capset(header, bytes(24)))
 
 
-def seccomp():
-    """Refuse the calls in `_DENIED` with EPERM; kill on a foreign architecture's calls."""
-    arch, denied = _DENIED[platform.machine()]
-    refuse, allow, kill = 0x00050001, 0x7FFF0000, 0x80000000
-    code = [(0x20, 0, 0, 4), (0x15, 1, 0, arch), (0x06, 0, 0, kill), (0x20, 0, 0, 0)]
-    code += [(0x35, 0, 1, 0x40000000), (0x06, 0, 0, kill)]  # the x32 numbers alias the others
-    for number in denied:
-        code += [(0x15, 0, 1, number), (0x06, 0, 0, refuse)]
-    code.append((0x06, 0, 0, allow))
-    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
-    header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(program)))
+def seccomp(policy):
+    """Install the filter (seccomp.py)."""
+    code = base64.b64decode(policy["filter"])
+    program = ctypes.create_string_buffer(code, len(code))
+    header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(program)))
     prctl("seccomp filter", PR_SET_SECCOMP, 2, ctypes.c_void_p(ctypes.addressof(header)))
 
 
-def main():
-    """Command line."""
-    policy, command = json.loads(sys.argv[1]), sys.argv[2:]
-    try:
-        prctl("parent death signal", PR_SET_PDEATHSIG, int(signal.SIGKILL))
-        namespaces()
-        child = os.fork()
-    except OSError as error:
-        print(f"confine: {error.strerror}", flush=True)
-        os._exit(FAILED)
+def _status(code):
+    os._exit(code if code >= 0 else 128 - code)
+
+
+def start(policy):
+    """The first process, outside the PID namespace: waits for the namespace's own first process."""
+    prctl("parent death signal", PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    groups(policy)
+    namespaces()
+    mounts(policy)
+    child = os.fork()
     if child:
+        os.close(policy["report"])
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _, status = os.waitpid(child, 0)
-        code = os.waitstatus_to_exitcode(status)
-        os._exit(code if code >= 0 else 128 - code)
-    try:
-        prctl("parent death signal", PR_SET_PDEATHSIG, int(signal.SIGKILL))
-        limits(policy)
-        landlock(policy)
-        drop_capabilities()
-        seccomp()
-        worker = os.fork()  # the namespace's first process ignores signals without handlers; let it only wait
-        if not worker:
+        _status(os.waitstatus_to_exitcode(status))
+
+
+def confine(policy, command):
+    """The namespace's first process: signals without handlers do not reach it, so it only waits for the command."""
+    prctl("parent death signal", PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):  # Python's own settings
+        signal.signal(number, signal.SIG_DFL)
+    limits(policy)
+    landlock(policy)
+    drop_capabilities()
+    seccomp(policy)
+    worker = os.fork()
+    if not worker:
+        os.setsid()
+        try:
             os.execvpe(command[0], command, policy["env"])
-    except (OSError, KeyError, ValueError) as error:
-        print(f"confine: {getattr(error, 'strerror', None) or repr(error)}", flush=True)
-        os._exit(FAILED)
+        except (OSError, ValueError) as error:
+            raise CommandError(f"{command[0]}: {getattr(error, 'strerror', None) or error}") from None
+    os.close(policy["report"])
     with contextlib.suppress(ChildProcessError):
         while True:
             ended, status = os.wait()
             if ended == worker:
                 break
-    code = os.waitstatus_to_exitcode(status)
-    os._exit(code if code >= 0 else 128 - code)
+    _status(os.waitstatus_to_exitcode(status))
+
+
+def main():
+    """Command line."""
+    policy, command = json.loads(sys.argv[1]), sys.argv[2:]
+    report = policy["report"]
+    os.set_inheritable(report, False)
+    try:
+        start(policy)
+        confine(policy, command)
+    except BaseException as error:
+        text = getattr(error, "strerror", None) or str(error) or repr(error)
+        line = json.dumps({"error": text, "command": isinstance(error, CommandError)})
+        with contextlib.suppress(OSError):  # the reader may be gone
+            os.write(report, line.encode())
+        os._exit(FAILED)
 
 
 if __name__ == "__main__":

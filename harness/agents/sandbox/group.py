@@ -1,0 +1,168 @@
+"""A control group of one run: memory, swap and processes bounded by the kernel, together, where one can be made.
+
+Version 2 is used where an ancestor of this process's group can be written and hands on the memory and pids controllers;
+version 1 where both hierarchies can be written (then this machine's root, as a rule). Nothing of the machine's own
+groups is changed: a run gets child groups, which are removed behind it. Elsewhere the watcher counts (watch.py).
+"""
+
+import os
+import secrets
+import subprocess
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+_NEEDED = {"memory", "pids"}
+_REMOVE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where child groups are made: one folder in version 2, the memory and the pids hierarchy in version 1."""
+
+    version: int
+    memory: Path
+    pids: Path
+
+    @property
+    def parents(self) -> tuple[Path, ...]:
+        """The folders in which a run's groups are made."""
+        return (self.memory,) if self.version == 2 else (self.memory, self.pids)
+
+
+class Group:
+    """Child groups with their bounds; `enter` lists the files in which a process writes 0 to join.
+
+    Parameters
+    ----------
+    place : Place
+    memory : int
+        Bytes of all processes together, the kernel's own and what lies in memory file systems included. No swap.
+    processes : int
+    """
+
+    def __init__(self, place: Place, memory: int, processes: int) -> None:
+        self.place, name = place, f"sandbox-{os.getpid()}-{secrets.token_hex(4)}"
+        self.folders: list[Path] = []
+        try:
+            for parent in place.parents:
+                (parent / name).mkdir()
+                self.folders.append(parent / name)
+            self._bound(memory, processes)
+        except OSError:
+            self.close()
+            raise
+
+    def _bound(self, memory: int, processes: int) -> None:
+        first, last = self.folders[0], self.folders[-1]
+        if self.place.version == 2:
+            (first / "memory.max").write_text(str(memory))
+            for name, value in (("memory.swap.max", "0"), ("memory.oom.group", "1")):
+                with suppress(OSError):  # a kernel without swap accounting has no such file
+                    (first / name).write_text(value)
+        else:
+            (first / "memory.limit_in_bytes").write_text(str(memory))
+            with suppress(OSError):
+                (first / "memory.memsw.limit_in_bytes").write_text(str(memory))
+        (last / "pids.max").write_text(str(processes))
+
+    @property
+    def enter(self) -> list[str]:
+        """Files in which a process writes 0 to join."""
+        return [str(folder / "cgroup.procs") for folder in self.folders]
+
+    def out_of_memory(self) -> bool:
+        """The kernel ended a process of the group for its memory."""
+        name = "memory.events" if self.place.version == 2 else "memory.oom_control"
+        with suppress(OSError):
+            for line in (self.folders[0] / name).read_text().splitlines():
+                key, _, value = line.partition(" ")
+                if key == "oom_kill" and value.strip() != "0":
+                    return True
+        return False
+
+    def refused(self) -> int:
+        """Processes and threads that could not be started for the bound on them."""
+        with suppress(OSError, ValueError, IndexError):
+            return int((self.folders[-1] / "pids.events").read_text().split("max ")[1].split()[0])
+        return 0
+
+    def close(self) -> None:
+        """End what is left in the groups and remove them. A group that stays busy is left, empty of bounds' use."""
+        if self.place.version == 2 and self.folders:
+            with suppress(OSError):
+                (self.folders[0] / "cgroup.kill").write_text("1")
+        give_up = time.monotonic() + _REMOVE_S
+        while self.folders:
+            try:
+                self.folders[-1].rmdir()
+            except FileNotFoundError:
+                pass
+            except OSError:
+                if time.monotonic() < give_up:
+                    time.sleep(0.005)
+                    continue
+            self.folders.pop()
+
+
+@cache
+def place() -> Place | None:
+    """Where this process can make groups that bound memory and processes, tried once; None where it cannot."""
+    with suppress(OSError, ValueError, IndexError):
+        found = _find(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
+        for candidate in found:
+            if _works(candidate):
+                return candidate
+    return None
+
+
+def _find(mounts: str, own: str) -> list[Place]:
+    """Candidates, best first, from the texts of /proc/self/mountinfo and /proc/self/cgroup."""
+    groups = {controller: path for _, names, path in (x.split(":", 2) for x in own.split("\n") if x) for controller in
+              names.split(",")}  # fmt: skip
+    two: list[Place] = []
+    one: dict[str, Path] = {}
+    for fields in (line.split(" ") for line in mounts.split("\n") if " - cgroup" in line):
+        root, point, kind = fields[3], Path(fields[4]), fields[fields.index("-") + 1]
+        for controller in ("",) if kind == "cgroup2" else _NEEDED & set(fields[-1].split(",")):
+            if controller not in groups:
+                continue
+            inner = os.path.relpath(groups[controller], root)
+            folder = point if inner.startswith("..") else point / inner
+            if kind == "cgroup2":
+                two += _ancestors(point, folder)
+            else:
+                one[controller] = folder
+    if set(one) == _NEEDED:
+        two.append(Place(1, one["memory"], one["pids"]))
+    return two
+
+
+def _ancestors(point: Path, folder: Path) -> list[Place]:
+    """Groups from this process's own up to the mount point that hand on the controllers to their children."""
+    found = []
+    for at in (folder, *folder.parents):
+        with suppress(OSError):
+            if set((at / "cgroup.subtree_control").read_text().split()) >= _NEEDED:
+                found.append(Place(2, at, at))
+        if at == point:
+            break
+    return found
+
+
+def _works(candidate: Place) -> bool:
+    """A group can be made there and entered."""
+    try:
+        group = Group(candidate, 64 << 20, 8)
+    except OSError:
+        return False
+    try:
+        script = 'for f; do echo 0 > "$f" || exit 1; done'
+        done = subprocess.run(["/bin/sh", "-c", script, "sh", *group.enter], capture_output=True, timeout=10)
+        return done.returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    finally:
+        group.close()

@@ -11,6 +11,7 @@ from harness.results.records import (
     read_failures,
     read_records,
     read_settings,
+    reopened,
     write_json,
 )
 
@@ -41,6 +42,7 @@ def test_an_interrupted_run_resumes_and_drops_a_torn_line(tmp_path):
     first = RecordWriter(tmp_path / "r.jsonl", {"run": "x"})
     first.add({"id": "1"})
     first.part.open("a").write('{"id": "2", "f1"')
+    first.close()
     again = RecordWriter(tmp_path / "r.jsonl", {"run": "x"})
     assert again.done == {"1"}
     calls = []
@@ -51,9 +53,38 @@ def test_an_interrupted_run_resumes_and_drops_a_torn_line(tmp_path):
     assert [r["id"] for r in read_records(again.output)] == ["1", "2"]
 
 
-def test_other_settings_start_over(tmp_path):
-    RecordWriter(tmp_path / "r.jsonl", {"layer": 1}).add({"id": "1"})
-    assert RecordWriter(tmp_path / "r.jsonl", {"layer": 2}).done == set()
+def test_other_settings_start_over_and_keep_what_was_there(tmp_path, capsys):
+    written = [RecordWriter(tmp_path / "r.jsonl", {"layer": n}) for n in (1,)]
+    written[0].add({"id": "1"})
+    before = written[0].part.read_bytes()
+    written[0].close()
+    for number, kept in ((2, ".r.jsonl.part.old"), (3, ".r.jsonl.part.old.2")):
+        other = RecordWriter(tmp_path / "r.jsonl", {"layer": number})
+        assert other.done == set()
+        assert kept in capsys.readouterr().err and (tmp_path / kept).is_file()
+        other.close()
+    assert (tmp_path / ".r.jsonl.part.old").read_bytes() == before
+
+
+def test_a_finished_file_of_other_settings_is_kept_aside(tmp_path):
+    for layer in (1, 1, 2):
+        writer = RecordWriter(tmp_path / "r.jsonl", {"layer": layer})
+        writer.add({"id": str(layer)})
+        writer.finish()
+    assert read_settings(tmp_path / "r.jsonl") == {"layer": 2}
+    assert list(read_records(tmp_path / ".r.jsonl.old")) == [{"id": "1"}]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_finished_file_is_reopened_and_another_part_is_kept(tmp_path):
+    one = RecordWriter(tmp_path / "r.jsonl", {"layer": 1})
+    one.add({"id": "1"})
+    one.finish()
+    other = RecordWriter(tmp_path / "r.jsonl", {"layer": 2})
+    other.add({"id": "2"})
+    other.close()
+    assert reopened(tmp_path / "r.jsonl", {"layer": 1}).done == {"1"}
+    assert list(read_records(tmp_path / ".r.jsonl.part.old")) == [{"id": "2"}]
 
 
 def test_a_foreign_file_is_refused(tmp_path):

@@ -132,6 +132,20 @@ def adapter_files(wildcards):
     return sorted(str(p) for p in folder.iterdir() if p.stem in ("cope", "ccpe"))
 
 
+def wca_options(wildcards):
+    """Whole words with "=", so that a name that begins with "-" is no option. A function: braces are no wildcards then."""
+    adapter = config.get("cope", {}).get("adapter")
+    return [
+        f"--model={config['model']}",
+        *([f"--adapter={adapter}"] if adapter else []),
+    ]
+
+
+def model_name(wildcards):
+    """The configuration's model; as a plain string in a rule, braces in it would be wildcards."""
+    return config["model"]
+
+
 def agent_model_files(wildcards):
     """The agents' checkpoint."""
     return checkpoint_files(config["agents"]["model"], "agents.model")

@@ -13,7 +13,7 @@ rule generate_data:
     params:
         spec=spec_of,
         seed=config["seed"],
-        model=config["model"],
+        model=model_name,
     script:
         "scripts/generate_data.py"
 

@@ -15,11 +15,9 @@ rule measure_wca:
     resources:
         exclusive=1,
     params:
-        model=config["model"],
-        adapter=(f"--adapter {config['cope']['adapter']}" if config.get("cope") else ""),
+        given=wca_options,
     shell:
-        "python -m harness.experiments.wca --model {params.model} {params.adapter} --jobs {threads}"
-        " --out results/wca > {log} 2>&1"
+        "python -m harness.experiments.wca {params.given:q} --jobs {threads} --out results/wca > {log:q} 2>&1"
 
 
 rule wca:

@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if whole:
             writer.finish()
         else:
+            writer.close()
             print(f"agent_server: no more time; {writer.part} goes on when it is run again", file=sys.stderr)
     except (CacheSlideError, OSError) as error:
         print(f"agent_server: {error}", file=sys.stderr)

@@ -93,6 +93,7 @@ def measure(backend: ReferenceBackend, plan: Plan, output: Path, limit: Limit | 
         for agent in plan.agents:
             for system in plan.systems:
                 if limit is not None and limit.over:
+                    writer.close()
                     return False
 
                 work = partial(_episode, backend, plan.layer, agent, system, i, tasks[agent][i])

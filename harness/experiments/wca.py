@@ -25,7 +25,7 @@ from harness.backend import EngineSettings, ReferenceBackend, exact_arithmetic
 from harness.cope_backend import CopeBackend
 from harness.experiments.wca_cells import Cell, cells
 from harness.results.provenance import provenance
-from harness.results.records import RecordWriter, read_settings, write_json
+from harness.results.records import reopened, write_json
 from harness.results.runs import read_json
 from harness.results.wca import read_sweep, tabulate
 from harness.scoring import question_records
@@ -111,13 +111,6 @@ def prompts_of(mixes: Sequence[str], count: int, tokens: int, seed: int) -> list
     """`count` prompts of every style and mix, taking turns: a run that ends early has seen all kinds."""
     kinds = [list(examples(style, mix, SPLIT, seed, count, tokens)) for style in STYLES for mix in mixes]
     return [x for group in zip_longest(*kinds) for x in group if x is not None]
-
-
-def reopened(path: Path, settings: dict[str, Any]) -> RecordWriter:
-    """A writer that goes on where a finished file of the same settings ended."""
-    if path.is_file() and read_settings(path) == settings:
-        path.replace(path.with_name(f".{path.name}.part"))
-    return RecordWriter(path, settings)
 
 
 def sweep(job: Job, output: Path, settings: dict[str, Any], given: Sequence[TaskExample], jobs: int, until: float):

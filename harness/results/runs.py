@@ -7,21 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import DataError
-from harness.results.records import read_failures, read_records, read_settings
+from harness.results.records import RecordFile, read_file
 from harness.systems import cope_systems, scalable, to_scale
 
 MIXES = ("sparse", "deep")
 FILES = ("throughput", "cksim", "cksim_cope")
 REFERENCE, NAIVE, OURS = "recompute", "naive_reuse", "cacheslide"
-
-
-@dataclass(frozen=True)
-class RecordFile:
-    """One record file in memory."""
-
-    settings: dict[str, Any]
-    records: list[dict[str, Any]]
-    failures: list[dict[str, Any]]
 
 
 BySystem = dict[str, RecordFile]
@@ -86,14 +77,6 @@ def mix_of(dataset: str) -> str:
     """The dependency mix of a data set called style-mix; any other data set is a group of its own."""
     tail = dataset.rpartition("-")[2]
     return tail if tail in MIXES else dataset
-
-
-def read_file(path: str | Path) -> RecordFile:
-    """All of a record file."""
-    try:
-        return RecordFile(read_settings(path), list(read_records(path)), read_failures(path))
-    except (json.JSONDecodeError, UnicodeDecodeError, StopIteration, AttributeError, KeyError) as broken:
-        raise DataError(f"{path} is not a record file: {broken}") from None
 
 
 def load_run(config: dict[str, Any], **paths: Any) -> Run:

@@ -58,7 +58,7 @@ def misplaced(path: str, body: Any) -> str:
 
 
 def _belongs(place: str) -> str:
-    return f"{sayable(place, 200)} is not where marks are read: they belong into {PARAMS}.{FIELD}"
+    return f"{sayable(place, 200)} is not where marks are read: they belong in {PARAMS}.{FIELD}"
 
 
 def _alike(name: Any) -> bool:

@@ -55,8 +55,8 @@ def check_text(what: str, value: Any, most: int) -> None:
         raise PromptError(f"{what} is no text that can be encoded: {shown(value)}") from None
 
 
-def check_depth(params: Mapping[str, Any]) -> None:
-    """Raise PromptError for `params` nested more than `DEPTH` levels deep; linear in their size."""
+def check_depth(params: Mapping[str, Any], name: str = "kv_transfer_params") -> None:
+    """Raise PromptError for `params`, called `name`, nested more than `DEPTH` levels deep; linear in their size."""
     level: list[Any] = [params]
     for _ in range(DEPTH):
         below: list[Any] = []
@@ -65,7 +65,7 @@ def check_depth(params: Mapping[str, Any]) -> None:
         if not below:
             return
         level = below
-    raise PromptError(f"kv_transfer_params is nested more than {DEPTH} levels deep")
+    raise PromptError(f"{name} is nested more than {DEPTH} levels deep")
 
 
 def check_sendable(params: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cacheslide.errors import PromptError
-from cacheslide.vllm.limits import DEPTH, sayable
+from cacheslide.vllm.limits import DEPTH, check_depth, sayable
 from cacheslide.vllm.params import DOOR_KEYS, FIELD, Marks
 
 PARAMS = "kv_transfer_params"
@@ -46,8 +46,13 @@ def check_places(params: Mapping[str, Any] | None, extra: Mapping[str, Any]) -> 
 def misplaced(path: str, body: Any) -> str:
     """What is wrong with the places of marks in the parsed JSON of a request to `path`; "" for nothing.
 
-    Takes time linear in the body; levels below `DEPTH` are not looked at.
+    Takes time linear in the body; levels below `DEPTH` are not looked at, but refused where marks are read.
     """
+    for name in (PARAMS, "sampling_params"):
+        try:
+            check_depth({name: body.get(name)} if isinstance(body, Mapping) else {}, name)
+        except PromptError as error:
+            return str(error)
     for way in _named(body, (), _USERS):
         if way in _PLACES:
             if path in _NO_MARKS:

@@ -111,6 +111,22 @@ def test_a_child_of_another_connector_is_refused_by_name(deep):
             KVConnectorFactory.create_connector(config, role, cache_config())
 
 
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.usefixtures("vllm_environment")
+@pytest.mark.fault("multi_connector")
+def test_an_engine_with_several_connectors_does_not_start():
+    from vllm import LLM
+
+    ours = {"kv_connector": CONNECTOR, "kv_role": "kv_both"}
+    other = {"kv_connector": "DecodeBenchConnector", "kv_role": "kv_both"}
+    several = {"kv_connector": "MultiConnector", "kv_role": "kv_both"}
+    several |= {"kv_connector_extra_config": {"connectors": [ours, other]}}
+    common = {"dtype": "float32", "max_model_len": 512, "block_size": 32, "enforce_eager": True}
+    with pytest.raises(ConfigError, match="does not work inside MultiConnector"):
+        LLM("models/tiny-llama-12m", kv_transfer_config=several, disable_hybrid_kv_cache_manager=True, **common)
+
+
 @pytest.mark.fault("multi_connector")
 def test_only_the_engines_own_connector_behind_the_door_serves():
     own = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_connector=CONNECTOR))

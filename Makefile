@@ -6,6 +6,7 @@ SHELL := /bin/bash
 BACKEND ?= $(if $(wildcard .venv/.installed-gpu),gpu,cpu)
 PYTHON ?=
 PYTEST ?=
+MINUTES ?= 5
 export PYTHON
 # Nothing here talks to a usage server, and forked tokenizers should not warn about it.
 export VLLM_NO_USAGE_STATS := 1
@@ -17,11 +18,11 @@ SNAKEMAKE := $(BIN)/snakemake
 SMK := Snakefile $(wildcard workflows/*.smk)
 
 # What these targets read is in the tree; offline, a forgotten download fails at once instead of hanging.
-smoke smoke-vllm test full lint: export HF_HUB_OFFLINE := 1
-smoke smoke-vllm test full lint: export HF_DATASETS_OFFLINE := 1
+smoke smoke-vllm test full lint fuzz: export HF_HUB_OFFLINE := 1
+smoke smoke-vllm test full lint fuzz: export HF_DATASETS_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu install-rag install-slurm test smoke smoke-vllm full lint format lock clean
+.PHONY: help install install-gpu install-rag install-slurm test fuzz smoke smoke-vllm full lint format lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -46,6 +47,9 @@ smoke-vllm: install  ## the study in small inside vLLM: results/smoke-vllm/repor
 
 test: install  ## all tests; PYTEST="-k name" passes options on
 	$(BIN)/python -m pytest $(PYTEST)
+
+fuzz: install  ## hostile bodies, records and folders, MINUTES=5 for each campaign: results/fuzz/
+	$(BIN)/python -m harness.robustness --minutes $(MINUTES) --out results/fuzz
 
 full: install  ## the full CPU set, hours: results/cpu/, figures/cpu/
 	$(SNAKEMAKE) --configfile config/cpu.yaml -- reproduce-all

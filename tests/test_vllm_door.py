@@ -13,7 +13,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from cacheslide.policy import load_policy
-from cacheslide.vllm import CONNECTOR, params
+from cacheslide.vllm import CONNECTOR, params, systems
 from cacheslide.vllm.admission import Resolved, options_of
 from cacheslide.vllm.beams import start_search
 from cacheslide.vllm.bodies import MarksInPlace
@@ -276,8 +276,8 @@ def test_a_new_value_reads_nothing_again(monkeypatch, tmp_path):
     options_of(extra)
     policy_of("cacheslide")
     reads = []
-    monkeypatch.setattr(params, "load_policy", lambda name: reads.append(name) or load_policy(name))
-    monkeypatch.setattr(params, "policy_names", lambda: reads.append("names"))
+    monkeypatch.setattr(systems, "load_policy", lambda name: reads.append(name) or load_policy(name))
+    monkeypatch.setattr(systems, "policy_names", lambda: reads.append("names"))
     monkeypatch.setattr(params, "_store_config", lambda raw: reads.append(raw))
     for i in range(20):
         assert options_of(extra).policy == "cacheslide"

@@ -7,6 +7,7 @@ Counted as faults: exceptions that are no validation error (`non_400`), plans of
 import json
 import multiprocessing
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,15 @@ ROWS, LIMIT, LAYERS = 160, 256, 8
 SLOW = 0.05, 0.005  # seconds, and seconds a kB
 EXAMPLES = 8
 _CHAT = [{"role": role, "content": "some words ."} for role in ("system", "user", "assistant", "user")]
+
+
+@dataclass(frozen=True)
+class Template:
+    """As much of vLLM's parameters of a chat as the door reads."""
+
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    return_assistant_tokens_mask: bool = False
 
 
 class Renderer:
@@ -60,8 +70,8 @@ class Trial:
     def one(self) -> None:
         """The next body."""
         import msgspec
-        from vllm.exceptions import VLLMValidationError
 
+        from cacheslide.vllm.intake import VLLMValidationError
         from cacheslide.vllm.misplaced import misplaced
 
         params, salt = self.make.params(), self.make.salt()
@@ -94,14 +104,12 @@ class Trial:
         admit(request, prompt, self.renderer, self.extra, Limits(LIMIT, LAYERS))
 
     def _prompt(self, params: Any) -> tuple[dict[str, Any], list[int]]:
-        from vllm.renderers.params import ChatParams
-
         from cacheslide.vllm.admission import CHAT
 
         marks = params.get("cacheslide")
         if isinstance(marks, dict) and "messages" in marks:
             _, rendered = self.renderer.render_messages(_CHAT, None)
-            return rendered | {CHAT: (_CHAT, ChatParams())}, rendered["prompt_token_ids"]
+            return rendered | {CHAT: (_CHAT, Template())}, rendered["prompt_token_ids"]
         if isinstance(marks, dict) and isinstance(marks.get("separator"), str):
             ids = self.renderer.encode(self.text)
             return {"prompt": self.text, "prompt_token_ids": ids}, ids
@@ -156,7 +164,7 @@ def _tried(job: tuple[int, float]) -> tuple[dict[str, int], list[str]]:
 
 def run(minutes: float, seed: int, work: Path) -> dict[str, Any]:
     """Bodies for about `minutes` in `PROCESSES` processes; `faults` sums what was wrong."""
-    import vllm.sampling_params  # noqa: F401 (once, before the processes part)
+    import cacheslide.vllm.intake  # noqa: F401 (vLLM, once, before the processes part)
 
     jobs = [(seed * PROCESSES + i, 60 * minutes) for i in range(PROCESSES)]
     with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:

@@ -8,6 +8,7 @@ VENV ?= .venv
 BACKEND ?= $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
 PYTHON ?=
 PYTEST ?=
+MINUTES ?= 5
 export PYTHON VENV
 # Nothing here talks to a usage server, and forked tokenizers should not warn about it.
 export VLLM_NO_USAGE_STATS := 1
@@ -19,11 +20,11 @@ SNAKEMAKE := $(BIN)/snakemake
 SMK := Snakefile $(wildcard workflows/*.smk)
 
 # What these targets read is in the tree; offline, a forgotten download fails at once instead of hanging.
-smoke smoke-vllm test full lint test-servers: export HF_HUB_OFFLINE := 1
-smoke smoke-vllm test full lint test-servers: export HF_DATASETS_OFFLINE := 1
+smoke smoke-vllm test full lint test-servers fuzz: export HF_HUB_OFFLINE := 1
+smoke smoke-vllm test full lint test-servers fuzz: export HF_DATASETS_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu install-rag install-slurm test test-servers smoke smoke-vllm full lint format lock clean
+.PHONY: help install install-gpu install-rag install-slurm test test-servers fuzz smoke smoke-vllm full lint format lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -52,6 +53,9 @@ test: install  ## all tests; PYTEST="-k name" passes options on
 test-servers: install  ## what the remote tiers' tests need from the system (apt-get), then those tests
 	scripts/servers.sh
 	$(BIN)/python -m pytest tests/test_store_*.py tests/test_vllm_store*.py $(PYTEST)
+
+fuzz: install  ## hostile bodies, records and folders, MINUTES=5 for each campaign: results/fuzz/
+	$(BIN)/python -m harness.robustness --minutes $(MINUTES) --out results/fuzz
 
 full: install  ## the full CPU set, hours: results/cpu/, figures/cpu/
 	$(SNAKEMAKE) --configfile config/cpu.yaml -- reproduce-all

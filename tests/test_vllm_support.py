@@ -7,13 +7,16 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.config import KVTransferConfig
+
 from cacheslide.errors import ConfigError, ModelError, PolicyError
 from cacheslide.policy import check_policy
 from cacheslide.positions.rope import inverse_frequencies
+from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.geometry import weights_id
 from cacheslide.vllm.model_adapter import rotary_of
 from cacheslide.vllm.params import policy_of
-from cacheslide.vllm.support import check
+from cacheslide.vllm.support import check, check_place
 
 
 def engine_config(**changes):
@@ -82,6 +85,76 @@ def test_systems_that_a_model_cannot_run():
     with pytest.raises(PolicyError, match="layer 5, but the model has layers 0 to 4"):
         check_policy(policy_of("cacheslide", None, 5), 5)
     check_policy(policy_of("cacheslide", None, 4), 5)
+
+
+@pytest.mark.fault("multi_connector")
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_child_of_another_connector_is_refused_by_name(deep):
+    """By vLLM's own way of making connectors: a child's configuration looks like an engine's."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
+
+    from cacheslide.vllm.plugin import register
+
+    register()
+    ours = {"kv_connector": CONNECTOR, "kv_role": "kv_both"}
+    if deep:
+        inner = {"kv_connector_extra_config": {"connectors": [ours]}}
+        ours = {"kv_connector": "MultiConnector", "kv_role": "kv_both", **inner}
+    outer = KVTransferConfig(
+        kv_connector="MultiConnector", kv_role="kv_both", kv_connector_extra_config={"connectors": [ours]}
+    )
+    scheduler = SimpleNamespace(disable_hybrid_kv_cache_manager=True)
+    config = engine_config(kv_transfer_config=outer, scheduler_config=scheduler)
+    for role in KVConnectorRole:
+        with pytest.raises(ConfigError, match="does not work inside MultiConnector"):
+            KVConnectorFactory.create_connector(config, role, cache_config())
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.usefixtures("vllm_environment")
+@pytest.mark.fault("multi_connector")
+def test_an_engine_with_several_connectors_does_not_start():
+    from vllm import LLM
+
+    ours = {"kv_connector": CONNECTOR, "kv_role": "kv_both"}
+    other = {"kv_connector": "DecodeBenchConnector", "kv_role": "kv_both"}
+    several = {"kv_connector": "MultiConnector", "kv_role": "kv_both"}
+    several |= {"kv_connector_extra_config": {"connectors": [ours, other]}}
+    common = {"dtype": "float32", "max_model_len": 512, "block_size": 32, "enforce_eager": True}
+    with pytest.raises(ConfigError, match="does not work inside MultiConnector"):
+        LLM("models/tiny-llama-12m", kv_transfer_config=several, disable_hybrid_kv_cache_manager=True, **common)
+
+
+@pytest.mark.fault("multi_connector")
+def test_only_the_engines_own_connector_behind_the_door_serves():
+    own = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_connector=CONNECTOR))
+    check_place(own, checked=True)
+    with pytest.raises(ConfigError, match="plugin is not loaded"):
+        check_place(own, checked=False)
+    renamed = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_connector="Derived"))  # a class of somebody else
+    with pytest.raises(ConfigError, match="inside Derived"):
+        check_place(renamed, checked=True)
+
+
+@pytest.mark.fault("multi_connector")
+def test_offloading_does_not_take_the_connectors_place_silently():
+    from vllm.config import VllmConfig
+
+    from cacheslide.vllm.plugin import register
+
+    register()
+    for connector, size, refused in ((CONNECTOR, 1.0, True), (CONNECTOR, None, False), ("Other", 1.0, False)):
+        asked = SimpleNamespace(
+            kv_transfer_config=KVTransferConfig(kv_connector=connector, kv_role="kv_both"),
+            cache_config=SimpleNamespace(kv_offloading_size=size, kv_offloading_backend="native"),
+        )
+        if refused:
+            with pytest.raises(ConfigError, match="kv_offloading_size"):
+                VllmConfig._post_init_kv_transfer_config(asked)
+        else:
+            VllmConfig._post_init_kv_transfer_config(asked)
 
 
 def test_chunks_are_named_by_the_files_the_weights_came_from(tmp_path):

@@ -11,16 +11,20 @@ from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
-from cacheslide.vllm.admission import admit, serves
+from cacheslide.vllm.admission import Limits, Resolved, admit, serves
+from cacheslide.vllm.intake import fitted, retold
 from cacheslide.vllm.params import FIELD
 
 _NO_HISTORY = "a beam search keeps no history"
 
 
-def start_search(vllm_config, renderer, prompt: Mapping[str, Any], params: Any) -> "Search | None":
+def start_search(
+    vllm_config, renderer, prompt: Mapping[str, Any], params: Any, max_tokens: int | None = None
+) -> "Search | None":
     """The search of a rendered `prompt` with these `kv_transfer_params`; None where it is not ours to mark.
 
-    VLLMValidationError says what is wrong with the marks.
+    `max_tokens` are to be generated: with the prompt that runs they must fit the model. VLLMValidationError says what
+    is wrong with the marks.
     """
     if not serves(vllm_config) or "prompt_token_ids" not in prompt:
         return None
@@ -28,15 +32,22 @@ def start_search(vllm_config, renderer, prompt: Mapping[str, Any], params: Any) 
     if extra.get("find_spans") and FIELD not in (params or {}):
         params = {**(params or {}), FIELD: {"find": True}}
     asked = SimpleNamespace(
-        prompt_token_ids=list(prompt["prompt_token_ids"]),
+        prompt_token_ids=prompt["prompt_token_ids"],
         mm_features=prompt.get("mm_placeholders"),
         sampling_params=SimpleNamespace(extra_args={"kv_transfer_params": params}),
+        cache_salt=prompt.get("cache_salt"),
     )
-    admit(asked, prompt, renderer, extra)
+    admit(asked, prompt, renderer, extra, Limits.of(vllm_config))
     marks = (asked.sampling_params.extra_args["kv_transfer_params"] or {}).get(FIELD)
     if marks is None or (marks.get("find") is False and not marks.get("segments")):
         return None
-    return Search({**prompt, "prompt_token_ids": asked.prompt_token_ids}, params, marks)
+    if asked.prompt_token_ids is not prompt["prompt_token_ids"]:
+        lengths = len(prompt["prompt_token_ids"]), len(asked.prompt_token_ids)
+        max_tokens = fitted(max_tokens, *lengths, vllm_config.model_config.max_model_len)
+        prompt = {**prompt, **retold(prompt, asked.prompt_token_ids, renderer.tokenizer)}
+    if asked.cache_salt is not None:
+        prompt = {**prompt, "cache_salt": asked.cache_salt}
+    return Search(prompt, params, marks, max_tokens)
 
 
 class Search:
@@ -50,14 +61,22 @@ class Search:
         The request's `kv_transfer_params`.
     marks : mapping
         What they hold for us, resolved.
+    max_tokens : int, optional
+        Tokens to generate, where they are known: no more than fit behind the prompt that runs.
     """
 
-    def __init__(self, prompt: Mapping[str, Any], params: Mapping[str, Any], marks: Mapping[str, Any]) -> None:
-        self.prompt, self.requests, self.completed = prompt, 0, 0
+    def __init__(
+        self,
+        prompt: Mapping[str, Any],
+        params: Mapping[str, Any],
+        marks: Mapping[str, Any],
+        max_tokens: int | None = None,
+    ) -> None:
+        self.prompt, self.max_tokens, self.requests, self.completed = prompt, max_tokens, 0, 0
         self.receipt: dict[str, Any] | None = None
         self._keeps_history = marks.get("history") is not None
         family = {"name": uuid4().hex, "rows": len(prompt["prompt_token_ids"])}
-        self._params = {**params, FIELD: {**marks, "history": None, "family": family}}
+        self._params = {**params, FIELD: Resolved({**marks, "history": None, "family": family})}
 
     def step(self, sampling):
         """The sampling parameters of one of its requests, with marks."""

@@ -10,9 +10,11 @@ from typing import Any
 
 from cacheslide.errors import PromptError
 from cacheslide.prompt import Role
+from cacheslide.vllm.limits import NOTE, sayable, shown
 from cacheslide.vllm.params import FIELD
 
 _KEYS = ("roles", "updated", "fixed")
+_RENDERED = 64  # boundaries that are looked for in one chat: each renders and tokenises what lies before it
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class MarkedChat:
     def params(self, **options: Any) -> dict[str, Any]:
         """`kv_transfer_params` for a request with these tokens (or with the messages they were rendered from)."""
         marks = {"segments": [list(s) for s in self.segments], **options}
-        return {FIELD: marks | ({"note": self.note} if self.note else {})}
+        return {FIELD: marks | ({"note": sayable(self.note, NOTE)} if self.note else {})}
 
 
 def message_roles(marks: Any, messages: Sequence[Mapping[str, Any]]) -> list[Role]:
@@ -44,30 +46,33 @@ def message_roles(marks: Any, messages: Sequence[Mapping[str, Any]]) -> list[Rol
             raise PromptError(f"messages: {len(marks)} roles for {len(messages)} messages")
         return [_role(m) for m in marks]
     if marks != "auto" and not isinstance(marks, Mapping):
-        raise PromptError(f"messages must be 'auto', a list of roles or an object, not {marks!r}")
+        raise PromptError(f"messages must be 'auto', a list of roles or an object, not {shown(marks)}")
     given = {} if marks == "auto" else marks
-    if wrong := sorted(map(str, set(given) - set(_KEYS))):
-        raise PromptError(f"messages: unknown key {', '.join(wrong)} (known: {', '.join(_KEYS)})")
+    if wrong := [key for key in given if key not in _KEYS]:
+        raise PromptError(f"messages: unknown key {sayable(str(wrong[0]), 80)} (known: {', '.join(_KEYS)})")
     senders = given.get("roles", {})
     if not isinstance(senders, Mapping):
-        raise PromptError(f"messages: roles must be an object from sender to role, not {senders!r}")
-    roles = [_role(senders.get(m.get("role"), Role.REUSE)) for m in messages]
+        raise PromptError(f"messages: roles must be an object from sender to role, not {shown(senders)}")
+    given_roles = {sender: _role(role) for sender, role in senders.items()}
+    roles = [given_roles.get(m.get("role"), Role.REUSE) for m in messages]
     users = [i for i, m in enumerate(messages) if m.get("role") == "user"]
     if users:
         roles[users[-1]] = Role.RECOMPUTE
     for key, role in (("updated", Role.RECOMPUTE), ("fixed", Role.REUSE)):
-        for index in given.get(key, ()):
+        indices = given.get(key, ())
+        if not isinstance(indices, list | tuple):
+            raise PromptError(f"messages: {key} must be a list of messages by index, not {shown(indices)}")
+        for index in indices:
             if not isinstance(index, int) or isinstance(index, bool) or not -len(roles) <= index < len(roles):
-                raise PromptError(f"messages: {key} names message {index!r}, but there are {len(roles)}")
+                raise PromptError(f"messages: {key} names message {shown(index)}, but there are {len(roles)}")
             roles[index] = role
     return roles
 
 
 def _role(value: Any) -> Role:
-    try:
-        return Role(value)
-    except ValueError:
-        raise PromptError(f"messages: a role must be 'reuse' or 'recompute', not {value!r}") from None
+    if not isinstance(value, str) or value not in list(Role):
+        raise PromptError(f"messages: a role must be 'reuse' or 'recompute', not {shown(value)}")
+    return Role(value)
 
 
 def spans_of(
@@ -76,7 +81,7 @@ def spans_of(
     """Fixed spans of a rendered chat, and what the template did not allow.
 
     `prefix(k)` gives the tokens of the first k messages alone and may raise. Runs of fixed messages give up messages
-    at their edges until a boundary holds.
+    at their edges until a boundary holds. After `_RENDERED` calls of `prefix` no further boundary is looked for.
     """
     rows: dict[int, int | None] = {0: 0}
     why: list[str] = []
@@ -84,10 +89,15 @@ def spans_of(
     def at(k: int) -> int | None:
         if k not in rows:
             rows[k] = None
+            if len(rows) > _RENDERED:
+                why.append(f"more than {_RENDERED} boundaries between fixed and updated messages")
+                return None
             try:
                 alone = list(prefix(k))
             except Exception as error:  # a template raises what it likes
-                why.append(f"the chat template does not render the first {k} messages alone ({error})")
+                why.append(
+                    f"the chat template does not render the first {k} messages alone ({sayable(str(error), 200)})"
+                )
                 return None
             if list(token_ids[: len(alone)]) == alone:
                 rows[k] = len(alone)

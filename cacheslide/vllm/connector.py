@@ -11,11 +11,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from cacheslide.policy import check_policy
+from cacheslide.vllm.door import is_installed
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.metrics import ReuseMetrics, ReuseStats
 from cacheslide.vllm.params import FIELD, ServerOptions
 from cacheslide.vllm.scheduler_side import SchedulerSide
-from cacheslide.vllm.support import check, check_spans
+from cacheslide.vllm.support import check, check_place, check_spans
 from cacheslide.vllm.worker_side import WorkerSide
 
 
@@ -24,6 +25,7 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config, role: KVConnectorRole, kv_cache_config) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        check_place(vllm_config, is_installed())
         check(vllm_config, kv_cache_config)
         options = ServerOptions.from_extra_config(self._kv_transfer_config.kv_connector_extra_config)
         shared = options.tiers is not None and role == KVConnectorRole.SCHEDULER  # who names chunks

@@ -6,8 +6,10 @@ nobody else. What the first request's decision was, exact or corrected, holds fo
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from cacheslide.vllm.params import Marks
 from cacheslide.vllm.prefix_cache import key_apart, new_secret
 from cacheslide.vllm.reasons import AS_FAMILY
 from cacheslide.vllm.tracked import FromBelow, Tracked
@@ -19,14 +21,20 @@ _KNOWN = 256  # families remembered; a forgotten one plans, and completes its pr
 class Family:
     """What the scheduler's half keeps of a family.
 
-    `first` is the block from which on its KV is its own, None before a member was corrected; `reason` says why its
-    first member was computed exactly.
+    `marks` are those of its first member, whose prompt all members have. `first` is the block from which on its KV is
+    its own, None before a member was corrected; `reason` says why its first member was computed exactly.
     """
 
     plan: Tracked
+    marks: Marks
     first: int | None = None
     reason: str = ""
     secret: bytes = field(default_factory=new_secret)
+
+    def fits(self, marks: Marks, token_ids: Sequence[int]) -> bool:
+        """Whether a request with these marks and tokens continues the family's prompt."""
+        plan = self.plan.plan
+        return marks == self.marks and plan is not None and plan.prompt.token_ids == tuple(token_ids[: self.plan.rows])
 
     def corrected_from(self, first: int) -> None:
         """A member's rows from block `first` on are completed by reuse."""
@@ -63,9 +71,9 @@ class Families:
             self._known.move_to_end((tenant, name))
         return self._known.get((tenant, name))
 
-    def add(self, tenant: str, name: str, plan: Tracked) -> Family:
-        """A new family, whose first member is planned as `plan`."""
-        self._known[tenant, name] = family = Family(replace(plan, below=FromBelow()), reason=plan.reason)
+    def add(self, tenant: str, name: str, plan: Tracked, marks: Marks) -> Family:
+        """A new family, whose first member with these `marks` is planned as `plan`."""
+        self._known[tenant, name] = family = Family(replace(plan, below=FromBelow()), marks, reason=plan.reason)
         while len(self._known) > _KNOWN:
             self._known.popitem(last=False)
         return family

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.sampling_params import BeamSearchParams
 
@@ -124,7 +125,7 @@ def beam_search(
     `marks` are the prompts' `kv_transfer_params`, `options` are those of `LLM.beam_search`.
     VLLMValidationError says what is wrong with marks.
     """
-    search = _MarkedSearch(engine, marks)
+    search = _MarkedSearch(engine, marks, params.max_tokens)
     found = search.beam_search(prompts, params, **options)
     receipts = [None if s is None else (s.kv_transfer_params or {}).get(FIELD) for s in search.searches]
     return [Searched(f.sequences, r) for f, r in zip(found, receipts, strict=True)]
@@ -133,13 +134,16 @@ def beam_search(
 class _MarkedSearch(LLM):
     """An engine's beam search, whose steps carry marks; everything else is the engine's own."""
 
-    def __init__(self, engine: LLM, marks: Sequence[Mapping[str, Any] | None]) -> None:
+    def __init__(self, engine: LLM, marks: Sequence[Mapping[str, Any] | None], tokens: int) -> None:
         vars(self).update(vars(engine))
-        self.marks, self.searches, self._of = marks, [], {}
+        self.marks, self.searches, self.tokens, self._of = marks, [], tokens, {}
 
     def _preprocess_cmpl(self, prompts: Sequence[Any], *args: Any, **kwargs: Any) -> list[Any]:
         config, rendered = self.llm_engine.vllm_config, super()._preprocess_cmpl(prompts, *args, **kwargs)
-        self.searches = [start_search(config, self.renderer, p, m) for p, m in zip(rendered, self.marks, strict=True)]
+        asked = zip(rendered, self.marks, strict=True)
+        self.searches = [start_search(config, self.renderer, p, m, self.tokens) for p, m in asked]
+        if short := [s.max_tokens for s in self.searches if s is not None and s.max_tokens != self.tokens]:
+            raise VLLMValidationError(f"{self.tokens} tokens do not fit behind a prompt that runs: {min(short)} do")
         return [p if s is None else s.prompt for p, s in zip(rendered, self.searches, strict=True)]
 
     def _beam_search_step(self, instances_batch: Sequence[Any], *args: Any, **kwargs: Any) -> bool:

@@ -3,13 +3,14 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
 from typing import Any
 
 from cacheslide.errors import ConfigError, PromptError
-from cacheslide.policy import ReusePolicy, load_policy
+from cacheslide.policy import ReusePolicy
 from cacheslide.prompt import Prompt, Role
 from cacheslide.store.config import StoreConfig
+from cacheslide.vllm.limits import NAME, NOTE, ROW, SEGMENTS, check_text, sayable, shown
+from cacheslide.vllm.systems import policy_of
 
 FIELD = "cacheslide"
 ENCODE = ("later", "now", "off")
@@ -145,7 +146,8 @@ class Marks:
     the spans seen before. Rows from `history` on, and what is generated, are fixed text of the next turn. `policy`,
     `share` and `layer` override the server's system, the share of reused rows it recomputes and its selection layer.
     `note` goes into the receipt; without segments it is the reason of an exact computation. `family`, {"name", "rows"},
-    joins the requests that continue one prompt, the first `rows` rows of each (`families.py`; beam search sets it).
+    joins the requests that continue one prompt, the first `rows` rows of each (`families.py`): beam search sets it, the
+    door takes it from nobody else.
     """
 
     segments: tuple[tuple[int, int], ...] = ()
@@ -165,12 +167,9 @@ class Marks:
         raw = raw_marks(params)
         if raw is None:
             return None
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(map(str, set(raw) - known))
-        if unknown:
-            raise PromptError(
-                f"{FIELD}: unknown key {', '.join(unknown)} (known: {', '.join(sorted(known | set(DOOR_KEYS)))})"
-            )
+        if unknown := [name for name in raw if name not in _MARKS]:
+            known = sorted((_MARKS | set(DOOR_KEYS)) - {"family"})
+            raise PromptError(f"{FIELD}: unknown key {_names(unknown)} (known: {', '.join(known)})")
         if "segments" not in raw and raw.get("find") is None:
             raise PromptError(
                 f"{FIELD}: 'segments' is missing; give the fixed spans as [[start, end], ...], "
@@ -181,32 +180,30 @@ class Marks:
         return marks
 
     def _check(self) -> None:
-        for name in ("policy", "encode"):
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
-                raise PromptError(f"{FIELD}: {name} must be a string, not {getattr(self, name)!r}")
-        for name in ("namespace", "note"):
-            if not isinstance(getattr(self, name), str):
-                raise PromptError(f"{FIELD}: {name} must be a string, not {getattr(self, name)!r}")
+        for name, most in (("policy", NAME), ("encode", NAME), ("namespace", NAME), ("note", NOTE)):
+            if getattr(self, name) is not None or name in ("namespace", "note"):
+                check_text(f"{FIELD}: {name}", getattr(self, name), most)
         if self.find is not None and not isinstance(self.find, bool):
-            raise PromptError(f"{FIELD}: find must be true or false, not {self.find!r}")
+            raise PromptError(f"{FIELD}: find must be true or false, not {shown(self.find)}")
         if self.find and (self.segments or self.history is not None):
             raise PromptError(f"{FIELD}: find looks for the fixed spans itself: give no segments and no history")
         if self.encode is not None and self.encode not in ENCODE:
-            raise PromptError(f"{FIELD}: encode must be one of {', '.join(ENCODE)}, not {self.encode!r}")
-        if self.share is not None and (isinstance(self.share, bool) or not isinstance(self.share, int | float)):
-            raise PromptError(f"{FIELD}: share must be a number in [0, 1], not {self.share!r}")
-        if self.layer is not None and not _is_count(self.layer):
-            raise PromptError(f"{FIELD}: layer must be an integer, not {self.layer!r}")
+            raise PromptError(f"{FIELD}: encode must be one of {', '.join(ENCODE)}, not {shown(self.encode)}")
+        number = isinstance(self.share, int | float) and not isinstance(self.share, bool)
+        if self.share is not None and not (number and 0 <= self.share <= 1):
+            raise PromptError(f"{FIELD}: share must lie in [0, 1], not {shown(self.share)}")
+        if self.layer is not None and not (_is_count(self.layer) and 0 <= self.layer < ROW):
+            raise PromptError(f"{FIELD}: layer must be an integer of at least 0, not {shown(self.layer)}")
         if self.history is not None and not _is_count(self.history):
-            raise PromptError(f"{FIELD}: history must be the row it starts at, not {self.history!r}")
+            raise PromptError(f"{FIELD}: history must be the row it starts at, not {shown(self.history)}")
         if self.family is not None:
             self._check_family()
 
     def _check_family(self) -> None:
         family = self.family
         fits = isinstance(family, Mapping) and set(family) == {"name", "rows"} and isinstance(family["name"], str)
-        if not fits or not _is_count(family["rows"]) or family["rows"] < 1:
-            raise PromptError(f"{FIELD}: family must be an object of name and rows, not {family!r}")
+        if not fits or not _is_count(family["rows"]) or not 1 <= family["rows"] < ROW:
+            raise PromptError(f"{FIELD}: family must be an object of name and rows, not {shown(family)}")
         if self.history is not None:
             raise PromptError(f"{FIELD}: what a family generates is not kept: give no history")
 
@@ -224,7 +221,7 @@ class Marks:
             token_ids = token_ids[: self.family["rows"]]
         if self.history is not None:
             if not 0 <= self.history <= len(token_ids):
-                raise PromptError(f"{FIELD}: history starts at row {self.history} of {len(token_ids)}")
+                raise PromptError(f"{FIELD}: history starts at row {shown(self.history)} of {len(token_ids)}")
             for start, end in self.segments:
                 if start < self.history < end:
                     raise PromptError(f"{FIELD}: history starts inside the segment [{start}, {end})")
@@ -251,14 +248,6 @@ def marks_of(prompt: Prompt, **options: Any) -> dict[str, Any]:
     return {FIELD: {"segments": spans, **options}}
 
 
-@lru_cache(maxsize=256)
-def policy_of(name: str, share: float | None = None, layer: int | None = None) -> ReusePolicy:
-    """A registered system with its share and selection layer changed; cached, since every request asks."""
-    policy = load_policy(name)
-    policy = policy if share is None else policy.at_share(float(share))
-    return policy if layer is None else policy.at_layer(layer)
-
-
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -267,10 +256,22 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(_is_count(t) and t >= 0 for t in value)
 
 
+def _names(unknown: list[Any]) -> str:
+    rest = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+    return ", ".join(sorted(sayable(str(name), 80) for name in unknown[:8])) + rest
+
+
 def _spans(raw: Any) -> tuple[tuple[int, int], ...]:
     if not isinstance(raw, list | tuple):
         raise PromptError(f"{FIELD}: segments must be a list of [start, end] pairs, not {type(raw).__name__}")
+    if len(raw) > SEGMENTS:
+        raise PromptError(f"{FIELD}: {len(raw)} segments, of at most {SEGMENTS}")
     for pair in raw:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(map(_is_count, pair)):
-            raise PromptError(f"{FIELD}: a segment must be a pair of integers [start, end], not {pair!r}")
+            raise PromptError(f"{FIELD}: a segment must be a pair of integers [start, end], not {shown(pair)}")
+        if not (-ROW < pair[0] < ROW and -ROW < pair[1] < ROW):
+            raise PromptError(f"{FIELD}: a segment lies outside of any prompt: {shown(pair)}")
     return tuple((a, b) for a, b in raw)
+
+
+_MARKS = frozenset(f.name for f in fields(Marks))

@@ -12,6 +12,7 @@ from cacheslide.vllm.families import Families
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.params import Marks, ServerOptions
 from cacheslide.vllm.spans import SpanMemory
+from cacheslide.vllm.tenants import tenant_of, unsalted
 from cacheslide.vllm.tracked import Tracked
 
 
@@ -54,21 +55,30 @@ class Planner:
         return None if one_beam else Marks(find=True)
 
     def _member(self, request, marks: Marks) -> Tracked | None:
-        """A family's first member is planned as any request; a later one follows it (None: exactly, as all of it)."""
-        tenant, name = request.cache_salt or "", marks.family["name"]
+        """A family's first member is planned as any request; a later one follows it (None: exactly, as all of it).
+
+        A family is of one tenant and one prompt: a request with other tokens, marks or another tenant under its name is
+        planned alone.
+        """
+        tenant, name = self._tenant(request, marks), marks.family["name"]
         family = self.families.get(tenant, name)
+        if family is not None and not family.fits(marks, request.prompt_token_ids):
+            return self._plan(request, marks)
         if family is None or not (family.reason or family.first is not None):
             tracked = self._plan(request, marks)
-            tracked.family = family or self.families.add(tenant, name, tracked)
+            tracked.family = family or self.families.add(tenant, name, tracked, marks)
             return tracked
         return family.exactly() if family.reason else family.join(request)
+
+    def _tenant(self, request, marks: Marks) -> str:
+        return tenant_of(self.options.namespace, marks.namespace, unsalted(request.cache_salt or ""))
 
     def _plan(self, request, marks: Marks) -> Tracked:
         if marks.find and self.geometry.slots:
             raise PromptError("spans that are looked for follow no template, which calibrated slot masses (CCPE) need")
         policy = marks.system(self.options.policy)
         check_policy(policy, self.geometry.num_layers)
-        tenant = "\0".join((self.options.namespace, marks.namespace, request.cache_salt or ""))
+        tenant = self._tenant(request, marks)
         if marks.find:
             rows = marks.family and marks.family["rows"]
             marks = replace(marks, segments=tuple(self.memory.meet(tenant, request.prompt_token_ids[:rows])))

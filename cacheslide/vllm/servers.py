@@ -5,6 +5,7 @@ as the event with the usage, so that clients which know only choices pass over i
 its way to the requests it is made of: they are handed on (`beams.py`).
 """
 
+import copy
 import inspect
 import json
 import sys
@@ -13,7 +14,10 @@ from collections.abc import AsyncIterator, Callable
 from functools import wraps
 from typing import Any
 
+from cacheslide.vllm.admission import serves
 from cacheslide.vllm.beams import Search, start_search
+from cacheslide.vllm.bodies import MarksInPlace
+from cacheslide.vllm.intake import taken
 from cacheslide.vllm.params import FIELD
 
 _DONE = "data: [DONE]\n\n"
@@ -32,22 +36,57 @@ _PROTOCOLS = (
 _BEAMS = ("vllm.entrypoints.generate.beam_search.online", "BeamSearchOnlineMixin", "beam_search")
 
 
-def adapt_servers() -> None:
-    """Wrap those servers that this process has loaded (each once)."""
+_APP = ("vllm.entrypoints.launchers.app", None, "init_entrypoints_middleware")
+_TOOLS = ("vllm.entrypoints.openai.responses.serving", "OpenAIServingResponses", "_generate_with_builtin_tools")
+
+
+def adapt_servers(bodies: bool = False) -> None:
+    """Wrap those servers that this process has loaded (each once); with `bodies`, also the app that it will build."""
+    if bodies:
+        _adapt(*_APP, _reading)
     for stream in _STREAMS:
         _adapt(*stream, lambda plain: _with_receipt(plain, _OBJECTS[plain.__name__]))
     for protocol in _PROTOCOLS:
         _adapt(*protocol, _with_marks)
     _adapt(*_BEAMS, _searched)
+    _adapt(*_TOOLS, _checked)
 
 
-def _adapt(module: str, owner: str, name: str, wrap: Callable) -> None:
+def _adapt(module: str, owner: str | None, name: str, wrap: Callable) -> None:
     if (loaded := sys.modules.get(module)) is not None:
-        plain = getattr(getattr(loaded, owner), name)
+        held = loaded if owner is None else getattr(loaded, owner)
+        plain = getattr(held, name)
         if not hasattr(plain, "adapted"):
             wrapped = wrap(plain)
             wrapped.adapted = True
-            setattr(getattr(loaded, owner), name, wrapped)
+            setattr(held, name, wrapped)
+
+
+def _reading(plain):
+    """Every JSON body is looked at for misplaced marks, behind vLLM's own middleware (which knows who may ask)."""
+
+    @wraps(plain)
+    def init_entrypoints_middleware(args, app, *rest: Any, **kwargs: Any):
+        app.add_middleware(MarksInPlace)
+        return plain(args, app, *rest, **kwargs)
+
+    return init_entrypoints_middleware
+
+
+def _checked(plain):
+    """The Responses API starts its requests late, in a stream that has begun: they are checked before."""
+
+    @wraps(plain)
+    def _generate_with_builtin_tools(self, *args: Any, **kwargs: Any):
+        call = inspect.signature(plain).bind(self, *args, **kwargs)
+        given = call.arguments
+        config, renderer = self.engine_client.vllm_config, self.engine_client.renderer
+        if serves(config):
+            checked = taken(config, renderer, given["engine_input"], given["sampling_params"], in_place=True)
+            given["engine_input"], given["sampling_params"] = checked
+        return plain(*call.args, **call.kwargs)
+
+    return _generate_with_builtin_tools
 
 
 def _with_marks(plain):
@@ -63,20 +102,26 @@ def _with_marks(plain):
 
 
 def _searched(plain):
-    """Beam search whose steps carry marks, with a receipt for all of them."""
+    """Beam search whose steps carry marks, with a receipt for all of them; wrong marks are said before it starts."""
 
     @wraps(plain)
-    async def beam_search(self, prompt, request_id, params, *args: Any, **kwargs: Any):
+    def beam_search(self, prompt, request_id, params, *args: Any, **kwargs: Any):
         asked = getattr(params, "kv_transfer_params", None)
-        search = start_search(self.engine_client.vllm_config, self.renderer, prompt, asked)
-        if search is not None:
-            self, prompt = _Serving(self, search), search.prompt
-        async for output in plain(self, prompt, request_id, params, *args, **kwargs):
-            if search is not None:
-                output.kv_transfer_params = search.kv_transfer_params
-            yield output
+        search = start_search(self.engine_client.vllm_config, self.renderer, prompt, asked, params.max_tokens)
+        if search is None:
+            return plain(self, prompt, request_id, params, *args, **kwargs)
+        if search.max_tokens != params.max_tokens:
+            params = copy.copy(params)
+            params.max_tokens = search.max_tokens
+        return _heard(plain(_Serving(self, search), search.prompt, request_id, params, *args, **kwargs), search)
 
     return beam_search
+
+
+async def _heard(results: AsyncIterator[Any], search: Search) -> AsyncIterator[Any]:
+    async for output in results:
+        output.kv_transfer_params = search.kv_transfer_params
+        yield output
 
 
 class _Serving:

@@ -1,14 +1,68 @@
 """What the connector cannot serve is refused when the engine starts, by name and with the reason."""
 
+from functools import wraps
 from typing import Any
 
 from cacheslide.errors import ConfigError, ModelError
 from cacheslide.model.config import SUPPORTED as LLAMA_LIKE
 from cacheslide.positions.rope import KNOWN_ROPE_TYPES
+from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.cope_setting import ARCHITECTURE, KINDS, is_cope
 
 FAMILIES = (*LLAMA_LIKE, "Qwen2ForCausalLM", "Qwen3ForCausalLM", ARCHITECTURE)
 _CACHE_DTYPES = ("auto", "float16", "half", "bfloat16", "float32", "float")
+
+
+_ENGINE: list[Any] = []  # the KV transfer configuration of the engine whose connector is being made
+
+
+def keep_connector() -> None:
+    """Have vLLM say which connector it makes for an engine, and not put another in the place of ours (once a process).
+
+    A connector that holds others (MultiConnector, or one of somebody else) hands them a configuration that looks like
+    an engine's own.
+    """
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    plain, settled = KVConnectorFactory.create_connector, VllmConfig._post_init_kv_transfer_config
+
+    def create_connector(cls, config, *args: Any, **kwargs: Any):
+        _ENGINE.append(config.kv_transfer_config)
+        try:
+            return plain(config, *args, **kwargs)
+        finally:
+            _ENGINE.pop()
+
+    @wraps(settled)
+    def post_init(self):
+        transfer, size = self.kv_transfer_config, self.cache_config.kv_offloading_size
+        if transfer is not None and transfer.kv_connector == CONNECTOR and size is not None:
+            raise ConfigError(
+                "CacheSlide does not work with KV offloading (kv_offloading_size), which takes the connector's place: "
+                "switch it off, or serve without the connector"
+            )
+        return settled(self)
+
+    KVConnectorFactory.create_connector = classmethod(create_connector)
+    VllmConfig._post_init_kv_transfer_config = post_init
+
+
+def check_place(vllm_config: Any, checked: bool) -> None:
+    """Raise ConfigError where the connector is not the engine's own, or requests are not `checked` at the door."""
+    own, engine = vllm_config.kv_transfer_config, _ENGINE[-1] if _ENGINE else None
+    holder = engine.kv_connector if engine is not None and engine is not own else None
+    if own.kv_connector != CONNECTOR:
+        holder = own.kv_connector
+    if holder is not None:
+        raise ConfigError(
+            f"CacheSlide does not work inside {holder}: marks would not be checked, and others would keep what "
+            f"it computes by reuse as if it were exact; make {CONNECTOR} the engine's own kv_connector"
+        )
+    if not checked:
+        raise ConfigError(
+            "CacheSlide's plugin is not loaded (see VLLM_PLUGINS): marks would reach the engine without a check"
+        )
 
 
 def check(vllm_config: Any, kv_cache_config: Any) -> None:

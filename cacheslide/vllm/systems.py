@@ -1,0 +1,36 @@
+"""Systems that requests ask for by name, share and layer: looked up once, however many values a client tries."""
+
+from functools import lru_cache
+
+from cacheslide.errors import PolicyError
+from cacheslide.policy import ReusePolicy, load_policy, policy_names
+from cacheslide.vllm.limits import shown
+
+
+@lru_cache(maxsize=256)
+def policy_of(name: str, share: float | None = None, layer: int | None = None) -> ReusePolicy:
+    """A registered system with its share and selection layer changed; cached, since every request asks.
+
+    A new share or layer costs microseconds: entry points are scanned once a name, and never for an unknown one.
+    """
+    policy = _registered(name)
+    policy = policy if share is None else policy.at_share(float(share))
+    return policy if layer is None else policy.at_layer(layer)
+
+
+@lru_cache(maxsize=256)
+def _registered(name: str) -> ReusePolicy:
+    known = _known_systems()
+    if known and name not in known:
+        raise PolicyError(f"unknown system {shown(name)} (known: {', '.join(known)})")
+    try:
+        return load_policy(name)
+    except PolicyError:
+        raise
+    except Exception as error:  # an entry point of somebody else's package raises what it likes
+        raise PolicyError(f"the system {name!r} does not load ({type(error).__name__}: {error})") from error
+
+
+@lru_cache(maxsize=1)
+def _known_systems() -> tuple[str, ...]:
+    return tuple(policy_names())

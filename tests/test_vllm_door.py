@@ -1,0 +1,288 @@
+"""What a request becomes where vLLM takes it in: the tokens that run fit, and marks at a wrong place are named."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoTokenizer
+
+pytest.importorskip("vllm")
+
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+
+from cacheslide.policy import load_policy
+from cacheslide.vllm import CONNECTOR, params, systems
+from cacheslide.vllm.admission import Resolved, options_of
+from cacheslide.vllm.beams import start_search
+from cacheslide.vllm.bodies import MarksInPlace
+from cacheslide.vllm.geometry import Geometry
+from cacheslide.vllm.intake import fitted, taken
+from cacheslide.vllm.misplaced import misplaced
+from cacheslide.vllm.params import ServerOptions, policy_of
+from cacheslide.vllm.planning import Planner
+from cacheslide.vllm.separators import cut, text_after
+
+MODEL, LIMIT = "models/tiny-llama-12m", 100
+GEOMETRY = Geometry("m", "torch.float32", 8, 6, 64, 384, 4, 8192)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+def config(**options):
+    """As much of vLLM's configuration as the door reads."""
+    transfer = SimpleNamespace(kv_connector=CONNECTOR, kv_connector_extra_config=options)
+    model = SimpleNamespace(max_model_len=LIMIT, get_num_layers=lambda _: 8)
+    return SimpleNamespace(kv_transfer_config=transfer, model_config=model, parallel_config=None)
+
+
+def entered(prompt, marks, tokenizer=None, **sampling):
+    """A rendered prompt and its parameters behind the door."""
+    settings = SamplingParams(**sampling, extra_args={"kv_transfer_params": {"cacheslide": marks}})
+    return taken(config(), SimpleNamespace(tokenizer=tokenizer), {"type": "token", **prompt}, settings, in_place=True)
+
+
+# --- what runs fits ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("separator_too_long")
+def test_a_text_that_has_more_tokens_in_parts_is_refused_with_both_lengths(tokenizer):
+    text = " amber falcon follows brave ibex copper seven painter" * 6
+    ids = tokenizer.encode(text)
+    in_parts = cut("e", None, text, ids, tokenizer)[0]
+    assert len(ids) + 1 <= LIMIT < len(in_parts)  # vLLM's own check passes it
+    for start in (
+        lambda: entered({"prompt": text, "prompt_token_ids": ids}, {"separator": "e"}, tokenizer, max_tokens=1),
+        lambda: start_search(
+            config(),
+            SimpleNamespace(tokenizer=tokenizer),
+            {"type": "token", "prompt": text, "prompt_token_ids": ids},
+            {"cacheslide": {"separator": "e"}},
+            1,
+        ),
+    ):
+        with pytest.raises(
+            VLLMValidationError, match=f"{len(ids)} tokens and runs with {len(in_parts)}.* at most {LIMIT}"
+        ):
+            start()
+
+
+@pytest.mark.fault("separator_too_long")
+@pytest.mark.parametrize("rows", [LIMIT - 2, LIMIT - 1, LIMIT, LIMIT + 1])
+def test_room_for_one_token_is_left(rows):
+    """At exactly the limit the engine used to fail when it sampled."""
+
+    class Merging:
+        """One token for a text with a separator, one for every character of its parts."""
+
+        def encode(self, text, add_special_tokens=True):
+            return [5] if "|" in text else [6] * len(text)
+
+        def decode(self, ids, skip_special_tokens=False):
+            return "x" * len(ids)
+
+    text = "a" * (rows - 1) + "|" + "a"
+    prompt = {"prompt": text, "prompt_token_ids": [5]}
+    if rows < LIMIT:
+        run, settings = entered(prompt, {"separator": "|"}, Merging(), max_tokens=LIMIT - 1)
+        assert len(run["prompt_token_ids"]) == rows and settings.max_tokens == LIMIT - rows
+    else:
+        with pytest.raises(VLLMValidationError, match=f"1 tokens and runs with {rows}"):
+            entered(prompt, {"separator": "|"}, Merging(), max_tokens=1)
+
+
+@pytest.mark.fault("separator_too_long")
+def test_what_is_generated_fits_too():
+    assert fitted(10, 50, 60, LIMIT) == 10 and fitted(None, 50, 99, LIMIT) is None
+    assert fitted(50, 50, 60, LIMIT) == 40  # what filled the model's length fills it again
+    assert fitted(50, 50, 40, LIMIT) == 50 and fitted(500, 50, 60, LIMIT) == 500  # vLLM ends it at its length
+    with pytest.raises(VLLMValidationError, match=r"with 50 tokens and runs with 60.*the 45 asked for"):
+        fitted(45, 50, 60, LIMIT)
+
+
+def test_what_the_door_has_seen_is_not_read_again():
+    prompt, settings = entered({"prompt_token_ids": [1, 5, 7, 8]}, {"separator": [7]}, max_tokens=2)
+    assert prompt["prompt_token_ids"] == [1, 5, 8]
+    marks = settings.extra_args["kv_transfer_params"]["cacheslide"]
+    assert type(marks) is Resolved and type(settings.clone().extra_args["kv_transfer_params"]["cacheslide"]) is Resolved
+    again = taken(config(), SimpleNamespace(tokenizer=None), prompt, settings)
+    assert again == (prompt, settings)
+
+
+# --- text and tokens agree --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("echo_separator")
+@pytest.mark.parametrize("separator", [" ## ", "##", "o", " "])
+def test_the_text_is_that_of_the_tokens_that_run(tokenizer, separator):
+    text = separator.join(["You are an agent .", "Notes of today", "A long document", "Question"])
+    prompt = {"prompt": text, "prompt_token_ids": tokenizer.encode(text)}
+    run, _ = entered(prompt, {"separator": separator}, tokenizer)
+    assert run["prompt"] == text.replace(separator, "") and run is not prompt
+    assert tokenizer.decode(run["prompt_token_ids"]) == tokenizer.decode(tokenizer.encode("")) + run["prompt"]
+
+
+@pytest.mark.fault("echo_separator")
+def test_the_text_of_ids_is_that_of_what_is_left_of_them(tokenizer):
+    ids = tokenizer.encode("amber falcon")
+    seven = ids[-1] + 1
+    whole = [*ids, seven, *ids[1:]]
+    prompt = {"prompt": tokenizer.decode(whole), "prompt_token_ids": whole}  # vLLM tells the text of ids for echo
+    run, _ = entered(prompt, {"separator": [seven]}, tokenizer)
+    assert run["prompt"] == tokenizer.decode(run["prompt_token_ids"]) == tokenizer.decode([*ids, *ids[1:]])
+    assert text_after("not its text", whole, ids, tokenizer) == "amber falcon"
+
+
+# --- families ---------------------------------------------------------------------------------------------------------
+
+
+def member(ids, marks, name="x", rows=None, salt=None):
+    """A request that names a family, as the scheduler gets it."""
+    marks = {**marks, "family": {"name": name, "rows": rows or len(ids)}}
+    return SimpleNamespace(
+        kv_transfer_params={"cacheslide": marks},
+        sampling_params=SimpleNamespace(prompt_logprobs=None, max_tokens=1, detokenize=False),
+        prompt_token_ids=ids,
+        num_prompt_tokens=len(ids),
+        cache_salt=salt,
+        request_id="r",
+        _block_hasher=None,
+        skip_reading_prefix_cache=False,
+    )
+
+
+@pytest.mark.fault("family")
+def test_a_family_cannot_be_joined_from_outside():
+    for family in ({"name": "x", "rows": 3}, None, 5):
+        with pytest.raises(VLLMValidationError, match="family is set by beam search alone"):
+            entered({"prompt_token_ids": [1, 2, 3]}, {"segments": [[0, 2]], "family": family})
+
+
+@pytest.mark.fault("family")
+def test_a_family_is_of_one_prompt_one_tenant_and_the_same_marks():
+    planner, marks = Planner(ServerOptions(chunk_size=8), GEOMETRY), {"segments": [[0, 16]]}
+    ids = list(range(3, 43))
+    first = planner.plan(member(ids, marks))
+    first.family.first = 0  # its rows were completed by reuse
+    joined = planner.plan(member([*ids, 9], marks, rows=40))
+    assert joined.follows and joined.family is first.family and joined.plan is first.plan
+    strangers = {
+        "other tokens": member([*ids[:-1], 7], marks),
+        "shorter": member(ids[:20], marks),
+        "longer": member([*ids, 9], marks),
+        "other spans": member(ids, {"segments": [[0, 24]]}),
+        "another namespace": member(ids, marks | {"namespace": "n"}),
+        "another salt": member(ids, marks, salt="s"),
+        "another share": member(ids, marks | {"share": 1.0}),
+    }
+    for who, request in strangers.items():
+        tracked = planner.plan(request)
+        assert not tracked.follows and tracked.plan is not first.plan, who
+        assert tracked.plan.prompt.token_ids == tuple(request.prompt_token_ids) and tracked.family is not first.family
+
+
+# --- marks at other places --------------------------------------------------------------------------------------------
+
+MARKS = {"segments": [[0, 3]]}
+
+
+@pytest.mark.fault("malformed_marks")
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        ({"cacheslide": MARKS}, "cacheslide is not"),
+        ({"extra_body": {"kv_transfer_params": {"cacheslide": MARKS}}}, "extra_body.kv_transfer_params.cacheslide"),
+        ({"vllm_xargs": {"cacheslide": "x"}}, "vllm_xargs.cacheslide"),
+        ({"kv_transfer_params": {"CacheSlide": MARKS}}, "kv_transfer_params.CacheSlide"),
+        ({"kv_transfer_params": {"x": {"cache_slide": MARKS}}}, "kv_transfer_params.x.cache_slide"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "cacheslide": {}}]}]}, "messages.0.content.0"),
+        ({"sampling_params": {"cacheslide": MARKS}}, "sampling_params.cacheslide"),
+        ({"input": [{"role": "user", "cacheslide": MARKS}]}, "input.0.cacheslide"),
+        ([{"cacheslide": 1}], "0.cacheslide"),
+    ],
+)
+def test_marks_at_a_wrong_place_are_named(body, place):
+    said = misplaced("/v1/completions", body)
+    assert place in said and "kv_transfer_params.cacheslide" in said
+    assert answer_to(body)[0] == 400
+
+
+def test_what_is_the_users_own_is_left_alone():
+    schema = {"type": "object", "properties": {"cacheslide": {"type": "string"}}}
+    for body in (
+        {"kv_transfer_params": {"cacheslide": {**MARKS, "cacheslide": 1}}},  # said where marks are read
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}},
+        {"metadata": {"cacheslide": "run 5"}, "prompt": 'a text about "cacheslide"'},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": {"cacheslide": 1}}}]}]},
+        {"sampling_params": {"extra_args": {"kv_transfer_params": {"cacheslide": MARKS}}}},
+        {"prompt": [5, 6, 7]},
+        5,
+    ):
+        assert misplaced("/v1/completions", body) == "" and answer_to(body) == (200, json.dumps(body).encode())
+    assert "takes no marks" in misplaced("/tokenize", {"kv_transfer_params": {"cacheslide": MARKS}})
+
+
+def answer_to(body, raw: bytes | None = None, path: str = "/v1/completions", pieces: int = 3):
+    """Status of a JSON request through the middleware, and what the app behind it read, or the error."""
+    data = json.dumps(body).encode() if raw is None else raw
+    size = -(-len(data) // pieces) or 1
+    incoming = [data[i : i + size] for i in range(0, len(data), size)] or [b""]
+    messages = [
+        {"type": "http.request", "body": part, "more_body": i + 1 < len(incoming)} for i, part in enumerate(incoming)
+    ]
+    messages.append({"type": "http.disconnect"})
+    sent: list[dict] = []
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    async def app(scope, receive, send):
+        read, more = b"", True
+        while more:
+            message = await receive()
+            read, more = read + message["body"], message["more_body"]
+        assert (await receive())["type"] == "http.disconnect"
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body", "body": read})
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [(b"content-type", b"application/json")]}
+    asyncio.run(MarksInPlace(app)(scope, receive, send))
+    return sent[0]["status"], sent[1]["body"]
+
+
+def test_bodies_that_are_none_go_on_as_they_came():
+    for raw in (b"", b'{"cacheslide": ', b'{"cacheslide": ' + b"[" * 100_000, b'\xff"cacheslide"', b"null"):
+        assert answer_to(None, raw) == (200, raw)
+    status, body = answer_to({"cacheslide": {}, "x": "é" * 50}, pieces=50)
+    assert status == 400 and "belong in kv_transfer_params.cacheslide" in json.loads(body)["error"]["message"]
+
+
+# --- cost -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("malformed_marks")
+def test_a_new_value_reads_nothing_again(monkeypatch, tmp_path):
+    """Options and systems are read once, not once a value: each read an entry point's list or a file."""
+    (tmp_path / "store.json").write_text(json.dumps({"path": str(tmp_path / "chunks"), "file_gib": 1}))
+    extra = {"store": str(tmp_path / "store.json")}
+    options_of(extra)
+    policy_of("cacheslide")
+    reads = []
+    monkeypatch.setattr(systems, "load_policy", lambda name: reads.append(name) or load_policy(name))
+    monkeypatch.setattr(systems, "policy_names", lambda: reads.append("names"))
+    monkeypatch.setattr(params, "_store_config", lambda raw: reads.append(raw))
+    for i in range(20):
+        assert options_of(extra).policy == "cacheslide"
+        policy_of("cacheslide", i / 20, i % 8)
+        with pytest.raises(ValueError, match=f"unknown system 'nobody{i}'"):
+            policy_of(f"nobody{i}")
+    assert not reads
+    assert options_of({"chunk_size": 7}).chunk_size == 7  # another server's

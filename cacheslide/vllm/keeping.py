@@ -36,6 +36,7 @@ class ChunkKeeper:
         self.jobs: deque[tuple[EncodeJob, bool]] = deque()  # and whether it may not wait
         self.keeps: list[SavePlan] = []  # of requests that finished since the last step
         self.cold: ColdChunks | None = None  # what lies below memory
+        self.unsettled = False  # the workers may hold others than the index says
 
     def keep(self, tracked: Tracked, step: StepPlan) -> None:
         """The request's prompt is complete in this step: keep its chunks, or have them encoded."""

@@ -101,7 +101,7 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
     @survives("has_pending_push_work", last=False)
     def has_pending_push_work(self) -> bool:
         """Keeps an idle engine stepping while chunks wait to be encoded or copied."""
-        return bool(self.scheduler.keeper.jobs or self.scheduler.keeper.keeps)
+        return self.scheduler.keeper.pending
 
     @survives("get_kv_connector_stats")
     def get_kv_connector_stats(self) -> ReuseStats | None:

@@ -27,6 +27,7 @@ def install() -> None:
         side = getattr(self.connector, "scheduler", None)
         if not isinstance(side, SchedulerSide):
             return plain(self, invalid_block_ids, num_scheduled_tokens)
+        self.recompute_kv_load_failures = True  # else it ends the requests that it is told of
         return start_over(self, side, invalid_block_ids)
 
     handle.starts_over = True

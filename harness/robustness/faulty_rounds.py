@@ -94,7 +94,7 @@ def cases(tokenizer: Any, turn: int) -> list[Case]:
     def prompt(notes: str) -> tuple[list[int], list[list[int]], int]:
         parts = [[tokenizer.bos_token_id, *ids(head)], ids(notes), ids(DOCUMENT), ids(tail)]
         ends = [sum(map(len, parts[: i + 1])) for i in range(4)]
-        return sum(parts, []), [[0, ends[0]], [ends[1], ends[2]]], ends[2]
+        return [t for part in parts for t in part], [[0, ends[0]], [ends[1], ends[2]]], ends[2]
 
     moved, spans, start = prompt(notes)
     same, fixed, _ = prompt("\nnotes amber falcon .")

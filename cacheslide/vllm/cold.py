@@ -140,6 +140,9 @@ class ColdChunks:
 
     def take(self) -> tuple[list[FetchPlan], list[ChunkKey]]:
         """Reads to start and chunks to drop in this step, whose other plans are made."""
+        late = time.monotonic() - 2 * self.limit_s  # nobody asks for it any more, and its report was lost
+        for key in [k for k, coming in self.coming.items() if coming.since < late]:
+            self._fail(key, "read error: no answer", everywhere=True)
         # What a read evicted may have been stored anew by this very step, and it is dropped at the step's end.
         fetches = [replace(f, evict=tuple(k for k in f.evict if not self.index.has_room(k))) for f in self.fetches]
         drops = [k for k in self.drops if not self.index.has_room(k)]

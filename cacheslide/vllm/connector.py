@@ -11,11 +11,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from cacheslide.policy import check_policy
+from cacheslide.vllm import recovery
 from cacheslide.vllm.door import is_installed
 from cacheslide.vllm.geometry import Geometry
+from cacheslide.vllm.guard import survives
 from cacheslide.vllm.metrics import ReuseMetrics, ReuseStats
 from cacheslide.vllm.params import FIELD, ServerOptions
+from cacheslide.vllm.plans import StepPlan
 from cacheslide.vllm.scheduler_side import SchedulerSide
+from cacheslide.vllm.setbacks import finish_anyhow, give_up, unplanned
 from cacheslide.vllm.support import check, check_place, check_spans
 from cacheslide.vllm.worker_side import WorkerSide
 
@@ -36,8 +40,10 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker: WorkerSide | None = None
         if role == KVConnectorRole.SCHEDULER:
             self.scheduler = SchedulerSide(vllm_config, options, geometry)
+            recovery.install()
         else:
             self.worker = WorkerSide(vllm_config, options)
+        self.faults = (self.scheduler or self.worker).faults
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -46,32 +52,64 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
 
     # --- scheduler -------------------------------------------------------------------------------------------------
 
+    @survives("on_new_request", lambda self, request: give_up(self.scheduler, request, "on_new_request"))
     def on_new_request(self, request) -> None:
         self.scheduler.arrive(request)
 
+    def _claim_nothing(self, request, num_computed_tokens: int) -> tuple[int, bool]:
+        give_up(self.scheduler, request, "get_num_new_matched_tokens")
+        return 0, False
+
+    @survives("get_num_new_matched_tokens", _claim_nothing, last=(0, False))
     def get_num_new_matched_tokens(self, request, num_computed_tokens: int) -> tuple[int | None, bool]:
         return self.scheduler.claim(request, num_computed_tokens), False
 
+    @survives("update_state_after_alloc")
     def update_state_after_alloc(self, request, blocks, num_external_tokens: int) -> None:
+        self.scheduler.claims.allocated(request, num_external_tokens)  # before anything else can fail
         self.scheduler.allocated(request, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output) -> KVConnectorMetadata:
-        return self.scheduler.step(scheduler_output)
+        step = StepPlan()
+        self._plan(scheduler_output, step)
+        self._settle(scheduler_output, step)
+        return step
 
+    @survives("build_connector_meta", lambda self, *planned: unplanned(self.scheduler, *planned))
+    def _plan(self, scheduler_output, step: StepPlan) -> None:
+        self.scheduler.step(scheduler_output, step)
+
+    @survives("build_connector_meta")
+    def _settle(self, scheduler_output, step: StepPlan) -> None:
+        self.scheduler.settle(scheduler_output, step)
+
+    def _unheard(self, connector_output) -> None:
+        self.scheduler.keeper.unsettled = True
+
+    @survives("update_connector_output", _unheard)
     def update_connector_output(self, connector_output) -> None:
         if (report := connector_output.kv_connector_worker_meta) is not None:
             self.scheduler.heard(report)
 
+    def _finish_anyhow(self, request, block_ids) -> tuple[bool, dict[str, Any] | None]:
+        receipt = finish_anyhow(self.scheduler, request)
+        return False, None if receipt is None else {FIELD: receipt}
+
+    @survives("request_finished", _finish_anyhow, last=(False, None))
     def request_finished_all_groups(self, request, block_ids) -> tuple[bool, dict[str, Any] | None]:
         receipt = self.scheduler.finish(request, list(block_ids[0]))
         return False, None if receipt is None else {FIELD: receipt}
 
+    @survives("has_pending_push_work", last=False)
     def has_pending_push_work(self) -> bool:
         """Keeps an idle engine stepping while chunks wait to be encoded or copied."""
-        return bool(self.scheduler.keeper.jobs or self.scheduler.keeper.keeps)
+        return self.scheduler.keeper.pending
 
+    @survives("get_kv_connector_stats")
     def get_kv_connector_stats(self) -> ReuseStats | None:
-        return self.scheduler.take_stats() if self.scheduler is not None else None
+        if self.scheduler is not None:
+            return self.scheduler.take_stats()
+        return ReuseStats(data=found) if (found := self.faults.take()) else None
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ReuseStats:
@@ -81,6 +119,11 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
     def build_prom_metrics(cls, vllm_config, metric_types, labelnames, per_engine_labelvalues) -> ReuseMetrics:
         return ReuseMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
+    def _not_reset(self) -> bool:
+        self.scheduler.forget, self.scheduler.off = True, "reset_cache"
+        return False
+
+    @survives("reset_cache", _not_reset, last=False)
     def reset_cache(self) -> bool:
         self.scheduler.reset()
         return True
@@ -88,12 +131,22 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
     # --- worker ----------------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches) -> None:
+        """At the start: what fails here stops the server, with its reason."""
         self.worker.attach()
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
-        self.worker.begin(connector_metadata)  # the one hook that always comes before the forward
+        self.worker.loads.begin(connector_metadata)  # before anything else can fail
+        self._begin(connector_metadata)  # the one hook that always comes before the forward
 
+    @survives("bind_connector_metadata", lambda self, step: self.worker.begin_nothing(step))
+    def _begin(self, step: KVConnectorMetadata) -> None:
+        self.worker.begin(step)
+
+    def _load_nothing(self, forward_context, **kwargs: Any) -> None:
+        self.worker.load_nothing(self._get_connector_metadata())
+
+    @survives("start_load_kv", _load_nothing)
     def start_load_kv(self, forward_context, **kwargs: Any) -> None:
         self.worker.load(self._get_connector_metadata())
 
@@ -103,18 +156,38 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
     def save_kv_layer(self, layer_name: str, kv_layer, attn_metadata, **kwargs: Any) -> None:
         """Chunks are copied after the forward."""
 
+    @survives("wait_for_save", lambda self: self.worker.save_nothing(self._get_connector_metadata()))
     def wait_for_save(self) -> None:
         self.worker.save(self._get_connector_metadata())
 
+    @survives("get_finished", last=(None, None))
     def get_finished(self, finished_req_ids: set[str]) -> tuple[None, None]:
         step = self._get_connector_metadata()  # the one hook that steps without a forward call too
-        self.worker.encode(step)
-        self.worker.land(step)
+        self._encode(step)
+        self._land(step)
         return None, None
 
+    @survives("encode", lambda self, step: self.worker.encode_nothing(step))
+    def _encode(self, step: KVConnectorMetadata) -> None:
+        self.worker.encode(step)
+
+    @survives("land", lambda self, step: self.worker.land_nothing(step))
+    def _land(self, step: KVConnectorMetadata) -> None:
+        self.worker.land(step)
+        self.worker.compare(step)
+
+    def _all_errors(self) -> set[int]:
+        return self.worker.loads.every()
+
+    @survives("get_block_ids_with_load_errors", _all_errors, last=set())
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self.worker.loads.errors()
+
+    @survives("build_connector_worker_meta")
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         return self.worker.take_report()
 
+    @survives("shutdown")
     def shutdown(self) -> None:
         if self.scheduler is not None:
             self.scheduler.close()

@@ -40,6 +40,7 @@ class Crossing:
     def __init__(self, masses: Tensor | None = None, cap: bool = False) -> None:
         self.masses, self.cap = masses, cap
         self.known = 0 if masses is None else masses.shape[1]
+        self.fault: Exception | None = None  # why rows of this step crossed slots by live gates
         self._step: Sequence[SlotRows] = ()
         self._manager_block = 1
 
@@ -49,6 +50,8 @@ class Crossing:
 
     def of_batch(self, rows: Tensor, bounds: Tensor, table: Tensor, block_size: int) -> list[SlotMasses] | None:
         """Slots of a batch for every layer, None where all gates are live. Never waits for the device.
+
+        A batch whose slots cannot be said takes live gates, and `fault` holds why: nothing is raised into a forward.
 
         Parameters
         ----------
@@ -61,6 +64,13 @@ class Crossing:
         """
         if not self._step:
             return None
+        try:
+            return self._of_batch(rows, bounds, table, block_size)
+        except Exception as error:
+            self.fault = error
+            return None
+
+    def _of_batch(self, rows: Tensor, bounds: Tensor, table: Tensor, block_size: int) -> list[SlotMasses]:
         device, requests = rows.device, len(bounds) - 1
         most = max(len(s.slots.bounds) for s in self._step)
         said, lengths, flags = [], [], []

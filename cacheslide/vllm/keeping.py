@@ -36,6 +36,12 @@ class ChunkKeeper:
         self.jobs: deque[tuple[EncodeJob, bool]] = deque()  # and whether it may not wait
         self.keeps: list[SavePlan] = []  # of requests that finished since the last step
         self.cold: ColdChunks | None = None  # what lies below memory
+        self.unsettled = False  # the workers may hold others than the index says
+
+    @property
+    def pending(self) -> bool:
+        """Whether chunks wait to be encoded or copied."""
+        return bool(self.jobs or self.keeps)
 
     def keep(self, tracked: Tracked, step: StepPlan) -> None:
         """The request's prompt is complete in this step: keep its chunks, or have them encoded."""

@@ -7,6 +7,7 @@ from typing import Any
 from prometheus_client import REGISTRY
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from cacheslide.vllm.guard import ENTRIES, SERVER, survives
 from cacheslide.vllm.reasons import FAILURES, KINDS, TIERS, failure_of, kind_of
 
 COUNTERS = {
@@ -27,6 +28,7 @@ LABELLED = {
     "store_chunks": ("tier", TIERS, "Chunks used, by the tier that had them when the request came"),
     "store_bytes": ("tier", TIERS, "Bytes of those chunks, of one rank"),
     "store_failures": ("reason", FAILURES, "Chunks computed again because a tier could not give them"),
+    "faults": ("entry", tuple(ENTRIES), "Faults of the connector that were survived, by where they happened"),
 }
 
 
@@ -41,11 +43,12 @@ class ReuseStats(KVConnectorStats):
             found[f"fallbacks.{kind}"] = 1
         for tier, counts in receipt.get("tiers", {}).items():
             found[f"store_chunks.{tier}"], found[f"store_bytes.{tier}"] = counts["chunks"], counts["bytes"]
-        self._add(found)
+        self.count(found)
         for why in receipt.get("store_failures", {}).values():
-            self._add({f"store_failures.{failure_of(why)}": 1})
+            self.count({f"store_failures.{failure_of(why)}": 1})
 
-    def _add(self, counts: Mapping[str, int]) -> None:
+    def count(self, counts: Mapping[str, int]) -> None:
+        """Add counts of the same names."""
         for name, count in counts.items():
             self.data[name] = self.data.get(name, 0) + count
 
@@ -55,7 +58,7 @@ class ReuseStats(KVConnectorStats):
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """Add another period's counts."""
-        self._add(other.data)
+        self.count(other.data)
         return self
 
     def reduce(self) -> dict[str, int | float]:
@@ -80,7 +83,7 @@ class ReuseMetrics(KVConnectorPromMetrics):
     def __init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         _unregister()
-        self.counters = {}
+        self.counters, self.faults = {}, SERVER
         for name, what in COUNTERS.items():
             counter = self._counter_cls(name=f"cacheslide:{name}", documentation=what, labelnames=labelnames)
             for engine, labels in per_engine_labelvalues.items():
@@ -92,7 +95,9 @@ class ReuseMetrics(KVConnectorPromMetrics):
                 for value in values:
                     self.counters[engine, f"{name}.{value}"] = counter.labels(*labels, value)
 
+    @survives("observe")
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add one report's counts."""
-        for name, count in transfer_stats_data.items():
-            self.counters[engine_idx, name].inc(count)
+        for name, count in (*transfer_stats_data.items(), *SERVER.take().items()):
+            if (counter := self.counters.get((engine_idx, name))) is not None:
+                counter.inc(count)

@@ -24,7 +24,7 @@ from cacheslide.vllm.operators import fused_norms, operators
 from cacheslide.vllm.paged_source import Caches
 
 _PROBED = 1024  # positions at which the model's rotation is compared with ours
-_MLP_ROWS = 8192  # rows whose MLP runs at once: bounds activation memory that vLLM's profiling run has not seen
+MLP_ROWS = 8192  # rows whose MLP runs at once: bounds activation memory that vLLM's profiling run has not seen
 
 
 def find_model(static_forward_context: Mapping[str, object]) -> torch.nn.Module:
@@ -167,7 +167,7 @@ class VllmModel:
         block = self.layers[layer]
         projected, _ = block.self_attn.o_proj(attended.flatten(1))
         normed, hidden = block.post_attention_layernorm(projected, hidden)
-        for x, residual in zip(normed.split(_MLP_ROWS), hidden.split(_MLP_ROWS), strict=True):
+        for x, residual in zip(normed.split(MLP_ROWS), hidden.split(MLP_ROWS), strict=True):
             residual += self._mlp(block.mlp, x)
         return hidden
 

@@ -1,6 +1,6 @@
 """What the scheduler tells the workers in a step, and what they report back. Plain data: it crosses processes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
@@ -64,6 +64,12 @@ class EncodeJob:
     evict: tuple[ChunkKey, ...] = ()
     renew: bool = False
 
+    def parts(self) -> "list[EncodeJob]":
+        """The same job as prefills: one for each of its chunks where they are isolated, else one."""
+        if self.encoding.kind != "isolated":
+            return [self]
+        return [replace(self, chunks=(c,), keys=(k,)) for c, k in zip(self.chunks, self.keys, strict=True)]
+
     def tokens(self, missing: list[bool]) -> int:
         """Tokens this job will prefill, given which of its chunks are missing."""
         if not any(missing):
@@ -95,7 +101,9 @@ class StepPlan(KVConnectorMetadata):
     `fetches` start first of all and are taken into memory when they end, after a step's loads: what a fetch evicts may
     still be loaded in its step. `drops` were read by some ranks and could not be by others. An `idle` step has no
     forward: the workers may wait a little for reads instead of spinning. `slots` are the rows of the forward that a
-    calibrated CoPE model may have to treat in its own way.
+    calibrated CoPE model may have to treat in its own way. `failed` are blocks, by request, with rows that were claimed
+    and cannot be loaded. `index`, where the workers' chunks may differ from the scheduler's index: all keys it has room
+    for, and whether each must be there at the step's end.
     """
 
     forget: bool = False
@@ -107,6 +115,8 @@ class StepPlan(KVConnectorMetadata):
     saves: list[SavePlan] = field(default_factory=list)
     encodes: list[EncodeJob] = field(default_factory=list)
     slots: list[SlotRows] = field(default_factory=list)
+    failed: dict[str, list[int]] = field(default_factory=dict)
+    index: dict[ChunkKey, bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,20 +133,23 @@ class Landed:
 class WorkerReport(KVConnectorWorkerMetadata):
     """Receipts by request, chunks that a worker was asked for but did not hold, and how reads from below ended.
 
-    `landed` has one entry a rank, `failed` the ticket and one reason.
+    `landed` has one entry a rank, `failed` the ticket and one reason. `unsettled`: the chunks are to be compared with
+    the index once more.
     """
 
     receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
     missing: set[ChunkKey] = field(default_factory=set)
     landed: dict[ChunkKey, list[Landed]] = field(default_factory=dict)
     failed: dict[ChunkKey, tuple[int, str]] = field(default_factory=dict)
+    unsettled: bool = False
 
     def aggregate(self, other: "WorkerReport") -> "WorkerReport":
         """All ranks do the same work on the same rows: one receipt stands for all."""
         keys = {*self.landed, *other.landed}
         landed = {k: self.landed.get(k, []) + other.landed.get(k, []) for k in keys}
         missing = self.missing | other.missing
-        return WorkerReport(other.receipts | self.receipts, missing, landed, other.failed | self.failed)
+        unsettled = self.unsettled or other.unsettled
+        return WorkerReport(other.receipts | self.receipts, missing, landed, other.failed | self.failed, unsettled)
 
     def __bool__(self) -> bool:
-        return bool(self.receipts or self.missing or self.landed or self.failed)
+        return bool(self.receipts or self.missing or self.landed or self.failed or self.unsettled)

@@ -7,6 +7,7 @@ PROMPT_LOGPROBS = "prompt_logprobs needs every row computed by vLLM"
 NOT_SEEN = "nothing of this prompt was seen before; its spans are known from now on"
 LOST = "a chunk that the index named was not in the worker's store; its rows were recomputed"
 AS_FAMILY = "computed exactly, as the first request of its family was"
+FAULT = "fault at "  # and the name of an entry (guard.py)
 
 MEMORY = {"cpu": "host", "model": "device"}  # the workers' memory as a tier, by `ServerOptions.store_device`
 TIERS = ("device", "host", "file", "remote")
@@ -19,7 +20,7 @@ _KINDS = {
     LOST: "lost_chunk",
     NOT_SEEN: "not_seen",
 }
-KINDS = (*dict.fromkeys(_KINDS.values()), "refused")
+KINDS = (*dict.fromkeys(_KINDS.values()), "fault", "refused")
 RETRY = ("", NOT_STORED, NOT_STORED_BEYOND, COVERED)  # may be different when the request is scheduled again
 
 
@@ -34,4 +35,6 @@ def failure_of(why: str) -> str:
 
 def kind_of(reason: str) -> str:
     """One of `KINDS`; "" for no fallback."""
+    if reason.startswith(FAULT):
+        return "fault"
     return _KINDS.get(reason, "refused") if reason else ""

@@ -18,6 +18,12 @@ def forecast(tracked: Tracked) -> dict[str, Any]:
     return receipt.as_dict() | {"rows_prefix_cached": tracked.start, "measured": tracked.exact}
 
 
+def bare(rows: int, why: str) -> dict[str, Any]:
+    """The receipt of a request about which nothing else is known any more."""
+    said = Receipt("", rows, fallback=why).as_dict()
+    return said | {"rows_prefix_cached": 0, "measured": False, "generation": 0, "tiers": {}}
+
+
 def tiers_of(
     tracked: Tracked, receipt: Mapping[str, Any], geometry: Geometry, store_device: str
 ) -> dict[str, dict[str, int]]:

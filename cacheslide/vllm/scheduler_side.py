@@ -1,21 +1,25 @@
 """The scheduler's half: what each marked request reuses, what is kept of it, and what its receipt says."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cacheslide.vllm import reasons
 from cacheslide.vllm.cold import ColdChunks
 from cacheslide.vllm.cope_slots import SlotRows
 from cacheslide.vllm.geometry import Geometry
+from cacheslide.vllm.guard import Faults
 from cacheslide.vllm.history import keep_history
 from cacheslide.vllm.keeping import ChunkKeeper
+from cacheslide.vllm.load_plans import computed_rows, load_plan
 from cacheslide.vllm.mailbox import close_box, open_box
 from cacheslide.vllm.metrics import ReuseStats
+from cacheslide.vllm.owed import Claims
 from cacheslide.vllm.params import ServerOptions
 from cacheslide.vllm.planning import Planner
-from cacheslide.vllm.plans import LoadPlan, StepPlan, WorkerReport
+from cacheslide.vllm.plans import StepPlan, WorkerReport
 from cacheslide.vllm.prefix_cache import key_apart, shares_unfilled_blocks
 from cacheslide.vllm.receipts import forecast, tiers_of
+from cacheslide.vllm.setbacks import cannot, give_up
 from cacheslide.vllm.tracked import Tracked
 
 
@@ -35,9 +39,11 @@ class SchedulerSide:
         self.tracked: dict[str, Tracked] = {}
         self.running: dict[str, Any] = {}  # vLLM's requests that have blocks, marked or not
         self.prefilling: dict[str, None] = {}  # tracked requests whose prompt is not complete yet, in order of arrival
-        self.stats = ReuseStats()
+        self.stats, self.faults = ReuseStats(), Faults()
+        self.claims = Claims(self.block_size)
         self.rows_planned = 0  # claimed in the step being scheduled
         self.forget = False
+        self.off = ""  # why nothing is reused
 
     # --- a request's way -------------------------------------------------------------------------------------------
 
@@ -46,10 +52,16 @@ class SchedulerSide:
         tracked = self.planner.plan(request)
         if tracked is None:
             return
+        if self.off:
+            give_up(self, request, self.off)
+            return
         self.tracked[request.request_id] = tracked
         self.prefilling[request.request_id] = None
         if self.cold is not None and not tracked.reason:
-            self.cold.look(tracked, tracked.plan.keys)
+            try:
+                self.cold.look(tracked, tracked.plan.keys)
+            except Exception as error:
+                self.faults.note("look_up", error)
         if tracked.slots is not None:  # the rows behind the first slot are not those of a request without marks
             secret = tracked.family.secret if tracked.family is not None else None
             key_apart(request, tracked.slots.bounds[0][1] // self.block_size, secret)
@@ -59,9 +71,12 @@ class SchedulerSide:
         tracked = self.tracked.get(request.request_id)
         if tracked is None or tracked.reason not in reasons.RETRY:
             return 0
+        if self.off:
+            give_up(self, request, self.off)
+            return 0
         rows = self._claim(request, tracked, computed)
         if rows is not None:
-            self._settle(tracked)
+            self.release(tracked)
         return rows
 
     def _claim(self, request, tracked: Tracked, computed: int) -> int | None:
@@ -71,7 +86,7 @@ class SchedulerSide:
             for key, chunk in zip(tracked.plan.keys, tracked.plan.chunks, strict=True)
             if max(chunk.start, computed) < min(chunk.end, limit)
         ]
-        if self.cold is not None and self.cold.waits(tracked, wanted):
+        if self._waits(tracked, wanted):
             return None
         reuse = tuple((key, chunk) for key, chunk in wanted if key in self.index)
         tracked.start, tracked.reuse = computed, reuse
@@ -106,7 +121,18 @@ class SchedulerSide:
         key_apart(request, first, secret)
         return want
 
-    def _settle(self, tracked: Tracked) -> None:
+    def _waits(self, tracked: Tracked, wanted) -> bool:
+        """Whether chunks below memory are worth waiting for; a fault among them means those in memory only."""
+        if self.cold is None or tracked.below.faulty:
+            return False
+        try:
+            return self.cold.waits(tracked, wanted)
+        except Exception as error:
+            tracked.below.faulty = True
+            self.faults.note("look_up", error)
+            return False
+
+    def release(self, tracked: Tracked) -> None:
         """Whatever the request waited for is loaded in this step, or not needed."""
         if self.cold is not None:
             self.cold.release(tracked)
@@ -121,73 +147,83 @@ class SchedulerSide:
 
     def finish(self, request, block_ids: Sequence[int] = ()) -> dict[str, Any] | None:
         """Forget the request, whose rows lie in `block_ids`; returns its receipt, None for one without marks."""
-        self.running.pop(request.request_id, None)
-        tracked = self.tracked.pop(request.request_id, None)
-        self.prefilling.pop(request.request_id, None)
-        measured = self.box.pop(request.request_id, None)
+        tracked, measured = self.forget_request(request.request_id)
         if tracked is None:
             return None
-        self._settle(tracked)
+        self.release(tracked)
         receipt = measured or tracked.receipt or forecast(tracked)
         receipt |= {"generation": 0 if tracked.exact else tracked.generation}
         receipt |= {"tiers": tiers_of(tracked, receipt, self.planner.geometry, self.options.store_device)}
         receipt |= {"store_failures": tracked.below.failures} if tracked.below.failures else {}
         receipt |= {"note": tracked.note} if tracked.note else {}
         if tracked.history is not None and tracked.plan is not None:
-            receipt |= {"history": keep_history(self.keeper, request, tracked, list(block_ids))}
+            kept = self._survive("keep", keep_history, self.keeper, request, tracked, list(block_ids))
+            receipt |= {"history": kept}
         # A family is one request while its blocks last.
         if not tracked.follows or tracked.reuse or tracked.reason not in ("", reasons.AS_FAMILY):
             self.stats.record(receipt)
         return receipt
 
+    def forget_request(self, req_id: str) -> tuple[Tracked | None, dict[str, Any] | None]:
+        """Drop all that is known of a request: what was tracked of it, and the receipt a worker has left."""
+        self.running.pop(req_id, None)
+        self.prefilling.pop(req_id, None)
+        self.claims.forget(req_id)
+        return self.tracked.pop(req_id, None), self.box.pop(req_id, None)
+
     # --- a step's plan ---------------------------------------------------------------------------------------------
 
-    def step(self, output) -> StepPlan:
-        """What the workers do in the step that `output` describes."""
-        step = StepPlan(forget=self.forget)
+    def step(self, output, step: StepPlan | None = None) -> StepPlan:
+        """What the workers do in the step that `output` describes; planned into `step`, if one is given."""
+        step = StepPlan() if step is None else step
+        step.forget, self.forget, self.rows_planned = self.forget, False, 0
         step.keeps, self.keeper.keeps = self.keeper.keeps, []
         step.idle = not output.num_scheduled_tokens
-        self.forget, self.rows_planned = False, 0
         waited = len(self.keeper.jobs)
-        state = output.kv_connector_block_state
         for req_id in [r for r in self.prefilling if r in output.num_scheduled_tokens]:
-            tracked = self.tracked[req_id]
-            if state is not None and req_id in state.block_ids:
-                tracked.block_ids = list(state.block_ids[req_id][0])
-            computed = _computed(output, req_id)
-            if tracked.loading:
-                tracked.loading, tracked.exact, tracked.receipt = False, False, None
-                step.loads.append(self._load(req_id, tracked, computed))
-            end = computed + output.num_scheduled_tokens[req_id]
-            if tracked.slots is not None:
-                step.slots.append(SlotRows(tuple(tracked.block_ids), computed, end, tracked.slots))
-            if end >= tracked.rows:
-                del self.prefilling[req_id]
-                if not tracked.kept:
-                    tracked.kept = True
-                    self.keeper.keep(tracked, step)
-        self.keeper.hand_out(step, waited, idle=step.idle)
+            try:
+                self._plan(req_id, output, step)
+            except Exception as error:
+                self.faults.note("build_connector_meta", error)
+                cannot(self, req_id, step)
+        self._survive("keep", self.keeper.hand_out, step, waited, step.idle)
         if self.cold is not None:
             step.fetches, step.drops = self.cold.take()
         return step
 
-    def _load(self, req_id: str, tracked: Tracked, end: int) -> LoadPlan:
-        plan, policy = tracked.plan, tracked.policy
-        return LoadPlan(
-            req_id,
-            policy.name,
-            list(plan.prompt.token_ids),
-            tracked.block_ids,
-            tracked.start,
-            end,
-            tracked.rows - self.options.suffix_len,
-            tracked.reuse,
-            len(plan.chunks),
-            policy.placement,
-            policy.correction,
-            plan.positions if tracked.schema else None,
-            tracked.slots,
-        )
+    def _survive(self, entry: str, does: Callable[..., Any], *args: Any) -> Any:
+        """What `does` returns; after a fault None, and the index is compared with what the workers hold."""
+        try:
+            return does(*args)
+        except Exception as error:
+            self.keeper.unsettled = True
+            self.faults.note(entry, error)
+            return None
+
+    def settle(self, output, step: StepPlan) -> None:
+        """The plan is made: what was claimed for it and is not in it has failed; the index, where it is in doubt."""
+        self.claims.settle(step, output)
+        if self.keeper.unsettled:
+            step.index = {key: key in self.index for key in self.index.keys()}  # noqa: SIM118
+            self.keeper.unsettled = False
+
+    def _plan(self, req_id: str, output, step: StepPlan) -> None:
+        """One request's part of a step that computes rows of its prompt."""
+        tracked, state = self.tracked[req_id], output.kv_connector_block_state
+        if state is not None and req_id in state.block_ids:
+            tracked.block_ids = list(state.block_ids[req_id][0])
+        computed = computed_rows(output, req_id)
+        if tracked.loading:
+            tracked.loading, tracked.exact, tracked.receipt = False, False, None
+            step.loads.append(load_plan(req_id, tracked, computed, self.options.suffix_len))
+        end = computed + output.num_scheduled_tokens[req_id]
+        if tracked.slots is not None:
+            step.slots.append(SlotRows(tuple(tracked.block_ids), computed, end, tracked.slots))
+        if end >= tracked.rows:
+            del self.prefilling[req_id]
+            if not tracked.kept:
+                tracked.kept = True
+                self._survive("keep", self.keeper.keep, tracked, step)
 
     # --- what comes back -------------------------------------------------------------------------------------------
 
@@ -197,14 +233,17 @@ class SchedulerSide:
             if req_id in self.tracked:
                 self.tracked[req_id].receipt = receipt
             self.box.pop(req_id, None)
+        self.keeper.unsettled |= report.unsettled
         for key in report.missing:
             self.index.discard(key)
+            self.keeper.unsettled = True  # other ranks may hold it
         if self.cold is not None:
-            self.cold.heard(report)
+            self._survive("look_up", self.cold.heard, report)
 
     def take_stats(self) -> ReuseStats:
         """Counts since the last call."""
         stats, self.stats = self.stats, ReuseStats()
+        stats.count(self.faults.take())
         return stats
 
     def reset(self) -> None:
@@ -212,24 +251,16 @@ class SchedulerSide:
 
         What lies below memory belongs to the weights that were loaded at first: keys of another name from here on.
         """
+        self.forget, self.off = True, "reset_cache"
         self.keeper.clear()
         if self.cold is not None:
             self.cold.forget()
             self.planner.rename_model()
         self.planner.clear()
-        self.forget = True
+        self.off = ""
 
     def close(self) -> None:
         """The engine stops."""
         close_box(self.engine_id)
         if self.cold is not None:
             self.cold.close()
-
-
-def _computed(output, req_id: str) -> int:
-    """Rows of a scheduled request that were complete before this step, ours included."""
-    for new in output.scheduled_new_reqs:
-        if new.req_id == req_id:
-            return new.num_computed_tokens
-    cached = output.scheduled_cached_reqs
-    return cached.num_computed_tokens[cached.req_ids.index(req_id)]

@@ -19,7 +19,7 @@ class FromBelow:
     """What a request has to do with chunks below memory (cold.py).
 
     The look-up under way, where each chunk lies ("" for nowhere), which reads were asked for, the chunks that wait with
-    it, the tier and bytes of those that came, and why others did not.
+    it, the tier and bytes of those that came, why others did not, and whether a fault has ended all this.
     """
 
     lookup: Future[dict[ChunkKey, str]] | None = None
@@ -29,6 +29,7 @@ class FromBelow:
     leased: set[ChunkKey] = field(default_factory=set)
     tiers: dict[ChunkKey, tuple[str, int]] = field(default_factory=dict)
     failures: dict[ChunkKey, str] = field(default_factory=dict)
+    faulty: bool = False  # nothing more is looked for
 
 
 @dataclass

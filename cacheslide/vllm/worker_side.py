@@ -1,31 +1,28 @@
 """The worker's half: completes prompts from cached chunks, copies chunks out of the paged cache, encodes others."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 
-from cacheslide.correction import TopDeviation
-from cacheslide.encode import ChunkEncoder, rows_none
-from cacheslide.engine import Receipt
+from cacheslide.encode import ChunkEncoder
 from cacheslide.keys import ChunkKey
-from cacheslide.placement import Piece, PlacedChunks, Placement, send, tensor_of
-from cacheslide.prefill import SelectivePrefill
-from cacheslide.prefill_request import PrefillOutput, PrefillRequest
 from cacheslide.prompt import Chunk
 from cacheslide.store.base import ChunkKV
 from cacheslide.vllm.below import Below
-from cacheslide.vllm.fetch import LayerFetch, Rings, ring_bytes
-from cacheslide.vllm.mailbox import post
-from cacheslide.vllm.model_adapter import VllmModel, find_model
-from cacheslide.vllm.paged_source import PagedChunks
+from cacheslide.vllm.fetch import Rings
+from cacheslide.vllm.guard import Faults, reason
+from cacheslide.vllm.loading import Loading
+from cacheslide.vllm.model_adapter import MLP_ROWS, VllmModel, find_model
+from cacheslide.vllm.owed import Loads
 from cacheslide.vllm.params import ServerOptions
 from cacheslide.vllm.pinned import PinnedMemory, pin
-from cacheslide.vllm.plans import Landed, LoadPlan, SavePlan, StepPlan, WorkerReport
-from cacheslide.vllm.reasons import LOST
+from cacheslide.vllm.plans import EncodeJob, Landed, SavePlan, StepPlan, WorkerReport
 from cacheslide.vllm.saving import HostCopies
 from cacheslide.vllm.store import WorkerStore
+from cacheslide.vllm.team import Team, TeamPrefill
 
 
 class WorkerSide:
@@ -36,7 +33,10 @@ class WorkerSide:
         self.block_size = vllm_config.cache_config.block_size
         self.engine_id = vllm_config.kv_transfer_config.engine_id
         self.model: VllmModel | None = None
-        self.report = WorkerReport()
+        self.report, self.faults = WorkerReport(), Faults()
+        self.loads = Loads(self.block_size)
+        self.unsure: set[ChunkKey] = set()  # chunks that could not be dropped
+        self.joined, self.encoded = False, 0  # how far this rank has come with the others in this step
 
     def attach(self) -> None:
         """Find the loaded model; the paged cache exists by now."""
@@ -46,7 +46,9 @@ class WorkerSide:
         self.memory = self._pinned_memory()
         self.below = self._open_below()
         self.store = self._open_store(self.options.store_device)
-        self.executor = SelectivePrefill(self.model)
+        self.team = Team(get_tp_group() if self.model.ranks > 1 else None)
+        self.executor = TeamPrefill(self.model, self.team, MLP_ROWS)
+        self.faults.device = self.model.device
         if self.model.device.type == "cuda":
             from cacheslide.vllm.warmup import warm_up  # Triton is there only with a GPU
 
@@ -69,8 +71,6 @@ class WorkerSide:
         """This rank's share of the tiers below memory."""
         if (tiers := self.options.tiers) is None:
             return None
-        from vllm.distributed import get_tensor_model_parallel_rank
-
         shape = self.model.shape
         row_bytes = 2 * shape.num_kv_heads * shape.head_dim * self.model.dtype.itemsize
         rank = get_tensor_model_parallel_rank()
@@ -95,118 +95,67 @@ class WorkerSide:
     @torch.inference_mode()
     def begin(self, step: StepPlan) -> None:
         """Before anything writes to the cache in this step: keep what finished requests leave in their old blocks."""
-        self.store.settle()
-        if self.memory is not None:
-            self.memory.settle()
+        self.joined, self.encoded = False, 0
+        crossing = self.model.crossing
+        if crossing is not None:
+            crossing.expect(step.slots, self.block_size)
         if step.forget:
-            self.store.clear()
+            self._forget()
+        for settle in (self.store.settle, *(() if self.memory is None else (self.memory.settle,))):
+            self._survive("bind_connector_metadata", settle)
+        self.drop([*self.unsure, *step.drops])
         if self.below is not None:
-            if step.forget:
-                self.below.forget()
-            self.below.drop(step.drops)
-            self.store.drop(step.drops)
+            self._survive("land", self.below.drop, step.drops)
             for fetch in step.fetches:
-                self.below.fetch(fetch.key, fetch.ticket)
+                if not self._survive("land", self.below.fetch, fetch.key, fetch.ticket):
+                    self.report.failed[fetch.key] = fetch.ticket, reason("land")
+        for plan in step.keeps:
+            self._save(plan)
+
+    def begin_nothing(self, step: StepPlan) -> None:
+        """In place of `begin`: what was to be kept or read is not here."""
+        self.joined, self.encoded, self.report.unsettled = False, 0, True
+        if step.forget:
+            self._forget()
         if self.model.crossing is not None:
             self.model.crossing.expect(step.slots, self.block_size)
-        for plan in step.keeps:
-            self.store.drop(plan.evict)
-            self._save(plan)
+        self._not_saved(step.keeps)
+        self.report.failed |= {fetch.key: (fetch.ticket, reason("land")) for fetch in step.fetches}
+
+    def _survive(self, entry: str, does: Callable[..., Any], *args: Any) -> bool:
+        """Do something whose failure is a fault at `entry` and nothing else; whether it was done."""
+        try:
+            does(*args)
+        except Exception as error:
+            self.faults.note(entry, error)
+            return False
+        return True
+
+    def _forget(self) -> None:
+        """The weights have changed: no chunk is what its key says. One that cannot be dropped is never lent."""
+        held = list(self.store._chunks)
+        self._survive("reset_cache", self.store.clear)
+        self.drop(held)
+        if self.below is not None:
+            self._survive("reset_cache", self.below.forget)
+
+    def drop(self, keys: Iterable[ChunkKey]) -> None:
+        """Let go of chunks; what stays in spite of that counts as gone, and is dropped another time."""
+        for key in keys:
+            gone = self._survive("bind_connector_metadata", self.store.drop, [key])
+            (self.unsure.discard if gone else self.unsure.add)(key)
 
     @torch.inference_mode()
     def load(self, step: StepPlan) -> None:
         """Complete the rows of all requests that reuse chunks in this step, in one packed run."""
-        if not step.loads:
-            return
-        streams = () if self.stream is None else (self.stream, torch.cuda.current_stream(self.model.device))
-        found = [self._find(plan, streams) for plan in step.loads]
-        self._reserve(step.loads, [pieces for _, pieces, _ in found])
-        prepared = [self._prepare(plan, *parts) for plan, parts in zip(step.loads, found, strict=True)]
-        with self.model.running(any(plan.positions is not None for plan in step.loads)):
-            outputs = self.executor.run([request for request, _ in prepared])
-        self.rings.run_over()
-        for plan, (request, receipt), output in zip(step.loads, prepared, outputs, strict=True):
-            self._note(plan, request, receipt, output)
+        if step.loads:
+            Loading(self, step.loads).run()
 
-    def _find(self, plan: LoadPlan, streams: "Sequence[torch.cuda.Stream]") -> tuple[Receipt, list[Piece], Tensor]:
-        """The cached pieces of a request, for work on `streams`, and the local rows [R] that they are for."""
-        receipt = Receipt(plan.system, len(plan.token_ids), chunks=plan.chunks)
-        pieces, spans = [], [rows_none(torch.empty(0))]
-        for key, chunk in plan.reuse:
-            first, end = max(chunk.start, plan.start), min(chunk.end, plan.limit)
-            held = self.store.lend(key, streams) if first < end else None
-            if held is None:
-                self._missing(key, receipt, wanted=first < end)
-                continue
-            receipt.chunks_hit += 1
-            receipt.bytes_loaded += held.nbytes
-            pieces.append(Piece(held, end - first, first - chunk.start))
-            spans.append(torch.arange(first - plan.start, end - plan.start))
-        return receipt, pieces, torch.cat(spans)
-
-    def _prepare(self, plan: LoadPlan, receipt: Receipt, pieces: list[Piece], reused: Tensor):
-        device = self.model.device
-        ids = send(tensor_of(plan.token_ids[plan.start : plan.end]), device)
-        own = torch.arange(plan.start, plan.end)
-        positions = own if plan.positions is None else tensor_of(plan.positions[plan.start : plan.end])
-        # vLLM numbers the last row, and what it generates, by row: the schema moves as a whole to meet it.
-        shift = 0 if plan.positions is None else len(plan.token_ids) - 1 - plan.positions[-1]
-        positions += shift
-        source = self._source(pieces, positions[reused], plan, shift) if pieces else None
-        kv = self.model.paged_kv(plan.block_ids, self.block_size)
-        if plan.slots is not None:
-            self.model.describe(kv, plan.slots)
-        request = PrefillRequest(
-            ids,
-            send(positions, device),
-            kv,
-            send(reused, device),
-            source,
-            plan.correction,
-            tuple(p.length for p in pieces),
-            plan.start,
-        )
-        return request, receipt
-
-    def _first(self, plan: LoadPlan) -> int:
-        """The first layer whose cached rows are needed."""
-        return plan.correction.layer if isinstance(plan.correction, TopDeviation) else 0
-
-    def _reserve(self, plans: list[LoadPlan], pieces: list[list[Piece]]) -> None:
-        """Device memory for all prefetches of a run."""
-        if self.stream is not None:
-            layers = [self.model.num_layers - self._first(plan) for plan in plans]
-            self.rings.reserve(sum(ring_bytes(p, n) for p, n in zip(pieces, layers, strict=True)))
-
-    def _source(self, pieces: list[Piece], target: Tensor, plan: LoadPlan, shift: int) -> PlacedChunks:
-        """Cached rows on their way to positions `target` [R], on the host; a kernel places them where it can."""
-        model = self.model
-        placement = plan.placement
-        if not model.rotates:  # unrotated keys serve wherever they are
-            placement, shift = Placement("stored"), 0
-        settings = pieces, target, placement, model.rotary, model.dtype, shift
-        if not model.open:
-            return PlacedChunks(*settings, device=model.device)
-        fetch = None
-        if self.stream is not None:
-            fetch = LayerFetch(pieces, self._first(plan), model.num_layers, self.rings)
-        return PagedChunks(*settings, device=model.device, caches=model.caches, fetch=fetch)
-
-    def _missing(self, key: ChunkKey, receipt: Receipt, wanted: bool) -> None:
-        if wanted:
-            receipt.fallback = LOST
-            self.report.missing.add(key)
-
-    def _note(self, plan: LoadPlan, request: PrefillRequest, receipt: Receipt, output: PrefillOutput) -> None:
-        receipt.rows_recomputed = len(output.selected)
-        receipt.rows_reused = len(request.reused) - len(output.selected)
-        rest = len(plan.token_ids) - plan.end  # rows that vLLM itself computes after this
-        receipt.rows_per_layer = [n + rest for n in output.rows_computed]
-        receipt.row_layer_share = sum(receipt.rows_per_layer) / (receipt.rows * len(receipt.rows_per_layer))
-        receipt.alpha = output.alpha
-        said = receipt.as_dict() | {"rows_prefix_cached": plan.start, "measured": True}
-        self.report.receipts[plan.req_id] = said
-        post(self.engine_id, plan.req_id, said)
+    def load_nothing(self, step: StepPlan) -> None:
+        """In place of `load`: other ranks do not wait for this one. The rows stay open."""
+        if step.loads and not self.joined:
+            self.joined = True
+            self.team.agree([False] * (1 + sum(len(plan.reuse) for plan in step.loads)))
 
     @torch.inference_mode()
     def save(self, step: StepPlan) -> None:
@@ -214,14 +163,38 @@ class WorkerSide:
 
         Nothing here waits for the device: rows are gathered behind the forward, and leave it on a stream of their own.
         """
+        crossing = self.model.crossing
+        if crossing is not None and crossing.fault is not None:  # its rows are not what their keys say
+            self.faults.note("slots", crossing.fault)
+            crossing.fault = None
+            for rows in step.slots:
+                first = rows.slots.bounds[0][1] // self.block_size
+                self.loads.spoil("", rows.block_ids[first:])
+            self.save_nothing(step)
+            return
         for plan in step.saves:
-            self.store.drop(plan.evict)
             self._save(plan)
 
+    def save_nothing(self, step: StepPlan) -> None:
+        """In place of `save`: what the index names since this step is not here."""
+        self._not_saved(step.saves)
+
+    def _not_saved(self, plans: Iterable[SavePlan]) -> None:
+        for plan in plans:
+            self.drop(plan.evict)
+            self.report.missing.update(key for key, _ in plan.chunks)
+
     def _save(self, plan: SavePlan) -> None:
-        kv = self.model.paged_kv(plan.block_ids, self.block_size)
+        """Copy a plan's chunks, one by one: those that cannot be kept leave the index."""
+        self.drop(plan.evict)
         for key, chunk in plan.chunks:
-            self.store.put(key, replace(self._chunk(kv, chunk), generation=plan.generation))
+            if key in self.unsure or not self._survive("wait_for_save", self._copy, plan, key, chunk):
+                self.drop([key])
+                self.report.missing.add(key)
+
+    def _copy(self, plan: SavePlan, key: ChunkKey, chunk: Chunk) -> None:
+        kv = self.model.paged_kv(plan.block_ids, self.block_size)
+        self.store.put(key, replace(self._chunk(kv, chunk), generation=plan.generation))
 
     def _chunk(self, kv, chunk: Chunk) -> ChunkKV:
         rows = torch.arange(chunk.start, chunk.end, device=self.model.device)
@@ -235,23 +208,65 @@ class WorkerSide:
         if self.model.crossing is not None:
             self.model.crossing.expect((), self.block_size)
         for job in step.encodes:
-            self.store.drop(job.evict)
-            encoder = ChunkEncoder(self.model, self.store, self.model.dtype, job.capture)
-            with self.model.running():
-                encoder.encode(job.encoding, job.prompt, job.positions, job.chunks, job.keys)
+            self.drop(job.evict)
+            self.encoded += 1
+            held = [key not in self.unsure and self.store.contains(key) for key in job.keys]
+            together, *everywhere = self.team.agree([True, *held])
+            if not together:
+                self._not_kept(job)
+                continue
+            missing = {key for key, there in zip(job.keys, everywhere, strict=True) if not there}
+            self.drop(missing)
+            for part in job.parts():
+                if not missing.isdisjoint(part.keys) and not self._survive("encode", self._encode, part):
+                    self._not_kept(part)
+
+    def encode_nothing(self, step: StepPlan) -> None:
+        """In place of `encode`: other ranks do not wait for this one, and what the index names is not here."""
+        for job in step.encodes[self.encoded :]:
+            self.encoded += 1
+            self.drop(job.evict)
+            self.team.agree([False] * (1 + len(job.keys)))
+            self._not_kept(job)
+
+    def _encode(self, job: EncodeJob) -> None:
+        encoder = ChunkEncoder(self.model, self.store, self.model.dtype, job.capture)
+        encoder.executor = TeamPrefill(self.model, self.team, MLP_ROWS)
+        with self.team.unit(), self.model.running():
+            encoder.encode(job.encoding, job.prompt, job.positions, job.chunks, job.keys)
+
+    def _not_kept(self, job: EncodeJob) -> None:
+        self.report.missing.update(k for k in job.keys if k in self.unsure or not self.store.contains(k))
 
     def land(self, step: StepPlan) -> None:
         """Take in chunks that were read from below."""
         if self.below is None:
             return
         for fetch in step.fetches:
-            self.store.drop(fetch.evict)
+            self.drop(fetch.evict)
         for key, ticket, found in self.below.arrivals(step.idle):
             if found.chunk is None:
                 self.report.failed[key] = ticket, found.why
-                continue
-            self.store.land(key, found.chunk)
-            self.report.landed[key] = [Landed(ticket, found.tier, found.chunk.nbytes, found.chunk.generation)]
+            elif key in self.unsure or not self._survive("land", self.store.land, key, found.chunk):
+                self.drop([key])
+                self.report.failed[key] = ticket, reason("land")
+            else:
+                self.report.landed[key] = [Landed(ticket, found.tier, found.chunk.nbytes, found.chunk.generation)]
+
+    def land_nothing(self, step: StepPlan) -> None:
+        """In place of `land`: what has been read waits for the next step."""
+        self.report.unsettled = True
+        for fetch in step.fetches:
+            self.drop(fetch.evict)
+
+    def compare(self, step: StepPlan) -> None:
+        """At a step's end, when the index asks for it: drop what it does not name, report what is not here."""
+        if step.index is None:
+            return
+        self.drop([key for key in self.store._chunks if key not in step.index])
+        self.report.missing.update(
+            key for key, due in step.index.items() if due and (key in self.unsure or not self.store.contains(key))
+        )
 
     def take_report(self) -> WorkerReport | None:
         """What happened since the last call."""

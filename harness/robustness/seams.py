@@ -1,0 +1,114 @@
+"""Where a fault is put into a running engine: every method that vLLM calls, and the seams below them.
+
+A seam is `OWNER:NAME`. OWNER is a path from the connector's halves, `scheduler` and `worker`, or a module or class of
+this package; NAME is what raises there.
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+# What vLLM calls: the function that each guarded method of the connector hands its call to.
+ENTRY_SEAMS = {
+    "on_new_request": ("scheduler:arrive",),
+    "get_num_new_matched_tokens": ("scheduler:claim",),
+    "update_state_after_alloc": ("scheduler:allocated",),
+    "build_connector_meta": ("scheduler:step", "scheduler:settle"),
+    "update_connector_output": ("scheduler:heard",),
+    "request_finished": ("scheduler:finish",),
+    "has_pending_push_work": ("cacheslide.vllm.keeping.ChunkKeeper:pending",),
+    "get_kv_connector_stats": ("scheduler:take_stats",),
+    "reset_cache": ("scheduler:reset",),
+    "bind_connector_metadata": ("worker:begin",),
+    "start_load_kv": ("worker:load",),
+    "wait_for_save": ("worker:save",),
+    "encode": ("worker:encode",),
+    "land": ("worker:land", "worker:compare"),
+    "get_block_ids_with_load_errors": ("worker.loads:errors",),
+    "build_connector_worker_meta": ("worker:take_report",),
+}
+
+_SCHEDULER = "cacheslide.vllm.scheduler_side"
+_LOADING = "cacheslide.vllm.loading.Loading"
+INNER_SEAMS = (
+    # the scheduler's half
+    "scheduler.planner:plan", "scheduler.planner:_member", "scheduler.planner.families:get",
+    "cacheslide.vllm.families.Family:join", "cacheslide.vllm.families.Family:corrected_from",
+    f"{_SCHEDULER}:key_apart", f"{_SCHEDULER}:shares_unfilled_blocks", f"{_SCHEDULER}:keep_history",
+    f"{_SCHEDULER}:forecast", f"{_SCHEDULER}:tiers_of", f"{_SCHEDULER}:load_plan", f"{_SCHEDULER}:computed_rows",
+    "scheduler.keeper:keep", "scheduler.keeper:reserve", "scheduler.keeper:enqueue", "scheduler.keeper:hand_out",
+    "scheduler.index:reserve", "scheduler.index:touch", "scheduler.index:generation", "scheduler.index:discard",
+    "scheduler.index:landed", "scheduler.index:lease", "scheduler.index:release", "scheduler.index:has_room",
+    "scheduler.cold:look", "scheduler.cold:waits", "scheduler.cold:take", "scheduler.cold:heard",
+    "scheduler.cold:evicted", "scheduler.cold:release", "scheduler.cold.backing:where",
+    "cacheslide.vllm.metrics.ReuseStats:record",
+    # the worker's half
+    "worker.store:put", "worker.store:lend", "worker.store:drop", "worker.store:land", "worker.store:settle",
+    "worker.below:fetch", "worker.below:arrivals", "worker.below:write", "worker.below:drop",
+    "worker.below.store:fetch", "worker.below.store:put",
+    "worker:_copy", "worker:_encode", "cacheslide.encode.ChunkEncoder:encode", "cacheslide.encode.ChunkEncoder:_keep",
+    f"{_LOADING}:_one", f"{_LOADING}:_find", f"{_LOADING}:_prepare", f"{_LOADING}:_source", f"{_LOADING}:_note",
+    "cacheslide.vllm.loading:post", "cacheslide.vllm.team.TeamPrefill:compute",
+    "cacheslide.vllm.model_adapter.VllmModel:qkv", "cacheslide.vllm.model_adapter.VllmModel:finish",
+    "cacheslide.vllm.kv_layout.PagedKV:write", "cacheslide.vllm.kv_layout.PagedKV:read",
+    "cacheslide.placement.PlacedChunks:layer",
+)  # fmt: skip
+SEAMS = tuple(seam for seams in ENTRY_SEAMS.values() for seam in seams) + INNER_SEAMS
+# Once: the first call raises. Late: the first call raises when its work is done. Always: every call raises.
+MODES = ("once", "late", "always")
+ERRORS = (RuntimeError, KeyError, MemoryError, ValueError, OSError, AssertionError)
+
+
+@dataclass
+class Raised:
+    """How often a seam was reached, and how often it raised."""
+
+    calls: int = 0
+    raised: int = 0
+
+
+def owner_of(seam: str, parts: Mapping[str, Any]) -> tuple[Any, str]:
+    """The object that has the attribute which a seam names; `parts` are the connector's halves."""
+    path, name = seam.split(":")
+    first, *rest = path.split(".")
+    if first in parts:
+        owner = parts[first]
+    else:
+        module, last = path.rsplit(".", 1)
+        rest = [last] if last[0].isupper() else []
+        owner = importlib.import_module(module if rest else path)
+    for step in rest:
+        owner = getattr(owner, step)
+    return owner, name
+
+
+@contextmanager
+def raising(seam: str, mode: str, error: type[Exception], parts: Mapping[str, Any], skip: int = 0) -> Iterator[Raised]:
+    """Have a seam raise in one of `MODES`, until the block ends; the first `skip` calls pass."""
+    owner, name = owner_of(seam, parts)
+    own, counts = vars(owner).get(name), Raised()
+    plain = own if isinstance(own, property) else getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        counts.calls += 1
+        now = counts.calls > skip and (mode == "always" or not counts.raised)
+        if now and mode != "late":
+            counts.raised += 1
+            raise error(f"a fault at {seam}")
+        does = plain.fget if isinstance(plain, property) else plain
+        out = does(*args, **kwargs)
+        if now:
+            counts.raised += 1
+            raise error(f"a late fault at {seam}")
+        return out
+
+    setattr(owner, name, property(call) if isinstance(plain, property) else call)
+    try:
+        yield counts
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)

@@ -72,7 +72,7 @@ def records_of(agent: Agent, example: TaskExample | None, episode: Episode) -> l
     out = [_record(agent, step, episode) for step in episode.steps]
     if not out:
         return out
-    last = {"solved": episode.score, "stop": episode.stop, "failure": episode.failure}
+    last = {"solved": episode.score, "solved_by": agent.judge, "stop": episode.stop, "failure": episode.failure}
     if example is not None:
         answers = example.questions[0].answers
         text = agent.answered[-1] if isinstance(agent, TextReflexion) and agent.answered else out[-1]["said"]
@@ -138,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     longest = max((r["turn"] for r in records), default=-1) + 1
     found = summary([r for r in records if "f1" in r]) if args.dataset != SYNTHETIC else {}
     found |= {"episodes": len(episodes), "solved": sum(e.success for e in episodes)}
+    found |= {"solved_by": sorted({r["solved_by"] for r in records if "solved_by" in r})}
     turns = {"turns": len(records), "ttft_s_by_turn": [_mean(records, t) for t in range(longest)]}
     write({"arguments": vars(args), "summary": found | turns | graded, "records": records}, args.output)
     return 0

@@ -18,6 +18,9 @@ class Agent(ABC):
         Its last slot is named "cue": updated text that the model's output follows.
     grammar : str
         How calls are written, see `harness.agents.calls.parse`.
+    judge : str
+        What decides `score`: "answer" (compared with the task's), "patch" (compared with the reference patch, no test
+        is run) or "tests".
     finished : bool
         Set by a tool: the agent is done and `score` is final.
     at : int
@@ -27,6 +30,7 @@ class Agent(ABC):
     name: str
     template: Template
     grammar = "line"
+    judge = "answer"
 
     def __init__(self, task_id: str) -> None:
         self.task_id = task_id

@@ -14,6 +14,7 @@ from harness.agents.calls import Call, MalformedCall, Tool
 from harness.agents.reflexion import TRIALS, Reflexion
 from harness.agents.template import Slot, Template
 from harness.metrics.answers import exact_match
+from harness.metrics.patches import same_patch
 from harness.tasks.example import TaskExample
 
 WINDOW = 40  # lines that a tool shows
@@ -133,6 +134,7 @@ class DocumentReader(Agent):
     """
 
     name = "swe_style"
+    judge = "patch"
     template = Template(
         (
             Slot("system", "reuse"),
@@ -197,7 +199,7 @@ class DocumentReader(Agent):
         self._retrieve()
 
     def score(self) -> float:
-        return exact_match(self.written.strip(), self.question.answers) if self.finished else 0.0
+        return float(self.finished and any(same_patch(self.written, a) for a in self.question.answers))
 
     def _retrieve(self) -> None:
         names = self.library.rank(self.query, without=[n for turn in self.retrieved for n in turn])[:1]

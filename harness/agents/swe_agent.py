@@ -24,6 +24,7 @@ class SWEAgent(Agent):
     """
 
     name = "swe_agent"
+    judge = "tests"
     template = Template(
         (
             Slot("system", "reuse"),

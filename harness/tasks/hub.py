@@ -5,6 +5,7 @@ csv) are read by `datasets`. JSON is read row by row with the standard library, 
 `datasets` turns date-like strings into timestamps and cannot hold the mixed-type pairs of the original releases.
 """
 
+import glob
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -174,7 +175,9 @@ def _read(file: Path, schema: Schema) -> Iterator[tuple[int, Any]]:
     # csv has no types of its own: without the declared ones, numeric ids would become numbers
     features = schema.features if kind == "csv" else None
     try:
-        table = load_dataset(kind, data_files={"all": str(file)}, split="all", streaming=True, features=features)
+        table = load_dataset(
+            kind, data_files={"all": glob.escape(str(file))}, split="all", streaming=True, features=features
+        )
         yield from enumerate(table, start=1)
     except Exception as error:  # pyarrow, pandas and datasets each raise their own
         raise DataError(f"{file}: not a readable {kind} file in this schema ({_first_line(error)})") from error

@@ -1,0 +1,31 @@
+"""A folder's name is a name, whatever a pattern would make of it."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from harness.tasks import registry
+
+DATA = Path(__file__).parent / "data" / "hotpotqa.jsonl"
+
+
+@pytest.mark.fault("parquet_brackets")
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
+@pytest.mark.parametrize("name", ["plain", "data[1]", "data*x", "a?b", "[a-z]", "sp ace", "{x}", "~", "ünï", "**"])
+def test_rows_are_read_from_a_folder_of_any_name(tmp_path, kind, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    (tmp_path / "data1").mkdir()
+    rows = [json.loads(line) for line in DATA.read_text().splitlines()]
+    dataset, file = "hotpotqa", folder / f"validation.{kind}"
+    if kind == "parquet":
+        pd.DataFrame(rows).to_parquet(file)
+    elif kind == "jsonl":
+        file.write_text(DATA.read_text())
+    else:
+        pytest.skip("this data set nests lists, which csv cannot hold")
+    for path in (file, folder):
+        examples = list(registry.load(dataset, "validation", path=path, limit=2))
+        assert len(examples) == 2

@@ -97,7 +97,7 @@ def _damage(output: Path, rng: random.Random) -> str:
     """Flip a bit in one finished line that is not the header; its id."""
     part = _part(output)
     raw = bytearray(part.read_bytes())
-    lines = raw.split(b"\n"), 0
+    lines = raw.split(b"\n")
     index = rng.randrange(1, len(lines) - 1)
     at = sum(len(line) + 1 for line in lines[:index]) + rng.randrange(len(lines[index]))
     victim = json.loads(lines[index])["id"]

@@ -30,9 +30,9 @@ def install() -> None:
         if not kwargs.get("resumable"):
             prompt, params = taken(self.vllm_config, self.renderer, prompt, params)
         request = plain(self, request_id, prompt, params, *args, **kwargs)
-        # Prompts that vLLM has rendered only now, and those that are streamed in pieces.
-        extra = self.vllm_config.kv_transfer_config.kv_connector_extra_config
-        admit(request, prompt, self.renderer, extra, Limits.of(self.vllm_config))
+        if getattr(params, "extra_args", None):  # of prompts that vLLM has rendered only now, or streams in pieces
+            extra = self.vllm_config.kv_transfer_config.kv_connector_extra_config
+            admit(request, prompt, self.renderer, extra, Limits.of(self.vllm_config))
         return request
 
     process_inputs.checks_marks = True

@@ -9,6 +9,7 @@ from vllm.exceptions import VLLMValidationError
 
 from cacheslide.vllm.admission import Limits, admit, resolved
 from cacheslide.vllm.separators import text_after
+from cacheslide.vllm.tenants import ambiguous
 
 
 def taken(vllm_config, renderer, prompt: Any, params: Any, in_place: bool = False) -> tuple[Any, Any]:
@@ -20,6 +21,8 @@ def taken(vllm_config, renderer, prompt: Any, params: Any, in_place: bool = Fals
     if not isinstance(prompt, dict) or "type" not in prompt or not hasattr(params, "extra_args"):
         return prompt, params
     if resolved(params):  # a step of a beam search, or a request on its way from a server's door to the engine's
+        return prompt, params
+    if not params.extra_args and not ambiguous(prompt.get("cache_salt") or ""):  # like most requests of most servers
         return prompt, params
     changed: dict[str, Any] = {}
     ids, salt, limits = prompt.get("prompt_token_ids"), prompt.get("cache_salt"), Limits.of(vllm_config)

@@ -66,18 +66,21 @@ def as_user(folder: Path, names: str) -> dict[str, dict[str, Any]]:
         text=True,
         timeout=540,
     )
+    print(done.stderr)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def main() -> None:
     """Every program in a folder of its own; one JSON object: name -> output, stopped, what the scratch folder left."""
+    import logging
     import tempfile
 
     from harness.agents.sandbox import Limits, Sandbox, missing, remove
     from tests import attacks
 
     (names,) = sys.argv[1:]
+    logging.basicConfig(level=logging.INFO)
     assert os.getuid() == NOBODY and missing() == "", missing()
     found = {}
     programs = {name: (code + "\nprint('end')", {}) for name, code in attacks.REFUSED.items()}

@@ -191,7 +191,7 @@ held()
         "fd = os.open(os.environ['TMPDIR'] + '/f', os.O_RDWR | os.O_CREAT); written(fd, 120)\nb = touched(100); held()",
         _SMALL | {"file_bytes": 1 << 30},
     ),
-    "sockets": Hog(
+    "full sockets": Hog(
         """
 kept = []
 def child():

@@ -176,6 +176,7 @@ def _environment(scratch: Path) -> dict[str, str]:
         "LANG": "C.UTF-8",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONHASHSEED": "0",
+        "GIT_CONFIG_NOSYSTEM": "1",  # it may not be read, and git would not start
         "OMP_NUM_THREADS": "1",  # threads count as processes do
         "OPENBLAS_NUM_THREADS": "1",
     }

@@ -37,22 +37,30 @@ def namespace(pid: int) -> str:
 
 
 def members(target: str) -> list[str]:
-    """A folder of /proc for each living process in the PID namespace `target`."""
+    """A folder of /proc for each process in the PID namespace `target`; the ended that nobody waited for included."""
     return [folder for entry in os.listdir("/proc") if entry.isdigit() and (folder := _member(entry, target))]
+
+
+def alive(folder: str) -> bool:
+    """The thread that a folder of /proc is for has not ended: it still has a working folder."""
+    try:
+        os.readlink(f"{folder}/cwd")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _member(pid: str, target: str) -> str:
     folder = f"/proc/{pid}"
-    try:
-        return folder if os.readlink(f"{folder}/ns/pid") == target else ""
-    except FileNotFoundError:  # the first thread has ended; others may be left
-        with suppress(OSError):
-            for thread in os.listdir(f"{folder}/task"):
-                with suppress(OSError):
-                    if os.readlink(f"{folder}/task/{thread}/ns/pid") == target:
+    with suppress(OSError):
+        if os.readlink(f"{folder}/ns/pid") == target:
+            if not alive(folder):  # the first thread has ended; others may be left
+                for thread in os.listdir(f"{folder}/task"):
+                    if alive(f"{folder}/task/{thread}"):
                         return f"{folder}/task/{thread}"
-    except OSError:
-        pass
+            return folder
     return ""
 
 

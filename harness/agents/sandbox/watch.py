@@ -1,5 +1,6 @@
 """Watches a started run until it ends or passes a bound; then nothing of it is left running."""
 
+import logging
 import os
 import selectors
 import subprocess
@@ -16,6 +17,7 @@ POLL_S, DISK_POLL_S = 0.02, 0.1
 _DISK_SHARE = 5  # at most one part in so many of the time goes into walking the folder
 _HIDDEN = 5  # walks in a row that could not see everything: whoever brings that about hides something
 _GONE_S = 10.0
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -111,16 +113,26 @@ class Watch:
                 return "processes"  # it goes on trying
         if not self._namespace or (self.group is not None and not disk):
             return ""
-        folders = usage.members(self._namespace)
+        folders, memory = usage.members(self._namespace), 0
         if self.group is None:
-            count, memory = usage.processes_and_memory(folders)
-            if count > self.limits.processes + 1:  # the one of confine.py
-                return "processes"
-            memory += usage.memory_folder_usage(self.process.pid, self.scratch)[1]
-            if memory > self.limits.memory:
-                return "memory"
-            return self._too_full(folders, memory) if disk else ""
-        return self._too_full(folders)
+            passed, memory = self._counted(folders)
+            if passed and self._counted(usage.members(self._namespace))[0]:  # the numbers are of no one moment
+                return passed
+        return self._too_full(folders, memory) if disk else ""
+
+    def _counted(self, folders: list[str]) -> tuple[str, int]:
+        """The bound on processes or memory that is passed, and the bytes that processes and scratch folder hold."""
+        count, resident = usage.processes_and_memory(folders)
+        scratch = usage.memory_folder_usage(self.process.pid, self.scratch)[1]
+        if count > self.limits.processes + 1:  # the one of confine.py
+            passed = "processes"
+        else:
+            passed = "memory" if resident + scratch > self.limits.memory else ""
+        if passed:
+            log.info(
+                "%s: %d threads, %d bytes in processes, %d in the scratch folder", passed, count, resident, scratch
+            )
+        return passed, resident + scratch
 
     def _too_full(self, folders: list[str], memory: int = 0, ended: bool = False) -> str:
         """ "disk" when root, scratch and deleted files together are more than allowed; "memory" for full pipes."""
@@ -150,5 +162,5 @@ class Watch:
         self.process.wait()
         self.process.stdout.close()
         give_up = time.monotonic() + _GONE_S
-        while self._namespace and usage.members(self._namespace) and time.monotonic() < give_up:
+        while self._namespace and any(map(usage.alive, usage.members(self._namespace))) and time.monotonic() < give_up:
             time.sleep(0.002)

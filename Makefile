@@ -42,9 +42,11 @@ install-slurm: install  ## add Snakemake's Slurm executor to .venv
 	@scripts/install.sh slurm
 
 smoke: install  ## the study in small: figures/smoke/, results/smoke/report.html
+	$(BIN)/python scripts/stale_lock.py
 	$(SNAKEMAKE) --configfile config/smoke.yaml -- smoke
 
 smoke-vllm: install  ## the study in small inside vLLM: results/smoke-vllm/report.html
+	$(BIN)/python scripts/stale_lock.py
 	$(SNAKEMAKE) --configfile config/smoke-vllm.yaml -- reproduce-all
 
 test: install  ## all tests; PYTEST="-k name" passes options on
@@ -58,6 +60,7 @@ fuzz: install  ## hostile bodies, records and folders, MINUTES=5 for each campai
 	$(BIN)/python -m harness.robustness --minutes $(MINUTES) --out results/fuzz
 
 full: install  ## the full CPU set, hours: results/cpu/, figures/cpu/
+	$(BIN)/python scripts/stale_lock.py
 	$(SNAKEMAKE) --configfile config/cpu.yaml -- reproduce-all
 
 lint: install  ## ruff, snakemake --lint, snakefmt, as in CI

@@ -1,9 +1,9 @@
 """The command line's prompt files, {"segments": [{"role", "text" or "token_ids", "name"?}, ...]}, and the tokenizer."""
 
-import json
 from pathlib import Path
 
 from cacheslide.errors import ModelError, PromptError
+from cacheslide.plain_values import check_plain, read_json, shown
 from cacheslide.prompt import Segment
 
 
@@ -25,12 +25,8 @@ def read_segments(path: Path, tokenizer, need_text: bool = True) -> list[Segment
 
     Without `need_text` a segment may have neither text nor token ids: it is empty.
     """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PromptError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise PromptError(f"{path} is not valid JSON: {error}") from None
+    raw = read_json(path, PromptError)
+    check_plain(raw, PromptError, str(path), text=True)
     if not isinstance(raw, dict) or not isinstance(raw.get("segments"), list):
         raise PromptError(f'{path} is not a prompt file: an object {{"segments": [...]}} is expected')
     return [_segment(s, f"{path}: segment {i}", i, tokenizer, need_text) for i, s in enumerate(raw["segments"])]
@@ -38,7 +34,7 @@ def read_segments(path: Path, tokenizer, need_text: bool = True) -> list[Segment
 
 def _segment(raw, where: str, i: int, tokenizer, need_text: bool) -> Segment:
     if not isinstance(raw, dict):
-        raise PromptError(f"{where} must be an object with a role and text or token_ids, not {raw!r}")
+        raise PromptError(f"{where} must be an object with a role and text or token_ids, not {shown(raw)}")
     if "role" not in raw:
         raise PromptError(f"{where} has no role: 'reuse' (fixed text) or 'recompute' (updated text)")
     ids, text = raw.get("token_ids"), raw.get("text", None if need_text else "")
@@ -48,7 +44,7 @@ def _segment(raw, where: str, i: int, tokenizer, need_text: bool) -> Segment:
         bos = tokenizer.bos_token_id
         ids = ([bos] if i == 0 and bos is not None else []) + tokenizer.encode(text, add_special_tokens=False)
     elif not isinstance(ids, list):
-        raise PromptError(f"{where}: token_ids must be a list of integers, not {ids!r}")
+        raise PromptError(f"{where}: token_ids must be a list of integers, not {shown(ids)}")
     try:
         return Segment(tuple(ids), raw["role"], str(raw.get("name", "")))
     except PromptError as wrong:

@@ -10,10 +10,12 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from cacheslide.errors import ConfigError
+from cacheslide.plain_values import check_plain
 from cacheslide.policy import policy_names
 from harness.systems import STOCK
 
 TIMED = ("latency", "throughput")
+LONGEST = 600  # characters of a reason
 
 
 def check(config: MutableMapping[str, Any], schema: str | Path) -> None:
@@ -27,7 +29,15 @@ def check(config: MutableMapping[str, Any], schema: str | Path) -> None:
     schema : path
         The JSON schema, as YAML.
     """
-    rules = yaml.safe_load(Path(schema).read_text())
+    check_plain(config, ConfigError)
+    try:
+        _check(config, yaml.safe_load(Path(schema).read_text()))
+    except ConfigError as wrong:  # a message quotes the value, which may be of any length
+        said = str(wrong)
+        raise ConfigError(said if len(said) <= LONGEST else f"{said[:LONGEST]}…") from None
+
+
+def _check(config: MutableMapping[str, Any], rules: Mapping[str, Any]) -> None:
     on_vllm = config.get("backend") == "vllm"
     if on_vllm:
         config.setdefault("vllm", {})
@@ -35,9 +45,10 @@ def check(config: MutableMapping[str, Any], schema: str | Path) -> None:
         raise ConfigError("vllm: these keys need backend: vllm; config/README.md lists every key")
     if (error := best_match(Draft202012Validator(rules).iter_errors(config))) is not None:
         where = ".".join(str(step) for step in error.absolute_path) or "the file"
-        reason = error.message
+        reason = error.message if len(error.message) <= LONGEST // 2 else f"{error.message[: LONGEST // 2]}…"
         if error.validator == "additionalProperties":
-            reason = f"unknown key {', '.join(sorted(set(error.instance) - set(error.schema['properties'])))}"
+            unknown = sorted(set(error.instance) - set(error.schema["properties"]))
+            reason = f"unknown key {', '.join(name[:40] for name in unknown[:5])}"
         raise ConfigError(f"{where}: {reason}; config/README.md lists every key")
     _fill(config, rules)
     _check_systems(config, on_vllm)

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from cacheslide.errors import ConfigError
+from cacheslide.plain_values import check_plain
 
 FIGURES = {  # and the result that each is drawn from
     "fig03": "prompts.json",
@@ -35,14 +36,28 @@ NO_CKSIM = "CKSim reads the KV of every layer, which only backend: reference sho
 def read_config(path: str | Path) -> dict[str, Any]:
     """The keys of a YAML file; ConfigError in one line where it cannot be read or holds none."""
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _OnceLoader)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as broken:
+    except (yaml.YAMLError, ValueError, RecursionError) as broken:  # also not UTF-8, thousands of digits, deep nesting
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(broken).split())}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} is not a configuration: keys and values are expected; config/README.md lists them")
+    try:
+        check_plain(raw, ConfigError)
+    except ConfigError as wrong:
+        raise ConfigError(f"{path}: {wrong}") from None
     return raw
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """A key that stands twice is a mistake, not the second value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag.endswith(":str")]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise yaml.constructor.ConstructorError(None, None, f"{min(twice)!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def has_cksim(config: Mapping[str, Any]) -> bool:

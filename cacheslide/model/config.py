@@ -1,11 +1,11 @@
 """Reads a Hugging Face config.json of the Llama family and refuses, by name, what the engine would get wrong."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import ModelError
+from cacheslide.plain_values import read_json
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM")
 
@@ -71,7 +71,4 @@ class LlamaConfig:
         file = Path(path) / "config.json"
         if not file.is_file():
             raise ModelError(f"no model at {path}: config.json is missing")
-        try:
-            return cls.from_dict(json.loads(file.read_text()))
-        except json.JSONDecodeError as broken:
-            raise ModelError(f"{file} is not valid JSON: {broken}") from None
+        return cls.from_dict(read_json(file, ModelError))

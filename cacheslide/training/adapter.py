@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cacheslide.errors import ConfigError, ModelError
 from cacheslide.model.weights import fingerprint
+from cacheslide.plain_values import read_json
 
 FORMAT = 1
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -134,14 +135,14 @@ def load_adapter(folder: Path, model: Path | None = None) -> CopeAdapter:
     if not (folder / "cope.json").is_file() or not (folder / "cope.safetensors").is_file():
         raise ModelError(f"no CoPE adapter in {folder}: cope.json and cope.safetensors are needed")
     try:
-        raw = json.loads((folder / "cope.json").read_text())
+        raw = read_json(folder / "cope.json", ModelError)
         if raw["format"] != FORMAT:
             raise ModelError(f"{folder / 'cope.json'} is of format {raw['format']}; this version reads {FORMAT}")
         adapter = CopeAdapter(
             AdapterSettings(**raw["settings"]), raw["base"], load_file(folder / "cope.safetensors"), raw["notes"]
         )
         stated = raw["digest"]
-    except (json.JSONDecodeError, KeyError, TypeError) as broken:
+    except (KeyError, TypeError, ValueError, AttributeError) as broken:
         raise ModelError(f"{folder / 'cope.json'} is not a CoPE adapter's description ({broken!r})") from None
     if adapter.digest != stated:
         raise ModelError(f"the adapter in {folder} is altered or incomplete: its tensors do not match cope.json")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cacheslide.errors import ModelError, PromptError
 from cacheslide.model.adapter import RowGroup
+from cacheslide.plain_values import read_json
 from cacheslide.positions.ccpe import PromptSlots, slots_in
 from cacheslide.positions.cope import query_blocks, scores_and_gates
 from cacheslide.prompt import Prompt
@@ -146,13 +147,13 @@ def find_calibration(folder: Path, adapter: str) -> Calibration | None:
     if not (folder / FILES[1]).is_file():
         return None
     try:
-        raw = json.loads((folder / FILES[1]).read_text())
+        raw = read_json(folder / FILES[1], ModelError)
         if raw["format"] != FORMAT:
             raise ModelError(f"{folder / FILES[1]} is of format {raw['format']}; this version reads {FORMAT}")
         masses = load_file(folder / FILES[0])["masses"]
         found = Calibration(masses, raw["adapter"], raw["template"], raw["bin_width"], raw["notes"])
         stated = raw["digest"]
-    except (json.JSONDecodeError, KeyError, TypeError, OSError) as broken:
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as broken:
         raise ModelError(f"{folder / FILES[1]} is not a calibration ({broken!r})") from None
     if found.digest != stated:
         raise ModelError(f"the calibration in {folder} is altered or incomplete")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import DataError
+from cacheslide.plain_values import parse_json
 from harness.agents.calls import Call
 from harness.agents.completer import Completer, Completion, Request
 from harness.agents.loop import Episode, Step
@@ -87,7 +88,7 @@ def read_episodes(path: Path) -> list[Episode]:
     with path.open(encoding="utf-8") as file:
         for number, raw in enumerate(file, 1):
             try:
-                line = json.loads(raw)
+                line = parse_json(raw)
                 kind = line["kind"]
                 if kind == "episode":
                     if line["schema"] != SCHEMA:
@@ -108,7 +109,7 @@ def read_episodes(path: Path) -> list[Episode]:
                     current = None
                 else:
                     raise DataError(f"{path}:{number}: unknown line kind {kind!r}")
-            except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as wrong:
+            except (KeyError, TypeError, AttributeError, ValueError) as wrong:
                 raise DataError(f"{path}:{number}: not a trace line ({wrong!r})") from None
     if current is not None:
         raise DataError(f"{path}: the last episode has no end")

@@ -1,5 +1,6 @@
 """A fault in the connector costs the reuse of one request: at every entry that vLLM calls, against plain vLLM."""
 
+import asyncio
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ pytest.importorskip("vllm")
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
+from cacheslide.vllm import servers
 from cacheslide.vllm.connector import CacheSlideConnector
 from cacheslide.vllm.guard import ENTRIES, Faults, survives
 from cacheslide.vllm.metrics import ReuseStats
@@ -115,7 +117,7 @@ def test_a_guard_counts_and_speaks_once(caplog):
         assert guarded.first({1: "other"}) == "other"  # KeyError, then what stands in for it
         assert guarded.first({2: 0}) == guarded.first({}) == "last"
     assert guarded.faults.total == {"keep": 5}
-    assert len(caplog.records) == 1 and "KeyError" in caplog.text and "not kept" in caplog.text
+    assert len(caplog.records) == 1 and "KeyError" in caplog.text and "wait to be kept" in caplog.text
     assert guarded.faults.take() == {"faults.keep": 5} and guarded.faults.take() == {}
     stats = ReuseStats(data={"faults.keep": 1})
     stats.count({"faults.keep": 5})
@@ -200,6 +202,28 @@ def test_a_plan_of_another_prompt_claims_nothing():
         assert claim(connector, asked, 0) == (0, False)
         assert scheduler.tracked["r"].reason == "fault at get_num_new_matched_tokens"
         assert scheduler.finish(asked)["fallback"] == "fault at get_num_new_matched_tokens"
+
+
+@pytest.mark.parametrize("broken", ["json", "watch"])
+def test_a_stream_goes_on_without_its_receipt(monkeypatch, broken):
+    async def generated():
+        yield SimpleNamespace(kv_transfer_params={"cacheslide": {"rows": 5}} if broken == "json" else 5)
+
+    async def plain(self, request, result_generator, request_id, model_name):
+        async for _ in result_generator:
+            yield "data: {}\n\n"
+        yield "data: [DONE]\n\n"
+
+    async def events() -> list[str]:
+        stream = servers._with_receipt(plain, "text_completion")
+        return [event async for event in stream(None, None, generated(), "id", "model")]
+
+    before = servers.SERVER.total["server"]
+    if broken == "json":
+        assert len(asyncio.run(events())) == 3  # the control
+        monkeypatch.setattr(servers, "_event", lambda *args: {"receipt": object()})
+    assert asyncio.run(events()) == ["data: {}\n\n", "data: [DONE]\n\n"]
+    assert servers.SERVER.total["server"] == before + 1
 
 
 def test_a_rank_that_fails_before_the_run_says_so_once():

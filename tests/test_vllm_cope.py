@@ -201,7 +201,6 @@ def test_a_preempted_request_crosses_its_slots_again(served, crossing, live):
             assert_follows(output, crossing, SECOND, slots_in(SECOND))
 
 
-@pytest.mark.parametrize("share", [None, 1.0])
 @pytest.mark.parametrize("seam", ["_of_batch", "slots"])
 def test_slots_that_cannot_be_said_are_crossed_live(served, live, monkeypatch, seam):
     """A fault where the forward asks for them, or where the plan names them: the prompt is computed as unmarked."""
@@ -225,6 +224,7 @@ def test_slots_that_cannot_be_said_are_crossed_live(served, live, monkeypatch, s
     assert receipt(served.one(FIRST))["fallback"] == "no chunk of this prompt is in the store"
 
 
+@pytest.mark.parametrize("share", [None, 1.0])
 def test_beams_cross_their_slots(served, crossing, share):
     """Later requests of a search, whose prompts hold generated rows: all exact, or over reused rows."""
     served.fresh()

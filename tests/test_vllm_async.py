@@ -94,6 +94,28 @@ def test_reuse_is_what_it_is_without(served):
     torch.testing.assert_close(logprobs(full), logprobs(truth), atol=1e-4, rtol=1e-4)
 
 
+def test_a_load_that_fails_starts_its_request_over(served, monkeypatch):
+    """The next step has been planned, and sampled from the missing rows: what it says is not delivered."""
+    served.fresh()
+    truth = [served.plain(p, 12) for p in (SECOND, FIRST)]
+    served.poison()
+    served.one(FIRST)
+    served.poison()
+    with monkeypatch.context() as patch:
+        patch.setattr(served.worker, "load", lambda step: None)
+        batch = [marks_of(SECOND, share=1.0), None, marks_of(SECOND, share=1.0, policy="epic")]
+        got = served.ask([SECOND, FIRST, SECOND], batch, 12)
+    for output, want in zip(got, (truth[0], truth[1], truth[0]), strict=True):
+        assert tokens(output) == tokens(want)
+        for at in range(12):
+            torch.testing.assert_close(logprobs(output, at), logprobs(want, at), atol=1e-4, rtol=1e-4)
+    assert receipt(got[0])["fallback"] == "fault at start_load_kv" and receipt(got[0])["rows_reused"] == 0
+    served.poison()
+    again = served.one(SECOND, share=1.0)  # and its blocks are nobody's
+    assert receipt(again)["chunks_hit"] > 0 and tokens(again) == tokens(truth[0])[:4]
+    assert not served.scheduler.tracked and not served.scheduler.running and not served.scheduler.claims.blocks
+
+
 def test_a_batch_beside_ordinary_requests(served):
     served.fresh()
     served.one(FIRST)

@@ -201,6 +201,29 @@ def test_a_preempted_request_crosses_its_slots_again(served, crossing, live):
             assert_follows(output, crossing, SECOND, slots_in(SECOND))
 
 
+@pytest.mark.parametrize("seam", ["_of_batch", "slots"])
+def test_slots_that_cannot_be_said_are_crossed_live(served, live, monkeypatch, seam):
+    """A fault where the forward asks for them, or where the plan names them: the prompt is computed as unmarked."""
+    served.fresh()
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no slots")
+
+    with monkeypatch.context() as patch:
+        if seam == "_of_batch":
+            patch.setattr(served.worker.model.crossing, "_of_batch", broken)
+        else:
+            patch.setattr("cacheslide.vllm.scheduler_side.SlotRows", broken)
+        output, beside = served.ask([SECOND, FIRST], [marks_of(SECOND, policy="recompute"), None])
+        assert_follows(output, live, SECOND)
+        assert_follows(beside, live, FIRST)
+        assert receipt(output)["fallback"].startswith("fault at ")
+        kept = served.one(FIRST)  # its chunks would not be what their keys say
+    assert receipt(kept)["chunks_hit"] == 0 and not len(served.worker.store)
+    served.poison()
+    assert receipt(served.one(FIRST))["fallback"] == "no chunk of this prompt is in the store"
+
+
 @pytest.mark.parametrize("share", [None, 1.0])
 def test_beams_cross_their_slots(served, crossing, share):
     """Later requests of a search, whose prompts hold generated rows: all exact, or over reused rows."""

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from harness.robustness.faulty_ranks import SEAMS
 from tests.conftest import VLLM_ENVIRONMENT
 from tests.vllm_turns import answers
 
@@ -35,10 +36,24 @@ def test_two_ranks_find_their_heads_again(tmp_path):
     assert answers(1, shared)[0]["chunks_hit"] == 0  # one rank's chunks are no rank's of two
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="vLLM binds each rank to a core of its own")
+def test_a_fault_on_one_rank_reaches_both_and_nothing_hangs(rank):
+    """While preparing, within the run between a layer's sums, while keeping, while encoding; then all is well."""
+    found = run_ranks("harness.robustness.faulty_ranks", str(rank))
+    assert [o["seam"] for o in found] == [seam for seam, _, _ in SEAMS]
+    for outcome in found:
+        assert not outcome["wrong"] and outcome["faults"][rank] and outcome["reused"] > 0, outcome
+
+
 def two_ranks(*store: str) -> list[dict]:
+    return run_ranks("tests.vllm_turns", "2", *store)
+
+
+def run_ranks(module: str, *args: str) -> list[dict]:
     environment = {**os.environ, **VLLM_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # the ranks are processes
-    command = [sys.executable, "-m", "tests.vllm_turns", "2", *store]
+    command = [sys.executable, "-m", module, *args]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -19,7 +19,7 @@ from cacheslide.vllm.metrics import ReuseMetrics, ReuseStats
 from cacheslide.vllm.params import FIELD, ServerOptions
 from cacheslide.vllm.plans import StepPlan
 from cacheslide.vllm.scheduler_side import SchedulerSide
-from cacheslide.vllm.setbacks import finish_anyhow, give_up, unplanned
+from cacheslide.vllm.setbacks import check_claim, finish_anyhow, give_up, unplanned
 from cacheslide.vllm.support import check, check_place, check_spans
 from cacheslide.vllm.worker_side import WorkerSide
 
@@ -62,7 +62,9 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
 
     @survives("get_num_new_matched_tokens", _claim_nothing, last=(0, False))
     def get_num_new_matched_tokens(self, request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        return self.scheduler.claim(request, num_computed_tokens), False
+        rows = self.scheduler.claim(request, num_computed_tokens)
+        check_claim(self.scheduler, request, num_computed_tokens, rows)
+        return rows, False
 
     @survives("update_state_after_alloc")
     def update_state_after_alloc(self, request, blocks, num_external_tokens: int) -> None:

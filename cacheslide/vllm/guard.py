@@ -24,7 +24,7 @@ ENTRIES = {
     "get_num_new_matched_tokens": "nothing is claimed: the request is computed exactly",
     "update_state_after_alloc": "rows that were claimed are reported as not loaded: vLLM computes them",
     "build_connector_meta": "what is planned so far is done; claimed rows without a plan are reported as not loaded",
-    "keep": "the prompt's chunks are not kept",
+    "keep": "chunks that wait to be kept are not",
     "update_connector_output": "the index is compared with what the workers hold",
     "request_finished": "the request is forgotten, its receipt says so",
     "has_pending_push_work": "an idle engine rests",

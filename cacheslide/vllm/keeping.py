@@ -43,6 +43,12 @@ class ChunkKeeper:
         """Whether chunks wait to be encoded or copied."""
         return bool(self.jobs or self.keeps)
 
+    def drop_work(self) -> None:
+        """After a fault: what waits is not done, lest an idle engine step for it for ever; the index is in doubt."""
+        self.jobs.clear()
+        self.keeps.clear()
+        self.unsettled = True
+
     def keep(self, tracked: Tracked, step: StepPlan) -> None:
         """The request's prompt is complete in this step: keep its chunks, or have them encoded."""
         plan, policy = tracked.plan, tracked.policy

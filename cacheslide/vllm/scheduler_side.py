@@ -186,7 +186,11 @@ class SchedulerSide:
             except Exception as error:
                 self.faults.note("build_connector_meta", error)
                 cannot(self, req_id, step)
-        self._survive("keep", self.keeper.hand_out, step, waited, step.idle)
+        try:
+            self.keeper.hand_out(step, waited, step.idle)
+        except Exception as error:
+            self.faults.note("keep", error)
+            self.keeper.drop_work()
         if self.cold is not None:
             step.fetches, step.drops = self.cold.take()
         return step

@@ -17,6 +17,7 @@ from typing import Any
 from cacheslide.vllm.admission import serves
 from cacheslide.vllm.beams import Search, start_search
 from cacheslide.vllm.bodies import MarksInPlace
+from cacheslide.vllm.guard import SERVER
 from cacheslide.vllm.intake import taken
 from cacheslide.vllm.params import FIELD
 
@@ -41,9 +42,19 @@ _TOOLS = ("vllm.entrypoints.openai.responses.serving", "OpenAIServingResponses",
 
 
 def adapt_servers(bodies: bool = False) -> None:
-    """Wrap those servers that this process has loaded (each once); with `bodies`, also the app that it will build."""
-    if bodies:
-        _adapt(*_APP, _reading)
+    """Wrap those servers that this process has loaded (each once); with `bodies`, also the app that it will build.
+
+    One that is not as it was stays as vLLM has it.
+    """
+    try:
+        if bodies:
+            _adapt(*_APP, _reading)
+        _adapt_loaded()
+    except Exception as error:
+        SERVER.note("server", error)
+
+
+def _adapt_loaded() -> None:
     for stream in _STREAMS:
         _adapt(*stream, lambda plain: _with_receipt(plain, _OBJECTS[plain.__name__]))
     for protocol in _PROTOCOLS:
@@ -134,7 +145,10 @@ class _Serving:
     async def generate(self, prompt, sampling_params, *args: Any, **kwargs: Any):
         """See vLLM's `EngineClient.generate`."""
         async for output in self._engine.generate(prompt, self._search.step(sampling_params), *args, **kwargs):
-            self._search.heard(output)
+            try:
+                self._search.heard(output)
+            except Exception as error:
+                SERVER.note("server", error)
             yield output
 
 
@@ -147,11 +161,20 @@ def _with_receipt(plain, kind: str):
         found: dict[str, Any] = {}
         call.arguments["result_generator"] = _watched(call.arguments["result_generator"], found)
         async for event in plain(*call.args, **call.kwargs):
-            if event == _DONE and found:
-                yield f"data: {json.dumps(_event(kind, call.arguments, found))}\n\n"
+            if event == _DONE and found and (last := _last(kind, call.arguments, found)):
+                yield last
             yield event
 
     return stream
+
+
+def _last(kind: str, call: dict[str, Any], receipt: dict[str, Any]) -> str:
+    """The event with the receipt; "" where a fault has cost it, which the answer does not suffer for."""
+    try:
+        return f"data: {json.dumps(_event(kind, call, receipt))}\n\n"
+    except Exception as error:
+        SERVER.note("server", error)
+        return ""
 
 
 def _event(kind: str, call: dict[str, Any], receipt: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +186,10 @@ def _event(kind: str, call: dict[str, Any], receipt: dict[str, Any]) -> dict[str
 async def _watched(results: AsyncIterator[Any], found: dict[str, Any]) -> AsyncIterator[Any]:
     """The results, with the receipt of the first one that has one left in `found`."""
     async for result in results:
-        output = result[1] if isinstance(result, tuple) else result
-        if not found and FIELD in (output.kv_transfer_params or {}):
-            found |= output.kv_transfer_params
+        try:
+            output = result[1] if isinstance(result, tuple) else result
+            if not found and FIELD in (output.kv_transfer_params or {}):
+                found |= output.kv_transfer_params
+        except Exception as error:
+            SERVER.note("server", error)
         yield result

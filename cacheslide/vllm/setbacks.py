@@ -35,6 +35,20 @@ def give_up(side: "SchedulerSide", request: Any, entry: str) -> None:
     side.release(tracked)
 
 
+def check_claim(side: "SchedulerSide", request: Any, computed: int, rows: int | None) -> None:
+    """Raise unless `rows` behind the `computed` ones may be claimed, whatever the plan of the request says.
+
+    vLLM ends when a claim leaves no row of the prompt to it, and rows of another text are another's answer.
+    """
+    if not rows:
+        return
+    if rows < 0 or computed + rows >= request.num_prompt_tokens:
+        raise ValueError(f"{computed} and {rows} rows claimed of a prompt of {request.num_prompt_tokens}")
+    planned = side.tracked[request.request_id].plan.prompt.token_ids[: computed + rows]
+    if list(planned) != list(request.prompt_token_ids[: computed + rows]):
+        raise ValueError("the plan is that of another prompt")
+
+
 def finish_anyhow(side: "SchedulerSide", request: Any) -> dict[str, Any] | None:
     """In place of `SchedulerSide.finish`: forget the request; a bare receipt for one with marks."""
     tracked, _ = side.forget_request(request.request_id)
@@ -47,7 +61,8 @@ def finish_anyhow(side: "SchedulerSide", request: Any) -> dict[str, Any] | None:
 
 def unplanned(side: "SchedulerSide", output: Any, step: StepPlan) -> None:
     """`step` broke off: requests whose rows need slots and are not in it have failed; all else can wait."""
-    side.rows_planned, side.keeper.unsettled = 0, True
+    side.rows_planned = 0
+    side.keeper.drop_work()
     done, state = {rows.block_ids for rows in step.slots}, output.kv_connector_block_state
     for req_id in [r for r in side.prefilling if r in output.num_scheduled_tokens]:
         tracked = side.tracked.get(req_id)

@@ -69,18 +69,18 @@ def outcomes(rank: int, names: list[str]) -> list[dict[str, Any]]:
 
 
 def _outcome(engine: LLM, truth: list[dict], rank: int, seam: str, mode: str, skip: int) -> dict[str, Any]:
-    wrong, reused = [], 0
+    wrong, reused, faults = [], 0, [0, 0]
     assert engine.reset_prefix_cache(reset_connector=True)
     for turn in (0, 1, 1):
         engine.collective_rpc(arm, args=(rank, seam, mode, skip))
         answers = _ask(engine, turn)
-        counts = engine.collective_rpc(disarm)
+        faults = [a + b for a, b in zip(faults, engine.collective_rpc(disarm), strict=True)]
         wrong += [f"turn {turn} {name}" for name, got in answers.items() if not alike(got[0], truth[turn][name][0])]
     for _ in range(2):  # and without faults all is as it was
         healed = _ask(engine, 1)
         wrong += [f"healed {name}" for name, got in healed.items() if not alike(got[0], truth[1][name][0])]
         reused = min(r["chunks_hit"] for _, r in healed.values() if r is not None)
-    return {"seam": seam, "mode": mode, "skip": skip, "wrong": wrong, "faults": counts, "reused": reused}
+    return {"seam": seam, "mode": mode, "skip": skip, "wrong": wrong, "faults": faults, "reused": reused}
 
 
 def _ask(engine: LLM, turn: int, marks: bool = True) -> dict[str, tuple[Any, dict | None]]:

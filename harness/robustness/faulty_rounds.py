@@ -23,7 +23,7 @@ from harness.robustness.seams import raising
 MODEL = "models/tiny-llama-12m"
 BLOCK, CHUNK, TOKENS, BEAMS = 32, 32, 4, 2
 CLOSE = 2e-3  # log-probabilities of one model by two ways of summing, float32
-LIMIT_S = 120.0  # a turn takes less than a second; what hangs does not end
+LIMIT_S = 60.0  # a turn takes less than a second; what hangs does not end
 DOCUMENT = "\nGarden report\n brave ibex follows amber falcon . the painter found the new door ." * 3
 _NUMBERS = count()
 
@@ -119,8 +119,8 @@ class Rounds:
         self.parts = {"scheduler": self.scheduler, "worker": self.worker}
         self.capacity = self.scheduler.index.capacity
 
-    def round(self, seam: str, mode: str, error: type[Exception], beams: bool = True) -> Outcome:
-        """A turn that stores, one that reuses, one from files, each with the fault; then one without it."""
+    def round(self, seam: str, mode: str, error: type[Exception], beams: bool = False, heal: bool = True) -> Outcome:
+        """A turn that stores, one that reuses, one from files, each with the fault; then, to `heal`, two without it."""
         out = Outcome(seam, mode, error.__name__)
         self._fresh()
         before = self._faults()
@@ -135,10 +135,11 @@ class Rounds:
                         self.engine.reset_prefix_cache(reset_connector=True)
                 out.calls, out.raised = out.calls + counts.calls, out.raised + counts.raised
             self._rest(out)
-            self._fresh()
-            for turn in (0, 1):
-                self._turn(out, turn, beams, healed=turn == 1)
-            self._rest(out)
+            if heal:
+                self._fresh()
+                for turn in (0, 1):
+                    self._turn(out, turn, beams, healed=turn == 1)
+                self._rest(out)
         except Exception as died:
             out.died = f"{type(died).__name__}: {died}"
         out.faults = self._faults() - before
@@ -193,8 +194,10 @@ class Rounds:
     def _idle(self) -> None:
         """An idle engine's steps: what waits is encoded, and the index compared."""
         until = time.monotonic() + LIMIT_S
-        while self.core.scheduler.has_requests() and time.monotonic() < until:
+        while self.core.scheduler.has_requests():
             self.core.step_fn()
+            if time.monotonic() > until:
+                raise TimeoutError("an idle engine goes on stepping")
 
     def _rest(self, out: Outcome) -> None:
         """After the requests nothing of them is left, and the index names what the worker holds."""

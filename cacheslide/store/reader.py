@@ -1,6 +1,7 @@
 """Finds the current version of pages, wherever they are, and lets what was read from below climb into memory."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +11,8 @@ from cacheslide.errors import StoreError
 from cacheslide.store.base import ChunkKV
 from cacheslide.store.entry import Entry, empty_pages
 from cacheslide.store.pages import from_payload, paged
+from cacheslide.store.placed import Runs
 from cacheslide.store.record import Encoded
-from cacheslide.store.shard import Runs
 from cacheslide.store.spill import runs
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class PageReader:
                 base = self.store._entry(entry.name, entry.layout, entry.positions, entry.generation, backed=True)
             return self.pages(base, pages)
         wanted: Runs = [(pages[a], pages[b - 1] + 1) for a, b in runs(pages)]
-        found = self.store.backing.read(entry.name, wanted)
+        found = self.store.backing.read(entry.name, wanted, self.store.wanted)
         if isinstance(found, str):
             with self.store._lock:
                 if entry.pending is None:
@@ -118,13 +119,12 @@ class PageReader:
             at += size
         return torch.stack(parts), tier
 
-    def load(self, name: bytes) -> tuple[ChunkKV, str]:
-        """A chunk that memory knows nothing of."""
-        found = self.store.backing.read(name)
+    def load(self, name: bytes, tokens: int | None = None) -> tuple[ChunkKV, str]:
+        """A chunk that memory knows nothing of, of `tokens` tokens if that is given."""
+        found = self.store.backing.read(name, accept=replace(self.store.wanted, tokens=tokens))
         if isinstance(found, str):
             raise Gone(found)
         head, payload, tier = found
-        self.store.check(head.layout)
         if tier == "remote" and self.store.backing.file is not None:
             self.store.backing.write([Encoded.of_pages(name, head.layout, payload, head.positions, head.generation)])
         payload = payload.to(self.store.arenas[0].device)

@@ -27,6 +27,7 @@ from cacheslide.store.mover import Mover
 from cacheslide.store.pages import PageLayout, as_bytes, from_payload, packed, paged, to_payload
 from cacheslide.store.reader import Gone, PageReader
 from cacheslide.store.record import Head
+from cacheslide.store.shape import ChunkShape, Wanted
 from cacheslide.store.spill import SpillFile
 
 
@@ -66,6 +67,8 @@ class TieredChunkStore(ChunkStore):
         Threads of `prefetch`.
     max_generation : int
         Chunks built on corrected KV more often than this are refused: they must be re-encoded exactly.
+    shape : ChunkShape, optional
+        What the model's chunks look like; records of another shape are misses.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class TieredChunkStore(ChunkStore):
         workers: int = 1,
         load_workers: int = 4,
         max_generation: int = 4,
+        shape: ChunkShape | None = None,
     ) -> None:
         super().__init__()
         self.arenas = [a for a in (device, host) if a is not None]
@@ -96,6 +100,7 @@ class TieredChunkStore(ChunkStore):
         if write_back not in ("through", "evict"):
             raise StoreError(f"write_back must be 'through' or 'evict', not {write_back!r}")
         self.page_tokens, self.page_bytes, self.max_generation = page_tokens, page_bytes, max_generation
+        self.wanted = Wanted(shape or ChunkShape(), page_tokens, page_bytes, max_generation)
         self.namespace, self.write_back = namespace_id(namespace, rank, ranks), write_back
         self.stats = TieredStats()
         self.backing = Backing(file, remote, self.stats)
@@ -133,14 +138,19 @@ class TieredChunkStore(ChunkStore):
         """The chunk, with the owner's corrections when one is given; None when it must be computed (again)."""
         return self.fetch(key, owner).chunk
 
-    def fetch(self, key: ChunkKey, owner: str | None = None) -> Fetched:
-        """`get`, and from where, or why not. Damage and failing tiers are reasons, never exceptions."""
+    def fetch(self, key: ChunkKey, owner: str | None = None, tokens: int | None = None) -> Fetched:
+        """`get`, and from where, or why not. Damage and failing tiers are reasons, never exceptions.
+
+        With `tokens`, a chunk of another number of tokens is none.
+        """
         name = chunk_name(self.namespace, key)
         with self._lock:
             entry = self._entries.get((name, owner)) or self._entries.get((name, None))
         try:
             if entry is None:
-                found = self.reader.load(name)
+                found = self.reader.load(name, tokens)
+            elif tokens and entry.layout.tokens != tokens:
+                raise Gone(f"misfit: tokens {entry.layout.tokens}, not {tokens}")
             else:
                 content, tier = self.reader.pages(entry, range(entry.layout.pages))
                 payload = packed(content, entry.layout)
@@ -297,7 +307,7 @@ class TieredChunkStore(ChunkStore):
                 return entry
             base = self._entries.get((name, None))
         if base is None:
-            found = self.backing.read(name, [(0, 1)])
+            found = self.backing.read(name, [(0, 1)], self.wanted)
             if isinstance(found, str):
                 raise StoreError(f"chunk {name[16:].hex()} cannot be corrected ({found}): build it again")
             head: Head = found[0]

@@ -68,7 +68,6 @@ class TieredStats(StoreStats):
     spill_bytes: int = 0
     spill_read_bytes: int = 0
     remote_bytes: int = 0
-    damaged: int = 0
     misfits: int = 0
     read_errors: int = 0
     write_errors: int = 0

@@ -131,7 +131,7 @@ class FileTier:
             self.files.sync(fd)
         finally:
             self.files.close(fd)
-        root.link(part, "format.json")  # unless another process was faster
+        root.settle(part, "format.json")  # unless another process was faster
         root.unlink(part)
 
     @property

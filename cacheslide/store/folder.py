@@ -5,10 +5,13 @@ link; below it no link is followed, no device, pipe or socket is opened, and oth
 """
 
 import errno
+import grp
 import os
+import pwd
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from cacheslide.errors import StoreError
@@ -64,7 +67,8 @@ class Folder:
             return
         if not _trusted(found.st_uid):
             raise Foreign(f"{self.path} belongs to user {found.st_uid}: use a folder of your own, or set shared_folder")
-        if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
+        others = 0o002 if _own_group(found.st_gid) else 0o022
+        if found.st_mode & others and not found.st_mode & stat.S_ISVTX:
             raise Foreign(
                 f"{self.path} may be written by others (mode {stat.S_IMODE(found.st_mode):o}): "
                 "make it private (chmod go-w), or set shared_folder"
@@ -133,13 +137,20 @@ class Folder:
             except FileNotFoundError:
                 return
 
-    def link(self, name: str, to: str) -> bool:
-        """Give a file a second name unless that is taken; whether it was free."""
+    def settle(self, part: str, name: str) -> bool:
+        """Rename `part` unless something has the name already; whether it was free. `part` may remain: unlink it."""
         with self.handle() as folder:
             try:
-                os.link(name, to, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+                os.link(part, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
             except FileExistsError:
                 return False
+            except OSError as refused:  # a file system without hard links: two writers at once write the same
+                if refused.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                with suppress(FileNotFoundError):
+                    os.stat(name, dir_fd=folder, follow_symlinks=False)
+                    return False
+                os.rename(part, name, src_dir_fd=folder, dst_dir_fd=folder)
         return True
 
     def sync(self) -> None:
@@ -151,6 +162,16 @@ class Folder:
 def _trusted(uid: int) -> bool:
     """This process's user, or root, whom no permission keeps out."""
     return uid in (os.geteuid(), 0)
+
+
+@cache
+def _own_group(gid: int) -> bool:
+    """Whether a group is this process's user's alone, as where every user has a group and shares nothing by it."""
+    try:
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid())
+    except KeyError:
+        return False
+    return group.gr_name == user.pw_name and gid == user.pw_gid and set(group.gr_mem) <= {user.pw_name}
 
 
 def _kind(mode: int) -> str:

@@ -1,7 +1,6 @@
 """Finds the current version of pages, wherever they are, and lets what was read from below climb into memory."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +12,7 @@ from cacheslide.store.entry import Entry, empty_pages
 from cacheslide.store.pages import from_payload, paged
 from cacheslide.store.placed import Runs
 from cacheslide.store.record import Encoded
+from cacheslide.store.shape import Wanted
 from cacheslide.store.spill import runs
 
 if TYPE_CHECKING:
@@ -119,9 +119,9 @@ class PageReader:
             at += size
         return torch.stack(parts), tier
 
-    def load(self, name: bytes, tokens: int | None = None) -> tuple[ChunkKV, str]:
-        """A chunk that memory knows nothing of, of `tokens` tokens if that is given."""
-        found = self.store.backing.read(name, accept=replace(self.store.wanted, tokens=tokens))
+    def load(self, name: bytes, wanted: Wanted) -> tuple[ChunkKV, str]:
+        """A chunk that memory knows nothing of."""
+        found = self.store.backing.read(name, accept=wanted)
         if isinstance(found, str):
             raise Gone(found)
         head, payload, tier = found

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cacheslide.errors import StoreError
 from cacheslide.store.base import ChunkKV
 from cacheslide.store.files import align
-from cacheslide.store.pages import DTYPES, PageLayout
+from cacheslide.store.pages import DTYPES, MOST_TOKENS, PageLayout
 from cacheslide.store.record import MOST_BYTES_BESIDE, Accept, Head, Misfit
 
 
@@ -34,12 +35,6 @@ class ChunkShape:
     hidden: int = 0
     max_positions: int = 0
 
-    @classmethod
-    def of(cls, chunk: ChunkKV) -> "ChunkShape":
-        """The shape of an existing chunk."""
-        layers, _, heads, dim = chunk.k.shape
-        return cls(layers, heads, dim, name_of(chunk.k.dtype))
-
     def misfit(self, layout: PageLayout, positions: Tensor, tokens: int | None = None) -> str:
         """Why a chunk cannot be used, in one line; empty when it can.
 
@@ -61,6 +56,14 @@ class ChunkShape:
         if low < 0 or high >= (self.max_positions or 1 << 31):
             return f"positions from {low} to {high}, outside the model's {self.max_positions or 1 << 31}"
         return ""
+
+    def misfit_of(self, chunk: ChunkKV, tokens: int | None = None) -> str:
+        """`misfit` of a chunk in memory; the page size does not matter."""
+        try:
+            layout = PageLayout.of(chunk, MOST_TOKENS)
+        except StoreError as wrong:
+            return str(wrong)
+        return self.misfit(layout, chunk.positions.cpu(), tokens)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,13 @@ class Wanted(Accept):
             raise Misfit(f"generation {head.generation}, of at most {self.max_generation}")
         if why := self.shape.misfit(layout, head.positions, self.tokens):
             raise Misfit(why)
+
+
+def shape_of(model, store_dtype: torch.dtype) -> ChunkShape:
+    """What the chunks of a reference model look like; of other models, what can be known."""
+    name, positions, config = name_of(store_dtype), model.rotary.max_positions, getattr(model, "config", None)
+    sizes = [getattr(config, field, 0) for field in ("num_kv_heads", "head_dim", "hidden_size")]
+    return ChunkShape(model.num_layers, *sizes[:2], name, sizes[2], positions)
 
 
 def name_of(dtype: torch.dtype) -> str:

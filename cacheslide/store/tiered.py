@@ -10,7 +10,7 @@ import itertools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from cacheslide.errors import StoreError
 from cacheslide.keys import ChunkKey
 from cacheslide.store.arena import Arena
 from cacheslide.store.backing import Backing, RemoteTier, TieredStats
-from cacheslide.store.base import ChunkKV, ChunkStore
+from cacheslide.store.base import ChunkKV, ChunkStore, Fetched
 from cacheslide.store.entry import Entry, empty_pages
 from cacheslide.store.filetier import FileTier, chunk_name, namespace_id
 from cacheslide.store.mover import Mover
@@ -29,15 +29,6 @@ from cacheslide.store.reader import Gone, PageReader
 from cacheslide.store.record import Head
 from cacheslide.store.shape import ChunkShape, Wanted
 from cacheslide.store.spill import SpillFile
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """A chunk and the lowest tier it was read from, or why there is none (`why` goes into the request's receipt)."""
-
-    chunk: ChunkKV | None
-    tier: str = ""
-    why: str = ""
 
 
 class TieredChunkStore(ChunkStore):
@@ -138,19 +129,26 @@ class TieredChunkStore(ChunkStore):
         """The chunk, with the owner's corrections when one is given; None when it must be computed (again)."""
         return self.fetch(key, owner).chunk
 
-    def fetch(self, key: ChunkKey, owner: str | None = None, tokens: int | None = None) -> Fetched:
+    def fetch(
+        self,
+        key: ChunkKey,
+        owner: str | None = None,
+        shape: ChunkShape | None = None,
+        tokens: int | None = None,
+    ) -> Fetched:
         """`get`, and from where, or why not. Damage and failing tiers are reasons, never exceptions.
 
-        With `tokens`, a chunk of another number of tokens is none.
+        A chunk of another shape (without `shape`: than the store's), or of another number of tokens, is none.
         """
+        wanted = replace(self.wanted, shape=shape or self.wanted.shape, tokens=tokens)
         name = chunk_name(self.namespace, key)
         with self._lock:
             entry = self._entries.get((name, owner)) or self._entries.get((name, None))
         try:
             if entry is None:
-                found = self.reader.load(name, tokens)
-            elif tokens and entry.layout.tokens != tokens:
-                raise Gone(f"misfit: tokens {entry.layout.tokens}, not {tokens}")
+                found = self.reader.load(name, wanted)
+            elif why := wanted.shape.misfit(entry.layout, entry.positions, tokens):
+                raise Gone(f"misfit: {why}")
             else:
                 content, tier = self.reader.pages(entry, range(entry.layout.pages))
                 payload = packed(content, entry.layout)

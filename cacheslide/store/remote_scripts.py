@@ -95,14 +95,15 @@ end
 keep(used + size)
 return {size, gone, cursor}
 """
-# ARGV: the most bytes that the asker can use. A larger value, or one of another type, is taken away: '' stands for it.
+# ARGV: the most bytes that the asker can use. A value that is larger, of another type, or shorter than a preamble is
+# taken away: '' stands for it.
 _GET = """
 local size = bytes_of(KEYS[5])
 if size < 0 then
   if redis.call('DEL', KEYS[5]) == 1 then return '' end
   return false
 end
-if size > tonumber(ARGV[1]) then forget(KEYS[5]) return '' end
+if size < 128 or size > tonumber(ARGV[1]) then forget(KEYS[5]) return '' end
 redis.call('ZADD', KEYS[2], 'XX', tick(), KEYS[5])
 return redis.call('GET', KEYS[5])
 """

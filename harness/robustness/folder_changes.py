@@ -8,6 +8,7 @@ import os
 import random
 import stat
 import struct
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def _any_file(root: Path, rng: random.Random) -> Path:
 
 def _clear(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        path.rename(path.with_name(f"{path.name}.was"))
+        path.rename(path.with_name(f"{path.name}.{time.monotonic_ns()}"))
     else:
         path.unlink(missing_ok=True)
 

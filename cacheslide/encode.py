@@ -13,6 +13,7 @@ from cacheslide.prefill import SelectivePrefill
 from cacheslide.prefill_request import PrefillRequest
 from cacheslide.prompt import Chunk, Prompt
 from cacheslide.store.base import ChunkKV, ChunkStore
+from cacheslide.store.shape import shape_of
 
 
 class ChunkEncoder:
@@ -37,6 +38,7 @@ class ChunkEncoder:
         self, model, store: ChunkStore, store_dtype: torch.dtype, capture: frozenset[int] = frozenset()
     ) -> None:
         self.model, self.store, self.store_dtype, self.capture = model, store, store_dtype, capture
+        self.shape = shape_of(model, store_dtype)
         self.executor = SelectivePrefill(model)
         self.row_layers = 0
 
@@ -67,9 +69,12 @@ class ChunkEncoder:
         text = fixed_text(prompt)
         ends = [sum(len(c) for c in chunks[: i + 1]) for i in range(len(chunks))]
         known = missing.index(True)  # a history that grew: its old chunks are exact in this chain, only the tail is new
-        pieces = [
-            Piece(chunk, len(chunk.positions)) for key in keys[:known] if (chunk := self.store.get(key)) is not None
-        ]
+        pieces = []
+        for key, chunk in zip(keys[:known], chunks, strict=False):
+            found = self.store.fetch(key, shape=self.shape, tokens=len(chunk)).chunk
+            if found is None:  # what lies behind it would be taken for its rows
+                break
+            pieces.append(Piece(found, len(chunk)))
         kv, inputs, where = self._prefill(text, range(len(text)), pieces, slots_between(prompt))
         for chunk, key, end, new in zip(chunks, keys, ends, missing, strict=True):
             if new:

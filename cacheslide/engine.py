@@ -15,7 +15,7 @@ from cacheslide.positions.ccpe import slots_in
 from cacheslide.prefill import SelectivePrefill
 from cacheslide.prefill_request import PrefillOutput, PrefillRequest
 from cacheslide.prompt import Chunk, Prompt
-from cacheslide.store.base import ChunkStore
+from cacheslide.store.base import ChunkKV, ChunkStore, Fetched
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class ReuseEngine:
         pieces, spans = [], []
         for chunk, key in zip(plan.chunks, plan.keys, strict=True):
             length = min(chunk.end, limit) - chunk.start
-            held = self._fetch(key, receipt) if length > 0 else None
+            held = self._fetch(key, len(chunk), receipt) if length > 0 else None
             if held is not None:
                 receipt.chunks_hit += 1
                 receipt.bytes_loaded += held.nbytes
@@ -237,13 +237,18 @@ class ReuseEngine:
         )
         return request, plan, receipt
 
-    def _fetch(self, key: ChunkKey, receipt: Receipt):
-        try:
-            found = self.store.get(key)
-            return self.corrected.get(key) if found is None and self.corrected is not None else found
-        except StoreError as broken:  # a damaged chunk is recomputed, never served
-            receipt.fallback = str(broken)
-            return None
+    def _fetch(self, key: ChunkKey, tokens: int, receipt: Receipt) -> ChunkKV | None:
+        for store in (self.store, self.corrected):
+            if store is not None:
+                try:
+                    found = store.fetch(key, shape=self.encoder.shape, tokens=tokens)
+                except StoreError as broken:
+                    found = Fetched(None, why=str(broken))
+                if found.chunk is not None:
+                    return found.chunk
+                if found.why != "absent":  # a damaged chunk is recomputed, never served
+                    receipt.fallback = found.why
+        return None
 
     def _finish(self, request: PrefillRequest, plan: Plan, receipt: Receipt, output: PrefillOutput) -> Prefilled:
         receipt.rows_recomputed = len(output.selected)

@@ -106,7 +106,7 @@ def test_files_are_private_and_keys_cannot_leave_the_folder(tmp_path):
     lock = next((tmp_path / "s").rglob("lock"))
     lock.unlink()
     lock.symlink_to(target)
-    with pytest.raises(OSError, match="symbolic"):
+    with pytest.raises(StoreError, match="symbolic"):
         for i in range(1, 9):
             store.write([encoded(i)])
     assert target.read_text() == "keep"

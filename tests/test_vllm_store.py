@@ -107,9 +107,9 @@ def test_requests_with_warm_chunks_pass_one_that_waits_for_its_own(path, tmp_pat
     with life(path, tmp_path / "s", store={"stall_limit_s": 600.0}) as engine:  # nobody gives up before the gate opens
         gate, read = threading.Event(), engine.worker.below.store.fetch
 
-        def held_back(key):
+        def held_back(key, **wanted):
             assert gate.wait(60)
-            return read(key)
+            return read(key, **wanted)
 
         engine.worker.below.store.fetch = held_back
         order, llm = [], engine.llm.llm_engine

@@ -1,4 +1,7 @@
-"""The tiers that outlive the process, file and remote, behind one face that turns every failure into a miss."""
+"""The tiers that outlive the process, file and remote, behind one face that turns every failure into a miss.
+
+Every kind of failure: what a file or a server makes the code below raise must not end the engine that asked.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,12 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cacheslide.errors import StoreError
 from cacheslide.store.base import StoreStats
 from cacheslide.store.breaker import Breaker
 from cacheslide.store.filetier import FileTier
-from cacheslide.store.record import Damaged, Encoded, Head, NoRoom
-from cacheslide.store.shard import Runs
+from cacheslide.store.placed import Runs
+from cacheslide.store.record import Accept, Damaged, Encoded, Head, Misfit, NoRoom, anything
 
 
 class RemoteTier(Protocol):
@@ -22,8 +24,8 @@ class RemoteTier(Protocol):
         """Whether the record is there."""
         ...
 
-    def read(self, name: bytes) -> tuple[Head, Tensor] | None:
-        """The verified record, None when it is not there, Damaged when it is not what was written."""
+    def read(self, name: bytes, accept: Accept = anything) -> tuple[Head, Tensor] | None:
+        """The verified record; None when it is not there, Damaged when it is not what was written or not accepted."""
         ...
 
     def write(self, record: Encoded) -> int:
@@ -48,6 +50,7 @@ class TieredStats(StoreStats):
     A page is `clean_dropped` when it left memory without a write, `dirty_written` when it had to be spilled, and
     `cancelled` or `released` when its owner gave it up before or without a write. `refused` counts chunks that are too
     large for the file tier, that the remote tier has no room for, or that were built on corrected KV too often.
+    `damaged` records were not what had been written, `misfits` were whole and of another shape than the engine's.
     """
 
     hits_device: int = 0
@@ -65,7 +68,7 @@ class TieredStats(StoreStats):
     spill_bytes: int = 0
     spill_read_bytes: int = 0
     remote_bytes: int = 0
-    damaged: int = 0
+    misfits: int = 0
     read_errors: int = 0
     write_errors: int = 0
     remote_errors: int = 0
@@ -95,14 +98,14 @@ class Backing:
             try:
                 if self.file.contains(name):
                     return "file"
-            except (OSError, StoreError) as error:
+            except Exception as error:
                 self._file_failed(error, reading=True)
         if self.remote is not None and not self.remote_breaker.open:
             try:
                 found = self.remote.contains(name)
                 self.remote_breaker.worked()
                 return "remote" if found else None
-            except (OSError, StoreError) as error:
+            except Exception as error:
                 self._remote_failed(error)
         return None
 
@@ -113,18 +116,17 @@ class Backing:
             if place is not None and place.hits < 3:
                 place.hits += 1
 
-    def read(self, name: bytes, runs: Runs | None = None) -> tuple[Head, Tensor, str] | str:
+    def read(self, name: bytes, runs: Runs | None = None, accept: Accept = anything) -> tuple[Head, Tensor, str] | str:
         """Verified head, payload (or the pages of `runs`) and tier; or the reason why there is nothing to serve."""
         why = "absent"
         if self.file is not None:
             try:
-                found = self.file.read(name, runs)
+                found = self.file.read(name, runs, accept)
                 if found is not None:
                     return *found, "file"
             except Damaged as damage:
-                self.stats.damaged += 1
-                why = f"damaged: {damage}"
-            except (OSError, StoreError) as error:
+                why = self._bad(damage)
+            except Exception as error:
                 self._file_failed(error, reading=True)
                 why = f"read error: {error}"
         if self.remote is None:
@@ -132,12 +134,12 @@ class Backing:
         if self.remote_breaker.open:
             return f"remote unavailable: {self.remote_breaker.last_error}" if why == "absent" else why
         try:
-            found = self.remote.read(name)
+            found = self.remote.read(name, accept)
             self.remote_breaker.worked()
         except Damaged as damage:
-            self.stats.damaged += 1
-            return f"damaged: {damage}"
-        except (OSError, StoreError) as error:
+            self.remote_breaker.worked()
+            return self._bad(damage)
+        except Exception as error:
             self._remote_failed(error)
             return f"remote unavailable: {error}"
         if found is None:
@@ -145,8 +147,18 @@ class Backing:
         head, payload = found
         bounds = head.layout.bounds
         if runs is not None:
+            if any(not 0 <= a < b <= head.layout.pages for a, b in runs):
+                return self._bad(Damaged(f"it has {head.layout.pages} pages, others were asked for"))
             payload = torch.cat([payload[bounds[a] : bounds[b]] for a, b in runs])
         return head, payload, "remote"
+
+    def _bad(self, damage: Damaged) -> str:
+        """Count a record that cannot be used, and say why."""
+        if isinstance(damage, Misfit):
+            self.stats.misfits += 1
+            return f"misfit: {damage}"
+        self.stats.damaged += 1
+        return f"damaged: {damage}"
 
     def write(self, records: Sequence[Encoded]) -> list[bool]:
         """Publish records; which of them are now in a tier below memory."""
@@ -157,7 +169,7 @@ class Backing:
             try:
                 self.stats.record_bytes += self.file.write(fitting)
                 self.file_breaker.worked()
-            except (OSError, StoreError) as error:
+            except Exception as error:
                 self._file_failed(error)
             self.stats.bytes_written = self._disk_bytes()
             kept = [self._published(r) for r in records]
@@ -170,7 +182,7 @@ class Backing:
                 except NoRoom:
                     self.stats.refused += 1
                     self.remote_breaker.worked()
-                except (OSError, StoreError) as error:
+                except Exception as error:
                     self._remote_failed(error)
                     break
         return kept
@@ -181,7 +193,7 @@ class Backing:
     def _published(self, record: Encoded) -> bool:
         try:
             return self.file.contains(record.name)
-        except OSError:
+        except Exception:
             return False
 
     def _file_failed(self, error: BaseException, reading: bool = False) -> None:

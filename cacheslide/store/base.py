@@ -2,12 +2,16 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cacheslide.errors import StoreError
 from cacheslide.keys import ChunkKey
+
+if TYPE_CHECKING:
+    from cacheslide.store.shape import ChunkShape
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,15 @@ class ChunkKV:
         )
 
 
+@dataclass(frozen=True)
+class Fetched:
+    """A chunk and the lowest tier it was read from, or why there is none (`why` goes into the request's receipt)."""
+
+    chunk: ChunkKV | None
+    tier: str = ""
+    why: str = ""
+
+
 @dataclass
 class StoreStats:
     """Counts since the store was opened."""
@@ -66,6 +79,7 @@ class StoreStats:
     evictions: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
+    damaged: int = 0
 
 
 class ChunkStore(ABC):
@@ -81,6 +95,20 @@ class ChunkStore(ABC):
     @abstractmethod
     def get(self, key: ChunkKey) -> ChunkKV | None:
         """The chunk, or None when it is not (or no longer) here."""
+
+    def fetch(self, key: ChunkKey, shape: "ChunkShape | None" = None, tokens: int | None = None) -> Fetched:
+        """`get`, or why not. A chunk of another shape, or of another number of tokens, is none."""
+        chunk = self.get(key)
+        if chunk is None:
+            return Fetched(None, why="absent")
+        if shape is not None and (why := shape.misfit_of(chunk, tokens)):
+            return Fetched(None, why=f"misfit: {why}")
+        return Fetched(chunk)
+
+    def missed(self, why: str) -> Fetched:
+        """Count a miss."""
+        self.stats.misses += 1
+        return Fetched(None, why=why)
 
     @abstractmethod
     def put(self, key: ChunkKey, chunk: ChunkKV) -> None:

@@ -13,10 +13,10 @@ from cacheslide.errors import CacheSlideError, ConfigError, StoreError
 from cacheslide.store.config import GIB, StoreConfig
 from cacheslide.store.files import Files
 from cacheslide.store.filetier import FileOptions, FileTier, namespace_id
+from cacheslide.store.folder import Folder
 from cacheslide.store.mooncake import MooncakeOptions
 from cacheslide.store.mooncake_pool import serve as serve_mooncake
-from cacheslide.store.record import Damaged
-from cacheslide.store.spill import stale_spills
+from cacheslide.store.spill import spills, stale_spills
 
 
 def add_parser(commands) -> None:
@@ -46,15 +46,20 @@ def add_parser(commands) -> None:
 
 
 def _open(where: Path, gib: float | None = None) -> FileTier:
-    path = where
+    path, shared = where, False
     if where.is_file():
-        if not (named := StoreConfig.from_file(where).path):
+        config = StoreConfig.from_file(where)
+        if not config.path:
             raise StoreError(f"{where} names no folder of chunks (option path)")
-        path = Path(named)
+        path, shared = Path(config.path), config.shared_folder
     if not (path / "format.json").is_file():
         raise StoreError(f"{path} is not a chunk store (it has no format.json)")
     capacity = int(gib * GIB) if gib is not None else 1 << 60
-    return FileTier(FileOptions(path, capacity, segment_bytes=64 << 20))
+    return FileTier(FileOptions(path, capacity, segment_bytes=64 << 20, shared=shared, strike=False))
+
+
+def _spill_folder(tier: FileTier) -> Folder:
+    return Folder(Path(tier.options.path) / "spill", Files(), shared=tier.options.shared)
 
 
 def _ids(namespace: str | None) -> frozenset[bytes] | None:
@@ -72,7 +77,7 @@ def _stat(args: argparse.Namespace) -> int:
         for name, place in shard.index.places.items():
             sizes[name[:16].hex()] += place.size
     folder = Path(tier.options.path)
-    spill = list((folder / "spill").glob("*.spill"))
+    spill = spills(_spill_folder(tier))
     out = {
         "folder": str(folder),
         "shards": len(tier.shards),
@@ -81,7 +86,7 @@ def _stat(args: argparse.Namespace) -> int:
         "superseded_bytes": tier.nbytes - sum(sizes.values()) - sum(4096 * len(s.index.segments) for s in tier.shards),
         "damaged_stretches": sum(s.index.skipped for s in tier.shards),
         "spill_files": len(spill),
-        "spill_bytes": sum(f.stat().st_size for f in spill),
+        "spill_bytes": sum(spill.values()),
         "namespaces": {n: {"chunks": c, "bytes": sizes[n]} for n, c in sorted(spaces.items())},
     }
     print(json.dumps(out, indent=1))
@@ -106,7 +111,7 @@ def _verify(args: argparse.Namespace) -> int:
     for name in list(tier.names()):
         try:
             found = tier.read(name)
-        except (Damaged, OSError) as damage:
+        except (StoreError, OSError) as damage:
             bad += 1
             print(f"{name[16:].hex()}: {damage}")
             continue
@@ -122,8 +127,8 @@ def _gc(args: argparse.Namespace) -> int:
     tier = _open(args.folder, args.gib)
     unwanted = _ids(args.namespace) or frozenset()
     freed = sum(s.compact(lambda name: name[:16] not in unwanted) for s in tier.shards)
-    spills = stale_spills(Path(tier.options.path) / "spill", Files())
-    print(f"gave back {freed} bytes and {spills} spill files of dead processes; {tier.nbytes} bytes remain")
+    removed = stale_spills(_spill_folder(tier))
+    print(f"gave back {freed} bytes and {removed} spill files of dead processes; {tier.nbytes} bytes remain")
     return 0
 
 

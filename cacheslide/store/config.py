@@ -1,6 +1,7 @@
 """From a configuration to an open store: this project's JSON, CrossCache's, and the connector's options."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,13 +13,17 @@ from cacheslide.store.backing import Backing, TieredStats
 from cacheslide.store.eviction import POLICIES
 from cacheslide.store.files import Files
 from cacheslide.store.filetier import FileOptions, FileTier
+from cacheslide.store.folder import Foreign
 from cacheslide.store.mooncake import MooncakeOptions
 from cacheslide.store.remote import RemoteOptions
 from cacheslide.store.remotes import check_remote, open_remote, remote_options
+from cacheslide.store.shape import ChunkShape
 from cacheslide.store.spill import SpillFile
 from cacheslide.store.tiered import TieredChunkStore
 
 GIB, MIB = 1 << 30, 1 << 20
+_MOST = 10**9  # of any number in a configuration
+logger = logging.getLogger("cacheslide.store")
 # CrossCache's configuration: section -> key -> the field here and how its value is turned into it.
 CROSSCACHE = {
     "Basic": {
@@ -62,6 +67,8 @@ class StoreConfig:
         Writer locks of a new folder.
     direct, durable : bool
         See `Shard`.
+    shared_folder : bool
+        Take a folder that others may write to, or that belongs to somebody else.
     remote_host : str
         Empty: no remote tier. The remaining `remote_` fields: see `RemoteOptions` and `MooncakeOptions`; the password
         is read from a file.
@@ -90,6 +97,7 @@ class StoreConfig:
     segment_mib: int = 64
     direct: bool = True
     durable: bool = True
+    shared_folder: bool = False
     lock_timeout_s: float = 10.0
     remote_engine: str = "valkey"
     remote_host: str = ""
@@ -122,8 +130,11 @@ class StoreConfig:
             fits = isinstance(value, (int, float) if kind is float else kind)
             if not fits or isinstance(value, bool) != (kind is bool):
                 raise ConfigError(f"store option {f.name} must be of type {kind.__name__}, not {value!r}")
-            if kind in (int, float) and value < 0:
-                raise ConfigError(f"store option {f.name} must not be negative, but is {value}")
+            if kind in (int, float) and not 0 <= value <= _MOST:
+                least = "must not be negative" if value < 0 else f"must be a number of at most {_MOST}"
+                raise ConfigError(f"store option {f.name} {least}, but is {str(value)[:20]}")
+            if kind is str and not value.isprintable():
+                raise ConfigError(f"store option {f.name} must be one printable line, not {value!r}")
         counts = "chunk_tokens page_tokens segment_mib queue_mib store_workers load_workers io_workers staging_buffers"
         for name in (*counts.split(), "connections"):
             if getattr(self, name) < 1:
@@ -157,7 +168,7 @@ class StoreConfig:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-        except ValueError as error:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
             raise ConfigError(f"{path} is not valid JSON: {error}") from None
         try:
             return cls.from_dict(raw)
@@ -193,6 +204,7 @@ class StoreConfig:
             self.lock_timeout_s,
             self.direct,
             self.durable,
+            self.shared_folder,
         )
 
     @property
@@ -240,6 +252,7 @@ def open_store(
     ranks: int = 1,
     device: str = "cpu",
     files: Files | None = None,
+    shape: ChunkShape | None = None,
 ) -> TieredChunkStore:
     """Open the store that a configuration describes.
 
@@ -254,6 +267,9 @@ def open_store(
         This worker's place under tensor parallelism.
     device : str
         Where the device tier lies, for example "cuda:0".
+    shape : ChunkShape, optional
+        What this model's chunks look like: a record of another shape is a miss. Without it the store knows only
+        `row_bytes`.
     """
     if not isinstance(config, StoreConfig):
         config = StoreConfig.from_file(config) if isinstance(config, str | Path) else StoreConfig.from_dict(config)
@@ -266,9 +282,17 @@ def open_store(
     files = files or Files()
     backing, spill = open_backing(config, files=files), None
     if backing.file is not None and config.spill_gib:
-        spill = SpillFile(
-            Path(config.path) / "spill", int(config.spill_gib * GIB), page_bytes, files, direct=config.direct
-        )
+        try:
+            spill = SpillFile(
+                Path(config.path) / "spill",
+                int(config.spill_gib * GIB),
+                page_bytes,
+                files,
+                direct=config.direct,
+                shared=config.shared_folder,
+            )
+        except Foreign as wrong:
+            logger.warning("CacheSlide's store keeps corrected pages in memory only: %s", wrong)
     return TieredChunkStore(
         config.page_tokens,
         page_bytes,
@@ -286,4 +310,5 @@ def open_store(
         workers=config.store_workers,
         load_workers=config.load_workers,
         max_generation=config.max_generation,
+        shape=shape,
     )

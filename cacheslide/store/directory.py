@@ -1,81 +1,177 @@
 """One safetensors file per chunk in a folder: how a workflow hands chunk KV caches from one step to the next."""
 
+import logging
 import os
-import tempfile
+import re
+import uuid
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import save
 
 from cacheslide.errors import StoreError
 from cacheslide.keys import ChunkKey
-from cacheslide.store.base import ChunkKV, ChunkStore
+from cacheslide.store.base import ChunkKV, ChunkStore, Fetched
+from cacheslide.store.files import Files
+from cacheslide.store.folder import Folder, Foreign
+from cacheslide.store.shape import ChunkShape
+from cacheslide.store.tensorfile import TensorFile
 
 _FORMAT = "1"
+_KEY = re.compile(r"[0-9a-f]{1,128}")
+_FILE = re.compile(r"[0-9a-f]{1,128}\.safetensors")
+_INPUT = re.compile(r"layer_input\.(0|[1-9][0-9]{0,8})")
+logger = logging.getLogger("cacheslide.store")
 
 
 class DirectoryChunkStore(ChunkStore):
-    """Chunks as `<key>.safetensors` under `root`, written under a temporary name and renamed into place."""
+    """Chunks as `<key>.safetensors` under `root`, written under a temporary name and renamed into place.
 
-    def __init__(self, root: str | Path) -> None:
+    A file that cannot be used is a miss with a reason. One that this store wrote, which its header says, is removed;
+    whatever else has a chunk's name stays, and the chunk is not kept.
+
+    Parameters
+    ----------
+    shared : bool
+        Take a folder that others may write to, or that belongs to somebody else.
+    """
+
+    def __init__(self, root: str | Path, *, shared: bool = False) -> None:
         super().__init__()
-        self.root = Path(root)
+        self.root, self.files = Path(root), Files()
+        self.folder = Folder(self.root, self.files, shared=shared, root=True)
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-        except OSError as refused:
-            raise StoreError(f"cannot use {root} as a folder of chunks: {refused.strerror}") from None
+            self.root.mkdir(mode=0o755, parents=True, exist_ok=True)
+            with self.folder.handle():
+                pass
+        except (OSError, ValueError) as refused:
+            why = getattr(refused, "strerror", None) or refused
+            raise StoreError(f"cannot use {str(root)!r} as a folder of chunks: {why}") from None
 
-    def _file(self, key: ChunkKey) -> Path:
-        if not key or any(c not in "0123456789abcdef" for c in key):
-            raise StoreError(f"malformed chunk key {key!r}: hexadecimal digits are expected")
-        return self.root / f"{key}.safetensors"
+    def _file(self, key: ChunkKey) -> str:
+        if not isinstance(key, str) or not _KEY.fullmatch(key):
+            raise StoreError(f"malformed chunk key {key!r}: up to 128 hexadecimal digits are expected")
+        return f"{key}.safetensors"
 
     def contains(self, key: ChunkKey) -> bool:
-        return self._file(key).is_file()
+        name = self._file(key)
+        try:
+            fd = self.folder.open(name)
+        except (OSError, Foreign):
+            return False
+        try:
+            return TensorFile.of(fd).metadata.get("format") == _FORMAT
+        except (OSError, ValueError):
+            return False
+        finally:
+            self.files.close(fd)
 
     def get(self, key: ChunkKey) -> ChunkKV | None:
-        file = self._file(key)
+        return self.fetch(key).chunk
+
+    def fetch(self, key: ChunkKey, shape: ChunkShape | None = None, tokens: int | None = None) -> Fetched:
+        name, written = self._file(key), None
         try:
-            with safe_open(file, framework="pt") as f:
-                meta = f.metadata() or {}
-                if meta.get("format") != _FORMAT:
-                    raise StoreError(f"{file.name} has chunk format {meta.get('format')!r}, expected {_FORMAT!r}")
-                names = [n for n in f.keys() if n.startswith("layer_input.")]  # noqa: SIM118 (safe_open is no mapping)
-                inputs = {int(n.split(".")[1]): f.get_tensor(n) for n in names}
-                chunk = ChunkKV(
-                    f.get_tensor("k"), f.get_tensor("v"), f.get_tensor("positions"), inputs, int(meta["generation"])
-                )
+            fd = self.folder.open(name)
+            try:
+                written = _written(fd)
+                chunk = _chunk(fd, self.files)
+            finally:
+                self.files.close(fd)
+            if why := (shape or ChunkShape()).misfit_of(chunk, tokens):
+                raise ValueError(why)
         except FileNotFoundError:
-            self.stats.misses += 1
-            return None
-        except SafetensorError as broken:
-            raise StoreError(f"{file.name} cannot be read ({broken}); delete it to have the chunk rebuilt") from None
+            return self.missed("absent")
+        except (OSError, ValueError, KeyError, StoreError) as broken:
+            why = f"{name} cannot be read ({broken})"
+            logger.warning("CacheSlide computes a chunk again: %s", why)
+            self.stats.damaged += 1
+            if written:
+                self._remove(name, written)
+            return self.missed(why)
         self.stats.hits += 1
         self.stats.bytes_read += chunk.nbytes
-        return chunk
+        return Fetched(chunk, "file")
+
+    def _remove(self, name: str, written: tuple[int, int]) -> None:
+        """Remove a file of this store's, unless another has taken its place."""
+        try:
+            found = self.folder.entries(lambda entry: entry == name).get(name)
+            if found is not None and (found.st_ino, found.st_mtime_ns) == written:
+                self.folder.unlink(name)
+        except (OSError, Foreign) as error:
+            logger.warning("CacheSlide could not remove %s: %s", name, error)
 
     def put(self, key: ChunkKey, chunk: ChunkKV) -> None:
-        file = self._file(key)
-        if file.is_file():
+        name = self._file(key)
+        if self.contains(key):
             return
         tensors = {"k": chunk.k, "v": chunk.v, "positions": chunk.positions}
         tensors |= {f"layer_input.{layer}": x for layer, x in chunk.layer_inputs.items()}
-        tensors = {name: t.contiguous() for name, t in tensors.items()}
-        handle, name = tempfile.mkstemp(dir=self.root, suffix=".tmp")
-        os.close(handle)
+        part = f"{uuid.uuid4().hex}.tmp"
         try:
-            save_file(tensors, name, metadata={"format": _FORMAT, "generation": str(chunk.generation)})
-            os.replace(name, file)
+            raw = save(
+                {n: t.contiguous() for n, t in tensors.items()},
+                metadata={"format": _FORMAT, "generation": str(chunk.generation)},
+            )
+            self._write(part, raw)
+            kept = self.folder.settle(part, name)  # nothing that has the name already is replaced
         except (OSError, SafetensorError) as full:
             raise StoreError(f"cannot write a chunk of {chunk.nbytes} bytes to {self.root}: {full}") from None
         finally:
-            Path(name).unlink(missing_ok=True)
+            self.folder.unlink(part)
+        if not kept and not self.contains(key):
+            logger.warning("CacheSlide does not keep a chunk: %s is no file of this store", self.root / name)
+            return
         self.stats.puts += 1
         self.stats.bytes_written += chunk.nbytes
 
+    def _write(self, name: str, raw: bytes) -> None:
+        fd = self.folder.open(name, new=True, write=True)
+        try:
+            self.files.write(fd, memoryview(raw), 0)
+        finally:
+            self.files.close(fd)
+
     def __len__(self) -> int:
-        return sum(1 for _ in self.root.glob("*.safetensors"))
+        return len(self.folder.entries(lambda name: _FILE.fullmatch(name) is not None))
 
     @property
     def nbytes(self) -> int:
-        return sum(f.stat().st_size for f in self.root.glob("*.safetensors"))
+        found = self.folder.entries(lambda name: _FILE.fullmatch(name) is not None)
+        return sum(status.st_size for status in found.values())
+
+
+def _written(fd: int) -> tuple[int, int] | None:
+    """What tells a file that this store wrote from a later one of its name; None for another's."""
+    try:
+        head = os.pread(fd, 1 << 12, 8)
+    except OSError:
+        return None
+    status = os.fstat(fd)
+    ours = head.startswith(b'{"__metadata__":{') and all(
+        part in head for part in (b'"format":"' + _FORMAT.encode() + b'"', b'"generation":"', b'"positions":{')
+    )
+    return (status.st_ino, status.st_mtime_ns) if ours else None
+
+
+def _chunk(fd: int, files: Files) -> ChunkKV:
+    """The chunk in a file; ValueError, KeyError or StoreError when there is none."""
+    file = TensorFile.of(fd)
+    if file.metadata.get("format") != _FORMAT:
+        raise ValueError(f"it has chunk format {str(file.metadata.get('format'))[:20]!r}, expected {_FORMAT!r}")
+    generation = file.metadata["generation"]
+    if not re.fullmatch(r"[0-9]{1,9}", generation):
+        raise ValueError("its generation is no count")
+    layers = {name: _INPUT.fullmatch(name) for name in file.places.keys() - {"k", "v", "positions"}}
+    if not all(layers.values()):
+        raise ValueError("it holds tensors that no chunk has")
+    kinds = {place.dtype for name, place in file.places.items() if name != "positions"}
+    if len(kinds) != 1 or file.places["positions"].dtype.is_floating_point or not kinds.pop().is_floating_point:
+        raise ValueError("its tensors have other dtypes than a chunk's")
+    shapes = [file.places[name].shape for name in layers] + [file.places["positions"].shape]
+    if any(len(shape) != 2 for shape in shapes[:-1]) or len(shapes[-1]) != 1:
+        raise ValueError("its tensors have other shapes than a chunk's")
+    held = file.read(fd, files)
+    inputs = {int(match[1]): held[name] for name, match in sorted(layers.items())}
+    return ChunkKV(held["k"], held["v"], held["positions"], inputs, int(generation))

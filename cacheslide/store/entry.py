@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from cacheslide.store.eviction import PageId
-from cacheslide.store.pages import PageLayout
+from cacheslide.store.pages import MOST_PAGES, PageLayout
 
-PAGE_BITS = 20
+PAGE_BITS = MOST_PAGES.bit_length() - 1
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,19 +29,32 @@ def aligned_buffer(n: int) -> memoryview:
 class Files:
     """Plain files with mode 0600; symbolic links are not followed."""
 
-    def open(self, path: Path, *, create: bool = False, new: bool = False, write: bool = False, direct: bool = False):
-        """A file descriptor. `new` insists on creating; `direct` bypasses the page cache where the folder allows."""
-        flags = os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_RDWR if write else os.O_RDONLY)
+    def open(
+        self,
+        path: Path | str,
+        *,
+        create: bool = False,
+        new: bool = False,
+        write: bool = False,
+        direct: bool = False,
+        folder: int | None = None,
+    ) -> int:
+        """A file descriptor; a relative path starts at the descriptor `folder`.
+
+        `new` insists on creating; `direct` bypasses the page cache where the folder allows. Pipes and the like do not
+        block: whoever opens a name that others may choose looks at what came (`Folder.open`).
+        """
+        flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | (os.O_RDWR if write else os.O_RDONLY)
         flags |= os.O_CREAT if create or new else 0
         flags |= os.O_EXCL if new else 0
         if direct and hasattr(os, "O_DIRECT"):
             try:
-                return os.open(path, flags | os.O_DIRECT, 0o600)
+                return os.open(path, flags | os.O_DIRECT, 0o600, dir_fd=folder)
             except OSError as refused:
                 if refused.errno != 22:  # EINVAL: this file system has no direct I/O
                     raise
                 flags &= ~os.O_EXCL  # some file systems create the file before they refuse
-        return os.open(path, flags, 0o600)
+        return os.open(path, flags, 0o600, dir_fd=folder)
 
     def buffer(self, nbytes: int) -> "Tensor":
         """Memory that a record's pages are read into and then served from: uint8 [nbytes], at a block boundary."""
@@ -70,29 +84,14 @@ class Files:
         """Wait until the file's data is on the device."""
         os.fdatasync(fd)
 
-    def sync_folder(self, path: Path) -> None:
-        """Wait until new and removed names are on the device."""
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
     def truncate(self, fd: int, size: int) -> None:
         """Cut or extend a file to `size` bytes."""
         os.ftruncate(fd, size)
 
-    def size(self, path: Path) -> int:
-        """Bytes of a file."""
-        return os.stat(path, follow_symlinks=False).st_size
-
-    def unlink(self, path: Path) -> None:
+    def unlink(self, path: Path | str, folder: int | None = None) -> None:
         """Remove a file if it is there."""
-        path.unlink(missing_ok=True)
-
-    def replace(self, source: Path, target: Path) -> None:
-        """Rename over `target`, atomically."""
-        os.replace(source, target)
+        with suppress(FileNotFoundError):
+            os.unlink(path, dir_fd=folder)
 
 
 def tensor_view(buffer: memoryview) -> "Tensor":

@@ -4,7 +4,10 @@ import hashlib
 import json
 import os
 import re
+import time
+import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,19 +16,31 @@ from torch import Tensor
 from cacheslide.errors import StoreError
 from cacheslide.keys import ChunkKey
 from cacheslide.store.files import BLOCK, Files
-from cacheslide.store.record import Encoded, Head
-from cacheslide.store.shard import Runs, Shard
+from cacheslide.store.folder import Folder, Foreign
+from cacheslide.store.placed import Runs
+from cacheslide.store.record import Accept, Encoded, Head, anything
+from cacheslide.store.shard import Shard
+from cacheslide.store.strict import is_count, parse_object
 
 _KEY = re.compile(r"[0-9a-f]{40}")
 _FORMAT = {"kind": "cacheslide-store", "format": 1}
+_NOTE_BYTES = 4096
+OPEN_S = 30.0  # opening takes in what is there for at most so long; the rest comes with look-ups
 
 
 def namespace_id(namespace: str, rank: int = 0, ranks: int = 1) -> bytes:
-    """Sixteen bytes that stand for a tenant and a rank's share of its KV heads, on disk and in the remote tier."""
+    """Sixteen bytes that stand for a tenant and a rank's share of its KV heads, on disk and in the remote tier.
+
+    A namespace without NUL is hashed with the rank behind a NUL, as it always was; one with NUL, which could imitate
+    that, has its length in front and a hash of its own kind.
+    """
     if not 0 <= rank < ranks:
         raise StoreError(f"rank must lie in 0 to {ranks - 1}, not {rank}")
-    text = namespace.encode() + (f"\0rank {rank} of {ranks}".encode() if ranks > 1 else b"")
-    return hashlib.blake2b(text, digest_size=16, person=b"cacheslide-ns").digest()
+    text, person = namespace.encode("utf-8", "surrogatepass"), b"cacheslide-ns"
+    if b"\0" in text:
+        text, person = len(text).to_bytes(8, "little") + text, b"cacheslide-ns-2"
+    text += f"\0rank {rank} of {ranks}".encode() if ranks > 1 else b""
+    return hashlib.blake2b(text, digest_size=16, person=person).digest()
 
 
 def chunk_name(namespace: bytes, key: ChunkKey) -> bytes:
@@ -40,7 +55,7 @@ class FileOptions:
     """Settings of the file tier.
 
     `capacity` in bytes holds for the folder, whoever writes to it; it is divided evenly over `shards`, which is fixed
-    when the folder is made. The rest: see `Shard`.
+    when the folder is made. The rest: see `Shard`; `shared` also holds for the folder itself.
     """
 
     path: Path
@@ -50,6 +65,8 @@ class FileOptions:
     lock_timeout_s: float = 10.0
     direct: bool = False
     durable: bool = True
+    shared: bool = False
+    strike: bool = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.shards <= 256:
@@ -63,52 +80,59 @@ class FileTier:
 
     def __init__(self, options: FileOptions, files: Files | None = None) -> None:
         self.options, self.files = options, files or Files()
-        root = Path(options.path)
+        path, until = Path(options.path), time.monotonic() + OPEN_S
         try:
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            shards = self._shards_on_disk(root)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            shards = self._shards_on_disk(Folder(path, self.files, shared=options.shared, root=True))
+            each = options.capacity // shards
+            self.shards = [
+                Shard(
+                    path / f"shard-{i:02x}",
+                    each,
+                    options.segment_bytes,
+                    self.files,
+                    lock_timeout_s=options.lock_timeout_s,
+                    direct=options.direct,
+                    durable=options.durable,
+                    shared=options.shared,
+                    strike=options.strike,
+                    limit_s=max(0.0, until - time.monotonic()),
+                )
+                for i in range(shards)
+            ]
         except OSError as refused:
-            raise StoreError(f"cannot use {root} as a chunk store: {refused.strerror}") from None
-        each = options.capacity // shards
-        self.shards = [
-            Shard(
-                root / f"shard-{i:02x}",
-                each,
-                options.segment_bytes,
-                self.files,
-                lock_timeout_s=options.lock_timeout_s,
-                direct=options.direct,
-                durable=options.durable,
-            )
-            for i in range(shards)
-        ]
+            raise StoreError(f"cannot use {path} as a chunk store: {refused.strerror}") from None
+        except ValueError as wrong:  # a path with NUL
+            raise StoreError(f"cannot use {str(path)!r} as a chunk store: {wrong}") from None
 
-    def _shards_on_disk(self, root: Path) -> int:
+    def _shards_on_disk(self, root: Folder) -> int:
         """The folder's own number of shards; written once, by whoever comes first."""
-        note = root / "format.json"
-        if not note.exists():
-            text = json.dumps(_FORMAT | {"shards": self.options.shards}).encode()
-            part = root / f"format.{os.getpid()}.tmp"
-            fd = self.files.open(part, create=True, write=True)
-            try:
-                self.files.write(fd, memoryview(text), 0)
-                self.files.sync(fd)
-            finally:
-                self.files.close(fd)
-            try:
-                os.link(part, note)  # fails when another process was faster
-            except FileExistsError:
-                pass
-            finally:
-                self.files.unlink(part)
+        note = root.path / "format.json"
         try:
-            found = json.loads(note.read_text())
-            shards = int(found["shards"])
-        except (ValueError, KeyError, TypeError):
+            raw = root.read("format.json", _NOTE_BYTES)
+        except FileNotFoundError:
+            self._describe(root)
+            raw = root.read("format.json", _NOTE_BYTES)
+        try:
+            found = parse_object(raw, _NOTE_BYTES)
+            shards = found["shards"]
+        except (ValueError, KeyError):
             raise StoreError(f"{note} is damaged: restore it, or remove the folder") from None
-        if {k: found.get(k) for k in _FORMAT} != _FORMAT or not 1 <= shards <= 256:
+        if {k: found.get(k) for k in _FORMAT} != _FORMAT or not is_count(shards, 1, 256):
             raise StoreError(f"{note} describes another kind or version of store: use another folder")
         return shards
+
+    def _describe(self, root: Folder) -> None:
+        text = json.dumps(_FORMAT | {"shards": self.options.shards}).encode()
+        part = f"format.{os.getpid()}-{uuid.uuid4().hex}.tmp"
+        fd = root.open(part, new=True, write=True)
+        try:
+            self.files.write(fd, memoryview(text), 0)
+            self.files.sync(fd)
+        finally:
+            self.files.close(fd)
+        root.settle(part, "format.json")  # unless another process was faster
+        root.unlink(part)
 
     @property
     def largest(self) -> int:
@@ -123,9 +147,9 @@ class FileTier:
         """Whether a record of this name is published; reads no page."""
         return self.shard(name).index.find(name) is not None
 
-    def read(self, name: bytes, runs: Runs | None = None) -> tuple[Head, Tensor] | None:
+    def read(self, name: bytes, runs: Runs | None = None, accept: Accept = anything) -> tuple[Head, Tensor] | None:
         """See `Shard.read`."""
-        return self.shard(name).read(name, runs)
+        return self.shard(name).read(name, runs, accept)
 
     def head(self, name: bytes) -> Head | None:
         """A record's layout, positions and checksums without its pages; None when it is not here."""
@@ -133,17 +157,29 @@ class FileTier:
         return None if found is None else found[0]
 
     def write(self, records: Iterable[Encoded]) -> int:
-        """Append records that are not there yet, one sequential write a shard; returns the bytes written."""
+        """Append records that are not there yet, one sequential write a shard; returns the bytes written.
+
+        A shard whose folder is not the store's takes nothing; Foreign is raised after the others have been written.
+        """
         groups: dict[int, list[Encoded]] = {}
         for r in records:
-            if not self.contains(r.name):
-                groups.setdefault(r.name[16] % len(self.shards), []).append(r)
-        return sum(self.shards[i].append(group) for i, group in groups.items())
+            groups.setdefault(r.name[16] % len(self.shards), []).append(r)
+        written, wrong = 0, None
+        for i, group in groups.items():
+            try:
+                missing = [r for r in group if not self.contains(r.name)]
+                written += self.shards[i].append(missing) if missing else 0
+            except Foreign as foreign:
+                wrong = foreign
+        if wrong is not None:
+            raise wrong
+        return written
 
     def names(self) -> Iterator[bytes]:
         """Names of all records, every namespace's."""
         for shard in self.shards:
-            shard.index.refresh()
+            with suppress(Foreign):
+                shard.index.refresh()
             yield from list(shard.index.places)
 
     def __len__(self) -> int:

@@ -1,16 +1,20 @@
 """Where each chunk's newest record lies, rebuilt from the segments and kept up with other processes' writes."""
 
+import errno
 import os
 import threading
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import wraps
 
 from cacheslide.store.files import BLOCK
-from cacheslide.store.record import PREAMBLE_BYTES, Preamble
+from cacheslide.store.folder import Foreign
+from cacheslide.store.record import NOBODY, PREAMBLE_BYTES, Preamble
 from cacheslide.store.segments import SegmentFolder, ShardHead
 
 _STRIDE = 1 << 20  # bytes read at a time where preambles are searched block by block
+REFRESH_S = 1.0  # a look-up takes in what is new for at most so long, and goes on where it stopped the next time
 
 
 def _guarded(method):
@@ -54,6 +58,8 @@ class ShardIndex:
         self.places: dict[bytes, Location] = {}
         self.segments: OrderedDict[int, Segment] = OrderedDict()
         self.skipped = 0  # damaged stretches met while scanning
+        self.unread: dict[int, int] = {}  # files named like segments that are none, and their sizes
+        self._until = 0.0
         self._raw = b"?"
         self._guard = threading.RLock()
 
@@ -75,35 +81,45 @@ class ShardIndex:
             self.head, self._raw = head, head.pack()
 
     @_guarded
-    def refresh(self, force: bool = False) -> bool:
-        """Take in what was published since the last call; one small read when nothing was. Whether anything was."""
+    def refresh(self, force: bool = False, limit_s: float = REFRESH_S) -> bool:
+        """Take in what was published since the last call; one small read when nothing was. Whether anything was.
+
+        After `limit_s` seconds the rest is left to the next call. StoreError and OSError when the folder cannot be
+        used.
+        """
         raw = self.folder.raw_head()
         if raw == self._raw and not force:
             return False
-        head = ShardHead.unpack(raw)
+        self._until = time.monotonic() + limit_s
+        head, listing = ShardHead.unpack(raw), self.folder.listing()
         if head is None:  # no store yet, or a damaged head: every segment is read to its end
-            listing = self.folder.listing()
             head = ShardHead(seq=self.head.seq, last=max(listing, default=0))
-        else:
-            listing = self.folder.listing()
         self.head, self._raw = head, raw
         for gone in [i for i in self.segments if i not in listing]:
             self.forget(gone)
+        self.unread = {i: size for i, size in self.unread.items() if i in listing}
         for segment, size in listing.items():
             if segment <= head.last:
-                self._take(segment, head.published(segment, size))
+                if time.monotonic() >= self._until:
+                    self._raw = b"?"
+                    break
+                self._take(segment, size, head.published(segment, size))
         return True
 
-    def _take(self, segment: int, published: int) -> None:
+    def _take(self, segment: int, size: int, published: int) -> None:
         known = self.segments.get(segment)
         if known is None:
+            if self.unread.get(segment) == size:
+                return
             try:
                 kind = self.folder.kind(segment)
             except FileNotFoundError:
                 return
             if kind is None:
-                self.skipped += 1
+                self.skipped += segment not in self.unread
+                self.unread[segment] = size
                 return
+            self.unread.pop(segment, None)
             known = self.segments[segment] = Segment(*kind)
         known.size = max(known.size, published)
         if published > known.scanned:
@@ -112,8 +128,8 @@ class ShardIndex:
     def _scan(self, number: int, segment: Segment, end: int) -> None:
         """Read the preambles of [scanned, end); behind a damaged one, look for the next block that holds one."""
         try:
-            fd = os.open(self.folder.file(number), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
+            fd = self.folder.folder.open(self.folder.file(number))
+        except (FileNotFoundError, Foreign):
             return
         try:
             at, window, start = segment.scanned, b"", 0
@@ -121,9 +137,12 @@ class ShardIndex:
             while at + PREAMBLE_BYTES <= end:
                 if at + PREAMBLE_BYTES > start + len(window):
                     window, start = os.pread(fd, ahead, at), at
+                    if time.monotonic() >= self._until:
+                        self._raw, segment.scanned = b"?", at
+                        return
                 found = Preamble.unpack(window[at - start : at - start + PREAMBLE_BYTES], segment.salt, at)
                 size = 0 if found is None else found.size
-                if found is None or at + size > end:
+                if found is None or at + size > end or found.seq > self._newest:
                     self.skipped += 1
                     at = self._next(fd, segment.salt, at + BLOCK, end)
                     continue
@@ -134,19 +153,27 @@ class ShardIndex:
             os.close(fd)
         segment.scanned = end
 
-    @staticmethod
-    def _next(fd: int, salt: bytes, at: int, end: int) -> int:
-        while at < end:
-            raw = os.pread(fd, min(_STRIDE, end - at), at)
+    @property
+    def _newest(self) -> int:
+        """The highest sequence number that a published record can have; any, where the head is damaged."""
+        return self.head.seq if self.head.epoch else 1 << 62
+
+    def _next(self, fd: int, salt: bytes, at: int, end: int) -> int:
+        """The next block that holds a preamble, or where the search has to go on later."""
+        while at < end and time.monotonic() < self._until:
+            at = _data(fd, at)
+            raw = os.pread(fd, max(0, min(_STRIDE, end - at)), at)
             for i in range(0, len(raw), BLOCK):
                 if Preamble.unpack(raw[i : i + PREAMBLE_BYTES], salt, at + i) is not None:
                     return at + i
             at += max(len(raw), BLOCK)
-        return end
+        return min(at, end)
 
     @_guarded
     def add(self, segment: int, preamble: Preamble, offset: int, hits: int = 0) -> None:
         """Note a record; an older one of the same name is superseded."""
+        if preamble.name == NOBODY:
+            return
         old = self.places.get(preamble.name)
         if old is not None and old.seq > preamble.seq:
             return
@@ -179,3 +206,11 @@ class ShardIndex:
         """Bytes of the shard's segment files."""
         with self._guard:
             return sum(s.size for s in self.segments.values())
+
+
+def _data(fd: int, at: int) -> int:
+    """The first block from `at` on that is not a hole of a sparse file; far behind its end when there is none."""
+    try:
+        return max(at, os.lseek(fd, at, os.SEEK_DATA) // BLOCK * BLOCK)
+    except OSError as none:
+        return 1 << 62 if none.errno == errno.ENXIO else at

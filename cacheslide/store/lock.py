@@ -7,10 +7,12 @@ import os
 import socket
 import threading
 import time
-from pathlib import Path
 
 from cacheslide.errors import StoreError
-from cacheslide.store.files import Files
+from cacheslide.store.folder import Folder
+from cacheslide.store.strict import is_count, parse_object
+
+_NOTE_BYTES = 512
 
 
 class StoreBusy(StoreError):
@@ -22,22 +24,25 @@ class WriterLock:
 
     A holder that dies, by kill -9 too, loses the lock with its file descriptor. Its note stays behind in the file:
     `acquire` returns True when it finds one, and the caller then cleans up what the dead writer left half done.
-    Waiting is limited by a monotonic clock.
+    Waiting is limited by a monotonic clock. Content that is no such note is left as it is.
     """
 
-    def __init__(self, path: Path, files: Files, timeout_s: float) -> None:
-        self.path, self.files, self.timeout_s = path, files, timeout_s
+    def __init__(self, folder: Folder, timeout_s: float) -> None:
+        self.folder, self.files, self.timeout_s = folder, folder.files, timeout_s
+        self.path = folder.path / "lock"
         self._threads = threading.Lock()
         self._fd: int | None = None
+        self._noted = True
 
-    def acquire(self) -> bool:
-        """Take the lock; whether the last holder died with it. StoreBusy after the time limit."""
-        deadline = time.monotonic() + self.timeout_s
-        if not self._threads.acquire(timeout=self.timeout_s):
-            raise StoreBusy(f"{self.path}: another thread kept the lock for {self.timeout_s} s")
+    def acquire(self, limit_s: float | None = None) -> bool:
+        """Take the lock; whether the last holder died with it. StoreBusy after the time limit, or `limit_s`."""
+        limit_s = self.timeout_s if limit_s is None else limit_s
+        deadline = time.monotonic() + limit_s
+        if not self._threads.acquire(timeout=limit_s):
+            raise StoreBusy(f"{self.path}: another thread kept the lock for {limit_s} s")
         fd = None
         try:
-            fd = self.files.open(self.path, create=True, write=True)
+            fd = self.folder.open("lock", create=True, write=True)
             pause = 0.0005
             while True:
                 try:
@@ -45,18 +50,18 @@ class WriterLock:
                     break
                 except BlockingIOError:
                     if time.monotonic() >= deadline:
-                        raise StoreBusy(
-                            f"{self.path}: {self._holder(fd)} kept the lock for {self.timeout_s} s"
-                        ) from None
+                        raise StoreBusy(f"{self.path}: {self._holder(fd)} kept the lock for {limit_s} s") from None
                     time.sleep(pause)
                     pause = min(2 * pause, 0.02)
-            stale = os.fstat(fd).st_size > 0
+            found = _note(fd)
+            self._fd, self._noted = fd, found is not None
+            if found is None:
+                return False
             note = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
             with contextlib.suppress(OSError):  # the note is for people; a full disk must not stop the holder
                 self.files.truncate(fd, 0)
                 self.files.write(fd, memoryview(note), 0)
-            self._fd = fd
-            return stale
+            return bool(found)
         except BaseException:
             if fd is not None:
                 self.files.close(fd)
@@ -67,16 +72,31 @@ class WriterLock:
         """Give the lock back; an empty file says that nothing was left half done."""
         fd, self._fd = self._fd, None
         try:
-            with contextlib.suppress(OSError):
-                self.files.truncate(fd, 0)
+            if self._noted:
+                with contextlib.suppress(OSError):
+                    self.files.truncate(fd, 0)
         finally:
             self.files.close(fd)
             self._threads.release()
 
     @staticmethod
     def _holder(fd: int) -> str:
-        try:
-            note = json.loads(os.pread(fd, 200, 0))
-            return f"process {note['pid']} on {note['host']}"
-        except (ValueError, KeyError, TypeError):
-            return "another process"
+        note = _note(fd)
+        return f"process {note['pid']} on {note['host']}" if note else "another process"
+
+
+def _note(fd: int) -> dict | None:
+    """The last holder's note, empty when it left none; None when the file holds something else."""
+    raw = os.pread(fd, _NOTE_BYTES, 0)
+    if len(raw) == _NOTE_BYTES:
+        return None
+    if not raw.strip(b"\0"):
+        return {}
+    if b'{"pid"'.startswith(raw[:6]) and not raw.endswith(b"}"):
+        return {"pid": "?", "host": "?"}  # its writer died over it
+    try:
+        note = parse_object(raw, _NOTE_BYTES)
+    except ValueError:
+        return None
+    ours = note.keys() == {"pid", "host"} and is_count(note["pid"]) and isinstance(note["host"], str)
+    return note if ours and note["host"].isprintable() else None

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cacheslide.errors import ConfigError, StoreError
 from cacheslide.store.files import Files, aligned_buffer
-from cacheslide.store.record import Encoded, Head, NoRoom, decode, to_bytes
+from cacheslide.store.record import Accept, Encoded, Head, Misfit, NoRoom, anything, decode, to_bytes
 
 _SALT = bytes(16)
 _HELPER = Path(__file__).with_name("mooncake_helper.py")
@@ -34,6 +34,8 @@ _LEAST = 16 << 20  # bytes of a segment
 # Mooncake's error codes (its types.h). What is in neither set is a refusal.
 _ABSENT = {-703, -704, -710, -712}  # being written, not there, and without a copy
 _NO_ROOM = {-10, -200}
+TOO_LARGE = -100_000  # the helper's own: the record is larger than was asked for
+_METRICS = 1 << 22  # bytes
 _UNREACHABLE = {-1, -101, -103, -707, -800, -1010}  # and the -900s: no answer, or not from who holds the record
 
 
@@ -213,13 +215,19 @@ class MooncakeTier:
         """See `RemoteTier`. The master takes it for a use, and keeps the record for its lease."""
         return bool(self._checked(self._ask("e", name)[0]))
 
-    def read(self, name: bytes) -> tuple[Head, Tensor] | None:
-        """See `RemoteTier`. A record that does not verify is removed."""
-        code, file = self._ask("r", name)
+    def read(self, name: bytes, accept: Accept = anything) -> tuple[Head, Tensor] | None:
+        """See `RemoteTier`. A record that does not verify, or cannot be used, is removed."""
+        most = min(accept.most, self.options.capacity)
+        code, file = self._ask(f"r{most}:", name)
         try:
             if code in _ABSENT:
                 return None
+            if code == TOO_LARGE:
+                self._remove(name)
+                raise Misfit(f"a record of more than {most} bytes")
             size = self._checked(code)
+            if size > most:
+                raise StoreError(f"Mooncake at {self._where} answers nonsense: {size} bytes")
             buffer = aligned_buffer(size)
             if file is not None:
                 Files().read(file, buffer, 0)
@@ -227,12 +235,15 @@ class MooncakeTier:
             if file is not None:
                 os.close(file)
         try:
-            return decode(buffer, name, _SALT, 0)
+            return decode(buffer, name, _SALT, 0, accept)
         except StoreError:
-            gone, _ = self._ask("d", name)
-            if gone not in _ABSENT:
-                self._checked(gone)
+            self._remove(name)
             raise
+
+    def _remove(self, name: bytes) -> None:
+        gone, _ = self._ask("d", name)
+        if gone not in _ABSENT:
+            self._checked(gone)
 
     def write(self, record: Encoded) -> int:
         """See `RemoteTier`. NoRoom when it is larger than the pool, or when all that the pool holds is in use."""
@@ -251,14 +262,20 @@ class MooncakeTier:
         connection = http.client.HTTPConnection(
             self.options.host, self.options.metrics_port, timeout=self.options.timeout_s
         )
+        until = time.monotonic() + self.options.timeout_s
         try:
             connection.request("GET", "/metrics")
-            text = connection.getresponse().read().decode()
-        except http.client.HTTPException as wrong:
+            answer, raw = connection.getresponse(), b""
+            while (part := answer.read1(_METRICS)) and len(raw) < _METRICS:
+                raw += part
+                if time.monotonic() > until:
+                    raise OSError(f"the metrics of Mooncake at {self._where} take longer than their limit")
+            text = raw.decode("utf-8", "replace")
+        except (http.client.HTTPException, ValueError) as wrong:
             raise OSError(f"the metrics of Mooncake at {self._where} cannot be read: {wrong}") from None
         finally:
             connection.close()
-        held = re.search(r"^master_allocated_bytes (\d+)", text, re.MULTILINE)
+        held = re.search(r"^master_allocated_bytes ([0-9]{1,19})\b", text, re.MULTILINE)
         if held is None:
             raise StoreError(f"port {self.options.metrics_port} of {self.options.host} has no metrics of Mooncake")
         return int(held[1])

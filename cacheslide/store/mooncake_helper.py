@@ -6,8 +6,9 @@ loading it starts some thirty threads and installs handlers for SIGSEGV, SIGBUS,
 
 Standard input is a socket of messages. First this process says "ok", or why it cannot work; then every message brings
 one end of a connection, which a thread of its own serves until the other end closes. On it a request is an operation
-(one byte) and a key, its answer a number: a result, or Mooncake's error when negative. Records travel beside them as
-anonymous files. The process ends when standard input ends, or its parent does.
+(one byte, for reading followed by the most bytes wanted and a colon) and a key, its answer a number: a result, or
+Mooncake's error when negative. Records travel beside them as anonymous files. The process ends when standard input
+ends, or its parent does.
 """
 
 import ctypes
@@ -21,6 +22,7 @@ import threading
 import time
 
 NO_ROOM, NOT_CONNECTED = -200, -900  # Mooncake's NO_AVAILABLE_HANDLE and RPC_FAIL
+TOO_LARGE = -100_000  # its own: the record is larger than was asked for
 _NO_MASTER = -1  # what setup says then
 _PAUSES = (0.02, 0.04, 0.08, 0.16)  # seconds: the master makes room in the background, after it has refused once
 _RETRY_S, _CLOSE_S = 0.5, 15
@@ -57,15 +59,16 @@ class Client:
         if not self._connected.wait(self._settings["timeout_s"]):
             return self._why, None
         if operation == "r":
-            return self._read(key)
+            most, _, key = key.partition(":")
+            return self._read(key, int(most))
         if operation == "w":
             return self._write(key, file), None
         return self._store.is_exist(key) if operation == "e" else self._store.remove(key, True), None
 
-    def _read(self, key: str) -> tuple[int, int | None]:
+    def _read(self, key: str, most: int) -> tuple[int, int | None]:
         size = self._store.get_size(key)
-        if size <= 0:
-            return size, None
+        if size <= 0 or size > most:
+            return (size if size <= 0 else TOO_LARGE), None
         file = os.memfd_create("cacheslide")
         try:
             os.ftruncate(file, size)

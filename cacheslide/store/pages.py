@@ -14,7 +14,12 @@ from torch.nn.functional import pad
 
 from cacheslide.errors import StoreError
 from cacheslide.store.base import ChunkKV
+from cacheslide.store.strict import is_count
 
+MOST_PAGES = 1 << 20  # of a chunk: page ids have so much room for the number
+MOST_TOKENS = 1 << 22  # of a chunk
+MOST_BYTES = 1 << 34  # of a chunk's pages
+_MOST = 1 << 31  # of any size in a layout
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)}
 
 
@@ -36,8 +41,11 @@ class PageLayout:
             raise StoreError(f"chunks are stored as {', '.join(DTYPES)}, not {self.dtype}")
         if min(self.layers, self.tokens, self.kv_heads, self.head_dim, self.page_tokens) < 1:
             raise StoreError(f"a page layout needs sizes of at least 1: {self}")
-        if self.inputs and self.input_row_bytes > self.page_bytes:
+        if self.inputs and (self.hidden < 1 or self.input_row_bytes > self.page_bytes):
             raise StoreError(f"{self.page_tokens} tokens a page are too few to hold one layer input: raise page_tokens")
+        if self.payload_bytes > MOST_BYTES or self.pages > MOST_PAGES or self.tokens > MOST_TOKENS:
+            limits = f"{MOST_TOKENS} tokens, {MOST_PAGES} pages and {MOST_BYTES} bytes"
+            raise StoreError(f"a chunk has at most {limits}: {self}")
 
     @classmethod
     def of(cls, chunk: ChunkKV, page_tokens: int) -> "PageLayout":
@@ -56,10 +64,16 @@ class PageLayout:
     @classmethod
     def from_dict(cls, raw: dict) -> "PageLayout":
         """From a record's JSON header; StoreError when it is not one."""
-        try:
-            return cls(**(raw | {"inputs": tuple(raw["inputs"])}))
-        except (TypeError, KeyError, AttributeError) as wrong:
-            raise StoreError(f"not a page layout: {wrong}") from None
+        if not isinstance(raw, dict) or set(raw) != set(cls.__dataclass_fields__):
+            raise StoreError("not a page layout: other fields")
+        inputs = raw["inputs"]
+        sizes = [v for k, v in raw.items() if k not in ("dtype", "inputs")]
+        listed = isinstance(inputs, list) and all(is_count(x, 0, _MOST) for x in inputs)
+        if not listed or sorted(set(inputs)) != inputs or not isinstance(raw["dtype"], str):
+            raise StoreError("not a page layout: fields of other types")
+        if not all(is_count(x, 0, _MOST) for x in sizes):
+            raise StoreError("not a page layout: sizes that are none")
+        return cls(**(raw | {"inputs": tuple(inputs)}))
 
     def as_dict(self) -> dict:
         """For a record's JSON header."""

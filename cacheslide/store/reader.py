@@ -10,8 +10,9 @@ from cacheslide.errors import StoreError
 from cacheslide.store.base import ChunkKV
 from cacheslide.store.entry import Entry, empty_pages
 from cacheslide.store.pages import from_payload, paged
+from cacheslide.store.placed import Runs
 from cacheslide.store.record import Encoded
-from cacheslide.store.shard import Runs
+from cacheslide.store.shape import Wanted
 from cacheslide.store.spill import runs
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class PageReader:
                 base = self.store._entry(entry.name, entry.layout, entry.positions, entry.generation, backed=True)
             return self.pages(base, pages)
         wanted: Runs = [(pages[a], pages[b - 1] + 1) for a, b in runs(pages)]
-        found = self.store.backing.read(entry.name, wanted)
+        found = self.store.backing.read(entry.name, wanted, self.store.wanted)
         if isinstance(found, str):
             with self.store._lock:
                 if entry.pending is None:
@@ -118,13 +119,12 @@ class PageReader:
             at += size
         return torch.stack(parts), tier
 
-    def load(self, name: bytes) -> tuple[ChunkKV, str]:
+    def load(self, name: bytes, wanted: Wanted) -> tuple[ChunkKV, str]:
         """A chunk that memory knows nothing of."""
-        found = self.store.backing.read(name)
+        found = self.store.backing.read(name, accept=wanted)
         if isinstance(found, str):
             raise Gone(found)
         head, payload, tier = found
-        self.store.check(head.layout)
         if tier == "remote" and self.store.backing.file is not None:
             self.store.backing.write([Encoded.of_pages(name, head.layout, payload, head.positions, head.generation)])
         payload = payload.to(self.store.arenas[0].device)

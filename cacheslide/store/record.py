@@ -13,6 +13,10 @@ Python's lock so often that whoever launches kernels beside it waits. Records fr
 
 The preamble's own checksum covers its place in the file, so that neither a copy of a record elsewhere nor page bytes
 that look like one are taken for it. The salt is the shard's.
+
+Checksums find damage; they do not say who wrote a record. Whatever one says is therefore bounded before anything is
+allocated for it, its header is read strictly, and an `Accept` compares it with the engine's own shape before its pages
+are used.
 """
 
 import json
@@ -28,7 +32,8 @@ from torch import Tensor
 from cacheslide.errors import StoreError
 from cacheslide.store.base import ChunkKV
 from cacheslide.store.files import align, aligned_buffer, tensor_view
-from cacheslide.store.pages import PageLayout, from_payload, to_payload
+from cacheslide.store.pages import MOST_BYTES, MOST_PAGES, MOST_TOKENS, PageLayout, from_payload, to_payload
+from cacheslide.store.strict import is_count, parse_object
 
 MAGIC, FORMAT = b"CSLDPAGE", 1
 _PREAMBLE = struct.Struct(
@@ -37,10 +42,19 @@ _PREAMBLE = struct.Struct(
 PREAMBLE_BYTES = 128
 _SUM = struct.Struct("<Q")
 CUT_OFF = "the record ends before its pages do"
+NOBODY = bytes(36)  # the name of a record that was struck out
+_HEADER_BYTES = 1 << 16  # of JSON at most
+MOST_BYTES_BESIDE = 1 << 18  # of a record, beside what grows with its pages and tokens: its JSON and paddings
+_MOST_HEAD = 8 + _HEADER_BYTES + 8 * (MOST_PAGES + 1) + 8 * MOST_TOKENS
+_MOST_COUNT = 1 << 62
 
 
 class Damaged(StoreError):
     """A record does not hold what was written: torn, truncated, altered, or another record."""
+
+
+class Misfit(Damaged):
+    """A record is whole and of another shape than the engine that asks: forged, or of another model."""
 
 
 class NoRoom(StoreError):
@@ -74,15 +88,15 @@ class Preamble(NamedTuple):
 
     @classmethod
     def unpack(cls, raw: bytes, salt: bytes, offset: int) -> "Preamble | None":
-        """The preamble in `raw`, or None when it is none, damaged, or made for another place."""
+        """The preamble in `raw`; None when it is none, damaged, of another format, or made for another place."""
         if len(raw) < PREAMBLE_BYTES or raw[:8] != MAGIC:
             return None
         if _SUM.unpack_from(raw, PREAMBLE_BYTES - 8)[0] != xxhash.xxh3_64_intdigest(raw[: PREAMBLE_BYTES - 8]):
             return None
         _, version, head, payload, seq, own_salt, ns, key, _, head_sum, at = _PREAMBLE.unpack_from(raw)
-        if version != FORMAT:
-            raise StoreError(f"a record has format {version}, this version reads {FORMAT}: use another folder")
-        if own_salt != salt or at != offset:
+        if version != FORMAT or own_salt != salt or at != offset:
+            return None
+        if head > _MOST_HEAD or payload > MOST_BYTES or seq > _MOST_COUNT:
             return None
         return cls(ns + key, seq, head, payload, head_sum)
 
@@ -156,18 +170,33 @@ class Head:
         """From the bytes behind the preamble; Damaged when they are not what was written."""
         if len(raw) != preamble.head or xxhash.xxh3_64_intdigest(raw) != preamble.head_sum:
             raise Damaged("the header does not match its checksum")
+        try:
+            return cls._parse(raw, preamble)
+        except Damaged:
+            raise
+        except (ValueError, KeyError, StoreError, struct.error) as wrong:
+            raise Damaged(f"the header cannot be read ({wrong})") from None
+
+    @classmethod
+    def _parse(cls, raw: memoryview, preamble: Preamble) -> "Head":
         at = 8 + _SUM.unpack_from(raw)[0]
-        header = json.loads(bytes(raw[8:at]))
-        layout = PageLayout.from_dict(header["layout"])
-        sums = np.frombuffer(raw[at : at + 8 * (layout.pages + 1)], dtype="<u8")
-        place = bytes(raw[at + 8 * (layout.pages + 1) :])
-        if len(place) != 8 * layout.tokens or xxhash.xxh3_64_intdigest(place) != int(sums[-1]):
-            raise Damaged("the positions do not match their checksum")
+        header = parse_object(bytes(raw[8:at]), _HEADER_BYTES)
+        layout, generation = PageLayout.from_dict(header["layout"]), header["generation"]
         if preamble.payload != layout.payload_bytes:
             raise Damaged(f"{preamble.payload} bytes of pages where the header says {layout.payload_bytes}")
+        if not is_count(generation):
+            raise Damaged("a generation that is no count")
+        end = at + 8 * (layout.pages + 1)
+        if len(raw) != end + 8 * layout.tokens:
+            raise Damaged("the header is not as long as its layout says")
+        sums, place = np.frombuffer(raw[at:end], dtype="<u8"), bytes(raw[end:])
+        if xxhash.xxh3_64_intdigest(place) != int(sums[-1]):
+            raise Damaged("the positions do not match their checksum")
         rows = torch.frombuffer(bytearray(place), dtype=torch.int64)
-        whole = int(header["whole"], 16) if "whole" in header else None
-        return cls(layout, header["generation"], sums, rows, len(raw), whole)
+        whole = None
+        if "whole" in header:
+            whole = int(header["whole"], 16) if isinstance(header["whole"], str) else -1
+        return cls(layout, generation, sums, rows, len(raw), whole)
 
     def check(self, payload: np.ndarray, first: int, last: int) -> None:
         """Damaged unless `payload` holds pages [first, last) as they were written."""
@@ -180,6 +209,21 @@ class Head:
             raise Damaged(f"page {number} of {self.layout.pages} does not match its checksum ({len(wrong)} in all)")
 
 
+class Accept:
+    """What an asker can use: this one, which knows no shape (`cacheslide store verify` is such), anything whole.
+
+    `most` is the size in bytes of the largest record that it can use: larger ones are not read.
+    """
+
+    most = _MOST_HEAD + MOST_BYTES
+
+    def __call__(self, head: Head) -> None:
+        """Misfit for a record that cannot be used."""
+
+
+anything = Accept()
+
+
 def decode_head(raw: memoryview, name: bytes, salt: bytes, offset: int) -> Head:
     """The verified head of the record at the start of `raw`; Damaged when it is not that of `name`."""
     preamble = Preamble.unpack(bytes(raw[:PREAMBLE_BYTES]), salt, offset)
@@ -188,9 +232,10 @@ def decode_head(raw: memoryview, name: bytes, salt: bytes, offset: int) -> Head:
     return Head.parse(raw[PREAMBLE_BYTES : PREAMBLE_BYTES + preamble.head], preamble)
 
 
-def decode(raw: memoryview, name: bytes, salt: bytes, offset: int) -> tuple[Head, Tensor]:
-    """Head and payload of a whole record in memory, every checksum verified; Damaged otherwise."""
+def decode(raw: memoryview, name: bytes, salt: bytes, offset: int, accept: Accept = anything) -> tuple[Head, Tensor]:
+    """Head and payload of a whole record in memory, every checksum verified; Damaged otherwise, or not accepted."""
     head = decode_head(raw, name, salt, offset)
+    accept(head)
     start = align(PREAMBLE_BYTES + head.nbytes)
     body = raw[start : start + head.layout.payload_bytes]
     if len(body) != head.layout.payload_bytes:

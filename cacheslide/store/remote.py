@@ -1,7 +1,8 @@
 """The remote tier on Valkey or Redis: whole records under their names, capacity kept by the server for all clients.
 
-The client library is `redis` (install `cacheslide[remote]`). All commands have a time limit and are not retried: the
-store's breaker decides when to ask again. Order is kept by a counter on the server, not by clocks.
+The client library is `redis` (install `cacheslide[remote]`). All commands have a time limit, for the whole answer, and
+are not retried: the store's breaker decides when to ask again. Order is kept by a counter on the server, not by clocks.
+Nothing that the server says is taken for granted.
 """
 
 from dataclasses import dataclass, field
@@ -11,38 +12,12 @@ from torch import Tensor
 
 from cacheslide.errors import StoreError
 from cacheslide.store.files import aligned_buffer
-from cacheslide.store.record import Encoded, Head, NoRoom, decode, to_bytes
+from cacheslide.store.record import PREAMBLE_BYTES, Accept, Encoded, Head, NoRoom, anything, decode, to_bytes
+from cacheslide.store.remote_scripts import SCRIPTS
+from cacheslide.store.strict import is_count
 
 _SALT = bytes(16)
-# Sizes are kept beside the values, so that a value the server dropped by itself is still taken off the account.
-_PUT = """
-local size, capacity = #ARGV[1], tonumber(ARGV[2])
-if redis.call('EXISTS', KEYS[1]) == 1 then return {0, 0} end
-if size > capacity then return redis.error_reply('TOOLARGE') end
-local used, gone = tonumber(redis.call('GET', KEYS[2]) or '0'), 0
-local stale = redis.call('HGET', KEYS[4], KEYS[1])
-if stale then used = used - tonumber(stale) end
-while used + size > capacity do
-  local oldest = redis.call('ZPOPMIN', KEYS[3])
-  if #oldest == 0 then used = 0 break end
-  if oldest[1] ~= KEYS[1] then
-    used = used - tonumber(redis.call('HGET', KEYS[4], oldest[1]) or '0')
-    redis.call('HDEL', KEYS[4], oldest[1])
-    redis.call('DEL', oldest[1])
-    gone = gone + 1
-  end
-end
-redis.call('SET', KEYS[1], ARGV[1])
-redis.call('ZADD', KEYS[3], redis.call('INCR', KEYS[5]), KEYS[1])
-redis.call('HSET', KEYS[4], KEYS[1], size)
-redis.call('SET', KEYS[2], used + size)
-return {size, gone}
-"""
-_GET = """
-local value = redis.call('GET', KEYS[1])
-if value then redis.call('ZADD', KEYS[2], 'XX', redis.call('INCR', KEYS[3]), KEYS[1]) end
-return value
-"""
+_REPLY = 1 << 20  # bytes of an answer beside the record in it
 
 
 @dataclass(frozen=True)
@@ -86,10 +61,14 @@ class ValkeyTier:
             tls = {"ssl_cert_reqs": "required" if options.tls_verify else "none"}
             tls |= {"ssl_ca_certs": options.ca_file, "ssl_certfile": options.cert_file, "ssl_keyfile": options.key_file}
             tls |= {} if options.tls_verify else {"ssl_check_hostname": False}
+        from cacheslide.store.deadline import Allowance, LimitedConnection, LimitedTls
+
+        self._allowance = Allowance()
         pool = redis.BlockingConnectionPool(
             max_connections=options.connections,
             timeout=options.timeout_s,
-            connection_class=redis.SSLConnection if options.tls else redis.Connection,
+            connection_class=LimitedTls if options.tls else LimitedConnection,
+            allowance=self._allowance,
             host=options.host,
             port=options.port,
             db=options.db,
@@ -101,27 +80,38 @@ class ValkeyTier:
             **tls,
         )
         self._client = redis.Redis(connection_pool=pool)
-        self._put = self._client.register_script(_PUT)
-        self._get = self._client.register_script(_GET)
-        tag = f"{options.prefix}:{{v1}}"
-        self._used, self._order, self._sizes, self._clock = (f"{tag}:{x}" for x in ("used", "order", "sizes", "clock"))
-        self._tag = tag
+        self._put, self._get, self._drop, self._sum = (self._client.register_script(s) for s in SCRIPTS)
+        self._tag = f"{options.prefix}:{{v1}}"
+        self._counters = [f"{self._tag}:{x}" for x in ("used", "order", "sizes", "clock")]
+        self._walk = b"0"  # how far the server's keys have been looked through for records that no counter knows of
 
     def _key(self, name: bytes) -> str:
         return f"{self._tag}:chunk:{name[:16].hex()}:{name[16:].hex()}"
 
-    def _ask(self, command, *args, **kwargs):
-        """Run a command; OSError when the server cannot be reached in time, StoreError when it refuses."""
+    def _ask(self, command, *args, room: int = _REPLY, **kwargs):
+        """Run a command; OSError when the server cannot be reached in time, StoreError when it refuses or babbles.
+
+        The time limit holds for all of it, `room` bytes for all answers.
+        """
         try:
-            return command(*args, **kwargs)
+            with self._allowance.request(self.options.timeout_s, room):
+                return command(*args, **kwargs)
         except (self._errors.AuthenticationError, self._errors.NoPermissionError) as refused:
-            raise StoreError(f"the server at {self._where} refuses this user: {refused}") from None
-        except (self._errors.ConnectionError, self._errors.TimeoutError) as gone:
-            raise OSError(f"the server at {self._where} does not answer: {gone}") from None
+            raise StoreError(f"the server at {self._where} refuses this user: {_line(refused)}") from None
+        except (self._errors.ConnectionError, self._errors.TimeoutError, OSError) as gone:
+            raise OSError(f"the server at {self._where} does not answer: {_line(gone)}") from None
         except self._errors.RedisError as wrong:
             if "TOOLARGE" in str(wrong):
                 raise NoRoom(f"a record is larger than the remote tier's {self.options.capacity} bytes") from None
-            raise StoreError(f"the server at {self._where} cannot do this: {wrong}") from None
+            raise StoreError(f"the server at {self._where} cannot do this: {_line(wrong)}") from None
+        except Exception as nonsense:  # whatever an answer that is none makes of the client library
+            raise self._nonsense(type(nonsense).__name__) from None
+
+    def _nonsense(self, what: Any) -> StoreError:
+        return StoreError(f"the server at {self._where} answers nonsense: {_line(what)}")
+
+    def _script(self, script, name: bytes, *args, room: int = _REPLY):
+        return self._ask(script, keys=[*self._counters, self._key(name)], args=args, room=room)
 
     @property
     def _where(self) -> str:
@@ -129,36 +119,58 @@ class ValkeyTier:
 
     def ping(self) -> None:
         """OSError or StoreError unless the server can be used."""
-        self._ask(self._client.ping)
+        if self._ask(self._client.ping) is not True:
+            raise self._nonsense("not a PONG")
 
     def contains(self, name: bytes) -> bool:
         """See `RemoteTier`."""
-        return bool(self._ask(self._client.exists, self._key(name)))
+        found = self._ask(self._client.exists, self._key(name))
+        if not is_count(found, 0, 1):
+            raise self._nonsense(repr(found))
+        return bool(found)
 
-    def read(self, name: bytes) -> tuple[Head, Tensor] | None:
-        """See `RemoteTier`. A record that does not verify is removed."""
-        raw = self._ask(self._get, keys=[self._key(name), self._order, self._clock])
+    def read(self, name: bytes, accept: Accept = anything) -> tuple[Head, Tensor] | None:
+        """See `RemoteTier`. A record that does not verify, or cannot be used, is removed."""
+        most = min(accept.most, self.options.capacity)
+        raw = self._script(self._get, name, most, room=most + _REPLY)
         if raw is None:
             return None
+        if not isinstance(raw, bytes):
+            raise self._nonsense(repr(raw))
         buffer = aligned_buffer(len(raw))
         buffer[:] = raw
         try:
-            return decode(buffer, name, _SALT, 0)
+            return decode(buffer, name, _SALT, 0, accept)
         except StoreError:
-            self._ask(self._client.delete, self._key(name))
+            self._remove(name, raw[:PREAMBLE_BYTES])
             raise
+
+    def _remove(self, name: bytes, begins: bytes) -> None:
+        """Remove the record that was read, if the server still has it; StoreError when it says something else."""
+        if begins and not is_count(gone := self._script(self._drop, name, begins), 0, 1):
+            raise self._nonsense(repr(gone))
 
     def write(self, record: Encoded) -> int:
         """See `RemoteTier`. The least recently used records of all tenants make room."""
-        keys = [self._key(record.name), self._used, self._order, self._sizes, self._clock]
-        sent, _ = self._ask(self._put, keys=keys, args=[bytes(to_bytes(record)), self.options.capacity])
-        return int(sent)
+        said = self._script(self._put, record.name, bytes(to_bytes(record)), self.options.capacity, self._walk)
+        fits = isinstance(said, list) and len(said) == 3 and said[0] in (0, record.size) and isinstance(said[2], bytes)
+        if not fits or not said[2].isdigit() or len(said[2]) > 20:
+            raise self._nonsense(repr(said))
+        self._walk = said[2]
+        return said[0]
 
     @property
     def nbytes(self) -> int:
         """See `RemoteTier`."""
-        return int(self._ask(self._client.get, self._used) or 0)
+        if not is_count(found := self._script(self._sum, bytes(36))):
+            raise self._nonsense(repr(found))
+        return found
 
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
+
+
+def _line(said: Any) -> str:
+    """What an exception or a server says, as one line of at most 200 characters."""
+    return " ".join(str(said)[:200].split())

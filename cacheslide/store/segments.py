@@ -3,25 +3,35 @@
 A segment starts with one block of JSON (format, salt, which log it belongs to) and is appended to; sealed segments
 never change. The head is 64 checksummed bytes: the open segment of each log and its published length. Data reaches
 the disk before the head names it, so what the head names is whole; whatever lies behind it was never published.
+
+Files that are no segments of this format, whatever they are called, are neither read nor counted nor removed.
 """
 
 import json
-import os
+import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import xxhash
 from torch import Tensor
 
 from cacheslide.errors import StoreError
 from cacheslide.store.files import BLOCK, Files, aligned_buffer
-from cacheslide.store.record import FORMAT
+from cacheslide.store.folder import Folder, Foreign
+from cacheslide.store.record import FORMAT, PREAMBLE_BYTES, Preamble
+from cacheslide.store.strict import is_count, parse_object
 
 HEAD = struct.Struct("<8sIIQQQQQ")  # magic, format, -, epoch, next seq, last segment, then the two logs' packed state
 _MAGIC = b"CSLDHEAD"
 YOUNG, KEPT = 0, 1
 _LENGTH_BITS = 34  # segments are below 16 GiB: id and length share 64 bits
+_LARGEST = (1 << _LENGTH_BITS) - 1
+MOST_NUMBER = (1 << 64 - _LENGTH_BITS) - 1
+_MOST_COUNT = 1 << 62  # of epochs and sequence numbers: more than a writer ever counts
+_MOST_SEGMENTS = 1 << 16  # of a shard; the newest ones are read
+_NAME = re.compile(r"seg-([0-9]{10})\.log")
+_BEGINS = b'{"format": 1, "kind": "cacheslide-segment", "salt": "'
 
 
 @dataclass(frozen=True)
@@ -41,16 +51,16 @@ class ShardHead:
 
     @classmethod
     def unpack(cls, raw: bytes) -> "ShardHead | None":
-        """None when the bytes are no intact head."""
+        """None when the bytes are no intact head of this format, or one that no writer leaves behind."""
         if len(raw) != HEAD.size + 8 or raw[-8:] != struct.pack("<Q", xxhash.xxh3_64_intdigest(raw[:-8])):
             return None
         magic, version, _, epoch, seq, last, young, kept = HEAD.unpack(raw[:-8])
-        if magic != _MAGIC:
+        if magic != _MAGIC or version != FORMAT:
             return None
-        if version != FORMAT:
-            raise StoreError(f"the store has format {version}, this version reads {FORMAT}: use another folder")
-        split = tuple((x >> _LENGTH_BITS, x & (1 << _LENGTH_BITS) - 1) for x in (young, kept))
-        return cls(epoch, seq, last, split)
+        split = tuple((x >> _LENGTH_BITS, x & _LARGEST) for x in (young, kept))
+        counts = max(epoch, seq) < _MOST_COUNT and last <= MOST_NUMBER
+        logs = all(i <= last and n % BLOCK == 0 and bool(i) == bool(n) for i, n in split)
+        return cls(epoch, seq, last, split) if counts and logs else None
 
     def opened(self, log: int, segment: int) -> "ShardHead":
         """The head after segment number `segment` became the open one of `log`."""
@@ -72,47 +82,41 @@ class ShardHead:
 class SegmentFolder:
     """Names, creation and reading of segment files in one shard's folder."""
 
-    def __init__(self, path: Path, files: Files, direct: bool) -> None:
-        self.path, self.files, self.direct = path, files, direct
-        self.head_path = path / "head"
+    def __init__(self, folder: Folder, files: Files, direct: bool) -> None:
+        self.folder, self.files, self.direct = folder, files, direct
 
-    def file(self, segment: int) -> Path:
-        """Path of segment number `segment`."""
-        return self.path / f"seg-{segment:010d}.log"
+    @staticmethod
+    def file(segment: int) -> str:
+        """Name of segment number `segment`."""
+        return f"seg-{segment:010d}.log"
 
     def listing(self) -> dict[int, int]:
-        """Segment numbers and file sizes, ascending."""
-        out = {}
-        with os.scandir(self.path) as entries:
-            for e in entries:
-                if e.name.startswith("seg-") and e.name.endswith(".log") and e.name[4:-4].isdigit():
-                    try:
-                        out[int(e.name[4:-4])] = e.stat(follow_symlinks=False).st_size
-                    except FileNotFoundError:  # removed by another process in between
-                        continue
-        return dict(sorted(out.items()))
+        """Numbers and file sizes of what is named like a segment and has a size that one can have, ascending."""
+        found = self.folder.entries(lambda name: _NAME.fullmatch(name) is not None)
+        sizes = {int(name[4:-4]): status.st_size for name, status in found.items() if status.st_size <= _LARGEST}
+        return {n: sizes[n] for n in sorted(sizes)[-_MOST_SEGMENTS:] if n <= MOST_NUMBER}
 
     def raw_head(self) -> bytes:
-        """The head file's bytes; empty when there is none."""
+        """The head's bytes; empty when there is none."""
         try:
-            with open(self.head_path, "rb") as f:
-                return f.read()
-        except FileNotFoundError:
+            return self.folder.read("head", HEAD.size + 8)
+        except (FileNotFoundError, Foreign):
             return b""
 
     def publish(self, head: ShardHead) -> None:
         """Replace the head's bytes in place: 64 bytes in one block, so readers see the old or the new."""
-        fd = self.files.open(self.head_path, create=True, write=True)
+        fd = self.folder.open("head", create=True, write=True)
         try:
             self.files.write(fd, memoryview(head.pack()), 0)
         finally:
             self.files.close(fd)
 
-    def create(self, segment: int, salt: bytes, log: int) -> None:
-        """A new segment with its first block; left-overs of a process that died while creating it are replaced."""
-        path = self.file(segment)
-        self.files.unlink(path)
-        fd = self.files.open(path, new=True, write=True)
+    def create(self, segment: int, salt: bytes, log: int) -> bool:
+        """A new segment with its first block; False when something has its name already."""
+        try:
+            fd = self.folder.open(self.file(segment), new=True, write=True)
+        except (FileExistsError, Foreign):
+            return False
         try:
             block = aligned_buffer(BLOCK)
             text = json.dumps({"format": FORMAT, "kind": "cacheslide-segment", "salt": salt.hex(), "log": log}).encode()
@@ -121,42 +125,60 @@ class SegmentFolder:
             self.files.sync(fd)
         finally:
             self.files.close(fd)
-        self.files.sync_folder(self.path)
+        self.folder.sync()
+        return True
+
+    def remove(self, segment: int) -> None:
+        """Remove a segment's file if it is there."""
+        self.folder.unlink(self.file(segment))
+
+    def wrote(self, segment: int) -> bool:
+        """Whether a file without a readable first block is the store's: it begins like one, or holds a record."""
+        try:
+            raw = bytes(self.read(segment, 0, BLOCK + PREAMBLE_BYTES))
+        except (OSError, StoreError):
+            return False
+        first = raw[BLOCK:]
+        salted = len(first) == PREAMBLE_BYTES and Preamble.unpack(first, first[40:56], BLOCK) is not None
+        return raw.startswith(_BEGINS) or salted
 
     def read(self, segment: int, offset: int, length: int) -> memoryview:
         """`length` bytes from `offset` (fewer at the end of the file), through whole blocks; OSError on failure."""
         start = offset // BLOCK * BLOCK
         buffer = aligned_buffer(offset + length - start)
         whole = memoryview(buffer.obj)
-        fd = self.files.open(self.file(segment), direct=self.direct)
+        fd = self.folder.open(self.file(segment), direct=self.direct)
         try:
             n = self.files.read(fd, whole, start)
         finally:
             self.files.close(fd)
         return whole[offset - start : max(offset - start, min(n, offset - start + length))]
 
-    def read_record(self, segment: int, offset: int, head_bytes: int, payload: Tensor) -> tuple[memoryview, int]:
-        """A record's first `head_bytes` bytes, and how many came of its payload, which is read into uint8 `payload`.
+    def read_record(
+        self, segment: int, offset: int, head_bytes: int, room: Callable[[memoryview], Tensor]
+    ) -> tuple[Tensor, int]:
+        """Read a record's first `head_bytes` bytes, then its payload into what `room` makes of them, uint8.
 
-        Both start and end at whole blocks. Fewer bytes come at the end of the file; OSError on failure.
+        Both start and end at whole blocks. Returns the payload's memory and the bytes that came of it, fewer at the end
+        of the file; OSError on failure, and whatever `room` raises.
         """
-        head, pages = aligned_buffer(head_bytes), memoryview(payload.numpy())
-        fd = self.files.open(self.file(segment), direct=self.direct)
+        head = aligned_buffer(head_bytes)
+        fd = self.folder.open(self.file(segment), direct=self.direct)
         try:
-            if (n := self.files.read(fd, head, offset)) < head_bytes:
-                return head[:n], 0
-            return head, self.files.read(fd, pages, offset + head_bytes)
+            payload = room(head[: self.files.read(fd, head, offset)])
+            return payload, self.files.read(fd, memoryview(payload.numpy()), offset + head_bytes)
         finally:
             self.files.close(fd)
 
     def kind(self, segment: int) -> tuple[bytes, int] | None:
-        """Salt and log of a segment, None when its first block is damaged."""
+        """Salt and log of a segment, None when its first block is not that of one."""
         try:
-            first = json.loads(bytes(self.read(segment, 0, BLOCK)).rstrip(b"\0"))
-            if first["kind"] != "cacheslide-segment":
+            first = parse_object(bytes(self.read(segment, 0, BLOCK)).rstrip(b"\0"), BLOCK)
+            if first["kind"] != "cacheslide-segment" or first["format"] != FORMAT:
                 return None
-            if first["format"] != FORMAT:
-                raise StoreError(f"{self.file(segment).name} has format {first['format']}, this version reads {FORMAT}")
-            return bytes.fromhex(first["salt"]), int(first["log"])
-        except (ValueError, KeyError, TypeError):
+            salt = bytes.fromhex(first["salt"])
+            return (salt, first["log"]) if len(salt) == 16 and is_count(first["log"], YOUNG, KEPT) else None
+        except FileNotFoundError:
+            raise
+        except (OSError, Foreign, ValueError, KeyError, TypeError):
             return None

@@ -4,27 +4,34 @@ Two logs keep scans from washing out what is used: new chunks enter the young lo
 their segment is emptied, and those that come back soon after they were dropped, move to the kept log (the idea of
 S3-FIFO, at the grain of segments). Room is made by removing whole segments, before anything is written: the files
 never take more than the capacity.
+
+A record that cannot be used, damaged or of another shape, is struck out on disk, so that it does not hide a sound one.
 """
 
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from cacheslide.errors import StoreError
-from cacheslide.store.files import BLOCK, Files, aligned_buffer, host_buffer, tensor_view
-from cacheslide.store.index import Location, Segment, ShardIndex
+from cacheslide.store.files import BLOCK, Files, aligned_buffer, host_buffer
+from cacheslide.store.folder import Folder, Foreign
+from cacheslide.store.index import REFRESH_S, Location, Segment, ShardIndex
 from cacheslide.store.lock import WriterLock
-from cacheslide.store.record import CUT_OFF, Damaged, Encoded, Head, decode_head
-from cacheslide.store.segments import KEPT, YOUNG, SegmentFolder, ShardHead
+from cacheslide.store.placed import Runs, read_placed, strike_out
+from cacheslide.store.record import Accept, Damaged, Encoded, Head, anything
+from cacheslide.store.segments import KEPT, MOST_NUMBER, YOUNG, SegmentFolder, ShardHead
 
-Runs = Sequence[tuple[int, int]]
-Buffer = Callable[[int], Tensor]
+logger = logging.getLogger("cacheslide.store")
+
 MAX_HITS = 3
+_TRIES = 1000  # names for a new segment
+_MOST_STRUCK = 1000  # records that wait for the lock to be struck out
 _YOUNG_SHARE = 0.1  # of the capacity, before the young log is emptied ahead of the kept one
 
 
@@ -56,6 +63,12 @@ class Shard:
         Bypass the page cache where the file system can.
     durable : bool
         Wait for the device before a record is published, so that it survives a power cut.
+    shared : bool
+        See `Folder`.
+    strike : bool
+        Strike out records that cannot be used; False leaves the folder as it is.
+    limit_s : float
+        Seconds that taking in what is there may take now; the rest comes with later look-ups.
     """
 
     def __init__(
@@ -68,32 +81,43 @@ class Shard:
         lock_timeout_s: float = 10.0,
         direct: bool = False,
         durable: bool = True,
+        shared: bool = False,
+        strike: bool = True,
+        limit_s: float = REFRESH_S,
     ) -> None:
         self.path, self.capacity, self.files, self.durable = path, capacity, files or Files(), durable
-        self.direct = direct
+        self.direct, self.strike = direct, strike
         self.segment_bytes = max(2 * BLOCK, min(segment_bytes, capacity // 8) // BLOCK * BLOCK)
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.folder = SegmentFolder(path, self.files, direct)
-        self.lock = WriterLock(path / "lock", self.files, lock_timeout_s)
+        folder = Folder(path, self.files, shared=shared)
+        self.folder = SegmentFolder(folder, self.files, direct)
+        self.lock = WriterLock(folder, lock_timeout_s)
         self.index = ShardIndex(self.folder)
         self.stats = ShardStats()
         self._ghosts: OrderedDict[bytes, None] = OrderedDict()
-        self.index.refresh()
+        self._struck: list[tuple[bytes, Location, bytes]] = []
+        try:
+            folder.make()
+            self.index.refresh(limit_s=limit_s)
+        except Foreign as wrong:  # the other shards are as good as before
+            logger.warning("CacheSlide's store goes on without one of its folders: %s", wrong)
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
-    def read(self, name: bytes, runs: Runs | None = None) -> tuple[Head, Tensor] | None:
+    def read(self, name: bytes, runs: Runs | None = None, accept: Accept = anything) -> tuple[Head, Tensor] | None:
         """Head and payload, or the pages of `runs` ([first, last) each) one after the other; checksums verified.
 
-        None when the chunk is not here (any more), Damaged when what is here is not what was written (the record is
-        forgotten), OSError when the disk fails.
+        None when the chunk is not here (any more), Damaged when what is here is not what was written or not accepted
+        (the record is forgotten, and struck out), OSError when the disk fails, Foreign when the folder is not the
+        store's.
         """
         for _ in range(2):  # a record may move while it is looked up: once more, then it counts as gone
             place = self.index.find(name)
             if place is None:
                 return None
             try:
-                found = self._read(name, place, runs, self.files.buffer)
+                if (salt := self.index.salt(place)) is None:
+                    raise FileNotFoundError
+                found = read_placed(self.folder, name, place, salt, runs, self.files.buffer, accept)
             except FileNotFoundError:
                 self.index.drop(name, place)
                 self.index.refresh(force=True)
@@ -102,34 +126,27 @@ class Shard:
             except Damaged:
                 self.index.drop(name, place)
                 self.stats.damaged += 1
+                if self.strike:
+                    self._strike_out(name, place, salt)
                 raise
             place.hits = min(MAX_HITS, place.hits + 1)
             return found
         return None
 
-    def _read(self, name: bytes, place: Location, runs: Runs | None, buffer: Buffer) -> tuple[Head, Tensor]:
-        salt = self.index.salt(place)
-        if salt is None:
-            raise FileNotFoundError
-        if runs is None:
-            room = buffer(place.size - place.payload_at)
-            raw, read = self.folder.read_record(place.segment, place.offset, place.payload_at, room)
-            head = decode_head(raw, name, salt, place.offset)
-            if read < head.layout.payload_bytes:
-                raise Damaged(CUT_OFF)
-            payload = room[: head.layout.payload_bytes]
-            head.check(payload.numpy(), 0, head.layout.pages)
-            return head, payload
-        head = decode_head(self.folder.read(place.segment, place.offset, place.payload_at), name, salt, place.offset)
-        bounds, parts = head.layout.bounds, []
-        for first, last in runs:
-            length = bounds[last] - bounds[first]
-            raw = self.folder.read(place.segment, place.offset + place.payload_at + bounds[first], length)
-            if len(raw) != length:
-                raise Damaged(CUT_OFF)
-            parts.append(tensor_view(raw))
-            head.check(parts[-1].numpy(), first, last)
-        return head, parts[0] if len(parts) == 1 else torch.cat([torch.empty(0, dtype=torch.uint8), *parts])
+    def _strike_out(self, name: bytes, place: Location, salt: bytes) -> None:
+        """Strike a record out now or, while another writer is at work, with the next append."""
+        if len(self._struck) < _MOST_STRUCK:
+            self._struck.append((name, place, salt))
+        with suppress(OSError, StoreError):
+            self.lock.acquire(0)
+            try:
+                self._strike()
+            finally:
+                self.lock.release()
+
+    def _strike(self) -> None:
+        while self._struck:
+            strike_out(self.folder, *self._struck.pop())
 
     # --- writing ---------------------------------------------------------------------------------------------------
 
@@ -146,6 +163,8 @@ class Shard:
         stale = self.lock.acquire()
         try:
             self._recover(stale)
+            with suppress(OSError, StoreError):
+                self._strike()
             written = 0
             todo = [(r, KEPT if self._ghosts.pop(r.name, self) is None else YOUNG) for r in records]
             for log in (YOUNG, KEPT):
@@ -166,19 +185,21 @@ class Shard:
             self._publish(ShardHead(1, seq, head.last))
         removed = False
         for segment, size in self.folder.listing().items():
+            known = segment in self.index.segments
             if segment > self.index.head.last:
-                self.files.unlink(self.folder.file(segment))
+                left_over = self.folder.wrote(segment)
+            else:  # its first block is damaged: nothing in it can be read
+                left_over = not known and segment in self.index.unread and self.folder.wrote(segment)
+            if left_over:
+                self.folder.remove(segment)
                 removed = True
-            elif size > self.index.head.published(segment, size):
+            elif known and size > self.index.head.published(segment, size):
                 self._cut(segment, self.index.head.published(segment, size))
-                removed = True
-            elif segment not in self.index.segments:  # its first block is damaged: nothing in it can be read
-                self.files.unlink(self.folder.file(segment))
                 removed = True
         self.stats.recovered += bool(stale and removed)
 
     def _cut(self, segment: int, length: int) -> None:
-        fd = self.files.open(self.folder.file(segment), write=True)
+        fd = self.folder.folder.open(self.folder.file(segment), write=True)
         try:
             self.files.truncate(fd, length)
         finally:
@@ -210,7 +231,7 @@ class Shard:
             seq += 1
             placed.append((r.write_into(buffer[at : at + r.size], seq, segment.salt, length + at), length + at))
             at += r.size
-        fd = self.files.open(self.folder.file(number), write=True, direct=self.direct)
+        fd = self.folder.folder.open(self.folder.file(number), write=True, direct=self.direct)
         try:
             try:
                 self.files.write(fd, buffer, length)
@@ -231,12 +252,20 @@ class Shard:
         number, length = self.index.head.open[log]
         if number in self.index.segments and (length == BLOCK or length + size <= self.segment_bytes):
             return number, length
-        number = self.index.head.last + 1
         salt = os.urandom(16)
-        self.folder.create(number, salt, log)
+        number = self._create(salt, log)
         self._publish(self.index.head.opened(log, number))
         self.index.segments[number] = Segment(salt, log)
         return number, BLOCK
+
+    def _create(self, salt: bytes, log: int) -> int:
+        """A new segment, behind the last one; where something has that name already, behind that."""
+        number = self.index.head.last
+        for _ in range(_TRIES):
+            number = number + 1 if number < MOST_NUMBER else 1
+            if number not in self.index.segments and self.folder.create(number, salt, log):
+                return number
+        raise StoreError(f"{self.path} has no free name for a segment")
 
     # --- making room -----------------------------------------------------------------------------------------------
 
@@ -284,8 +313,9 @@ class Shard:
         for name, place in self.index.live(number):
             if keep(name):
                 try:
-                    head, payload = self._read(name, place, None, host_buffer)
-                except (Damaged, FileNotFoundError):
+                    salt = self.index.segments[number].salt
+                    head, payload = read_placed(self.folder, name, place, salt, None, host_buffer, anything)
+                except (Damaged, Foreign, FileNotFoundError):
                     self.stats.damaged += 1
                     continue
                 sound.append(Encoded.of_pages(name, head.layout, payload, head.positions, head.generation))
@@ -294,7 +324,7 @@ class Shard:
 
     def _remove(self, number: int) -> None:
         self.index.forget(number)
-        self.files.unlink(self.folder.file(number))
+        self.folder.remove(number)
         self._publish(replace(self.index.head, epoch=self.index.head.epoch + 1))
 
     def _empty(self, number: int) -> None:

@@ -9,6 +9,7 @@ that all processes together stay below the capacity.
 import contextlib
 import fcntl
 import os
+import re
 import threading
 import uuid
 from collections.abc import Sequence
@@ -20,10 +21,12 @@ import xxhash
 from torch import Tensor
 
 from cacheslide.store.files import Files, align, aligned_buffer, tensor_view
+from cacheslide.store.folder import Folder, Foreign
 from cacheslide.store.lock import WriterLock
 from cacheslide.store.record import Damaged
 
 _STEP = 64 << 20  # bytes reserved at a time
+_NAME = re.compile(r"[0-9]{1,10}-[0-9a-f]{32}\.spill")
 
 
 class SpillFull(OSError):
@@ -40,17 +43,30 @@ class SpillFile:
     capacity : int
         Bytes that all processes' spill files may take together.
     page_bytes : int
+    shared : bool
+        See `Folder`, which also raises Foreign for a folder that is not the store's.
     """
 
-    def __init__(self, folder: Path, capacity: int, page_bytes: int, files: Files, *, direct: bool = False) -> None:
-        self.folder, self.capacity, self.files = folder, capacity, files
+    def __init__(
+        self,
+        folder: Path,
+        capacity: int,
+        page_bytes: int,
+        files: Files,
+        *,
+        direct: bool = False,
+        shared: bool = False,
+    ) -> None:
+        self.capacity, self.files = capacity, files
         self.page_bytes, self.slot_bytes = page_bytes, align(page_bytes)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder = Folder(folder, files, shared=shared)
+        self.folder.make()
         self.path = folder / f"{os.getpid()}-{uuid.uuid4().hex}.spill"
-        self._folder_lock = WriterLock(folder / "lock", files, 10.0)
+        self._folder_lock = WriterLock(self.folder, 10.0)
         self._folder_lock.acquire()  # nobody may take the file for a dead process's before it is locked
         try:
-            self._fd = files.open(self.path, new=True, write=True, direct=direct)
+            self._fd = self.folder.open(self.path.name, new=True, write=True, direct=direct)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         finally:
             self._folder_lock.release()
@@ -108,7 +124,8 @@ class SpillFile:
     def close(self) -> None:
         """Remove the file."""
         if self._fd is not None:
-            self.files.unlink(self.path)
+            with contextlib.suppress(OSError, Foreign):
+                self.folder.unlink(self.path.name)
             self.files.close(self._fd)
             self._fd = None
 
@@ -146,30 +163,35 @@ class SpillFile:
 
     def _others(self) -> int:
         """Bytes of the other processes' files; those without a living owner are removed."""
-        self.removed_stale += stale_spills(self.folder, self.files, self.path)
-        total = 0
-        for path in self.folder.glob("*.spill"):
-            with contextlib.suppress(FileNotFoundError):
-                total += self.files.size(path) if path != self.path else 0
-        return total
+        self.removed_stale += stale_spills(self.folder, self.path.name)
+        return sum(size for name, size in spills(self.folder).items() if name != self.path.name)
 
 
-def stale_spills(folder: Path, files: Files, own: Path | None = None) -> int:
+def spills(folder: Folder) -> dict[str, int]:
+    """Names and bytes of the spill files in a folder; none where there is no folder."""
+    try:
+        found = folder.entries(lambda name: _NAME.fullmatch(name) is not None)
+    except FileNotFoundError:
+        return {}
+    return {name: status.st_size for name, status in found.items()}
+
+
+def stale_spills(folder: Folder, own: str = "") -> int:
     """Remove the spill files of processes that are gone (their locks are free); returns how many."""
     removed = 0
-    for path in folder.glob("*.spill"):
-        if path == own:
+    for name in spills(folder):
+        if name == own:
             continue
-        with contextlib.suppress(FileNotFoundError):
-            fd = files.open(path)
+        with contextlib.suppress(FileNotFoundError, Foreign):
+            fd = folder.open(name)
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                files.unlink(path)
+                folder.unlink(name)
                 removed += 1
             except BlockingIOError:
                 pass
             finally:
-                files.close(fd)
+                folder.files.close(fd)
     return removed
 
 

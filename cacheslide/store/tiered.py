@@ -10,7 +10,7 @@ import itertools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,23 +20,15 @@ from cacheslide.errors import StoreError
 from cacheslide.keys import ChunkKey
 from cacheslide.store.arena import Arena
 from cacheslide.store.backing import Backing, RemoteTier, TieredStats
-from cacheslide.store.base import ChunkKV, ChunkStore
+from cacheslide.store.base import ChunkKV, ChunkStore, Fetched
 from cacheslide.store.entry import Entry, empty_pages
 from cacheslide.store.filetier import FileTier, chunk_name, namespace_id
 from cacheslide.store.mover import Mover
 from cacheslide.store.pages import PageLayout, as_bytes, from_payload, packed, paged, to_payload
 from cacheslide.store.reader import Gone, PageReader
 from cacheslide.store.record import Head
+from cacheslide.store.shape import ChunkShape, Wanted
 from cacheslide.store.spill import SpillFile
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """A chunk and the lowest tier it was read from, or why there is none (`why` goes into the request's receipt)."""
-
-    chunk: ChunkKV | None
-    tier: str = ""
-    why: str = ""
 
 
 class TieredChunkStore(ChunkStore):
@@ -66,6 +58,8 @@ class TieredChunkStore(ChunkStore):
         Threads of `prefetch`.
     max_generation : int
         Chunks built on corrected KV more often than this are refused: they must be re-encoded exactly.
+    shape : ChunkShape, optional
+        What the model's chunks look like; records of another shape are misses.
     """
 
     def __init__(
@@ -88,6 +82,7 @@ class TieredChunkStore(ChunkStore):
         workers: int = 1,
         load_workers: int = 4,
         max_generation: int = 4,
+        shape: ChunkShape | None = None,
     ) -> None:
         super().__init__()
         self.arenas = [a for a in (device, host) if a is not None]
@@ -96,6 +91,7 @@ class TieredChunkStore(ChunkStore):
         if write_back not in ("through", "evict"):
             raise StoreError(f"write_back must be 'through' or 'evict', not {write_back!r}")
         self.page_tokens, self.page_bytes, self.max_generation = page_tokens, page_bytes, max_generation
+        self.wanted = Wanted(shape or ChunkShape(), page_tokens, page_bytes, max_generation)
         self.namespace, self.write_back = namespace_id(namespace, rank, ranks), write_back
         self.stats = TieredStats()
         self.backing = Backing(file, remote, self.stats)
@@ -133,14 +129,26 @@ class TieredChunkStore(ChunkStore):
         """The chunk, with the owner's corrections when one is given; None when it must be computed (again)."""
         return self.fetch(key, owner).chunk
 
-    def fetch(self, key: ChunkKey, owner: str | None = None) -> Fetched:
-        """`get`, and from where, or why not. Damage and failing tiers are reasons, never exceptions."""
+    def fetch(
+        self,
+        key: ChunkKey,
+        owner: str | None = None,
+        shape: ChunkShape | None = None,
+        tokens: int | None = None,
+    ) -> Fetched:
+        """`get`, and from where, or why not. Damage and failing tiers are reasons, never exceptions.
+
+        A chunk of another shape (without `shape`: than the store's), or of another number of tokens, is none.
+        """
+        wanted = replace(self.wanted, shape=shape or self.wanted.shape, tokens=tokens)
         name = chunk_name(self.namespace, key)
         with self._lock:
             entry = self._entries.get((name, owner)) or self._entries.get((name, None))
         try:
             if entry is None:
-                found = self.reader.load(name)
+                found = self.reader.load(name, wanted)
+            elif why := wanted.shape.misfit(entry.layout, entry.positions, tokens):
+                raise Gone(f"misfit: {why}")
             else:
                 content, tier = self.reader.pages(entry, range(entry.layout.pages))
                 payload = packed(content, entry.layout)
@@ -297,7 +305,7 @@ class TieredChunkStore(ChunkStore):
                 return entry
             base = self._entries.get((name, None))
         if base is None:
-            found = self.backing.read(name, [(0, 1)])
+            found = self.backing.read(name, [(0, 1)], self.wanted)
             if isinstance(found, str):
                 raise StoreError(f"chunk {name[16:].hex()} cannot be corrected ({found}): build it again")
             head: Head = found[0]

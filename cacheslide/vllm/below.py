@@ -19,6 +19,7 @@ from cacheslide.store.base import ChunkKV
 from cacheslide.store.config import GIB, MIB, StoreConfig, open_store
 from cacheslide.store.files import BLOCK, Files
 from cacheslide.store.pages import side_by_side
+from cacheslide.store.shape import ChunkShape
 from cacheslide.store.tiered import Fetched
 from cacheslide.vllm.pinned import PinnedMemory
 
@@ -73,6 +74,8 @@ class Below:
     rank, ranks : int
     memory : PinnedMemory, optional
         Where chunks are wanted; without it in any memory.
+    shape : ChunkShape, optional
+        Of this rank's chunks: what others left below and looks otherwise is not read.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Below:
         rank: int = 0,
         ranks: int = 1,
         memory: PinnedMemory | None = None,
+        shape: ChunkShape | None = None,
     ) -> None:
         self.store = open_store(
             lower_tiers(config, row_bytes),
@@ -91,6 +95,7 @@ class Below:
             rank=rank,
             ranks=ranks,
             files=Files() if memory is None else PinnedFiles(memory),
+            shape=shape,
         )
         self.memory, self.limit = memory, config.queue_mib * MIB
         self.unwritten = 0  # chunks that came faster than they could be written
@@ -131,13 +136,13 @@ class Below:
 
     # --- up --------------------------------------------------------------------------------------------------------
 
-    def fetch(self, key: ChunkKey, ticket: int) -> None:
-        """Start reading a chunk."""
-        self._coming[key] = ticket, self._readers.submit(self._read, key)
+    def fetch(self, key: ChunkKey, ticket: int, tokens: int | None = None) -> None:
+        """Start reading a chunk of `tokens` tokens (None: of any number)."""
+        self._coming[key] = ticket, self._readers.submit(self._read, key, tokens)
 
-    def _read(self, key: ChunkKey) -> Fetched:
+    def _read(self, key: ChunkKey, tokens: int | None) -> Fetched:
         try:
-            found = self.store.fetch(key)
+            found = self.store.fetch(key, tokens=tokens)
             if found.chunk is None:
                 return found
             return replace(found, chunk=self._settled(found.chunk))

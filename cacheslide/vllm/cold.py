@@ -114,7 +114,7 @@ class ColdChunks:
             return False
         self.evicted(evict)
         self.coming[key] = _Coming(next(self._tickets), [tracked], time.monotonic())
-        self.fetches.append(FetchPlan(key, tuple(evict), self.coming[key].ticket))
+        self.fetches.append(FetchPlan(key, tuple(evict), self.coming[key].ticket, len(chunk)))
         self._lease(tracked, [key])  # before the next one makes room for itself
         return True
 

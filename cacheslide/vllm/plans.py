@@ -85,12 +85,14 @@ class EncodeJob:
 class FetchPlan:
     """Start reading a chunk from the tiers below memory; room was made for it by dropping `evict`.
 
-    `ticket` tells this attempt from earlier ones, which some ranks may still report on.
+    It has `tokens` tokens, or any number where that is 0. `ticket` tells this attempt from earlier ones, which some
+    ranks may still report on.
     """
 
     key: ChunkKey
     evict: tuple[ChunkKey, ...]
     ticket: int
+    tokens: int = 0
 
 
 @dataclass

@@ -11,6 +11,7 @@ from cacheslide.encode import ChunkEncoder
 from cacheslide.keys import ChunkKey
 from cacheslide.prompt import Chunk
 from cacheslide.store.base import ChunkKV
+from cacheslide.store.shape import ChunkShape, name_of
 from cacheslide.vllm.below import Below
 from cacheslide.vllm.fetch import Rings
 from cacheslide.vllm.guard import Faults, reason
@@ -74,7 +75,18 @@ class WorkerSide:
         shape = self.model.shape
         row_bytes = 2 * shape.num_kv_heads * shape.head_dim * self.model.dtype.itemsize
         rank = get_tensor_model_parallel_rank()
-        return Below(tiers, row_bytes, self.options.namespace, rank, self.model.ranks, self.memory)
+        return Below(tiers, row_bytes, self.options.namespace, rank, self.model.ranks, self.memory, self._chunk_shape())
+
+    def _chunk_shape(self) -> ChunkShape:
+        shape, config = self.model.shape, self.vllm_config.model_config
+        return ChunkShape(
+            shape.num_layers,
+            shape.num_kv_heads,
+            shape.head_dim,
+            name_of(self.model.dtype),
+            config.hf_text_config.hidden_size,
+            max(config.max_model_len, config.hf_text_config.max_position_embeddings),
+        )
 
     def _open_store(self, where: str) -> WorkerStore:
         """An empty store; one in host memory beside a GPU is pinned, and read and written on streams of its own."""
@@ -107,7 +119,7 @@ class WorkerSide:
         if self.below is not None:
             self._survive("land", self.below.drop, step.drops)
             for fetch in step.fetches:
-                if not self._survive("land", self.below.fetch, fetch.key, fetch.ticket):
+                if not self._survive("land", self.below.fetch, fetch.key, fetch.ticket, fetch.tokens):
                     self.report.failed[fetch.key] = fetch.ticket, reason("land")
         for plan in step.keeps:
             self._save(plan)

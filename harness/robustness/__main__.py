@@ -14,7 +14,7 @@ from pathlib import Path
 from harness.results.provenance import machine
 from harness.results.records import write_json
 
-CAMPAIGNS = ("bodies", "http_bodies", "folders", "records", "kills", "entries")
+CAMPAIGNS = ("bodies", "http_bodies", "entries", "folders", "damage", "writers", "records")
 
 
 def main(argv: list[str] | None = None) -> int:

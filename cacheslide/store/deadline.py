@@ -1,0 +1,104 @@
+"""Connections to a Valkey or Redis server on which a whole request has one time limit, and an answer one size limit.
+
+A limit a `recv` alone lets a server that sends a byte now and then hold a reader for as long as it likes.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import redis
+
+
+class Allowance(threading.local):
+    """What is left of the request that this thread runs: seconds until `until`, and bytes to receive."""
+
+    until = math.inf
+    room = math.inf
+
+    @contextmanager
+    def request(self, seconds: float, room: int) -> Iterator[None]:
+        """A request: it may take so long, and receive so many bytes."""
+        self.until, self.room = time.monotonic() + seconds, room
+        try:
+            yield
+        finally:
+            self.until = self.room = math.inf
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left; TimeoutError when none are."""
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request took longer than its limit")
+        return left
+
+    def took(self, received: int) -> None:
+        """Count what came; OSError when it is more than any answer has."""
+        self.room -= received
+        if self.room < 0:
+            raise OSError("the answer is larger than any record")
+
+
+class _Socket:
+    """A connected socket whose every call ends within the request's time."""
+
+    def __init__(self, plain: Any, allowance: Allowance) -> None:
+        self._plain, self._allowance = plain, allowance
+        self._timeout = plain.gettimeout()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plain, name)
+
+    def settimeout(self, seconds: float | None) -> None:
+        """As `socket.settimeout`; what is left of the request counts too."""
+        self._timeout = seconds
+        self._plain.settimeout(seconds)
+
+    def _limit(self) -> None:
+        if self._timeout != 0:  # 0 asks whether something has come, and waits for nothing
+            left = self._allowance.left
+            self._plain.settimeout(self._timeout if left == math.inf else min(left, self._timeout or left))
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """As `socket.recv`."""
+        self._limit()
+        data = self._plain.recv(size, flags)
+        self._allowance.took(len(data))
+        return data
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        """As `socket.recv_into`."""
+        self._limit()
+        n = self._plain.recv_into(buffer, nbytes, flags)
+        self._allowance.took(n)
+        return n
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """As `socket.sendall`, which has one time limit as it is."""
+        self._limit()
+        self._plain.sendall(data, flags)
+
+
+class _Limited:
+    """Mixed into a connection class of `redis`."""
+
+    def __init__(self, *args: Any, allowance: Allowance, **kwargs: Any) -> None:
+        self._allowance = allowance
+        super().__init__(*args, **kwargs)
+
+    def _connect(self) -> _Socket:
+        if (left := self._allowance.left) < math.inf:
+            self.socket_connect_timeout = left
+        return _Socket(super()._connect(), self._allowance)
+
+
+class LimitedConnection(_Limited, redis.Connection):
+    """Over TCP."""
+
+
+class LimitedTls(_Limited, redis.SSLConnection):
+    """Over TLS."""

@@ -1,9 +1,9 @@
 """A load that failed: its request starts over, computed exactly by vLLM.
 
 vLLM's own recovery (`kv_load_failure_policy`) fails such requests by default, and under async scheduling, where the
-next step is under way already, its "recompute" keeps tokens sampled from rows that were never loaded. Preemption is
-made for that: the blocks are given back, output in flight is dropped, and the request comes back as one that claims
-nothing.
+next step is under way already, its "recompute" ends the engine: a later step embeds the placeholder of a token that was
+dropped. Preemption is made for that: the blocks are given back, output in flight is dropped, and the request comes back
+as one that claims nothing.
 """
 
 import time

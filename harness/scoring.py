@@ -3,22 +3,25 @@
 from collections.abc import Sequence
 
 from harness.metrics.answers import exact_match, token_f1
-from harness.metrics.patches import changed_line_f1, is_patch, same_patch
+from harness.metrics.patches import is_patch, same_patch
 from harness.metrics.rouge import rouge_l
 from harness.tasks.example import Question, TaskExample
+
+PATCH, ANSWER = "patch", "answer"
+
+
+def compared_as(answers: Sequence[str]) -> str:
+    """How a prediction is held against these gold answers: as a patch where one of them is a unified diff."""
+    return PATCH if any(map(is_patch, answers)) else ANSWER
 
 
 def score(prediction: str, answers: Sequence[str]) -> dict[str, float]:
     """F1 and EM with HotPotQA's normalisation, and Rouge-L recall, each in [0, 1].
 
-    Where the answers are patches, EM says whether the same lines change and F1 compares the changed lines.
+    Patches have no partial score: all three are 1.0 when the prediction is the same change as a gold patch, else 0.0.
     """
-    if answers and all(map(is_patch, answers)):
-        return {
-            "f1": max(changed_line_f1(prediction, a) for a in answers),
-            "em": float(any(same_patch(prediction, a) for a in answers)),
-            "rouge_l": rouge_l(prediction, answers).recall,
-        }
+    if compared_as(answers) == PATCH:
+        return dict.fromkeys(("f1", "em", "rouge_l"), same_patch(prediction, answers))
     return {
         "f1": token_f1(prediction, answers),
         "em": exact_match(prediction, answers),
@@ -27,8 +30,7 @@ def score(prediction: str, answers: Sequence[str]) -> dict[str, float]:
 
 
 def question_record(example: TaskExample, question: Question, prediction: str) -> dict:
-    """One question's part of a record. `success` is an exact match: the answer can be used as it is, a patch is
-    the reference's (`same_patch`). No test is run here."""
+    """One question's part of a record. `success` is an exact match: an equal answer, or the gold patch's change."""
     scores = score(prediction, question.answers)
     return {
         "id": question.id,

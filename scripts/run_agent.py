@@ -6,7 +6,8 @@
 swe_style retrieves one document a turn, runs the model's commands over the example's own documents (`open NAME`,
 `search WORDS`; no code is run) and answers on the last turn. `reflexion` on hotpot_qa answers, hears that it was wrong
 and reflects. With --dataset synthetic every agent works on this repository's own tasks: reflexion, memgpt, swe_agent
-(code runs in the sandbox), function_calling. SWE-bench patches are graded with --grade, which needs docker.
+(code runs in the sandbox), function_calling. SWE-bench patches are held against the gold patch, the same change or not
+(`solved_by: patch`); --grade, which needs docker, applies them and runs the tests (`solved_by: tests`).
 """
 
 import argparse
@@ -72,11 +73,12 @@ def records_of(agent: Agent, example: TaskExample | None, episode: Episode) -> l
     out = [_record(agent, step, episode) for step in episode.steps]
     if not out:
         return out
-    last = {"solved": episode.score, "solved_by": agent.judge, "stop": episode.stop, "failure": episode.failure}
+    last = {"solved": episode.score, "solved_by": episode.solved_by}
+    last |= {"stop": episode.stop, "failure": episode.failure}
     if example is not None:
         answers = example.questions[0].answers
         text = agent.answered[-1] if isinstance(agent, TextReflexion) and agent.answered else out[-1]["said"]
-        last |= {"answers": list(answers), **score(text.strip(), answers)}
+        last |= {"answers": list(answers), **score(text, answers)}
     out[-1] |= last
     return out
 
@@ -137,11 +139,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     longest = max((r["turn"] for r in records), default=-1) + 1
     found = summary([r for r in records if "f1" in r]) if args.dataset != SYNTHETIC else {}
-    found |= {"episodes": len(episodes), "solved": sum(e.success for e in episodes)}
-    found |= {"solved_by": sorted({r["solved_by"] for r in records if "solved_by" in r})}
+    found |= {"episodes": len(episodes), **_solved(episodes, graded)}
     turns = {"turns": len(records), "ttft_s_by_turn": [_mean(records, t) for t in range(longest)]}
     write({"arguments": vars(args), "summary": found | turns | graded, "records": records}, args.output)
     return 0
+
+
+def _solved(episodes: Sequence[Episode], graded: dict) -> dict:
+    """How many episodes were solved, and what says so: tests that ran, a gold patch or answer, the task's own rules."""
+    if graded:
+        return {"solved": sum(graded["resolved"].values()), "solved_by": "tests"}
+    by = sorted({e.solved_by for e in episodes})
+    return {"solved": sum(e.success for e in episodes), "solved_by": by[0] if len(by) == 1 else by}
 
 
 def _grade(args: argparse.Namespace, records: Sequence[dict]) -> dict:

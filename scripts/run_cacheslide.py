@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cacheslide.errors import CacheSlideError, DataError
 from cacheslide.vllm.runs import Engine, add_arguments, from_arguments
-from harness.scoring import score
+from harness.scoring import compared_as, score
 from harness.tasks.data import synthetic_names
 from harness.tasks.example import TaskExample, TextSegment
 from harness.tasks.synthetic import read_rows
@@ -58,7 +58,7 @@ def answer(engine: Engine, example: TaskExample, max_new_tokens: int) -> list[di
     for question in example.questions:
         ids, marks = tokens(engine, example.segments, question.text)
         got = engine.ask(ids, marks, max_new_tokens, stops)
-        scores = score(got.text.strip(), question.answers)
+        scores = score(got.text, question.answers) | {"compared_as": compared_as(question.answers)}
         record = {"example": example.id, "question": question.id, "prompt_tokens": len(ids), "ttft_s": got.ttft}
         record |= {"seconds": got.seconds, "prediction": got.text.strip(), "answers": list(question.answers)}
         records.append(record | scores | {"receipt": got.receipt})

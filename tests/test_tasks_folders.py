@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from cacheslide.errors import DataError
 from harness.tasks import registry
 
 DATA = Path(__file__).parent / "data" / "hotpotqa.jsonl"
@@ -29,3 +30,11 @@ def test_rows_are_read_from_a_folder_of_any_name(tmp_path, kind, name):
     for path in (file, folder):
         examples = list(registry.load(dataset, "validation", path=path, limit=2))
         assert len(examples) == 2
+
+
+@pytest.mark.fault("parquet_brackets")
+@pytest.mark.parametrize("split", ["te*", "[v]alidation", "v?lidation", "../plain/validation", "/etc", "**", "", "a/b"])
+def test_a_split_is_a_name(tmp_path, split):
+    (tmp_path / "validation.jsonl").write_text(DATA.read_text())
+    with pytest.raises(DataError, match="no split"):
+        list(registry.load("hotpotqa", split, path=tmp_path, limit=2))

@@ -18,11 +18,10 @@ class Agent(ABC):
         Its last slot is named "cue": updated text that the model's output follows.
     grammar : str
         How calls are written, see `harness.agents.calls.parse`.
-    judge : str
-        What decides `score`: "answer" (compared with the task's), "patch" (compared with the reference patch, no test
-        is run) or "tests".
     finished : bool
         Set by a tool: the agent is done and `score` is final.
+    solved_by : str
+        What decides `score`: "tests" that ran, comparison with a gold "patch" or "answer", or the "task"'s own rules.
     at : int
         Which question, message or job of the task is at work: a call is a repetition only within one.
     """
@@ -30,7 +29,7 @@ class Agent(ABC):
     name: str
     template: Template
     grammar = "line"
-    judge = "answer"
+    solved_by = "task"
 
     def __init__(self, task_id: str) -> None:
         self.task_id = task_id

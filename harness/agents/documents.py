@@ -13,8 +13,7 @@ from harness.agents.agent import Agent, describe
 from harness.agents.calls import Call, MalformedCall, Tool
 from harness.agents.reflexion import TRIALS, Reflexion
 from harness.agents.template import Slot, Template
-from harness.metrics.answers import exact_match
-from harness.metrics.patches import same_patch
+from harness.scoring import compared_as, score
 from harness.tasks.example import TaskExample
 
 WINDOW = 40  # lines that a tool shows
@@ -71,6 +70,7 @@ class TextReflexion(Agent):
     def __init__(self, example: TaskExample, trials: int = TRIALS) -> None:
         super().__init__(example.id)
         self.question, self.trials = example.questions[0], trials
+        self.solved_by = compared_as(self.question.answers)
         fixed = [s for s in example.segments if s.role == "reuse"]
         if len(fixed) < 2:
             raise DataError(
@@ -105,7 +105,7 @@ class TextReflexion(Agent):
         self.feedback, self._heard = self._heard, ""
 
     def score(self) -> float:
-        return max((exact_match(a, self.question.answers) for a in self.answered), default=0.0)
+        return max((score(a, self.question.answers)["em"] for a in self.answered), default=0.0)
 
     def _answer(self, text: str) -> str:
         self.answered.append(text)
@@ -134,7 +134,6 @@ class DocumentReader(Agent):
     """
 
     name = "swe_style"
-    judge = "patch"
     template = Template(
         (
             Slot("system", "reuse"),
@@ -147,6 +146,7 @@ class DocumentReader(Agent):
     def __init__(self, example: TaskExample, turns: int) -> None:
         super().__init__(example.id)
         self.question, self.turns = example.questions[0], turns
+        self.solved_by = compared_as(self.question.answers)
         self.head, *rest = [s for s in example.segments if s.role == "reuse"]
         issue, documents = (rest[0], rest[1:]) if rest and rest[0].name == "issue" else (None, rest)
         self.library = Library({s.name or f"document {i}": s.text for i, s in enumerate(documents)})
@@ -199,7 +199,7 @@ class DocumentReader(Agent):
         self._retrieve()
 
     def score(self) -> float:
-        return float(self.finished and any(same_patch(self.written, a) for a in self.question.answers))
+        return score(self.written, self.question.answers)["em"] if self.finished else 0.0
 
     def _retrieve(self) -> None:
         names = self.library.rank(self.query, without=[n for turn in self.retrieved for n in turn])[:1]

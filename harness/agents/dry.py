@@ -39,8 +39,6 @@ class DryWorkspace:
 class DrySWEAgent(SWEAgent):
     """The agent of `SWEAgent` on a `DryWorkspace`; its own verdict is no result to report."""
 
-    judge = "patch"
-
     def _check_out(self) -> None:
         self.workspace = DryWorkspace(self.task.files)
 

@@ -45,7 +45,10 @@ class Step:
 
 @dataclass
 class Episode:
-    """A finished episode. `stop` is "done", "turns", "malformed", "repeated", "time" or "completer"."""
+    """A finished episode. `stop` is "done", "turns", "malformed", "repeated", "time" or "completer".
+
+    `solved_by` says what decided the score (`Agent.solved_by`); "" in traces of earlier versions.
+    """
 
     agent: str
     task_id: str
@@ -55,6 +58,7 @@ class Episode:
     failure: str = ""
     score: float = 0.0
     seconds: float = 0.0
+    solved_by: str = ""
 
     @property
     def success(self) -> bool:
@@ -84,7 +88,7 @@ def run_episode(
         When a replayed trace does not fit the prompts.
     """
     stops = stops or Stops()
-    episode = Episode(agent.name, agent.task_id, completer.system)
+    episode = Episode(agent.name, agent.task_id, completer.system, solved_by=agent.solved_by)
     begin, turn, rejected, same = clock(), 0, 0, 0
     last: tuple[Call, str, int] | None = None
     session = session or agent.task_id

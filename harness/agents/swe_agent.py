@@ -24,7 +24,7 @@ class SWEAgent(Agent):
     """
 
     name = "swe_agent"
-    judge = "tests"
+    solved_by = "tests"
     template = Template(
         (
             Slot("system", "reuse"),

@@ -58,7 +58,7 @@ def lines(episode: Episode, run: dict[str, Any]) -> Iterable[dict[str, Any]]:
                 yield {"kind": "text", "sha256": digest, "text": s.text}
         yield _step_line(step)
     end = {k: getattr(episode, k) for k in ("stop", "failure", "score", "seconds")}
-    yield {"kind": "end", "steps": len(episode.steps), **end}
+    yield {"kind": "end", "steps": len(episode.steps), "solved_by": episode.solved_by, **end}
 
 
 def _step_line(step: Step) -> dict[str, Any]:
@@ -105,6 +105,7 @@ def read_episodes(path: Path) -> list[Episode]:
                         raise DataError(f"{path}:{number}: {len(current.steps)} of {line['steps']} steps are there")
                     for key in ("stop", "failure", "score", "seconds"):
                         setattr(current, key, line[key])
+                    current.solved_by = line.get("solved_by", "")
                     out.append(current)
                     current = None
                 else:

@@ -8,6 +8,7 @@ csv) are read by `datasets`. JSON is read row by row with the standard library, 
 import glob
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -99,6 +100,8 @@ def row_rng(seed: int, task: str, row_id: str) -> random.Random:
 
 def locate(source: Source, split: str, path: str | Path | None = None) -> list[Path]:
     """Files of a split: `path` itself, those in the folder `path`, those under `datasets/local/`, or the hub's."""
+    if not re.fullmatch(r"[\w-]+", split):
+        raise DataError(f"{source.name}: {split!r} is no split: a name of letters, digits, '_' and '-' is expected")
     if path is not None:
         path = Path(path)
         if not path.exists():

@@ -35,7 +35,8 @@ SLOWER = 1.3  # times the fastest calibration; a core's clock alone changes by l
 LOAD_OVER = 1.25  # running processes a core, where others' CPU time is not known
 KEPT = 0.5  # a number is published if at least this share of its timed blocks was undisturbed
 
-_STEPS, _SIZE, _PRODUCTS, _TRIES = 60_000, 384, 8, 3
+_STEPS, _SIZE, _PRODUCTS, _TRIES = 60_000, 512, 3, 3
+_CERTAIN = 3.0  # times the fastest: somebody is there, whatever a further try says
 
 
 def judge(reading: Mapping[str, Any]) -> str:
@@ -74,8 +75,8 @@ class Calibration:
             self._once()
         taken = self._once()
         for _ in range(_TRIES - 1):
-            if self.best is not None and taken <= self.best * SLOWER:
-                break  # nobody is here: no need to ask again
+            if self.best is not None and not SLOWER < taken / self.best <= _CERTAIN:
+                break  # nobody is here, or somebody for certain: no need to ask again
             taken = min(taken, self._once())
         self.best = taken if self.best is None else min(self.best, taken)
         return taken

@@ -35,8 +35,7 @@ def draw(table: list[dict[str, Any]]) -> Figure:
     for column, mode in enumerate(modes):
         rows = sorted((r for r in table if r["mode"] == mode), key=lambda r: r["n"])
         title, label = MODES[mode]
-        title += remark(rows)
-        _lines(grid[0][column], rows, "ttft", 1e3, f"{title}: TTFT", "ms")
+        _lines(grid[0][column], rows, "ttft", 1e3, f"{title}: TTFT{remark(rows)}", "ms")
         _lines(grid[1][column], rows, "qps_correct", 1.0, "Correct calls a second", "1/s")
         _advantage(grid[2][column], rows, label)
     note = f"teacher-forced, all systems the same work, {table[0]['repeats']} repeats in turns; lines: 95 % intervals"

@@ -30,7 +30,7 @@ def lines(reasons: Iterable[str], left_out: int = 0) -> list[str]:
     reasons : iterable of str
         Why each skipped test (or module, which counts once) was skipped.
     left_out : int
-        Tests that the run's selection left out.
+        Tests with the mark `server` that the run's selection left out.
     """
     counted = Counter(re.sub(r"^Skipped: ", "", reason).strip() for reason in reasons)
     out = [
@@ -40,7 +40,7 @@ def lines(reasons: Iterable[str], left_out: int = 0) -> list[str]:
     if any("make test-servers" in line for line in out) and (packages := missing()):
         out.append(f"make test-servers installs {packages} with apt-get, as root or through sudo, and runs those tests")
     if left_out:
-        out.append(f"{left_out} not selected  -> those that start servers: make test PYTEST='-m server'")
+        out.append(f"{left_out} not selected, which start servers  -> make test PYTEST='-m server'")
     return out
 
 
@@ -53,7 +53,8 @@ def missing() -> str:
 def pytest_terminal_summary(terminalreporter) -> None:
     """Print the summary behind pytest's own."""
     skipped = [r.longrepr[2] for r in terminalreporter.stats.get("skipped", []) if isinstance(r.longrepr, tuple)]
-    said = lines(skipped, len(terminalreporter.stats.get("deselected", [])))
+    left_out = [i for i in terminalreporter.stats.get("deselected", []) if i.get_closest_marker("server")]
+    said = lines(skipped, len(left_out))
     if said:
         terminalreporter.section("left out")
         for line in said:

@@ -1,18 +1,20 @@
 """The study's measurements, end to end on the shipped model and a few short prompts."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cacheslide import ReuseEngine, load_policy
-from cacheslide.errors import DataError, ModelError, PromptError
+from cacheslide.errors import DataError, ModelError, PolicyError, PromptError
 from cacheslide.store import MemoryChunkStore
 from harness import study
 from harness.answering import answer_branches, branch_room
 from harness.backend import EngineSettings, ReferenceBackend
 from harness.experiments.accuracy import evaluate
 from harness.experiments.select_layer import choose
+from harness.experiments.throughput import measure_throughput
 from harness.results.records import RecordWriter, read_failures, read_records, read_settings
 from harness.systems import recipes, resolve, scalable, to_scale
 from harness.tasks.data import read_examples, write_dataset
@@ -114,6 +116,9 @@ def test_latency_takes_turns_and_keeps_answers(data, tmp_path):
         assert len(system["questions"]) == 8
     assert record["systems"]["cacheslide"]["receipt"]["rows_reused"] > 0
     assert sum(q["f1"] for q in record["systems"]["recompute"]["questions"]) >= 7
+    [session] = record["quiet"]
+    assert set(session["systems"]) == set(record["systems"])
+    assert len(session["rounds"]) == 2 and all(r["seconds"] > 0 for r in session["rounds"])
 
 
 def test_throughput_counts_correct_answers(data, tmp_path):
@@ -125,6 +130,37 @@ def test_throughput_counts_correct_answers(data, tmp_path):
         assert 0 <= r["qps_correct"] <= r["qps"] == pytest.approx(3 / r["elapsed_seconds"])
         finished = [q["finished_seconds"] for q in r["requests"]]
         assert finished == sorted(finished)
+        assert sum(r["slices"]) == 3 and len(r["quiet"]) == len(r["slices"]) == {1: 3, 2: 2}[r["batch"]]
+
+
+class Loop:
+    """A responder that notes whose requests it gets, and fails those of one system."""
+
+    def __init__(self, fails=""):
+        self.asked, self.fails = [], fails
+
+    def fill(self, examples, systems):
+        pass
+
+    def closed_loop(self, system, examples, clients, max_new_tokens):
+        if system.name == self.fails:
+            raise PolicyError("made to fail")
+        self.asked.append((system.name, len(examples)))
+        one = {"question": {"success": 1.0}, "receipt": {"row_layer_share": 0.5}}
+        return [one | {"finished_seconds": 0.5 * (i + 1)} for i in range(len(examples))], 0.5 * len(examples)
+
+
+def test_systems_take_turns_within_a_loop_and_fail_alone(tmp_path):
+    systems = [SimpleNamespace(name=n) for n in ("a", "b", "c")]
+    responder, writer = Loop(fails="b"), RecordWriter(tmp_path / "t.jsonl", {})
+    measure_throughput([(responder, systems)], list(range(8)), writer, [2], progress=None)
+    writer.finish()
+    assert [n for _, n in responder.asked] == [2] * 8
+    assert all({responder.asked[i][0], responder.asked[i + 1][0]} == {"a", "c"} for i in range(0, 8, 2))
+    records = {r["id"]: r for r in read_records(tmp_path / "t.jsonl")}
+    assert set(records) == {"a-2", "c-2"} and [f["id"] for f in read_failures(tmp_path / "t.jsonl")] == ["b-2"]
+    assert [r["finished_seconds"] for r in records["a-2"]["requests"]] == [0.5 * (i + 1) for i in range(8)]
+    assert records["a-2"]["elapsed_seconds"] == 4.0 and records["a-2"]["qps"] == 2.0
 
 
 def test_similarity_keeps_position_and_context_apart(data, tmp_path):

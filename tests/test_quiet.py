@@ -110,15 +110,15 @@ def test_a_block_that_fails_leaves_no_reading():
     assert counted(readings) == {"blocks": 1, "disturbed": 0, "not_checked": 1}
 
 
-def test_another_number_of_threads_is_another_calibration():
-    one, before = Calibration(), torch.get_num_threads()
+def test_another_number_of_threads_is_another_calibration(monkeypatch):
+    one, threads = Calibration(), torch.get_num_threads()
     one()
     one.best = 1e-9
-    try:
-        torch.set_num_threads(before + 1)
-        one()
-    finally:
-        torch.set_num_threads(before)
+    assert one() > 1e-6 and one.best == 1e-9
+    monkeypatch.setattr(
+        torch, "get_num_threads", lambda: threads + 1
+    )  # an engine in this process may forbid setting it
+    one()
     assert one.best > 1e-6
 
 

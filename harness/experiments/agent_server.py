@@ -23,6 +23,7 @@ from harness.experiments.agent_load import loop_on
 from harness.experiments.agent_replay import record
 from harness.limit import Limit, add_minutes
 from harness.load import Done
+from harness.quiet import watched
 from harness.results.provenance import machine
 from harness.results.records import RecordWriter, guarded
 from harness.systems import resolve
@@ -49,17 +50,18 @@ def measure(
 
 
 def _cell(server, args, systems, tokens, tasks, episodes, n, repeat) -> dict:
-    out = {}
+    out, quiet = {}, {}
     for system in random.Random(f"{args.seed}-{n}-{repeat}").sample(systems, len(systems)):
         salt = f"{system}-{n}-{repeat}"
         url = f"{server.endpoint.url}/v1"
         completer = OpenAIServer(url, args.model, tokens.tokenizer, system, system, salt=salt, layer=args.layer)
         for episode in episodes:  # the chunks of the first turns are there, as in a server that has been running
             completer.complete(Request(episode.task_id, 0, episode.steps[0].segments, 1))
-        done = sorted(loop_on(completer, tokens, tasks, episodes, n), key=lambda d: d.end)
+        with watched() as quiet[system]:
+            done = sorted(loop_on(completer, tokens, tasks, episodes, n), key=lambda d: d.end)
         out[system] = [_row(d) for d in done]
         print(f"agents on a server: {salt}", file=sys.stderr, flush=True)
-    return {"mode": "parallel", "n": n, "repeat": repeat, "systems": out}
+    return {"mode": "parallel", "n": n, "repeat": repeat, "systems": out, "quiet": quiet}
 
 
 def _row(done: Done) -> list[float]:

@@ -24,8 +24,10 @@ from typing import Any
 from harness.experiments.engine_ttft import Prompts, described, fill, shaped
 from harness.limit import Limit, add_minutes
 from harness.metrics.bootstrap import median
+from harness.quiet import Reading, Watch
 from harness.results.provenance import machine
 from harness.results.records import write_json
+from harness.results.undisturbed import pick, too_few
 from harness.step import command
 
 SYSTEM, SHARE = "cacheslide", 0.26
@@ -113,6 +115,8 @@ def _length(engine, tokens: int, args: argparse.Namespace, limit: Limit) -> Iter
         return
     measured = Measured(engine, tokens, args.vocabulary)
     runs: dict[str, list[list[float]]] = {row: [] for row in ROWS}
+    quiet: list[Reading] = []
+    watch = None
     for turn in range(args.repeats + 1):  # the first is a warm-up
         if limit.over:
             return
@@ -120,11 +124,18 @@ def _length(engine, tokens: int, args: argparse.Namespace, limit: Limit) -> Iter
             seconds = measured.time(row)
             if turn:
                 runs[row].append(seconds)
-        if turn:
-            yield [
-                {"tokens": tokens, "chunks": row, "ttft_s": asdict(median([r[0] for r in found])), "runs": list(found)}
-                for row, found in runs.items()
-            ]
+        if watch is None:
+            watch = Watch()
+        else:
+            quiet.append(watch.lap())
+            yield [_row(tokens, row, found, quiet) for row, found in runs.items()]
+
+
+def _row(tokens: int, chunks: str, runs: list[list[float]], quiet: list[Reading]) -> dict[str, Any]:
+    """A row over the turns so far: medians of the undisturbed ones, of all where those are too few."""
+    seconds = median([r[0] for r in pick(runs, quiet)])
+    row = {"tokens": tokens, "chunks": chunks, "ttft_s": asdict(seconds), "runs": list(runs), "quiet": list(quiet)}
+    return row | {"disturbed": too_few(quiet)}
 
 
 def main() -> None:
@@ -146,7 +157,7 @@ def main() -> None:
     args = p.parse_args()
     record = measure(args, Limit(args.minutes), partial(write_json, args.out))
     for row in record["rows"]:
-        print(row["tokens"], row["chunks"], row["ttft_s"], flush=True)
+        print(row["tokens"], row["chunks"], row["ttft_s"], row["disturbed"], flush=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from cacheslide.kernels import cope_reference
 from cacheslide.positions.cope import scores_and_gates
 from harness.experiments.kernels import FLASH, FLUSH_BYTES, GateError, causal_attentions, median_ms, relative_error
 from harness.limit import Limit, add_minutes
+from harness.quiet import watched
 from harness.results.provenance import ROOT, provenance
 from harness.results.records import write_json
 from harness.step import command
@@ -239,7 +240,9 @@ def run_part(part: str, out: Path, repeats: int, trained: tuple[Path, Path] | No
     for name, case in cases:
         started = time.monotonic()
         try:
-            done[name] = case()
+            with watched() as quiet:
+                done[name] = case()
+            done[name]["quiet"] = quiet
         except Exception as failed:
             done[name] = {"error": f"{type(failed).__name__}: {str(failed)[:500]}"}
         done[name]["seconds"] = round(time.monotonic() - started, 1)

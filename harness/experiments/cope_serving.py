@@ -23,8 +23,10 @@ from cacheslide.training.calibration import Calibration, save_calibration
 from harness.experiments.engine_ttft import SHAPES, Prompts, described, fill, once, shaped, system_name
 from harness.limit import Limit, add_minutes
 from harness.metrics.bootstrap import median, ratio_of_medians
+from harness.quiet import Watch
 from harness.results.provenance import provenance
 from harness.results.records import write_json
+from harness.results.undisturbed import pick, too_few
 from harness.step import command
 
 
@@ -62,28 +64,40 @@ def measure(engines: dict[str, Any], args: argparse.Namespace, result: dict[str,
             fill(engine, drawn)
         cell: dict[str, dict[str, list]] = {f"{e} {s}": {"ttft": []} for e in engines for s in systems}
         result["ttft"][length] = cell
+        quiet = result.setdefault("quiet", {}).setdefault(f"ttft {length}", [])
+        watch = None
         for turn in range(args.warmups + args.repeats):
             if limit.over:
                 return
+            if turn == args.warmups:
+                watch = Watch()
             for system in systems:
                 for name in sorted(engines, reverse=bool(turn % 2)):
                     said = once(engines[name], drawn, system, 1, 2)
                     if turn >= args.warmups:
                         cell[f"{name} {system}"]["ttft"] += said.pop("ttft")
                         cell[f"{name} {system}"] |= said
+            if watch is not None:
+                quiet.append(watch.lap())
             write(result)
     for batch in args.batches:
         drawn = Prompts(args.decode_context, args.vocabulary, seed=batch)
         steps: dict[str, list[float]] = {e: [] for e in engines}
         prompts = [drawn.turn()[0] for _ in range(batch)]
         result["decode"][batch] = {"context": args.decode_context, "tokens": args.decode_tokens, "step": steps}
+        quiet = result.setdefault("quiet", {}).setdefault(f"decode {batch}", [])
+        watch = None
         for turn in range(args.warmups + args.repeats):
             if limit.over:
                 return
+            if turn == args.warmups:
+                watch = Watch()
             for name in sorted(engines, reverse=bool(turn % 2)):
                 took = decode_step(engines[name], prompts, args.decode_tokens)
                 if turn >= args.warmups:
                     steps[name].append(took)
+            if watch is not None:
+                quiet.append(watch.lap())
             write(result)
     result["complete"] = True
     write(result)
@@ -95,23 +109,35 @@ def estimate(found) -> dict[str, float]:
 
 
 def headline(result: dict[str, Any]) -> dict[str, Any]:
-    """Medians in milliseconds and ratios to the rotating model, with 95 % intervals over the repeats."""
+    """Medians in milliseconds and ratios to the rotating model, with 95 % intervals over the undisturbed repeats.
+
+    Where those are too few, medians are of all repeats, there are no ratios, and `disturbed` says why.
+    """
     out: dict[str, Any] = {"ttft_ms": {}, "ttft_over_rope_recompute": {}, "decode_step_ms": {}, "decode_over_rope": {}}
+    quiet = result.get("quiet", {})
+    out["disturbed"] = {name: few for name, readings in quiet.items() if (few := too_few(readings))}
     for length, cell in result["ttft"].items():
-        base = cell["rope recompute"]["ttft"]
+        block = f"ttft {length}"
+        readings = quiet.get(block, [])
+        base = pick(cell["rope recompute"]["ttft"][: len(readings) or None], readings)
         for name, runs in cell.items():
-            if not runs["ttft"]:
+            times = pick(runs["ttft"][: len(readings) or None], readings)
+            if not times:
                 continue
-            out["ttft_ms"][f"{length} {name}"] = estimate(median([1e3 * t for t in runs["ttft"]]))
-            if name != "rope recompute":
-                ratio = estimate(ratio_of_medians(runs["ttft"], base))
+            out["ttft_ms"][f"{length} {name}"] = estimate(median([1e3 * t for t in times]))
+            if name != "rope recompute" and block not in out["disturbed"]:
+                ratio = estimate(ratio_of_medians(times, base))
                 out["ttft_over_rope_recompute"][f"{length} {name}"] = ratio
     for batch, cell in result["decode"].items():
-        if not all(cell["step"].values()):
+        block = f"decode {batch}"
+        readings = quiet.get(block, [])
+        found = {name: pick(steps[: len(readings) or None], readings) for name, steps in cell["step"].items()}
+        if not all(found.values()):
             continue
-        for name, steps in cell["step"].items():
+        for name, steps in found.items():
             out["decode_step_ms"][f"x{batch} {name}"] = estimate(median([1e3 * t for t in steps]))
-        out["decode_over_rope"][f"x{batch}"] = estimate(ratio_of_medians(cell["step"]["cope"], cell["step"]["rope"]))
+        if block not in out["disturbed"]:
+            out["decode_over_rope"][f"x{batch}"] = estimate(ratio_of_medians(found["cope"], found["rope"]))
     return out
 
 
@@ -187,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "order": "engines take turns, first and second in turns as well",
     }
     result: dict[str, Any] = {"schema": 1, "provenance": made_by, "settings": settings, "conditions": conditions}
-    result |= {"complete": False, "engines": {}, "ttft": {}, "decode": {}}
+    result |= {"complete": False, "engines": {}, "ttft": {}, "decode": {}, "quiet": {}}
 
     def write(found: dict[str, Any]) -> None:
         found["headline"] = headline(found)

@@ -16,8 +16,10 @@ from pathlib import Path
 
 from harness.experiments.engine_ttft import SHAPES, Prompts, shaped
 from harness.limit import Limit, add_minutes
+from harness.quiet import Watch
 from harness.results.provenance import provenance
 from harness.results.records import write_json
+from harness.results.undisturbed import pick, too_few
 from harness.step import command
 
 CONDITIONS = ("plain", "nothing_kept", "kept_on_model", "kept_on_cpu")
@@ -67,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = provenance(settings, {}, str(args.model or f"{args.shape}, random weights"))
     prompts = Prompts(args.tokens, args.vocabulary)
     found, cold = ({c: [] for c in CONDITIONS} for _ in range(2))
-    medians = {}
+    medians, quiet = {}, []
+    watch = None
     try:
         worker, save, spent = worker_of(), worker_of().save, []
 
@@ -81,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for number in range(-2, args.repeats):  # two rounds in which kernels are compiled and host memory is pinned
             if limit.over:
                 break
+            if not number:
+                watch = Watch()
             for condition in CONDITIONS:
                 if condition.startswith("kept_on"):
                     worker.move_store(condition.removeprefix("kept_on_"))
@@ -91,10 +96,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 (cold if number < 0 else found)[condition].append(measured)
                 worker.store.clear()
                 engine.llm_engine.engine_core.engine_core.scheduler.connector.scheduler.reset()
+            if watch is not None:
+                quiet.append(watch.lap())
             medians = {
-                c: {k: statistics.median(r[k] for r in rows) for k in rows[0]} for c, rows in found.items() if rows
+                c: {k: statistics.median(r[k] for r in pick(rows, quiet)) for k in rows[0]}
+                for c, rows in found.items()
+                if rows
             }
             out = {"median": medians, "runs": found, "cold": cold, "provenance": made}
+            out |= {"quiet": quiet, "disturbed": too_few(quiet)}
             write_json(args.out, out | {"complete": number == args.repeats - 1})
         print(json.dumps(medians, indent=1))
     finally:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.experiments.engine_ttft import SHAPES, Prompts, fill, once, shaped, system_name
+from harness.quiet import Watch
 from harness.step import command
 
 
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for system in ("recompute", *(system_name(s) for s in args.shares)):
         for _ in range(3):
             once(engine, prompts, system, 1)
-        ttft, parts = [], []
+        ttft, parts, watch = [], [], Watch()
         for _ in range(5):
             spent.clear()
             asked = time.perf_counter()
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 parts.append(
                     {"before_ms": 1e3 * (started - asked), "host_ms": 1e3 * (ended - started), "device_ms": device}
                 )
-        found[system] = {"ttft_ms": ttft, "worker": parts}
+        found[system] = {"ttft_ms": ttft, "worker": parts, "quiet": watch.lap()}
         found[system] |= profiled(lambda system=system: (once(engine, prompts, system, 1), torch.cuda.synchronize()))
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.quiet import Watch
 from harness.results.provenance import provenance
 from harness.step import command
 
@@ -138,12 +139,16 @@ def cells(engine, args: argparse.Namespace, write) -> None:
 
 
 def _cell(engine, prompts: Prompts, systems: list[str], batch: int, args: argparse.Namespace) -> dict[str, tuple]:
-    """Runs of every system, and why one failed."""
+    """Runs of every system, each with its turn's reading of `harness.quiet`, and why one failed."""
     repeats = args.repeats if batch == 1 else max(2, args.repeats // 2)
     warmups = args.warmups if batch * prompts.tokens <= args.warm_tokens else 0  # long cells warm up in shorter ones
     found: dict[str, list] = {s: [] for s in systems}
     failed: dict[str, str] = {}
+    watch = None
     for turn in range(warmups + repeats):
+        said_now = []
+        if turn == warmups:
+            watch = Watch()
         for system in systems:
             if system in failed:
                 continue
@@ -152,8 +157,13 @@ def _cell(engine, prompts: Prompts, systems: list[str], batch: int, args: argpar
             except RuntimeError as wrong:
                 failed[system] = str(wrong)
                 continue
+            said_now.append(said)
             if turn >= warmups:
                 found[system].append(said)
+        if watch is not None:
+            reading = watch.lap()
+            for said in said_now:
+                said["quiet"] = reading
     return {s: (found[s], failed.get(s)) for s in systems}
 
 
@@ -164,9 +174,12 @@ def overhead(stock, plugged, args: argparse.Namespace, write) -> None:
     prompts = Prompts(args.plain_tokens, args.vocabulary, seed=7)
     engines = {"stock": stock, "plugin": plugged}
     runs: dict[str, dict[str, list[float]]] = {name: {"ttft": [], "decode": []} for name in engines}
+    quiet, watch = [], None
     for turn in range(args.warmups + args.plain_repeats):
         ids = prompts.turn()[0]
         short = [prompts.turn()[0][: args.plain_tokens // 16] for _ in range(16)]
+        if turn == args.warmups:
+            watch = Watch()
         # Whoever goes first in a turn may find a cooler or a slower device: take turns at that as well.
         for name in sorted(engines, reverse=bool(turn % 2)):
             engine = engines[name]
@@ -176,7 +189,10 @@ def overhead(stock, plugged, args: argparse.Namespace, write) -> None:
             if turn >= args.warmups:
                 runs[name]["ttft"].append(ttft)
                 runs[name]["decode"].append(_now() - started)
-    write({"kind": "overhead", "tokens": args.plain_tokens, "decode_tokens": args.plain_decode, "runs": runs})
+        if watch is not None:
+            quiet.append(watch.lap())
+    about = {"kind": "overhead", "tokens": args.plain_tokens, "decode_tokens": args.plain_decode}
+    write(about | {"runs": runs, "quiet": quiet})
 
 
 def _now() -> float:

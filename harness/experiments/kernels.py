@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cacheslide import kernels
 from cacheslide.kernels import reference
 from cacheslide.positions.rope import Rotary, inverse_frequencies
+from harness.quiet import watched
 from harness.results.provenance import ROOT, provenance
 from harness.step import command
 
@@ -278,7 +279,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--commit", help="git commit of these sources, where the folder is a copy of a checkout")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    results = run_all(args.repeats)
+    with watched() as quiet:
+        results = run_all(args.repeats)
     files = [*sorted((ROOT / "cacheslide/kernels").glob("*.py")), Path(__file__).resolve()]
     made = provenance({"repeats": args.repeats, "lengths": LENGTHS, "shares": SHARES}, {}, "random tensors")
     if args.commit:
@@ -294,7 +296,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(
-        json.dumps({"schema": 1, "provenance": made, "conditions": conditions} | results, indent=1) + "\n"
+        json.dumps({"schema": 1, "provenance": made, "conditions": conditions, "quiet": quiet} | results, indent=1)
+        + "\n"
     )
 
 

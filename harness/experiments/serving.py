@@ -8,7 +8,7 @@ condition is kept apart from all others by its cache salt. Prompts are random id
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,9 +24,11 @@ from harness.client.summary import no_speed, summarize_load
 from harness.client.workload import Conversation, Shape
 from harness.experiments.serving_plan import ServingPlan, read_plan
 from harness.metrics import bootstrap
+from harness.quiet import Reading, watched
 from harness.results.intervals import as_json
 from harness.results.provenance import file_hash, provenance
 from harness.results.records import write_json
+from harness.results.undisturbed import too_few
 from harness.systems import STOCK, resolve
 
 SCHEMA = "cacheslide.serving/1"
@@ -57,6 +59,7 @@ class Measured:
 
     servers: list[dict[str, Any]] = field(default_factory=list)
     loads: dict[Condition, Load] = field(default_factory=dict)
+    quiet: dict[Condition, Reading] = field(default_factory=dict)
     warmups: dict[Condition, list[str]] = field(default_factory=dict)  # failures of uncounted requests
 
 
@@ -104,11 +107,13 @@ def _run(plan: ServingPlan, condition: Condition, server: Server, measured: Meas
     warm = closed_loop(server.endpoint, turns(1, first, plan.output_tokens))
     measured.warmups[condition] = [o.failure for load in (cold, warm) for o in load.outcomes if o.failure]
     clients = turns(first, first + plan.turns, plan.output_tokens)
-    if condition.rate is None:
-        measured.loads[condition] = closed_loop(server.endpoint, clients)
-    else:
-        arriving = [request for turn in zip(*clients, strict=True) for request in turn]
-        measured.loads[condition] = open_loop(server.endpoint, arriving, condition.rate, plan.seed)
+    with watched() as measured.quiet[condition]:
+        if condition.rate is None:
+            load = closed_loop(server.endpoint, clients)
+        else:
+            arriving = [request for turn in zip(*clients, strict=True) for request in turn]
+            load = open_loop(server.endpoint, arriving, condition.rate, plan.seed)
+    measured.loads[condition] = load
 
 
 def _request(
@@ -123,10 +128,11 @@ def _request(
     return Request(f"{client}-{turn}", prompt.token_ids, output, params, condition.label, labels=labels)
 
 
-def table(loads: dict[Condition, Load]) -> list[dict[str, Any]]:
+def table(loads: dict[Condition, Load], quiet: Mapping[Condition, Reading] | None = None) -> list[dict[str, Any]]:
     """One row a condition. `ttft_ratio` is the ratio of median TTFTs to vLLM without a prefix cache, over the same
-    prompts under the same load; None, with the reason, unless every request was answered and reused rows."""
-    rows = []
+    prompts under the same load; None, with the reason, unless every request was answered and reused rows, and no other
+    work ran beside either load."""
+    rows, quiet = [], quiet or {}
     for condition, load in loads.items():
         base = next((b for b in loads if _compares(b, condition)), None)
         reason = "the reference of the comparison" if condition.system == BASELINE else no_speed(load)
@@ -134,8 +140,11 @@ def table(loads: dict[Condition, Load]) -> list[dict[str, Any]]:
             reason = f"{BASELINE} was not measured under this load"
         if not reason and any(o.failure for o in loads[base].outcomes):
             reason = f"requests of {BASELINE} failed"
+        few = next((why for c in (condition, base) if c and (why := too_few([quiet.get(c)]))), "")
+        reason = reason or few
         ratio = None if reason else _ratio(load, loads[base])
         row = asdict(condition) | summarize_load(load) | {"ttft_ratio": ratio, "ratio_reason": reason}
+        row |= {"quiet": quiet.get(condition), "disturbed": few}
         row["efficiency"] = row["row_layer_share"] / ratio["value"] if ratio else None
         rows.append(row)
     return rows
@@ -161,7 +170,7 @@ def result(plan: ServingPlan, measured: Measured, complete: bool) -> dict[str, A
         "complete": complete,
         "conditions": {"plan": config, "servers": measured.servers, "quality": QUALITY},
         "provenance": provenance(config, {}, _model_id(plan)),
-        "table": table(measured.loads),
+        "table": table(measured.loads, measured.quiet),
         "requests": [r for r in records if not r["failure"]],
         "failures": [r for r in records if r["failure"]],
         "failed_warmups": {c.label: why for c, why in measured.warmups.items() if why},

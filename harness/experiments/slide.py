@@ -27,6 +27,7 @@ import torch
 from harness.experiments import slide_faults, slide_index, slide_orders, slide_replay, slide_trace
 from harness.limit import Limit, add_minutes
 from harness.plots.render import render
+from harness.quiet import watched
 from harness.results.provenance import machine, provenance
 from harness.results.records import write_json
 from harness.results.slide import summarise
@@ -83,10 +84,10 @@ def volume(out: Path, work: Path, model: str, limit: Limit) -> None:
         templates = [slide_trace.Template.from_dict(t) for t in traces[name]][:count]
         setting = slide_replay.Setting(policy, seed, **({"turns": 3} | changes))
         files = slide_replay.Throttled(speed) if speed else None
-        with tempfile.TemporaryDirectory(dir=work) as folder:
+        with tempfile.TemporaryDirectory(dir=work) as folder, watched() as quiet:
             got = slide_replay.replay(Path(folder), templates, setting, files)
         head = {"condition": condition, "policy": policy, "seed": seed, "trace": name, "templates": count}
-        _append(file, head | {"setting": asdict(setting), "write_bytes_per_s": speed, "counts": got})
+        _append(file, head | {"setting": asdict(setting), "write_bytes_per_s": speed, "counts": got, "quiet": quiet})
         print(condition, policy, seed, int(got["spill_bytes"]) >> 20, "MiB", round(got["stall_s"], 3), "s", flush=True)
 
 
@@ -99,8 +100,8 @@ def scan(out: Path, work: Path, model: str, limit: Limit) -> None:
 
 def index(out: Path, work: Path, model: str, limit: Limit) -> None:
     """Start-up and lookup."""
-    with tempfile.TemporaryDirectory(dir=work) as folder:
-        record = slide_index.figures(Path(folder))
+    with tempfile.TemporaryDirectory(dir=work) as folder, watched() as quiet:
+        record = slide_index.figures(Path(folder)) | {"quiet": quiet}
     (out / "index.json").write_text(json.dumps(record | {"machine": machine()}, indent=1))
 
 

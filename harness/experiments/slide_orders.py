@@ -28,6 +28,8 @@ from cacheslide.store.record import Encoded
 from harness.experiments.slide_faults import made_key
 from harness.limit import Limit
 from harness.metrics.bootstrap import median, ratio_of_medians
+from harness.quiet import Reading, Watch
+from harness.results.undisturbed import pick, too_few
 
 _LEAST = 3  # rounds of a cell that the limit on time cuts short; one with fewer is dropped
 _SAME = 2e-2  # relative error up to which outputs on a GPU count as the same; a misplaced row gives far more
@@ -205,8 +207,13 @@ def _compare(
     rounds: int,
     limit: Limit,
 ) -> list[dict[str, Any]]:
-    """Rows of a cell, one an order; none where the limit comes before there is enough to tell."""
+    """Rows of a cell, one an order; none where the limit comes before there is enough to tell.
+
+    A round runs every order once. Disturbed rounds are left out; too few left, all count, and `disturbed` says so.
+    """
     outputs, found = {}, {o: [] for o in ORDERS}
+    quiet: list[Reading] = []
+    watch = None
     for number in range(rounds + 1):  # the first round warms up and is the gate
         if limit.over and number > _LEAST:
             break
@@ -222,12 +229,16 @@ def _compare(
             if number == 0:
                 outputs[order] = model.x
             del target
-        if number == 0:
+        if watch is None:
             exact = {order: _agree(order, outputs) for order in ORDERS}
-    base = [sum(r.layer_s) / shape.layers for r in found["locked"][1:]]
+            watch = Watch()
+        else:
+            quiet.append(watch.lap())
+    cell = cell | {"quiet": quiet, "disturbed": too_few(quiet)}
+    base = [sum(r.layer_s) / shape.layers for r in pick(found["locked"][1:], quiet)]
     rows = []
     for order in ORDERS:
-        runs = found[order][1:]
+        runs = pick(found[order][1:], quiet)
         seconds = [sum(r.layer_s) / shape.layers for r in runs]
         ratio = ratio_of_medians(seconds, base, resamples=2000)
         rows.append(

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from harness.plots.style import BLACK, GREY, ORANGE, new_figure, nothing
+from harness.plots.style import BLACK, GREY, ORANGE, new_figure, nothing, remark
 
 _BLUES = ("#9ecae1", "#6baed6", "#2f7ebc", "#0b3c6f")  # from the smallest share to the largest
 
@@ -27,11 +27,11 @@ def draw(run: dict[str, Any]) -> Figure:
     batches = sorted({r["batch"] for r in table})
     for axes, store, where in zip(panels[0], ("model", "cpu"), ("on the GPU", "in pinned host memory"), strict=True):
         rows = [r for r in table if r["batch"] == batches[0] and (r["store"] == store or "row_layer_share" not in r)]
-        axes.set_title(f"TTFT of one request, chunks {where}")
+        axes.set_title(f"TTFT of one request, chunks {where}{remark(rows)}")
         _lines(axes, rows, lambda r: r["ttft_ms"]["value"], "ms", log=True)
     last = batches[-1]
     rows = [r for r in table if r["batch"] == last and r["store"] == "model"]
-    panels[1][0].set_title(f"First tokens a second, {last} requests at once, chunks on the GPU")
+    panels[1][0].set_title(f"First tokens a second, {last} requests at once, chunks on the GPU{remark(rows)}")
     _lines(panels[1][0], rows, lambda r: r["requests_per_s"], "1/s", log=True)
     panels[1][1].set_title("Executor efficiency (ideal over measured TTFT)")
     rows = [r for r in table if "efficiency" in r and r["store"] == "model" and r["batch"] == batches[0]]

@@ -5,7 +5,7 @@ Percentages compare with 0, factors with 1; targets are the lower ends of the pa
 
 from typing import Any
 
-from harness.report.claims import Finding, Grade, NotMeasured, Summary, Verdict, grade, joined
+from harness.report.claims import Finding, Grade, NotMeasured, Summary, Verdict, calm, grade, joined
 from harness.report.words import interval, number
 
 
@@ -38,6 +38,8 @@ def layer_latency(summary: Summary) -> Finding:
         parts.append(f"{order} against locked{ahead}, % less at batch {batches}: {', '.join(each)}")
     fewest = min((r["reduction_pct"].get("n", measured["rounds"]["host"]) for r in rows), default=0)
     text = f"{'; '.join(parts)}; n = {fewest} rounds"
+    for row in rows:
+        calm(row)
     if any(e["low"] is None for e in ours):
         return Finding(Verdict.NOT_JUDGED, f"medians only, without the intervals that a verdict needs: {text}")
     return Finding(joined(*(grade(e, 26.7, no_effect=0.0) for e in ours)), text)
@@ -52,6 +54,7 @@ def _main(summary: Summary) -> dict[str, Any]:
 
 def write_stalls(summary: Summary) -> Finding:
     """Fig. 12b: waiting for write-back under clean-first against LRU, this disk at its own speed."""
+    calm(_main(summary))
     e = _main(summary)["write_stall_reduction_pct_against_lru"]
     if e["value"] is None:
         raise NotMeasured(e["why"])

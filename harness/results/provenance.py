@@ -74,10 +74,10 @@ def config_hash(config: dict[str, Any]) -> str:
 def machine() -> dict[str, Any]:
     """What a measurement runs on: the code, the hardware, and the versions that can change its numbers.
 
-    In a copy of a checkout, which has no commit of its own, the variable CACHESLIDE_COMMIT can name it.
+    In a copy of a checkout, whose own commit is none or another, the variable CACHESLIDE_COMMIT names it.
     """
     return {
-        "git_commit": _git("rev-parse", "HEAD") or os.environ.get("CACHESLIDE_COMMIT"),
+        "git_commit": os.environ.get("CACHESLIDE_COMMIT") or _git("rev-parse", "HEAD"),
         "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
         "os": f"{platform.system()} {platform.release()}",
         "cpu": _cpu(),

@@ -4,7 +4,8 @@
 
 A batch counts by the time until its last first token. Ratios compare medians over turns in which the systems took
 turns. Executor efficiency is (share of row-layers computed x recompute's TTFT) / CacheSlide's TTFT: 1 if a row-layer
-cost what it costs in vLLM's own prefill and nothing else cost anything.
+cost what it costs in vLLM's own prefill and nothing else cost anything. Disturbed turns are left out; where too few are
+left, a row has no ratio, and `disturbed` says why.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import Any
 from cacheslide.errors import DataError
 from harness.metrics.bootstrap import ratio_of_medians
 from harness.results.intervals import as_json, median
+from harness.results.undisturbed import Readings, pick, together, too_few
 from harness.step import command
 
 _ESTIMATE = ("value", "low", "high")
@@ -40,10 +42,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 def tables(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a cell that was measured; TTFT in ms, efficiency and ratios with their intervals."""
     cells = [r for r in records if r["kind"] == "cell" and r["runs"] and not r["failed"]]
-    recompute = {(c["tokens"], c["batch"]): _makespans(c) for c in cells if c["system"] == "recompute"}
+    recompute = {(c["tokens"], c["batch"]): c for c in cells if c["system"] == "recompute"}
     rows = []
     for cell in cells:
-        own, base = _makespans(cell), recompute.get((cell["tokens"], cell["batch"]))
+        whole, base = cell, recompute.get((cell["tokens"], cell["batch"]))
+        few = too_few(_readings(whole))
+        cell = whole | {"runs": pick(whole["runs"], _readings(whole))}
+        own = _makespans(cell)
         row = {name: cell[name] for name in ("tokens", "batch", "system", "store")}
         row |= {"ttft_ms": median([1e3 * x for x in own]), "mean_ttft_ms": _mean_ttft(cell)}
         row["requests_per_s"] = cell["batch"] / _median(own)
@@ -51,13 +56,22 @@ def tables(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             share = _median([x for run in cell["runs"] for x in run["row_layer_share"]])
             row |= {"row_layer_share": share, "bytes_loaded": cell["runs"][0]["bytes_loaded"][0]}
         if base and cell["system"] != "recompute":
-            turns = min(len(base), len(own))
-            ratio = as_json(ratio_of_medians(base[:turns], own[:turns]))
+            turns = min(len(base["runs"]), len(whole["runs"]))
+            both = [together(pair) for pair in zip(_readings(base)[:turns], _readings(whole)[:turns], strict=True)]
+            few = few or too_few(both)
+        row["disturbed"] = few
+        if base and cell["system"] != "recompute" and not few:
+            pairs = [pick(_makespans(c)[:turns], both) for c in (base, whole)]
+            ratio = as_json(ratio_of_medians(*pairs))
             row["recompute_over_ttft"] = ratio
             if "row_layer_share" in row:
                 row["efficiency"] = ratio | {k: share * v for k, v in ratio.items() if k in _ESTIMATE and v is not None}
         rows.append(row)
     return rows
+
+
+def _readings(cell: dict[str, Any]) -> Readings:
+    return [run.get("quiet") for run in cell["runs"]]
 
 
 def _makespans(cell: dict[str, Any]) -> list[float]:
@@ -80,8 +94,12 @@ def plugin_overhead(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     if found is None:
         return None
     out: dict[str, Any] = {"tokens": found["tokens"], "decode_tokens": found["decode_tokens"]}
+    quiet = found.get("quiet", [])
+    if few := too_few(quiet):
+        return out | {"disturbed": few}
     for what in ("ttft", "decode"):
-        ratio = as_json(ratio_of_medians(found["runs"]["plugin"][what], found["runs"]["stock"][what]))
+        pairs = [pick(found["runs"][engine][what], quiet) for engine in ("plugin", "stock")]
+        ratio = as_json(ratio_of_medians(*pairs))
         scaled = {k: 100 * (ratio[k] - 1) if ratio[k] is not None else None for k in ("value", "low", "high")}
         out[what] = ratio | scaled
     return out
@@ -137,7 +155,7 @@ def _headline(run: dict[str, Any]) -> dict[str, float]:
             if (row["tokens"], row["batch"], row["system"], row["store"]) == HEADLINE and "efficiency" in row:
                 found["executor_efficiency_8k"] = row["efficiency"]["value"]
                 found["ttft_ratio_8k_topk26"] = row["recompute_over_ttft"]["value"]
-    if (overhead := run["plugin_overhead_pct"]) is not None:
+    if (overhead := run["plugin_overhead_pct"]) is not None and not overhead.get("disturbed"):
         found["plugin_overhead_pct"] = max(overhead["ttft"]["value"], overhead["decode"]["value"])
     return found
 

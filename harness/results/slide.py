@@ -11,6 +11,7 @@ import numpy as np
 from harness.experiments.slide_replay import pages_in_use
 from harness.experiments.slide_trace import Template
 from harness.metrics.bootstrap import mean
+from harness.results.undisturbed import pick, together, too_few
 
 PAPER = {
     "lru_over_clean_first_bytes": [3.11, 3.62],
@@ -58,11 +59,13 @@ def _ratio(pairs: list[tuple[float, float]]) -> dict[str, Any]:
 
 
 def compare(runs: list[dict[str, Any]], conditions: tuple[str, ...]) -> dict[str, Any] | None:
-    """Clean-first against LRU and FIFO on the same conditions and seeds."""
+    """Clean-first against LRU and FIFO on the same conditions and seeds; times are those of undisturbed runs."""
     by: dict[str, dict[tuple, dict]] = defaultdict(dict)
+    quiet: dict[tuple, list] = defaultdict(list)
     for r in runs:
         if r["condition"] in conditions:
             by[r["policy"]][r["condition"], r["seed"]] = r["counts"]
+            quiet[r["condition"], r["seed"]].append(r.get("quiet"))
     units = sorted(set(by["clean-first"]) & set(by["lru"]) & set(by["fifo"]))
     if not units:
         return None
@@ -70,15 +73,17 @@ def compare(runs: list[dict[str, Any]], conditions: tuple[str, ...]) -> dict[str
     def total(c: dict[str, Any]) -> float:
         return c["spill_bytes"] + c["record_bytes"]
 
-    out: dict[str, Any] = {"units": len(units), "policies": {}}
+    readings = [together(quiet[u]) for u in units]
+    few, calm = too_few(readings), pick(units, readings)
+    out: dict[str, Any] = {"units": len(units), "disturbed": few, "policies": {}}
     for policy in ("clean-first", "lru", "fifo"):
         rows = [by[policy][u] for u in units]
         out["policies"][policy] = {
             "bytes_written": asdict(mean([total(c) for c in rows])),
             "proc_write_bytes": asdict(mean([c["proc_write_bytes"] for c in rows])),
             "proc_read_bytes": asdict(mean([c["proc_read_bytes"] for c in rows])),
-            "stall_s": asdict(mean([c["stall_s"] for c in rows])),
-            "seconds": asdict(mean([c["seconds"] for c in rows])),
+            "stall_s": asdict(mean([by[policy][u]["stall_s"] for u in calm])),
+            "seconds": asdict(mean([by[policy][u]["seconds"] for u in calm])),
             "pages_written_dirty": asdict(mean([c["dirty_written"] for c in rows])),
             "pages_dropped_clean": asdict(mean([c["clean_dropped"] for c in rows])),
             "pages_a_sequential_write": float(np.mean([c["dirty_written"] / max(1, c["extents"]) for c in rows])),
@@ -90,9 +95,9 @@ def compare(runs: list[dict[str, Any]], conditions: tuple[str, ...]) -> dict[str
         out[f"{other}_over_clean_first_bytes"] = _ratio(
             [(total(by[other][u]), total(by["clean-first"][u])) for u in units]
         )
-        out[f"write_stall_reduction_pct_against_{other}"] = reduction(
-            [by["clean-first"][u]["stall_s"] for u in units], [by[other][u]["stall_s"] for u in units]
-        )
+        stalls = [[by[policy][u]["stall_s"] for u in calm] for policy in ("clean-first", other)]
+        none = {"value": None, "low": None, "high": None, "n": len(calm), "why": few}
+        out[f"write_stall_reduction_pct_against_{other}"] = none if few else reduction(*stalls)
     one = by["lru"][units[0]]
     out["setting"] = {k: one[k] for k in ("memory_bytes", "reference_pages", "corrected_pages", "page_bytes", "slices")}
     return out
@@ -147,7 +152,11 @@ def summarise(out: Path, about: dict[str, Any]) -> dict[str, Any]:
         "lru_over_clean_first_bytes": "SWE-style turns, memory for a third of the pages in use; mean over runs",
         "write_stall_reduction_pct": "seconds the workload waited for the write-back queue; this disk at full speed, "
         "where stalls are short and the interval is wide (main); with writes held to 100 MiB/s: "
-        + ("not measured" if slow is None else "{value:.1f} [{low:.1f}, {high:.1f}]".format(**slow)),
+        + (
+            "not measured"
+            if slow is None or slow["value"] is None
+            else "{value:.1f} [{low:.1f}, {high:.1f}]".format(**slow)
+        ),
         "layer_latency_reduction_pct": latency_why,
         "wrong_pages_served": "every page of every chunk that was served after a fault was compared",
     }

@@ -30,6 +30,11 @@ def kept(readings: Readings) -> list[bool]:
     return [every or not disturbed(r) for r in readings]
 
 
+def pick(values: Sequence[Any], readings: Readings) -> list[Any]:
+    """The values of the blocks that a table takes; all, where there are no readings."""
+    return [v for v, ok in zip(values, kept(readings), strict=True) if ok] if readings else list(values)
+
+
 def counted(readings: Iterable[Reading | None]) -> dict[str, int]:
     """`blocks`, and how many of them are `disturbed` and `not_checked`."""
     found = list(readings)

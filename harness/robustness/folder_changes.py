@@ -159,6 +159,7 @@ def forgeries(root: Path, outside: Path, rng: random.Random) -> None:
     if place.is_symlink() or (place.exists() and not place.is_file()) or (place.exists() and place.stat().st_nlink > 1):
         return
     place.write_bytes(raw)
+    place.chmod(0o600)  # with a head of the store's own form it is nobody else's file any more (`names`)
     head = _shard(root) / "head"
     if head.is_file() and not head.is_symlink() and head.stat().st_nlink == 1 and rng.random() < 0.7:
         number = rng.choice((number, 2**30 - 1))

@@ -190,7 +190,9 @@ class Marks:
         if self.encode is not None and self.encode not in ENCODE:
             raise PromptError(f"{FIELD}: encode must be one of {', '.join(ENCODE)}, not {shown(self.encode)}")
         number = isinstance(self.share, int | float) and not isinstance(self.share, bool)
-        if self.share is not None and not (number and 0 <= self.share <= 1):
+        if self.share is not None and not number:
+            raise PromptError(f"{FIELD}: share must be a number in [0, 1], not {shown(self.share)}")
+        if self.share is not None and not 0 <= self.share <= 1:
             raise PromptError(f"{FIELD}: share must lie in [0, 1], not {shown(self.share)}")
         if self.layer is not None and not (_is_count(self.layer) and 0 <= self.layer < ROW):
             raise PromptError(f"{FIELD}: layer must be an integer of at least 0, not {shown(self.layer)}")

@@ -42,7 +42,8 @@ class CacheIdentity:
 
     def digest(self) -> bytes:
         """Twenty bytes that differ when any field differs."""
-        return _digest(*(f.encode() for f in (self.model, self.dtype, self.adapter, self.namespace)))
+        fields = (self.model, self.dtype, self.adapter, self.namespace)
+        return _digest(*(f.encode("utf-8", "surrogatepass") for f in fields))
 
 
 class Keying(Protocol):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from cacheslide.errors import StoreError
 from cacheslide.store import open_store
 from cacheslide.store.backing import Backing, TieredStats
 from cacheslide.store.filetier import namespace_id
@@ -250,3 +251,20 @@ def test_mooncake_and_valkey_names_are_of_fixed_width():
     for remote in (mooncake, tier(1)):
         names = {remote._key(bytes([a]) * 16 + bytes([b]) * 20) for a in (0, 58, 255) for b in (0, 58, 255)}
         assert len(names) == 9 and len({len(n) for n in names}) == 1
+
+
+@pytest.mark.parametrize("begins", [b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n"])
+def test_metrics_that_trickle_end_in_time(begins):
+    def slowly(connection):
+        connection.sendall(begins)
+        for _ in range(600):
+            connection.sendall(b"x")
+            time.sleep(0.1)
+
+    with liar(slowly) as port:
+        far = MooncakeTier.__new__(MooncakeTier)
+        far.options = MooncakeOptions(metrics_port=port, timeout_s=0.5)
+        begun = time.monotonic()
+        with pytest.raises((OSError, StoreError)):
+            _ = far.nbytes
+        assert time.monotonic() - begun < 20

@@ -140,6 +140,13 @@ def _stop(running: list[_Helper]) -> None:
         running.pop().stop(_CLOSE_S)
 
 
+def _cut_off(connection: http.client.HTTPConnection) -> None:
+    """End whatever waits for a connection."""
+    with contextlib.suppress(OSError):
+        if (plain := connection.sock) is not None:
+            plain.shutdown(socket.SHUT_RDWR)
+
+
 class MooncakeTier:
     """A `RemoteTier` on one Mooncake master."""
 
@@ -262,18 +269,16 @@ class MooncakeTier:
         connection = http.client.HTTPConnection(
             self.options.host, self.options.metrics_port, timeout=self.options.timeout_s
         )
-        until = time.monotonic() + self.options.timeout_s
+        late = threading.Timer(self.options.timeout_s, _cut_off, [connection])  # one limit for all of it, headers too
+        late.daemon = True
         try:
+            late.start()
             connection.request("GET", "/metrics")
-            answer, raw = connection.getresponse(), b""
-            while (part := answer.read1(_METRICS)) and len(raw) < _METRICS:
-                raw += part
-                if time.monotonic() > until:
-                    raise OSError(f"the metrics of Mooncake at {self._where} take longer than their limit")
-            text = raw.decode("utf-8", "replace")
-        except (http.client.HTTPException, ValueError) as wrong:
+            text = connection.getresponse().read(_METRICS).decode("utf-8", "replace")
+        except (http.client.HTTPException, ValueError, AttributeError) as wrong:
             raise OSError(f"the metrics of Mooncake at {self._where} cannot be read: {wrong}") from None
         finally:
+            late.cancel()
             connection.close()
         held = re.search(r"^master_allocated_bytes ([0-9]{1,19})\b", text, re.MULTILINE)
         if held is None:

@@ -94,7 +94,8 @@ class SegmentFolder:
         """Numbers and file sizes of what is named like a segment and has a size that one can have, ascending."""
         found = self.folder.entries(lambda name: _NAME.fullmatch(name) is not None)
         sizes = {int(name[4:-4]): status.st_size for name, status in found.items() if status.st_size <= _LARGEST}
-        return {n: sizes[n] for n in sorted(sizes)[-_MOST_SEGMENTS:] if n <= MOST_NUMBER}
+        numbers = sorted(n for n in sizes if n <= MOST_NUMBER)
+        return {n: sizes[n] for n in numbers[-_MOST_SEGMENTS:]}
 
     def raw_head(self) -> bytes:
         """The head's bytes; empty when there is none."""

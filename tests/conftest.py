@@ -107,6 +107,17 @@ def released(path: Path) -> bool:
     return True
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nobody_beside() -> Iterator[None]:
+    """No timed block of a test counts as disturbed: what a table leaves out is not for the machine of the day to say.
+
+    Tests of what follows from a disturbed block bring readings along; tests/test_quiet.py takes this back.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.quiet.judge", lambda reading: "")
+        yield
+
+
 def random_ids(n: int, seed: int) -> tuple[int, ...]:
     """`n` token ids of the small vocabulary."""
     g = torch.Generator().manual_seed(seed)

@@ -60,6 +60,11 @@ while not select.select([0], [], [], 0)[0]:
 """
 
 
+@pytest.fixture(autouse=True)
+def the_rule_itself(monkeypatch) -> None:
+    monkeypatch.setattr(quiet, "judge", judge)
+
+
 @contextmanager
 def burning(kind: str):
     """A child or a "neighbour" that burns CPU; gives a function that waits for 0.1 s more of its CPU time."""

@@ -78,6 +78,7 @@ def engine_settings() -> dict[str, Any]:
         "max_model_len": 512,
         "block_size": BLOCK,
         "enforce_eager": True,
+        "kv_cache_memory_bytes": 2**27,  # of all a GPU has, poisoning the cache would need as much again
         "max_num_batched_tokens": 256,
         "max_num_seqs": 16,
     }

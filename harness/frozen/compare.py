@@ -1,0 +1,44 @@
+"""What differs between two recordings of the fixed request set."""
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+RENAMED: dict[str, str] = {}  # keys of older recordings -> their names today
+ROUNDING = 1e-6  # of numbers that are no counts, where bits are not compared
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], bits: bool = True) -> list[str]:
+    """A line for every place that differs; without `bits` only receipts and tokens count.
+
+    Bits are equal on one machine only: another processor sums in another order.
+    """
+    sides = [_named(json.loads(json.dumps(side))) for side in (before, after)]
+    return list(_differ("", *sides, bits))
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {RENAMED.get(key, key): _named(inner) for key, inner in value.items()}
+    return [_named(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _differ(place: str, a: Any, b: Any, bits: bool) -> Iterator[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted(a.keys() | b.keys()):
+            if key not in a or key not in b:
+                yield f"{place}/{key}: only {'before' if key in a else 'after'}"
+            elif key != "bits" or bits:
+                yield from _differ(f"{place}/{key}", a[key], b[key], bits)
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            yield from _differ(f"{place}/{i}", x, y, bits)
+    elif a != b and (bits or not _close(a, b)):
+        yield f"{place}: {a!r} before, {b!r} after"
+
+
+def _close(a: Any, b: Any) -> bool:
+    if not (isinstance(a, float) and isinstance(b, float)):
+        return False
+    return math.isclose(a, b, rel_tol=ROUNDING, abs_tol=ROUNDING)

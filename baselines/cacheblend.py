@@ -1,9 +1,9 @@
 """CacheBlend (PIC, EuroSys '25): isolated chunks; the 18 % of rows that deviate most are recomputed."""
 
-from cacheslide.correction import TopDeviation
-from cacheslide.keys import ContentKeying
-from cacheslide.placement import Placement
-from cacheslide.policy import Encoding, ReusePolicy
+from cacheslide.core.keys import ContentKeying
+from cacheslide.core.placement import Placement
+from cacheslide.policies.base import Encoding, ReusePolicy
+from cacheslide.policies.correction import TopDeviation
 
 SHARE = 0.18  # the paper's setting, section 5
 

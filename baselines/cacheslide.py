@@ -1,9 +1,9 @@
 """CacheSlide: fixed-chain keys, delta rotation, WCA; a CoPE model rotates by angle 0 and takes the same policies."""
 
-from cacheslide.correction import Promotion, TopDeviation
-from cacheslide.keys import FixedChainKeying
-from cacheslide.placement import Placement
-from cacheslide.policy import Encoding, ReusePolicy
+from cacheslide.core.keys import FixedChainKeying
+from cacheslide.core.placement import Placement
+from cacheslide.policies.base import Encoding, ReusePolicy
+from cacheslide.policies.correction import Promotion, TopDeviation
 
 SHARE = 0.26  # the paper's recommendation, Fig. 14
 

@@ -1,8 +1,8 @@
 """ContextCache (PDC): prefix caching. Chunks match only when everything before them is the same."""
 
-from cacheslide.keys import PrefixKeying
-from cacheslide.placement import Placement
-from cacheslide.policy import ReusePolicy
+from cacheslide.core.keys import PrefixKeying
+from cacheslide.core.placement import Placement
+from cacheslide.policies.base import ReusePolicy
 
 
 def policy() -> ReusePolicy:

@@ -1,9 +1,9 @@
 """EPIC (PIC, arXiv 2410.15332): isolated chunks; the first and last 32 rows of each are recomputed."""
 
-from cacheslide.correction import EdgeRows
-from cacheslide.keys import ContentKeying
-from cacheslide.placement import Placement
-from cacheslide.policy import Encoding, ReusePolicy
+from cacheslide.core.keys import ContentKeying
+from cacheslide.core.placement import Placement
+from cacheslide.policies.base import Encoding, ReusePolicy
+from cacheslide.policies.correction import EdgeRows
 
 EDGE = 32  # the paper's setting, section 5
 

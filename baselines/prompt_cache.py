@@ -1,8 +1,8 @@
 """PromptCache (PDC, arXiv 2311.04934): modules encoded in isolation at schema-assigned positions."""
 
-from cacheslide.keys import ContentKeying
-from cacheslide.placement import Placement
-from cacheslide.policy import Encoding, ReusePolicy
+from cacheslide.core.keys import ContentKeying
+from cacheslide.core.placement import Placement
+from cacheslide.policies.base import Encoding, ReusePolicy
 
 SLOT = 256  # positions a schema reserves for an updated segment, in multiples; one stored copy per position
 

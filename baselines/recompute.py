@@ -1,6 +1,6 @@
 """Recompute: every prompt is prefilled in full (vanilla serving without a prefix cache)."""
 
-from cacheslide.policy import ReusePolicy
+from cacheslide.policies.base import ReusePolicy
 
 
 def policy() -> ReusePolicy:

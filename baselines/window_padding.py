@@ -3,11 +3,11 @@
 from dataclasses import replace
 from functools import partial
 
+from cacheslide.core.keys import FixedChainKeying
+from cacheslide.core.placement import Placement
+from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.errors import PolicyError
-from cacheslide.keys import FixedChainKeying
-from cacheslide.placement import Placement
-from cacheslide.policy import ReusePolicy
-from cacheslide.prompt import Prompt, Role, Segment
+from cacheslide.policies.base import ReusePolicy
 
 
 def pad(prompt: Prompt, window: int, pad_id: int = 0) -> Prompt:

@@ -8,15 +8,15 @@ __version__ = "0.1.0"
 # Imported on first use: PyTorch takes seconds to load, and not every importer of a submodule needs it.
 _EXPORTS = {
     "CacheSlideError": "cacheslide.errors",
-    "Prefilled": "cacheslide.engine",
-    "Prompt": "cacheslide.prompt",
-    "Receipt": "cacheslide.engine",
-    "ReuseEngine": "cacheslide.engine",
-    "ReusePolicy": "cacheslide.policy",
-    "Role": "cacheslide.prompt",
-    "Segment": "cacheslide.prompt",
-    "load_policy": "cacheslide.policy",
-    "policy_names": "cacheslide.policy",
+    "Prefilled": "cacheslide.core.engine",
+    "Prompt": "cacheslide.core.prompt",
+    "Receipt": "cacheslide.core.engine",
+    "ReuseEngine": "cacheslide.core.engine",
+    "ReusePolicy": "cacheslide.policies.base",
+    "Role": "cacheslide.core.prompt",
+    "Segment": "cacheslide.core.prompt",
+    "load_policy": "cacheslide.policies.base",
+    "policy_names": "cacheslide.policies.base",
 }
 __all__ = list(_EXPORTS)
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cacheslide.correction import Correction
-from cacheslide.policy import ReusePolicy, load_policy
+from cacheslide.policies.base import ReusePolicy, load_policy
+from cacheslide.policies.correction import Correction
 
 
 @dataclass(frozen=True)

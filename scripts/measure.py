@@ -14,8 +14,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from cacheslide.errors import CacheSlideError, ConfigError
-from harness import study, study_agents, study_cope
 from harness.configuration import check, native
+from harness.experiments.agents import steps as study_agents
+from harness.experiments.cope import steps as study_cope
+from harness.experiments.study import steps as study
 from harness.inventory import (
     NO_CKSIM,
     agent_sections,

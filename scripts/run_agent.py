@@ -20,7 +20,6 @@ from pathlib import Path
 from run_cacheslide import NAMES, load_examples, summary, write
 
 from cacheslide.errors import CacheSlideError, ConfigError
-from cacheslide.vllm.runs import Engine, add_arguments, from_arguments
 from harness.agents.agent import Agent
 from harness.agents.documents import DocumentReader, TextReflexion
 from harness.agents.loop import Episode, Step, Stops, run_episode
@@ -28,6 +27,7 @@ from harness.agents.offline_engine import OfflineEngine
 from harness.agents.registry import AGENTS, entry
 from harness.agents.swebench_docker import check_docker, grade_instances
 from harness.agents.trace import write_episodes
+from harness.backends.scripted import Engine, add_arguments, from_arguments
 from harness.scoring import score
 from harness.tasks.example import TaskExample
 

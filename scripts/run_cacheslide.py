@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from cacheslide.errors import CacheSlideError, DataError
-from cacheslide.vllm.runs import Engine, add_arguments, from_arguments
+from harness.backends.scripted import Engine, add_arguments, from_arguments
 from harness.scoring import compared_as, score
 from harness.tasks.data import synthetic_names
 from harness.tasks.example import TaskExample, TextSegment

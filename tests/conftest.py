@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from cacheslide.model.reference import ReferenceLlama
-from cacheslide.model.weights import fingerprint
+from cacheslide.models.reference import ReferenceLlama
+from cacheslide.models.weights import fingerprint
 from cacheslide.training.adapter import AdapterSettings, CopeAdapter, save_adapter
 from harness.robustness.rows import ROWS
 

@@ -184,7 +184,7 @@ def add_cope(root: Path, cfg: dict[str, Any], paths: dict[str, Any]) -> tuple[di
 
 def wca_summary(path: Path) -> Path:
     """A sweep's summary, of two models with the same numbers."""
-    from harness.experiments.wca_cells import cells
+    from harness.experiments.wca.cells import cells
     from harness.results.wca import tabulate
 
     rng, found = Random("wca"), {}
@@ -202,7 +202,7 @@ def wca_summary(path: Path) -> Path:
 
 
 def prompts(datasets: list[str], count: int, rng: Random) -> dict[str, Any]:
-    """Reusable shares and moves, as harness.experiments.prompts writes them."""
+    """Reusable shares and moves, as harness.experiments.study.prompts writes them."""
     out = {}
     for dataset in datasets:
         moves = []

@@ -16,8 +16,8 @@ from harness.agents.loop import Stops, run_episode
 from harness.agents.oracle import oracle
 from harness.agents.registry import entry
 from harness.agents.trace import Forced, prompt_digest
-from harness.backend import ReferenceBackend
-from harness.beams import Beam, beam_search
+from harness.backends.beams import Beam, beam_search
+from harness.backends.reference import ReferenceBackend
 from harness.load import Closed, drive
 from harness.load.driver import Together
 from harness.tasks.example import TextSegment

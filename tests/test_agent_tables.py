@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from cacheslide.errors import ConfigError
-from harness import study_agents
 from harness.configuration import check
-from harness.experiments.agent_replay import call_f1
+from harness.experiments.agents import steps as study_agents
+from harness.experiments.agents.replay import call_f1
 from harness.report.claims import NotMeasured, Verdict, judge
 from harness.report.claims_agents import inverse
 from harness.report.paper import CLAIMS

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from cacheslide.errors import ConfigError, DataError
-from cacheslide.policy import load_policy, policy_names
+from cacheslide.policies.base import load_policy, policy_names
 from harness.agents.completer import CompletionError, Request, Scripted
 from harness.agents.in_process import InProcess
 from harness.agents.loop import Stops, run_episode
@@ -20,10 +20,10 @@ from harness.agents.oracle import oracle
 from harness.agents.registry import AGENTS, entry
 from harness.agents.sandbox import missing
 from harness.agents.trace import Recorded, prompt_digest, read_episodes, replay, write_episodes
-from harness.backend import ReferenceBackend
-from harness.experiments.agent_load import loop_on
+from harness.backends.reference import ReferenceBackend
+from harness.backends.tokens import Tokens
+from harness.experiments.agents.load import loop_on
 from harness.tasks.example import TextSegment
-from harness.tokens import Tokens
 from tests.conftest import save_random
 
 MODEL = Path(__file__).parents[1] / "models/tiny-llama-12m"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cacheslide.policy import load_policy
+from cacheslide.policies.base import load_policy
 from cacheslide.store.memory import MemoryChunkStore
 from harness.agents.completer import Request, Scripted
 from harness.agents.dry import DrySWEAgent
@@ -20,7 +20,7 @@ from harness.agents.registry import AGENTS
 from harness.agents.sandbox import missing
 from harness.agents.swe_agent import SWEAgent
 from harness.agents.tasks import fix_tasks
-from harness.backend import EngineSettings, ReferenceBackend
+from harness.backends.reference import EngineSettings, ReferenceBackend
 from harness.tasks.example import TextSegment
 from harness.training import checkpoint
 from harness.training.agent_data import AgentStream

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from harness.agents.sandbox import missing
-from harness.backend import ReferenceBackend
-from harness.experiments.agents import NO_CONTEXT, Plan, measure, summarise
+from harness.backends.reference import ReferenceBackend
+from harness.experiments.agents.success import NO_CONTEXT, Plan, measure, summarise
 from harness.limit import Limit
 from harness.results.records import read_records
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cacheslide.cli import main
+from cacheslide.cli.main import main
 
 MODEL = "models/tiny-llama-12m"
 NOTES = "\nSession notes\n amber falcon is copper seven . silver otter is bone ten ."
@@ -43,7 +43,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(buffered):
     """`cacheslide systems | head -1`, with the pipe closed before anything is written."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, *([] if buffered else ["-u"]), "-m", "cacheslide.cli", "systems"]
+    command = [sys.executable, *([] if buffered else ["-u"]), "-m", "cacheslide.cli.main", "systems"]
     with os.fdopen(writer, "wb") as out:
         done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and not done.stderr
@@ -142,11 +142,11 @@ def test_serve_says_what_it_needs(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0 and "serve" in capsys.readouterr().out
-    monkeypatch.setattr("cacheslide.vllm.serve.find_spec", lambda name: None)
+    monkeypatch.setattr("cacheslide.cli.serve.find_spec", lambda name: None)
     code, _, err = run(capsys, "serve", MODEL)
     assert code == 2 and "serving needs vLLM" in err
 
 
 def test_the_other_commands_do_without_vllm():
-    script = "import sys; from cacheslide.cli import main; main(['systems']); sys.exit('vllm' in sys.modules)"
+    script = "import sys; from cacheslide.cli.main import main; main(['systems']); sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0

@@ -13,11 +13,11 @@ import pytest
 from aiohttp import web
 
 from cacheslide.errors import ConfigError
-from harness.client import server as client_server
-from harness.client.load import closed_loop, open_loop
-from harness.client.server import Server, ServerError, connector_command, engine_flags, stock_command
-from harness.client.stream import Endpoint, Request
-from harness.client.summary import no_speed, summarize_load
+from harness.backends.http import server as client_server
+from harness.backends.http.load import closed_loop, open_loop
+from harness.backends.http.server import Server, ServerError, connector_command, engine_flags, stock_command
+from harness.backends.http.stream import Endpoint, Request
+from harness.backends.http.summary import no_speed, summarize_load
 from harness.load import Poisson
 from tests.conftest import eventually, released
 
@@ -225,12 +225,12 @@ time.sleep(600)"""
 
 
 def test_command_lines():
-    from cacheslide.vllm.in_process import EngineOptions
+    from harness.backends.in_process import EngineOptions
 
     flags = engine_flags(EngineOptions(max_model_len=64, enforce_eager=True, kv_cache_gib=0.5), "bfloat16")
     assert flags[:2] == ["--dtype", "bfloat16"] and "--enforce-eager" in flags and "--store-gib" not in flags
     assert flags[flags.index("--kv-cache-memory-bytes") + 1] == str(2**29)
     assert "--enforce-eager" not in engine_flags(EngineOptions(), "bfloat16")
     line = connector_command("m", {"store_gib": 2, "policy": "epic"}, flags)
-    assert line[2:8] == ["cacheslide.vllm.serve", "m", "--store-gib", "2", "--policy", "epic"]
+    assert line[2:8] == ["cacheslide.cli.serve", "m", "--store-gib", "2", "--policy", "epic"]
     assert "--no-enable-prefix-caching" in stock_command("m", False, flags)

@@ -6,15 +6,15 @@ import pytest
 import yaml
 
 from cacheslide.errors import ConfigError, PolicyError
-from cacheslide.policy import load_policy, policy_names
-from cacheslide.vllm.in_process import EngineOptions
-from cacheslide.vllm.params import policy_of
-from harness import study
+from cacheslide.policies.base import load_policy, policy_names
+from cacheslide.vllm.options import policy_of
+from harness.backends.in_process import EngineOptions
+from harness.backends.vllm import marked_as
 from harness.configuration import check
+from harness.experiments.study import steps as study
 from harness.inventory import FIGURES, data_spec, figures_of, prompt_files
 from harness.plots import render
 from harness.systems import STOCK, recipes, resolve, scalable
-from harness.vllm_backend import marked_as
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = ROOT / "workflows/schemas/config.schema.yaml"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cacheslide.errors import PromptError
-from cacheslide.kernels import cope as kernels
+from cacheslide.kernels.cope import api as kernels
 from cacheslide.positions import cope
 from cacheslide.positions.ccpe import SlotMasses
 from cacheslide.positions.cope import cope_attention, query_blocks

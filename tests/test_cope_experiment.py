@@ -7,8 +7,10 @@ import torch
 
 from cacheslide.training.calibration import find_calibration
 from cacheslide.training.load import find_cope
-from harness.experiments import cope, cope_kernels, cope_serving
-from harness.experiments.engine_ttft import SHAPES
+from harness.experiments.cope import adapter as cope
+from harness.experiments.cope import serving as cope_serving
+from harness.experiments.kernels import cope as cope_kernels
+from harness.experiments.serving.engine_ttft import SHAPES
 from harness.limit import Limit
 from harness.results.records import write_json
 from tests.tiny_cope import make_pair

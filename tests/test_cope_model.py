@@ -7,18 +7,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cacheslide.correction import TopDeviation
-from cacheslide.encode import ChunkEncoder
-from cacheslide.engine import ReuseEngine
+from cacheslide.core.encoder import ChunkEncoder
+from cacheslide.core.engine import ReuseEngine
+from cacheslide.core.keys import FixedChainKeying
+from cacheslide.core.placement import Placement
+from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.errors import ModelError, PromptError
-from cacheslide.keys import FixedChainKeying
-from cacheslide.model.adapter import RowGroup
-from cacheslide.model.reference import ReferenceLlama
-from cacheslide.placement import Placement
-from cacheslide.policy import Encoding, ReusePolicy
+from cacheslide.models.adapter import RowGroup
+from cacheslide.models.reference import ReferenceLlama
+from cacheslide.policies.base import Encoding, ReusePolicy
+from cacheslide.policies.correction import TopDeviation
 from cacheslide.positions.ccpe import slots_between, slots_in
 from cacheslide.positions.cope import scores_and_gates
-from cacheslide.prompt import Prompt, Role, Segment
 from cacheslide.store import MemoryChunkStore
 from cacheslide.training import calibration as ccpe
 from cacheslide.training.adapter import save_adapter

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cacheslide.training import calibration as ccpe
-from harness import study_cope
 from harness.configuration import native
+from harness.experiments.cope import steps as study_cope
 from harness.results.curves import moves_table
 from harness.results.provenance import config_hash
 from harness.results.records import read_records, read_settings

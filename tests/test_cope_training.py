@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cacheslide.errors import ConfigError, ModelError
-from cacheslide.model.weights import fingerprint
+from cacheslide.models.weights import fingerprint
 from cacheslide.training.adapter import AdapterSettings, load_adapter, save_adapter
 from cacheslide.training.attach import CopeStack
 from harness.training import cope

@@ -7,10 +7,10 @@ import torch
 
 from baselines.window_padding import pad
 from cacheslide import Prompt, ReuseEngine, Role, Segment, load_policy, policy_names
-from cacheslide.correction import TopDeviation
+from cacheslide.core.placement import Placement
 from cacheslide.errors import ModelError, PolicyError, PromptError
-from cacheslide.placement import Placement
-from cacheslide.policy import Encoding, ReusePolicy
+from cacheslide.policies.base import Encoding, ReusePolicy
+from cacheslide.policies.correction import TopDeviation
 from cacheslide.store import DirectoryChunkStore, MemoryChunkStore
 from tests.conftest import random_ids
 from tests.test_prefill import prompt

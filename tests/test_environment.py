@@ -22,7 +22,7 @@ from harness.systems import STOCK
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
-# The configurations of the study; harness.training and harness.experiments.serving check theirs themselves.
+# The configurations of the study; harness.training and harness.experiments.serving.client check theirs themselves.
 OTHERS = ("training", "serving")
 CONFIGS = sorted(path for path in (ROOT / "config").glob("*.yaml") if not path.stem.startswith(OTHERS))
 SCHEMA_FILE = ROOT / "workflows/schemas/config.schema.yaml"

@@ -9,12 +9,12 @@ import torch
 from cacheslide import ReuseEngine, load_policy
 from cacheslide.errors import DataError, ModelError, PolicyError, PromptError
 from cacheslide.store import MemoryChunkStore
-from harness import study
-from harness.answering import answer_branches, branch_room
-from harness.backend import EngineSettings, ReferenceBackend
-from harness.experiments.accuracy import evaluate
-from harness.experiments.select_layer import choose
-from harness.experiments.throughput import measure_throughput
+from harness.backends.answering import answer_branches, branch_room
+from harness.backends.reference import EngineSettings, ReferenceBackend
+from harness.experiments.study import steps as study
+from harness.experiments.study.accuracy import evaluate
+from harness.experiments.study.select_layer import choose
+from harness.experiments.study.throughput import measure_throughput
 from harness.results.records import RecordWriter, read_failures, read_records, read_settings
 from harness.systems import recipes, resolve, scalable, to_scale
 from harness.tasks.data import read_examples, write_dataset

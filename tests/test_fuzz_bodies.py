@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from cacheslide.vllm import planning, separators
+from cacheslide.vllm.frontend import separators
+from cacheslide.vllm.scheduler import planner as planning
 from harness.robustness import bodies
 from harness.robustness.http_bodies import Attack, Client
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cacheslide import kernels
-from cacheslide.correction import deviation
-from cacheslide.model.reference import row_attention as model_attention
+from cacheslide.kernels import api as kernels
+from cacheslide.models.reference import row_attention as model_attention
+from cacheslide.policies.correction import deviation
 from cacheslide.positions.rope import Rotary, inverse_frequencies
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,7 +174,7 @@ def test_triton_kernels_under_the_interpreter():
 def test_the_rule_for_tiles():
     """Few tiles are cut along the keys, dense rows are not packed, small devices get fewer stages."""
     pytest.importorskip("triton")
-    launch = pytest.importorskip("cacheslide.kernels.launch")
+    launch = pytest.importorskip("cacheslide.kernels.row_attention.launch")
     work = launch.Work(410, 1, 8192, 32, 8, 128, 16, torch.bfloat16)
     few, many = launch.choose_tiling(work), launch.choose_tiling(replace(work, rows=2130))
     assert few.chunk == 4096 and many.chunk == 0 and many.pack

@@ -10,16 +10,17 @@ import os
 import pytest
 import torch
 
-from cacheslide.kernels import cope_reference, cope_training
+from cacheslide.kernels.cope import reference as cope_reference
+from cacheslide.kernels.cope import training as cope_training
 from cacheslide.positions.ccpe import SlotMasses
 from tests.test_kernels import other_layout, paged, scattered
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs CUDA or TRITON_INTERPRET=1", allow_module_level=True)
-launch = pytest.importorskip("cacheslide.kernels.cope_launch")
-decode = pytest.importorskip("cacheslide.kernels.cope_decode")
-whole = pytest.importorskip("cacheslide.kernels.cope_training_launch")
+launch = pytest.importorskip("cacheslide.kernels.cope.launch")
+decode = pytest.importorskip("cacheslide.kernels.cope.decode")
+whole = pytest.importorskip("cacheslide.kernels.cope.training_launch")
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SIZE = 1 if INTERPRETED else 16  # factor on lengths

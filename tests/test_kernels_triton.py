@@ -10,15 +10,15 @@ import os
 import pytest
 import torch
 
-from cacheslide.kernels import reference
+from cacheslide.kernels.api import reference
 from cacheslide.positions.rope import Rotary, inverse_frequencies
 from tests.test_kernels import other_layout, paged, scattered
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs CUDA or TRITON_INTERPRET=1", allow_module_level=True)
-launch = pytest.importorskip("cacheslide.kernels.launch")
-placement = pytest.importorskip("cacheslide.kernels.placement")
+launch = pytest.importorskip("cacheslide.kernels.row_attention.launch")
+placement = pytest.importorskip("cacheslide.kernels.placement.triton")
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SIZE = 1 if INTERPRETED else 16  # factor on lengths

@@ -8,9 +8,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cacheslide.core.prompt_file import read_segments
 from cacheslide.errors import CacheSlideError, ConfigError, PromptError
 from cacheslide.plain_values import check_plain, parse_json, read_json
-from cacheslide.prompt_file import read_segments
 from harness.configuration import check
 from harness.inventory import read_config
 

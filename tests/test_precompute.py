@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from baselines import cacheslide, context_cache, prompt_cache, recompute
-from cacheslide.cli import main
-from cacheslide.engine import ReuseEngine
+from cacheslide.cli.main import main
+from cacheslide.core.engine import ReuseEngine
+from cacheslide.core.precompute import precompute, pregenerate, template
+from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.errors import PolicyError, PromptError
-from cacheslide.precompute import precompute, pregenerate, template
-from cacheslide.prompt import Prompt, Role, Segment
 from cacheslide.store import MemoryChunkStore
 from tests.conftest import random_ids
 

@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cacheslide.correction import EdgeRows, NoCorrection, Promotion, Swap, TopDeviation, deviation, top_rows
-from cacheslide.engine import ReuseEngine
+from cacheslide.core.engine import ReuseEngine
+from cacheslide.core.keys import ContentKeying, FixedChainKeying
+from cacheslide.core.placement import Placement
+from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.errors import PolicyError
-from cacheslide.keys import ContentKeying, FixedChainKeying
-from cacheslide.model.adapter import RowGroup
-from cacheslide.model.reference import ReferenceLlama
-from cacheslide.placement import Placement
-from cacheslide.policy import Encoding, ReusePolicy
-from cacheslide.prompt import Prompt, Role, Segment
+from cacheslide.models.adapter import RowGroup
+from cacheslide.models.reference import ReferenceLlama
+from cacheslide.policies.base import Encoding, ReusePolicy
+from cacheslide.policies.correction import EdgeRows, NoCorrection, Promotion, Swap, TopDeviation, deviation, top_rows
 from cacheslide.store import MemoryChunkStore
 from tests.conftest import random_ids
 

@@ -2,10 +2,10 @@
 
 import pytest
 
+from cacheslide.core.keys import CacheIdentity, ContentKeying, FixedChainKeying, NoKeying, PrefixKeying, chunk_keys
+from cacheslide.core.placement import Placement
+from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.errors import PromptError
-from cacheslide.keys import CacheIdentity, ContentKeying, FixedChainKeying, NoKeying, PrefixKeying, chunk_keys
-from cacheslide.placement import Placement
-from cacheslide.prompt import Prompt, Role, Segment
 
 ME = CacheIdentity("m", "float32")
 

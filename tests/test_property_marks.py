@@ -12,13 +12,13 @@ pytest.importorskip("vllm")
 import msgspec
 from vllm.exceptions import VLLMValidationError
 
+from cacheslide.core.keys import CacheIdentity
 from cacheslide.errors import PromptError
-from cacheslide.keys import CacheIdentity
-from cacheslide.vllm.admission import CHAT, Limits, Resolved, admit
+from cacheslide.vllm.frontend.admission import CHAT, Limits, Resolved, admit
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.limits import DEPTH, NOTE, SEGMENTS, sayable, shown
-from cacheslide.vllm.params import Marks, ServerOptions
-from cacheslide.vllm.planning import Planner
+from cacheslide.vllm.options import Marks, ServerOptions
+from cacheslide.vllm.scheduler.planner import Planner
 from cacheslide.vllm.tenants import salted, tenant_of, unsalted
 
 LIMIT, ROWS = 64, 40

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import quiet
-from harness.experiments.throughput import slices_of
+from harness.experiments.study.throughput import slices_of
 from harness.plots import fig10, fig11, fig13, fig14, throughput
 from harness.plots.style import RC
 from harness.quiet import LOAD_OVER, OTHERS_SHARE, SLOWER, Calibration, Watch, judge, own_cpu_s, watched

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from harness.experiments import cold_ttft, cope_serving
-from harness.experiments.engine_ttft import _cell, parser
-from harness.experiments.serving import Condition, table
+from harness.experiments.cope import serving as cope_serving
+from harness.experiments.serving import cold_ttft
+from harness.experiments.serving.client import Condition, table
+from harness.experiments.serving.engine_ttft import _cell, parser
 from harness.report.claims import Verdict, judge
 from harness.report.paper import CLAIMS
 from harness.results import slide
@@ -57,7 +58,7 @@ def test_every_run_of_an_engine_carries_its_turns_reading(monkeypatch):
             raise RuntimeError("made to fail")
         return {"ttft": [0.1]}
 
-    monkeypatch.setattr("harness.experiments.engine_ttft.once", once)
+    monkeypatch.setattr("harness.experiments.serving.engine_ttft.once", once)
     args = parser().parse_args(["--out", "x", "--repeats", "2", "--warmups", "1"])
     prompts = type("Made", (), {"tokens": 8})()
     found = _cell(None, prompts, ["recompute", "broken", "cacheslide@0.26"], 1, args)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cacheslide.engine import ReuseEngine
+from cacheslide.core.engine import ReuseEngine
+from cacheslide.core.keys import CacheIdentity
+from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.errors import ModelError
-from cacheslide.keys import CacheIdentity
-from cacheslide.model.config import LlamaConfig
-from cacheslide.model.reference import ReferenceLlama, row_attention
-from cacheslide.policy import ReusePolicy
-from cacheslide.prompt import Prompt, Role, Segment
+from cacheslide.models.config import LlamaConfig
+from cacheslide.models.reference import ReferenceLlama, row_attention
+from cacheslide.policies.base import ReusePolicy
 from cacheslide.store import MemoryChunkStore
 from tests.conftest import SHAPE, random_ids, save_random
 

@@ -4,13 +4,13 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from cacheslide.policy import load_policy
-from cacheslide.vllm.in_process import EngineOptions
-from cacheslide.vllm.params import marks_of
-from harness.client.load import closed_loop
-from harness.client.server import Server, connector_command, engine_flags
-from harness.client.stream import Request
-from harness.client.workload import Conversation, Shape
+from cacheslide.policies.base import load_policy
+from cacheslide.vllm.options import marks_of
+from harness.backends.http.load import closed_loop
+from harness.backends.http.server import Server, connector_command, engine_flags
+from harness.backends.http.stream import Request
+from harness.backends.http.workload import Conversation, Shape
+from harness.backends.in_process import EngineOptions
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.server]
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cacheslide.core.prompt import Role
 from cacheslide.errors import CacheSlideError, DataError
-from cacheslide.prompt import Role
-from harness.client.load import Load
-from harness.client.stream import Outcome
-from harness.client.workload import Conversation, Shape
-from harness.experiments.serving import Condition, main, table
-from harness.experiments.serving_plan import ServingPlan, read_plan
+from harness.backends.http.load import Load
+from harness.backends.http.stream import Outcome
+from harness.backends.http.workload import Conversation, Shape
+from harness.experiments.serving.client import Condition, main, table
+from harness.experiments.serving.plan import ServingPlan, read_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = {"model": "models/tiny-llama-12m", "systems": ["vllm", "cacheslide"], "tokens": [512], "batches": [2]}

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from harness.backend import ReferenceBackend
-from harness.experiments import slide_index, slide_orders, slide_replay, slide_trace
+from harness.backends.reference import ReferenceBackend
+from harness.experiments.slide import index as slide_index
+from harness.experiments.slide import orders as slide_orders
+from harness.experiments.slide import replay as slide_replay
+from harness.experiments.slide import trace as slide_trace
 from harness.limit import Limit
 from harness.results import slide
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cacheslide.cli import main
+from cacheslide.cli.main import main
 from cacheslide.errors import ConfigError
 from cacheslide.store.config import StoreConfig, open_store
 from cacheslide.store.mooncake import MooncakeOptions, why_not
@@ -174,7 +174,7 @@ def test_serve_starts_a_server_that_clients_can_use(tmp_path):
     port, config, password = free_port(), tmp_path / "c.json", tmp_path / "password"
     config.write_text(json.dumps({"Basic": {"Port": port, "PoolSize": 1}}))
     password.write_text("letmein\n")
-    command = [sys.executable, "-m", "cacheslide.store.cli", "store", "serve", str(config)]
+    command = [sys.executable, "-m", "cacheslide.cli.store", "store", "serve", str(config)]
     refused = subprocess.run([*command, "--bind", "0.0.0.0"], capture_output=True, text=True, timeout=300)
     assert refused.returncode == 2 and "--password-file" in refused.stderr
     server = subprocess.Popen([*command, "--password-file", str(password)], stdout=subprocess.DEVNULL, cwd=tmp_path)

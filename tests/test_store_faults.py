@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from harness.experiments import slide_faults as faults
+from harness.experiments.slide import faults as faults
 
 
 def sound(verdict, limit_s=10.0):

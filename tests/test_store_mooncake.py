@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from cacheslide.cli import main
+from cacheslide.cli.main import main
 from cacheslide.errors import StoreError
 from cacheslide.store import mooncake, open_store
 from cacheslide.store.backing import Backing, TieredStats
@@ -364,7 +364,7 @@ def test_serve_starts_a_pool_that_clients_can_use(tmp_path, prefix, capsys):
         ("no passwords", "--password-file", str(file)),
     ):
         assert main(["store", "serve", str(file), *args]) == 2 and said in capsys.readouterr().err
-    command = [sys.executable, "-m", "cacheslide.store.cli", "store", "serve", str(file)]
+    command = [sys.executable, "-m", "cacheslide.cli.store", "store", "serve", str(file)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert server.stdout.readline() == f"Mooncake serves {POOL} bytes at 127.0.0.1:{ports[0]}\n"

@@ -7,10 +7,10 @@ from contextlib import suppress
 import pytest
 import torch
 
-from cacheslide.engine import ReuseEngine
+from cacheslide.core.engine import ReuseEngine
+from cacheslide.core.prompt import Prompt
 from cacheslide.errors import ConfigError, StoreError
-from cacheslide.policy import load_policy
-from cacheslide.prompt import Prompt
+from cacheslide.policies.base import load_policy
 from cacheslide.store import MemoryChunkStore, open_store
 from cacheslide.store.arena import Arena
 from cacheslide.store.base import ChunkKV

@@ -11,8 +11,8 @@ pytest.importorskip("vllm")
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from cacheslide.model.reference import ReferenceLlama
-from cacheslide.prompt import Prompt
+from cacheslide.core.prompt import Prompt
+from cacheslide.models.reference import ReferenceLlama
 from tests.conftest import random_ids, save_random
 from tests.test_vllm_engine import FIRST, SECOND, SHAPE, Served, logprobs, marks_of, receipt, tokens
 from tests.test_vllm_history import BLOCKS, Talk, assert_exact

@@ -7,15 +7,15 @@ import pytest
 pytest.importorskip("vllm")
 
 from cacheslide.errors import PromptError
-from cacheslide.vllm.in_process import Ask
-from harness import study
-from harness.backend import EngineSettings
-from harness.responders import ReferenceResponder
+from harness.backends.in_process import Ask
+from harness.backends.reference import EngineSettings
+from harness.backends.responders import ReferenceResponder
+from harness.backends.vllm import vllm_sessions
+from harness.experiments.study import steps as study
 from harness.results.records import read_failures, read_records, read_settings
 from harness.results.timing import gate
 from harness.systems import resolve
 from harness.tasks.data import read_examples, write_dataset
-from harness.vllm_backend import vllm_sessions
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -10,16 +10,16 @@ import torch
 
 pytest.importorskip("vllm")
 
+from cacheslide.cli import serve
 from cacheslide.errors import ConfigError, StoreError
 from cacheslide.store.base import ChunkKV
-from cacheslide.vllm import serve
-from cacheslide.vllm.below import Below, copied, lower_tiers
 from cacheslide.vllm.geometry import content_id
-from cacheslide.vllm.index import ChunkIndex
-from cacheslide.vllm.params import ServerOptions
-from cacheslide.vllm.plans import FetchPlan, Landed, WorkerReport
-from cacheslide.vllm.scheduler_side import SchedulerSide
-from cacheslide.vllm.store import WorkerStore
+from cacheslide.vllm.options import ServerOptions
+from cacheslide.vllm.protocol import FetchPlan, Landed, WorkerReport
+from cacheslide.vllm.scheduler.chunk_index import ChunkIndex
+from cacheslide.vllm.scheduler.side import SchedulerSide
+from cacheslide.vllm.worker.chunk_store import WorkerStore
+from cacheslide.vllm.worker.storage import Below, copied, lower_tiers
 from tests.conftest import eventually, save_random
 from tests.test_vllm_scheduler import GEOMETRY, TURN, request, step_output
 

@@ -13,13 +13,13 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams
 
-from cacheslide.engine import ReuseEngine
+from cacheslide.core.engine import ReuseEngine
+from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.positions.ccpe import slots_in
-from cacheslide.prompt import Prompt, Role, Segment
 from cacheslide.store import MemoryChunkStore
 from cacheslide.training.load import load_cope
 from cacheslide.vllm.offline import beam_search
-from cacheslide.vllm.params import marks_of, policy_of
+from cacheslide.vllm.options import marks_of, policy_of
 from tests.conftest import VLLM_ENVIRONMENT, random_ids, save_random, save_random_adapter
 from tests.test_vllm_engine import BLOCK, CHUNK, assert_same, logprobs, receipt, tokens
 from tests.vllm_cope import (
@@ -213,7 +213,7 @@ def test_slots_that_cannot_be_said_are_crossed_live(served, live, monkeypatch, s
         if seam == "_of_batch":
             patch.setattr(served.worker.model.crossing, "_of_batch", broken)
         else:
-            patch.setattr("cacheslide.vllm.scheduler_side.SlotRows", broken)
+            patch.setattr("cacheslide.vllm.scheduler.side.SlotRows", broken)
         output, beside = served.ask([SECOND, FIRST], [marks_of(SECOND, policy="recompute"), None])
         assert_follows(output, live, SECOND)
         assert_follows(beside, live, FIRST)

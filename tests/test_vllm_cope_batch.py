@@ -10,10 +10,10 @@ pytest.importorskip("vllm")
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from cacheslide.errors import ConfigError, ModelError
-from cacheslide.kernels.cope_reference import cope_attention
+from cacheslide.kernels.cope.reference import cope_attention
 from cacheslide.positions.ccpe import PromptSlots, pack_slots
-from cacheslide.vllm.cope_backend import CopeBackend, CopeImpl, CopeMetadataBuilder
-from cacheslide.vllm.cope_slots import Crossing, SlotRows
+from cacheslide.vllm.cope.backend import CopeBackend, CopeImpl, CopeMetadataBuilder
+from cacheslide.vllm.cope.slots import Crossing, SlotRows
 
 pytestmark = pytest.mark.vllm
 BLOCK, MANAGER, HEADS, DIM = 16, 32, 4, 8  # a kernel may see the scheduler's block as two

@@ -18,14 +18,15 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the tests look into the wo
 os.environ.pop("TORCH_COMPILE_DISABLE", None)
 
 import cacheslide
-from cacheslide.engine import ReuseEngine
-from cacheslide.kernels import cope_decode, cope_forward
+from cacheslide.core.engine import ReuseEngine
+from cacheslide.core.prompt import Prompt, Role, Segment
+from cacheslide.kernels.cope import decode as cope_decode
+from cacheslide.kernels.cope import forward as cope_forward
 from cacheslide.positions.ccpe import slots_in
-from cacheslide.prompt import Prompt, Role, Segment
 from cacheslide.store import MemoryChunkStore
 from cacheslide.training.load import load_cope
 from cacheslide.vllm.offline import close_engine
-from cacheslide.vllm.params import marks_of, policy_of
+from cacheslide.vllm.options import marks_of, policy_of
 from tests.conftest import save_random
 from tests.test_vllm_engine import logprobs, receipt, tokens
 from tests.vllm_cope import SHAPE, Cope, exact, save_setup

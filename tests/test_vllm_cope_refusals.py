@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 
 from cacheslide.errors import ConfigError, ModelError
 from cacheslide.training.load import find_cope
-from cacheslide.vllm.cope_setting import overrides
+from cacheslide.vllm.cope.setting import overrides
 from cacheslide.vllm.support import check_cope, check_spans
 from tests.conftest import save_random
 from tests.vllm_cope import SHAPE, SLOTS, Cope, save_base, save_setup

@@ -16,12 +16,12 @@ pytest.importorskip("vllm")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the test looks into the worker
 os.environ.pop("TORCH_COMPILE_DISABLE", None)
 
-from cacheslide.engine import ReuseEngine
+from cacheslide.core.engine import ReuseEngine
 from cacheslide.store import MemoryChunkStore
 from cacheslide.vllm.offline import ask, close_engine, open_engine, worker_of
-from cacheslide.vllm.params import marks_of, policy_of
-from cacheslide.vllm.saving import HostCopies
-from harness.backend import ReferenceBackend
+from cacheslide.vllm.options import marks_of, policy_of
+from cacheslide.vllm.worker.host_copies import HostCopies
+from harness.backends.reference import ReferenceBackend
 from harness.results.provenance import ROOT
 from harness.tasks.synthetic import examples
 

@@ -12,17 +12,18 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from cacheslide.policy import load_policy
-from cacheslide.vllm import CONNECTOR, params, systems
-from cacheslide.vllm.admission import Resolved, options_of
-from cacheslide.vllm.beams import start_search
-from cacheslide.vllm.bodies import MarksInPlace
+from cacheslide.policies.base import load_policy
+from cacheslide.vllm import CONNECTOR, systems
+from cacheslide.vllm import options as params
+from cacheslide.vllm.frontend.admission import Resolved, options_of
+from cacheslide.vllm.frontend.beams import start_search
+from cacheslide.vllm.frontend.bodies import MarksInPlace
+from cacheslide.vllm.frontend.intake import fitted, taken
+from cacheslide.vllm.frontend.misplaced import misplaced
+from cacheslide.vllm.frontend.separators import cut, text_after
 from cacheslide.vllm.geometry import Geometry
-from cacheslide.vllm.intake import fitted, taken
-from cacheslide.vllm.misplaced import misplaced
-from cacheslide.vllm.params import ServerOptions, policy_of
-from cacheslide.vllm.planning import Planner
-from cacheslide.vllm.separators import cut, text_after
+from cacheslide.vllm.options import ServerOptions, policy_of
+from cacheslide.vllm.scheduler.planner import Planner
 
 MODEL, LIMIT = "models/tiny-llama-12m", 100
 GEOMETRY = Geometry("m", "torch.float32", 8, 6, 64, 384, 4, 8192)

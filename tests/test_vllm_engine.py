@@ -13,13 +13,13 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.exceptions import VLLMValidationError
 
 from cacheslide import ReuseEngine
-from cacheslide.model.reference import ReferenceLlama
-from cacheslide.prefill import SelectivePrefill
-from cacheslide.prompt import Prompt, Role, Segment
+from cacheslide.core.prompt import Prompt, Role, Segment
+from cacheslide.core.selective_prefill import SelectivePrefill
+from cacheslide.models.reference import ReferenceLlama
 from cacheslide.store import MemoryChunkStore
 from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.offline import close_engine
-from cacheslide.vllm.params import marks_of, policy_of
+from cacheslide.vllm.options import marks_of, policy_of
 from tests.conftest import save_random
 from tests.late_copies import LateCopies
 from tests.test_prefill import prompt

@@ -10,15 +10,15 @@ pytest.importorskip("vllm")
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
-from cacheslide.vllm import servers
+from cacheslide.vllm.claims import Claims, Loads
 from cacheslide.vllm.connector import CacheSlideConnector
+from cacheslide.vllm.frontend import openai_server as servers
 from cacheslide.vllm.guard import ENTRIES, Faults, survives
-from cacheslide.vllm.metrics import ReuseStats
 from cacheslide.vllm.offline import close_engine
-from cacheslide.vllm.owed import Claims, Loads
-from cacheslide.vllm.plans import StepPlan
-from cacheslide.vllm.setbacks import check_claim
-from cacheslide.vllm.team import Team, TeamPrefill
+from cacheslide.vllm.protocol import StepPlan
+from cacheslide.vllm.scheduler.metrics import ReuseStats
+from cacheslide.vllm.scheduler.setbacks import check_claim
+from cacheslide.vllm.worker.ranks import Team, TeamPrefill
 from harness.robustness.faulty_rounds import Rounds, answers, cases, open_plain, open_reusing, truths
 from harness.robustness.seams import ENTRY_SEAMS, SEAMS, owner_of, raising
 from tests.test_vllm_scheduler import FIXED_END, TURN, know, request, side, step_output
@@ -68,9 +68,9 @@ BELOW = [  # a store that lies, a plan that is another's, a run that fails half-
     pytest.param("scheduler.cold.backing:where", "always", marks=pytest.mark.fault("lying_store")),
     pytest.param("worker.below:arrivals", "late", marks=pytest.mark.fault("lying_store")),
     pytest.param("worker.below.store:fetch", "always", marks=pytest.mark.fault("hostile_store")),
-    pytest.param("cacheslide.placement.PlacedChunks:layer", "always", marks=pytest.mark.fault("forged_record")),
+    pytest.param("cacheslide.core.placement.PlacedChunks:layer", "always", marks=pytest.mark.fault("forged_record")),
     pytest.param("scheduler.planner:_member", "always", marks=pytest.mark.fault("family")),
-    pytest.param("cacheslide.vllm.team.TeamPrefill:compute", "once"),
+    pytest.param("cacheslide.vllm.worker.ranks.TeamPrefill:compute", "once"),
     pytest.param("worker.store:put", "late"),
     pytest.param("scheduler.keeper:reserve", "late"),
 ]

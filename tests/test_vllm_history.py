@@ -8,11 +8,11 @@ import torch
 pytest.importorskip("vllm")
 
 from cacheslide import ReuseEngine
-from cacheslide.encode import prefill_exact
-from cacheslide.model.reference import ReferenceLlama
-from cacheslide.prompt import Prompt
+from cacheslide.core.encoder import prefill_exact
+from cacheslide.core.prompt import Prompt
+from cacheslide.models.reference import ReferenceLlama
 from cacheslide.store import MemoryChunkStore
-from cacheslide.vllm.params import policy_of
+from cacheslide.vllm.options import policy_of
 from tests.conftest import random_ids, save_random
 from tests.test_vllm_engine import CHUNK, SHAPE, Served, assert_same, logprobs, receipt
 

@@ -13,11 +13,11 @@ pytest.importorskip("vllm")
 from vllm.exceptions import VLLMValidationError
 
 from cacheslide.errors import ConfigError, PromptError
-from cacheslide.vllm.admission import admit
-from cacheslide.vllm.chat import mark_messages, message_roles
-from cacheslide.vllm.params import Marks, ServerOptions
-from cacheslide.vllm.separators import cut, split_ids
-from cacheslide.vllm.spans import SpanMemory, content_cuts
+from cacheslide.vllm.frontend.admission import admit
+from cacheslide.vllm.frontend.chat import mark_messages, message_roles
+from cacheslide.vllm.frontend.separators import cut, split_ids
+from cacheslide.vllm.options import Marks, ServerOptions
+from cacheslide.vllm.scheduler.span_memory import SpanMemory, content_cuts
 
 MODEL = "models/tiny-llama-12m"
 TEMPLATE = (

@@ -7,17 +7,17 @@ import torch
 
 pytest.importorskip("vllm")
 
-from cacheslide.correction import EdgeRows, NoCorrection, Promotion, Swap, TopDeviation
-from cacheslide.engine import ReuseEngine
-from cacheslide.model.reference import ReferenceLlama
-from cacheslide.placement import Piece, PlacedChunks
-from cacheslide.prefill import SelectivePrefill
+from cacheslide.core.engine import ReuseEngine
+from cacheslide.core.placement import Piece, PlacedChunks
+from cacheslide.core.selective_prefill import SelectivePrefill
+from cacheslide.models.reference import ReferenceLlama
+from cacheslide.policies.correction import EdgeRows, NoCorrection, Promotion, Swap, TopDeviation
 from cacheslide.store import MemoryChunkStore
 from cacheslide.store.base import ChunkKV
-from cacheslide.vllm.attention import RowKernel
-from cacheslide.vllm.fetch import LayerFetch, Rings, ring_bytes
-from cacheslide.vllm.kv_layout import PagedKV, scratch_kv
-from cacheslide.vllm.paged_source import Caches, PagedChunks
+from cacheslide.vllm.worker.attention import RowKernel
+from cacheslide.vllm.worker.kv_layout import PagedKV, scratch_kv
+from cacheslide.vllm.worker.paged_source import Caches, PagedChunks
+from cacheslide.vllm.worker.prefetch import LayerFetch, Rings, ring_bytes
 from tests.test_prefill import chain, prompt
 
 RULES = {

@@ -9,18 +9,18 @@ import torch
 
 pytest.importorskip("vllm")
 
+from cacheslide.cli import serve
 from cacheslide.errors import ConfigError, ModelError, PolicyError, PromptError, StoreError
-from cacheslide.model.adapter import RowGroup
-from cacheslide.policy import load_policy
+from cacheslide.models.adapter import RowGroup
+from cacheslide.policies.base import load_policy
 from cacheslide.store.base import ChunkKV
-from cacheslide.vllm import serve
-from cacheslide.vllm.attention import RowKernel, choose, gathered
-from cacheslide.vllm.cope_setting import overrides
-from cacheslide.vllm.index import ChunkIndex
-from cacheslide.vllm.kv_layout import PagedKV, PagedLayer
-from cacheslide.vllm.params import Marks, ServerOptions, marks_of
-from cacheslide.vllm.prefix_cache import key_apart
-from cacheslide.vllm.store import WorkerStore
+from cacheslide.vllm.cope.setting import overrides
+from cacheslide.vllm.options import Marks, ServerOptions, marks_of
+from cacheslide.vllm.scheduler.chunk_index import ChunkIndex
+from cacheslide.vllm.scheduler.prefix_cache import key_apart
+from cacheslide.vllm.worker.attention import RowKernel, choose, gathered
+from cacheslide.vllm.worker.chunk_store import WorkerStore
+from cacheslide.vllm.worker.kv_layout import PagedKV, PagedLayer
 from tests.conftest import save_random_adapter
 from tests.late_copies import LateCopies
 from tests.test_vllm_scheduler import TURN

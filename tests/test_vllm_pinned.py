@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cacheslide.store.files import BLOCK
-from cacheslide.vllm import pinned
-from cacheslide.vllm.pinned import PinnedMemory, pin
+from cacheslide.vllm.worker import pinned
+from cacheslide.vllm.worker.pinned import PinnedMemory, pin
 
 
 class Later:

@@ -10,14 +10,14 @@ pytest.importorskip("vllm")
 
 from vllm.v1.request import RequestStatus
 
-from cacheslide.prompt import Prompt
+from cacheslide.core.prompt import Prompt
 from cacheslide.vllm.connector import CacheSlideConnector
 from cacheslide.vllm.geometry import Geometry
-from cacheslide.vllm.metrics import ReuseStats
-from cacheslide.vllm.params import ServerOptions, marks_of
-from cacheslide.vllm.plans import WorkerReport
-from cacheslide.vllm.receipts import forecast
-from cacheslide.vllm.scheduler_side import SchedulerSide
+from cacheslide.vllm.options import ServerOptions, marks_of
+from cacheslide.vllm.protocol import WorkerReport
+from cacheslide.vllm.scheduler.metrics import ReuseStats
+from cacheslide.vllm.scheduler.receipts import forecast
+from cacheslide.vllm.scheduler.side import SchedulerSide
 from tests.test_prefill import prompt
 
 GEOMETRY = Geometry("model", "torch.float32", 5, 2, 32, 64, 4, 1024)

@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 
 from vllm import SamplingParams
 
-from cacheslide.vllm.params import marks_of
+from cacheslide.vllm.options import marks_of
 from tests.conftest import save_random
 from tests.test_store_remote import SERVER, server
 from tests.test_vllm_engine import CHUNK, FIRST, SECOND, SHAPE, Served, logprobs, receipt, tokens

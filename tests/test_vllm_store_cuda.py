@@ -17,8 +17,8 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the test looks into the wo
 
 from cacheslide.store.pages import side_by_side
 from cacheslide.vllm.offline import ask, close_engine, open_engine, worker_of
-from cacheslide.vllm.params import marks_of
-from harness.backend import ReferenceBackend
+from cacheslide.vllm.options import marks_of
+from harness.backends.reference import ReferenceBackend
 from harness.results.provenance import ROOT
 from harness.tasks.synthetic import examples
 

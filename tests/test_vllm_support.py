@@ -10,13 +10,13 @@ pytest.importorskip("vllm")
 from vllm.config import KVTransferConfig
 
 from cacheslide.errors import ConfigError, ModelError, PolicyError
-from cacheslide.policy import check_policy
+from cacheslide.policies.base import check_policy
 from cacheslide.positions.rope import inverse_frequencies
 from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.geometry import weights_id
-from cacheslide.vllm.model_adapter import rotary_of
-from cacheslide.vllm.params import policy_of
+from cacheslide.vllm.options import policy_of
 from cacheslide.vllm.support import check, check_place
+from cacheslide.vllm.worker.model_adapter import rotary_of
 
 
 def engine_config(**changes):

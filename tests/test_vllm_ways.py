@@ -14,7 +14,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
 
 from cacheslide.vllm import CONNECTOR
-from cacheslide.vllm.chat import mark_messages
+from cacheslide.vllm.frontend.chat import mark_messages
 from cacheslide.vllm.offline import beam_search, close_engine
 from tests.test_vllm_marks import TEMPLATE
 

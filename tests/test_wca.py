@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from cacheslide.correction import NoCorrection, TopDeviation
-from harness.experiments import wca
-from harness.experiments.wca_cells import cells, default
+from cacheslide.policies.correction import NoCorrection, TopDeviation
+from harness.experiments.wca import sweep as wca
+from harness.experiments.wca.cells import cells, default
 from harness.results.records import read_records
 from harness.results.wca import tabulate
 from tests.tiny_cope import make_pair

@@ -117,7 +117,7 @@ def test_hostile_names_reach_a_command_as_one_word_each(tmp_path):
     done = run(folder, hostile_config(model, adapter))
     assert done.returncode == 0 or (folder / "called").exists(), done.stderr[-3000:]
     called = (folder / "called").read_text().split("\0")
-    start = called.index("harness.experiments.wca")
+    start = called.index("harness.experiments.wca.sweep")
     assert called[start + 1 : start + 3] == [f"--model={model}", f"--adapter={adapter}"], done.stderr
     assert {p.name for p in folder.iterdir()} <= before
     assert not list(tmp_path.rglob("PWNED*"))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from cacheslide.model.weights import fingerprint
+from cacheslide.models.weights import fingerprint
 from cacheslide.training.adapter import AdapterSettings, CopeAdapter, save_adapter
 from harness.training.model import llama
 from harness.training.tokenizer import build_tokenizer, save_tokenizer

@@ -10,12 +10,12 @@ from shutil import copy
 import torch
 from vllm import LLM
 
-from cacheslide.prompt import Prompt, Role, Segment
+from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.training.calibration import Calibration, save_calibration
 from cacheslide.training.load import find_cope
-from cacheslide.vllm.cope_setting import overrides
+from cacheslide.vllm.cope.setting import overrides
 from cacheslide.vllm.offline import close_engine
-from cacheslide.vllm.params import marks_of
+from cacheslide.vllm.options import marks_of
 from harness.results.provenance import ROOT
 from tests.conftest import random_ids, save_random, save_random_adapter
 from tests.test_cope_model import dense

@@ -4,9 +4,9 @@ import json
 import sys
 from contextlib import closing
 
-from cacheslide.vllm.params import ServerOptions
-from cacheslide.vllm.runs import Engine
+from cacheslide.vllm.options import ServerOptions
 from cacheslide.vllm.turns import Turns
+from harness.backends.scripted import Engine
 
 DOCUMENT = "\nGarden report\n brave ibex follows amber falcon . the painter found the new door ." * 4
 SHARES = {"naive_reuse": None, "cacheslide": 0.3}

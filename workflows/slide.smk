@@ -13,7 +13,7 @@ rule slide:
         "envs/cacheslide.yaml"
     threads: all_cores
     shell:
-        "python -m harness.experiments.slide trace volume scan index faults orders summary > {log:q} 2>&1"
+        "python -m harness.experiments.slide.steps trace volume scan index faults orders summary > {log:q} 2>&1"
 
 
 for part in "abcd":

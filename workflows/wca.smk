@@ -17,7 +17,7 @@ rule measure_wca:
     params:
         given=wca_options,
     shell:
-        "python -m harness.experiments.wca {params.given:q} --jobs {threads} --out results/wca > {log:q} 2>&1"
+        "python -m harness.experiments.wca.sweep {params.given:q} --jobs {threads} --out results/wca > {log:q} 2>&1"
 
 
 rule wca:

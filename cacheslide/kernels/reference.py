@@ -25,7 +25,7 @@ def row_attention(
     scale: float | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See `cacheslide.kernels.row_attention`."""
+    """See `cacheslide.kernels.api.row_attention`."""
     out = torch.empty_like(q) if out is None else out
     grouped = q.shape[1] != kv.shape[1]
     for request, (begin, end) in enumerate(pairwise(cu_rows.tolist())):
@@ -59,7 +59,7 @@ def paged_rows(kv: Tensor, blocks: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def place_layers(
     k: Tensor, v: Tensor, slots: Tensor, deltas: Tensor | None, caches: Sequence[Tensor], rotary: Rotary
 ) -> None:
-    """See `cacheslide.kernels.place_layers`."""
+    """See `cacheslide.kernels.api.place_layers`."""
     kept = (slots >= 0).nonzero()[:, 0]
     for keys, values, kv in zip(k, v, caches, strict=True):
         at, index = slots[kept], kept.to(keys.device)
@@ -71,6 +71,6 @@ def place_layers(
 
 
 def row_deviation(fresh: Tensor, cached: Tensor, deltas: Tensor | None, rotary: Rotary) -> Tensor:
-    """See `cacheslide.kernels.row_deviation`."""
+    """See `cacheslide.kernels.api.row_deviation`."""
     moved = cached if deltas is None else rotary.rotate(cached, deltas)
     return (fresh.float() - moved.float()).square().sum(dim=(1, 2))

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cacheslide.core.placement import send, tensor_of
+from cacheslide.core.prompt import Prompt, Role
 from cacheslide.errors import PromptError
-from cacheslide.placement import send, tensor_of
-from cacheslide.prompt import Prompt, Role
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
-from cacheslide.keys import ChunkKey
 
 if TYPE_CHECKING:
     from cacheslide.store.shape import ChunkShape

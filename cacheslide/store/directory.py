@@ -9,8 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save
 
+from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
-from cacheslide.keys import ChunkKey
 from cacheslide.store.base import ChunkKV, ChunkStore, Fetched
 from cacheslide.store.files import Files
 from cacheslide.store.folder import Folder, Foreign

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
-from cacheslide.keys import ChunkKey
 from cacheslide.store.files import BLOCK, Files
 from cacheslide.store.folder import Folder, Foreign
 from cacheslide.store.placed import Runs

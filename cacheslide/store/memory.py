@@ -2,8 +2,8 @@
 
 from collections import OrderedDict
 
+from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
-from cacheslide.keys import ChunkKey
 from cacheslide.store.base import ChunkKV, ChunkStore
 
 

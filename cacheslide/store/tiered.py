@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
-from cacheslide.keys import ChunkKey
 from cacheslide.store.arena import Arena
 from cacheslide.store.backing import Backing, RemoteTier, TieredStats
 from cacheslide.store.base import ChunkKV, ChunkStore, Fetched

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cacheslide.errors import ConfigError, ModelError
-from cacheslide.model.weights import fingerprint
+from cacheslide.models.weights import fingerprint
 from cacheslide.plain_values import read_json
 
 FORMAT = 1

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cacheslide.errors import ConfigError, ModelError
-from cacheslide.kernels.cope_training import cope_attention
+from cacheslide.kernels.cope.training import cope_attention
 from cacheslide.training.adapter import AdapterSettings, CopeAdapter
 
 NAME = "cacheslide_cope"

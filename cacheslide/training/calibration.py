@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cacheslide.core.prompt import Prompt
 from cacheslide.errors import ModelError, PromptError
-from cacheslide.model.adapter import RowGroup
+from cacheslide.models.adapter import RowGroup
 from cacheslide.plain_values import read_json
 from cacheslide.positions.ccpe import PromptSlots, slots_in
 from cacheslide.positions.cope import query_blocks, scores_and_gates
-from cacheslide.prompt import Prompt
 
 FORMAT = 1
 FILES = ("ccpe.safetensors", "ccpe.json")

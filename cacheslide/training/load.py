@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from cacheslide.model.config import LlamaConfig
-from cacheslide.model.cope import CopeLlama
-from cacheslide.model.weights import check_device, load_weights
+from cacheslide.models.config import LlamaConfig
+from cacheslide.models.cope import CopeLlama
+from cacheslide.models.weights import check_device, load_weights
 from cacheslide.training.adapter import CopeAdapter, load_adapter
 from cacheslide.training.calibration import Calibration, find_calibration
 

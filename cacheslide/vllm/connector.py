@@ -10,18 +10,18 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from cacheslide.policy import check_policy
-from cacheslide.vllm import recovery
-from cacheslide.vllm.door import is_installed
+from cacheslide.policies.base import check_policy
+from cacheslide.vllm.frontend.hooks import is_installed
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.guard import survives
-from cacheslide.vllm.metrics import ReuseMetrics, ReuseStats
-from cacheslide.vllm.params import FIELD, ServerOptions
-from cacheslide.vllm.plans import StepPlan
-from cacheslide.vllm.scheduler_side import SchedulerSide
-from cacheslide.vllm.setbacks import check_claim, finish_anyhow, give_up, unplanned
+from cacheslide.vllm.options import FIELD, ServerOptions
+from cacheslide.vllm.protocol import StepPlan
+from cacheslide.vllm.scheduler import recovery
+from cacheslide.vllm.scheduler.metrics import ReuseMetrics, ReuseStats
+from cacheslide.vllm.scheduler.setbacks import check_claim, finish_anyhow, give_up, unplanned
+from cacheslide.vllm.scheduler.side import SchedulerSide
 from cacheslide.vllm.support import check, check_place, check_spans
-from cacheslide.vllm.worker_side import WorkerSide
+from cacheslide.vllm.worker.side import WorkerSide
 
 
 class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):

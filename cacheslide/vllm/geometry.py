@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from cacheslide.core.prompt import Prompt
 from cacheslide.errors import CacheSlideError, ConfigError
-from cacheslide.model.weights import fingerprint
+from cacheslide.models.weights import fingerprint
 from cacheslide.positions.ccpe import PromptSlots, check_slots, slots_in
-from cacheslide.prompt import Prompt
-from cacheslide.vllm.cope_setting import ADAPTER, is_cope, setup_of
+from cacheslide.vllm.cope.setting import ADAPTER, is_cope, setup_of
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cacheslide.vllm.reasons import FAULT
+from cacheslide.vllm.scheduler.reasons import FAULT
 
 logger = logging.getLogger("vllm.cacheslide")
 

@@ -12,9 +12,9 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import BeamSearchParams
 
 from cacheslide.vllm import CONNECTOR
-from cacheslide.vllm.beams import Search, start_search
-from cacheslide.vllm.cope_setting import overrides
-from cacheslide.vllm.params import FIELD
+from cacheslide.vllm.cope.setting import overrides
+from cacheslide.vllm.frontend.beams import Search, start_search
+from cacheslide.vllm.options import FIELD
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ def register() -> None:
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.model_executor.models import ModelRegistry
 
-    from cacheslide.vllm import door
-    from cacheslide.vllm.cope_setting import ARCHITECTURE
+    from cacheslide.vllm.cope.setting import ARCHITECTURE
+    from cacheslide.vllm.frontend import hooks as door
 
     if CONNECTOR not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(CONNECTOR, "cacheslide.vllm.connector", CONNECTOR)
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, f"cacheslide.vllm.cope_model:{ARCHITECTURE}")
+        ModelRegistry.register_model(ARCHITECTURE, f"cacheslide.vllm.cope.model:{ARCHITECTURE}")
     door.install()

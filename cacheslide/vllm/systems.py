@@ -3,7 +3,7 @@
 from functools import lru_cache
 
 from cacheslide.errors import PolicyError
-from cacheslide.policy import ReusePolicy, load_policy, policy_names
+from cacheslide.policies.base import ReusePolicy, load_policy, policy_names
 from cacheslide.vllm.limits import shown
 
 

@@ -3,14 +3,14 @@
 import time
 from collections.abc import Sequence
 
-from cacheslide.engine import Prefilled
-from cacheslide.policy import ReusePolicy
-from cacheslide.prompt import Prompt
+from cacheslide.core.engine import Prefilled
+from cacheslide.core.prompt import Prompt
+from cacheslide.policies.base import ReusePolicy
 from cacheslide.store.base import ChunkStore
 from cacheslide.store.memory import MemoryChunkStore
 from harness.agents.completer import Completion, Request
-from harness.backend import EngineSettings, ReferenceBackend
-from harness.beams import beam_search
+from harness.backends.beams import beam_search
+from harness.backends.reference import EngineSettings, ReferenceBackend
 
 
 class InProcess:

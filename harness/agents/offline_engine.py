@@ -3,9 +3,9 @@
 import re
 from collections.abc import Sequence
 
-from cacheslide.vllm.runs import Engine
 from cacheslide.vllm.turns import Turns
 from harness.agents.completer import Completion, Request
+from harness.backends.scripted import Engine
 from harness.tasks.example import TextSegment
 
 SHAPE = re.compile("F(U*)(F*)(U+)")  # fixed and updated segments
@@ -36,7 +36,7 @@ class _Session:
 
 
 class OfflineEngine:
-    """Serves agents on `cacheslide.vllm.runs.Engine`, one request at a time.
+    """Serves agents on `harness.backends.scripted.Engine`, one request at a time.
 
     Prompts of the shape head, updated text, fixed text, question, whose history is what was asked and generated word
     for word, have their generated KV kept (`Turns`). Any other template has its fixed segments marked, no more.

@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.errors import ConfigError
-from cacheslide.prompt import Prompt, Role, Segment
-from cacheslide.vllm.params import marks_of
+from cacheslide.vllm.options import marks_of
 from harness.agents.completer import Completion, CompletionError, Request
-from harness.client import stream
+from harness.backends.http import stream
 
 
 class OpenAIServer:

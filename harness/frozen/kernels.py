@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cacheslide import kernels
-from cacheslide.kernels import cope
+from cacheslide.kernels import api as kernels
+from cacheslide.kernels.cope import api as cope
 from cacheslide.positions.rope import Rotary, inverse_frequencies
 
 # heads, KV heads, head size, block size, rows of each request's context, query rows of each request

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from cacheslide.engine import Prefilled, ReuseEngine
-from cacheslide.model.reference import ReferenceLlama
-from cacheslide.policy import load_policy, policy_names
-from cacheslide.prompt_file import load_tokenizer
+from cacheslide.core.engine import Prefilled, ReuseEngine
+from cacheslide.core.prompt_file import load_tokenizer
+from cacheslide.models.reference import ReferenceLlama
+from cacheslide.policies.base import load_policy, policy_names
 from cacheslide.store import MemoryChunkStore
 from harness.frozen.texts import TURNS, prompt
 

@@ -27,7 +27,7 @@ ENGINE = {
 
 def run(path: str) -> dict[str, Any]:
     """Outcomes by "way/.../turn": receipts and greedy tokens, for the checkpoint folder `path`."""
-    from cacheslide.vllm.in_process import prepare
+    from harness.backends.in_process import prepare
 
     prepare("cpu", eager=True)
     from cacheslide.vllm.offline import close_engine, open_engine
@@ -80,7 +80,7 @@ class _Asks:
 
     def marked(self, turn: int, question: int = 0, **marks: Any) -> tuple[list[int], dict[str, Any]]:
         """A turn's token ids, and the marks of its fixed segments."""
-        from cacheslide.vllm.params import marks_of
+        from cacheslide.vllm.options import marks_of
 
         asked = prompt(self.tokenizer, turn, question)
         return list(asked.token_ids), marks_of(asked, **{"layer": LAYER, **marks})["cacheslide"]

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedTokenizerBase
 
-from cacheslide.prompt import Prompt, Role, Segment
+from cacheslide.core.prompt import Prompt, Role, Segment
 
 SYSTEM = "Answer each question with the value that the name stands for ."
 DOCUMENTS = (

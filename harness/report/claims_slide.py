@@ -12,7 +12,7 @@ from harness.report.words import interval, number
 def _slide(summary: Summary) -> dict[str, Any]:
     found = summary.get("slide")
     if not found:
-        raise NotMeasured("results/slide/summary.json is not there: python -m harness.experiments.slide makes it")
+        raise NotMeasured("results/slide/summary.json is not there: python -m harness.experiments.slide.steps makes it")
     return found
 
 

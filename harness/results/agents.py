@@ -1,6 +1,6 @@
 """Tables of replayed agents: quality and TTFT by agent (fig 10), padding by round (4b), accuracy by turn, heat map.
 
-Records are those of `harness.experiments.agent_replay`; steps of one episode rise and fall together, so intervals
+Records are those of `harness.experiments.agents.replay`; steps of one episode rise and fall together, so intervals
 resample episodes.
 """
 

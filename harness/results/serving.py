@@ -1,4 +1,4 @@
-"""From the records of `harness.experiments.engine_ttft` to one file of tables:
+"""From the records of `harness.experiments.serving.engine_ttft` to one file of tables:
 
 `python -m harness.results.serving --records FILE ... --kernels FILE --out results/h200/serving.json`.
 
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the tables."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--records", type=Path, nargs="+", required=True, help="later files win the headline")
-    p.add_argument("--kernels", type=Path, help="the sweep of harness.experiments.kernels")
+    p.add_argument("--kernels", type=Path, help="the sweep of harness.experiments.kernels.row_attention")
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args(argv)
     made = build(args.records, args.kernels)

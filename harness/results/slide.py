@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from harness.experiments.slide_replay import pages_in_use
-from harness.experiments.slide_trace import Template
+from harness.experiments.slide.replay import pages_in_use
+from harness.experiments.slide.trace import Template
 from harness.metrics.bootstrap import mean
 from harness.results.undisturbed import pick, together, too_few
 
@@ -196,7 +196,7 @@ def _orders(out: Path) -> dict[str, Any]:
 def _latency(measured: dict[str, Any] | None) -> tuple[float | None, str]:
     """Mean reduction over batches of `disjoint` against `locked`, from host memory, on a GPU; and how to say it."""
     if measured is None:
-        return None, "not measured: needs a GPU (python -m harness.experiments.slide orders summary)"
+        return None, "not measured: needs a GPU (python -m harness.experiments.slide.steps orders summary)"
     host = {(r["order"], r["staging"]) for r in measured["rows"] if r["source"] == "host"}
     if not host >= {("disjoint", 1), ("relocate", 1), ("disjoint", 2)}:
         return None, "not measured: the run on the GPU ended before it had chunks in host memory"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import ModelError
-from cacheslide.model.weights import fingerprint
+from cacheslide.models.weights import fingerprint
 from harness.configuration import native
 from harness.results.agent_load import load_table, series_table
 from harness.results.agents import grid_table, quality_table, turns_table, windows_table

@@ -53,8 +53,8 @@ class Trial:
 
     def __init__(self, seed: int) -> None:
         from cacheslide.vllm.geometry import Geometry
-        from cacheslide.vllm.params import ServerOptions
-        from cacheslide.vllm.planning import Planner
+        from cacheslide.vllm.options import ServerOptions
+        from cacheslide.vllm.scheduler.planner import Planner
 
         self.make = Marks(seed, ROWS, ([7], "|", "##", "[7]"))
         random = self.make.random
@@ -72,8 +72,8 @@ class Trial:
         """The next body."""
         import msgspec
 
-        from cacheslide.vllm.intake import VLLMValidationError
-        from cacheslide.vllm.misplaced import misplaced
+        from cacheslide.vllm.frontend.intake import VLLMValidationError
+        from cacheslide.vllm.frontend.misplaced import misplaced
 
         params, salt = self.make.params(), self.make.salt()
         prompt, ids = self._prompt(params)
@@ -100,12 +100,12 @@ class Trial:
                 self.examples.append(f"{wrong} | {ascii(params)[:300]}")
 
     def _admit(self, request, prompt) -> None:
-        from cacheslide.vllm.admission import Limits, admit
+        from cacheslide.vllm.frontend.admission import Limits, admit
 
         admit(request, prompt, self.renderer, self.extra, Limits(LIMIT, LAYERS))
 
     def _prompt(self, params: Any) -> tuple[dict[str, Any], list[int]]:
-        from cacheslide.vllm.admission import CHAT
+        from cacheslide.vllm.frontend.admission import CHAT
 
         marks = params.get("cacheslide")
         if isinstance(marks, dict) and "messages" in marks:
@@ -167,7 +167,7 @@ def _tried(job: tuple[int, float]) -> tuple[dict[str, int], list[str]]:
 
 def run(minutes: float, seed: int, work: Path) -> dict[str, Any]:
     """Bodies for about `minutes` in `PROCESSES` processes; `faults` sums what was wrong."""
-    import cacheslide.vllm.intake  # noqa: F401 (vLLM, once, before the processes part)
+    import cacheslide.vllm.frontend.intake  # noqa: F401 (vLLM, once, before the processes part)
 
     jobs = [(seed * PROCESSES + i, 60 * minutes) for i in range(PROCESSES)]
     with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:

@@ -4,7 +4,7 @@ import logging
 import time
 from pathlib import Path
 
-from harness.experiments.slide_faults import rot
+from harness.experiments.slide.faults import rot
 
 _ROUNDS = 10  # in one folder, one after the other: later ones also hit what was repaired before
 

@@ -14,7 +14,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from cacheslide.vllm.offline import close_engine, open_engine, worker_of
-from cacheslide.vllm.params import FIELD
+from cacheslide.vllm.options import FIELD
 from harness.robustness.faulty_rounds import CHUNK, MODEL, TOKENS, alike, cases, engine_settings, said
 from harness.robustness.seams import raising
 
@@ -28,17 +28,17 @@ SEAMS = (
     ("worker.store:lend", "always", 0),
     ("worker.store:lend", "once", 1),
     ("worker.store:put", "always", 0),
-    ("cacheslide.vllm.loading.Loading:_find", "once", 0),
-    ("cacheslide.vllm.loading.Loading:_prepare", "always", 0),
-    ("cacheslide.vllm.loading.Loading:_note", "always", 0),
-    ("cacheslide.encode.ChunkEncoder:_keep", "once", 1),
-    ("cacheslide.vllm.team.TeamPrefill:compute", "late", 0),
-    ("cacheslide.vllm.model_adapter.VllmModel:embed", "once", 0),
-    ("cacheslide.vllm.model_adapter.VllmModel:qkv", "once", 3),  # between the sums of a layer
-    ("cacheslide.vllm.model_adapter.VllmModel:qkv", "always", 5),
-    ("cacheslide.vllm.model_adapter.VllmModel:attend", "once", 2),
-    ("cacheslide.vllm.model_adapter.VllmModel:_mlp", "always", 2),  # between the two sums of a layer
-    ("cacheslide.vllm.model_adapter.VllmModel:reduce_scores", "once", 0),
+    ("cacheslide.vllm.worker.loading.Loading:_find", "once", 0),
+    ("cacheslide.vllm.worker.loading.Loading:_prepare", "always", 0),
+    ("cacheslide.vllm.worker.loading.Loading:_note", "always", 0),
+    ("cacheslide.core.encoder.ChunkEncoder:_keep", "once", 1),
+    ("cacheslide.vllm.worker.ranks.TeamPrefill:compute", "late", 0),
+    ("cacheslide.vllm.worker.model_adapter.VllmModel:embed", "once", 0),
+    ("cacheslide.vllm.worker.model_adapter.VllmModel:qkv", "once", 3),  # between the sums of a layer
+    ("cacheslide.vllm.worker.model_adapter.VllmModel:qkv", "always", 5),
+    ("cacheslide.vllm.worker.model_adapter.VllmModel:attend", "once", 2),
+    ("cacheslide.vllm.worker.model_adapter.VllmModel:_mlp", "always", 2),  # between the two sums of a layer
+    ("cacheslide.vllm.worker.model_adapter.VllmModel:reduce_scores", "once", 0),
 )
 _ARMED = ExitStack()
 

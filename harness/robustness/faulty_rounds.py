@@ -16,8 +16,8 @@ from vllm import LLM, SamplingParams
 from vllm.sampling_params import BeamSearchParams
 
 from cacheslide.vllm.offline import beam_search, close_engine, open_engine, worker_of
-from cacheslide.vllm.params import FIELD
-from cacheslide.vllm.reasons import FAULT
+from cacheslide.vllm.options import FIELD
+from cacheslide.vllm.scheduler.reasons import FAULT
 from harness.robustness.seams import raising
 
 MODEL = "models/tiny-llama-12m"

@@ -18,7 +18,7 @@ ENTRY_SEAMS = {
     "build_connector_meta": ("scheduler:step", "scheduler:settle"),
     "update_connector_output": ("scheduler:heard",),
     "request_finished": ("scheduler:finish",),
-    "has_pending_push_work": ("cacheslide.vllm.keeping.ChunkKeeper:pending",),
+    "has_pending_push_work": ("cacheslide.vllm.scheduler.retention.ChunkKeeper:pending",),
     "get_kv_connector_stats": ("scheduler:take_stats",),
     "reset_cache": ("scheduler:reset",),
     "bind_connector_metadata": ("worker:begin",),
@@ -30,12 +30,12 @@ ENTRY_SEAMS = {
     "build_connector_worker_meta": ("worker:take_report",),
 }
 
-_SCHEDULER = "cacheslide.vllm.scheduler_side"
-_LOADING = "cacheslide.vllm.loading.Loading"
+_SCHEDULER = "cacheslide.vllm.scheduler.side"
+_LOADING = "cacheslide.vllm.worker.loading.Loading"
 INNER_SEAMS = (
     # the scheduler's half
     "scheduler.planner:plan", "scheduler.planner:_member", "scheduler.planner.families:get",
-    "cacheslide.vllm.families.Family:join", "cacheslide.vllm.families.Family:corrected_from",
+    "cacheslide.vllm.scheduler.beam_groups.Family:join", "cacheslide.vllm.scheduler.beam_groups.Family:corrected_from",
     f"{_SCHEDULER}:key_apart", f"{_SCHEDULER}:shares_unfilled_blocks", f"{_SCHEDULER}:keep_history",
     f"{_SCHEDULER}:forecast", f"{_SCHEDULER}:tiers_of", f"{_SCHEDULER}:load_plan", f"{_SCHEDULER}:computed_rows",
     "scheduler.keeper:keep", "scheduler.keeper:reserve", "scheduler.keeper:enqueue", "scheduler.keeper:hand_out",
@@ -43,17 +43,17 @@ INNER_SEAMS = (
     "scheduler.index:landed", "scheduler.index:lease", "scheduler.index:release", "scheduler.index:has_room",
     "scheduler.cold:look", "scheduler.cold:waits", "scheduler.cold:take", "scheduler.cold:heard",
     "scheduler.cold:evicted", "scheduler.cold:release", "scheduler.cold.backing:where",
-    "cacheslide.vllm.metrics.ReuseStats:record",
+    "cacheslide.vllm.scheduler.metrics.ReuseStats:record",
     # the worker's half
     "worker.store:put", "worker.store:lend", "worker.store:drop", "worker.store:land", "worker.store:settle",
     "worker.below:fetch", "worker.below:arrivals", "worker.below:write", "worker.below:drop",
     "worker.below.store:fetch", "worker.below.store:put",
-    "worker:_copy", "worker:_encode", "cacheslide.encode.ChunkEncoder:encode", "cacheslide.encode.ChunkEncoder:_keep",
+    "worker:_copy", "worker:_encode", "cacheslide.core.encoder.ChunkEncoder:encode", "cacheslide.core.encoder.ChunkEncoder:_keep",
     f"{_LOADING}:_one", f"{_LOADING}:_find", f"{_LOADING}:_prepare", f"{_LOADING}:_source", f"{_LOADING}:_note",
-    "cacheslide.vllm.loading:post", "cacheslide.vllm.team.TeamPrefill:compute",
-    "cacheslide.vllm.model_adapter.VllmModel:qkv", "cacheslide.vllm.model_adapter.VllmModel:finish",
-    "cacheslide.vllm.kv_layout.PagedKV:write", "cacheslide.vllm.kv_layout.PagedKV:read",
-    "cacheslide.placement.PlacedChunks:layer",
+    "cacheslide.vllm.worker.loading:post", "cacheslide.vllm.worker.ranks.TeamPrefill:compute",
+    "cacheslide.vllm.worker.model_adapter.VllmModel:qkv", "cacheslide.vllm.worker.model_adapter.VllmModel:finish",
+    "cacheslide.vllm.worker.kv_layout.PagedKV:write", "cacheslide.vllm.worker.kv_layout.PagedKV:read",
+    "cacheslide.core.placement.PlacedChunks:layer",
 )  # fmt: skip
 SEAMS = tuple(seam for seams in ENTRY_SEAMS.values() for seam in seams) + INNER_SEAMS
 # Once: the first call raises. Late: the first call raises when its work is done. Always: every call raises.

@@ -18,7 +18,7 @@ from cacheslide.store.backing import Backing, TieredStats
 from cacheslide.store.files import Files
 from cacheslide.store.filetier import FileOptions, FileTier
 from cacheslide.store.record import Encoded, chunk_of
-from harness.experiments.slide_faults import DiesWriting
+from harness.experiments.slide.faults import DiesWriting
 from harness.robustness.folder_changes import PAGE_TOKENS, made_chunk, made_name
 from harness.robustness.folders import WANTED
 

@@ -1,7 +1,7 @@
 """Closed-loop success of a model in training: many episodes at once, their requests answered in batches.
 
 The loops are the real ones (`harness.agents.loop`); SWE-Agent works on files in memory. What is measured here steers
-training; reported figures come from the engine and, for SWE-Agent, the sandbox (`harness.experiments.agents`).
+training; reported figures come from the engine and, for SWE-Agent, the sandbox (`harness.experiments.agents.success`).
 """
 
 import queue

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cacheslide.errors import ConfigError
-from cacheslide.model.weights import fingerprint
+from cacheslide.models.weights import fingerprint
 from cacheslide.training.adapter import AdapterSettings, load_adapter, save_adapter
 from cacheslide.training.attach import CopeStack
 from harness.inventory import read_config

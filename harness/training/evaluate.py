@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from cacheslide.model.config import LlamaConfig
+from cacheslide.models.config import LlamaConfig
 from harness.step import command
 from harness.tasks.example import TaskExample
 from harness.tasks.synthetic.prompts import examples

@@ -1,7 +1,7 @@
 """Chunk KV caches of one data set."""
 
+from harness.experiments.study.steps import selected_layer, step_chunks
 from harness.step import step
-from harness.study import selected_layer, step_chunks
 
 s = snakemake
 with step(s.log[0], "build_chunks"):

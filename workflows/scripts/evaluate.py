@@ -1,7 +1,7 @@
 """Every system answers the questions of one data set."""
 
+from harness.experiments.study.steps import selected_layer, step_accuracy
 from harness.step import step
-from harness.study import selected_layer, step_accuracy
 
 s = snakemake
 with step(s.log[0], s.rule):

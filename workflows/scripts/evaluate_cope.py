@@ -1,8 +1,8 @@
 """The systems on the CoPE model answer the questions of one data set."""
 
+from harness.experiments.cope.steps import step_cope_accuracy
+from harness.experiments.study.steps import selected_layer
 from harness.step import step
-from harness.study import selected_layer
-from harness.study_cope import step_cope_accuracy
 
 s = snakemake
 with step(s.log[0], s.rule):

@@ -1,7 +1,7 @@
 """One section of `agents:`."""
 
+from harness.experiments.agents.steps import step_agents
 from harness.step import step
-from harness.study_agents import step_agents
 
 s = snakemake
 with step(s.log[0], s.rule):

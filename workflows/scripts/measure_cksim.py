@@ -1,7 +1,7 @@
 """CKSim against shift."""
 
+from harness.experiments.study.steps import step_similarity
 from harness.step import step
-from harness.study import step_similarity
 
 s = snakemake
 with step(s.log[0], s.rule):

@@ -1,7 +1,7 @@
 """CKSim against shift on the CoPE model."""
 
+from harness.experiments.cope.steps import step_cope_similarity
 from harness.step import step
-from harness.study_cope import step_cope_similarity
 
 s = snakemake
 with step(s.log[0], s.rule):

@@ -1,7 +1,7 @@
 """Time to first token of every system at one prompt length."""
 
+from harness.experiments.study.steps import selected_layer, step_latency
 from harness.step import step
-from harness.study import selected_layer, step_latency
 
 s = snakemake
 with step(s.log[0], s.rule):

@@ -1,7 +1,7 @@
 """Reusable share and moves of the prompts."""
 
+from harness.experiments.study.steps import step_prompts
 from harness.step import step
-from harness.study import step_prompts
 
 s = snakemake
 with step(s.log[0], s.rule):

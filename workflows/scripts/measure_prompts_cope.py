@@ -1,7 +1,7 @@
 """Moves of position indices on the CoPE model."""
 
+from harness.experiments.cope.steps import step_cope_prompts
 from harness.step import step
-from harness.study_cope import step_cope_prompts
 
 s = snakemake
 with step(s.log[0], s.rule):

@@ -1,7 +1,7 @@
 """Requests a second of every system and batch."""
 
+from harness.experiments.study.steps import selected_layer, step_throughput
 from harness.step import step
-from harness.study import selected_layer, step_throughput
 
 s = snakemake
 with step(s.log[0], s.rule):

@@ -1,7 +1,7 @@
 """Recorded episodes of every agent."""
 
+from harness.experiments.agents.steps import step_traces
 from harness.step import step
-from harness.study_agents import step_traces
 
 s = snakemake
 with step(s.log[0], s.rule):

@@ -1,7 +1,7 @@
 """The common selection layer, from validation data."""
 
+from harness.experiments.study.steps import step_select_layer
 from harness.step import step
-from harness.study import step_select_layer
 
 s = snakemake
 with step(s.log[0], s.rule):

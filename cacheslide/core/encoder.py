@@ -1,0 +1,153 @@
+"""Computes the KV that a policy caches for a prompt's chunks, exactly, in the context its encoding names."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cacheslide.core.keys import ChunkKey, fixed_text
+from cacheslide.core.placement import Piece, PlacedChunks, Placement, tensor_of
+from cacheslide.core.prefill_request import PrefillRequest
+from cacheslide.core.prompt import Chunk, Prompt
+from cacheslide.core.selective_prefill import SelectivePrefill
+from cacheslide.policies.base import Encoding
+from cacheslide.positions.ccpe import PromptSlots, slots_between, slots_in
+from cacheslide.store.base import ChunkKV, ChunkStore
+from cacheslide.store.shape import shape_of
+
+
+class ChunkEncoder:
+    """Fills a store with the chunks of prompts.
+
+    Parameters
+    ----------
+    model : ModelAdapter with `new_kv`, `dtype`, `device`
+    store : ChunkStore
+    store_dtype : torch.dtype
+        What K, V and layer inputs are kept in.
+    capture : frozenset of int
+        Layers whose inputs are kept with every chunk.
+
+    Attributes
+    ----------
+    row_layers : int
+        Rows computed so far, once a layer: what encoding has cost.
+    """
+
+    def __init__(
+        self, model, store: ChunkStore, store_dtype: torch.dtype, capture: frozenset[int] = frozenset()
+    ) -> None:
+        self.model, self.store, self.store_dtype, self.capture = model, store, store_dtype, capture
+        self.shape = shape_of(model, store_dtype)
+        self.executor = SelectivePrefill(model)
+        self.row_layers = 0
+
+    def encode(
+        self,
+        encoding: Encoding,
+        prompt: Prompt,
+        positions: Sequence[int],
+        chunks: Sequence[Chunk],
+        keys: Sequence[ChunkKey],
+    ) -> int:
+        """Compute and store the chunks that are missing; returns how many."""
+        missing = [not self.store.contains(key) for key in keys]
+        if any(missing):
+            {"in_prompt": self._in_prompt, "fixed_chain": self._fixed_chain, "isolated": self._isolated}[encoding.kind](
+                encoding, prompt, positions, chunks, keys, missing
+            )
+        return sum(missing)
+
+    def _in_prompt(self, encoding, prompt, positions, chunks, keys, missing) -> None:
+        end = chunks[-1].end  # what comes after the last fixed token cannot influence it
+        kv, inputs, where = self._prefill(prompt.token_ids[:end], positions[:end], slots=slots_in(prompt))
+        for chunk, key, new in zip(chunks, keys, missing, strict=True):
+            if new:
+                self._keep(key, kv, inputs, where, chunk.start, chunk.end)
+
+    def _fixed_chain(self, encoding, prompt, positions, chunks, keys, missing) -> None:
+        text = fixed_text(prompt)
+        ends = [sum(len(c) for c in chunks[: i + 1]) for i in range(len(chunks))]
+        known = missing.index(True)  # a history that grew: its old chunks are exact in this chain, only the tail is new
+        pieces = []
+        for key, chunk in zip(keys[:known], chunks, strict=False):
+            found = self.store.fetch(key, shape=self.shape, tokens=len(chunk)).chunk
+            if found is None:  # what lies behind it would be taken for its rows
+                break
+            pieces.append(Piece(found, len(chunk)))
+        kv, inputs, where = self._prefill(text, range(len(text)), pieces, slots_between(prompt))
+        for chunk, key, end, new in zip(chunks, keys, ends, missing, strict=True):
+            if new:
+                self._keep(key, kv, inputs, where, end - len(chunk), end)
+
+    def _isolated(self, encoding, prompt, positions, chunks, keys, missing) -> None:
+        for chunk, key, new in zip(chunks, keys, missing, strict=True):
+            if new:
+                first = positions[chunk.start] if encoding.at_slot else 0
+                span = range(first, first + len(chunk))
+                kv, inputs, where = self._prefill(prompt.token_ids[chunk.start : chunk.end], span)
+                self._keep(key, kv, inputs, where, 0, len(chunk))
+
+    def _prefill(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        known: Sequence[Piece] = (),
+        slots: PromptSlots | None = None,
+    ):
+        """Exact KV of `token_ids`; `known` pieces are its first rows, already exact at these positions."""
+        ids = torch.tensor(token_ids, device=self.model.device)
+        where = torch.tensor(list(positions), device=self.model.device)
+        kv, done = self.model.new_kv(len(ids)), sum(p.length for p in known)
+        if slots and (describe := getattr(self.model, "describe", None)):
+            describe(kv, slots)
+        if known:
+            source = PlacedChunks(known, where[:done], Placement("stored"), self.model.rotary, self.model.dtype)
+            rows = torch.arange(done, device=ids.device)
+            for layer in range(self.model.num_layers):
+                kv.write(layer, rows, *source.layer(layer))
+        request = PrefillRequest(ids[done:], where[done:], kv, reused=rows_none(ids), start=done)
+        [out] = self.executor.run([request], capture=self.capture)
+        self.row_layers += sum(out.rows_computed)
+        return kv, (out.layer_inputs, done), positions
+
+    def _keep(
+        self, key: ChunkKey, kv, inputs: tuple[dict[int, Tensor], int], where: Sequence[int], start: int, end: int
+    ) -> None:
+        captured, offset = inputs
+        layers = {layer: x[start - offset : end - offset] for layer, x in captured.items()}
+        self.store.put(key, self.cut(kv, where, start, end, layer_inputs=layers))
+
+    def cut(
+        self,
+        kv,
+        where: Sequence[int],
+        start: int,
+        end: int,
+        generation: int = 0,
+        layer_inputs: dict[int, Tensor] | None = None,
+    ) -> ChunkKV:
+        """Rows [start, end) of a KV buffer as a chunk; `where` are the positions of all of its rows."""
+        rows = torch.arange(start, end, device=self.model.device)
+        pairs = [kv.read(layer, rows) for layer in range(self.model.num_layers)]
+        k, v = torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
+        positions = tensor_of(where[start:end])
+        return ChunkKV(k, v, positions, layer_inputs or {}, generation).to(self.store_dtype)
+
+
+def prefill_exact(model, token_ids: Sequence[int], first_position: int = 0, slots: PromptSlots | None = None):
+    """The KV buffer of `token_ids` prefilled in full at positions `first_position`, `first_position` + 1, ...
+
+    `slots` says where updated slots lie; a model with canonical slot masses (CCPE) crosses them by these.
+    """
+    ids = torch.tensor(token_ids, device=model.device)
+    kv, positions = model.new_kv(len(ids)), torch.arange(len(ids), device=ids.device) + first_position
+    if slots and (describe := getattr(model, "describe", None)):
+        describe(kv, slots)
+    SelectivePrefill(model).run([PrefillRequest(ids, positions, kv, reused=rows_none(ids))])
+    return kv
+
+
+def rows_none(like: Tensor) -> Tensor:
+    """No rows: an empty index tensor on the device of `like`."""
+    return torch.zeros(0, dtype=torch.int64, device=like.device)

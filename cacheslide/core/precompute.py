@@ -1,0 +1,120 @@
+"""Encodes a template's fixed chunks ahead of the first request, and an agent's new history between two turns.
+
+What can be encoded ahead follows from the policy's encoding: a chain of fixed chunks, or chunks alone, need no updated
+text; KV encoded in a prompt can be had up to the first updated segment only.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from cacheslide.core.engine import ReuseEngine
+from cacheslide.core.prompt import Prompt, Role, Segment
+from cacheslide.core.prompt_file import load_tokenizer, read_segments
+from cacheslide.errors import PolicyError, PromptError
+
+_UNKNOWN = (0,)  # stands for updated text that is not known yet; it is never encoded
+
+
+@dataclass(frozen=True)
+class Precomputed:
+    """What a call did: the template's chunks and their tokens, and how many chunks were computed and stored now."""
+
+    chunks: int
+    rows: int
+    computed: int
+
+
+def template(segments: Sequence[Segment | tuple[Role, Sequence[int]]]) -> Prompt:
+    """A prompt template: segments in order, where updated ones may be empty (their text comes with each request)."""
+    out = []
+    for given in segments:
+        s = given if isinstance(given, Segment) else Segment(tuple(given[1]), given[0])
+        unknown = s.role is Role.RECOMPUTE and not s.token_ids
+        out.append(Segment(_UNKNOWN, s.role, s.name) if unknown else s)
+    return Prompt(tuple(out))
+
+
+def precompute(engine: ReuseEngine, prompt: Prompt) -> Precomputed:
+    """Compute and store the chunks of `prompt` that do not depend on its updated segments.
+
+    Under a canonical or isolated encoding those are all; where chunks are encoded in the prompt, those in front of its
+    first updated segment. The first request of the template then hits them.
+
+    Raises
+    ------
+    PolicyError
+        When the engine's system reuses nothing, or nothing of this template can be encoded ahead.
+    """
+    if not engine.policy.reuses:
+        raise PolicyError(f"{engine.policy.name} reuses nothing: there is nothing to encode ahead")
+    if engine.policy.encoding.kind == "in_prompt":
+        prompt = _leading(prompt, engine.policy.name)
+    plan = engine.plan(prompt)
+    if not plan.chunks:
+        raise PolicyError("the template has no fixed segment")
+    computed = engine.build(prompt)
+    return Precomputed(len(plan.chunks), sum(len(c) for c in plan.chunks), computed)
+
+
+def pregenerate(engine: ReuseEngine, previous: Prompt, appended: Sequence[Segment]) -> Precomputed:
+    """Encode what an agent appended to its history, before the next turn asks for it.
+
+    `previous` is the turn before, `appended` the new fixed segments behind its last fixed one. Their KV holds the
+    attention across to the chunks before them, whose KV is read from the store: only the new tail is computed. An agent
+    calls this while its tool runs.
+    """
+    if any(s.role is not Role.REUSE for s in appended):
+        raise PromptError("only fixed segments can be encoded ahead of the turn that shows them")
+    last = max((i for i, s in enumerate(previous.segments) if s.role is Role.REUSE), default=-1)
+    return precompute(engine, Prompt((*previous.segments[: last + 1], *appended)))
+
+
+def _leading(prompt: Prompt, system: str) -> Prompt:
+    kept = []
+    for segment in prompt.segments:
+        if segment.role is not Role.REUSE:
+            break
+        kept.append(segment)
+    if not kept:
+        raise PolicyError(
+            f"{system} encodes chunks in the prompt, and the template starts with updated text: choose a system with a "
+            "canonical encoding"
+        )
+    return Prompt(tuple(kept))
+
+
+def add_command(commands) -> None:
+    """The command line's `precompute`; `commands` is argparse's subparsers action."""
+    from pathlib import Path
+
+    parser = commands.add_parser("precompute", help="encode a template's fixed chunks ahead of the first request")
+    parser.add_argument("model", help="folder of a Llama or Mistral checkpoint with its tokenizer")
+    parser.add_argument("--template", required=True, type=Path, help="a prompt file; updated segments may be empty")
+    parser.add_argument("--store", required=True, type=Path, help="folder that keeps the chunks")
+    parser.add_argument("--system", default="cacheslide", help="a name from `cacheslide systems`")
+    parser.add_argument("--cope", type=Path, help="folder of a CoPE adapter of the model")
+    parser.add_argument("--chunk-size", type=int, default=1024, help="tokens a chunk at most")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda (default: cpu)")
+    parser.set_defaults(run=_run)
+
+
+def _run(args) -> int:
+    from cacheslide.models.reference import ReferenceLlama
+    from cacheslide.policies.base import load_policy
+    from cacheslide.store import DirectoryChunkStore
+    from cacheslide.training.load import load_cope
+
+    if args.cope:
+        model = load_cope(args.model, args.cope, device=args.device)
+    else:
+        model = ReferenceLlama.from_pretrained(args.model, device=args.device)
+    tokenizer = load_tokenizer(args.model)
+    engine = ReuseEngine(model, load_policy(args.system), DirectoryChunkStore(args.store), chunk_size=args.chunk_size)
+    print(json.dumps(asdict(precompute(engine, read_template(args.template, tokenizer)))))
+    return 0
+
+
+def read_template(path, tokenizer) -> Prompt:
+    """A template from a prompt file; see `cacheslide run`. Updated segments may have empty text or none."""
+    return template(read_segments(path, tokenizer, need_text=False))

@@ -1,0 +1,83 @@
+"""One prompt to complete: where its rows go, where the cached KV of its reused rows comes from, what a run leaves."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from cacheslide.models.adapter import KVBuffer
+from cacheslide.policies.correction import Correction, NoCorrection
+
+
+class KVSource(Protocol):
+    """Cached KV of a request's reused rows, moved to where those rows sit in this prompt."""
+
+    def layer(self, layer: int, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values [n, kv_heads, head_dim] of the reused rows, or of those at `index`."""
+        ...
+
+    def place(self, layer: int, index: Tensor, kv: KVBuffer, rows: Tensor) -> None:
+        """Write the reused rows at `index` [n] into `kv` at `rows` [n]; later layers may be written along with it."""
+        ...
+
+    def deviation(self, layer: int, index: Tensor, k: Tensor, v: Tensor, metric: str) -> Tensor:
+        """Deviation, float32 [n], of fresh k, v [n, kv_heads, head_dim] from the reused rows at `index`."""
+        ...
+
+    def inputs(self, layer: int, index: Tensor) -> Tensor | None:
+        """Cached layer inputs [n, hidden_size] of the reused rows at `index`; None where they were not kept."""
+        ...
+
+
+@dataclass
+class PrefillRequest:
+    """One prompt to complete.
+
+    Attributes
+    ----------
+    token_ids, positions : Tensor [T], int64
+        The tokens of rows `start`, `start` + 1, ... and their position indices.
+    kv : KVBuffer
+        Receives every row's KV. Rows below `start` must already be there.
+    reused : Tensor [R], int64
+        Ascending local rows (0-based from `start`) with cached KV in `source`.
+    chunk_lengths : tuple of int
+        Lengths of the reused runs in order; they add up to R (EPIC's edges need them).
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    kv: KVBuffer
+    reused: Tensor
+    source: KVSource | None = None
+    correction: Correction = field(default_factory=NoCorrection)
+    chunk_lengths: tuple[int, ...] = ()
+    start: int = 0
+
+
+@dataclass
+class PrefillOutput:
+    """What a run leaves beside the KV.
+
+    `rows_computed[l]` counts rows whose attention and MLP ran in layer l, `selected` [S] the reused rows (local)
+    recomputed after the last change, `alpha[l]` the mean fusion weight, `layer_inputs[l]` [T, hidden_size] what
+    was captured, `active` [n] and `final` [n, hidden_size] the rows that ran to the end and their final states.
+    """
+
+    rows: int
+    rows_computed: list[int]
+    selected: Tensor
+    alpha: dict[int, float]
+    layer_inputs: dict[int, Tensor]
+    active: Tensor
+    final: Tensor | None = None
+
+    @property
+    def hidden(self) -> Tensor | None:
+        """The last row's final state [hidden_size]; None when that row was not active. Waits for the device."""
+        ends_active = len(self.active) and int(self.active[-1]) == self.rows - 1
+        return self.final[-1] if ends_active else None
+
+    def row_layer_share(self, rows: int) -> float:
+        """Share of the prompt's row-layers that were computed: the ideal ratio of prefill times."""
+        return sum(self.rows_computed) / (rows * len(self.rows_computed))

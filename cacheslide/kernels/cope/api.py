@@ -1,0 +1,97 @@
+"""CoPE attention over a paged KV cache: Triton on CUDA, plain PyTorch elsewhere.
+
+Keys in the cache are not rotated; everything else is as in `cacheslide.kernels.api`: `kv` is vLLM's view [blocks, kv_heads,
+block_size, 2 * head_dim], a key beside its value. `cope_training.py` holds the differentiable form.
+"""
+
+import torch
+from torch import Tensor
+
+from cacheslide.kernels.cope import reference as cope_reference
+from cacheslide.positions.ccpe import SlotMasses
+
+
+def cope_attention(
+    q: Tensor,
+    rows: Tensor,
+    cu_rows: Tensor,
+    block_table: Tensor,
+    kv: Tensor,
+    embedding: Tensor,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    max_row: int | None = None,
+    slots: SlotMasses | None = None,
+) -> Tensor:
+    """Causal CoPE attention of scattered query rows of several requests over their paged KV.
+
+    Parameters
+    ----------
+    q, rows, cu_rows, block_table, kv, scale, out, max_row
+        As in `cacheslide.kernels.api.row_attention`; keys are not rotated.
+    embedding : Tensor [p_max, head_dim], of q's dtype
+        The layer's position embeddings, shared by its heads; p_max at least 2.
+    slots : SlotMasses, optional
+        Updated slots that queries of fixed chunks cross by their canonical mass (CCPE).
+
+    Returns
+    -------
+    Tensor [n, heads, head_dim], of q's dtype
+
+    Notes
+    -----
+    Nothing of the size (queries × keys) is ever held; scratch on CUDA is 4 * p_max bytes a query and head.
+    """
+    _check(q, kv, embedding, scale, out)
+    if slots is not None and (slots.masses.shape[1] != q.shape[1] or len(slots.canonical) != len(q)):
+        raise ValueError(
+            f"slot masses {tuple(slots.masses.shape)} or canonical rows do not fit queries {tuple(q.shape)}"
+        )
+    if not q.is_cuda:
+        return cope_reference.cope_attention(q, rows, cu_rows, block_table, kv, embedding, scale, out, slots)
+    from cacheslide.kernels.cope import launch as cope_launch
+
+    blocks = cope_launch.paged(kv, block_table)
+    return cope_launch.cope_attention(q, rows, cu_rows, blocks, embedding, scale, out, max_row, slots)
+
+
+def cope_decode(
+    q: Tensor,
+    rows: Tensor,
+    block_table: Tensor,
+    kv: Tensor,
+    embedding: Tensor,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    max_row: int | None = None,
+) -> Tensor:
+    """CoPE attention of one query row a request: `cope_attention` with q [requests, heads, head_dim], split over keys.
+
+    A decoded row is never a fixed chunk's, so it crosses slots by live gates. Needs no host synchronisation, and
+    launches by shapes and `max_row` alone, so it can be captured in a CUDA graph.
+    """
+    _check(q, kv, embedding, scale, out)
+    if len(q) != len(block_table) or len(q) != len(rows):
+        raise ValueError(f"{len(q)} queries, {len(rows)} rows and {len(block_table)} requests: decoding takes one each")
+    if not q.is_cuda:
+        bounds = torch.arange(len(q) + 1)
+        return cope_reference.cope_attention(q, rows, bounds, block_table, kv, embedding, scale, out)
+    from cacheslide.kernels.cope import decode as cope_decode
+    from cacheslide.kernels.cope import launch as cope_launch
+
+    blocks = cope_launch.paged(kv, block_table)
+    return cope_decode.cope_decode(q, rows, blocks, embedding, scale, out, max_row)
+
+
+def _check(q: Tensor, kv: Tensor, embedding: Tensor, scale: float | None, out: Tensor | None) -> None:
+    if not q.dtype == kv.dtype == embedding.dtype:
+        raise ValueError(f"queries are {q.dtype}, the cache holds {kv.dtype}, the position table {embedding.dtype}")
+    if q.shape[2] * 2 != kv.shape[3] or q.shape[1] % kv.shape[1]:
+        raise ValueError(f"queries {tuple(q.shape)} do not fit a cache {tuple(kv.shape)}")
+    if embedding.dim() != 2 or embedding.shape[1] != q.shape[2] or embedding.shape[0] < 2:
+        raise ValueError(f"a position table {tuple(embedding.shape)} is not [p_max >= 2, {q.shape[2]}]")
+    contiguous = all(x is None or x.stride(-1) == 1 for x in (q, kv, embedding, out))
+    if not contiguous:
+        raise ValueError("the last dimension of queries, cache, position table and output must be contiguous")
+    if scale is not None and scale <= 0:
+        raise ValueError(f"scale must be above 0, not {scale}")

@@ -1,0 +1,121 @@
+"""How CoPE attention is cut into tiles and launched."""
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cacheslide.kernels.cope.forward import _cope_attention
+from cacheslide.kernels.row_attention.launch import Work
+from cacheslide.positions.ccpe import SlotMasses
+
+_GATE = {torch.float32: tl.float32, torch.bfloat16: tl.float16, torch.float16: tl.float16}
+_ASM = os.environ.get("TRITON_INTERPRET") != "1"  # the interpreter knows no assembly
+_LONG_RUN = 32  # whole tiles between two looks at whether all rows have saturated
+
+
+@dataclass(frozen=True)
+class CopeTiling:
+    """`lanes` query lanes (rows times packed heads) by `keys` keys, the launch's warps and stages.
+
+    Once all rows have saturated, keys are taken `far_keys` (a multiple of `keys`) at a time, in `far_stages` stages,
+    with `steady` under a maximum that stays (in float16 it must not: weights would overflow).
+    Wider tiles of 128 lanes and 8 warps were slower at every length and kind of gates on an H200 (docs/log.md); with
+    head_dim 16 Triton 3.6 also compiles them wrongly.
+    """
+
+    lanes: int = 64
+    keys: int = 64
+    warps: int = 4
+    stages: int = 2
+    pack: bool = True
+    far_keys: int = 64
+    far_stages: int = 3
+    steady: bool = True
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Keys and values [blocks, kv_heads, block_size, head_dim] of equal strides, and each request's block ids."""
+
+    k: Tensor
+    v: Tensor
+    table: Tensor
+
+    @property
+    def block_size(self) -> int:
+        """Slots of a block."""
+        return self.k.shape[2]
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Of a block, a head and a slot."""
+        return self.k.stride()[:3]
+
+
+def paged(kv: Tensor, table: Tensor) -> Blocks:
+    """The two halves of a paged cache [blocks, kv_heads, block_size, 2 * head_dim]."""
+    dim = kv.shape[3] // 2
+    return Blocks(kv[..., :dim], kv[..., dim:], table)
+
+
+def choose_tiling(work: Work) -> CopeTiling:
+    """The tiling for a call, by rule: dense rows are not packed."""
+    group = work.heads // work.kv_heads
+    least = triton.next_power_of_2(group)
+    if work.dtype == torch.float32:  # exact products run outside the tensor cores: small tiles, or registers spill
+        return CopeTiling(lanes=max(32, least), keys=32, far_keys=32, far_stages=2)
+    dense = 2 * work.rows >= work.span * work.requests
+    if work.dim > 128:
+        return CopeTiling(lanes=max(64, least), keys=32, pack=not dense, far_keys=32, far_stages=2)
+    return CopeTiling(lanes=max(64, least), warps=4 if least <= 64 else 8, pack=not dense)
+
+
+def cope_attention(
+    q: Tensor,
+    rows: Tensor,
+    cu_rows: Tensor,
+    blocks: Blocks,
+    embedding: Tensor,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    max_row: int | None = None,
+    slots: SlotMasses | None = None,
+    lse: Tensor | None = None,
+    tiling: CopeTiling | None = None,
+) -> Tensor:
+    """See `cacheslide.kernels.cope.api.cope_attention`; `lse` [n, heads] float32 receives log2 of the softmax's sums."""
+    n, heads, dim = q.shape
+    kv_heads, block_size = blocks.k.shape[1], blocks.block_size
+    out = torch.empty_like(q) if out is None else out
+    if not n:
+        return out
+    requests = blocks.table.shape[0]
+    slots = None if slots is None or not len(slots.bounds) else slots
+    span = blocks.table.shape[1] * block_size if max_row is None else max_row + 1
+    work = Work(n, requests, span, heads, kv_heads, dim, block_size, q.dtype)
+    tiling = tiling or choose_tiling(work)
+    pack = heads // kv_heads if tiling.pack else 1
+    grid = (heads // pack, n // (tiling.lanes // pack) + requests)
+    p_max = embedding.shape[0]
+    padded_p = max(16, triton.next_power_of_2(p_max))
+    entries = torch.empty(grid[0] * grid[1], padded_p + 2, tiling.lanes, dtype=torch.float32, device=q.device)
+    given = (out,) * 4 if slots is None else (slots.bounds, slots.cu_slots, slots.masses, slots.canonical)
+    scale = (dim**-0.5 if scale is None else scale) * math.log2(math.e)
+    _cope_attention[grid](
+        q, rows, cu_rows, blocks.table, blocks.k, blocks.v, embedding, entries, out, out if lse is None else lse,
+        *given, requests, heads, scale, *q.stride()[:2], *out.stride()[:2], 0 if lse is None else lse.stride(0),
+        blocks.table.stride(0), *blocks.strides, embedding.stride(0),
+        BLOCK_SIZE=block_size, GROUP=heads // kv_heads, PACK=pack, HEAD_DIM=dim,
+        PAD_DIM=max(16, triton.next_power_of_2(dim)), P_MAX=p_max, PAD_P=padded_p, BLOCK_M=tiling.lanes,
+        BLOCK_N=tiling.keys, RUN=_LONG_RUN, FAR_N=max(tiling.far_keys, tiling.keys), FAR_STAGES=tiling.far_stages,
+        SLOTS=slots is not None, CAPPED=slots is not None and slots.cap, LSE=lse is not None, GATE=_GATE[q.dtype],
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        STAGES=tiling.stages, ASM=_ASM, STEADY=tiling.steady and q.dtype != torch.float16,
+        num_warps=tiling.warps, num_stages=tiling.stages,
+    )  # fmt: skip
+    return out

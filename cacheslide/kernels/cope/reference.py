@@ -1,0 +1,33 @@
+"""CoPE attention over a paged cache in plain PyTorch: what the CPU runs and what the kernels' tests compare with."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from cacheslide.kernels.api.reference import paged_rows
+from cacheslide.positions import cope
+from cacheslide.positions.ccpe import SlotMasses
+
+
+def cope_attention(
+    q: Tensor,
+    rows: Tensor,
+    cu_rows: Tensor,
+    block_table: Tensor,
+    kv: Tensor,
+    embedding: Tensor,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    slots: SlotMasses | None = None,
+) -> Tensor:
+    """See `cacheslide.kernels.cope.api.cope_attention`."""
+    out = torch.empty_like(q) if out is None else out
+    for request, (begin, end) in enumerate(pairwise(cu_rows.tolist())):
+        if begin == end:
+            continue
+        part = slice(begin, end)
+        keys, values = paged_rows(kv, block_table[request], int(rows[end - 1]) + 1)
+        mine = None if slots is None else slots.of(request, part)
+        out[part] = cope.cope_attention(q[part], keys, values, embedding, rows[part], scale, mine)
+    return out

@@ -1,0 +1,162 @@
+"""How row attention is cut into tiles and launched."""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from cacheslide.kernels.row_attention.triton import _merge, _row_attention
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the work is cut: `lanes` query lanes (rows times packed heads) by `keys` keys, and the launch's warps.
+
+    `pack` puts the heads of a KV head into one tile; `chunk` > 0 also cuts the keys of every tile into chunks of that
+    many (a multiple of `keys`), which are merged by a second launch: for calls with too few tiles to fill the device.
+    """
+
+    lanes: int = 128
+    keys: int = 64
+    warps: int = 8
+    stages: int = 4
+    pack: bool = True
+    chunk: int = 0
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice depends on; by default an H200 (bytes of shared memory that one block may use).
+
+    `early_launch`: a launch can begin while the one before it ends (programmatic dependent launch, Hopper and later).
+    """
+
+    multiprocessors: int = 132
+    shared_bytes: int = 232448
+    early_launch: bool = True
+
+
+@dataclass(frozen=True)
+class Work:
+    """A call's sizes: `rows` query rows in all, of `requests` requests whose keys end before row `span`."""
+
+    rows: int
+    requests: int
+    span: int
+    heads: int
+    kv_heads: int
+    dim: int
+    block_size: int
+    dtype: torch.dtype
+
+
+SMALL = Tiling(lanes=64, warps=4, stages=3)  # two of these share a multiprocessor
+
+
+def choose_tiling(work: Work, device: Device = Device()) -> Tiling:
+    """The tiling for a call, by rules read off a sweep on an H200 (docs/log.md)."""
+    group = work.heads // work.kv_heads
+    if work.dtype == torch.float32:  # exact products run outside the tensor cores: small tiles, or registers spill
+        return Tiling(lanes=max(32, triton.next_power_of_2(group)), keys=32, warps=4, stages=2)
+    wide = max(128, triton.next_power_of_2(group))
+    dense = 2 * work.rows >= work.span * work.requests
+    # Of dense rows a tile of one head wastes little on the diagonal, and its loads are simpler.
+    base = Tiling(lanes=wide, pack=False, stages=3) if dense else Tiling(lanes=wide)
+    if work.dim > 128:
+        base = replace(SMALL, keys=32, lanes=max(64, triton.next_power_of_2(group)))
+    tiles = triton.cdiv(work.rows, wide // group) * work.kv_heads
+    if tiles < 1.5 * device.multiprocessors:
+        base = _spread(work, base, device)
+    return fitting(base, work.dim, device)
+
+
+def _spread(work: Work, base: Tiling, device: Device) -> Tiling:
+    """For calls with few tiles: smaller tiles, and the smallest chunks of keys that run in about one wave."""
+    group = work.heads // work.kv_heads
+    for cut, slots in ((base, device.multiprocessors), (SMALL, 2 * device.multiprocessors)):
+        if cut.lanes < group:
+            continue
+        tiles = triton.cdiv(work.rows, cut.lanes // group) * work.kv_heads
+        if cut is base and tiles < 0.75 * slots:
+            continue
+        for chunk in (1024, 2048, 4096, 8192, 16384, 32768):
+            if chunk < work.span and tiles * (work.span / chunk + 1) / 2 <= 1.2 * slots:
+                return replace(cut, chunk=chunk, pack=True, stages=3)
+    return SMALL if group <= SMALL.lanes and work.dim <= 128 else base
+
+
+def fitting(tiling: Tiling, dim: int, device: Device) -> Tiling:
+    """The same tiling with as many stages and keys as the device's shared memory holds."""
+    while tiling.stages > 2 and _shared_bytes(tiling, dim) > device.shared_bytes:
+        tiling = replace(tiling, stages=tiling.stages - 1)
+    return replace(tiling, keys=32) if _shared_bytes(tiling, dim) > device.shared_bytes else tiling
+
+
+def _shared_bytes(tiling: Tiling, dim: int) -> int:
+    """Shared memory of 16-bit queries and of every stage's keys and values."""
+    return 2 * triton.next_power_of_2(dim) * (tiling.lanes + 2 * tiling.stages * tiling.keys)
+
+
+def row_attention(
+    q: Tensor,
+    rows: Tensor,
+    cu_rows: Tensor,
+    block_table: Tensor,
+    kv: Tensor,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    max_row: int | None = None,
+    tiling: Tiling | None = None,
+) -> Tensor:
+    """See `cacheslide.kernels.api.row_attention`; `tiling` overrides the choice of tiles."""
+    n, heads, dim = q.shape
+    kv_heads, block_size = kv.shape[1:3]
+    out = torch.empty_like(q) if out is None else out
+    if not n:
+        return out
+    requests = block_table.shape[0]
+    span = block_table.shape[1] * block_size if max_row is None else max_row + 1
+    if tiling is None:
+        work = Work(n, requests, span, heads, kv_heads, dim, block_size, q.dtype)
+        tiling = choose_tiling(work, device_of(q))
+    pack = heads // kv_heads if tiling.pack else 1
+    padded = max(16, triton.next_power_of_2(dim))
+    chunks = triton.cdiv(span, tiling.chunk) if tiling.chunk else 1
+    if tiling.chunk:
+        target = torch.empty(chunks, n, heads, dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(chunks, n, heads, dtype=torch.float32, device=q.device)
+        strides = target.stride()[:3] + lse.stride()[:2]
+    else:
+        target, lse = out, out
+        strides = (0, out.stride(0), out.stride(1), 0, 0)
+    scale = (dim**-0.5 if scale is None else scale) * math.log2(math.e)
+    grid = (heads // pack, n // (tiling.lanes // pack) + requests, chunks)
+    tensors = (q, rows, cu_rows, block_table, kv, target, lse, requests, scale, tiling.chunk)
+    steps = (*q.stride()[:2], *strides, block_table.stride(0), *kv.stride()[:3])
+    sizes = {"BLOCK_SIZE": block_size, "GROUP": heads // kv_heads, "PACK": pack, "HEAD_DIM": dim}
+    sizes |= {"BLOCK_M": tiling.lanes, "BLOCK_N": tiling.keys, "SPLIT": tiling.chunk > 0, "STAGES": tiling.stages}
+    _row_attention[grid](
+        *tensors, *steps, **sizes, PAD_DIM=padded, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=tiling.warps, num_stages=tiling.stages,
+    )  # fmt: skip
+    if tiling.chunk:
+        block = max(1, 2048 // padded)
+        _merge[(triton.cdiv(n * heads, block),)](
+            target, lse, rows, out, n, heads, tiling.chunk, target.stride(0), out.stride(0), out.stride(1),
+            HEAD_DIM=dim, PAD_DIM=padded, BLOCK=block, EARLY=False,
+        )  # fmt: skip
+    return out
+
+
+def device_of(x: Tensor) -> Device:
+    """The device a tensor lives on; under Triton's interpreter, one multiprocessor."""
+    return _device(x.device.index or 0) if x.is_cuda else Device(1, early_launch=False)
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    found = torch.cuda.get_device_properties(index)
+    return Device(found.multi_processor_count, found.shared_memory_per_block_optin, found.major >= 9)

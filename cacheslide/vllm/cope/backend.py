@@ -1,0 +1,213 @@
+"""CoPE as an attention backend of vLLM: the paged cache holds unrotated keys, the position tables lie in the layers.
+
+Decoding rows and others take kernels of their own; vLLM puts requests that decode in front of a batch. On a CPU both
+are the plain reference. Whole CUDA graphs hold batches of decoding rows only: there a launch depends on the batch's
+size and the engine's longest sequence alone, and the rows lie in a buffer that every step fills anew.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops
+from vllm.config.cache import CacheDType
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from cacheslide.errors import ConfigError, ModelError
+from cacheslide.kernels.cope.api import cope_attention, cope_decode
+from cacheslide.positions.ccpe import SlotMasses
+from cacheslide.vllm.cope.slots import Crossing
+
+
+@dataclass
+class CopeMetadata(AttentionMetadata):
+    """A batch of one step.
+
+    The first `decodes` requests have one token each, at the rows `decoding` int32 [decodes] of their prompts, and the
+    block table `decode_table` int32 [decodes, blocks]. The others' tokens follow: their `rows` int32 [rest], offsets
+    `bounds` int32 [requests - decodes + 1] and `block_table`; None without any. No row lies behind `max_row`.
+    """
+
+    num_actual_tokens: int
+    decodes: int
+    max_row: int
+    decoding: Tensor
+    decode_table: Tensor
+    rows: Tensor | None = None
+    bounds: Tensor | None = None
+    block_table: Tensor | None = None
+    slots: list[SlotMasses] | None = None  # of the layers
+    looked: bool = False  # for slots
+
+    def slots_of(self, layer: int, crossing: Crossing, block_size: int) -> SlotMasses | None:
+        """The slots that rows behind the decoding ones cross by their calibrated mass."""
+        if not self.looked:  # made in the forward: the connector speaks between build and forward
+            self.looked = True
+            self.slots = crossing.of_batch(self.rows, self.bounds, self.block_table, block_size)
+        return None if self.slots is None else self.slots[layer]
+
+
+class CopeMetadataBuilder(AttentionMetadataBuilder[CopeMetadata]):
+    """Fills `CopeMetadata`; never waits for the device."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1)
+        context = vllm_config.compilation_config.static_forward_context
+        self.crosses = context[layer_names[0]].cope_crossing.known > 0
+        sizes = (
+            vllm_config.scheduler_config.max_num_seqs,
+            *(vllm_config.compilation_config.cudagraph_capture_sizes or ()),
+        )
+        self.decoding = torch.zeros(max(sizes), dtype=torch.int32, device=device)  # captured graphs read it
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> CopeMetadata:
+        """See `AttentionMetadataBuilder.build`."""
+        batch = common_attn_metadata
+        tokens = batch.num_actual_tokens
+        # A prompt's last row alone in a step may be a fixed chunk's, which crosses slots: no row to decode.
+        short = self.crosses and batch.is_prefilling is not None and bool(batch.is_prefilling.any())
+        decodes, _, decoding, _ = split_decodes_and_prefills(batch, treat_short_extends_as_decodes=not short)
+        if decoding != decodes:
+            raise RuntimeError(f"{decodes} decoding requests have {decoding} rows")
+        decoding, table = self.decoding[:decodes], batch.block_table_tensor
+        # A request that pads a graph's batch has length 0: row 0 of the block table's first block is there to be read.
+        torch.sub(batch.seq_lens[:decodes], 1, out=decoding).clamp_(min=0)
+        made = CopeMetadata(tokens, decodes, batch.max_seq_len - 1, decoding, table[:decodes])
+        if decodes < tokens:
+            ends = batch.query_start_loc[decodes + 1 :]
+            lengths = ends - batch.query_start_loc[decodes:-1]
+            first = batch.seq_lens[decodes:] - ends  # a token's row is its place in the batch and this
+            offsets = torch.repeat_interleave(first, lengths, output_size=tokens - decodes)
+            made.rows = offsets + torch.arange(decodes, tokens, dtype=torch.int32, device=offsets.device)
+            made.bounds = batch.query_start_loc[decodes:] - decodes
+            # Memory of its own begins at an aligned address: another alignment is another compilation of the kernel.
+            made.block_table = table[decodes:].clone() if decodes else table
+        return made
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> CopeMetadata:
+        """A batch whose graph holds for any rows; while it is captured all of them are the first."""
+        metadata = self.build(0, common_attn_metadata)
+        metadata.max_row = self.vllm_config.model_config.max_model_len - 1
+        metadata.decoding.zero_()
+        return metadata
+
+
+class CopeImpl(AttentionImpl[CopeMetadata]):
+    """Attention of one layer: its number is `cope_layer`, its position table [p_max, head_dim] `cope_positions`.
+
+    `cope_crossing`, shared by all layers, says which rows of a batch cross updated slots by their calibrated mass.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+    ) -> None:
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        if not CopeBackend.supports_kv_cache_dtype(kv_cache_dtype):
+            raise ConfigError(f"CoPE attention does not work with the KV cache type {kv_cache_dtype}")
+        refusals = {
+            "ALiBi": alibi_slopes is not None,
+            "sliding windows": sliding_window is not None,
+            "a soft cap of logits": bool(logits_soft_cap),
+            f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
+            "KV shared between layers": kv_sharing_target_layer_name is not None,
+        }
+        for what, asked in refusals.items():
+            if asked:
+                raise ModelError(f"CoPE attention does not work with {what}")
+
+    def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor):
+        """Store key, value [n, kv_heads, head_size] at `slot_mapping` [n]; nothing at slots below 0."""
+        if kv_cache.is_cuda:
+            halves = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+            scales = layer._k_scale, layer._v_scale
+            _custom_ops.reshape_and_cache_flash(key, value, *halves, slot_mapping, self.kv_cache_dtype, *scales)
+            return
+        kept = slot_mapping >= 0
+        slots, size = slot_mapping[kept], kv_cache.shape[2]
+        both = torch.cat((key, value), dim=-1)[: len(kept)][kept]
+        kv_cache[slots // size, :, slots % size] = both.to(kv_cache.dtype)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: CopeMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """See `AttentionImpl.forward`: query, output [tokens, heads, head_size]; keys are in the cache by now."""
+        positions = layer.cope_positions
+        if attn_metadata is None:  # a profiling run, which must see the scratch of a whole batch's position logits
+            if query.is_cuda:
+                torch.empty(query.shape[0] * query.shape[1] * (len(positions) + 2), device=query.device)
+            return output.fill_(0)
+        batch = attn_metadata
+        tokens, some = batch.num_actual_tokens, batch.decodes
+        if some:
+            cope_decode(
+                query[:some], batch.decoding, batch.decode_table, kv_cache, positions, self.scale, output[:some],
+                batch.max_row,
+            )  # fmt: skip
+        if some < tokens:
+            slots = batch.slots_of(layer.cope_layer, layer.cope_crossing, kv_cache.shape[2])
+            cope_attention(
+                query[some:tokens], batch.rows, batch.bounds, batch.block_table, kv_cache, positions, self.scale,
+                output[some:tokens], batch.max_row, slots,
+            )  # fmt: skip
+        return output
+
+
+class CopeBackend(AttentionBackend):
+    """What vLLM asks about the backend. A model's attention layers name it; no selection leads here."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]
+    forward_includes_kv_cache_update: bool = False
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[CopeImpl]:
+        return CopeImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CopeMetadataBuilder]:
+        return CopeMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes() -> list[int | MultipleOf]:
+        return [MultipleOf(16)]

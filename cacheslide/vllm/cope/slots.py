@@ -1,0 +1,102 @@
+"""CCPE in vLLM's own forward: which rows of a batch cross which updated slots by their calibrated mass.
+
+The connector knows the slots of marked requests, the attention backend sees a batch without names. They meet in the
+blocks: the block that takes a request's first row of a step is written by that request alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cacheslide.core.placement import send
+from cacheslide.positions.ccpe import PromptSlots, SlotMasses
+
+_NOWHERE = 2**31 - 1  # a slot that lies behind every row
+
+
+@dataclass(frozen=True)
+class SlotRows:
+    """A marked request in the coming step: vLLM computes its rows [first, end), `block_ids` are the scheduler's."""
+
+    block_ids: tuple[int, ...]
+    first: int
+    end: int
+    slots: PromptSlots
+
+
+class Crossing:
+    """Γ of this rank's heads, shared by a model's layers, and what the connector says about the coming step.
+
+    Parameters
+    ----------
+    masses : Tensor [layers, slots, heads], float32, optional
+        On the model's device; without it all gates are live.
+    cap : bool
+        See `SlotMasses`.
+    """
+
+    def __init__(self, masses: Tensor | None = None, cap: bool = False) -> None:
+        self.masses, self.cap = masses, cap
+        self.known = 0 if masses is None else masses.shape[1]
+        self.fault: Exception | None = None  # why rows of this step crossed slots by live gates
+        self._step: Sequence[SlotRows] = ()
+        self._manager_block = 1
+
+    def expect(self, step: Sequence[SlotRows], manager_block: int) -> None:
+        """The requests of the coming step that have slots; none once it is over."""
+        self._step, self._manager_block = step, manager_block
+
+    def of_batch(self, rows: Tensor, bounds: Tensor, table: Tensor, block_size: int) -> list[SlotMasses] | None:
+        """Slots of a batch for every layer, None where all gates are live. Never waits for the device.
+
+        A batch whose slots cannot be said takes live gates, and `fault` holds why: nothing is raised into a forward.
+
+        Parameters
+        ----------
+        rows : Tensor [n], int32
+            The tokens' rows.
+        bounds : Tensor [requests + 1], int32
+            Request i owns tokens bounds[i]..bounds[i + 1], at least one.
+        table : Tensor [requests, blocks], int32
+            In blocks of `block_size` rows.
+        """
+        if not self._step:
+            return None
+        try:
+            return self._of_batch(rows, bounds, table, block_size)
+        except Exception as error:
+            self.fault = error
+            return None
+
+    def _of_batch(self, rows: Tensor, bounds: Tensor, table: Tensor, block_size: int) -> list[SlotMasses]:
+        device, requests = rows.device, len(bounds) - 1
+        most = max(len(s.slots.bounds) for s in self._step)
+        said, lengths, flags = [], [], []
+        for s in self._step:
+            pieces = self._manager_block // block_size
+            block = s.block_ids[s.first // self._manager_block] * pieces + s.first % self._manager_block // block_size
+            pairs = [x for pair in s.slots.bounds for x in pair]
+            said.append([block, *pairs, *[_NOWHERE] * (2 * most - len(pairs))])
+            lengths.append(s.end - s.first)
+            mine = s.slots.canonical[s.first : s.end]
+            flags.append(torch.nn.functional.pad(mine, (0, lengths[-1] - len(mine))))  # generated rows are behind it
+        told = send(torch.tensor(said, dtype=torch.int32), device)
+        sizes, flags = send(torch.tensor(lengths), device), send(torch.cat(flags), device)
+
+        starts = bounds[:-1].long()
+        blocks = table.gather(1, (rows[starts].long() // block_size)[:, None])[:, 0]  # where each request writes first
+        same = told[:, :1] == blocks
+        found, where = same.any(1), same.int().argmax(1)
+        pairs = torch.full((requests + 1, 2 * most), _NOWHERE, dtype=torch.int32, device=device)
+        pairs.index_copy_(0, torch.where(found, where, requests), told[:, 1:])  # one more row for what is not there
+        total, every = len(flags), torch.repeat_interleave
+        inside = torch.arange(total, device=device) - every(sizes.cumsum(0) - sizes, sizes, output_size=total)
+        canonical = torch.zeros(len(rows) + total, dtype=torch.bool, device=device)
+        at = every(torch.where(found, starts[where], len(rows)), sizes, output_size=total) + inside
+        canonical.index_copy_(0, at, flags)
+        cu_slots = torch.arange(requests + 1, dtype=torch.int32, device=device) * most
+        masses = self.masses[:, :most].repeat(1, requests, 1)
+        edges, canonical = pairs[:requests].reshape(-1, 2), canonical[: len(rows)]
+        return [SlotMasses(edges, cu_slots, layer, canonical, self.cap) for layer in masses]

@@ -1,0 +1,196 @@
+"""Marks are checked where vLLM takes requests in (`door.py`), and every way to mark becomes token spans there."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cacheslide.errors import CacheSlideError, PolicyError, PromptError
+from cacheslide.policies.base import check_policy
+from cacheslide.vllm import CONNECTOR
+from cacheslide.vllm.frontend.chat import message_roles, spans_of
+from cacheslide.vllm.frontend.misplaced import check_places
+from cacheslide.vllm.frontend.separators import cut
+from cacheslide.vllm.limits import NOTE, check_depth, check_sendable, check_text, sayable, shown
+from cacheslide.vllm.options import FIELD, Marks, ServerOptions, raw_marks
+from cacheslide.vllm.tenants import ambiguous, salted
+
+CHAT = "cacheslide_chat"  # beside a rendered prompt: the messages it was rendered from, and how
+_REFUSALS = 4096  # remembered at most
+_REFUSED: dict[int, str] = {}  # hash of a template and the senders of messages that it does not render, and why
+_OPTIONS: list[tuple[Any, dict, ServerOptions]] = []  # the latest options read, and what from
+
+
+class Resolved(dict):
+    """Marks that the door has checked and turned into spans. No client can send one: parsers make plain objects."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine can run: tokens of a prompt and what is generated, layers; None where that is not known."""
+
+    max_model_len: int | None = None
+    layers: int | None = None
+
+    @classmethod
+    def of(cls, vllm_config) -> "Limits":
+        """Those of an engine with this configuration."""
+        model = vllm_config.model_config
+        return cls(model.max_model_len, model.get_num_layers(vllm_config.parallel_config))
+
+
+def resolved(params) -> bool:
+    """Whether a request's sampling parameters carry marks that the door has seen."""
+    given = (getattr(params, "extra_args", None) or {}).get("kv_transfer_params")
+    return isinstance(given, Mapping) and isinstance(given.get(FIELD), Resolved)
+
+
+def serves(vllm_config) -> bool:
+    """Whether this engine runs with our connector."""
+    transfer = vllm_config.kv_transfer_config
+    return transfer is not None and transfer.kv_connector == CONNECTOR
+
+
+def options_of(extra_config: Mapping[str, Any]) -> ServerOptions:
+    """The connector's options; read once, not once a request: a store's configuration may be a file."""
+    if not _OPTIONS or _OPTIONS[0][0] is not extra_config or _OPTIONS[0][1] != extra_config:
+        _OPTIONS[:] = [(extra_config, dict(extra_config), ServerOptions.from_extra_config(extra_config))]
+    return _OPTIONS[0][2]
+
+
+def admit(request, prompt, renderer, extra_config: Mapping[str, Any], limits: Limits | None = None) -> None:
+    """Resolve and check a request's marks; VLLMValidationError (HTTP 400) says what is wrong with them.
+
+    `request` is vLLM's EngineCoreRequest, or has as much of it as is read here; `prompt` is what it was made from.
+    Separators leave its token ids, a namespace becomes part of its `cache_salt`, and its `kv_transfer_params` name
+    token spans afterwards (`Resolved`).
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    if resolved(request.sampling_params):
+        return
+    extra = getattr(request.sampling_params, "extra_args", None) or {}
+    params, limits = extra.get("kv_transfer_params"), limits or Limits()
+    salt = getattr(request, "cache_salt", None) or ""
+    try:
+        raw, marks = _asked(params, extra), None
+        if raw is not None:
+            marks, spans = _marks(raw, request, prompt, renderer, options_of(extra_config), limits)
+            check_sendable(params)
+    except CacheSlideError as wrong:
+        raise VLLMValidationError(sayable(str(wrong)), parameter="kv_transfer_params") from None
+    namespace = marks.namespace if marks is not None else ""
+    if namespace or ambiguous(salt):
+        request.cache_salt = salted(namespace, salt)
+    if marks is not None:  # a dictionary of its own: requests of one batch may share the client's
+        request.sampling_params.extra_args = {**extra, "kv_transfer_params": {**params, FIELD: spans}}
+
+
+def _marks(raw, request, prompt, renderer, options: ServerOptions, limits: Limits) -> tuple[Marks, Resolved]:
+    """A request's marks as spans, parsed and not; takes separators out of the request."""
+    if getattr(request, "resumable", False):
+        raise PromptError("a prompt that is streamed in pieces cannot be marked: its end is not known")
+    if "family" in raw:
+        raise PromptError(f"{FIELD}: family is set by beam search alone; a request cannot send it")
+    before = request.prompt_token_ids
+    found = Resolved(_resolve(raw, request, prompt, renderer, options))
+    marks = Marks.parse({FIELD: found})
+    if request.prompt_token_ids is not before:  # vLLM has seen, or will see, the others
+        _check_length(len(before), len(request.prompt_token_ids), limits)
+    policy = marks.system(options.policy)
+    if limits.layers is not None:
+        check_policy(policy, limits.layers)
+    marked = marks.prompt(request.prompt_token_ids or ())
+    if policy.transform(marked) != marked:
+        raise PolicyError(f"{policy.name} rewrites prompts: apply its transform before sending")
+    return marks, found
+
+
+def _asked(params: Any, extra: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """A request's marks, unread; PromptError where they, or anything beside them, cannot be meant or sent."""
+    raw = raw_marks(params)
+    if params is not None:
+        check_depth({name: value for name, value in params.items() if name != FIELD})  # of ours nothing nested passes
+    check_places(params, extra)
+    if raw is None and params is not None:
+        check_sendable(params)
+    return raw
+
+
+def _check_length(came: int, runs: int, limits: Limits) -> None:
+    if limits.max_model_len is not None and runs + 1 > limits.max_model_len:
+        raise PromptError(
+            f"the prompt came with {came} tokens and runs with {runs}, cut at its separators and tokenised part by "
+            f"part; with at least one more to generate this model takes at most {limits.max_model_len}"
+        )
+
+
+def _resolve(raw: Mapping[str, Any], request, prompt, renderer, options: ServerOptions) -> Mapping[str, Any]:
+    """The marks with spans in place of a separator or messages; takes separators out of the request."""
+    separator = raw.get("separator") or (True if "roles" in raw else None)
+    ways = {"segments": "segments" in raw, "separator": separator, "messages": raw.get("messages")}
+    ways["find"] = raw.get("find")
+    asked = [name for name, value in ways.items() if value is not None and value is not False]
+    if len(asked) > 1:
+        raise PromptError(f"{FIELD}: {' and '.join(asked)} are two ways to mark a request: choose one")
+    rest = {key: value for key, value in raw.items() if key not in ("separator", "roles", "messages")}
+    if asked == ["separator"]:
+        separator = _separator(separator, options)
+        if not request.prompt_token_ids or request.mm_features:
+            raise PromptError("a separator needs a prompt of text or token ids alone")
+        tokenizer = renderer.tokenizer
+        ids, spans = cut(separator, raw.get("roles"), text_of(prompt), request.prompt_token_ids, tokenizer)
+        request.prompt_token_ids = ids
+        return rest | {"segments": spans}
+    if asked == ["messages"]:
+        if "note" in raw:
+            check_text(f"{FIELD}: note", raw["note"], NOTE)
+        spans, note = _chat_spans(raw["messages"], request, prompt, renderer)
+        return rest | {"segments": spans, "note": sayable("; ".join(x for x in (raw.get("note"), note) if x), NOTE)}
+    return raw
+
+
+def _separator(asked: Any, options: ServerOptions) -> str | Sequence[int]:
+    separator = options.own_separator if asked is True else asked
+    if asked is True and not separator:
+        raise PromptError("this server has no separator of its own (option separator): name one")
+    ids = isinstance(separator, list | tuple) and all(type(t) is int and t >= 0 for t in separator)
+    if not isinstance(separator, str) and not ids:
+        raise PromptError(f"{FIELD}: separator must be a text, a list of token ids or true, not {shown(separator)}")
+    return separator
+
+
+def text_of(prompt: Any) -> str | None:
+    """The text a prompt came as, if it did."""
+    return prompt if isinstance(prompt, str) else prompt.get("prompt") if isinstance(prompt, Mapping) else None
+
+
+def _chat_spans(marks: Any, request, prompt, renderer) -> tuple[list[tuple[int, int]], str]:
+    chat = prompt.get(CHAT) if isinstance(prompt, Mapping) else None
+    if chat is None:
+        raise PromptError("messages can be marked in a chat request only")
+    if request.mm_features or not request.prompt_token_ids:
+        raise PromptError("messages can be marked in text-only chats")
+    messages, chat_params = chat
+    roles = message_roles(marks, messages)
+    settings = {**chat_params.chat_template_kwargs, "add_generation_prompt": False, "continue_final_message": False}
+    alone = replace(chat_params, chat_template_kwargs=settings, return_assistant_tokens_mask=False)
+
+    def prefix(k: int, special: bool) -> list[int]:
+        shape = hash((chat_params.chat_template, tuple(m.get("role") for m in messages[:k])))
+        if shape in _REFUSED:  # asked again, vLLM would write the template's error into its log for every request
+            raise PromptError(_REFUSED[shape])
+        try:
+            _, rendered = renderer.render_messages(list(messages[:k]), alone)
+        except Exception as error:
+            if len(_REFUSED) < _REFUSALS:
+                _REFUSED[shape] = sayable(str(error), 200)
+            raise
+        if "prompt_token_ids" in rendered:
+            return rendered["prompt_token_ids"]
+        return renderer.tokenizer.encode(rendered["prompt"], add_special_tokens=special)
+
+    ids = request.prompt_token_ids
+    spans, why = spans_of(roles, ids, lambda k: prefix(k, False))
+    if not spans:  # a request may ask for special tokens that the template has not written
+        spans, why = spans_of(roles, ids, lambda k: prefix(k, True))
+    return spans, why if why or spans else "no message of this chat is fixed"

@@ -1,0 +1,105 @@
+"""Marks in beam search, which vLLM makes of many requests: one for every beam and token, each a prompt of its own.
+
+The marks are resolved once, on the prompt. Every step then carries token spans and the name of the search's family
+(`families.py`), so that the first step completes the prompt by reuse and the others find its KV in vLLM's own prefix
+cache. A search has one receipt, that of its first step, and says what the others did.
+"""
+
+import copy
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+from uuid import uuid4
+
+from cacheslide.vllm.frontend.admission import Limits, Resolved, admit, serves
+from cacheslide.vllm.frontend.intake import fitted, retold
+from cacheslide.vllm.options import FIELD
+
+_NO_HISTORY = "a beam search keeps no history"
+
+
+def start_search(
+    vllm_config, renderer, prompt: Mapping[str, Any], params: Any, max_tokens: int | None = None
+) -> "Search | None":
+    """The search of a rendered `prompt` with these `kv_transfer_params`; None where it is not ours to mark.
+
+    `max_tokens` are to be generated: with the prompt that runs they must fit the model. VLLMValidationError says what
+    is wrong with the marks.
+    """
+    if not serves(vllm_config) or "prompt_token_ids" not in prompt:
+        return None
+    extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+    if extra.get("find_spans") and FIELD not in (params or {}):
+        params = {**(params or {}), FIELD: {"find": True}}
+    asked = SimpleNamespace(
+        prompt_token_ids=prompt["prompt_token_ids"],
+        mm_features=prompt.get("mm_placeholders"),
+        sampling_params=SimpleNamespace(extra_args={"kv_transfer_params": params}),
+        cache_salt=prompt.get("cache_salt"),
+    )
+    admit(asked, prompt, renderer, extra, Limits.of(vllm_config))
+    marks = (asked.sampling_params.extra_args["kv_transfer_params"] or {}).get(FIELD)
+    if marks is None or (marks.get("find") is False and not marks.get("segments")):
+        return None
+    if asked.prompt_token_ids is not prompt["prompt_token_ids"]:
+        lengths = len(prompt["prompt_token_ids"]), len(asked.prompt_token_ids)
+        max_tokens = fitted(max_tokens, *lengths, vllm_config.model_config.max_model_len)
+        prompt = {**prompt, **retold(prompt, asked.prompt_token_ids, renderer.tokenizer)}
+    if asked.cache_salt is not None:
+        prompt = {**prompt, "cache_salt": asked.cache_salt}
+    return Search(prompt, params, marks, max_tokens)
+
+
+class Search:
+    """One beam search.
+
+    Parameters
+    ----------
+    prompt : mapping
+        What vLLM's beam search is to search from; its token ids are those that `marks` speak of.
+    params : mapping
+        The request's `kv_transfer_params`.
+    marks : mapping
+        What they hold for us, resolved.
+    max_tokens : int, optional
+        Tokens to generate, where they are known: no more than fit behind the prompt that runs.
+    """
+
+    def __init__(
+        self,
+        prompt: Mapping[str, Any],
+        params: Mapping[str, Any],
+        marks: Mapping[str, Any],
+        max_tokens: int | None = None,
+    ) -> None:
+        self.prompt, self.max_tokens, self.requests, self.completed = prompt, max_tokens, 0, 0
+        self.receipt: dict[str, Any] | None = None
+        self._keeps_history = marks.get("history") is not None
+        family = {"name": uuid4().hex, "rows": len(prompt["prompt_token_ids"])}
+        self._params = {**params, FIELD: Resolved({**marks, "history": None, "family": family})}
+
+    def step(self, sampling):
+        """The sampling parameters of one of its requests, with marks."""
+        sampling = copy.copy(sampling)
+        sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": self._params}
+        return sampling
+
+    def heard(self, output) -> None:
+        """What one of its requests gave back."""
+        if not output.finished:
+            return
+        self.requests += 1
+        receipt = (output.kv_transfer_params or {}).get(FIELD)
+        if receipt is not None:
+            self.completed += receipt["chunks_hit"] > 0
+            self.receipt = self.receipt or receipt
+
+    @property
+    def kv_transfer_params(self) -> dict[str, Any] | None:
+        """For the response: the first step's receipt, with the search's requests and how often reuse was paid for."""
+        if self.receipt is None:
+            return None
+        said = self.receipt | {"beams": {"requests": self.requests, "completed_by_reuse": self.completed}}
+        if self._keeps_history:
+            said |= {"history": None, "note": "; ".join(x for x in (said.get("note"), _NO_HISTORY) if x)}
+        return {FIELD: said}

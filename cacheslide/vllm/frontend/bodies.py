@@ -1,0 +1,70 @@
+"""An HTTP server's JSON bodies are looked at for marks at a place where nothing reads them (`misplaced.py`).
+
+vLLM drops keys that it does not know. Only bodies that hold our name are parsed here: others cost one search of their
+bytes.
+"""
+
+import json
+import re
+from typing import Any
+
+from cacheslide.vllm.frontend.misplaced import misplaced
+
+_OURS = re.compile(rb'"cache[-_]?slide', re.IGNORECASE)
+
+
+class MarksInPlace:
+    """ASGI middleware: a 400 with the right place for misplaced marks; everything else goes on as it came."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or not _is_json(scope):
+            await self.app(scope, receive, send)
+            return
+        body, last = await _read(receive)
+        if last is None and (wrong := _wrong(scope, body)):
+            await _refuse(send, wrong)
+            return
+        waiting = [{"type": "http.request", "body": body, "more_body": False}] if last is None else [last]
+
+        async def again() -> dict[str, Any]:
+            return waiting.pop() if waiting else await receive()
+
+        await self.app(scope, again, send)
+
+
+def _is_json(scope: dict[str, Any]) -> bool:
+    kind = next((value for name, value in scope["headers"] if name.lower() == b"content-type"), b"application/json")
+    return b"json" in kind.lower()
+
+
+async def _read(receive: Any) -> tuple[bytes, dict[str, Any] | None]:
+    """A request's whole body, and the message that ended it too early, if one did."""
+    parts = []
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return b"".join(parts), message
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(parts), None
+
+
+def _wrong(scope: dict[str, Any], body: bytes) -> str:
+    if not _OURS.search(body):
+        return ""
+    try:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError):  # vLLM's own parser refuses it, too
+        return ""
+    return misplaced(scope["path"].removeprefix(scope.get("root_path", "")), parsed)
+
+
+async def _refuse(send: Any, wrong: str) -> None:
+    error = {"message": wrong, "type": "BadRequestError", "param": "kv_transfer_params", "code": 400}
+    answer = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(answer)).encode())]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": answer})

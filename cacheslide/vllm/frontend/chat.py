@@ -1,0 +1,155 @@
+"""Marks by chat message: which messages are fixed text, and where they lie in the tokens of the rendered chat.
+
+A boundary behind message k is taken only where the first k messages, rendered and tokenised alone, are the prompt's
+first tokens; a template that writes a message differently when others follow it has no boundary there.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cacheslide.core.prompt import Role
+from cacheslide.errors import PromptError
+from cacheslide.vllm.limits import NOTE, sayable, shown
+from cacheslide.vllm.options import FIELD
+
+_KEYS = ("roles", "updated", "fixed")
+_RENDERED = 64  # boundaries that are looked for in one chat: each renders and tokenises what lies before it
+
+
+@dataclass(frozen=True)
+class MarkedChat:
+    """A rendered chat: its tokens, the fixed spans in them, and which boundaries the template did not allow."""
+
+    token_ids: list[int]
+    segments: list[tuple[int, int]]
+    note: str = ""
+
+    def params(self, **options: Any) -> dict[str, Any]:
+        """`kv_transfer_params` for a request with these tokens (or with the messages they were rendered from)."""
+        marks = {"segments": [list(s) for s in self.segments], **options}
+        return {FIELD: marks | ({"note": sayable(self.note, NOTE)} if self.note else {})}
+
+
+def message_roles(marks: Any, messages: Sequence[Mapping[str, Any]]) -> list[Role]:
+    """A role for every message.
+
+    Parameters
+    ----------
+    marks : "auto", list or mapping
+        "auto": everything is fixed but the last user message. A list names one role per message ("reuse" or
+        "recompute"). A mapping changes "auto": `roles` gives a role to all messages of a sender ({"tool":
+        "recompute"}), then `updated` and `fixed` to single messages by index (-1 is the last one).
+    """
+    if isinstance(marks, list | tuple):
+        if len(marks) != len(messages):
+            raise PromptError(f"messages: {len(marks)} roles for {len(messages)} messages")
+        return [_role(m) for m in marks]
+    if marks != "auto" and not isinstance(marks, Mapping):
+        raise PromptError(f"messages must be 'auto', a list of roles or an object, not {shown(marks)}")
+    given = {} if marks == "auto" else marks
+    if wrong := [key for key in given if key not in _KEYS]:
+        raise PromptError(f"messages: unknown key {sayable(str(wrong[0]), 80)} (known: {', '.join(_KEYS)})")
+    senders = given.get("roles", {})
+    if not isinstance(senders, Mapping):
+        raise PromptError(f"messages: roles must be an object from sender to role, not {shown(senders)}")
+    given_roles = {sender: _role(role) for sender, role in senders.items()}
+    roles = [given_roles.get(m.get("role"), Role.REUSE) for m in messages]
+    users = [i for i, m in enumerate(messages) if m.get("role") == "user"]
+    if users:
+        roles[users[-1]] = Role.RECOMPUTE
+    for key, role in (("updated", Role.RECOMPUTE), ("fixed", Role.REUSE)):
+        indices = given.get(key, ())
+        if not isinstance(indices, list | tuple):
+            raise PromptError(f"messages: {key} must be a list of messages by index, not {shown(indices)}")
+        for index in indices:
+            if not isinstance(index, int) or isinstance(index, bool) or not -len(roles) <= index < len(roles):
+                raise PromptError(f"messages: {key} names message {shown(index)}, but there are {len(roles)}")
+            roles[index] = role
+    return roles
+
+
+def _role(value: Any) -> Role:
+    if not isinstance(value, str) or value not in list(Role):
+        raise PromptError(f"messages: a role must be 'reuse' or 'recompute', not {shown(value)}")
+    return Role(value)
+
+
+def spans_of(
+    roles: Sequence[Role], token_ids: Sequence[int], prefix: Callable[[int], Sequence[int]]
+) -> tuple[list[tuple[int, int]], str]:
+    """Fixed spans of a rendered chat, and what the template did not allow.
+
+    `prefix(k)` gives the tokens of the first k messages alone and may raise. Runs of fixed messages give up messages
+    at their edges until a boundary holds. After `_RENDERED` calls of `prefix` no further boundary is looked for.
+    """
+    rows: dict[int, int | None] = {0: 0}
+    why: list[str] = []
+
+    def at(k: int) -> int | None:
+        if k not in rows:
+            rows[k] = None
+            if len(rows) > _RENDERED:
+                why.append(f"more than {_RENDERED} boundaries between fixed and updated messages")
+                return None
+            try:
+                alone = list(prefix(k))
+            except Exception as error:  # a template raises what it likes
+                why.append(
+                    f"the chat template does not render the first {k} messages alone ({sayable(str(error), 200)})"
+                )
+                return None
+            if list(token_ids[: len(alone)]) == alone:
+                rows[k] = len(alone)
+            else:
+                why.append(f"the chat template renders the first {k} messages differently when others follow")
+        return rows[k]
+
+    spans = []
+    for first, end in _runs(roles):
+        while first < end and at(first) is None:
+            first += 1
+        while end > first and at(end) is None:
+            end -= 1
+        if end > first and at(end) > at(first):
+            spans.append((at(first), at(end)))
+    return spans, "; ".join(dict.fromkeys(why))
+
+
+def _runs(roles: Sequence[Role]) -> list[tuple[int, int]]:
+    """Half-open runs of fixed messages."""
+    runs: list[tuple[int, int]] = []
+    for i, role in enumerate(roles):
+        if role is Role.REUSE:
+            joined = bool(runs) and runs[-1][1] == i
+            runs[-1:] = [(runs[-1][0], i + 1)] if joined else [*runs[-1:], (i, i + 1)]
+    return runs
+
+
+def mark_messages(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    marks: Any = "auto",
+    *,
+    add_generation_prompt: bool = True,
+    **template: Any,
+) -> MarkedChat:
+    """Render a chat on the client's side and mark it.
+
+    Parameters
+    ----------
+    tokenizer : Hugging Face tokenizer
+    messages, marks : see `message_roles`
+    **template
+        What else `apply_chat_template` takes: tools, chat_template, variables of the template.
+    """
+    messages = [dict(m) for m in messages]
+    roles = message_roles(marks, messages)
+
+    def tokens(part: Sequence[Mapping[str, Any]], prompted: bool) -> list[int]:
+        text = tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=prompted, **template)
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    ids = tokens(messages, add_generation_prompt)
+    spans, why = spans_of(roles, ids, lambda k: tokens(messages[:k], False))
+    return MarkedChat(ids, spans, why)

@@ -1,0 +1,86 @@
+"""Marks at a place where nothing would read them are refused with the place that they belong to, not passed over.
+
+A request's marks are the object `cacheslide` in `kv_transfer_params`. The walk over a whole HTTP body leaves out what
+belongs to the user: schemas, arguments of tools, metadata.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from cacheslide.errors import PromptError
+from cacheslide.vllm.limits import DEPTH, check_depth, sayable
+from cacheslide.vllm.options import DOOR_KEYS, FIELD, Marks
+
+PARAMS = "kv_transfer_params"
+_PLACES = ((PARAMS, FIELD), ("sampling_params", "extra_args", PARAMS, FIELD))
+_OWN = frozenset(Marks.__dataclass_fields__) | set(DOOR_KEYS)
+_USERS = frozenset(  # keys whose objects are the user's own
+    "tools functions response_format structured_outputs guided_json json_schema schema input_schema parameters "
+    "arguments input metadata documents chat_template_kwargs default properties".split()
+)
+_NO_MARKS = frozenset(
+    "/tokenize /detokenize /generative_scoring /v1/messages/count_tokens /v1/embeddings /v2/embed /pooling /classify "
+    "/score /v1/score /rerank /v1/rerank /v2/rerank".split()
+)
+
+
+def check_places(params: Mapping[str, Any] | None, extra: Mapping[str, Any]) -> None:
+    """Raise PromptError for marks beside or below the place where they belong.
+
+    `params` are a request's `kv_transfer_params`, of bounded depth, `extra` what is beside them (`extra_args`).
+    """
+    for name in extra:
+        if _alike(name):
+            raise PromptError(_belongs(f"extra_args.{name}"))
+    if params is None:
+        return
+    for name in params:
+        if name != FIELD and (_alike(name) or name in _OWN):
+            raise PromptError(_belongs(f"{PARAMS}.{name}"))
+    for name, value in params.items():
+        if name != FIELD:
+            for way in _named(value, (PARAMS, name), frozenset()):
+                raise PromptError(_belongs(".".join(map(str, way))))
+
+
+def misplaced(path: str, body: Any) -> str:
+    """What is wrong with the places of marks in the parsed JSON of a request to `path`; "" for nothing.
+
+    Takes time linear in the body; levels below `DEPTH` are not looked at, but refused where marks are read.
+    """
+    for name in (PARAMS, "sampling_params"):
+        try:
+            check_depth({name: body.get(name)} if isinstance(body, Mapping) else {}, name)
+        except PromptError as error:
+            return str(error)
+    for way in _named(body, (), _USERS):
+        if way in _PLACES:
+            if path in _NO_MARKS:
+                return f"{path} takes no marks: {'.'.join(way)} would not be read"
+        elif not any(way[: len(place)] == place for place in _PLACES):
+            return _belongs(".".join(map(str, way)))
+    return ""
+
+
+def _belongs(place: str) -> str:
+    return f"{sayable(place, 200)} is not where marks are read: they belong in {PARAMS}.{FIELD}"
+
+
+def _alike(name: Any) -> bool:
+    return isinstance(name, str) and len(name) < 32 and name.lower().replace("_", "").replace("-", "") == FIELD
+
+
+def _named(value: Any, way: tuple, users: frozenset[str]) -> Iterator[tuple]:
+    """The ways to keys like ours inside `value`, which itself lies at `way`; not into objects of `users`."""
+    level = [(way, value)]
+    for _ in range(DEPTH):
+        below: list[tuple[tuple, Any]] = []
+        for at, outer in level:
+            named = isinstance(outer, Mapping)
+            for name, inner in outer.items() if named else enumerate(outer) if isinstance(outer, list | tuple) else ():
+                if named and _alike(name):
+                    yield (*at, name)
+                users_own = named and name in users and (at or name != "input")  # that of a request holds messages
+                if isinstance(inner, dict | list | tuple) and not users_own:
+                    below.append(((*at, name), inner))
+        level = below

@@ -1,0 +1,195 @@
+"""What vLLM's OpenAI servers leave out: receipts in streamed answers, and the marks of a beam search.
+
+vLLM sends `kv_transfer_params` with whole answers only. A stream gets one event more before [DONE]; it has no choices,
+as the event with the usage, so that clients which know only choices pass over it. Beam search drops the parameters on
+its way to the requests it is made of: they are handed on (`beams.py`).
+"""
+
+import copy
+import inspect
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import wraps
+from typing import Any
+
+from cacheslide.vllm.frontend.admission import serves
+from cacheslide.vllm.frontend.beams import Search, start_search
+from cacheslide.vllm.frontend.bodies import MarksInPlace
+from cacheslide.vllm.frontend.intake import taken
+from cacheslide.vllm.guard import SERVER
+from cacheslide.vllm.options import FIELD
+
+_DONE = "data: [DONE]\n\n"
+_STREAMS = (
+    ("vllm.entrypoints.openai.completion.serving", "OpenAIServingCompletion", "completion_stream_generator"),
+    ("vllm.entrypoints.openai.chat_completion.serving", "OpenAIServingChat", "chat_completion_stream_generator"),
+)
+_OBJECTS = {
+    "completion_stream_generator": "text_completion",
+    "chat_completion_stream_generator": "chat.completion.chunk",
+}
+_PROTOCOLS = (
+    ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest", "to_beam_search_params"),
+    ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest", "to_beam_search_params"),
+)
+_BEAMS = ("vllm.entrypoints.generate.beam_search.online", "BeamSearchOnlineMixin", "beam_search")
+
+
+_APP = ("vllm.entrypoints.launchers.app", None, "init_entrypoints_middleware")
+_TOOLS = ("vllm.entrypoints.openai.responses.serving", "OpenAIServingResponses", "_generate_with_builtin_tools")
+
+
+def adapt_servers(bodies: bool = False) -> None:
+    """Wrap those servers that this process has loaded (each once); with `bodies`, also the app that it will build.
+
+    One that is not as it was stays as vLLM has it.
+    """
+    try:
+        if bodies:
+            _adapt(*_APP, _reading)
+        _adapt_loaded()
+    except Exception as error:
+        SERVER.note("server", error)
+
+
+def _adapt_loaded() -> None:
+    for stream in _STREAMS:
+        _adapt(*stream, lambda plain: _with_receipt(plain, _OBJECTS[plain.__name__]))
+    for protocol in _PROTOCOLS:
+        _adapt(*protocol, _with_marks)
+    _adapt(*_BEAMS, _searched)
+    _adapt(*_TOOLS, _checked)
+
+
+def _adapt(module: str, owner: str | None, name: str, wrap: Callable) -> None:
+    if (loaded := sys.modules.get(module)) is not None:
+        held = loaded if owner is None else getattr(loaded, owner)
+        plain = getattr(held, name)
+        if not hasattr(plain, "adapted"):
+            wrapped = wrap(plain)
+            wrapped.adapted = True
+            setattr(held, name, wrapped)
+
+
+def _reading(plain):
+    """Every JSON body is looked at for misplaced marks, behind vLLM's own middleware (which knows who may ask)."""
+
+    @wraps(plain)
+    def init_entrypoints_middleware(args, app, *rest: Any, **kwargs: Any):
+        app.add_middleware(MarksInPlace)
+        return plain(args, app, *rest, **kwargs)
+
+    return init_entrypoints_middleware
+
+
+def _checked(plain):
+    """The Responses API starts its requests late, in a stream that has begun: they are checked before."""
+
+    @wraps(plain)
+    def _generate_with_builtin_tools(self, *args: Any, **kwargs: Any):
+        call = inspect.signature(plain).bind(self, *args, **kwargs)
+        given = call.arguments
+        config, renderer = self.engine_client.vllm_config, self.engine_client.renderer
+        if serves(config):
+            checked = taken(config, renderer, given["engine_input"], given["sampling_params"], in_place=True)
+            given["engine_input"], given["sampling_params"] = checked
+        return plain(*call.args, **call.kwargs)
+
+    return _generate_with_builtin_tools
+
+
+def _with_marks(plain):
+    """Beam search parameters that keep the request's `kv_transfer_params`, which vLLM leaves out of them."""
+
+    @wraps(plain)
+    def to_beam_search_params(self, *args: Any, **kwargs: Any):
+        params = plain(self, *args, **kwargs)
+        params.kv_transfer_params = self.kv_transfer_params
+        return params
+
+    return to_beam_search_params
+
+
+def _searched(plain):
+    """Beam search whose steps carry marks, with a receipt for all of them; wrong marks are said before it starts."""
+
+    @wraps(plain)
+    def beam_search(self, prompt, request_id, params, *args: Any, **kwargs: Any):
+        asked = getattr(params, "kv_transfer_params", None)
+        search = start_search(self.engine_client.vllm_config, self.renderer, prompt, asked, params.max_tokens)
+        if search is None:
+            return plain(self, prompt, request_id, params, *args, **kwargs)
+        if search.max_tokens != params.max_tokens:
+            params = copy.copy(params)
+            params.max_tokens = search.max_tokens
+        return _heard(plain(_Serving(self, search), search.prompt, request_id, params, *args, **kwargs), search)
+
+    return beam_search
+
+
+async def _heard(results: AsyncIterator[Any], search: Search) -> AsyncIterator[Any]:
+    async for output in results:
+        output.kv_transfer_params = search.kv_transfer_params
+        yield output
+
+
+class _Serving:
+    """As much of a serving object as beam search uses; its engine gets the steps with their marks."""
+
+    def __init__(self, serving, search: Search) -> None:
+        self.renderer, self.engine_client = serving.renderer, self
+        self._engine, self._search = serving.engine_client, search
+
+    async def generate(self, prompt, sampling_params, *args: Any, **kwargs: Any):
+        """See vLLM's `EngineClient.generate`."""
+        async for output in self._engine.generate(prompt, self._search.step(sampling_params), *args, **kwargs):
+            try:
+                self._search.heard(output)
+            except Exception as error:
+                SERVER.note("server", error)
+            yield output
+
+
+def _with_receipt(plain, kind: str):
+    signature = inspect.signature(plain)
+
+    @wraps(plain)
+    async def stream(self, request, *args: Any, **kwargs: Any) -> AsyncIterator[str]:
+        call = signature.bind(self, request, *args, **kwargs)
+        found: dict[str, Any] = {}
+        call.arguments["result_generator"] = _watched(call.arguments["result_generator"], found)
+        async for event in plain(*call.args, **call.kwargs):
+            if event == _DONE and found and (last := _last(kind, call.arguments, found)):
+                yield last
+            yield event
+
+    return stream
+
+
+def _last(kind: str, call: dict[str, Any], receipt: dict[str, Any]) -> str:
+    """The event with the receipt; "" where a fault has cost it, which the answer does not suffer for."""
+    try:
+        return f"data: {json.dumps(_event(kind, call, receipt))}\n\n"
+    except Exception as error:
+        SERVER.note("server", error)
+        return ""
+
+
+def _event(kind: str, call: dict[str, Any], receipt: dict[str, Any]) -> dict[str, Any]:
+    made = call.get("created_time", int(time.time()))
+    head = {"id": call["request_id"], "object": kind, "created": made, "model": call["model_name"], "choices": []}
+    return head | {"kv_transfer_params": receipt}
+
+
+async def _watched(results: AsyncIterator[Any], found: dict[str, Any]) -> AsyncIterator[Any]:
+    """The results, with the receipt of the first one that has one left in `found`."""
+    async for result in results:
+        try:
+            output = result[1] if isinstance(result, tuple) else result
+            if not found and FIELD in (output.kv_transfer_params or {}):
+                found |= output.kv_transfer_params
+        except Exception as error:
+            SERVER.note("server", error)
+        yield result

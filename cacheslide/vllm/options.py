@@ -1,0 +1,279 @@
+"""What a server and a request may ask for: the connector's options and the marks in `kv_transfer_params`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from cacheslide.core.prompt import Prompt, Role
+from cacheslide.errors import ConfigError, PromptError
+from cacheslide.policies.base import ReusePolicy
+from cacheslide.store.config import StoreConfig
+from cacheslide.vllm.limits import NAME, NOTE, ROW, SEGMENTS, check_text, sayable, shown
+from cacheslide.vllm.systems import policy_of
+
+FIELD = "cacheslide"
+ENCODE = ("later", "now", "off")
+SERVER_KEYS = ("cache.server.host", "cache.server.port")  # CrossCache's connector options
+DOOR_KEYS = ("separator", "roles", "messages")  # become segments where vLLM takes requests in (door.py)
+_COUNTS = {
+    "chunk_size": 1,
+    "suffix_len": 1,
+    "encode_tokens_per_step": 1,
+    "rows_per_step": 1,
+    "span_tokens": 4,
+    "spans_known": 1,
+    "max_generation": 0,
+}
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """`kv_connector_extra_config` of the connector.
+
+    Attributes
+    ----------
+    policy : str
+        The system of requests that name none.
+    chunk_size, suffix_len : int
+        As in `ReuseEngine`.
+    namespace : str
+        Part of every chunk key of this server.
+    store_gib : float
+        Chunk KV kept per worker; the least recently used chunks leave first.
+    store_device : str
+        "cpu" (host memory, pinned beside a GPU) or "model" (the model's own device).
+    encode : str
+        When chunks that need a prefill of their own get it: "later" (in a following step), "now" (in the step that
+        completes the request's prefill) or "off".
+    encode_tokens_per_step : int
+        At most this many tokens of such prefills a step (one chunk chain may exceed it).
+    rows_per_step : int
+        At most this many rows are completed by reuse in one step (one request may exceed it); others wait.
+    separator : str or list of int
+        The separator of requests that ask for the server's own: a text, or token ids (as JSON where it is a string).
+    find_spans : bool
+        Look for spans seen before in requests without marks too.
+    span_tokens, spans_known : int
+        Average size of such a span in tokens, and how many spans are remembered.
+    max_generation : int
+        Corrected KV of generated text is kept up to this generation, and encoded exactly beyond it; 0: never kept.
+    store : str or dict
+        Tiers below the workers' memory: a `StoreConfig` or CrossCache's configuration, as a JSON file's path or parsed.
+        It also gives `chunk_size`, `store_gib` and `store_device` where those are not given themselves.
+    """
+
+    policy: str = "cacheslide"
+    chunk_size: int = 1024
+    suffix_len: int = 1
+    namespace: str = ""
+    store_gib: float = 4.0
+    store_device: str = "cpu"
+    encode: str = "later"
+    encode_tokens_per_step: int = 8192
+    rows_per_step: int = 65536
+    separator: str | list[int] = ""
+    find_spans: bool = False
+    span_tokens: int = 256
+    spans_known: int = 65536
+    max_generation: int = 3
+    store: str | dict[str, Any] = ""
+
+    def __post_init__(self) -> None:
+        for name, least in _COUNTS.items():
+            if not _is_count(getattr(self, name)) or getattr(self, name) < least:
+                raise ConfigError(f"{name} must be an integer of at least {least}, not {getattr(self, name)!r}")
+        if not isinstance(self.store_gib, int | float) or self.store_gib < 0:
+            raise ConfigError(f"store_gib must be a number of at least 0, not {self.store_gib!r}")
+        if self.store_device not in ("cpu", "model"):
+            raise ConfigError(f"store_device must be 'cpu' or 'model', not {self.store_device!r}")
+        if self.encode not in ENCODE:
+            raise ConfigError(f"encode must be one of {', '.join(ENCODE)}, not {self.encode!r}")
+        if not isinstance(self.find_spans, bool):
+            raise ConfigError(f"find_spans must be true or false, not {self.find_spans!r}")
+        if not (isinstance(self.own_separator, str) or _is_ids(self.own_separator)):
+            raise ConfigError(f"separator must be a text or a list of token ids, not {self.separator!r}")
+
+    @property
+    def own_separator(self) -> str | list[int]:
+        """The separator; a string that is a JSON list means the ids in it (a command line has strings only)."""
+        if isinstance(self.separator, str) and self.separator.startswith("["):
+            try:
+                return json.loads(self.separator)
+            except json.JSONDecodeError:
+                pass
+        return self.separator
+
+    @property
+    def system(self) -> ReusePolicy:
+        """The reuse policy of requests that name none."""
+        return policy_of(self.policy)
+
+    @property
+    def tiers(self) -> StoreConfig | None:
+        """The tiers below the workers' memory; None without any."""
+        config = _store_config(self.store) if self.store else None
+        lower = config is not None and (config.device_gib or config.file_options or config.remote_host)
+        return config if lower else None
+
+    @classmethod
+    def from_extra_config(cls, extra: Mapping[str, Any]) -> "ServerOptions":
+        """From the parsed JSON; a key that is not an option is an error."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(extra) - known - set(SERVER_KEYS))
+        if unknown:
+            raise ConfigError(f"unknown connector option {', '.join(unknown)} (known: {', '.join(sorted(known))})")
+        given = {name: value for name, value in extra.items() if name in known}
+        server = {name: value for name, value in extra.items() if name in SERVER_KEYS}
+        if given.get("store") or server:
+            config = _store_config(given.get("store") or {}).with_server(server)
+            given["store"] = asdict(config)
+            given.setdefault("chunk_size", config.chunk_tokens)
+            given.setdefault("store_device", "model" if config.device_gib else "cpu")
+            given.setdefault("store_gib", config.device_gib or config.host_gib)
+        return cls(**given)
+
+
+def _store_config(raw: str | Mapping[str, Any]) -> StoreConfig:
+    return StoreConfig.from_file(raw) if isinstance(raw, str) else StoreConfig.from_dict(raw)
+
+
+@dataclass(frozen=True)
+class Marks:
+    """`kv_transfer_params["cacheslide"]` of one request, as the engine sees it.
+
+    `segments` are the fixed spans, half-open in tokens; everything between them is updated text. With `find` they are
+    the spans seen before. Rows from `history` on, and what is generated, are fixed text of the next turn. `policy`,
+    `share` and `layer` override the server's system, the share of reused rows it recomputes and its selection layer.
+    `note` goes into the receipt; without segments it is the reason of an exact computation. `family`, {"name", "rows"},
+    joins the requests that continue one prompt, the first `rows` rows of each (`families.py`): beam search sets it, the
+    door takes it from nobody else.
+    """
+
+    segments: tuple[tuple[int, int], ...] = ()
+    find: bool | None = None
+    history: int | None = None
+    policy: str | None = None
+    share: float | None = None
+    layer: int | None = None
+    namespace: str = ""
+    encode: str | None = None
+    note: str = ""
+    family: Mapping[str, Any] | None = None
+
+    @classmethod
+    def parse(cls, params: Mapping[str, Any] | None) -> "Marks | None":
+        """The marks in a request's `kv_transfer_params`; None without any; PromptError naming what is wrong."""
+        raw = raw_marks(params)
+        if raw is None:
+            return None
+        if unknown := [name for name in raw if name not in _MARKS]:
+            known = sorted((_MARKS | set(DOOR_KEYS)) - {"family"})
+            raise PromptError(f"{FIELD}: unknown key {_names(unknown)} (known: {', '.join(known)})")
+        if "segments" not in raw and raw.get("find") is None:
+            raise PromptError(
+                f"{FIELD}: 'segments' is missing; give the fixed spans as [[start, end], ...], "
+                "or mark them by a separator, by messages, or with find"
+            )
+        marks = cls(**{**raw, "segments": _spans(raw.get("segments", []))})
+        marks._check()
+        return marks
+
+    def _check(self) -> None:
+        for name, most in (("policy", NAME), ("encode", NAME), ("namespace", NAME), ("note", NOTE)):
+            if getattr(self, name) is not None or name in ("namespace", "note"):
+                check_text(f"{FIELD}: {name}", getattr(self, name), most)
+        if self.find is not None and not isinstance(self.find, bool):
+            raise PromptError(f"{FIELD}: find must be true or false, not {shown(self.find)}")
+        if self.find and (self.segments or self.history is not None):
+            raise PromptError(f"{FIELD}: find looks for the fixed spans itself: give no segments and no history")
+        if self.encode is not None and self.encode not in ENCODE:
+            raise PromptError(f"{FIELD}: encode must be one of {', '.join(ENCODE)}, not {shown(self.encode)}")
+        number = isinstance(self.share, int | float) and not isinstance(self.share, bool)
+        if self.share is not None and not number:
+            raise PromptError(f"{FIELD}: share must be a number in [0, 1], not {shown(self.share)}")
+        if self.share is not None and not 0 <= self.share <= 1:
+            raise PromptError(f"{FIELD}: share must lie in [0, 1], not {shown(self.share)}")
+        if self.layer is not None and not (_is_count(self.layer) and 0 <= self.layer < ROW):
+            raise PromptError(f"{FIELD}: layer must be an integer of at least 0, not {shown(self.layer)}")
+        if self.history is not None and not _is_count(self.history):
+            raise PromptError(f"{FIELD}: history must be the row it starts at, not {shown(self.history)}")
+        if self.family is not None:
+            self._check_family()
+
+    def _check_family(self) -> None:
+        family = self.family
+        fits = isinstance(family, Mapping) and set(family) == {"name", "rows"} and isinstance(family["name"], str)
+        if not fits or not _is_count(family["rows"]) or not 1 <= family["rows"] < ROW:
+            raise PromptError(f"{FIELD}: family must be an object of name and rows, not {shown(family)}")
+        if self.history is not None:
+            raise PromptError(f"{FIELD}: what a family generates is not kept: give no history")
+
+    def system(self, default: str) -> ReusePolicy:
+        """The reuse policy asked for, `default` where the request names none."""
+        return policy_of(self.policy or default, self.share, self.layer)
+
+    def prompt(self, token_ids) -> Prompt:
+        """The marked prompt; PromptError when a span, or the start of the history, does not fit it."""
+        if self.family is not None:
+            if self.family["rows"] > len(token_ids):
+                raise PromptError(
+                    f"{FIELD}: a family of {self.family['rows']} rows, but the prompt has {len(token_ids)}"
+                )
+            token_ids = token_ids[: self.family["rows"]]
+        if self.history is not None:
+            if not 0 <= self.history <= len(token_ids):
+                raise PromptError(f"{FIELD}: history starts at row {shown(self.history)} of {len(token_ids)}")
+            for start, end in self.segments:
+                if start < self.history < end:
+                    raise PromptError(f"{FIELD}: history starts inside the segment [{start}, {end})")
+        return Prompt.from_spans(token_ids, self.segments)
+
+
+def raw_marks(params: Any) -> Mapping[str, Any] | None:
+    """What a request's `kv_transfer_params` hold for us, unread; None for nothing, PromptError for no object."""
+    if params is not None and not isinstance(params, Mapping):
+        raise PromptError(f"kv_transfer_params must be an object, not {type(params).__name__}")
+    raw = (params or {}).get(FIELD)
+    if raw is not None and not isinstance(raw, Mapping):
+        raise PromptError(f"{FIELD} must be an object, not {type(raw).__name__}")
+    return raw
+
+
+def marks_of(prompt: Prompt, **options: Any) -> dict[str, Any]:
+    """`kv_transfer_params` for `prompt`: what a client sends beside `prompt.token_ids`."""
+    spans = [
+        [start, start + len(s.token_ids)]
+        for s, start in zip(prompt.segments, prompt.starts, strict=True)
+        if s.role is Role.REUSE
+    ]
+    return {FIELD: {"segments": spans, **options}}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(_is_count(t) and t >= 0 for t in value)
+
+
+def _names(unknown: list[Any]) -> str:
+    rest = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+    return ", ".join(sorted(sayable(str(name), 80) for name in unknown[:8])) + rest
+
+
+def _spans(raw: Any) -> tuple[tuple[int, int], ...]:
+    if not isinstance(raw, list | tuple):
+        raise PromptError(f"{FIELD}: segments must be a list of [start, end] pairs, not {type(raw).__name__}")
+    if len(raw) > SEGMENTS:
+        raise PromptError(f"{FIELD}: {len(raw)} segments, of at most {SEGMENTS}")
+    for pair in raw:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(map(_is_count, pair)):
+            raise PromptError(f"{FIELD}: a segment must be a pair of integers [start, end], not {shown(pair)}")
+        if not (-ROW < pair[0] < ROW and -ROW < pair[1] < ROW):
+            raise PromptError(f"{FIELD}: a segment lies outside of any prompt: {shown(pair)}")
+    return tuple((a, b) for a, b in raw)
+
+
+_MARKS = frozenset(f.name for f in fields(Marks))

@@ -1,0 +1,157 @@
+"""What the scheduler tells the workers in a step, and what they report back. Plain data: it crosses processes."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+
+from cacheslide.core.keys import ChunkKey
+from cacheslide.core.placement import Placement
+from cacheslide.core.prompt import Chunk, Prompt
+from cacheslide.policies.base import Encoding
+from cacheslide.policies.correction import Correction
+from cacheslide.positions.ccpe import PromptSlots
+from cacheslide.vllm.cope.slots import SlotRows
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """Complete rows [start, end) of a request from cached chunks.
+
+    `token_ids` and `positions` cover the whole prompt, `positions` only where a row's position is not its index;
+    `reuse` names the chunks the scheduler's index holds; rows from `limit` on are always recomputed. `slots` are those
+    that a calibrated CoPE model crosses.
+    """
+
+    req_id: str
+    system: str
+    token_ids: list[int]
+    block_ids: list[int]
+    start: int
+    end: int
+    limit: int
+    reuse: tuple[tuple[ChunkKey, Chunk], ...]
+    chunks: int
+    placement: Placement
+    correction: Correction
+    positions: tuple[int, ...] | None = None
+    slots: PromptSlots | None = None
+
+
+@dataclass(frozen=True)
+class SavePlan:
+    """Copy chunks out of a request's blocks, after dropping `evict`; `generation` is 0 where vLLM computed them."""
+
+    block_ids: list[int]
+    chunks: tuple[tuple[ChunkKey, Chunk], ...]
+    evict: tuple[ChunkKey, ...]
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """Prefill and keep the chunks of a prompt that are missing, exactly, in the context of their encoding.
+
+    With `renew` corrected copies of its chunks count as missing.
+    """
+
+    encoding: Encoding
+    capture: frozenset[int]
+    prompt: Prompt
+    positions: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+    keys: tuple[ChunkKey, ...]
+    evict: tuple[ChunkKey, ...] = ()
+    renew: bool = False
+
+    def parts(self) -> "list[EncodeJob]":
+        """The same job as prefills: one for each of its chunks where they are isolated, else one."""
+        if self.encoding.kind != "isolated":
+            return [self]
+        return [replace(self, chunks=(c,), keys=(k,)) for c, k in zip(self.chunks, self.keys, strict=True)]
+
+    def tokens(self, missing: list[bool]) -> int:
+        """Tokens this job will prefill, given which of its chunks are missing."""
+        if not any(missing):
+            return 0
+        if self.encoding.kind == "in_prompt":
+            return self.chunks[-1].end
+        first = missing.index(True) if self.encoding.kind == "fixed_chain" else 0
+        wanted = [len(c) for c, m in zip(self.chunks, missing, strict=True) if m or self.encoding.kind == "fixed_chain"]
+        return sum(wanted[first:]) if self.encoding.kind == "fixed_chain" else sum(wanted)
+
+
+@dataclass(frozen=True)
+class FetchPlan:
+    """Start reading a chunk from the tiers below memory; room was made for it by dropping `evict`.
+
+    It has `tokens` tokens, or any number where that is 0. `ticket` tells this attempt from earlier ones, which some
+    ranks may still report on.
+    """
+
+    key: ChunkKey
+    evict: tuple[ChunkKey, ...]
+    ticket: int
+    tokens: int = 0
+
+
+@dataclass
+class StepPlan(KVConnectorMetadata):
+    """One step's work, in the order in which it must happen: forget, keep, load, (vLLM's forward), save, encode, land.
+
+    `keeps` are chunks of requests that have finished: their blocks may be given away in this very step. Reads of
+    `fetches` start first of all and are taken into memory when they end, after a step's loads: what a fetch evicts may
+    still be loaded in its step. `drops` were read by some ranks and could not be by others. An `idle` step has no
+    forward: the workers may wait a little for reads instead of spinning. `slots` are the rows of the forward that a
+    calibrated CoPE model may have to treat in its own way. `failed` are blocks, by request, with rows that were claimed
+    and cannot be loaded. `index`, where the workers' chunks may differ from the scheduler's index: all keys it has room
+    for, and whether each must be there at the step's end.
+    """
+
+    forget: bool = False
+    fetches: list[FetchPlan] = field(default_factory=list)
+    drops: list[ChunkKey] = field(default_factory=list)
+    idle: bool = False
+    keeps: list[SavePlan] = field(default_factory=list)
+    loads: list[LoadPlan] = field(default_factory=list)
+    saves: list[SavePlan] = field(default_factory=list)
+    encodes: list[EncodeJob] = field(default_factory=list)
+    slots: list[SlotRows] = field(default_factory=list)
+    failed: dict[str, list[int]] = field(default_factory=dict)
+    index: dict[ChunkKey, bool] | None = None
+
+
+@dataclass(frozen=True)
+class Landed:
+    """A chunk that one rank has read: the lowest tier it came from, its bytes, and its `ChunkKV.generation`."""
+
+    ticket: int
+    tier: str
+    nbytes: int
+    generation: int
+
+
+@dataclass
+class WorkerReport(KVConnectorWorkerMetadata):
+    """Receipts by request, chunks that a worker was asked for but did not hold, and how reads from below ended.
+
+    `landed` has one entry a rank, `failed` the ticket and one reason. `unsettled`: the chunks are to be compared with
+    the index once more.
+    """
+
+    receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    missing: set[ChunkKey] = field(default_factory=set)
+    landed: dict[ChunkKey, list[Landed]] = field(default_factory=dict)
+    failed: dict[ChunkKey, tuple[int, str]] = field(default_factory=dict)
+    unsettled: bool = False
+
+    def aggregate(self, other: "WorkerReport") -> "WorkerReport":
+        """All ranks do the same work on the same rows: one receipt stands for all."""
+        keys = {*self.landed, *other.landed}
+        landed = {k: self.landed.get(k, []) + other.landed.get(k, []) for k in keys}
+        missing = self.missing | other.missing
+        unsettled = self.unsettled or other.unsettled
+        return WorkerReport(other.receipts | self.receipts, missing, landed, other.failed | self.failed, unsettled)
+
+    def __bool__(self) -> bool:
+        return bool(self.receipts or self.missing or self.landed or self.failed or self.unsettled)

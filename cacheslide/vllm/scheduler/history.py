@@ -1,0 +1,67 @@
+"""Generated text becomes the next turn's history: its KV is kept under the keys that the next turn will look up.
+
+The last generated token has no KV yet, so a history ends before it; the receipt names the rows that were kept. KV
+encoded in the prompt is copied out of the finished request's blocks before the next step can give them away. Where
+rows of the request were corrected, the copy is one generation older than the oldest chunk it was built on, and beyond
+the server's limit all corrected chunks of the prompt are encoded anew, exactly. Other encodings always get an exact
+prefill of their own.
+"""
+
+from typing import Any
+
+from cacheslide.core.engine import make_plan
+from cacheslide.core.keys import PrefixKeying
+from cacheslide.core.prompt import Prompt
+from cacheslide.errors import PromptError
+from cacheslide.vllm.protocol import SavePlan
+from cacheslide.vllm.scheduler.request_state import Tracked
+from cacheslide.vllm.scheduler.retention import job_of
+
+
+def keep_history(keeper, request, tracked: Tracked, block_ids: list[int]) -> dict[str, Any] | None:
+    """Keep a finished request's rows from `tracked.history` on.
+
+    Parameters
+    ----------
+    keeper : ChunkKeeper
+    request : vLLM's Request
+    tracked : what the scheduler's half knows about it, with a plan
+    block_ids : list of int
+        The blocks of its computed rows.
+
+    Returns
+    -------
+    dict or None
+        For the receipt: `start` and `end` of the rows kept, their `generation`, and whether they were copied "blocks"
+        or will be prefilled ("encode"). None where nothing was generated or nothing can be kept.
+    """
+    ids, policy = list(request.all_token_ids), tracked.policy
+    start, end = tracked.history, len(ids) - 1
+    if end <= max(start, tracked.rows - 1) or request.num_computed_tokens < end or not policy.reuses:
+        return None
+    spans = [span for span in tracked.spans if span[1] <= start]
+    prompt = Prompt.from_spans(ids[:end], [*spans, (start, end)])
+    try:
+        plan = make_plan(policy, tracked.identity, prompt, keeper.options.chunk_size, keeper.geometry.max_positions)
+        keeper.geometry.slots_of(prompt)
+    except PromptError:  # a schema has no slot left for it, or a CoPE model no mass
+        return None
+    last = len(plan.prompt.segments) - 1
+    missing = {k: c for k, c in zip(plan.keys, plan.chunks, strict=True) if c.segment == last and k not in keeper.index}
+    keeper.index.touch(plan.keys)
+    kept = {"start": start, "end": end, "generation": 0}
+    copied = policy.encoding.kind == "in_prompt" and not policy.probe_layers and not tracked.schema
+    # A prefix's KV is exact also where it was reused: nothing but the prefix decides it.
+    corrected = not tracked.exact and not isinstance(policy.keying, PrefixKeying)
+    generation = tracked.generation + corrected
+    if copied and generation <= keeper.options.max_generation:
+        evict = keeper.reserve(missing, 0, generation)
+        if evict is None:
+            return None
+        if missing:
+            keeper.keeps.append(SavePlan(block_ids, tuple(missing.items()), evict, generation))
+        return kept | {"generation": generation, "from": "blocks"}
+    if tracked.encode == "off":
+        return None
+    keeper.enqueue(job_of(policy, plan, renew=True), tracked.encode)
+    return kept | {"from": "encode"}

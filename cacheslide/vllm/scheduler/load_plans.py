@@ -1,0 +1,35 @@
+"""What one request's load is, in a step that vLLM has scheduled."""
+
+from typing import Any
+
+from cacheslide.vllm.protocol import LoadPlan
+from cacheslide.vllm.scheduler.request_state import Tracked
+
+
+def load_plan(req_id: str, tracked: Tracked, end: int, suffix_len: int) -> LoadPlan:
+    """Complete the request's rows up to `end`; the last `suffix_len` of its prompt are always recomputed."""
+    plan, policy = tracked.plan, tracked.policy
+    return LoadPlan(
+        req_id,
+        policy.name,
+        list(plan.prompt.token_ids),
+        tracked.block_ids,
+        tracked.start,
+        end,
+        tracked.rows - suffix_len,
+        tracked.reuse,
+        len(plan.chunks),
+        policy.placement,
+        policy.correction,
+        plan.positions if tracked.schema else None,
+        tracked.slots,
+    )
+
+
+def computed_rows(output: Any, req_id: str) -> int:
+    """Rows of a scheduled request that were complete before this step, ours included."""
+    for new in output.scheduled_new_reqs:
+        if new.req_id == req_id:
+            return new.num_computed_tokens
+    cached = output.scheduled_cached_reqs
+    return cached.num_computed_tokens[cached.req_ids.index(req_id)]

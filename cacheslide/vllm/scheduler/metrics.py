@@ -1,0 +1,103 @@
+"""Counters of what reuse did, for vLLM's log line and its Prometheus endpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import REGISTRY
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+from cacheslide.vllm.guard import ENTRIES, SERVER, survives
+from cacheslide.vllm.scheduler.reasons import FAILURES, KINDS, TIERS, failure_of, kind_of
+
+COUNTERS = {
+    "requests": "Marked requests that finished",
+    "rows": "Prompt tokens of marked requests",
+    "rows_reused": "Prompt tokens whose cached KV was used",
+    "rows_recomputed": "Prompt tokens with cached KV that was recomputed",
+    "rows_prefix_cached": "Prompt tokens of marked requests found in vLLM's prefix cache",
+    "chunks": "Chunks of marked requests",
+    "chunks_hit": "Chunks found in the store",
+    "bytes_loaded": "Bytes of chunk KV read",
+}
+
+
+# Counters with one label more: its name, its values, and what is counted.
+LABELLED = {
+    "fallbacks": ("reason", KINDS, "Marked requests computed exactly, in part or whole, by reason"),
+    "store_chunks": ("tier", TIERS, "Chunks used, by the tier that had them when the request came"),
+    "store_bytes": ("tier", TIERS, "Bytes of those chunks, of one rank"),
+    "store_failures": ("reason", FAILURES, "Chunks computed again because a tier could not give them"),
+    "faults": ("entry", tuple(ENTRIES), "Faults of the connector that were survived, by where they happened"),
+}
+
+
+@dataclass
+class ReuseStats(KVConnectorStats):
+    """Counts since the last report: the keys of `COUNTERS`, and `<name of LABELLED>.<label>`."""
+
+    def record(self, receipt: Mapping[str, Any]) -> None:
+        """Count one finished request."""
+        found = {"requests": 1} | {name: receipt[name] for name in COUNTERS if name != "requests"}
+        if kind := kind_of(receipt["fallback"]):
+            found[f"fallbacks.{kind}"] = 1
+        for tier, counts in receipt.get("tiers", {}).items():
+            found[f"store_chunks.{tier}"], found[f"store_bytes.{tier}"] = counts["chunks"], counts["bytes"]
+        self.count(found)
+        for why in receipt.get("store_failures", {}).values():
+            self.count({f"store_failures.{failure_of(why)}": 1})
+
+    def count(self, counts: Mapping[str, int]) -> None:
+        """Add counts of the same names."""
+        for name, count in counts.items():
+            self.data[name] = self.data.get(name, 0) + count
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self.data = {}
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        """Add another period's counts."""
+        self.count(other.data)
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """What vLLM logs."""
+        return dict(self.data)
+
+    def is_empty(self) -> bool:
+        """Whether nothing was counted."""
+        return not self.data
+
+
+def _unregister() -> None:
+    """Drop the counters of an engine that this process had before, as vLLM does with its own."""
+    for collector in list(REGISTRY._collector_to_names):
+        if str(getattr(collector, "_name", "")).startswith("cacheslide:"):
+            REGISTRY.unregister(collector)
+
+
+class ReuseMetrics(KVConnectorPromMetrics):
+    """`cacheslide:*` counters per engine."""
+
+    def __init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        _unregister()
+        self.counters, self.faults = {}, SERVER
+        for name, what in COUNTERS.items():
+            counter = self._counter_cls(name=f"cacheslide:{name}", documentation=what, labelnames=labelnames)
+            for engine, labels in per_engine_labelvalues.items():
+                self.counters[engine, name] = counter.labels(*labels)
+        for name, (label, values, what) in LABELLED.items():
+            names = [*labelnames, label]
+            counter = self._counter_cls(name=f"cacheslide:{name}", documentation=what, labelnames=names)
+            for engine, labels in per_engine_labelvalues.items():
+                for value in values:
+                    self.counters[engine, f"{name}.{value}"] = counter.labels(*labels, value)
+
+    @survives("observe")
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Add one report's counts."""
+        for name, count in (*transfer_stats_data.items(), *SERVER.take().items()):
+            if (counter := self.counters.get((engine_idx, name))) is not None:
+                counter.inc(count)

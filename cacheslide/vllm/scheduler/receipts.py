@@ -1,0 +1,41 @@
+"""What a marked request's receipt says that no worker measures."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from cacheslide.core.engine import Receipt
+from cacheslide.vllm.geometry import Geometry
+from cacheslide.vllm.scheduler.reasons import MEMORY
+from cacheslide.vllm.scheduler.request_state import Tracked
+
+
+def forecast(tracked: Tracked) -> dict[str, Any]:
+    """The receipt of an exactly computed request, or of one whose worker has not reported yet."""
+    receipt = Receipt(tracked.system, tracked.rows, chunks=len(tracked.plan.chunks) if tracked.plan else 0)
+    receipt.fallback = tracked.reason
+    if not tracked.exact:
+        receipt.chunks_hit = len(tracked.reuse)
+    return receipt.as_dict() | {"rows_prefix_cached": tracked.start, "measured": tracked.exact}
+
+
+def bare(rows: int, why: str) -> dict[str, Any]:
+    """The receipt of a request about which nothing else is known any more."""
+    said = Receipt("", rows, fallback=why).as_dict()
+    return said | {"rows_prefix_cached": 0, "measured": False, "generation": 0, "tiers": {}}
+
+
+def tiers_of(
+    tracked: Tracked, receipt: Mapping[str, Any], geometry: Geometry, store_device: str
+) -> dict[str, dict[str, int]]:
+    """Chunks used and their bytes (of one rank), by the tier that had them when the request came."""
+    out: dict[str, dict[str, int]] = {}
+    if not receipt["chunks_hit"]:
+        return out
+    probes = len(tracked.policy.probe_layers)
+    for key, chunk in tracked.reuse:
+        in_memory = MEMORY[store_device], geometry.chunk_bytes(len(chunk), probes)
+        tier, nbytes = tracked.below.tiers.get(key, in_memory)
+        found = out.setdefault(tier, {"chunks": 0, "bytes": 0})
+        found["chunks"] += 1
+        found["bytes"] += nbytes
+    return out

@@ -1,0 +1,108 @@
+"""What is kept of prompts: the index of chunks, their copies out of the paged cache, and the prefills they wait for."""
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+
+from cacheslide.core.engine import Plan
+from cacheslide.core.keys import ChunkKey
+from cacheslide.core.prompt import Chunk
+from cacheslide.errors import StoreError
+from cacheslide.policies.base import ReusePolicy
+from cacheslide.vllm.geometry import Geometry
+from cacheslide.vllm.options import ServerOptions
+from cacheslide.vllm.protocol import EncodeJob, SavePlan, StepPlan
+from cacheslide.vllm.scheduler.chunk_index import ChunkIndex
+from cacheslide.vllm.scheduler.request_state import Tracked
+from cacheslide.vllm.scheduler.storage import ColdChunks
+
+logger = logging.getLogger("vllm.cacheslide")  # below vLLM's logger, so that its handler prints it
+
+
+def job_of(policy: ReusePolicy, plan: Plan, renew: bool = False) -> EncodeJob:
+    """The prefill that makes what is missing of a plan's chunks."""
+    return EncodeJob(
+        policy.encoding, policy.probe_layers, plan.prompt, plan.positions, plan.chunks, plan.keys, renew=renew
+    )
+
+
+class ChunkKeeper:
+    """The scheduler's index and the work that fills it."""
+
+    def __init__(self, options: ServerOptions, geometry: Geometry) -> None:
+        self.options, self.geometry = options, geometry
+        self.index = ChunkIndex(int(options.store_gib * 2**30))
+        self.jobs: deque[tuple[EncodeJob, bool]] = deque()  # and whether it may not wait
+        self.keeps: list[SavePlan] = []  # of requests that finished since the last step
+        self.cold: ColdChunks | None = None  # what lies below memory
+        self.unsettled = False  # the workers may hold others than the index says
+
+    @property
+    def pending(self) -> bool:
+        """Whether chunks wait to be encoded or copied."""
+        return bool(self.jobs or self.keeps)
+
+    def drop_work(self) -> None:
+        """After a fault: what waits is not done, lest an idle engine step for it for ever; the index is in doubt."""
+        self.jobs.clear()
+        self.keeps.clear()
+        self.unsettled = True
+
+    def keep(self, tracked: Tracked, step: StepPlan) -> None:
+        """The request's prompt is complete in this step: keep its chunks, or have them encoded."""
+        plan, policy = tracked.plan, tracked.policy
+        missing = {k: c for k, c in zip(plan.keys, plan.chunks, strict=True) if k not in self.index}
+        if not missing or tracked.encode == "off":
+            return
+        if policy.encoding.kind == "in_prompt" and tracked.exact and not policy.probe_layers and not tracked.schema:
+            evict = self.reserve(missing, len(policy.probe_layers))
+            if evict is not None:
+                step.saves.append(SavePlan(tracked.block_ids, tuple(missing.items()), evict))
+            return
+        self.enqueue(job_of(policy, plan), tracked.encode)
+
+    def enqueue(self, job: EncodeJob, when: str) -> None:
+        """Have a job done, unless it waits already."""
+        if all(job.keys != waiting.keys for waiting, _ in self.jobs):
+            self.jobs.append((job, when == "now"))
+
+    def reserve(
+        self, chunks: Mapping[ChunkKey, Chunk], probes: int, generation: int = 0
+    ) -> tuple[ChunkKey, ...] | None:
+        """Room in the index for `chunks` with the inputs of `probes` layers: the keys that leave, None if too large."""
+        sizes = {key: self.geometry.chunk_bytes(len(chunk), probes) for key, chunk in chunks.items()}
+        try:
+            evict = tuple(self.index.reserve(sizes, generation))
+        except StoreError as full:
+            logger.warning("CacheSlide keeps nothing of a prompt: %s", full)
+            return None
+        if self.cold is not None:
+            self.cold.evicted(evict)
+        return evict
+
+    def hand_out(self, step: StepPlan, waited: int, idle: bool) -> None:
+        """Hand out jobs; the first `waited` come from earlier steps, the others go only if they may not wait."""
+        budget, waiting = self.options.encode_tokens_per_step, deque()
+        for number, (job, urgent) in enumerate(self.jobs):
+            renewed = [key for key in job.keys if job.renew and self.index.generation(key)]
+            missing = [key not in self.index or key in renewed for key in job.keys]
+            tokens = job.tokens(missing)
+            if not tokens:
+                continue
+            fits = tokens <= budget or not step.encodes
+            if not urgent and not (fits and number < waited and (idle or not step.loads)):
+                waiting.append((job, urgent))
+                continue
+            evict = self.reserve(dict(zip(job.keys, job.chunks, strict=True)), len(job.capture))
+            if evict is not None:
+                budget -= tokens
+                self.index.set_exact(renewed)
+                step.encodes.append(replace(job, evict=(*evict, *renewed)))
+        self.jobs = waiting
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.index.clear()
+        self.jobs.clear()
+        self.keeps.clear()

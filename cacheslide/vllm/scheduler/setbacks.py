@@ -1,0 +1,86 @@
+"""What the scheduler's half does about a request that a fault has hit: vLLM computes it, and in the end it is gone."""
+
+from typing import TYPE_CHECKING, Any
+
+from cacheslide.vllm.guard import reason
+from cacheslide.vllm.options import FIELD
+from cacheslide.vllm.protocol import StepPlan
+from cacheslide.vllm.scheduler.receipts import bare
+from cacheslide.vllm.scheduler.request_state import Tracked
+
+if TYPE_CHECKING:
+    from cacheslide.vllm.scheduler.side import SchedulerSide
+
+
+def marked(request: Any) -> bool:
+    """Whether vLLM's `request` asked for reuse."""
+    return (getattr(request, "kv_transfer_params", None) or {}).get(FIELD) is not None
+
+
+def give_up(side: "SchedulerSide", request: Any, entry: str) -> None:
+    """From here on vLLM computes the request exactly; its receipt says that a fault at `entry` is why."""
+    req_id = request.request_id
+    tracked = side.tracked.get(req_id)
+    side.box.pop(req_id, None)
+    if tracked is None:
+        if marked(request):
+            side.tracked[req_id] = Tracked(request.num_prompt_tokens, "", reason=reason(entry), kept=True)
+        return
+    tracked.reason, tracked.receipt, tracked.reuse, tracked.loading = reason(entry), None, (), False
+    tracked.exact = not tracked.follows
+    if tracked.slots is not None:  # live gates: what it computes is not what the keys of its chunks say
+        tracked.slots, tracked.kept = None, True
+    if tracked.family is not None:
+        tracked.family.reason = tracked.reason
+    side.release(tracked)
+
+
+def check_claim(side: "SchedulerSide", request: Any, computed: int, rows: int | None) -> None:
+    """Raise unless `rows` behind the `computed` ones may be claimed, whatever the plan of the request says.
+
+    vLLM ends when a claim leaves no row of the prompt to it, and rows of another text are another's answer.
+    """
+    if not rows:
+        return
+    if rows < 0 or computed + rows >= request.num_prompt_tokens:
+        raise ValueError(f"{computed} and {rows} rows claimed of a prompt of {request.num_prompt_tokens}")
+    planned = side.tracked[request.request_id].plan.prompt.token_ids[: computed + rows]
+    if list(planned) != list(request.prompt_token_ids[: computed + rows]):
+        raise ValueError("the plan is that of another prompt")
+
+
+def finish_anyhow(side: "SchedulerSide", request: Any) -> dict[str, Any] | None:
+    """In place of `SchedulerSide.finish`: forget the request; a bare receipt for one with marks."""
+    tracked, _ = side.forget_request(request.request_id)
+    if tracked is not None:
+        side.release(tracked)
+    if tracked is None and not marked(request):
+        return None
+    return bare(request.num_prompt_tokens, reason("request_finished"))
+
+
+def unplanned(side: "SchedulerSide", output: Any, step: StepPlan) -> None:
+    """`step` broke off: requests whose rows need slots and are not in it have failed; all else can wait."""
+    side.rows_planned = 0
+    side.keeper.drop_work()
+    done, state = {rows.block_ids for rows in step.slots}, output.kv_connector_block_state
+    for req_id in [r for r in side.prefilling if r in output.num_scheduled_tokens]:
+        tracked = side.tracked.get(req_id)
+        if tracked is None or tracked.slots is None:
+            continue
+        if state is not None and req_id in state.block_ids:
+            tracked.block_ids = list(state.block_ids[req_id][0])
+        if tuple(tracked.block_ids) not in done:
+            cannot(side, req_id, step)
+
+
+def cannot(side: "SchedulerSide", req_id: str, step: StepPlan) -> None:
+    """A request could not be planned: nothing of it is loaded; rows that cross slots are not to be trusted."""
+    step.loads = [load for load in step.loads if load.req_id != req_id]
+    side.prefilling.pop(req_id, None)
+    tracked = side.tracked.get(req_id)
+    if tracked is None:
+        return
+    tracked.loading, tracked.kept = False, True
+    if tracked.slots is not None:
+        step.failed[req_id] = tracked.block_ids[tracked.slots.bounds[0][1] // side.block_size :]

@@ -1,0 +1,270 @@
+"""The scheduler's half: what each marked request reuses, what is kept of it, and what its receipt says."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cacheslide.vllm.claims import Claims
+from cacheslide.vllm.cope.slots import SlotRows
+from cacheslide.vllm.geometry import Geometry
+from cacheslide.vllm.guard import Faults
+from cacheslide.vllm.options import ServerOptions
+from cacheslide.vllm.protocol import StepPlan, WorkerReport
+from cacheslide.vllm.receipt_channel import close_box, open_box
+from cacheslide.vllm.scheduler import reasons
+from cacheslide.vllm.scheduler.history import keep_history
+from cacheslide.vllm.scheduler.load_plans import computed_rows, load_plan
+from cacheslide.vllm.scheduler.metrics import ReuseStats
+from cacheslide.vllm.scheduler.planner import Planner
+from cacheslide.vllm.scheduler.prefix_cache import key_apart, shares_unfilled_blocks
+from cacheslide.vllm.scheduler.receipts import forecast, tiers_of
+from cacheslide.vllm.scheduler.request_state import Tracked
+from cacheslide.vllm.scheduler.retention import ChunkKeeper
+from cacheslide.vllm.scheduler.setbacks import cannot, give_up
+from cacheslide.vllm.scheduler.storage import ColdChunks
+
+
+class SchedulerSide:
+    """Follows requests and plans steps. `vllm_config` and `geometry` describe the engine it serves."""
+
+    def __init__(self, vllm_config, options: ServerOptions, geometry: Geometry) -> None:
+        self.options, self.planner = options, Planner(options, geometry)
+        self.block_size = vllm_config.cache_config.block_size
+        self.engine_id = vllm_config.kv_transfer_config.engine_id
+        self.box = open_box(self.engine_id)
+        self.keeper = ChunkKeeper(options, geometry)
+        self.index, self.cold = self.keeper.index, None
+        if (tiers := options.tiers) is not None:
+            ranks = vllm_config.parallel_config.tensor_parallel_size
+            self.cold = self.keeper.cold = ColdChunks(tiers, options.namespace, ranks, self.index, geometry)
+        self.tracked: dict[str, Tracked] = {}
+        self.running: dict[str, Any] = {}  # vLLM's requests that have blocks, marked or not
+        self.prefilling: dict[str, None] = {}  # tracked requests whose prompt is not complete yet, in order of arrival
+        self.stats, self.faults = ReuseStats(), Faults()
+        self.claims = Claims(self.block_size)
+        self.rows_planned = 0  # claimed in the step being scheduled
+        self.forget = False
+        self.off = ""  # why nothing is reused
+
+    # --- a request's way -------------------------------------------------------------------------------------------
+
+    def arrive(self, request) -> None:
+        """Track a request that may reuse something; its chunks are looked for below memory at once."""
+        tracked = self.planner.plan(request)
+        if tracked is None:
+            return
+        if self.off:
+            give_up(self, request, self.off)
+            return
+        self.tracked[request.request_id] = tracked
+        self.prefilling[request.request_id] = None
+        if self.cold is not None and not tracked.reason:
+            try:
+                self.cold.look(tracked, tracked.plan.keys)
+            except Exception as error:
+                self.faults.note("look_up", error)
+        if tracked.slots is not None:  # the rows behind the first slot are not those of a request without marks
+            secret = tracked.family.secret if tracked.family is not None else None
+            key_apart(request, tracked.slots.bounds[0][1] // self.block_size, secret)
+
+    def claim(self, request, computed: int) -> int | None:
+        """Rows the worker will complete by reuse beyond the `computed` ones; None to be asked again in a later step."""
+        tracked = self.tracked.get(request.request_id)
+        if tracked is None or tracked.reason not in reasons.RETRY:
+            return 0
+        if self.off:
+            give_up(self, request, self.off)
+            return 0
+        rows = self._claim(request, tracked, computed)
+        if rows is not None:
+            self.release(tracked)
+        return rows
+
+    def _claim(self, request, tracked: Tracked, computed: int) -> int | None:
+        limit = tracked.rows - max(1, self.options.suffix_len)
+        wanted = [
+            (key, chunk)
+            for key, chunk in zip(tracked.plan.keys, tracked.plan.chunks, strict=True)
+            if max(chunk.start, computed) < min(chunk.end, limit)
+        ]
+        if self._waits(tracked, wanted):
+            return None
+        reuse = tuple((key, chunk) for key, chunk in wanted if key in self.index)
+        tracked.start, tracked.reuse = computed, reuse
+        # Behind the last reused row the text is exact work over completed KV: vLLM does it best itself, together with
+        # the last row, for which it reads all weights anyway.
+        want = min(limit, max((chunk.end for _, chunk in reuse), default=tracked.rows)) - computed
+        if want <= 0 or not reuse:
+            stored = any(key in self.index for key in tracked.plan.keys)
+            tracked.reason = reasons.NOT_STORED_BEYOND if stored else reasons.NOT_STORED
+            if want <= 0:
+                tracked.reason = reasons.COVERED
+            if tracked.follows and tracked.rows - computed < self.block_size:
+                tracked.reason = ""  # the rest is exact work over the family's rows
+            elif tracked.family is not None:
+                tracked.family.reason = tracked.reason
+            return 0
+        if tracked.follows and want < self.block_size:  # a block that the first member left open
+            tracked.reuse = ()
+            return 0
+        if self.rows_planned and self.rows_planned + want > self.options.rows_per_step:
+            return None
+        if shares_unfilled_blocks(request, computed // self.block_size, self.running.values(), self.block_size):
+            return None
+        tracked.reason = ""
+        tracked.generation = max(self.index.generation(key) for key, _ in reuse)
+        self.rows_planned += want
+        self.index.touch(tracked.plan.keys)
+        first, secret = computed // self.block_size, None
+        if tracked.family is not None:
+            tracked.family.corrected_from(first)
+            secret = tracked.family.secret
+        key_apart(request, first, secret)
+        return want
+
+    def _waits(self, tracked: Tracked, wanted) -> bool:
+        """Whether chunks below memory are worth waiting for; a fault among them means those in memory only."""
+        if self.cold is None or tracked.below.faulty:
+            return False
+        try:
+            return self.cold.waits(tracked, wanted)
+        except Exception as error:
+            tracked.below.faulty = True
+            self.faults.note("look_up", error)
+            return False
+
+    def release(self, tracked: Tracked) -> None:
+        """Whatever the request waited for is loaded in this step, or not needed."""
+        if self.cold is not None:
+            self.cold.release(tracked)
+
+    def allocated(self, request, external: int) -> None:
+        """vLLM gave the request its blocks; `external` of its rows are ours to complete."""
+        self.running[request.request_id] = request
+        tracked = self.tracked.get(request.request_id)
+        if tracked is not None:
+            tracked.loading = external > 0
+            self.prefilling[request.request_id] = None  # again, when it comes back from a preemption
+
+    def finish(self, request, block_ids: Sequence[int] = ()) -> dict[str, Any] | None:
+        """Forget the request, whose rows lie in `block_ids`; returns its receipt, None for one without marks."""
+        tracked, measured = self.forget_request(request.request_id)
+        if tracked is None:
+            return None
+        self.release(tracked)
+        receipt = measured or tracked.receipt or forecast(tracked)
+        receipt |= {"generation": 0 if tracked.exact else tracked.generation}
+        receipt |= {"tiers": tiers_of(tracked, receipt, self.planner.geometry, self.options.store_device)}
+        receipt |= {"store_failures": tracked.below.failures} if tracked.below.failures else {}
+        receipt |= {"note": tracked.note} if tracked.note else {}
+        if tracked.history is not None and tracked.plan is not None:
+            kept = self._survive("keep", keep_history, self.keeper, request, tracked, list(block_ids))
+            receipt |= {"history": kept}
+        # A family is one request while its blocks last.
+        if not tracked.follows or tracked.reuse or tracked.reason not in ("", reasons.AS_FAMILY):
+            self.stats.record(receipt)
+        return receipt
+
+    def forget_request(self, req_id: str) -> tuple[Tracked | None, dict[str, Any] | None]:
+        """Drop all that is known of a request: what was tracked of it, and the receipt a worker has left."""
+        self.running.pop(req_id, None)
+        self.prefilling.pop(req_id, None)
+        self.claims.forget(req_id)
+        return self.tracked.pop(req_id, None), self.box.pop(req_id, None)
+
+    # --- a step's plan ---------------------------------------------------------------------------------------------
+
+    def step(self, output, step: StepPlan | None = None) -> StepPlan:
+        """What the workers do in the step that `output` describes; planned into `step`, if one is given."""
+        step = StepPlan() if step is None else step
+        step.forget, self.forget, self.rows_planned = self.forget, False, 0
+        step.keeps, self.keeper.keeps = self.keeper.keeps, []
+        step.idle = not output.num_scheduled_tokens
+        waited = len(self.keeper.jobs)
+        for req_id in [r for r in self.prefilling if r in output.num_scheduled_tokens]:
+            try:
+                self._plan(req_id, output, step)
+            except Exception as error:
+                self.faults.note("build_connector_meta", error)
+                cannot(self, req_id, step)
+        try:
+            self.keeper.hand_out(step, waited, step.idle)
+        except Exception as error:
+            self.faults.note("keep", error)
+            self.keeper.drop_work()
+        if self.cold is not None:
+            step.fetches, step.drops = self.cold.take()
+        return step
+
+    def _survive(self, entry: str, does: Callable[..., Any], *args: Any) -> Any:
+        """What `does` returns; after a fault None, and the index is compared with what the workers hold."""
+        try:
+            return does(*args)
+        except Exception as error:
+            self.keeper.unsettled = True
+            self.faults.note(entry, error)
+            return None
+
+    def settle(self, output, step: StepPlan) -> None:
+        """The plan is made: what was claimed for it and is not in it has failed; the index, where it is in doubt."""
+        self.claims.settle(step, output)
+        if self.keeper.unsettled:
+            step.index = {key: key in self.index for key in self.index.keys()}  # noqa: SIM118
+            self.keeper.unsettled = False
+
+    def _plan(self, req_id: str, output, step: StepPlan) -> None:
+        """One request's part of a step that computes rows of its prompt."""
+        tracked, state = self.tracked[req_id], output.kv_connector_block_state
+        if state is not None and req_id in state.block_ids:
+            tracked.block_ids = list(state.block_ids[req_id][0])
+        computed = computed_rows(output, req_id)
+        if tracked.loading:
+            tracked.loading, tracked.exact, tracked.receipt = False, False, None
+            step.loads.append(load_plan(req_id, tracked, computed, self.options.suffix_len))
+        end = computed + output.num_scheduled_tokens[req_id]
+        if tracked.slots is not None:
+            step.slots.append(SlotRows(tuple(tracked.block_ids), computed, end, tracked.slots))
+        if end >= tracked.rows:
+            del self.prefilling[req_id]
+            if not tracked.kept:
+                tracked.kept = True
+                self._survive("keep", self.keeper.keep, tracked, step)
+
+    # --- what comes back -------------------------------------------------------------------------------------------
+
+    def heard(self, report: WorkerReport) -> None:
+        """Receipts of this step's loads, and chunks to strike off the index."""
+        for req_id, receipt in report.receipts.items():
+            if req_id in self.tracked:
+                self.tracked[req_id].receipt = receipt
+            self.box.pop(req_id, None)
+        self.keeper.unsettled |= report.unsettled
+        for key in report.missing:
+            self.index.discard(key)
+            self.keeper.unsettled = True  # other ranks may hold it
+        if self.cold is not None:
+            self._survive("look_up", self.cold.heard, report)
+
+    def take_stats(self) -> ReuseStats:
+        """Counts since the last call."""
+        stats, self.stats = self.stats, ReuseStats()
+        stats.count(self.faults.take())
+        return stats
+
+    def reset(self) -> None:
+        """Forget every chunk, here and in the workers (the weights have changed).
+
+        What lies below memory belongs to the weights that were loaded at first: keys of another name from here on.
+        """
+        self.forget, self.off = True, "reset_cache"
+        self.keeper.clear()
+        if self.cold is not None:
+            self.cold.forget()
+            self.planner.rename_model()
+        self.planner.clear()
+        self.off = ""
+
+    def close(self) -> None:
+        """The engine stops."""
+        close_box(self.engine_id)
+        if self.cold is not None:
+            self.cold.close()

@@ -1,0 +1,195 @@
+"""The scheduler's view of what lies below the workers' memory: looked up, read while its request waits, and leased.
+
+A request whose chunks lie in files or on a server is put off, step by step, while the workers' threads read them; other
+requests go on. Chunks land in the index only when every rank has its share, so that all ranks do the same work. What
+cannot be read is computed, and the receipt says why.
+"""
+
+import itertools
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+from cacheslide.core.keys import ChunkKey
+from cacheslide.core.prompt import Chunk
+from cacheslide.errors import StoreError
+from cacheslide.store.config import StoreConfig, open_backing
+from cacheslide.store.filetier import chunk_name, namespace_id
+from cacheslide.vllm.geometry import Geometry
+from cacheslide.vllm.protocol import FetchPlan, Landed, WorkerReport
+from cacheslide.vllm.scheduler.chunk_index import ChunkIndex
+from cacheslide.vllm.scheduler.request_state import Tracked
+
+logger = logging.getLogger("vllm.cacheslide")
+
+_PATIENCE_S = 0.002  # a claim waits so long for a look-up that a thread has under way
+_EVICTED = 100_000  # keys remembered that left memory: the workers' lower tiers may have them though no file does yet
+
+
+@dataclass
+class _Coming:
+    """A chunk that the workers read: what has landed, a rank each, and the requests that wait for it."""
+
+    ticket: int
+    waiters: list[Tracked]
+    since: float  # monotonic seconds
+    landed: list[Landed] = field(default_factory=list)
+
+
+class ColdChunks:
+    """Look-ups and reads below memory, for one scheduler.
+
+    Parameters
+    ----------
+    config : StoreConfig
+    namespace : str
+        The server's.
+    ranks : int
+        Workers, each with the KV heads of its own.
+    index : ChunkIndex
+    geometry : Geometry
+    """
+
+    def __init__(self, config: StoreConfig, namespace: str, ranks: int, index: ChunkIndex, geometry: Geometry) -> None:
+        self.index, self.geometry, self.ranks, self.limit_s = index, geometry, ranks, config.stall_limit_s
+        self.backing = open_backing(config)
+        self.namespace = namespace_id(namespace, 0, ranks)  # what one rank has, all have, as a rule
+        self.coming: dict[ChunkKey, _Coming] = {}
+        self.fetches: list[FetchPlan] = []
+        self.drops: list[ChunkKey] = []
+        self._evicted: OrderedDict[ChunkKey, None] = OrderedDict()
+        self._tickets = itertools.count()
+        self._pool = ThreadPoolExecutor(2, "cacheslide-look")
+
+    # --- a request's way -------------------------------------------------------------------------------------------
+
+    def look(self, tracked: Tracked, keys: Iterable[ChunkKey]) -> None:
+        """Start to look up those of `keys` that memory does not have."""
+        unknown = [k for k in keys if k not in self.index and k not in tracked.below.places]
+        if unknown:
+            tracked.below.lookup, tracked.below.since = self._pool.submit(self._where, unknown), time.monotonic()
+
+    def _where(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, str]:
+        places = {k: self.backing.where(chunk_name(self.namespace, k)) for k in keys}
+        return {k: place or ("memory" if k in self._evicted else "") for k, place in places.items()}
+
+    def waits(self, tracked: Tracked, wanted: Sequence[tuple[ChunkKey, Chunk]]) -> bool:
+        """Whether a request had better wait: its chunks are being looked up, or read. Starts what is needed."""
+        if tracked.below.lookup is None:
+            self.look(tracked, [key for key, _ in wanted])
+        if tracked.below.lookup is not None:
+            try:
+                tracked.below.places |= tracked.below.lookup.result(timeout=_PATIENCE_S)
+            except TimeoutError:
+                if time.monotonic() - tracked.below.since < self.limit_s:
+                    return True
+                tracked.below.places |= dict.fromkeys((key for key, _ in wanted), "")  # a tier that hangs has nothing
+            tracked.below.lookup = None
+        for key, chunk in wanted:
+            if key in self.index or key in tracked.below.tried:
+                continue
+            if key in self.coming:
+                self.coming[key].waiters.append(tracked)
+            elif not tracked.below.places.get(key) or not self._start(tracked, key, chunk):
+                continue
+            tracked.below.tried.add(key)
+        waiting = [key for key, _ in wanted if key in self.coming]
+        for key in waiting:
+            if time.monotonic() - self.coming[key].since >= self.limit_s:
+                self._fail(key, f"read error: no answer in {self.limit_s:g} s", everywhere=True)
+        waiting = any(key in self.coming for key in waiting)
+        if waiting:
+            self._lease(tracked, [key for key, _ in wanted])
+        return waiting
+
+    def _start(self, tracked: Tracked, key: ChunkKey, chunk: Chunk) -> bool:
+        size = self.geometry.chunk_bytes(len(chunk), len(tracked.policy.probe_layers))
+        try:
+            evict = self.index.reserve({key: size}, pending=True)
+        except StoreError:
+            tracked.below.failures[key] = "no room: memory is full of chunks that requests wait with"
+            return False
+        self.evicted(evict)
+        self.coming[key] = _Coming(next(self._tickets), [tracked], time.monotonic())
+        self.fetches.append(FetchPlan(key, tuple(evict), self.coming[key].ticket, len(chunk)))
+        self._lease(tracked, [key])  # before the next one makes room for itself
+        return True
+
+    def _lease(self, tracked: Tracked, keys: Iterable[ChunkKey]) -> None:
+        new = set(keys) - tracked.below.leased
+        tracked.below.leased |= new
+        self.index.lease(new)
+
+    def release(self, tracked: Tracked) -> None:
+        """The request loads its chunks in this step, or needs them no more."""
+        self.index.release(tracked.below.leased)
+        tracked.below.leased = set()
+        tracked.below.tried.clear()  # after a preemption it asks anew
+
+    def evicted(self, keys: Iterable[ChunkKey]) -> None:
+        """These have left the workers' memory."""
+        for key in keys:
+            self._evicted[key] = None
+        while len(self._evicted) > _EVICTED:
+            self._evicted.popitem(last=False)
+
+    # --- steps -----------------------------------------------------------------------------------------------------
+
+    def take(self) -> tuple[list[FetchPlan], list[ChunkKey]]:
+        """Reads to start and chunks to drop in this step, whose other plans are made."""
+        late = time.monotonic() - 2 * self.limit_s  # nobody asks for it any more, and its report was lost
+        for key in [k for k, coming in self.coming.items() if coming.since < late]:
+            self._fail(key, "read error: no answer", everywhere=True)
+        # What a read evicted may have been stored anew by this very step, and it is dropped at the step's end.
+        fetches = [replace(f, evict=tuple(k for k in f.evict if not self.index.has_room(k))) for f in self.fetches]
+        drops = [k for k in self.drops if not self.index.has_room(k)]
+        self.fetches, self.drops = [], []
+        return fetches, drops
+
+    def heard(self, report: WorkerReport) -> None:
+        """How reads have ended."""
+        for key, parts in report.landed.items():
+            coming = self.coming.get(key)
+            if coming is None:
+                continue
+            coming.landed += [p for p in parts if p.ticket == coming.ticket]
+            if len(coming.landed) == self.ranks:
+                del self.coming[key]
+                self.index.landed(key, max(p.generation for p in coming.landed))
+                lowest = max(coming.landed, key=lambda p: ("host", "file", "remote").index(p.tier))
+                for waiter in coming.waiters:
+                    waiter.below.tiers[key] = lowest.tier, coming.landed[0].nbytes
+        for key, (ticket, why) in report.failed.items():
+            coming = self.coming.get(key)
+            if coming is None or coming.ticket != ticket:
+                continue
+            self._fail(key, why, everywhere=self.ranks > 1)
+
+    def _fail(self, key: ChunkKey, why: str, everywhere: bool) -> None:
+        """A chunk cannot be had; `everywhere`: ranks that have it, or read it still, let go of it."""
+        coming = self.coming.pop(key)
+        self._evicted.pop(key, None)
+        if self.index.failed(key) and everywhere:
+            self.drops.append(key)
+        for waiter in coming.waiters:
+            waiter.below.places[key] = ""
+            if why != "absent":
+                # Receipts go to clients: no path of a file, no address of a server.
+                waiter.below.failures[key] = why if why.startswith("damaged") else why.split(":")[0]
+                logger.warning("CacheSlide computes chunk %s again: %s", key, why)
+
+    def forget(self) -> None:
+        """The weights have changed: nothing that is read now is wanted."""
+        for coming in self.coming.values():
+            for waiter in coming.waiters:
+                waiter.below.places.clear()
+        self.coming.clear()
+        self.fetches.clear()
+        self._evicted.clear()
+
+    def close(self) -> None:
+        """The engine stops."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

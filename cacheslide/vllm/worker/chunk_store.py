@@ -1,0 +1,102 @@
+"""A worker's chunks: an in-memory store that keeps and drops what the scheduler's index says."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cacheslide.core.keys import ChunkKey
+from cacheslide.store.base import ChunkKV
+from cacheslide.store.memory import MemoryChunkStore
+from cacheslide.store.pages import side_by_side
+from cacheslide.vllm.worker.host_copies import HostCopies
+from cacheslide.vllm.worker.storage import Below
+
+
+class WorkerStore(MemoryChunkStore):
+    """Chunks on `device`; the index bounds it, not itself.
+
+    With `copies` the device is the host beside a GPU. A chunk is then here as soon as its copy has been issued, and
+    whoever reads it waits for the copy: the host in `get`, streams in `lend`. New chunks are written through to the
+    tiers `below`, if there are any.
+    """
+
+    def __init__(self, device: torch.device, copies: HostCopies | None = None, below: Below | None = None) -> None:
+        super().__init__()
+        self.device, self.copies, self.below = device, copies, below
+        self._arriving: dict[ChunkKey, torch.cuda.Event] = {}
+
+    def put(self, key: ChunkKey, chunk: ChunkKV) -> None:
+        """See `ChunkStore.put`. The chunk's tensors must not be written to afterwards."""
+        if self.contains(key):
+            super().put(key, chunk)
+            return
+        tensors = [chunk.k, chunk.v, *chunk.layer_inputs.values()]
+        if self.copies is None:
+            k, v, *inputs = (t.to(self.device) for t in tensors)
+        else:
+            (k, v, *inputs), self._arriving[key] = self.copies.send(tensors)
+        self._hold(key, chunk, k, v, inputs)
+        if self.below is not None:
+            self.below.write(key, self._chunks[key], self._arriving.get(key))
+
+    def land(self, key: ChunkKey, chunk: ChunkKV) -> None:
+        """`put` of a chunk that came from below, in the kind of host memory that `Below` was asked for."""
+        if not self.contains(key):
+            both = side_by_side(chunk.k, chunk.v)
+            pair = (chunk.k, chunk.v) if both is None else (both,)
+            # From pinned memory to a GPU this does not wait for what is queued there.
+            held = [t.to(self.device, non_blocking=True) for t in (*pair, *chunk.layer_inputs.values())]
+            k, v = held[:2] if both is None else held[0].unbind(2)
+            self._hold(key, chunk, k, v, held[len(pair) :])
+
+    def _hold(self, key: ChunkKey, chunk: ChunkKV, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> None:
+        positions = chunk.positions.cpu()  # read by the host alone
+        layer_inputs = dict(zip(chunk.layer_inputs, inputs, strict=True))
+        super().put(key, replace(chunk, k=k, v=v, positions=positions, layer_inputs=layer_inputs))
+
+    def get(self, key: ChunkKey) -> ChunkKV | None:
+        """See `ChunkStore.get`; the host may read it."""
+        return self.lend(key, ())
+
+    def lend(self, key: ChunkKey, streams: "Sequence[torch.cuda.Stream]") -> ChunkKV | None:
+        """The chunk for work that `streams` are given from now on; without any, for the host."""
+        if (done := self._arriving.get(key)) is not None:
+            if done.query():
+                del self._arriving[key]
+            elif streams:
+                for stream in streams:
+                    stream.wait_event(done)
+            else:
+                done.synchronize()
+        return super().get(key)
+
+    def settle(self) -> None:
+        """Give back what copies that are done needed on the device."""
+        if self.copies is not None:
+            self.copies.settle()
+
+    def drop(self, keys) -> None:
+        """Forget `keys`; those that are not here are none of its business."""
+        for key in keys:
+            self._arriving.pop(key, None)  # pinned memory is given away only once the copies into it are done
+            if (chunk := self._chunks.pop(key, None)) is not None:
+                self._bytes -= chunk.nbytes
+                self.stats.evictions += 1
+
+    def hand_over(self, to: "WorkerStore") -> None:
+        """Give every chunk to another store and forget it."""
+        for key in list(self._chunks):
+            to.put(key, self.get(key))
+            self.drop([key])
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.drop(list(self._chunks))
+
+    def close(self) -> None:
+        """Forget everything, once no copy is on its way any more."""
+        if self.copies is not None:
+            self.copies.finish()
+        self.clear()

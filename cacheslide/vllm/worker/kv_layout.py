@@ -1,0 +1,151 @@
+"""Rows in and out of vLLM's paged KV cache, whatever its layout.
+
+A layer's cache is a view [blocks, kv_heads, block_size, 2 * head_dim]; a slot is block * block_size + offset. GPU
+backends keep key and value of a slot beside each other, at any strides. The CPU backend packs every (block, head)
+region in an order of its own, which depends on the processor: it is learnt by writing marked rows into a scratch block.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cacheslide.core.placement import send, tensor_of
+from cacheslide.positions.ccpe import PromptSlots
+
+_DIGIT = 7  # bits of an index written at once: up to 127 is exact in every dtype a cache may have
+
+
+class PagedLayer:
+    """One layer's paged cache.
+
+    Parameters
+    ----------
+    attention : vllm Attention
+        Holds the cache, and an implementation that knows how to write into it.
+    """
+
+    def __init__(self, attention) -> None:
+        self.attention = attention
+        self.packed = attention.attn_backend.get_name() == "CPU_ATTN"
+
+    @property
+    def cache(self) -> Tensor:
+        """The view itself; asked for anew each time, since vLLM may allocate it again."""
+        return self.attention.kv_cache
+
+    @property
+    def block_size(self) -> int:
+        """Slots of a block, as the attention kernel sees it."""
+        return self.cache.shape[2]
+
+    def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k, v [n, kv_heads, head_dim] at `slots` [n]."""
+        self._update(self.cache, slots, k, v)
+
+    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [n, kv_heads, head_dim] at `slots` [n]."""
+        size = self.block_size
+        if not self.packed:
+            return self.cache[slots // size, :, slots % size].chunk(2, dim=-1)
+        blocks, where = torch.unique(slots // size, return_inverse=True)
+        flat = self.cache[blocks].flatten(2)  # [blocks, kv_heads, block_size * 2 * head_dim]
+        both = (flat[:, :, order].unflatten(2, (size, -1)) for order in self._orders)
+        k, v = (x[where, :, slots % size] for x in both)
+        return k, v
+
+    def _update(self, cache: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        if len(slots):  # an empty launch is an error on CUDA
+            k, v = k.to(cache.dtype), v.to(cache.dtype)
+            if self.packed:  # the open layout's kernel takes rows at any stride
+                k, v = k.contiguous(), v.contiguous()
+            self.attention.impl.do_kv_cache_update(self.attention, k, v, cache, slots)
+
+    @cached_property
+    def _orders(self) -> tuple[Tensor, Tensor]:
+        """Where element (slot, d) of keys, and of values, lies in a packed region: int64 [block_size * head_dim]."""
+        _, heads, size, width = self.cache.shape
+        dim = width // 2
+        index = torch.arange(size * dim).view(size, 1, dim).expand(size, heads, dim) + 1  # 0 means: not written
+        orders = []
+        for which in range(2):
+            found = torch.zeros(size * width, dtype=torch.int64)
+            for shift in range(0, (size * dim).bit_length(), _DIGIT):
+                digit = ((index >> shift) & ((1 << _DIGIT) - 1)).to(self.cache.dtype)
+                pair = [torch.zeros_like(digit), torch.zeros_like(digit)]
+                pair[which] = digit
+                scratch = torch.zeros_like(self.cache[:1], memory_format=torch.contiguous_format)
+                self._update(scratch, torch.arange(size), *pair)
+                regions = scratch.view(heads, -1).long()
+                if not torch.equal(regions, regions[:1].expand_as(regions)):
+                    raise RuntimeError("the CPU attention backend packs its heads in different orders")
+                found += regions[0] << shift
+            place = found.nonzero()[:, 0]
+            order = torch.empty(size * dim, dtype=torch.int64)
+            order[found[place] - 1] = place
+            if len(place) != size * dim or not torch.equal(found[order], torch.arange(size * dim) + 1):
+                raise RuntimeError("the CPU attention backend's cache layout could not be learnt")
+            orders.append(order)
+        return tuple(orders)
+
+
+class PagedKV:
+    """The KV of one request in vLLM's blocks: a `KVBuffer`.
+
+    Parameters
+    ----------
+    layers : sequence of PagedLayer
+    block_ids : sequence of int
+        The request's blocks as the scheduler counts them, each `manager_block` tokens.
+    """
+
+    def __init__(self, layers: Sequence[PagedLayer], block_ids: Sequence[int], manager_block: int) -> None:
+        self.layers = layers
+        size, device = layers[0].block_size, layers[0].cache.device
+        pieces = manager_block // size  # a kernel may see a scheduler's block as several
+        ids = tensor_of(block_ids)
+        self.blocks = send((ids[:, None] * pieces + torch.arange(pieces)).flatten(), device)
+        self.table = self.blocks.to(torch.int32)
+        self.slots = (self.blocks[:, None] * size + torch.arange(size, device=device)).flatten()
+        self.updated: PromptSlots | None = None  # where a calibrated CoPE model's prompt has its updated slots
+        self._asked: tuple[Tensor, Tensor] | None = None
+
+    def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        """See `KVBuffer.write`."""
+        self.layers[layer].write(self._slots_of(rows), k, v)
+
+    def read(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """See `KVBuffer.read`."""
+        return self.layers[layer].read(self._slots_of(rows))
+
+    def _slots_of(self, rows: Tensor) -> Tensor:
+        if self._asked is None or self._asked[0] is not rows:  # every layer asks for the same rows: look once
+            self._asked = rows, self.slots[rows]
+        return self._asked[1]
+
+
+class OpenLayer:
+    """A layer's cache in the open layout, owned by nobody else: scratch for prefills outside vLLM's cache."""
+
+    def __init__(self, cache: Tensor) -> None:
+        self.cache, self.block_size, self.packed = cache, cache.shape[2], False
+
+    def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """See `PagedLayer.write`."""
+        at = self.cache.transpose(1, 2).flatten(0, 1)
+        at.index_copy_(0, slots, torch.cat((k, v), dim=-1).to(at.dtype))
+
+    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """See `PagedLayer.read`."""
+        return self.cache.transpose(1, 2).flatten(0, 1)[slots].chunk(2, dim=-1)
+
+
+def scratch_kv(
+    layers: int, rows: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device, block: int
+) -> PagedKV:
+    """KV of `rows` rows [layers of (blocks, heads, block, 2 * dim)] outside vLLM's cache; unwritten rows hold NaN."""
+    blocks = -(-rows // block)
+    shape = (layers, blocks, block, heads, 2 * dim)
+    memory = torch.full(shape, float("nan"), dtype=dtype, device=device).transpose(2, 3)
+    return PagedKV([OpenLayer(x) for x in memory], range(blocks), block)

@@ -1,0 +1,104 @@
+"""Cached rows on their way into the paged cache of a GPU: placed by the fused kernel, without tensors in between."""
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from cacheslide.core.placement import Piece, PlacedChunks, Placement
+from cacheslide.kernels import api as kernels
+from cacheslide.models.adapter import KVBuffer
+from cacheslide.positions.rope import Rotary
+from cacheslide.vllm.worker.kv_layout import PagedKV, PagedLayer
+from cacheslide.vllm.worker.prefetch import LayerFetch, Parts
+
+
+class Caches:
+    """The layers' paged caches as one launch addresses them; made anew only when vLLM has moved them."""
+
+    def __init__(self, layers: Sequence[PagedLayer]) -> None:
+        self.layers, self._at = layers, -1
+
+    def get(self) -> tuple[list[Tensor], Tensor | None]:
+        """The caches and their addresses (None on a CPU)."""
+        caches = [layer.cache for layer in self.layers]
+        if caches[0].data_ptr() != self._at:
+            self._at = caches[0].data_ptr()
+            self._pointers = kernels.cache_pointers(caches) if caches[0].is_cuda else None
+        return caches, self._pointers
+
+
+class PagedChunks(PlacedChunks):
+    """A `KVSource` whose rows go straight into a paged cache of open layout.
+
+    Parameters
+    ----------
+    caches : Caches
+    fetch : LayerFetch, optional
+        Brings chunks from host memory, layer by layer. Without it they lie on the cache's device.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        target: Tensor,
+        placement: Placement,
+        rotary: Rotary,
+        dtype: torch.dtype,
+        shift: int,
+        device: torch.device,
+        caches: Caches,
+        fetch: LayerFetch | None = None,
+    ) -> None:
+        super().__init__(pieces, target, placement, rotary, dtype, shift, device)
+        self.turns = None if self.deltas is None else self.deltas.to(torch.int32)
+        self.caches, self.pointers = caches.get()
+        self.fetch = fetch
+        ends = list(accumulate((p.length for p in pieces), initial=0))
+        self.spans, self.rows = [slice(a, b) for a, b in pairwise(ends)], ends[-1]
+        self._index: Tensor | None = None  # the rows that were placed last,
+        self._slots: Tensor | None = None  # where they went,
+        self._placed = 0  # and the first layer in which they have not been placed
+
+    def place(self, layer: int, index: Tensor, kv: KVBuffer, rows: Tensor) -> None:
+        """See `KVSource.place`. Whatever is on the device is placed at once, in all layers from `layer` on."""
+        if not isinstance(kv, PagedKV):
+            super().place(layer, index, kv, rows)
+            return
+        if index is not self._index:
+            self._index, self._placed = index, layer
+            self._slots = torch.full((self.rows,), -1, dtype=torch.int64, device=self.device)
+            self._slots[index] = kv.slots[rows]
+        if layer >= self._placed:
+            self._placed, parts = self._parts(layer)
+            for (k, v), span in zip(parts, self.spans, strict=True):
+                self._launch(k, v, span, layer)
+
+    def _parts(self, layer: int) -> tuple[int, Parts]:
+        """Keys and values [layers, rows, ...] of every piece in layers [layer, end) at once, and that end."""
+        if self.fetch is not None:
+            return self.fetch.group(layer)
+        held = [(p.chunk.k[layer:, p.rows], p.chunk.v[layer:, p.rows]) for p in self.pieces]
+        return len(self.caches), held
+
+    def _launch(self, k: Tensor, v: Tensor, span: slice, layer: int) -> None:
+        layers = slice(layer, layer + len(k))
+        turns = None if self.turns is None else self.turns[span]
+        pointers = None if self.pointers is None else self.pointers[layers]
+        kernels.place_layers(k, v, self._slots[span], turns, self.caches[layers], self.rotary, pointers)
+
+    def deviation(self, layer: int, index: Tensor, k: Tensor, v: Tensor, metric: str) -> Tensor:
+        """See `KVSource.deviation`."""
+        if len(index) != self.rows:
+            return super().deviation(layer, index, k, v, metric)
+        found = [self._deviation(layer, fresh, name) for name, fresh in (("k", k), ("v", v)) if name in metric]
+        return found[0] if len(found) == 1 else found[0] + found[1]
+
+    def _deviation(self, layer: int, fresh: Tensor, name: str) -> Tensor:
+        """Of all rows; only keys turn."""
+        turns, found = self.turns if name == "k" else None, []
+        for pair, span in zip(self._parts(layer)[1], self.spans, strict=True):
+            cached, by = pair["kv".index(name)][0], None if turns is None else turns[span]
+            found.append(kernels.row_deviation(fresh[span], cached, by, self.rotary))
+        return torch.cat(found)

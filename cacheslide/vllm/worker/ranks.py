@@ -1,0 +1,180 @@
+"""The ranks of tensor parallelism at one run: all of them do it, or none, and a fault on one leaves no other waiting.
+
+Inside a run every layer sums its output over the ranks. A rank that fails there keeps its appointments: it goes through
+the rest of the run with zeros, so that the others' sums end, and then all of them throw the run away.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cacheslide.core.prefill_request import PrefillOutput, PrefillRequest
+from cacheslide.core.selective_prefill import SelectivePrefill
+from cacheslide.errors import CacheSlideError
+
+
+class PeerFault(CacheSlideError, RuntimeError):
+    """Another rank could not do what this one could."""
+
+
+class Team:
+    """The ranks that share a model; alone (`group` None) it agrees with itself.
+
+    Parameters
+    ----------
+    group : vLLM's GroupCoordinator, optional
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group if group is not None and group.world_size > 1 else None
+        self.entered = False  # this rank has come as far as the run of its unit
+
+    def agree(self, flags: Sequence[bool]) -> list[bool]:
+        """What holds on all ranks, of `flags` in the same order on each. Waits for the others, not for the device."""
+        if self.group is None or not flags:
+            return list(flags)
+        said = torch.tensor([int(f) for f in flags], dtype=torch.int32)
+        torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MIN, group=self.group.cpu_group)
+        return [bool(x) for x in said.tolist()]
+
+    @contextmanager
+    def unit(self) -> Iterator[None]:
+        """Around what leads to one run: a rank that fails before it says so where the others wait for it."""
+        self.entered = False
+        try:
+            yield
+        except Exception:
+            if not self.entered:
+                self.agree([False])
+            raise
+
+
+class TeamPrefill(SelectivePrefill):
+    """`SelectivePrefill` by all ranks of a team. Raises on all of them where one has failed."""
+
+    def __init__(self, model: Any, team: Team, mlp_rows: int) -> None:
+        super().__init__(model)
+        self.team, self.mlp_rows = team, mlp_rows
+
+    @torch.inference_mode()
+    def run(self, requests: Sequence[PrefillRequest], capture: frozenset[int] = frozenset()) -> list[PrefillOutput]:
+        """See `SelectivePrefill.run`."""
+        team = self.team
+        team.entered = True
+        if team.group is None:
+            return self.compute(requests, capture)
+        if not team.agree([True])[0]:
+            raise PeerFault("another rank could not prepare the run")
+        error, outputs = None, []
+        with _counted(team.group) as sums:
+            try:
+                outputs = self.compute(requests, capture)
+            except Exception as raised:
+                error = raised
+        if error is not None:
+            with suppress(Exception):  # whatever stops it stops the others at the same place
+                self._keep_appointments(requests, sums)
+        if not team.agree([error is None])[0]:
+            raise error or PeerFault("another rank failed within the run")
+        return outputs
+
+    def compute(self, requests: Sequence[PrefillRequest], capture: frozenset[int] = frozenset()) -> list[PrefillOutput]:
+        """The run itself, on this rank."""
+        return super().run(requests, capture)
+
+    def _keep_appointments(self, requests: Sequence[PrefillRequest], sums: list[Tensor | None]) -> None:
+        """Take part in the sums that a run over `requests` still has, after those that are done."""
+        hollow = [replace(r, kv=_Nowhere(), source=_Zeros(r, self.model)) for r in requests]
+        SelectivePrefill(_Hollow(self.model, self.team.group, sums, self.mlp_rows)).run(hollow)
+
+
+@contextmanager
+def _counted(group: Any) -> Iterator[list[Tensor | None]]:
+    """The sums over `group` that have been done: scores as they came out, None for rows of hidden states."""
+    done: list[Tensor | None] = []
+    plain = group.all_reduce
+
+    def all_reduce(x: Tensor) -> Tensor:
+        out = plain(x)
+        done.append(out if out.dim() == 1 else None)
+        return out
+
+    group.all_reduce = all_reduce
+    try:
+        yield done
+    finally:
+        del group.all_reduce
+
+
+class _Hollow:
+    """A `ModelAdapter` that computes nothing and meets the other ranks where the real one does."""
+
+    def __init__(self, model: Any, group: Any, done: Sequence[Tensor | None], mlp_rows: int) -> None:
+        self.model, self.group, self.done, self.mlp_rows = model, group, list(done), mlp_rows
+        self.num_layers, self.ranks = model.num_layers, model.ranks
+        first = model.layers[0].self_attn
+        self.heads, self.kv_heads, self.dim = first.num_heads, first.num_kv_heads, first.head_dim
+
+    def _sum(self, x: Tensor) -> Tensor:
+        if self.done:
+            known = self.done.pop(0)
+            return x if known is None else known
+        return self.group.all_reduce(x)
+
+    def _rows(self, n: int) -> Tensor:
+        return torch.zeros(n, self.model.hidden_size, dtype=self.model.dtype, device=self.model.device)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        return self._sum(self._rows(len(token_ids)))
+
+    def qkv(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (hidden.new_zeros(len(hidden), n, self.dim) for n in (self.heads, self.kv_heads, self.kv_heads))
+        return q, k, v
+
+    def attend(self, layer: int, q: Tensor, groups: Sequence[Any]) -> Tensor:
+        return q
+
+    def finish(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
+        self._sum(self._rows(len(hidden)))
+        for part in hidden.split(self.mlp_rows):
+            self._sum(self._rows(len(part)))
+        return hidden
+
+    def reduce_scores(self, scores: Tensor) -> Tensor:
+        return self._sum(scores)
+
+
+class _Nowhere:
+    """A KV buffer that keeps nothing."""
+
+    def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        """Nothing is kept."""
+
+
+class _Zeros(SimpleNamespace):
+    """A `KVSource` of a request's reused rows, all zero."""
+
+    def __init__(self, request: PrefillRequest, model: Any) -> None:
+        shape = model.shape.num_kv_heads, model.shape.head_dim
+        super().__init__(request=request, heads=shape, model=model)
+
+    def layer(self, layer: int, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        n = len(self.request.reused) if index is None else len(index)
+        zeros = torch.zeros(n, *self.heads, dtype=self.model.dtype, device=self.model.device)
+        return zeros, zeros
+
+    def place(self, layer: int, index: Tensor, kv: Any, rows: Tensor) -> None:
+        """Nothing is placed."""
+
+    def deviation(self, layer: int, index: Tensor, k: Tensor, v: Tensor, metric: str) -> Tensor:
+        return torch.zeros(len(index), device=self.model.device)
+
+    def inputs(self, layer: int, index: Tensor) -> Tensor | None:
+        if self.request.source is None or self.request.source.inputs(layer, index[:0]) is None:
+            return None
+        return torch.zeros(len(index), self.model.hidden_size, dtype=self.model.dtype, device=self.model.device)

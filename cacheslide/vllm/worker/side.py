@@ -1,0 +1,297 @@
+"""The worker's half: completes prompts from cached chunks, copies chunks out of the paged cache, encodes others."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
+
+from cacheslide.core.encoder import ChunkEncoder
+from cacheslide.core.keys import ChunkKey
+from cacheslide.core.prompt import Chunk
+from cacheslide.store.base import ChunkKV
+from cacheslide.store.shape import ChunkShape, name_of
+from cacheslide.vllm.claims import Loads
+from cacheslide.vllm.guard import Faults, reason
+from cacheslide.vllm.options import ServerOptions
+from cacheslide.vllm.protocol import EncodeJob, Landed, SavePlan, StepPlan, WorkerReport
+from cacheslide.vllm.worker.chunk_store import WorkerStore
+from cacheslide.vllm.worker.host_copies import HostCopies
+from cacheslide.vllm.worker.loading import Loading
+from cacheslide.vllm.worker.model_adapter import MLP_ROWS, VllmModel, find_model
+from cacheslide.vllm.worker.pinned import PinnedMemory, pin
+from cacheslide.vllm.worker.prefetch import Rings
+from cacheslide.vllm.worker.ranks import Team, TeamPrefill
+from cacheslide.vllm.worker.storage import Below
+
+
+class WorkerSide:
+    """One rank's chunks and the runs over its share of the model."""
+
+    def __init__(self, vllm_config, options: ServerOptions) -> None:
+        self.vllm_config, self.options = vllm_config, options
+        self.block_size = vllm_config.cache_config.block_size
+        self.engine_id = vllm_config.kv_transfer_config.engine_id
+        self.model: VllmModel | None = None
+        self.report, self.faults = WorkerReport(), Faults()
+        self.loads = Loads(self.block_size)
+        self.unsure: set[ChunkKey] = set()  # chunks that could not be dropped
+        self.joined, self.encoded = False, 0  # how far this rank has come with the others in this step
+
+    def attach(self) -> None:
+        """Find the loaded model; the paged cache exists by now."""
+        config = self.vllm_config
+        found = find_model(config.compilation_config.static_forward_context)
+        self.model = VllmModel(found, config.model_config.hf_text_config)
+        self.memory = self._pinned_memory()
+        self.below = self._open_below()
+        self.store = self._open_store(self.options.store_device)
+        self.team = Team(get_tp_group() if self.model.ranks > 1 else None)
+        self.executor = TeamPrefill(self.model, self.team, MLP_ROWS)
+        self.faults.device = self.model.device
+        if self.model.device.type == "cuda":
+            from cacheslide.vllm.worker.warmup import warm_up  # Triton is there only with a GPU
+
+            warm_up(self.model, config.model_config.max_model_len)
+
+    def _pinned_memory(self) -> PinnedMemory | None:
+        """Beside a GPU: the host memory that chunks may take, pinned now rather than while requests wait."""
+        if self.model.device.type != "cuda":
+            return None
+        keeps = self.options.store_device == "cpu"
+        return PinnedMemory(pin(int(self.options.store_gib * 2**30)) if keeps else None, self._stamp)
+
+    def _stamp(self) -> "list[torch.cuda.Event]":
+        """Events behind all work that may use chunks in host memory."""
+        copies = self.store.copies
+        streams = [torch.cuda.current_stream(self.model.device), self.stream, None if copies is None else copies.stream]
+        return [stream.record_event() for stream in streams if stream is not None]
+
+    def _open_below(self) -> Below | None:
+        """This rank's share of the tiers below memory."""
+        if (tiers := self.options.tiers) is None:
+            return None
+        shape = self.model.shape
+        row_bytes = 2 * shape.num_kv_heads * shape.head_dim * self.model.dtype.itemsize
+        rank = get_tensor_model_parallel_rank()
+        return Below(tiers, row_bytes, self.options.namespace, rank, self.model.ranks, self.memory, self._chunk_shape())
+
+    def _chunk_shape(self) -> ChunkShape:
+        shape, config = self.model.shape, self.vllm_config.model_config
+        return ChunkShape(
+            shape.num_layers,
+            shape.num_kv_heads,
+            shape.head_dim,
+            name_of(self.model.dtype),
+            config.hf_text_config.hidden_size,
+            max(config.max_model_len, config.hf_text_config.max_position_embeddings),
+        )
+
+    def _open_store(self, where: str) -> WorkerStore:
+        """An empty store; one in host memory beside a GPU is pinned, and read and written on streams of its own."""
+        device = torch.device("cpu") if where == "cpu" else self.model.device
+        pinned = where == "cpu" and self.model.device.type == "cuda"
+        self.stream = torch.cuda.Stream(self.model.device) if pinned else None
+        self.rings = Rings(self.model.device, self.stream)
+        copies = HostCopies(self.model.device, memory=self.memory) if pinned else None
+        return WorkerStore(device, copies, self.below)
+
+    def move_store(self, where: str) -> None:
+        """Move all chunks to the host ("cpu") or to the model's device ("model")."""
+        before, self.store = self.store, self._open_store(where)
+        before.hand_over(self.store)
+        if self.memory is not None:  # what comes back from now on is stamped on the new streams alone
+            torch.cuda.synchronize(self.model.device)
+
+    @torch.inference_mode()
+    def begin(self, step: StepPlan) -> None:
+        """Before anything writes to the cache in this step: keep what finished requests leave in their old blocks."""
+        self.joined, self.encoded = False, 0
+        crossing = self.model.crossing
+        if crossing is not None:
+            crossing.expect(step.slots, self.block_size)
+        if step.forget:
+            self._forget()
+        for settle in (self.store.settle, *(() if self.memory is None else (self.memory.settle,))):
+            self._survive("bind_connector_metadata", settle)
+        self.drop([*self.unsure, *step.drops])
+        if self.below is not None:
+            self._survive("land", self.below.drop, step.drops)
+            for fetch in step.fetches:
+                if not self._survive("land", self.below.fetch, fetch.key, fetch.ticket, fetch.tokens):
+                    self.report.failed[fetch.key] = fetch.ticket, reason("land")
+        for plan in step.keeps:
+            self._save(plan)
+
+    def begin_nothing(self, step: StepPlan) -> None:
+        """In place of `begin`: what was to be kept or read is not here."""
+        self.joined, self.encoded, self.report.unsettled = False, 0, True
+        if step.forget:
+            self._forget()
+        if self.model.crossing is not None:
+            self.model.crossing.expect(step.slots, self.block_size)
+        self._not_saved(step.keeps)
+        self.report.failed |= {fetch.key: (fetch.ticket, reason("land")) for fetch in step.fetches}
+
+    def _survive(self, entry: str, does: Callable[..., Any], *args: Any) -> bool:
+        """Do something whose failure is a fault at `entry` and nothing else; whether it was done."""
+        try:
+            does(*args)
+        except Exception as error:
+            self.faults.note(entry, error)
+            return False
+        return True
+
+    def _forget(self) -> None:
+        """The weights have changed: no chunk is what its key says. One that cannot be dropped is never lent."""
+        held = list(self.store._chunks)
+        self._survive("reset_cache", self.store.clear)
+        self.drop(held)
+        if self.below is not None:
+            self._survive("reset_cache", self.below.forget)
+
+    def drop(self, keys: Iterable[ChunkKey]) -> None:
+        """Let go of chunks; what stays in spite of that counts as gone, and is dropped another time."""
+        for key in keys:
+            gone = self._survive("bind_connector_metadata", self.store.drop, [key])
+            (self.unsure.discard if gone else self.unsure.add)(key)
+
+    @torch.inference_mode()
+    def load(self, step: StepPlan) -> None:
+        """Complete the rows of all requests that reuse chunks in this step, in one packed run."""
+        if step.loads:
+            Loading(self, step.loads).run()
+
+    def load_nothing(self, step: StepPlan) -> None:
+        """In place of `load`: other ranks do not wait for this one. The rows stay open."""
+        if step.loads and not self.joined:
+            self.joined = True
+            self.team.agree([False] * (1 + sum(len(plan.reuse) for plan in step.loads)))
+
+    @torch.inference_mode()
+    def save(self, step: StepPlan) -> None:
+        """Copy chunks of exactly prefilled requests out of the paged cache, before its blocks can be reused.
+
+        Nothing here waits for the device: rows are gathered behind the forward, and leave it on a stream of their own.
+        """
+        crossing = self.model.crossing
+        if crossing is not None and crossing.fault is not None:  # its rows are not what their keys say
+            self.faults.note("slots", crossing.fault)
+            crossing.fault = None
+            for rows in step.slots:
+                first = rows.slots.bounds[0][1] // self.block_size
+                self.loads.spoil("", rows.block_ids[first:])
+            self.save_nothing(step)
+            return
+        for plan in step.saves:
+            self._save(plan)
+
+    def save_nothing(self, step: StepPlan) -> None:
+        """In place of `save`: what the index names since this step is not here."""
+        self._not_saved(step.saves)
+
+    def _not_saved(self, plans: Iterable[SavePlan]) -> None:
+        for plan in plans:
+            self.drop(plan.evict)
+            self.report.missing.update(key for key, _ in plan.chunks)
+
+    def _save(self, plan: SavePlan) -> None:
+        """Copy a plan's chunks, one by one: those that cannot be kept leave the index."""
+        self.drop(plan.evict)
+        for key, chunk in plan.chunks:
+            if key in self.unsure or not self._survive("wait_for_save", self._copy, plan, key, chunk):
+                self.drop([key])
+                self.report.missing.add(key)
+
+    def _copy(self, plan: SavePlan, key: ChunkKey, chunk: Chunk) -> None:
+        kv = self.model.paged_kv(plan.block_ids, self.block_size)
+        self.store.put(key, replace(self._chunk(kv, chunk), generation=plan.generation))
+
+    def _chunk(self, kv, chunk: Chunk) -> ChunkKV:
+        rows = torch.arange(chunk.start, chunk.end, device=self.model.device)
+        pairs = [kv.read(layer, rows) for layer in range(self.model.num_layers)]
+        positions = torch.arange(chunk.start, chunk.end)
+        return ChunkKV(torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs]), positions)
+
+    @torch.inference_mode()
+    def encode(self, step: StepPlan) -> None:
+        """The forward is over: prefill chunks that no request's own prefill provides."""
+        if self.model.crossing is not None:
+            self.model.crossing.expect((), self.block_size)
+        for job in step.encodes:
+            self.drop(job.evict)
+            self.encoded += 1
+            held = [key not in self.unsure and self.store.contains(key) for key in job.keys]
+            together, *everywhere = self.team.agree([True, *held])
+            if not together:
+                self._not_kept(job)
+                continue
+            missing = {key for key, there in zip(job.keys, everywhere, strict=True) if not there}
+            self.drop(missing)
+            for part in job.parts():
+                if not missing.isdisjoint(part.keys) and not self._survive("encode", self._encode, part):
+                    self._not_kept(part)
+
+    def encode_nothing(self, step: StepPlan) -> None:
+        """In place of `encode`: other ranks do not wait for this one, and what the index names is not here."""
+        for job in step.encodes[self.encoded :]:
+            self.encoded += 1
+            self.drop(job.evict)
+            self.team.agree([False] * (1 + len(job.keys)))
+            self._not_kept(job)
+
+    def _encode(self, job: EncodeJob) -> None:
+        encoder = ChunkEncoder(self.model, self.store, self.model.dtype, job.capture)
+        encoder.executor = TeamPrefill(self.model, self.team, MLP_ROWS)
+        with self.team.unit(), self.model.running():
+            encoder.encode(job.encoding, job.prompt, job.positions, job.chunks, job.keys)
+
+    def _not_kept(self, job: EncodeJob) -> None:
+        self.report.missing.update(k for k in job.keys if k in self.unsure or not self.store.contains(k))
+
+    def land(self, step: StepPlan) -> None:
+        """Take in chunks that were read from below."""
+        if self.below is None:
+            return
+        for fetch in step.fetches:
+            self.drop(fetch.evict)
+        for key, ticket, found in self.below.arrivals(step.idle):
+            if found.chunk is None:
+                self.report.failed[key] = ticket, found.why
+            elif key in self.unsure or not self._survive("land", self.store.land, key, found.chunk):
+                self.drop([key])
+                self.report.failed[key] = ticket, reason("land")
+            else:
+                self.report.landed[key] = [Landed(ticket, found.tier, found.chunk.nbytes, found.chunk.generation)]
+
+    def land_nothing(self, step: StepPlan) -> None:
+        """In place of `land`: what has been read waits for the next step."""
+        self.report.unsettled = True
+        for fetch in step.fetches:
+            self.drop(fetch.evict)
+
+    def compare(self, step: StepPlan) -> None:
+        """At a step's end, when the index asks for it: drop what it does not name, report what is not here."""
+        if step.index is None:
+            return
+        self.drop([key for key in self.store._chunks if key not in step.index])
+        self.report.missing.update(
+            key for key, due in step.index.items() if due and (key in self.unsure or not self.store.contains(key))
+        )
+
+    def take_report(self) -> WorkerReport | None:
+        """What happened since the last call."""
+        report, self.report = self.report, WorkerReport()
+        return report or None
+
+    def close(self) -> None:
+        """The engine stops: nothing of ours is on its way any more, and nothing holds its model or its memory.
+
+        What is queued for the tiers below is written first.
+        """
+        if self.model is not None:
+            if self.below is not None:
+                self.below.close()
+            self.store.close()
+            self.model = self.executor = self.rings = self.stream = self.below = self.memory = None

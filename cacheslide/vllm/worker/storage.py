@@ -1,0 +1,188 @@
+"""A worker's tiers below its memory: new chunks are written through to them, waiting requests' chunks read by threads.
+
+Nothing here makes a step wait: writing happens behind it, a bounded number of bytes at a time (what is too much is not
+written), and a read that fails is a reason for the scheduler, never an exception.
+"""
+
+import logging
+import threading
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from cacheslide.core.keys import ChunkKey
+from cacheslide.errors import CacheSlideError
+from cacheslide.store.base import ChunkKV
+from cacheslide.store.config import GIB, MIB, StoreConfig, open_store
+from cacheslide.store.files import BLOCK, Files
+from cacheslide.store.pages import side_by_side
+from cacheslide.store.shape import ChunkShape
+from cacheslide.store.tiered import Fetched
+from cacheslide.vllm.worker.pinned import PinnedMemory
+
+logger = logging.getLogger("vllm.cacheslide")
+
+_IDLE_S = 0.002  # an idle step waits so long for a read: shorter than a step, longer than a spin
+_PASSAGE = 16  # pages of memory that the tiered store gets where the worker's own memory is the host tier
+
+
+def lower_tiers(config: StoreConfig, row_bytes: int) -> StoreConfig:
+    """What of a configuration lies below the workers' own memory, which is its first tier.
+
+    With a device tier the host tier is below, else a worker's memory is the host tier. Corrected pages never come here.
+    """
+    host = config.host_gib if config.device_gib else 0.0
+    changes = {} if host else {"write_back": "through"}
+    passage = _PASSAGE * config.page_tokens * row_bytes / GIB
+    return replace(config, device_gib=0.0, host_gib=max(host, passage), spill_gib=0.0, **changes)
+
+
+def copied(x: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy in `room`, uint8, by one thread: torch's own would have every reader call up a team of them."""
+    out = room.view(x.dtype).view(x.shape)
+    bits = getattr(torch, f"int{8 * x.dtype.itemsize}")
+    np.copyto(out.view(bits).numpy(), x.view(bits).numpy())
+    return out
+
+
+class PinnedFiles(Files):
+    """Files whose records are read into pinned memory, where they then stay: pages are served as they lie on disk."""
+
+    def __init__(self, memory: PinnedMemory) -> None:
+        self.memory = memory
+
+    def buffer(self, nbytes: int) -> torch.Tensor:
+        """See `Files.buffer`."""
+        room = self.memory.for_host(nbytes)
+        return super().buffer(nbytes) if room.data_ptr() % BLOCK else room
+
+
+class Below:
+    """A rank's lower tiers.
+
+    Parameters
+    ----------
+    config : StoreConfig
+        As the server was given it.
+    row_bytes : int
+        Bytes of one token's K and V in one layer of this rank.
+    namespace : str
+        The server's; tenants are part of the chunk keys.
+    rank, ranks : int
+    memory : PinnedMemory, optional
+        Where chunks are wanted; without it in any memory.
+    shape : ChunkShape, optional
+        Of this rank's chunks: what others left below and looks otherwise is not read.
+    """
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        row_bytes: int,
+        namespace: str = "",
+        rank: int = 0,
+        ranks: int = 1,
+        memory: PinnedMemory | None = None,
+        shape: ChunkShape | None = None,
+    ) -> None:
+        self.store = open_store(
+            lower_tiers(config, row_bytes),
+            row_bytes,
+            namespace=namespace,
+            rank=rank,
+            ranks=ranks,
+            files=Files() if memory is None else PinnedFiles(memory),
+            shape=shape,
+        )
+        self.memory, self.limit = memory, config.queue_mib * MIB
+        self.unwritten = 0  # chunks that came faster than they could be written
+        self._queued, self._guard = 0, threading.Lock()
+        self._writer = ThreadPoolExecutor(1, "cacheslide-through")
+        self._readers = ThreadPoolExecutor(config.load_workers, "cacheslide-fetch")
+        self._coming: dict[ChunkKey, tuple[int, Future[Fetched]]] = {}
+
+    # --- down ------------------------------------------------------------------------------------------------------
+
+    def write(self, key: ChunkKey, chunk: ChunkKV, done: "torch.cuda.Event | None" = None) -> None:
+        """Have a chunk written behind the step, once its tensors are complete (`done`; None: on the current stream).
+
+        Only exact KV is: what others find here is as good as computed.
+        """
+        if chunk.generation:
+            return
+        with self._guard:
+            if self._queued and self._queued + chunk.nbytes > self.limit:
+                self.unwritten += 1
+                return
+            self._queued += chunk.nbytes
+        if done is None and chunk.k.is_cuda:
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(chunk.k.device))
+        self._writer.submit(self._write, key, chunk, done)
+
+    def _write(self, key: ChunkKey, chunk: ChunkKV, done: "torch.cuda.Event | None") -> None:
+        try:
+            if done is not None:
+                done.synchronize()
+            self.store.put(key, chunk)
+        except (CacheSlideError, OSError, RuntimeError) as error:
+            logger.warning("CacheSlide could not write a chunk below memory: %s", error)
+        finally:
+            with self._guard:
+                self._queued -= chunk.nbytes
+
+    # --- up --------------------------------------------------------------------------------------------------------
+
+    def fetch(self, key: ChunkKey, ticket: int, tokens: int | None = None) -> None:
+        """Start reading a chunk of `tokens` tokens (None: of any number)."""
+        self._coming[key] = ticket, self._readers.submit(self._read, key, tokens)
+
+    def _read(self, key: ChunkKey, tokens: int | None) -> Fetched:
+        try:
+            found = self.store.fetch(key, tokens=tokens)
+            if found.chunk is None:
+                return found
+            return replace(found, chunk=self._settled(found.chunk))
+        except Exception as error:  # whatever it is: the chunk is computed instead, and the receipt says why
+            return Fetched(None, why=f"read error: {error}")
+
+    def _settled(self, chunk: ChunkKV) -> ChunkKV:
+        """The chunk in pinned memory, if that is wanted: a server's, or one that memory below still had, is not."""
+        if self.memory is None or chunk.k.is_pinned():
+            return chunk
+        both = side_by_side(chunk.k, chunk.v)
+        k, v = copied(both, self.memory.for_host(both.nbytes)).unbind(2)
+        return replace(chunk, k=k, v=v)
+
+    def arrivals(self, idle: bool) -> list[tuple[ChunkKey, int, Fetched]]:
+        """Reads that have ended since the last call: key, ticket, chunk. With nothing else to do, wait a moment."""
+        if idle and self._coming:
+            wait([future for _, future in self._coming.values()], timeout=_IDLE_S, return_when=FIRST_COMPLETED)
+        ended = [(key, *pair) for key, pair in self._coming.items() if pair[1].done()]
+        for key, _, _ in ended:
+            del self._coming[key]
+        return [(key, ticket, future.result()) for key, ticket, future in ended]
+
+    def drop(self, keys: Iterable[ChunkKey]) -> None:
+        """Nobody waits for these any more."""
+        for key in keys:
+            if (pair := self._coming.pop(key, None)) is not None:
+                pair[1].cancel()
+
+    def forget(self) -> None:
+        """Nobody waits for anything any more."""
+        self.drop(list(self._coming))
+
+    def flush(self) -> None:
+        """Wait until everything that was put is written."""
+        self._writer.submit(lambda: None).result()
+        self.store.flush()
+
+    def close(self) -> None:
+        """Write what is queued, in bounded time, and let go of the files."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._writer.shutdown(wait=True)
+        self.store.close()

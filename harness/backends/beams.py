@@ -1,0 +1,93 @@
+"""Beam search over one prefilled prompt: the prompt's KV is computed once and shared, each beam's own tail is branched.
+
+A step decodes the last token of every live beam in one packed run (`harness.backends.answering.Branches`). A beam that goes on
+from another one takes over that one's tail rows, copied inside the KV buffer; nothing is computed twice.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cacheslide.core.engine import Prefilled
+from cacheslide.errors import ConfigError
+from cacheslide.models.reference import ReferenceLlama
+from harness.backends.answering import Branches
+
+
+@dataclass(frozen=True)
+class Beam:
+    """A continuation without its stop id, and the sum of its tokens' log-probabilities (the stop's too)."""
+
+    token_ids: tuple[int, ...]
+    logprob: float
+    ended: bool
+
+    @property
+    def score(self) -> float:
+        """Log-probability a token, as vLLM ranks beams by default."""
+        return self.logprob / (len(self.token_ids) + self.ended)
+
+
+@torch.inference_mode()
+def beam_search(
+    model: ReferenceLlama,
+    state: Prefilled,
+    logits: Tensor,
+    width: int,
+    max_new_tokens: int,
+    stop: frozenset[int],
+) -> tuple[list[Beam], list[float]]:
+    """The `width` best continuations, best first, and when each step had chosen its tokens (`time.perf_counter`).
+
+    Parameters
+    ----------
+    state : Prefilled
+        With room for `width` x `max_new_tokens` rows; left as it was, but for the rows behind it.
+    logits : Tensor [vocab_size]
+        Those of the prompt's last row.
+    stop : frozenset of int
+        A beam ends with the first of these; the search ends when `width` beams have.
+    """
+    if width < 1 or max_new_tokens < 1:
+        raise ConfigError(f"beam search needs a width and a length of at least 1, not {width} and {max_new_tokens}")
+    branches = Branches(model, state, [max_new_tokens] * width)
+    done: list[Beam] = []
+    live, times = [Beam((), 0.0, False)], []
+    rows = logits[None]
+    for step in range(max_new_tokens):
+        live, parents, ended = _grow(live, rows, width, stop)
+        done += ended
+        times.append(time.perf_counter())
+        if not live or len(done) >= width or step == max_new_tokens - 1:
+            break
+        if step:
+            branches.follow(parents)
+        rows = branches.step(list(range(len(live))), [b.token_ids[-1:] for b in live])
+    found = done if len(done) >= width else [*done, *live]
+    return sorted(found, key=lambda b: -b.score)[:width], times
+
+
+def _grow(
+    live: Sequence[Beam], rows: Tensor, width: int, stop: frozenset[int]
+) -> tuple[list[Beam], list[int], list[Beam]]:
+    """The `width` best beams that go on, whom each one follows, and those that end here.
+
+    A beam has one candidate a stop id, so that of `width` x (1 + stop ids) candidates `width` go on.
+    """
+    scores = rows.float().log_softmax(dim=-1) + rows.new_tensor([b.logprob for b in live], dtype=torch.float32)[:, None]
+    count = min(scores.numel(), width * (1 + len(stop)))
+    values, flat = scores.flatten().topk(count)
+    going, parents, ended = [], [], []
+    for value, at in zip(values.tolist(), flat.tolist(), strict=True):
+        parent, token = divmod(at, scores.shape[1])
+        before = live[parent].token_ids
+        if token in stop:
+            if len(going) + len(ended) < width:  # among the best, as in vLLM: worse ones are not worth their end
+                ended.append(Beam(before, value, True))
+        elif len(going) < width:
+            going.append(Beam((*before, token), value, False))
+            parents.append(parent)
+    return going, parents, ended

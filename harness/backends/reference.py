@@ -1,0 +1,90 @@
+"""The reference backend: the plain-PyTorch model and its tokenizer."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cacheslide.core.engine import Prefilled, ReuseEngine
+from cacheslide.errors import ConfigError
+from cacheslide.models.reference import ReferenceLlama
+from cacheslide.policies.base import ReusePolicy
+from cacheslide.store.base import ChunkStore
+from harness.backends.answering import answer_branches, branch_room
+from harness.backends.tokens import Tokens
+from harness.tasks.example import TaskExample
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The torch dtype called `name`."""
+    if name not in DTYPES:
+        raise ConfigError(f"unknown dtype {name!r} (known: {', '.join(DTYPES)})")
+    return DTYPES[name]
+
+
+def exact_arithmetic() -> None:
+    """float32 products in float32 on a GPU as well. Call before the first one."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same order of sums in every run
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How engines cut and keep chunks; the same for every system of a run."""
+
+    chunk_size: int = 1024
+    suffix_len: int = 1
+    store_dtype: str = "float32"
+
+
+class ReferenceBackend(Tokens):
+    """Loads a checkpoint folder with its tokenizer.
+
+    Parameters
+    ----------
+    path : str or Path
+    dtype, device : str
+        What the model computes in, and where.
+    """
+
+    def __init__(self, path: str | Path, dtype: str = "float32", device: str = "cpu") -> None:
+        self.model = ReferenceLlama.from_pretrained(path, dtype_of(dtype), device)
+        super().__init__(path)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return self.model.num_layers
+
+    def engine(
+        self,
+        policy: ReusePolicy,
+        store: ChunkStore,
+        settings: EngineSettings,
+        capture: frozenset[int] = frozenset(),
+        corrected: ChunkStore | None = None,
+    ) -> ReuseEngine:
+        """An engine for `policy` over this model; `corrected` holds what `ReuseEngine.keep` copies."""
+        return ReuseEngine(
+            self.model,
+            policy,
+            store,
+            chunk_size=settings.chunk_size,
+            suffix_len=settings.suffix_len,
+            store_dtype=dtype_of(settings.store_dtype),
+            capture=capture,
+            corrected=corrected,
+        )
+
+    def answers(self, state: Prefilled, example: TaskExample, max_new_tokens: int) -> list[str]:
+        """The answers to all questions of `example` behind a prefilled context, decoded."""
+        found = answer_branches(self.model, state, self.questions(example), max_new_tokens, self.stop_ids())
+        return [self.decode(a) for a in found]
+
+    def room(self, example: TaskExample, max_new_tokens: int) -> int:
+        """Rows to leave free behind a context for all of its questions and their answers."""
+        return branch_room(self.questions(example), max_new_tokens)

@@ -1,0 +1,171 @@
+"""What experiments ask of a backend: fill the caches of the turn before, answer, time a first token, bear a load.
+
+A responder holds one set of caches. `ReferenceResponder` runs the engine over the plain-PyTorch model;
+`harness.backends.vllm` has the one over vLLM. A backend's `sessions` opens the responders that its systems need.
+"""
+
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from cacheslide.core.encoder import prefill_exact
+from cacheslide.core.prompt import Prompt, Role
+from cacheslide.policies.base import ReusePolicy, unchanged
+from cacheslide.quality.similarity import cksim
+from cacheslide.store import DirectoryChunkStore, MemoryChunkStore
+from harness.backends.reference import EngineSettings, ReferenceBackend
+from harness.backends.tokens import Tokens
+from harness.experiments.study.chunks import build_chunks
+from harness.scoring import question_record
+from harness.systems import System
+from harness.tasks.example import TaskExample
+
+
+@dataclass
+class Response:
+    """Answers to the questions of one example, and how they came about.
+
+    `receipts` holds one a request: a backend that prefills the context once for all questions has one. `cksim` is
+    per layer, over the fixed rows, None where it was not measured. `seconds` is the time of the prefill, or to the
+    first token; None where requests of one batch share it.
+    """
+
+    seconds: float | None
+    receipts: list[dict[str, Any]]
+    texts: list[str] = field(default_factory=list)
+    cksim: list[float] | None = None
+
+
+class Responder(Protocol):
+    """See the module. `backend` turns text into token ids."""
+
+    backend: Tokens
+
+    def fill(self, examples: Sequence[TaskExample], systems: Sequence[System]) -> dict[str, Any]:
+        """Drop all caches and fill them from the previous turn of `examples`; returns what that took, by cache."""
+
+    def respond(self, system: System, example: TaskExample, max_new_tokens: int) -> Response:
+        """Answer every question of `example`."""
+
+    def first_token(self, system: System, example: TaskExample, max_new_tokens: int, answer: bool) -> Response:
+        """Time the first token of the first question; with `answer`, all questions are answered as well."""
+
+    def closed_loop(
+        self, system: System, examples: Sequence[TaskExample], clients: int, max_new_tokens: int
+    ) -> tuple[list[dict[str, Any]], float]:
+        """One question an example from `clients` clients: a record a request, by time of finish; all seconds."""
+
+
+def reference_sessions(
+    backend: ReferenceBackend,
+    systems: Sequence[System],
+    settings: EngineSettings,
+    chunks: str | None = None,
+    similarity: bool = False,
+) -> Iterator[tuple["ReferenceResponder", Sequence[System]]]:
+    """One responder serves all systems."""
+    yield ReferenceResponder(backend, settings, chunks, similarity), systems
+
+
+class ReferenceResponder:
+    """The engine over the reference model. With `chunks`, a folder of chunk caches, nothing is filled or dropped."""
+
+    def __init__(
+        self, backend: ReferenceBackend, settings: EngineSettings, chunks: str | None = None, similarity: bool = False
+    ) -> None:
+        self.backend, self.settings, self.similarity = backend, settings, similarity
+        self.prebuilt = chunks is not None
+        self.store = MemoryChunkStore() if chunks is None else DirectoryChunkStore(chunks)
+        self._exact: tuple[str, torch.Tensor] | None = None
+
+    def fill(self, examples: Sequence[TaskExample], systems: Sequence[System]) -> dict[str, Any]:
+        """See `Responder.fill`."""
+        if self.prebuilt:
+            return {}
+        self.store = MemoryChunkStore()
+        return build_chunks(self.backend, examples, systems, self.store, self.settings, progress=None)
+
+    def respond(self, system: ReusePolicy, example: TaskExample, max_new_tokens: int) -> Response:
+        """See `Responder.respond`. The context is prefilled once and each question asked behind it, which gives
+        exactly what prefilling context and question together would (tested), at a fraction of the cost."""
+        backend, engine = self.backend, self._engine(system)
+        prompt = backend.prompt(example.segments)
+        shortest = min(map(len, backend.questions(example)))
+        started = time.perf_counter()
+        state = engine.prefill(prompt, following=shortest, room=backend.room(example, max_new_tokens))
+        seconds = time.perf_counter() - started
+        similar = None
+        if self.similarity and system.transform is unchanged and not system.placement.slot:
+            similar = self._compare(example, prompt, state.kv.k)  # row i is row i of recompute, at the same position
+        texts = backend.answers(state, example, max_new_tokens)
+        return Response(seconds, [state.receipt.as_dict()], texts, similar)
+
+    def _compare(self, example: TaskExample, prompt: Prompt, got: torch.Tensor) -> list[float]:
+        """CKSim per layer over the fixed rows, after reuse and correction, against an exact prefill."""
+        if self._exact is None or self._exact[0] != example.id:
+            self._exact = example.id, prefill_exact(self.backend.model, prompt.token_ids).k
+        spans = zip(prompt.segments, prompt.starts, strict=True)
+        rows = [torch.arange(at, at + len(s.token_ids)) for s, at in spans if s.role is Role.REUSE]
+        fixed = torch.cat(rows)
+        return cksim(self._exact[1][:, fixed], got[:, fixed]).mean(dim=1).tolist()
+
+    def first_token(self, system: ReusePolicy, example: TaskExample, max_new_tokens: int, answer: bool) -> Response:
+        """See `Responder.first_token`. Lookup, load, placement, prefill and logits are timed; the answers come from
+        the timed state: its question's rows are dropped and every question asked behind the context."""
+        backend, engine = self.backend, self._engine(system)
+        prompt = backend.prompt(example.segments, example.questions[0].text)
+        room = backend.room(example, max_new_tokens)
+        gc.collect()
+        started = time.perf_counter()
+        state = engine.prefill(prompt, room=room)
+        int(state.logits.argmax())
+        seconds = time.perf_counter() - started
+        response = Response(seconds, [state.receipt.as_dict()])
+        if answer:
+            plan = engine.plan(backend.prompt(example.segments))
+            state.length, state.next_position = len(plan.prompt), plan.positions[-1] + 1
+            response.texts = backend.answers(state, example, max_new_tokens)
+        return response
+
+    def closed_loop(
+        self, system: ReusePolicy, examples: Sequence[TaskExample], clients: int, max_new_tokens: int
+    ) -> tuple[list[dict[str, Any]], float]:
+        """See `Responder.closed_loop`. Served in rounds: all waiting clients are prefilled in one packed run and
+        their answers decoded; then every client sends its next request."""
+        backend, engine = self.backend, self._engine(system)
+        prompts = [backend.prompt(e.segments, e.questions[0].text) for e in examples]
+        engine.prefill_batch(prompts[:1])  # warm-up, not counted
+        requests, started = [], time.perf_counter()
+        for at in range(0, len(prompts), clients):
+            sent = time.perf_counter()
+            states = engine.prefill_batch(prompts[at : at + clients], room=max_new_tokens)
+            for state in states:
+                int(state.logits.argmax())  # the first token exists only once the device has finished
+            first = time.perf_counter()
+            for example, state in zip(examples[at : at + clients], states, strict=True):
+                ids = engine.generate(state, state.logits, max_new_tokens, backend.stop_ids())
+                receipt, finished = state.receipt.as_dict(), time.perf_counter() - started
+                requests.append(load_record(example, backend.decode(ids), receipt, len(ids), first - sent, finished))
+        return requests, time.perf_counter() - started
+
+    def _engine(self, system: ReusePolicy):
+        return self.backend.engine(system, self.store, self.settings)
+
+
+def load_record(
+    example: TaskExample, text: str, receipt: dict[str, Any], tokens: int, ttft: float, finished: float
+) -> dict[str, Any]:
+    """One request of a load: `ttft` from its sending, `finished` from the start of the load, in seconds."""
+    return {
+        "example": example.id,
+        "ttft_seconds": ttft,
+        "finished_seconds": finished,
+        "decode_tokens": tokens,
+        "rows_reused": receipt["rows_reused"],
+        "receipt": receipt,
+        "question": question_record(example, example.questions[0], text),
+    }

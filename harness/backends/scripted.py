@@ -1,0 +1,127 @@
+"""The engine that the scripts run on: one prompt at a time, with or without the connector, from command-line flags."""
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cacheslide.vllm.options import FIELD, ServerOptions
+
+CPU_CACHE_GIB = "2"  # paged KV; vLLM's own default asks for nine tenths of the host's memory
+_CPU_BLOCK = 32  # vLLM's CPU attention wants blocks of a multiple of this
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one request gave; `ttft` in seconds by the engine's clock, `seconds` by the caller's."""
+
+    text: str
+    token_ids: list[int]
+    ttft: float
+    seconds: float
+    receipt: dict[str, Any] | None
+
+
+class Engine:
+    """A loaded model.
+
+    Parameters
+    ----------
+    model : str
+        Folder or name of a checkpoint.
+    options : ServerOptions or None
+        The connector's options; None runs vLLM without it.
+    **engine
+        What vLLM's `LLM` takes, and `cope` as in `open_engine`.
+    """
+
+    def __init__(self, model: str, options: ServerOptions | None, **engine: Any) -> None:
+        if options is not None:
+            options.system  # noqa: B018 (an unknown system stops here, not after minutes of loading)
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for results
+        from vllm.platforms import current_platform
+
+        from cacheslide.vllm.offline import open_engine
+
+        engine = {name: value for name, value in engine.items() if value is not None}
+        if current_platform.is_cpu():
+            engine = {"block_size": _CPU_BLOCK, "enforce_eager": True} | engine
+            if "gpu_memory_utilization" not in engine:
+                os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
+        self.options = options
+        self.llm = open_engine(model, None if options is None else vars(options), **engine)
+        self.tokenizer = self.llm.get_tokenizer()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` alone, without special tokens."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def begin(self) -> list[int]:
+        """What a prompt begins with: BOS, where the tokenizer has one."""
+        return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+
+    def ask(
+        self, token_ids: Sequence[int], marks: dict[str, Any] | None, max_new_tokens: int, stop_ids: Sequence[int] = ()
+    ) -> Answer:
+        """Complete a prompt greedily. `marks` is the object inside `cacheslide`; dropped without connector."""
+        from cacheslide.vllm.offline import ask
+
+        params = None if marks is None or self.options is None else {FIELD: marks}
+        began = time.perf_counter()
+        [got] = ask(self.llm, [token_ids], [params], max_new_tokens, ignore_eos=False, stop_token_ids=list(stop_ids))
+        seconds = time.perf_counter() - began
+        self._settle()
+        text = self.tokenizer.decode(got.token_ids, skip_special_tokens=True)
+        return Answer(text, got.token_ids, got.ttft, seconds, got.receipt)
+
+    def _settle(self) -> None:
+        """Have waiting chunks encoded: an engine in this process rests where one of its own would go on stepping."""
+        core = getattr(self.llm.llm_engine.engine_core, "engine_core", None)
+        while core is not None and core.scheduler.has_requests():
+            core.step_fn()
+
+    def close(self) -> None:
+        """Stop the engine."""
+        from cacheslide.vllm.offline import close_engine
+
+        close_engine(self.llm)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that both scripts share."""
+    parser.add_argument("--model", required=True, help="folder or name of a Llama, Mistral, Qwen2 or Qwen3 checkpoint")
+    parser.add_argument("--split", help="split of the data set (default: its usual one)")
+    parser.add_argument("--data", help="a file with the data set's rows, instead of the hub or datasets/local/")
+    parser.add_argument("--max_examples", type=int, default=20)
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--enable_cacheslide", action="store_true", help="without it: vLLM as it is, prefix cache on")
+    parser.add_argument("--system", default="cacheslide", help="reuse system, a name from `cacheslide systems`")
+    parser.add_argument("--cope", help="folder of a CoPE adapter; the model is its base")
+    parser.add_argument("--chunk_size", type=int, default=1024)
+    parser.add_argument("--suffix_len", type=int, default=1, help="tokens at the end that are always recomputed")
+    parser.add_argument("--store", default="", help="JSON file: tiers below memory, where chunks outlive the engine")
+    parser.add_argument("--tensor_parallel_size", type=int, default=1)
+    parser.add_argument("--gpu_memory_utilization", type=float, help="default: vLLM's; on a CPU 2 GiB of KV cache")
+    parser.add_argument("--max_model_len", type=int)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--output", help="JSON file for the results; without it they go to standard output")
+
+
+def from_arguments(args: argparse.Namespace) -> Engine:
+    """The engine that the shared flags describe."""
+    options = None
+    if args.enable_cacheslide:
+        options = ServerOptions(
+            policy=args.system, chunk_size=args.chunk_size, suffix_len=args.suffix_len, encode="now", store=args.store
+        )
+    return Engine(
+        args.model,
+        options,
+        cope=args.cope,
+        dtype=args.dtype,
+        tensor_parallel_size=args.tensor_parallel_size,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        max_model_len=args.max_model_len,
+    )

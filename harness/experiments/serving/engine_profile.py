@@ -1,0 +1,102 @@
+"""Where a request's time goes inside vLLM: `python -m harness.experiments.serving.engine_profile --out FILE`.
+
+Profiles one plain and one marked request of the same length with PyTorch's profiler, in a process of its own with the
+engine inside, and writes kernels by device time, operators by host time, and the host time of the worker's call.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.experiments.serving.engine_ttft import SHAPES, Prompts, fill, once, shaped, system_name
+from harness.quiet import Watch
+from harness.step import command
+
+
+def profiled(run) -> dict:
+    """Kernels and host operators of `run`, each summed over the run, in microseconds."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
+        run()
+    rows = prof.key_averages()
+    device = sorted(rows, key=lambda r: -r.self_device_time_total)[:30]
+    host = sorted(rows, key=lambda r: -r.self_cpu_time_total)[:30]
+    return {
+        "device_us": sum(r.self_device_time_total for r in rows),
+        "kernels": [[r.key[:120], r.count, r.self_device_time_total] for r in device if r.self_device_time_total],
+        "host": [[r.key[:80], r.count, r.self_cpu_time_total] for r in host],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Profile and write one JSON file."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--shape", choices=SHAPES, default="mistral-7b")
+    p.add_argument("--tokens", type=int, default=8192)
+    p.add_argument("--shares", type=lambda x: [float(s) for s in x.split(",")], default=[0.26])
+    p.add_argument("--store", choices=["model", "cpu"], default="model")
+    p.add_argument("--eager", action="store_true")
+    args = p.parse_args(argv)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import torch
+
+    from cacheslide.vllm.offline import close_engine, open_engine, worker_of
+
+    engine = open_engine(
+        str(shaped(args.shape, Path(tempfile.mkdtemp()))),
+        {"store_device": args.store, "store_gib": 8},
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_model_len=args.tokens + 64,
+        gpu_memory_utilization=0.4,
+        enforce_eager=args.eager,
+        max_num_batched_tokens=16384,
+    )
+    worker, spent = worker_of(), []
+    load = worker.load
+
+    def timed(step) -> None:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        started = time.perf_counter()
+        events[0].record()
+        load(step)
+        events[1].record()
+        if step.loads:
+            spent.append((started, time.perf_counter(), events))
+
+    worker.load = timed
+    prompts = Prompts(args.tokens, 31000)
+    fill(engine, prompts)
+    found = {}
+    for system in ("recompute", *(system_name(s) for s in args.shares)):
+        for _ in range(3):
+            once(engine, prompts, system, 1)
+        ttft, parts, watch = [], [], Watch()
+        for _ in range(5):
+            spent.clear()
+            asked = time.perf_counter()
+            ttft.append(1e3 * once(engine, prompts, system, 1)["ttft"][0])
+            torch.cuda.synchronize()
+            for started, ended, events in spent:
+                device = events[0].elapsed_time(events[1])
+                parts.append(
+                    {"before_ms": 1e3 * (started - asked), "host_ms": 1e3 * (ended - started), "device_ms": device}
+                )
+        found[system] = {"ttft_ms": ttft, "worker": parts, "quiet": watch.lap()}
+        found[system] |= profiled(lambda system=system: (once(engine, prompts, system, 1), torch.cuda.synchronize()))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        print(system, ttft, parts, "device", found[system]["device_us"] / 1e3, flush=True)
+        for name, count, us in found[system]["kernels"][:18]:
+            print(f"  {us / 1e3:8.2f} ms {count:5d}  {name}", flush=True)
+    close_engine(engine)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,173 @@
+"""The steps of the study as a workflow calls them: paths and a configuration in, record files out.
+
+A configuration is the validated content of config/*.yaml; config/README.md explains its keys.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cacheslide.errors import ConfigError
+from cacheslide.store.directory import DirectoryChunkStore
+from harness.agents.trace import read_episodes
+from harness.backends.in_process import EngineOptions
+from harness.backends.reference import EngineSettings, ReferenceBackend
+from harness.backends.responders import Responder, reference_sessions
+from harness.backends.tokens import Tokens
+from harness.backends.vllm import VllmBackend, vllm_sessions
+from harness.experiments.study.accuracy import evaluate
+from harness.experiments.study.chunks import build_chunks
+from harness.experiments.study.latency import measure_latency
+from harness.experiments.study.prompts import agent_shares, measure_prompts
+from harness.experiments.study.select_layer import select_layer
+from harness.experiments.study.similarity import measure_similarity
+from harness.experiments.study.throughput import measure_throughput
+from harness.inventory import NO_CKSIM, has_chunk_files, has_cksim
+from harness.results.provenance import config_hash, file_hash, machine
+from harness.results.records import RecordWriter, write_json
+from harness.systems import System, recipes, resolve, to_scale
+from harness.tasks.data import read_examples
+
+Config = Mapping[str, Any]
+
+
+Backend = ReferenceBackend | VllmBackend
+
+
+def backend_of(config: Config, threads: int | None = None) -> Backend:
+    """The backend a configuration names; `threads` cores for PyTorch."""
+    if threads:
+        torch.set_num_threads(threads)
+    model, dtype, device = config["model"], config["dtype"], config["device"]
+    if config.get("backend", "reference") == "vllm":
+        return VllmBackend(model, dtype, device, EngineOptions(**config.get("vllm", {})))
+    return ReferenceBackend(model, dtype, device)
+
+
+def sessions_of(
+    config: Config, backend: Backend, systems: Sequence[System], chunks: str | None = None, similarity: bool = False
+) -> Iterator[tuple[Responder, Sequence[System]]]:
+    """The responders that `systems` need, one at a time, each with the systems it serves.
+
+    `chunks` is a folder of caches and `similarity` adds CKSim to answers; both are the reference backend's.
+    """
+    if isinstance(backend, VllmBackend):
+        return vllm_sessions(backend, systems, settings_of(config))
+    return reference_sessions(backend, systems, settings_of(config), chunks, similarity)
+
+
+def settings_of(config: Config) -> EngineSettings:
+    """How its engines cut and keep chunks."""
+    return EngineSettings(config["chunk_size"], config["suffix_len"], config["store_dtype"])
+
+
+def policies_of(config: Config, layer: int, share: float | None = None, part: str = "") -> list[System]:
+    """The systems of a configuration, or of one `part` of it that names its own, at the common selection layer."""
+    names = config.get(part, {}).get("systems") or config["systems"]
+    return resolve(names, layer=layer, share=share)
+
+
+def selected_layer(path: str | Path) -> int:
+    """The layer that validation chose."""
+    return json.loads(Path(path).read_text())["layer"]
+
+
+def header(config: Config, data: str | Path, **more: Any) -> dict[str, Any]:
+    """Settings of a record file: what it was made of, and where."""
+    identity = {"config_hash": config_hash(dict(config)), "data_hash": file_hash(data), "measured_on": machine()}
+    return {"run": config["run"], **identity, **more}
+
+
+def step_chunks(config: Config, data: str, layer: int, output: str, threads: int) -> None:
+    """Chunk KV caches of one data set, for every recipe its systems read; for the reference backend only."""
+    if not has_chunk_files(config):
+        raise ConfigError("chunk caches are built inside the engine with backend: vllm; skip this step")
+    backend = backend_of(config, threads)
+    store = DirectoryChunkStore(output)
+    report = build_chunks(backend, read_examples(data), policies_of(config, layer), store, settings_of(config))
+    write_json(Path(output) / "index.json", {"recipes": report, "model": backend.model.model_id})
+
+
+def step_accuracy(
+    config: Config,
+    data: str,
+    chunks: str | None,
+    layer: int,
+    outputs: Sequence[str],
+    threads: int,
+    share: float | None = None,
+) -> None:
+    """Every system's answers on one data set; `outputs` are the systems' files, in the configuration's order.
+
+    With `share`, only systems that do not recompute that share by themselves are run. `chunks` is the folder that
+    `step_chunks` filled; the vLLM backend needs none.
+    """
+    backend, policies = backend_of(config, threads), policies_of(config, layer, share)
+    if share is not None:
+        policies = [p for p in policies if p.name in to_scale(config["systems"], share)]
+    by_recipe = recipes(policies)
+    dataset = Path(data).stem
+    writers = {
+        p.name: RecordWriter(
+            out,
+            header(config, data, dataset=dataset, system=p.name, title=p.title, layer=layer, share=share)
+            | {"layer_inputs": sorted(by_recipe[p.recipe][1]) if p.reuses else []},
+        )
+        for p, out in zip(policies, outputs, strict=True)
+    }
+    label = f"accuracy, {dataset}" if share is None else f"equal share, {dataset}"
+    examples = read_examples(data, questions=config["accuracy"]["questions"])
+    evaluate(sessions_of(config, backend, policies, chunks, similarity=True), examples, writers, progress=label)
+    for writer in writers.values():
+        writer.finish()
+
+
+def step_select_layer(config: Config, data: Sequence[str], output: str, threads: int) -> None:
+    """The selection layer, chosen on validation data."""
+    backend = backend_of(config, threads)
+    examples = {Path(d).stem: read_examples(d, questions=config["validation"]["questions"]) for d in data}
+    sessions = sessions_of(config, backend, resolve(["recompute", "cacheslide", "cacheblend"]))
+    result = select_layer(sessions, backend.num_layers, examples, config["topk"])
+    write_json(output, result | {"data_hashes": {Path(d).stem: file_hash(d) for d in data}})
+
+
+def step_latency(config: Config, data: str, layer: int, output: str, threads: int) -> None:
+    """TTFT of all systems at one prompt length."""
+    backend, policies, part = backend_of(config, threads), policies_of(config, layer, part="latency"), config["latency"]
+    writer = RecordWriter(output, header(config, data, layer=layer, titles={p.name: p.title for p in policies}, **part))
+    sessions, examples = sessions_of(config, backend, policies), read_examples(data)
+    measure_latency(sessions, policies, examples, writer, part["warmups"], part["repeats"], config["seed"])
+    writer.finish()
+
+
+def step_throughput(config: Config, data: str, layer: int, output: str, threads: int) -> None:
+    """Requests a second under a closed loop, by system and batch."""
+    backend, part = backend_of(config, threads), config["throughput"]
+    policies = policies_of(config, layer, part="throughput")
+    writer = RecordWriter(output, header(config, data, layer=layer, titles={p.name: p.title for p in policies}, **part))
+    measure_throughput(
+        sessions_of(config, backend, policies), read_examples(data), writer, part["batches"], seed=config["seed"]
+    )
+    writer.finish()
+
+
+def step_similarity(config: Config, data: str, output: str, threads: int) -> None:
+    """CKSim against shift; ConfigError on a backend that does not show the KV of every layer."""
+    if not has_cksim(config):
+        raise ConfigError(NO_CKSIM)
+    backend, part = backend_of(config, threads), config["cksim"]
+    writer = RecordWriter(output, header(config, data, **part))
+    measure_similarity(backend, read_examples(data), part["shifts"], writer)
+    writer.finish()
+
+
+def step_prompts(config: Config, data: Sequence[str], output: str, traces: str | None = None) -> None:
+    """Reusable share and moves of the prompts; with `traces`, of the recorded agents' prompts too."""
+    examples = {Path(d).stem: read_examples(d) for d in data}
+    found = measure_prompts(Tokens(config["model"]), examples, resolve(config["systems"]))
+    if traces:
+        found["agents"] = agent_shares(Tokens(config["agents"]["model"]), read_episodes(Path(traces)))
+    write_json(output, found)

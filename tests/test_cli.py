@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cacheslide.cli.main import main
+from cacheslide.cli import main
 
 MODEL = "models/tiny-llama-12m"
 NOTES = "\nSession notes\n amber falcon is copper seven . silver otter is bone ten ."
@@ -43,7 +43,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(buffered):
     """`cacheslide systems | head -1`, with the pipe closed before anything is written."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, *([] if buffered else ["-u"]), "-m", "cacheslide.cli.main", "systems"]
+    command = [sys.executable, *([] if buffered else ["-u"]), "-m", "cacheslide.cli", "systems"]
     with os.fdopen(writer, "wb") as out:
         done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and not done.stderr
@@ -148,5 +148,5 @@ def test_serve_says_what_it_needs(capsys, monkeypatch):
 
 
 def test_the_other_commands_do_without_vllm():
-    script = "import sys; from cacheslide.cli.main import main; main(['systems']); sys.exit('vllm' in sys.modules)"
+    script = "import sys; from cacheslide.cli import main; main(['systems']); sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0

@@ -83,8 +83,9 @@ def test_no_rows_at_all_are_no_error():
     assert kernels.row_attention(torch.empty(0, 4, 8), none, torch.zeros(2).int(), table, kv).shape == (0, 4, 8)
     before = kv.clone()
     rotary = Rotary(inverse_frequencies(8, 1e4), 64)
-    kernels.place_rows(torch.empty(0, 2, 8), torch.empty(0, 2, 8), none.long(), none, kv, rotary)
-    kernels.place_rows(torch.ones(2, 2, 8), torch.ones(2, 2, 8), torch.tensor([-1, -1]), none, kv, rotary)
+    empty, nowhere = torch.empty(1, 0, 2, 8), torch.tensor([-1, -1])
+    kernels.place_layers(empty, empty, none.long(), none, [kv], rotary)
+    kernels.place_layers(torch.ones(1, 2, 2, 8), torch.ones(1, 2, 2, 8), nowhere, none, [kv], rotary)
     assert torch.equal(kv.nan_to_num(9.0), before.nan_to_num(9.0))
     assert kernels.row_deviation(torch.empty(0, 2, 8), torch.empty(0, 2, 8), None, rotary).shape == (0,)
 
@@ -148,7 +149,7 @@ def test_a_cpu_call_needs_no_triton():
     """A machine without Triton can import the package and run the plain kernels."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch; from cacheslide import kernels\n"
+        "import torch; from cacheslide.kernels import api as kernels\n"
         "z = torch.zeros(1, 1, 2); i = torch.zeros(1).int()\n"
         "kernels.row_attention(z, i, torch.tensor([0, 1]), i[None], torch.zeros(1, 1, 16, 4)); print('ran')"
     )

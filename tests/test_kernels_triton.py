@@ -10,7 +10,8 @@ import os
 import pytest
 import torch
 
-from cacheslide.kernels.api import reference
+from cacheslide.kernels.placement import reference as placement_reference
+from cacheslide.kernels.row_attention import reference
 from cacheslide.positions.rope import Rotary, inverse_frequencies
 from tests.test_kernels import other_layout, paged, scattered
 
@@ -118,7 +119,7 @@ def test_placement(moved, layers, n, heads, dim, dtype):
     k, v, slots, deltas, mine, plain, rotary = placing(layers, n * SIZE, heads, dim, 16, dtype)
     mine = [other_layout(kv) for kv in mine]
     placement.place_layers(k, v, slots, deltas if moved else None, mine, rotary)
-    reference.place_layers(k, v, slots, deltas if moved else None, plain, rotary)
+    placement_reference.place_layers(k, v, slots, deltas if moved else None, plain, rotary)
     for got, want in zip(mine, plain, strict=True):
         assert torch.equal(got.isnan(), want.isnan())  # every row that was asked for, and no other
         # The kernel may fuse a product and a sum: one unit in the last place of the result.
@@ -140,7 +141,7 @@ def test_a_turn_beyond_the_tables_is_loud():
 def test_deviation(n, heads, dim, dtype):
     k, v, _, deltas, *_, rotary = placing(1, n * SIZE, heads, dim, 16, dtype)
     for by in (deltas, None):
-        want = reference.row_deviation(v[0], k[0], by, rotary)
+        want = placement_reference.row_deviation(v[0], k[0], by, rotary)
         torch.testing.assert_close(placement.row_deviation(v[0], k[0], by, rotary), want, rtol=2e-3, atol=0)
 
 

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Arrows only go down: a file may import from its own level and from those before it.
 LEVELS = {"cacheslide": 0, "baselines": 1, "harness": 2, "workflows": 3, "scripts": 3, "models": 3}
 PACKAGES = ("cacheslide", "baselines", "harness")
-# Who may import vLLM: the connector, and campaigns that run an engine in their own process.
-VLLM_HOSTS = ("cacheslide/vllm", "harness/robustness")
+# Who may import vLLM: the connector, the command that starts a server, and what drives an engine in its own process.
+VLLM_HOSTS = ("cacheslide/vllm", "cacheslide/cli/serve.py", "harness/backends", "harness/frozen", "harness/robustness")
 GENERATED = {"__pycache__", "build", "dist"}
 
 
@@ -106,6 +106,58 @@ def test_imports_only_go_down():
         if LEVELS.get(name.split(".")[0], 0) > LEVELS[path.relative_to(ROOT).parts[0]]
     ]
     assert not wrong
+
+
+def module_files() -> dict[str, Path]:
+    """Dotted name of every module of the packages."""
+    names = {}
+    for path in python_files(*PACKAGES):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def module_arrows() -> dict[str, set[str]]:
+    """Which module imports which, at any depth: an import inside a function is an arrow too."""
+    names = module_files()
+    arrows: dict[str, set[str]] = {name: set() for name in names}
+    for name, path in names.items():
+        tree = ast.parse(path.read_text(), str(path))
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            for target in imported_modules(node):
+                while target and target not in names:
+                    target = target.rpartition(".")[0]
+                if target and target != name and names[target].name != "__init__.py":
+                    arrows[name].add(target)
+    return arrows
+
+
+def imported_modules(node: ast.Import | ast.ImportFrom) -> list[str]:
+    """Full names that an import may mean: modules, or names inside them."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [f"{node.module}.{alias.name}" for alias in node.names]
+
+
+def cycles(arrows: dict[str, set[str]]) -> list[set[str]]:
+    """Strongly connected modules of more than one (Tarjan, by repeated removal of what imports nothing left)."""
+    left = {name: set(targets) for name, targets in arrows.items()}
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    called = {t for targets in left.values() for t in targets}
+    while idle := left.keys() - called:  # modules that only lead into a circle
+        for name in idle:
+            del left[name]
+        called = {t for targets in left.values() for t in targets}
+    return [set(left)] if left else []
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [{"b", "c"}]
+    assert cycles(module_arrows()) == []
 
 
 def test_vllm_is_imported_by_its_adapter_only():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from baselines import cacheslide, context_cache, prompt_cache, recompute
-from cacheslide.cli.main import main
+from cacheslide.cli import main
 from cacheslide.core.engine import ReuseEngine
 from cacheslide.core.precompute import precompute, pregenerate, template
 from cacheslide.core.prompt import Prompt, Role, Segment

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cacheslide.cli.main import main
+from cacheslide.cli import main
 from cacheslide.errors import ConfigError
 from cacheslide.store.config import StoreConfig, open_store
 from cacheslide.store.mooncake import MooncakeOptions, why_not

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from cacheslide.cli.main import main
+from cacheslide.cli import main
 from cacheslide.errors import StoreError
 from cacheslide.store import mooncake, open_store
 from cacheslide.store.backing import Backing, TieredStats

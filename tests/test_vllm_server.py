@@ -67,7 +67,7 @@ def running(folder: Path, *options: str) -> Iterator[Server]:
     common = f"""--chunk-size 32 --encode now --dtype float32 --max-model-len 1024 --enforce-eager
         --max-num-seqs 16 --served-model-name tiny --port {port}"""
     environment = {**os.environ, **VLLM_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "cacheslide.cli.main", "serve", MODEL, *common.split(), *options]
+    command = [sys.executable, "-m", "cacheslide.cli", "serve", MODEL, *common.split(), *options]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:

@@ -93,7 +93,3 @@ def _run(args: argparse.Namespace) -> int:
     ids = engine.generate(state, state.logits, args.max_new_tokens, stop)
     print(json.dumps({"text": tokenizer.decode(ids, skip_special_tokens=True), "receipt": state.receipt.as_dict()}))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,8 +14,7 @@ from pathlib import Path
 from cacheslide.errors import ConfigError
 from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.cope.setting import overrides
-from cacheslide.vllm.options import ServerOptions
-from harness.backends.scripted import CPU_CACHE_GIB
+from cacheslide.vllm.options import CPU_CACHE_GIB, ServerOptions
 
 _CPU_BLOCK = 32  # vLLM's CPU attention wants blocks of a multiple of this
 

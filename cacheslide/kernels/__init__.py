@@ -1,0 +1,1 @@
+"""Kernels over a paged KV cache: Triton on CUDA, plain PyTorch elsewhere."""

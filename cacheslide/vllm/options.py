@@ -13,6 +13,7 @@ from cacheslide.vllm.limits import NAME, NOTE, ROW, SEGMENTS, check_text, sayabl
 from cacheslide.vllm.systems import policy_of
 
 FIELD = "cacheslide"
+CPU_CACHE_GIB = "2"  # paged KV on a CPU; vLLM's own default asks for nine tenths of the host's memory
 ENCODE = ("later", "now", "off")
 SERVER_KEYS = ("cache.server.host", "cache.server.port")  # CrossCache's connector options
 DOOR_KEYS = ("separator", "roles", "messages")  # become segments where vLLM takes requests in (door.py)

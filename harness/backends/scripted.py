@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cacheslide.vllm.options import FIELD, ServerOptions
+from cacheslide.vllm.options import CPU_CACHE_GIB, FIELD, ServerOptions
 
-CPU_CACHE_GIB = "2"  # paged KV; vLLM's own default asks for nine tenths of the host's memory
 _CPU_BLOCK = 32  # vLLM's CPU attention wants blocks of a multiple of this
 
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from cacheslide.kernels.api.reference import paged_rows
+from cacheslide.kernels.row_attention.reference import paged_rows
 from cacheslide.positions import cope
 from cacheslide.positions.ccpe import SlotMasses
 

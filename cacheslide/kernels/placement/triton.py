@@ -109,7 +109,7 @@ def place_layers(
     rotary: Rotary,
     pointers: Tensor | None = None,
 ) -> None:
-    """See `cacheslide.kernels.api.place_layers`."""
+    """See `cacheslide.kernels.placement.api.place_layers`."""
     layers, rows, heads, dim = k.shape
     if not rows or not layers:
         return  # a launch of no programs is an error
@@ -127,7 +127,7 @@ def place_layers(
 
 
 def row_deviation(fresh: Tensor, cached: Tensor, deltas: Tensor | None, rotary: Rotary) -> Tensor:
-    """See `cacheslide.kernels.api.row_deviation`."""
+    """See `cacheslide.kernels.placement.api.row_deviation`."""
     rows, heads, dim = cached.shape
     out = torch.empty(rows, dtype=torch.float32, device=fresh.device)
     if rows:

@@ -111,7 +111,7 @@ def row_attention(
     max_row: int | None = None,
     tiling: Tiling | None = None,
 ) -> Tensor:
-    """See `cacheslide.kernels.api.row_attention`; `tiling` overrides the choice of tiles."""
+    """See `cacheslide.kernels.row_attention.api.row_attention`; `tiling` overrides the choice of tiles."""
     n, heads, dim = q.shape
     kv_heads, block_size = kv.shape[1:3]
     out = torch.empty_like(q) if out is None else out

@@ -293,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.part:
         return run_part(args.part, args.out, args.repeats, (args.model, args.adapter))
-    sources = [*sorted((ROOT / "cacheslide/kernels").glob("cope*.py")), Path(__file__).resolve()]
+    sources = [*sorted((ROOT / "cacheslide/kernels/cope").glob("*.py")), Path(__file__).resolve()]
     made_by = provenance({"repeats": args.repeats, "tilings": TILINGS, "seconds": PARTS}, {}, "random tensors")
     made_by["git_commit"] = made_by["git_commit"] or args.commit
     made_by["source_sha256"] = {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sources}

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cacheslide.kernels import api as kernels
-from cacheslide.kernels.api import reference
+from cacheslide.kernels.placement import reference as placement_reference
+from cacheslide.kernels.row_attention import reference
 from cacheslide.positions.rope import Rotary, inverse_frequencies
 from harness.quiet import watched
 from harness.results.provenance import ROOT, provenance
@@ -186,7 +187,7 @@ def placement_case(layers: int, rows: int, skipped: float, repeats: int, pinned:
 
     ours()
     plain = [torch.full_like(kv, float("nan")) for kv in caches]
-    reference.place_layers(k, v, slots, deltas, plain, rotary)
+    placement_reference.place_layers(k, v, slots, deltas, plain, rotary)
     error = 0.0
     for got, want in zip(caches, plain, strict=True):
         if not torch.equal(got.isnan(), want.isnan()):
@@ -199,7 +200,7 @@ def placement_case(layers: int, rows: int, skipped: float, repeats: int, pinned:
         {
             "place_layers": ours,
             "copy": lambda: target.copy_(source, non_blocking=True),
-            "plain_pytorch": lambda: reference.place_layers(k, v, slots, deltas, plain, rotary),
+            "plain_pytorch": lambda: placement_reference.place_layers(k, v, slots, deltas, plain, rotary),
         },
         repeats,
     )
@@ -217,12 +218,12 @@ def deviation_case(rows: int, repeats: int) -> dict[str, Any]:
     fresh, cached = (torch.randn(rows, 8, DIM, device=DEVICE, dtype=DTYPE) for _ in range(2))
     deltas = torch.randint(-4000, 4000, (rows,), device=DEVICE, dtype=torch.int32)
     rotary = Rotary(inverse_frequencies(DIM, 5e5), 32768, DEVICE)
-    want = reference.row_deviation(fresh, cached, deltas, rotary)
+    want = placement_reference.row_deviation(fresh, cached, deltas, rotary)
     error = gate("deviation", kernels.row_deviation(fresh, cached, deltas, rotary), want)
     ms = median_ms(
         {
             "row_deviation": lambda: kernels.row_deviation(fresh, cached, deltas, rotary),
-            "plain_pytorch": lambda: reference.row_deviation(fresh, cached, deltas, rotary),
+            "plain_pytorch": lambda: placement_reference.row_deviation(fresh, cached, deltas, rotary),
         },
         repeats,
     )
@@ -281,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     with watched() as quiet:
         results = run_all(args.repeats)
-    files = [*sorted((ROOT / "cacheslide/kernels").glob("*.py")), Path(__file__).resolve()]
+    files = [*sorted((ROOT / "cacheslide/kernels").rglob("*.py")), Path(__file__).resolve()]
     made = provenance({"repeats": args.repeats, "lengths": LENGTHS, "shares": SHARES}, {}, "random tensors")
     if args.commit:
         made |= {"git_commit": args.commit, "git_dirty": None}

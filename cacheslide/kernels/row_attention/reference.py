@@ -1,17 +1,10 @@
-"""The kernels in plain PyTorch: what the CPU runs and what the tests compare with.
+"""Row attention in plain PyTorch: what the CPU runs and what the tests compare with."""
 
-The paged cache `kv` is [blocks, kv_heads, block_size, 2 * head_dim] with any strides: keys and values beside each
-other. A slot is block * block_size + offset.
-"""
-
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from cacheslide.positions.rope import Rotary
 
 _QUERY_BLOCK = 256  # query rows a call handles at once: bounds the mask and skips most masked keys
 
@@ -25,7 +18,7 @@ def row_attention(
     scale: float | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See `cacheslide.kernels.api.row_attention`."""
+    """See `cacheslide.kernels.row_attention.api.row_attention`."""
     out = torch.empty_like(q) if out is None else out
     grouped = q.shape[1] != kv.shape[1]
     for request, (begin, end) in enumerate(pairwise(cu_rows.tolist())):
@@ -54,23 +47,3 @@ def paged_rows(kv: Tensor, blocks: Tensor, count: int) -> tuple[Tensor, Tensor]:
     needed = blocks[: -(-count // kv.shape[2])].long()
     both = kv[needed].transpose(1, 2).flatten(0, 1)[:count]
     return both.chunk(2, dim=-1)
-
-
-def place_layers(
-    k: Tensor, v: Tensor, slots: Tensor, deltas: Tensor | None, caches: Sequence[Tensor], rotary: Rotary
-) -> None:
-    """See `cacheslide.kernels.api.place_layers`."""
-    kept = (slots >= 0).nonzero()[:, 0]
-    for keys, values, kv in zip(k, v, caches, strict=True):
-        at, index = slots[kept], kept.to(keys.device)
-        moved = keys[index].to(kv.device)
-        if deltas is not None:
-            moved = rotary.rotate(moved, deltas[kept])
-        both = torch.cat((moved, values[index].to(kv.device)), dim=-1)
-        kv[at // kv.shape[2], :, at % kv.shape[2]] = both.to(kv.dtype)
-
-
-def row_deviation(fresh: Tensor, cached: Tensor, deltas: Tensor | None, rotary: Rotary) -> Tensor:
-    """See `cacheslide.kernels.api.row_deviation`."""
-    moved = cached if deltas is None else rotary.rotate(cached, deltas)
-    return (fresh.float() - moved.float()).square().sum(dim=(1, 2))

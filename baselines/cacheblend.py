@@ -2,8 +2,9 @@
 
 from cacheslide.core.keys import ContentKeying
 from cacheslide.core.placement import Placement
-from cacheslide.policies.base import Encoding, ReusePolicy
-from cacheslide.policies.correction import TopDeviation
+from cacheslide.policies.base import ReusePolicy
+from cacheslide.policies.encodings import Isolated
+from cacheslide.policies.top_deviation import TopDeviation
 
 SHARE = 0.18  # the paper's setting, section 5
 
@@ -14,7 +15,7 @@ def delta() -> ReusePolicy:
         "cacheblend",
         "CacheBlend",
         keying=ContentKeying(),
-        encoding=Encoding("isolated"),
+        encoding=Isolated(),
         placement=Placement("delta"),
         correction=TopDeviation(SHARE),
     )
@@ -26,7 +27,7 @@ def stale() -> ReusePolicy:
         "cacheblend_stale",
         "CacheBlend, stale positions",
         keying=ContentKeying(),
-        encoding=Encoding("isolated"),
+        encoding=Isolated(),
         placement=Placement("stored"),
         correction=TopDeviation(SHARE),
     )

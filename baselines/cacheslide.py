@@ -2,8 +2,9 @@
 
 from cacheslide.core.keys import FixedChainKeying
 from cacheslide.core.placement import Placement
-from cacheslide.policies.base import Encoding, ReusePolicy
-from cacheslide.policies.correction import Promotion, TopDeviation
+from cacheslide.policies.base import ReusePolicy
+from cacheslide.policies.encodings import FixedChain, InPrompt
+from cacheslide.policies.top_deviation import Promotion, TopDeviation
 
 SHARE = 0.26  # the paper's recommendation, Fig. 14
 
@@ -14,7 +15,7 @@ def canonical() -> ReusePolicy:
         "cacheslide",
         "CacheSlide",
         keying=FixedChainKeying(),
-        encoding=Encoding("fixed_chain"),
+        encoding=FixedChain(),
         placement=Placement("delta"),
         correction=TopDeviation(SHARE),
     )
@@ -26,7 +27,7 @@ def first_turn() -> ReusePolicy:
         "cacheslide_first_turn",
         "CacheSlide, first-turn encoding",
         keying=FixedChainKeying(),
-        encoding=Encoding("in_prompt"),
+        encoding=InPrompt(),
         placement=Placement("delta"),
         correction=TopDeviation(SHARE),
     )
@@ -41,7 +42,7 @@ def promoting() -> ReusePolicy:
         "cacheslide_promote",
         "CacheSlide, promotion",
         keying=FixedChainKeying(),
-        encoding=Encoding("fixed_chain"),
+        encoding=FixedChain(),
         placement=Placement("delta"),
         correction=TopDeviation(0.10, promote=(Promotion(1, SHARE - 0.10),)),
     )
@@ -53,6 +54,6 @@ def naive() -> ReusePolicy:
         "naive_reuse",
         "Naive reuse",
         keying=FixedChainKeying(),
-        encoding=Encoding("in_prompt"),
+        encoding=InPrompt(),
         placement=Placement("delta"),
     )

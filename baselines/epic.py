@@ -2,8 +2,9 @@
 
 from cacheslide.core.keys import ContentKeying
 from cacheslide.core.placement import Placement
-from cacheslide.policies.base import Encoding, ReusePolicy
-from cacheslide.policies.correction import EdgeRows
+from cacheslide.policies.base import ReusePolicy
+from cacheslide.policies.edges import EdgeRows
+from cacheslide.policies.encodings import Isolated
 
 EDGE = 32  # the paper's setting, section 5
 
@@ -14,7 +15,7 @@ def delta() -> ReusePolicy:
         "epic",
         "EPIC",
         keying=ContentKeying(),
-        encoding=Encoding("isolated"),
+        encoding=Isolated(),
         placement=Placement("delta"),
         correction=EdgeRows(EDGE, EDGE),
     )
@@ -26,7 +27,7 @@ def stale() -> ReusePolicy:
         "epic_stale",
         "EPIC, stale positions",
         keying=ContentKeying(),
-        encoding=Encoding("isolated"),
+        encoding=Isolated(),
         placement=Placement("stored"),
         correction=EdgeRows(EDGE, EDGE),
     )

@@ -2,7 +2,8 @@
 
 from cacheslide.core.keys import ContentKeying
 from cacheslide.core.placement import Placement
-from cacheslide.policies.base import Encoding, ReusePolicy
+from cacheslide.policies.base import ReusePolicy
+from cacheslide.policies.encodings import Isolated
 
 SLOT = 256  # positions a schema reserves for an updated segment, in multiples; one stored copy per position
 
@@ -13,6 +14,6 @@ def policy() -> ReusePolicy:
         "prompt_cache",
         "PromptCache",
         keying=ContentKeying(positioned=True),
-        encoding=Encoding("isolated", at_slot=True),
+        encoding=Isolated(at_slot=True),
         placement=Placement("stored", slot=SLOT),
     )

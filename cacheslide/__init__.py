@@ -15,8 +15,8 @@ _EXPORTS = {
     "ReusePolicy": "cacheslide.policies.base",
     "Role": "cacheslide.core.prompt",
     "Segment": "cacheslide.core.prompt",
-    "load_policy": "cacheslide.policies.base",
-    "policy_names": "cacheslide.policies.base",
+    "load_policy": "cacheslide.policies.registry",
+    "policy_names": "cacheslide.policies.registry",
 }
 __all__ = list(_EXPORTS)
 

@@ -11,7 +11,7 @@ from jsonschema.exceptions import best_match
 
 from cacheslide.errors import ConfigError
 from cacheslide.plain_values import check_plain
-from cacheslide.policies.base import policy_names
+from cacheslide.policies.registry import policy_names
 from harness.systems import STOCK
 
 TIMED = ("latency", "throughput")

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cacheslide.policies.base import ReusePolicy, load_policy
-from cacheslide.policies.correction import Correction
+from cacheslide.policies.base import Correction, ReusePolicy
+from cacheslide.policies.registry import load_policy
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from cacheslide.errors import ConfigError, DataError
-from cacheslide.policies.base import load_policy, policy_names
+from cacheslide.policies.registry import load_policy, policy_names
 from harness.agents.completer import CompletionError, Request, Scripted
 from harness.agents.in_process import InProcess
 from harness.agents.loop import Stops, run_episode

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cacheslide.policies.base import load_policy
+from cacheslide.policies.registry import load_policy
 from cacheslide.store.memory import MemoryChunkStore
 from harness.agents.completer import Request, Scripted
 from harness.agents.dry import DrySWEAgent

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from cacheslide.errors import ConfigError, PolicyError
-from cacheslide.policies.base import load_policy, policy_names
+from cacheslide.policies.registry import load_policy, policy_names
 from cacheslide.vllm.options import policy_of
 from harness.backends.in_process import EngineOptions
 from harness.backends.vllm import marked_as

@@ -15,8 +15,9 @@ from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.errors import ModelError, PromptError
 from cacheslide.models.adapter import RowGroup
 from cacheslide.models.reference import ReferenceLlama
-from cacheslide.policies.base import Encoding, ReusePolicy
-from cacheslide.policies.correction import TopDeviation
+from cacheslide.policies.base import ReusePolicy
+from cacheslide.policies.encodings import ENCODINGS, Isolated
+from cacheslide.policies.top_deviation import TopDeviation
 from cacheslide.positions.ccpe import slots_between, slots_in
 from cacheslide.positions.cope import scores_and_gates
 from cacheslide.store import MemoryChunkStore
@@ -98,7 +99,7 @@ def test_where_a_prompts_slots_lie():
 def policy(correction=None, kind="fixed_chain") -> ReusePolicy:
     """CacheSlide on a CoPE model: keys stay as they are stored."""
     given = {"correction": correction} if correction else {}
-    return ReusePolicy("cope", "", FixedChainKeying(), Encoding(kind), Placement("stored"), **given)
+    return ReusePolicy("cope", "", FixedChainKeying(), ENCODINGS[kind], Placement("stored"), **given)
 
 
 @pytest.mark.parametrize("kind", ["fixed_chain", "in_prompt"])
@@ -204,4 +205,4 @@ def test_the_encoder_needs_no_slots_of_chunks_encoded_alone(live):
     p = prompt(1, 5)
     plan = engine.plan(p)
     keys = [f"alone{i}" for i in range(len(plan.chunks))]
-    assert engine.encoder.encode(Encoding("isolated"), p, plan.positions, plan.chunks, keys) == len(keys)
+    assert engine.encoder.encode(Isolated(), p, plan.positions, plan.chunks, keys) == len(keys)

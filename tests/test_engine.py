@@ -9,8 +9,9 @@ from baselines.window_padding import pad
 from cacheslide import Prompt, ReuseEngine, Role, Segment, load_policy, policy_names
 from cacheslide.core.placement import Placement
 from cacheslide.errors import ModelError, PolicyError, PromptError
-from cacheslide.policies.base import Encoding, ReusePolicy
-from cacheslide.policies.correction import TopDeviation
+from cacheslide.policies.base import ReusePolicy
+from cacheslide.policies.encodings import FixedChain
+from cacheslide.policies.top_deviation import TopDeviation
 from cacheslide.store import DirectoryChunkStore, MemoryChunkStore
 from tests.conftest import random_ids
 from tests.test_prefill import prompt
@@ -146,7 +147,7 @@ def test_prompts_longer_than_the_model(model):
 
 def test_contradicting_policies_are_refused():
     with pytest.raises(PolicyError, match="fixed-chain"):
-        ReusePolicy("x", "X", encoding=Encoding("fixed_chain"))
+        ReusePolicy("x", "X", encoding=FixedChain())
     policy = load_policy("cacheslide_promote").at_layer(3)
     assert policy.correction.layer == 3 and policy.probe_layers == {3}
     assert load_policy("epic").at_share(0.26).correction.edges(256) == (34, 33)

@@ -13,7 +13,7 @@ import torch
 
 from cacheslide.kernels import api as kernels
 from cacheslide.models.reference import row_attention as model_attention
-from cacheslide.policies.correction import deviation
+from cacheslide.policies.deviation import deviation
 from cacheslide.positions.rope import Rotary, inverse_frequencies
 
 ROOT = Path(__file__).resolve().parents[1]

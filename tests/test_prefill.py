@@ -12,8 +12,12 @@ from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.errors import PolicyError
 from cacheslide.models.adapter import RowGroup
 from cacheslide.models.reference import ReferenceLlama
-from cacheslide.policies.base import Encoding, ReusePolicy
-from cacheslide.policies.correction import EdgeRows, NoCorrection, Promotion, Swap, TopDeviation, deviation, top_rows
+from cacheslide.policies.base import ReusePolicy
+from cacheslide.policies.deviation import deviation, top_rows
+from cacheslide.policies.edges import EdgeRows
+from cacheslide.policies.encodings import ENCODINGS, Isolated
+from cacheslide.policies.none import NoCorrection
+from cacheslide.policies.top_deviation import Promotion, Swap, TopDeviation
 from cacheslide.store import MemoryChunkStore
 from tests.conftest import random_ids
 
@@ -26,11 +30,11 @@ def prompt(updated: int, seed: int, question: int = 5, fixed=(23, 31, 17)) -> Pr
 
 
 def chain(correction, encoding="fixed_chain", rotation="delta") -> ReusePolicy:
-    return ReusePolicy("p", "P", FixedChainKeying(), Encoding(encoding), Placement(rotation), correction)
+    return ReusePolicy("p", "P", FixedChainKeying(), ENCODINGS[encoding], Placement(rotation), correction)
 
 
 def isolated(correction, rotation="delta") -> ReusePolicy:
-    return ReusePolicy("p", "P", ContentKeying(), Encoding("isolated"), Placement(rotation), correction)
+    return ReusePolicy("p", "P", ContentKeying(), Isolated(), Placement(rotation), correction)
 
 
 def dense(model, ids, positions):

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from cacheslide.policies.base import load_policy
+from cacheslide.policies.registry import load_policy
 from cacheslide.vllm.options import marks_of
 from harness.backends.http.load import closed_loop
 from harness.backends.http.server import Server, connector_command, engine_flags

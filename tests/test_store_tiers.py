@@ -10,7 +10,7 @@ import torch
 from cacheslide.core.engine import ReuseEngine
 from cacheslide.core.prompt import Prompt
 from cacheslide.errors import ConfigError, StoreError
-from cacheslide.policies.base import load_policy
+from cacheslide.policies.registry import load_policy
 from cacheslide.store import MemoryChunkStore, open_store
 from cacheslide.store.arena import Arena
 from cacheslide.store.base import ChunkKV

@@ -11,7 +11,9 @@ from cacheslide.core.engine import ReuseEngine
 from cacheslide.core.placement import Piece, PlacedChunks
 from cacheslide.core.selective_prefill import SelectivePrefill
 from cacheslide.models.reference import ReferenceLlama
-from cacheslide.policies.correction import EdgeRows, NoCorrection, Promotion, Swap, TopDeviation
+from cacheslide.policies.edges import EdgeRows
+from cacheslide.policies.none import NoCorrection
+from cacheslide.policies.top_deviation import Promotion, Swap, TopDeviation
 from cacheslide.store import MemoryChunkStore
 from cacheslide.store.base import ChunkKV
 from cacheslide.vllm.worker.attention import RowKernel

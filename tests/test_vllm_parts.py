@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 from cacheslide.cli import serve
 from cacheslide.errors import ConfigError, ModelError, PolicyError, PromptError, StoreError
 from cacheslide.models.adapter import RowGroup
-from cacheslide.policies.base import load_policy
+from cacheslide.policies.registry import load_policy
 from cacheslide.store.base import ChunkKV
 from cacheslide.vllm.cope.setting import overrides
 from cacheslide.vllm.options import Marks, ServerOptions, marks_of

@@ -246,7 +246,7 @@ def test_jobs_wait_for_a_later_step_keep_the_budget_and_are_not_doubled():
     kinds = []
     while scheduler.keeper.jobs:
         [job] = scheduler.step(step_output({}, {})).encodes
-        kinds.append(job.encoding.kind)
+        kinds.append(job.encoding.name)
     assert kinds == ["fixed_chain", "isolated"] and len(scheduler.index) == 2 * len(TURN.chunks(16))
 
 

@@ -10,7 +10,6 @@ pytest.importorskip("vllm")
 from vllm.config import KVTransferConfig
 
 from cacheslide.errors import ConfigError, ModelError, PolicyError
-from cacheslide.policies.base import check_policy
 from cacheslide.positions.rope import inverse_frequencies
 from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.geometry import weights_id
@@ -83,8 +82,8 @@ def test_caches_of_other_attention_are_refused(cache):
 
 def test_systems_that_a_model_cannot_run():
     with pytest.raises(PolicyError, match="layer 5, but the model has layers 0 to 4"):
-        check_policy(policy_of("cacheslide", None, 5), 5)
-    check_policy(policy_of("cacheslide", None, 4), 5)
+        policy_of("cacheslide", None, 5).check(5)
+    policy_of("cacheslide", None, 4).check(5)
 
 
 @pytest.mark.fault("multi_connector")

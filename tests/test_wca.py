@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from cacheslide.policies.correction import NoCorrection, TopDeviation
+from cacheslide.policies.none import NoCorrection
+from cacheslide.policies.top_deviation import TopDeviation
 from harness.experiments.wca import sweep as wca
 from harness.experiments.wca.cells import cells, default
 from harness.results.records import read_records

@@ -60,7 +60,7 @@ def _count(text: str) -> int:
 
 
 def _systems(args: argparse.Namespace) -> int:
-    from cacheslide.policies.base import load_policy, policy_names
+    from cacheslide.policies.registry import load_policy, policy_names
 
     for name in policy_names():
         policy = load_policy(name)
@@ -74,14 +74,14 @@ def _run(args: argparse.Namespace) -> int:
     from cacheslide.core.prompt import Prompt
     from cacheslide.core.prompt_file import load_tokenizer, read_segments
     from cacheslide.models.reference import ReferenceLlama
-    from cacheslide.policies.base import check_policy, load_policy
+    from cacheslide.policies.registry import load_policy
     from cacheslide.store import DirectoryChunkStore, MemoryChunkStore
 
     policy = load_policy(args.system)
     policy = policy if args.layer is None else policy.at_layer(args.layer)
     policy = policy if args.share is None else policy.at_share(args.share)
     model = ReferenceLlama.from_pretrained(args.model, device=args.device)
-    check_policy(policy, model.num_layers)
+    policy.check(model.num_layers)
     tokenizer = load_tokenizer(args.model)
     store = MemoryChunkStore() if args.store is None else DirectoryChunkStore(args.store)
     engine = ReuseEngine(model, policy, store, chunk_size=args.chunk_size, suffix_len=args.suffix_len)

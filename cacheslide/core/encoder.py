@@ -1,19 +1,31 @@
 """Computes the KV that a policy caches for a prompt's chunks, exactly, in the context its encoding names."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cacheslide.core.keys import ChunkKey, fixed_text
+from cacheslide.core.keys import ChunkKey
 from cacheslide.core.placement import Piece, PlacedChunks, Placement, tensor_of
 from cacheslide.core.prefill_request import PrefillRequest
 from cacheslide.core.prompt import Chunk, Prompt
 from cacheslide.core.selective_prefill import SelectivePrefill
+from cacheslide.models.adapter import KVBuffer
 from cacheslide.policies.base import Encoding
-from cacheslide.positions.ccpe import PromptSlots, slots_between, slots_in
+from cacheslide.positions.ccpe import PromptSlots
 from cacheslide.store.base import ChunkKV, ChunkStore
 from cacheslide.store.shape import shape_of
+
+
+@dataclass(frozen=True)
+class ExactKV:
+    """An exact prefill: KV buffer, positions of its rows, and captured layer inputs from row `first_input` on."""
+
+    kv: KVBuffer
+    positions: Sequence[int]
+    layer_inputs: dict[int, Tensor]
+    first_input: int
 
 
 class ChunkEncoder:
@@ -53,48 +65,16 @@ class ChunkEncoder:
         """Compute and store the chunks that are missing; returns how many."""
         missing = [not self.store.contains(key) for key in keys]
         if any(missing):
-            {"in_prompt": self._in_prompt, "fixed_chain": self._fixed_chain, "isolated": self._isolated}[encoding.kind](
-                encoding, prompt, positions, chunks, keys, missing
-            )
+            encoding.encode(self, prompt, positions, chunks, keys, missing)
         return sum(missing)
 
-    def _in_prompt(self, encoding, prompt, positions, chunks, keys, missing) -> None:
-        end = chunks[-1].end  # what comes after the last fixed token cannot influence it
-        kv, inputs, where = self._prefill(prompt.token_ids[:end], positions[:end], slots=slots_in(prompt))
-        for chunk, key, new in zip(chunks, keys, missing, strict=True):
-            if new:
-                self._keep(key, kv, inputs, where, chunk.start, chunk.end)
-
-    def _fixed_chain(self, encoding, prompt, positions, chunks, keys, missing) -> None:
-        text = fixed_text(prompt)
-        ends = [sum(len(c) for c in chunks[: i + 1]) for i in range(len(chunks))]
-        known = missing.index(True)  # a history that grew: its old chunks are exact in this chain, only the tail is new
-        pieces = []
-        for key, chunk in zip(keys[:known], chunks, strict=False):
-            found = self.store.fetch(key, shape=self.shape, tokens=len(chunk)).chunk
-            if found is None:  # what lies behind it would be taken for its rows
-                break
-            pieces.append(Piece(found, len(chunk)))
-        kv, inputs, where = self._prefill(text, range(len(text)), pieces, slots_between(prompt))
-        for chunk, key, end, new in zip(chunks, keys, ends, missing, strict=True):
-            if new:
-                self._keep(key, kv, inputs, where, end - len(chunk), end)
-
-    def _isolated(self, encoding, prompt, positions, chunks, keys, missing) -> None:
-        for chunk, key, new in zip(chunks, keys, missing, strict=True):
-            if new:
-                first = positions[chunk.start] if encoding.at_slot else 0
-                span = range(first, first + len(chunk))
-                kv, inputs, where = self._prefill(prompt.token_ids[chunk.start : chunk.end], span)
-                self._keep(key, kv, inputs, where, 0, len(chunk))
-
-    def _prefill(
+    def prefill(
         self,
         token_ids: Sequence[int],
         positions: Sequence[int],
         known: Sequence[Piece] = (),
         slots: PromptSlots | None = None,
-    ):
+    ) -> "ExactKV":
         """Exact KV of `token_ids`; `known` pieces are its first rows, already exact at these positions."""
         ids = torch.tensor(token_ids, device=self.model.device)
         where = torch.tensor(list(positions), device=self.model.device)
@@ -109,14 +89,13 @@ class ChunkEncoder:
         request = PrefillRequest(ids[done:], where[done:], kv, reused=rows_none(ids), start=done)
         [out] = self.executor.run([request], capture=self.capture)
         self.row_layers += sum(out.rows_computed)
-        return kv, (out.layer_inputs, done), positions
+        return ExactKV(kv, positions, out.layer_inputs, done)
 
-    def _keep(
-        self, key: ChunkKey, kv, inputs: tuple[dict[int, Tensor], int], where: Sequence[int], start: int, end: int
-    ) -> None:
-        captured, offset = inputs
-        layers = {layer: x[start - offset : end - offset] for layer, x in captured.items()}
-        self.store.put(key, self.cut(kv, where, start, end, layer_inputs=layers))
+    def store_chunk(self, key: ChunkKey, exact: "ExactKV", start: int, end: int) -> None:
+        """Store rows [start, end) of an exact prefill as the chunk `key`."""
+        offset = exact.first_input
+        layers = {layer: x[start - offset : end - offset] for layer, x in exact.layer_inputs.items()}
+        self.store.put(key, self.cut(exact.kv, exact.positions, start, end, layer_inputs=layers))
 
     def cut(
         self,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cacheslide.core.encoder import ChunkEncoder, rows_none
-from cacheslide.core.keys import CacheIdentity, ChunkKey, PrefixKeying, chunk_keys
+from cacheslide.core.keys import CacheIdentity, ChunkKey, chunk_keys
 from cacheslide.core.placement import Piece, PlacedChunks
 from cacheslide.core.prefill_request import PrefillOutput, PrefillRequest
 from cacheslide.core.prompt import Chunk, Prompt
@@ -161,7 +161,7 @@ class ReuseEngine:
         plan = self.plan(prompt)
         if not plan.chunks or all(map(self._has, plan.keys)):
             return Kept()
-        exact = state.receipt.chunks_hit == 0 or isinstance(self.policy.keying, PrefixKeying)
+        exact = state.receipt.chunks_hit == 0 or self.policy.keying.exact
         generation = 0 if exact else state.receipt.generation + 1
         store = self.store if generation == 0 else self.corrected
         if generation > limit or store is None or not self._holds(state, plan):
@@ -180,7 +180,7 @@ class ReuseEngine:
         served, rows = state.plan, len(state.plan.prompt)
         same = plan.prompt.token_ids[:rows] == served.prompt.token_ids[: len(plan.prompt)]
         same = same and plan.positions[:rows] == served.positions[: len(plan.prompt)]
-        in_prompt = self.policy.encoding.kind == "in_prompt" and not self.encoder.capture
+        in_prompt = self.policy.encoding.in_prompt and not self.encoder.capture
         return in_prompt and same and plan.chunks[-1].end <= state.length
 
     def prefill(self, prompt: Prompt, following: int = 0, room: int = 0) -> Prefilled:

@@ -9,7 +9,7 @@ them is never served under another.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -47,7 +47,25 @@ class CacheIdentity:
 
 
 class Keying(Protocol):
-    """Gives each chunk of a prompt a digest; equal digests mean interchangeable KV."""
+    """Gives each chunk of a prompt a digest; equal digests mean interchangeable KV.
+
+    Attributes
+    ----------
+    name : str
+        Part of the name of a chunk cache.
+    matches : bool
+        Whether anything can ever match.
+    exact : bool
+        Equal digests mean equal KV: everything before the chunk is the same, so reuse corrects nothing.
+    follows_context, follows_chain : bool
+        What a chunk's digest covers before the chunk: (at least) the fixed chunks; the chain of fixed chunks alone.
+    """
+
+    name: str
+    matches: bool
+    exact: bool
+    follows_context: bool
+    follows_chain: bool
 
     def digests(self, prompt: Prompt, chunks: Sequence[Chunk], positions: Sequence[int]) -> list[bytes]:
         """One digest per chunk. `positions[row]` is the position index of every row."""
@@ -58,6 +76,12 @@ class Keying(Protocol):
 class NoKeying:
     """Nothing matches: plain recompute."""
 
+    name: ClassVar[str] = "no"
+    matches: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+    follows_context: ClassVar[bool] = True
+    follows_chain: ClassVar[bool] = False
+
     def digests(self, prompt: Prompt, chunks: Sequence[Chunk], positions: Sequence[int]) -> list[bytes]:
         return []
 
@@ -65,6 +89,12 @@ class NoKeying:
 @dataclass(frozen=True)
 class PrefixKeying:
     """PDC: all tokens from the prompt's start to the chunk's end."""
+
+    name: ClassVar[str] = "prefix"
+    matches: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
+    follows_context: ClassVar[bool] = True
+    follows_chain: ClassVar[bool] = False
 
     def digests(self, prompt: Prompt, chunks: Sequence[Chunk], positions: Sequence[int]) -> list[bytes]:
         out, at, link = [], 0, b"prefix"
@@ -80,6 +110,11 @@ class ContentKeying:
     """PIC: the chunk's own tokens; with `positioned`, also its first position (one copy per position, PromptCache)."""
 
     positioned: bool = False
+    name: ClassVar[str] = "content"
+    matches: ClassVar[bool] = True
+    exact: ClassVar[bool] = False
+    follows_context: ClassVar[bool] = False
+    follows_chain: ClassVar[bool] = False
 
     def digests(self, prompt: Prompt, chunks: Sequence[Chunk], positions: Sequence[int]) -> list[bytes]:
         return [
@@ -95,6 +130,12 @@ class ContentKeying:
 @dataclass(frozen=True)
 class FixedChainKeying:
     """RPDC (section 3): the chain over the fixed chunks only; the updated segments between them are skipped."""
+
+    name: ClassVar[str] = "fixedchain"
+    matches: ClassVar[bool] = True
+    exact: ClassVar[bool] = False
+    follows_context: ClassVar[bool] = True
+    follows_chain: ClassVar[bool] = True
 
     def digests(self, prompt: Prompt, chunks: Sequence[Chunk], positions: Sequence[int]) -> list[bytes]:
         out, link = [], b"fixed-chain"

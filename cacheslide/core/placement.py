@@ -11,7 +11,7 @@ from torch import Tensor
 from cacheslide.core.prompt import Prompt, Role
 from cacheslide.errors import PolicyError
 from cacheslide.models.adapter import KVBuffer
-from cacheslide.policies.correction import deviation
+from cacheslide.policies.deviation import deviation
 from cacheslide.positions.rope import Rotary
 from cacheslide.store.base import ChunkKV
 

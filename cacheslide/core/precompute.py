@@ -48,7 +48,7 @@ def precompute(engine: ReuseEngine, prompt: Prompt) -> Precomputed:
     """
     if not engine.policy.reuses:
         raise PolicyError(f"{engine.policy.name} reuses nothing: there is nothing to encode ahead")
-    if engine.policy.encoding.kind == "in_prompt":
+    if engine.policy.encoding.in_prompt:
         prompt = _leading(prompt, engine.policy.name)
     plan = engine.plan(prompt)
     if not plan.chunks:
@@ -101,7 +101,7 @@ def add_command(commands) -> None:
 
 def _run(args) -> int:
     from cacheslide.models.reference import ReferenceLlama
-    from cacheslide.policies.base import load_policy
+    from cacheslide.policies.registry import load_policy
     from cacheslide.store import DirectoryChunkStore
     from cacheslide.training.load import load_cope
 

@@ -6,7 +6,8 @@ from typing import Protocol
 from torch import Tensor
 
 from cacheslide.models.adapter import KVBuffer
-from cacheslide.policies.correction import Correction, NoCorrection
+from cacheslide.policies.base import Correction
+from cacheslide.policies.none import NoCorrection
 
 
 class KVSource(Protocol):

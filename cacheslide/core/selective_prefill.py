@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cacheslide.core.active_tokens import ActiveRows
+from cacheslide.core.active_tokens import ActiveTokens
 from cacheslide.core.prefill_request import PrefillOutput, PrefillRequest
 from cacheslide.errors import PolicyError
 from cacheslide.models.adapter import ModelAdapter
@@ -30,7 +30,7 @@ class SelectivePrefill:
         row has no layer input to keep. Nothing here waits for the device, unless a policy swaps rows.
         """
         model = self.model
-        states = [ActiveRows(r, model) for r in requests]
+        states = [ActiveTokens(r, model) for r in requests]
         if capture and any(len(r.reused) for r in requests):
             raise PolicyError("layer inputs can be captured only from a full prefill")
         hidden = model.embed(_cat([s.request.token_ids[s.active] for s in states]))
@@ -48,7 +48,7 @@ class SelectivePrefill:
                 attended = model.attend(layer, q, [s.group for s in states])
                 hidden = model.finish(layer, hidden, attended)
             parts = hidden.split([len(s.active) for s in states])
-            hidden = _joined(hidden, parts, [s.promote(layer, x) for s, x in zip(states, parts, strict=True)])
+            hidden = _joined(hidden, parts, [s.leave(layer, x) for s, x in zip(states, parts, strict=True)])
         parts = hidden.split([len(s.active) for s in states])
         return [s.close(x) for s, x in zip(states, parts, strict=True)]
 

@@ -1,39 +1,120 @@
-"""A reuse policy is four choices: keying, encoding, placement, correction. Systems register by entry point.
+"""A reuse policy is four choices, each a protocol: keying, encoding, placement, correction.
 
-The harness, the store and the serving adapter know no system by name: a package adds one through the entry-point
-group `cacheslide.policies`, whose objects are functions without arguments that return a `ReusePolicy`.
+A new rule is one file with a class that answers a protocol's questions; nothing else asks for its type.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import entry_points
-from typing import Literal
+from typing import Any, Protocol
 
-from cacheslide.core.keys import FixedChainKeying, Keying, NoKeying, PrefixKeying
+from torch import Tensor
+
+from cacheslide.core.keys import ChunkKey, Keying, NoKeying
 from cacheslide.core.placement import Placement
-from cacheslide.core.prompt import Prompt
+from cacheslide.core.prompt import Chunk, Prompt
 from cacheslide.errors import PolicyError
-from cacheslide.policies.correction import Correction, NoCorrection, Promotion, TopDeviation
+from cacheslide.policies.encodings import InPrompt
+from cacheslide.policies.none import NoCorrection
 
-GROUP = "cacheslide.policies"
 
-
-@dataclass(frozen=True)
-class Encoding:
+class Encoding(Protocol):
     """In what context a chunk's KV is computed.
 
-    "in_prompt": in the prompt it was first seen in; "fixed_chain": behind the fixed chunks before it, without
-    any updated segment (canonical: it does not matter which turn filled the cache); "isolated": alone, from
-    position 0, or from its own position in the schema with `at_slot`.
+    Attributes
+    ----------
+    name : str
+        Part of every chunk key, and the name of the caches a workflow builds.
+    in_prompt : bool
+        The KV is that of the prompt the chunk stands in, so that it may be copied out of a served request.
+    at_slot : bool
+        The positions are those of a schema with slots.
+    position_free : bool
+        No position of the prompt enters the KV.
+    separate : bool
+        Chunks are computed one by one: none needs another, and a job may be split between steps.
     """
 
-    kind: Literal["in_prompt", "fixed_chain", "isolated"] = "in_prompt"
-    at_slot: bool = False
+    name: str
+    in_prompt: bool
+    at_slot: bool
+    position_free: bool
+    separate: bool
 
-    @property
-    def name(self) -> str:
-        """Part of every chunk key, and the name of the caches a workflow builds."""
-        return f"{self.kind}_at_slot" if self.at_slot else self.kind
+    def check(self, keying: Keying) -> None:
+        """Raise PolicyError where KV of this context may not be served under `keying`."""
+        ...
+
+    def tokens(self, chunks: Sequence[Chunk], missing: Sequence[bool]) -> int:
+        """Tokens that a prefill of the missing chunks computes."""
+        ...
+
+    def encode(
+        self,
+        encoder: Any,
+        prompt: Prompt,
+        positions: Sequence[int],
+        chunks: Sequence[Chunk],
+        keys: Sequence[ChunkKey],
+        missing: Sequence[bool],
+    ) -> None:
+        """Compute the missing chunks with `encoder` (a `ChunkEncoder`) and store them."""
+        ...
+
+
+class CorrectionRun(Protocol):
+    """A correction at work on one request, as long as its prefill lasts."""
+
+    def enter(self, layer: int, *states: Tensor) -> tuple[Tensor, ...]:
+        """Before a layer's attention: hidden [n, hidden_size], q, k, v [n, ...] of the active tokens -> the same.
+
+        It may change which tokens are active (`ActiveTokens.activate_chosen`) and what K and V they write.
+        """
+        ...
+
+    def leave(self, layer: int, hidden: Tensor) -> Tensor:
+        """After a layer: hidden [n, hidden_size] of the active tokens -> of those that go on."""
+        ...
+
+
+class Correction(Protocol):
+    """Which reused tokens are recomputed, and what happens to them on the way.
+
+    Attributes
+    ----------
+    first_layer : int
+        The first layer at which cached KV is read.
+    selection_layer : int or None
+        The layer whose KV decides, None where none does.
+    probe_layers : frozenset of int
+        Layers whose inputs the chunks must hold.
+    total_share : float or None
+        Share of the reused tokens recomputed in the end; None where the rule names no share.
+    """
+
+    first_layer: int
+    selection_layer: int | None
+    probe_layers: frozenset[int]
+    total_share: float | None
+
+    def check(self, name: str, layers: int) -> None:
+        """Raise PolicyError, naming the system `name`, where a model of `layers` layers cannot run the rule."""
+        ...
+
+    def at_layer(self, layer: int) -> "Correction":
+        """The same rule deciding at `layer` (itself where no layer decides)."""
+        ...
+
+    def at_share(self, share: float) -> "Correction":
+        """The same rule recomputing `share` of the reused tokens (itself where it recomputes none)."""
+        ...
+
+    def known_before_start(self, chunk_lengths: Sequence[int]) -> Tensor | None:
+        """Bool [sum of lengths], on the host: the reused tokens recomputed from layer 0; None where a layer decides."""
+        ...
+
+    def begin(self, tokens: Any) -> CorrectionRun:
+        """The rule at work on one request's `ActiveTokens`."""
+        ...
 
 
 def unchanged(prompt: Prompt) -> Prompt:
@@ -51,25 +132,23 @@ class ReusePolicy:
     name: str
     title: str
     keying: Keying = field(default_factory=NoKeying)
-    encoding: Encoding = field(default_factory=Encoding)
+    encoding: Encoding = field(default_factory=InPrompt)
     placement: Placement = field(default_factory=Placement)
     correction: Correction = field(default_factory=NoCorrection)
     transform: Callable[[Prompt], Prompt] = unchanged
 
     def __post_init__(self) -> None:
-        if self.encoding.kind == "fixed_chain" and not isinstance(self.keying, FixedChainKeying):
-            raise PolicyError(f"{self.name}: a fixed-chain encoding needs the fixed-chain keying")
-        if self.encoding.kind == "in_prompt" and not isinstance(
-            self.keying, NoKeying | PrefixKeying | FixedChainKeying
-        ):
-            raise PolicyError(f"{self.name}: KV encoded in a prompt must be keyed by what came before it")
+        try:
+            self.encoding.check(self.keying)
+        except PolicyError as wrong:
+            raise PolicyError(f"{self.name}: {wrong}") from None
         if self.encoding.at_slot and not self.placement.slot:
             raise PolicyError(f"{self.name}: encoding at slots needs a placement with slots")
 
     @property
     def reuses(self) -> bool:
         """Whether anything can ever match."""
-        return not isinstance(self.keying, NoKeying)
+        return self.keying.matches
 
     @property
     def recipe(self) -> str:
@@ -78,50 +157,26 @@ class ReusePolicy:
             return "none"
         slot = f"_slot{self.placement.slot}" if self.placement.slot else ""
         moved = "" if self.transform is unchanged else f"_{self.name}"
-        return f"{type(self.keying).__name__.removesuffix('Keying').lower()}_{self.encoding.name}{slot}{moved}"
+        return f"{self.keying.name}_{self.encoding.name}{slot}{moved}"
 
     @property
     def probe_layers(self) -> frozenset[int]:
-        """Layers whose inputs its chunks must hold (promotion restarts rows from them)."""
-        rule = self.correction
-        return frozenset(p.layer for p in rule.promote) if isinstance(rule, TopDeviation) else frozenset()
+        """Layers whose inputs its chunks must hold."""
+        return self.correction.probe_layers
+
+    @property
+    def copyable(self) -> bool:
+        """Whether chunks may be copied out of a request's KV: theirs is that of the prompt, without layer inputs."""
+        return self.encoding.in_prompt and not self.probe_layers
 
     def at_layer(self, layer: int) -> "ReusePolicy":
         """The same policy selecting at `layer`; promotion layers below it move up to it."""
-        if not isinstance(self.correction, TopDeviation):
-            return self
-        first = self.correction.promote[0].layer if self.correction.promote else layer
-        shift = max(0, layer - first)
-        promote = tuple(Promotion(p.layer + shift, p.share) for p in self.correction.promote)
-        return replace(self, correction=replace(self.correction, layer=layer, promote=promote))
+        return replace(self, correction=self.correction.at_layer(layer))
 
     def at_share(self, share: float) -> "ReusePolicy":
         """The same policy recomputing `share` of the reused rows (where it recomputes any)."""
         return replace(self, correction=self.correction.at_share(share))
 
-
-def policy_names() -> list[str]:
-    """The registered systems, sorted."""
-    return sorted({e.name for e in entry_points(group=GROUP)})
-
-
-def load_policy(name: str) -> ReusePolicy:
-    """The registered policy `name`; PolicyError naming the known ones when there is none."""
-    for entry in entry_points(group=GROUP):
-        if entry.name == name:
-            policy = entry.load()()
-            if not isinstance(policy, ReusePolicy):
-                raise PolicyError(f"the entry point {name!r} returned {type(policy).__name__}, not a ReusePolicy")
-            return policy
-    known = ", ".join(policy_names()) or "none: is the package installed?"
-    raise PolicyError(f"unknown system {name!r} (known: {known})")
-
-
-def check_policy(policy: ReusePolicy, layers: int) -> None:
-    """Raise PolicyError for a system that this model of `layers` layers cannot run."""
-    rule = policy.correction
-    if not isinstance(rule, TopDeviation):
-        return
-    last = max([rule.layer, *(p.layer for p in rule.promote)])
-    if last >= layers:
-        raise PolicyError(f"{policy.name} selects at layer {last}, but the model has layers 0 to {layers - 1}")
+    def check(self, layers: int) -> None:
+        """Raise PolicyError for a model of `layers` layers that cannot run this system."""
+        self.correction.check(self.name, layers)

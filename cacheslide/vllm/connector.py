@@ -10,7 +10,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from cacheslide.policies.base import check_policy
 from cacheslide.vllm.frontend.hooks import is_installed
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.guard import survives
@@ -34,7 +33,7 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
         options = ServerOptions.from_extra_config(self._kv_transfer_config.kv_connector_extra_config)
         shared = options.tiers is not None and role == KVConnectorRole.SCHEDULER  # who names chunks
         geometry = Geometry.of(vllm_config, by_content=shared)
-        check_policy(options.system, geometry.num_layers)
+        options.system.check(geometry.num_layers)
         check_spans(options.find_spans, geometry.slots)
         self.scheduler: SchedulerSide | None = None
         self.worker: WorkerSide | None = None

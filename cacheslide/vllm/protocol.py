@@ -8,8 +8,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 from cacheslide.core.keys import ChunkKey
 from cacheslide.core.placement import Placement
 from cacheslide.core.prompt import Chunk, Prompt
-from cacheslide.policies.base import Encoding
-from cacheslide.policies.correction import Correction
+from cacheslide.policies.base import Correction, Encoding
 from cacheslide.positions.ccpe import PromptSlots
 from cacheslide.vllm.cope.slots import SlotRows
 
@@ -66,19 +65,13 @@ class EncodeJob:
 
     def parts(self) -> "list[EncodeJob]":
         """The same job as prefills: one for each of its chunks where they are isolated, else one."""
-        if self.encoding.kind != "isolated":
+        if not self.encoding.separate:
             return [self]
         return [replace(self, chunks=(c,), keys=(k,)) for c, k in zip(self.chunks, self.keys, strict=True)]
 
     def tokens(self, missing: list[bool]) -> int:
         """Tokens this job will prefill, given which of its chunks are missing."""
-        if not any(missing):
-            return 0
-        if self.encoding.kind == "in_prompt":
-            return self.chunks[-1].end
-        first = missing.index(True) if self.encoding.kind == "fixed_chain" else 0
-        wanted = [len(c) for c, m in zip(self.chunks, missing, strict=True) if m or self.encoding.kind == "fixed_chain"]
-        return sum(wanted[first:]) if self.encoding.kind == "fixed_chain" else sum(wanted)
+        return self.encoding.tokens(self.chunks, missing)
 
 
 @dataclass(frozen=True)

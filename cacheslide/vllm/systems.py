@@ -3,7 +3,8 @@
 from functools import lru_cache
 
 from cacheslide.errors import PolicyError
-from cacheslide.policies.base import ReusePolicy, load_policy, policy_names
+from cacheslide.policies.base import ReusePolicy
+from cacheslide.policies.registry import load_policy, policy_names
 from cacheslide.vllm.limits import shown
 
 

@@ -1,7 +1,7 @@
 """Answers several questions behind one prefilled context in one packed decode.
 
 Each question and its answer is a branch: it sees the context and itself, never the other branches. That gives what
-asking them one by one gives (tested), for the price of one. Beam search branches the same way (`harness.backends.beams`).
+asking them one by one gives (tested), for the price of one. Beam search branches the same way (`beams.py`).
 """
 
 from collections.abc import Sequence

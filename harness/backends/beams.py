@@ -1,6 +1,6 @@
 """Beam search over one prefilled prompt: the prompt's KV is computed once and shared, each beam's own tail is branched.
 
-A step decodes the last token of every live beam in one packed run (`harness.backends.answering.Branches`). A beam that goes on
+A step decodes the last token of every live beam in one packed run (`answering.Branches`). A beam that goes on
 from another one takes over that one's tail rows, copied inside the KV buffer; nothing is computed twice.
 """
 

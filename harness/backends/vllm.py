@@ -16,7 +16,6 @@ from cacheslide.core.engine import Receipt
 from cacheslide.core.prompt import Prompt
 from cacheslide.errors import ModelError, PolicyError
 from cacheslide.policies.base import ReusePolicy
-from cacheslide.policies.correction import EdgeRows, NoCorrection, TopDeviation
 from cacheslide.vllm.options import marks_of, policy_of
 from harness.backends.in_process import Answer, Ask, EngineOptions, InProcessEngine
 from harness.backends.reference import EngineSettings
@@ -167,15 +166,13 @@ def _namespace(system: System) -> str:
 def marked_as(policy: ReusePolicy) -> dict[str, Any]:
     """The marks that ask for `policy`; PolicyError when name, share and selection layer do not say it all."""
     rule, marks = policy.correction, {"policy": policy.name}
-    if isinstance(rule, TopDeviation):
-        marks["layer"] = rule.layer
+    if rule.selection_layer is not None:
+        marks["layer"] = rule.selection_layer
     if policy_of(policy.name, None, marks.get("layer")).correction == rule:
         return marks
-    if isinstance(rule, TopDeviation):
-        marks["share"] = round(rule.share + sum(p.share for p in rule.promote), 9)
-    elif isinstance(rule, EdgeRows) and rule.share is not None:
-        marks["share"] = rule.share
-    if isinstance(rule, NoCorrection) or policy_of(**_named(marks)).correction != rule:
+    if rule.total_share is not None:
+        marks["share"] = round(rule.total_share, 9)
+    if policy_of(**_named(marks)).correction != rule:
         raise PolicyError(f"{policy.name}: a request cannot ask for the correction {rule}")
     return marks
 

@@ -8,7 +8,7 @@ import torch
 from cacheslide.core.engine import Prefilled, ReuseEngine
 from cacheslide.core.prompt_file import load_tokenizer
 from cacheslide.models.reference import ReferenceLlama
-from cacheslide.policies.base import load_policy, policy_names
+from cacheslide.policies.registry import load_policy, policy_names
 from cacheslide.store import MemoryChunkStore
 from harness.frozen.texts import TURNS, prompt
 

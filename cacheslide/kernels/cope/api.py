@@ -1,7 +1,7 @@
 """CoPE attention over a paged KV cache: Triton on CUDA, plain PyTorch elsewhere.
 
-Keys in the cache are not rotated; everything else is as in `cacheslide.kernels.api`: `kv` is vLLM's view [blocks, kv_heads,
-block_size, 2 * head_dim], a key beside its value. `cope_training.py` holds the differentiable form.
+Keys in the cache are not rotated; everything else is as in `cacheslide.kernels.api`: `kv` is vLLM's view [blocks,
+kv_heads, block_size, 2 * head_dim], a key beside its value. `training.py` holds the differentiable form.
 """
 
 import torch

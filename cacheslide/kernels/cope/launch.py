@@ -88,7 +88,7 @@ def cope_attention(
     lse: Tensor | None = None,
     tiling: CopeTiling | None = None,
 ) -> Tensor:
-    """See `cacheslide.kernels.cope.api.cope_attention`; `lse` [n, heads] float32 receives log2 of the softmax's sums."""
+    """See `kernels.cope.api.cope_attention`; `lse` [n, heads] float32 receives log2 of the softmax's sums."""
     n, heads, dim = q.shape
     kv_heads, block_size = blocks.k.shape[1], blocks.block_size
     out = torch.empty_like(q) if out is None else out

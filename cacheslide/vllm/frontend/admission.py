@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cacheslide.errors import CacheSlideError, PolicyError, PromptError
-from cacheslide.policies.base import check_policy
 from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.frontend.chat import message_roles, spans_of
 from cacheslide.vllm.frontend.misplaced import check_places
@@ -98,7 +97,7 @@ def _marks(raw, request, prompt, renderer, options: ServerOptions, limits: Limit
         _check_length(len(before), len(request.prompt_token_ids), limits)
     policy = marks.system(options.policy)
     if limits.layers is not None:
-        check_policy(policy, limits.layers)
+        policy.check(limits.layers)
     marked = marks.prompt(request.prompt_token_ids or ())
     if policy.transform(marked) != marked:
         raise PolicyError(f"{policy.name} rewrites prompts: apply its transform before sending")

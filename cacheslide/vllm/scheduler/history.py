@@ -10,7 +10,6 @@ prefill of their own.
 from typing import Any
 
 from cacheslide.core.engine import make_plan
-from cacheslide.core.keys import PrefixKeying
 from cacheslide.core.prompt import Prompt
 from cacheslide.errors import PromptError
 from cacheslide.vllm.protocol import SavePlan
@@ -50,9 +49,9 @@ def keep_history(keeper, request, tracked: Tracked, block_ids: list[int]) -> dic
     missing = {k: c for k, c in zip(plan.keys, plan.chunks, strict=True) if c.segment == last and k not in keeper.index}
     keeper.index.touch(plan.keys)
     kept = {"start": start, "end": end, "generation": 0}
-    copied = policy.encoding.kind == "in_prompt" and not policy.probe_layers and not tracked.schema
+    copied = policy.copyable and not tracked.schema
     # A prefix's KV is exact also where it was reused: nothing but the prefix decides it.
-    corrected = not tracked.exact and not isinstance(policy.keying, PrefixKeying)
+    corrected = not tracked.exact and not policy.keying.exact
     generation = tracked.generation + corrected
     if copied and generation <= keeper.options.max_generation:
         evict = keeper.reserve(missing, 0, generation)

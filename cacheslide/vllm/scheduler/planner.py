@@ -6,7 +6,6 @@ from dataclasses import replace
 from cacheslide.core.engine import make_plan
 from cacheslide.core.keys import CacheIdentity
 from cacheslide.errors import CacheSlideError, PolicyError, PromptError
-from cacheslide.policies.base import check_policy
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.options import Marks, ServerOptions
 from cacheslide.vllm.scheduler import reasons
@@ -77,7 +76,7 @@ class Planner:
         if marks.find and self.geometry.slots:
             raise PromptError("spans that are looked for follow no template, which calibrated slot masses (CCPE) need")
         policy = marks.system(self.options.policy)
-        check_policy(policy, self.geometry.num_layers)
+        policy.check(self.geometry.num_layers)
         tenant = self._tenant(request, marks)
         if marks.find:
             rows = marks.family and marks.family["rows"]

@@ -55,7 +55,7 @@ class ChunkKeeper:
         missing = {k: c for k, c in zip(plan.keys, plan.chunks, strict=True) if k not in self.index}
         if not missing or tracked.encode == "off":
             return
-        if policy.encoding.kind == "in_prompt" and tracked.exact and not policy.probe_layers and not tracked.schema:
+        if policy.copyable and tracked.exact and not tracked.schema:
             evict = self.reserve(missing, len(policy.probe_layers))
             if evict is not None:
                 step.saves.append(SavePlan(tracked.block_ids, tuple(missing.items()), evict))

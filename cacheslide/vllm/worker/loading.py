@@ -13,7 +13,6 @@ from cacheslide.core.encoder import rows_none
 from cacheslide.core.engine import Receipt
 from cacheslide.core.placement import Piece, PlacedChunks, Placement, send, tensor_of
 from cacheslide.core.prefill_request import PrefillOutput, PrefillRequest
-from cacheslide.policies.correction import TopDeviation
 from cacheslide.store.base import ChunkKV
 from cacheslide.vllm.guard import reason
 from cacheslide.vllm.protocol import LoadPlan
@@ -142,14 +141,10 @@ class Loading:
         )
         return request, receipt
 
-    def _first(self, plan: LoadPlan) -> int:
-        """The first layer whose cached rows are needed."""
-        return plan.correction.layer if isinstance(plan.correction, TopDeviation) else 0
-
     def _reserve(self, plans: Sequence[LoadPlan], pieces: list[list[Piece]]) -> None:
         """Device memory for all prefetches of a run."""
         if self.worker.stream is not None:
-            layers = [self.model.num_layers - self._first(plan) for plan in plans]
+            layers = [self.model.num_layers - plan.correction.first_layer for plan in plans]
             self.worker.rings.reserve(sum(ring_bytes(p, n) for p, n in zip(pieces, layers, strict=True)))
 
     def _source(self, pieces: list[Piece], target: Tensor, plan: LoadPlan, shift: int) -> PlacedChunks:
@@ -163,7 +158,7 @@ class Loading:
             return PlacedChunks(*settings, device=model.device)
         fetch = None
         if worker.stream is not None:
-            fetch = LayerFetch(pieces, self._first(plan), model.num_layers, worker.rings)
+            fetch = LayerFetch(pieces, plan.correction.first_layer, model.num_layers, worker.rings)
         return PagedChunks(*settings, device=model.device, caches=model.caches, fetch=fetch)
 
     def _note(self, plan: LoadPlan, request: PrefillRequest, receipt: Receipt, output: PrefillOutput) -> None:

@@ -76,7 +76,7 @@ def beams(
 ) -> list[Done]:
     """One agent whose every request asks for `width` beams.
 
-    With `branch`, a beam search over one prefill (`harness.backends.beams`). Without, `width` copies of the request in one
+    With `branch`, a beam search over one prefill (`backends.beams`). Without, `width` copies of the request in one
     packed run: the reading in which the beam width is the batch size.
     """
     inner: InProcess = variant.serve(backend, settings, {})

@@ -11,7 +11,7 @@ import torch
 from baselines.window_padding import pad
 from cacheslide.core.keys import NoKeying
 from cacheslide.errors import ConfigError
-from cacheslide.policies.correction import Swap, TopDeviation
+from cacheslide.policies.top_deviation import Swap, TopDeviation
 from harness.agents.registry import entry
 from harness.agents.sandbox import missing
 from harness.agents.trace import prompt_digest, read_episodes, sha256, write_episodes

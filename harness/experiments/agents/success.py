@@ -1,4 +1,4 @@
-"""Success of the agents under every system, in their own loops: `python -m harness.experiments.agents.success --out FOLDER`.
+"""Success of the agents under every system, in their own loops: `python -m harness.experiments.agents.success`.
 
 Each system answers by itself (free running) on the reference backend; an episode starts with an empty chunk store. All
 systems see the same tasks, and a run that is stopped goes on where it was. `--minutes` ends it by the clock: the
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cacheslide.policies.base import load_policy
+from cacheslide.policies.registry import load_policy
 from harness.agents.in_process import InProcess
 from harness.agents.loop import Episode, Stops, run_episode
 from harness.agents.oracle import NoContext

@@ -1,4 +1,4 @@
-"""CoPE and CCPE on a trained adapter: `python -m harness.experiments.cope.adapter --model DIR --adapter DIR --out FILE`.
+"""CoPE and CCPE on a trained adapter: `python -m harness.experiments.cope.adapter --model … --out FILE`.
 
 Calibrates Γ on validation prompts (it is stored with the adapter), then measures on test prompts: the adapter's gap to
 the native model when everything is recomputed; F1 and CKSim of reused chunks with live gates, with Γ, and with Γ as a
@@ -21,8 +21,10 @@ from cacheslide.core.keys import FixedChainKeying
 from cacheslide.core.placement import Placement
 from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.models.adapter import RowGroup
-from cacheslide.policies.base import Encoding, ReusePolicy
-from cacheslide.policies.correction import NoCorrection, TopDeviation
+from cacheslide.policies.base import ReusePolicy
+from cacheslide.policies.encodings import ENCODINGS
+from cacheslide.policies.none import NoCorrection
+from cacheslide.policies.top_deviation import TopDeviation
 from cacheslide.positions.ccpe import slots_in
 from cacheslide.positions.cope import query_blocks, scores_and_gates
 from cacheslide.store.memory import MemoryChunkStore
@@ -47,7 +49,7 @@ CKSIM = ("cksim", "cksim_unsaturated")
 def system(kind: str, share: float | None = None, layer: int = 1) -> ReusePolicy:
     """CacheSlide on a CoPE model: chunks of the fixed chain, keys as stored, WCA with `share`."""
     rule = NoCorrection() if share is None else TopDeviation(share, layer=layer)
-    return ReusePolicy("cope", "", FixedChainKeying(), Encoding(kind), Placement("stored"), rule)
+    return ReusePolicy("cope", "", FixedChainKeying(), ENCODINGS[kind], Placement("stored"), rule)
 
 
 def systems(layer: int) -> dict[str, ReusePolicy]:

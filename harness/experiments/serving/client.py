@@ -1,4 +1,4 @@
-"""TTFT and TPOT of real servers, measured by a client: `python -m harness.experiments.serving.client --config C --out FILE`.
+"""TTFT and TPOT of real servers, measured by a client: `python -m harness.experiments.serving.client --config C`.
 
 Every system is served as users would serve it, on a server of its own kind. Conversations of synthetic prompts, most of
 whose tokens lie in fixed chunks that move every turn, are warmed with one earlier turn; later turns are timed. A

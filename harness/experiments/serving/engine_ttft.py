@@ -1,4 +1,4 @@
-"""TTFT inside one vLLM engine by system, length, batch, share and store: `python -m harness.experiments.serving.engine_ttft`.
+"""TTFT in one vLLM engine by system, length, batch and share: `python -m harness.experiments.serving.engine_ttft`.
 
 Prompts are random ids: 5 % updated text, eight fixed chunks of together 90 %, 5 % updated text. The updated text
 differs from request to request in content and length, so that every chunk slides and no prefix is shared. Systems

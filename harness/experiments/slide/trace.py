@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cacheslide.policies.base import load_policy
+from cacheslide.policies.registry import load_policy
 from cacheslide.store.memory import MemoryChunkStore
 from harness.backends.reference import EngineSettings, ReferenceBackend
 from harness.tasks.synthetic import prompts, render

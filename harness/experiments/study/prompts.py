@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-from cacheslide.core.keys import PrefixKeying
 from cacheslide.core.prompt import Prompt, Role
 from cacheslide.policies.base import ReusePolicy
 from harness.agents.loop import Episode
@@ -54,7 +53,7 @@ def agent_shares(tokens: Tokens, episodes: Sequence[Episode]) -> dict[str, dict]
 
 
 def _moves(policy: System) -> bool:
-    return policy.reuses and not isinstance(policy.keying, PrefixKeying)
+    return policy.reuses and not policy.keying.exact
 
 
 def _mean(values) -> float:
@@ -75,7 +74,7 @@ def _shift(policy: ReusePolicy, before: Prompt, now: Prompt) -> float:
     here = _starts(now, place.positions(now))
     if place.rotation == "delta":
         return 0.0
-    if encoding.kind == "isolated":
+    if encoding.at_slot or encoding.position_free:
         cached = here if encoding.at_slot else [0] * len(here)  # a copy exists for every position, or only for 0
     else:
         cached = _starts(before, place.positions(before))

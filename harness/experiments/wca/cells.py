@@ -10,8 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cacheslide.core.keys import ContentKeying
-from cacheslide.policies.base import Encoding, ReusePolicy, load_policy
-from cacheslide.policies.correction import NoCorrection, Promotion, Swap, TopDeviation
+from cacheslide.policies.base import ReusePolicy
+from cacheslide.policies.encodings import Isolated
+from cacheslide.policies.none import NoCorrection
+from cacheslide.policies.registry import load_policy
+from cacheslide.policies.top_deviation import Promotion, Swap, TopDeviation
 
 EARLY, LATE = 2, 4  # layers (0-based) at which single points are changed: before and after links are resolved
 SHARES = (0.10, 0.26, 0.50)
@@ -35,8 +38,8 @@ class Cell:
     def describe(self) -> dict[str, Any]:
         """For a table."""
         rule = self.policy.correction
-        selects = isinstance(rule, TopDeviation)
-        about = {"layer": rule.layer, "share": rule.share + sum(p.share for p in rule.promote)} if selects else {}
+        selects = rule.selection_layer is not None
+        about = {"layer": rule.selection_layer, "share": rule.total_share} if selects else {}
         return {"factor": self.factor, "option": self.option, "base": self.base, **about}
 
 
@@ -58,7 +61,7 @@ def contexts() -> dict[str, ReusePolicy]:
     return {
         "chain of fixed chunks": base,
         "first turn": load_policy("cacheslide_first_turn"),
-        "isolated": replace(base, keying=ContentKeying(), encoding=Encoding("isolated")),
+        "isolated": replace(base, keying=ContentKeying(), encoding=Isolated()),
     }
 
 

@@ -1,0 +1,51 @@
+"""EPIC's rule: the edges of every chunk are recomputed (arXiv 2410.15332)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cacheslide.errors import PolicyError
+from cacheslide.policies.deviation import check_share
+from cacheslide.policies.static import StaticCorrection
+
+
+@dataclass(frozen=True)
+class EdgeRows(StaticCorrection):
+    """EPIC: the first `head` and last `tail` rows of every chunk; with `share`, that share of it, half at each edge."""
+
+    head: int = 32
+    tail: int = 32
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.head < 0 or self.tail < 0:
+            raise PolicyError("head and tail must be at least 0")
+        if self.share is not None:
+            check_share("share", self.share)
+
+    def edges(self, length: int) -> tuple[int, int]:
+        """Rows recomputed at the start and at the end of a chunk of `length` rows."""
+        if self.share is None:
+            return self.head, self.tail
+        n = round(self.share * length)
+        return n - n // 2, n // 2
+
+    def at_share(self, share: float) -> "EdgeRows":
+        """The same rule recomputing `share` of every chunk."""
+        return replace(self, share=share)
+
+    def known_before_start(self, chunk_lengths: Sequence[int]) -> Tensor:
+        """Bool [sum of lengths]: the head and tail rows of every run."""
+        parts = [torch.zeros(0, dtype=torch.bool)]
+        for length in chunk_lengths:
+            head, tail = self.edges(length)
+            at = torch.arange(length)
+            parts.append((at < head) | (at >= length - tail))
+        return torch.cat(parts)
+
+    @property
+    def total_share(self) -> float | None:
+        """See `Correction.total_share`."""
+        return self.share

@@ -1,0 +1,141 @@
+"""In what context a chunk's KV is computed: in its prompt, in the chain of fixed chunks, or alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cacheslide.core.keys import ChunkKey, Keying, fixed_text
+from cacheslide.core.placement import Piece
+from cacheslide.core.prompt import Chunk, Prompt
+from cacheslide.errors import PolicyError
+from cacheslide.positions.ccpe import slots_between, slots_in
+
+
+@dataclass(frozen=True)
+class InPrompt:
+    """In the prompt that the chunk was first seen in."""
+
+    name: str = "in_prompt"
+    in_prompt: bool = True
+    at_slot: bool = False
+    position_free: bool = False
+    separate: bool = False
+
+    def check(self, keying: Keying) -> None:
+        """What came before a chunk is part of its KV."""
+        if not keying.follows_context:
+            raise PolicyError("KV encoded in a prompt must be keyed by what came before it")
+
+    def tokens(self, chunks: Sequence[Chunk], missing: Sequence[bool]) -> int:
+        """What comes after the last fixed token cannot influence it."""
+        return chunks[-1].end if any(missing) else 0
+
+    def encode(
+        self,
+        encoder: Any,
+        prompt: Prompt,
+        positions: Sequence[int],
+        chunks: Sequence[Chunk],
+        keys: Sequence[ChunkKey],
+        missing: Sequence[bool],
+    ) -> None:
+        """See `Encoding.encode`."""
+        end = chunks[-1].end
+        exact = encoder.prefill(prompt.token_ids[:end], positions[:end], slots=slots_in(prompt))
+        for chunk, key, new in zip(chunks, keys, missing, strict=True):
+            if new:
+                encoder.store_chunk(key, exact, chunk.start, chunk.end)
+
+
+@dataclass(frozen=True)
+class FixedChain:
+    """Behind the fixed chunks before it, without any updated segment.
+
+    Canonical: it does not matter which turn filled the cache.
+    """
+
+    name: str = "fixed_chain"
+    in_prompt: bool = False
+    at_slot: bool = False
+    position_free: bool = False
+    separate: bool = False
+
+    def check(self, keying: Keying) -> None:
+        """The chain before a chunk is part of its KV."""
+        if not keying.follows_chain:
+            raise PolicyError("a fixed-chain encoding needs the fixed-chain keying")
+
+    def tokens(self, chunks: Sequence[Chunk], missing: Sequence[bool]) -> int:
+        """The chain from the first missing chunk on: those before it are exact in this chain."""
+        lengths = [len(c) for c in chunks]
+        return sum(lengths[list(missing).index(True) :]) if any(missing) else 0
+
+    def encode(
+        self,
+        encoder: Any,
+        prompt: Prompt,
+        positions: Sequence[int],
+        chunks: Sequence[Chunk],
+        keys: Sequence[ChunkKey],
+        missing: Sequence[bool],
+    ) -> None:
+        """See `Encoding.encode`."""
+        text = fixed_text(prompt)
+        ends = [sum(len(c) for c in chunks[: i + 1]) for i in range(len(chunks))]
+        known = list(missing).index(True)  # a history that grew: only its tail is new
+        pieces = []
+        for key, chunk in zip(keys[:known], chunks, strict=False):
+            found = encoder.store.fetch(key, shape=encoder.shape, tokens=len(chunk)).chunk
+            if found is None:  # what lies behind it would be taken for its rows
+                break
+            pieces.append(Piece(found, len(chunk)))
+        exact = encoder.prefill(text, range(len(text)), pieces, slots_between(prompt))
+        for chunk, key, end, new in zip(chunks, keys, ends, missing, strict=True):
+            if new:
+                encoder.store_chunk(key, exact, end - len(chunk), end)
+
+
+@dataclass(frozen=True)
+class Isolated:
+    """Alone: from position 0, or with `at_slot` from its own position in the schema."""
+
+    at_slot: bool = False
+    in_prompt: bool = False
+    separate: bool = True
+
+    @property
+    def name(self) -> str:
+        """See `Encoding.name`."""
+        return "isolated_at_slot" if self.at_slot else "isolated"
+
+    @property
+    def position_free(self) -> bool:
+        """A copy exists for every slot, or one for all positions."""
+        return not self.at_slot
+
+    def check(self, keying: Keying) -> None:
+        """KV that depends on the chunk alone may be served under any keying."""
+
+    def tokens(self, chunks: Sequence[Chunk], missing: Sequence[bool]) -> int:
+        """The missing chunks themselves."""
+        return sum(len(c) for c, m in zip(chunks, missing, strict=True) if m)
+
+    def encode(
+        self,
+        encoder: Any,
+        prompt: Prompt,
+        positions: Sequence[int],
+        chunks: Sequence[Chunk],
+        keys: Sequence[ChunkKey],
+        missing: Sequence[bool],
+    ) -> None:
+        """See `Encoding.encode`."""
+        for chunk, key, new in zip(chunks, keys, missing, strict=True):
+            if new:
+                first = positions[chunk.start] if self.at_slot else 0
+                span = range(first, first + len(chunk))
+                exact = encoder.prefill(prompt.token_ids[chunk.start : chunk.end], span)
+                encoder.store_chunk(key, exact, 0, len(chunk))
+
+
+ENCODINGS = {encoding.name: encoding for encoding in (InPrompt(), FixedChain(), Isolated(), Isolated(at_slot=True))}

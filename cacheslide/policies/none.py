@@ -1,0 +1,22 @@
+"""No correction: reused tokens keep the KV that was placed for them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cacheslide.policies.static import StaticCorrection
+
+
+@dataclass(frozen=True)
+class NoCorrection(StaticCorrection):
+    """Reused tokens stay as they were placed."""
+
+    def known_before_start(self, chunk_lengths: Sequence[int]) -> Tensor:
+        """None of them is recomputed."""
+        return torch.zeros(sum(chunk_lengths), dtype=torch.bool)
+
+    def at_share(self, share: float) -> "NoCorrection":
+        """Nothing to scale: no token is recomputed at any share."""
+        return self

@@ -1,0 +1,128 @@
+"""WCA and CacheBlend: the reused tokens whose KV deviates most at one layer are recomputed from there on.
+
+WCA is the paper's section 4.3, Alg. 2. Its ambiguous points are options here, so that they can be measured: the fusion
+rule, the reading of "converged", the layer whose keys are compared, and what a token that enters late starts from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from cacheslide.errors import PolicyError
+from cacheslide.policies.deviation import Fusion, check_share
+from cacheslide.policies.top_deviation_run import TopDeviationRun
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Alg. 2, step 3: every `every` layers converged rows leave for good and the next by deviation enter.
+
+    reading "distance": converged when 1 - CKSim < tau (CKSim is a similarity, so this is the sensible one);
+    "literal": when CKSim < tau, as the text prints it. start, which the paper leaves open: an entering row goes on from
+    its state at the selection layer, where it "stopped", or from its cached "inputs" of this layer, which the chunks
+    must hold.
+    """
+
+    tau: float = 0.12
+    every: int = 4
+    reading: Literal["distance", "literal"] = "distance"
+    start: Literal["stopped", "inputs"] = "stopped"
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise PolicyError(f"swap.every must be at least 1, not {self.every}")
+
+    def converged(self, similarity: Tensor) -> Tensor:
+        """Bool [n] from the CKSim [n] of fresh and cached keys, over the heads of all ranks."""
+        return (1 - similarity < self.tau) if self.reading == "distance" else (similarity < self.tau)
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """After `layer`, the `share` of reused rows that deviates most joins, restarted from its cached layer input."""
+
+    layer: int
+    share: float
+
+    def __post_init__(self) -> None:
+        check_share("promotion share", self.share)
+
+
+@dataclass(frozen=True)
+class TopDeviation:
+    """WCA and CacheBlend: recompute the reused rows whose KV deviates most at layer `layer`.
+
+    Layers below `layer` (0-based) are computed in full. `share` is a share of the reused rows. `constant` is the
+    weight of the "constant" fusion. `promote` adds rows at later layers and needs cached layer inputs.
+    """
+
+    share: float
+    layer: int = 1
+    metric: Literal["k", "v", "kv"] = "k"
+    fusion: Fusion = "replace"
+    constant: float = 1.0
+    swap: Swap | None = None
+    promote: tuple[Promotion, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_share("share", self.share)
+        check_share("constant", self.constant)
+        if self.layer < 0:
+            raise PolicyError(f"layer must be at least 0, not {self.layer}")
+        layers = [p.layer for p in self.promote]
+        if layers != sorted(set(layers)) or (layers and layers[0] < self.layer):
+            raise PolicyError("promotion layers must be increasing and not lie below the selection layer")
+        if self.swap and self.promote:
+            raise PolicyError("swap and promotion are two answers to one question: choose one")
+
+    def at_share(self, share: float) -> "TopDeviation":
+        """The same rule recomputing `share` of the reused rows in the end, its promotions scaled along."""
+        total = self.total_share
+        if not self.promote or not total:
+            return replace(self, share=share)
+        scale = share / total  # 1.0, exactly, at the rule's own share
+        return replace(
+            self, share=self.share * scale, promote=tuple(replace(p, share=p.share * scale) for p in self.promote)
+        )
+
+    @property
+    def first_layer(self) -> int:
+        """See `Correction.first_layer`."""
+        return self.layer
+
+    @property
+    def selection_layer(self) -> int:
+        """See `Correction.selection_layer`."""
+        return self.layer
+
+    @property
+    def probe_layers(self) -> frozenset[int]:
+        """See `Correction.probe_layers`: promotion restarts tokens from cached layer inputs."""
+        return frozenset(p.layer for p in self.promote)
+
+    @property
+    def total_share(self) -> float:
+        """See `Correction.total_share`: the selection and its promotions."""
+        return self.share + sum(p.share for p in self.promote)
+
+    def at_layer(self, layer: int) -> "TopDeviation":
+        """The same rule selecting at `layer`; promotion layers below it move up to it."""
+        first = self.promote[0].layer if self.promote else layer
+        shift = max(0, layer - first)
+        promote = tuple(Promotion(p.layer + shift, p.share) for p in self.promote)
+        return replace(self, layer=layer, promote=promote)
+
+    def check(self, name: str, layers: int) -> None:
+        """See `Correction.check`."""
+        last = max([self.layer, *(p.layer for p in self.promote)])
+        if last >= layers:
+            raise PolicyError(f"{name} selects at layer {last}, but the model has layers 0 to {layers - 1}")
+
+    def known_before_start(self, chunk_lengths: Sequence[int]) -> None:
+        """Nothing is known before the selection layer: every token passes the layers up to it."""
+
+    def begin(self, tokens) -> TopDeviationRun:
+        """See `Correction.begin`."""
+        return TopDeviationRun(self, tokens)

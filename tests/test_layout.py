@@ -160,6 +160,21 @@ def test_no_files_import_each_other_in_a_circle():
     assert cycles(module_arrows()) == []
 
 
+def test_no_file_asks_for_the_type_of_a_policys_part():
+    """A new rule is one file: whoever needs to know something of a part asks it."""
+    parts = r"Correction|TopDeviation|EdgeRows|\w*Keying|InPrompt|FixedChain|Isolated|Placement"
+    asked = re.compile(rf"isinstance\([^)]*\b({parts})\b|(encoding|correction|keying)\.(kind|name) ==")
+    assert asked.search("isinstance(rule, TopDeviation | X)") and asked.search("if policy.encoding.name == 'x'")
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in python_files(*LEVELS)
+        if not path.is_relative_to(ROOT / "cacheslide/policies")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if asked.search(line)
+    ]
+    assert not wrong
+
+
 def test_vllm_is_imported_by_its_adapter_only():
     wrong = [
         f"{path.relative_to(ROOT)}:{line}"

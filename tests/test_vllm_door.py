@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from cacheslide.policies.base import load_policy
+from cacheslide.policies.registry import load_policy
 from cacheslide.vllm import CONNECTOR, systems
 from cacheslide.vllm import options as params
 from cacheslide.vllm.frontend.admission import Resolved, options_of

@@ -2,7 +2,7 @@
 
 vLLM takes an exception from a connector for its own end, and with it that of every other request. Each method that it
 calls names what holds instead; what was promised and not done (rows claimed, chunks named by the index) is made good by
-`owed.py`, `recovery.py` and the index's resynchronisation. Errors after which a GPU is of no use are raised again.
+`claims.py`, `recovery.py` and the index's resynchronisation. Errors after which a GPU is of no use are raised again.
 """
 
 import logging

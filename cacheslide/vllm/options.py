@@ -147,8 +147,8 @@ class Marks:
     the spans seen before. Rows from `history` on, and what is generated, are fixed text of the next turn. `policy`,
     `share` and `layer` override the server's system, the share of reused rows it recomputes and its selection layer.
     `note` goes into the receipt; without segments it is the reason of an exact computation. `family`, {"name", "rows"},
-    joins the requests that continue one prompt, the first `rows` rows of each (`families.py`): beam search sets it, the
-    door takes it from nobody else.
+    joins the requests that continue one prompt, the first `rows` rows of each (`scheduler/beam_groups.py`):
+    beam search sets it, the front end takes it from nobody else.
     """
 
     segments: tuple[tuple[int, int], ...] = ()

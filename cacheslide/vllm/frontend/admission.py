@@ -1,4 +1,4 @@
-"""Marks are checked where vLLM takes requests in (`door.py`), and every way to mark becomes token spans there."""
+"""Marks are checked where vLLM takes requests in (`hooks.py`), and every way to mark becomes token spans there."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,8 +1,8 @@
 """Marks in beam search, which vLLM makes of many requests: one for every beam and token, each a prompt of its own.
 
 The marks are resolved once, on the prompt. Every step then carries token spans and the name of the search's family
-(`families.py`), so that the first step completes the prompt by reuse and the others find its KV in vLLM's own prefix
-cache. A search has one receipt, that of its first step, and says what the others did.
+(`scheduler/beam_groups.py`), so that the first step completes the prompt by reuse and the others find its KV in
+vLLM's own prefix cache. A search has one receipt, that of its first step, and says what the others did.
 """
 
 import copy

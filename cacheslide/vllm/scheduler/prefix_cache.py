@@ -2,7 +2,7 @@
 
 vLLM finds shared blocks by a chain of hashes. From the first block that holds a row vLLM itself did not compute, the
 chain of that request is mixed with a secret of its own. Blocks before it stay shared; the request still finds its own
-blocks again after a preemption, and requests of one family (`families.py`), which share a secret, find one another's.
+blocks again after a preemption, and requests of one family (`beam_groups.py`), which share a secret, find each other's.
 """
 
 import hashlib

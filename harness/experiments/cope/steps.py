@@ -1,4 +1,4 @@
-"""The study's steps on the CoPE model: what a configuration with a `cope` section adds to `study.py`'s.
+"""The study's steps on the CoPE model: what a configuration with a `cope` section adds to `study/steps.py`.
 
 They write files of their own (`accuracy/DATASET/SYSTEM_cope.jsonl`, `cksim_cope.jsonl`, `prompts_cope.json`), so that a
 run measured without CoPE is extended, not repeated.

@@ -52,6 +52,7 @@ class BehindTheFirst:
     in_prompt: bool = False
     at_slot: bool = False
     position_free: bool = False
+    separate: bool = False
 
     def check(self, keying) -> None:
         """The first chunk is part of every key of the chain."""

@@ -142,17 +142,16 @@ def imported_modules(node: ast.Import | ast.ImportFrom) -> list[str]:
 
 
 def cycles(arrows: dict[str, set[str]]) -> list[set[str]]:
-    """Strongly connected modules of more than one (Tarjan, by repeated removal of what imports nothing left)."""
-    left = {name: set(targets) for name, targets in arrows.items()}
-    while free := [name for name, targets in left.items() if not targets & left.keys()]:
-        for name in free:
-            del left[name]
-    called = {t for targets in left.values() for t in targets}
-    while idle := left.keys() - called:  # modules that only lead into a circle
-        for name in idle:
-            del left[name]
-        called = {t for targets in left.values() for t in targets}
-    return [set(left)] if left else []
+    """Groups of modules that reach each other."""
+    reached: dict[str, set[str]] = {}
+    for name in arrows:
+        seen, left = set(), [name]
+        while left:
+            new = arrows[left.pop()] - seen
+            seen |= new
+            left += new
+        reached[name] = seen
+    return sorted({frozenset(b for b in reached[a] if a in reached[b]) for a in arrows} - {frozenset()}, key=sorted)
 
 
 def test_no_files_import_each_other_in_a_circle():

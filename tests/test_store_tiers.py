@@ -111,7 +111,7 @@ def test_random_work_agrees_with_an_oracle(tmp_path, shape, policy):
     for owner in "abc":
         s.release(owner)
     assert s.flush(10) and s.spill.nbytes == 0 and not s.queue.errors
-    assert set(s.mover.flight) == set() and not any(o for _, o in s._entries)
+    assert set(s.table.flight) == set() and not any(o for _, o in s.table.places)
 
 
 def test_owners_and_tenants_do_not_see_each_other(tmp_path):
@@ -257,7 +257,7 @@ def test_a_page_given_up_in_the_queue_is_not_written(tmp_path):
         s.release(o)
     gate.open_gate.set()
     assert s.flush(10)
-    assert s.stats.cancelled > 0 and s.spill.nbytes == 0 and not s.mover.flight
+    assert s.stats.cancelled > 0 and s.spill.nbytes == 0 and not s.table.flight
 
 
 def test_without_room_to_spill_the_owner_is_told(tmp_path):

@@ -92,6 +92,11 @@ class Backing:
     file_breaker: Breaker = field(default_factory=Breaker)
     remote_breaker: Breaker = field(default_factory=Breaker)
 
+    @property
+    def exists(self) -> bool:
+        """Whether anything lies below memory."""
+        return self.file is not None or self.remote is not None
+
     def where(self, name: bytes) -> str | None:
         """Says "file", "remote" or None; a tier that fails or is left alone counts as not having it."""
         if self.file is not None:

@@ -2,16 +2,13 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
-
-if TYPE_CHECKING:
-    from cacheslide.store.shape import ChunkShape
 
 
 @dataclass(frozen=True)
@@ -82,6 +79,14 @@ class StoreStats:
     damaged: int = 0
 
 
+class Fits(Protocol):
+    """What the chunks of a model look like (`ChunkShape`)."""
+
+    def misfit_of(self, chunk: ChunkKV, tokens: int | None = None) -> str:
+        """Why `chunk` is none of them, or does not have `tokens` tokens; empty when it is."""
+        ...
+
+
 class ChunkStore(ABC):
     """Maps chunk keys to `ChunkKV`. A key names its content: putting it twice is harmless."""
 
@@ -96,7 +101,7 @@ class ChunkStore(ABC):
     def get(self, key: ChunkKey) -> ChunkKV | None:
         """The chunk, or None when it is not (or no longer) here."""
 
-    def fetch(self, key: ChunkKey, shape: "ChunkShape | None" = None, tokens: int | None = None) -> Fetched:
+    def fetch(self, key: ChunkKey, shape: "Fits | None" = None, tokens: int | None = None) -> Fetched:
         """`get`, or why not. A chunk of another shape, or of another number of tokens, is none."""
         chunk = self.get(key)
         if chunk is None:

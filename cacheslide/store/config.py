@@ -16,7 +16,7 @@ from cacheslide.store.filetier import FileOptions, FileTier
 from cacheslide.store.folder import Foreign
 from cacheslide.store.mooncake import MooncakeOptions
 from cacheslide.store.remote import RemoteOptions
-from cacheslide.store.remotes import check_remote, open_remote, remote_options
+from cacheslide.store.remotes import RemoteSettings, check_remote, open_remote, remote_options
 from cacheslide.store.shape import ChunkShape
 from cacheslide.store.spill import SpillFile
 from cacheslide.store.tiered import TieredChunkStore
@@ -46,8 +46,10 @@ CROSSCACHE = {
 
 
 @dataclass(frozen=True)
-class StoreConfig:
+class StoreConfig(RemoteSettings):
     """Settings of a tiered store. Sizes in GiB or MiB as their names say; a tier of size 0 is left out.
+
+    Those of the remote tier stand in `RemoteSettings`.
 
     Attributes
     ----------
@@ -69,19 +71,10 @@ class StoreConfig:
         See `Shard`.
     shared_folder : bool
         Take a folder that others may write to, or that belongs to somebody else.
-    remote_host : str
-        Empty: no remote tier. The remaining `remote_` fields: see `RemoteOptions` and `MooncakeOptions`; the password
-        is read from a file.
-    remote_engine : str
-        "valkey" (also Redis) or "mooncake".
-    remote_segment_gib : float
-        Memory that every process that opens the store adds to Mooncake's pool, GiB.
     store_workers, load_workers, io_workers : int
         Threads that write back, that prefetch chunks, and that read the layers of one chunk.
     staging_buffers : int
         Layers in flight when a chunk is loaded layer by layer.
-    connections : int
-        Connections to the server at most.
     """
 
     chunk_tokens: int = 1024
@@ -99,29 +92,12 @@ class StoreConfig:
     durable: bool = True
     shared_folder: bool = False
     lock_timeout_s: float = 10.0
-    remote_engine: str = "valkey"
-    remote_host: str = ""
-    remote_port: int = 6379
-    remote_gib: float = 16.0
-    remote_username: str = ""
-    remote_password_file: str = ""
-    remote_tls: bool = False
-    remote_ca_file: str = ""
-    remote_cert_file: str = ""
-    remote_key_file: str = ""
-    remote_timeout_s: float = 2.0
-    remote_segment_gib: float = 0.0
-    remote_metrics_port: int = 9003
-    remote_metadata_server: str = "P2PHANDSHAKE"
-    remote_protocol: str = "tcp"
-    remote_devices: str = ""
     queue_mib: int = 256
     stall_limit_s: float = 10.0
     store_workers: int = 1
     load_workers: int = 4
     io_workers: int = 4
     staging_buffers: int = 4
-    connections: int = 8
     max_generation: int = 4
 
     def __post_init__(self) -> None:

@@ -1,7 +1,6 @@
 """Moves pages between the tiers: makes room in memory by the eviction order, queues writes, keeps track of versions."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,11 +10,8 @@ from cacheslide.store.entry import Entry, PagesJob, split
 from cacheslide.store.eviction import PageId
 from cacheslide.store.files import align
 from cacheslide.store.pages import packed, paged
-from cacheslide.store.writeback import WriteBack
+from cacheslide.store.table import PageTable
 from cacheslide.store.writer import PageWriter
-
-if TYPE_CHECKING:
-    from cacheslide.store.tiered import TieredChunkStore
 
 Page = tuple[Entry, int]
 _BATCH = 64  # dirty pages that leave together, so that they are written in one go
@@ -33,14 +29,11 @@ class _Plan:
 
 
 class Mover:
-    """Every method that changes memory takes the store's lock; none waits while holding it."""
+    """Every method that changes memory takes the table's lock; none waits while holding it."""
 
-    def __init__(self, store: "TieredChunkStore", queue_bytes: int, batch_bytes: int, stall_s: float, workers: int):
-        self.store, self.stats, self.lock = store, store.stats, store._lock
-        self.entries: dict[int, Entry] = {}
-        self.flight: dict[PageId, Tensor] = {}
-        self.writer = PageWriter(store, self)
-        self.queue = self.writer.queue = WriteBack(self.writer.write, queue_bytes, batch_bytes, stall_s, workers)
+    def __init__(self, table: PageTable, writer: PageWriter) -> None:
+        self.table, self.stats, self.lock = table, table.stats, table.lock
+        self.writer, self.queue = writer, writer.queue
 
     # --- into memory -----------------------------------------------------------------------------------------------
 
@@ -57,7 +50,7 @@ class Mover:
                 keep = [i for i, (e, p) in enumerate(pages) if self._wanted(arena, e, p, only_current)]
                 keep = self._admitted(arena, pages, keep)
                 for e, p in (pages[i] for i in keep):
-                    self._drop(arena, e.ids([p]), retire=False)
+                    self.table.drop(arena, e.ids([p]), retire=False)
                 plan = self._plan(arena, len(keep) - arena.room)
                 if forced or plan.nbytes <= reserved:
                     moved, used = self._execute(arena, plan, forced)
@@ -70,25 +63,25 @@ class Mover:
             forced = not reserved
         if moved is not None:
             down, tensor = moved
-            self.insert(self.store.arenas[1], down, tensor, only_current=True)
+            self.insert(self.table.arenas[1], down, tensor, only_current=True)
             with self.lock:
                 for e, p in down:
-                    self.flight.pop(e.ids([p])[0], None)
+                    self.table.flight.pop(e.ids([p])[0], None)
 
     def _wanted(self, arena: Arena, entry: Entry, page: int, only_current: bool) -> bool:
         """Whether a page should still come into a tier: its entry is known, or is a reference that was forgotten."""
         number, place = entry.ids([page])[0], (entry.name, entry.owner)
-        known = self.store._entries.get(place)
+        known = self.table.places.get(place)
         if entry.lost or (known is not entry and (known is not None or entry.owner is not None)):
             return False
         if not only_current:
             return True
         if number in arena.held:
             return False
-        top = arena is self.store.arenas[0]
+        top = arena is self.table.arenas[0]
         if entry.owner is not None:  # from the spill file, or on its way down
-            return page in entry.spilled if top else number in self.flight
-        return not top or len(self.store.arenas) == 1 or not entry.dirty(page) or not self._below(number)
+            return page in entry.spilled if top else number in self.table.flight
+        return not top or len(self.table.arenas) == 1 or not entry.dirty(page) or not self._below(number)
 
     def _admitted(self, arena: Arena, pages: Sequence[Page], keep: list[int]) -> list[int]:
         """Without the clean newcomers that would be the first to leave again."""
@@ -103,7 +96,7 @@ class Mover:
         return [i for i in keep if i not in left_out]
 
     def _below(self, number: PageId) -> bool:
-        return number in self.store.arenas[1].held or number in self.flight
+        return number in self.table.arenas[1].held or number in self.table.flight
 
     def _place(self, arena: Arena, pages: Sequence[Page], content: Tensor) -> None:
         if not pages:
@@ -111,7 +104,7 @@ class Mover:
         ids = [e.ids([p])[0] for e, p in pages]
         for e, _ in pages:
             e.holds += 1
-            self.store._entries[e.name, e.owner] = self.entries[e.number] = e
+            self.table.add(e)
         arena.insert(ids, content, [e.dirty(p) for e, p in pages])
 
     # --- out of memory ---------------------------------------------------------------------------------------------
@@ -121,12 +114,12 @@ class Mover:
         plan = _Plan()
         if need <= 0:
             return plan
-        last = arena is self.store.arenas[-1]
+        last = arena is self.table.arenas[-1]
         extra = 0  # dirty pages chosen
         for count, number in enumerate(arena.order.victims()):
             if count >= need and not (0 < extra < _BATCH):
                 break
-            entry, page = self.entries[number >> 20], split(number)[1]
+            entry, page = self.table.numbers[number >> 20], split(number)[1]
             dirty = entry.dirty(page)
             if count >= need and not dirty:
                 break
@@ -153,8 +146,8 @@ class Mover:
         used = 0
         for entry in plan.publish.values():
             whole = self._resident(entry)
-            if forced or whole is None or not self.store.backed_tiers:
-                self.forget_entry(entry, "dropped: no lower tier took it in time")
+            if forced or whole is None or not self.table.backing.exists:
+                self.table.forget_entry(entry, "dropped: no lower tier took it in time")
                 self.stats.dirty_dropped += entry.layout.pages
             else:
                 payload = packed(whole, entry.layout)
@@ -166,23 +159,23 @@ class Mover:
         if plan.demote:
             numbers = sorted(plan.demote)
             content = arena.gather(numbers, touch=False).cpu()
-            moved = [(self.entries[n >> 20], split(n)[1]) for n in numbers], content
-            self.flight.update(zip(numbers, content, strict=True))
+            moved = [(self.table.numbers[n >> 20], split(n)[1]) for n in numbers], content
+            self.table.flight.update(zip(numbers, content, strict=True))
             self.stats.demoted += len(numbers)
-        clean = [n for n in plan.drop if n in arena.held and self.entries[n >> 20].number not in plan.publish]
+        clean = [n for n in plan.drop if n in arena.held and self.table.numbers[n >> 20].number not in plan.publish]
         self.stats.clean_dropped += len(clean)
-        self._drop(arena, [*plan.drop, *plan.spill, *plan.demote])
+        self.table.drop(arena, [*plan.drop, *plan.spill, *plan.demote])
         return moved, used
 
     def _spill(self, arena: Arena, numbers: list[PageId], forced: bool) -> int:
-        pages = [(self.entries[n >> 20], split(n)[1]) for n in numbers]
-        if forced or self.store.spill is None:
+        pages = [(self.table.numbers[n >> 20], split(n)[1]) for n in numbers]
+        if forced or self.table.spill is None:
             self.stats.dirty_dropped += len(pages)
             for entry in {e.number: e for e, _ in pages}.values():
                 entry.lost = "corrected pages were lost: no room to spill them"
             return 0
         content = arena.gather(numbers, touch=False).cpu()
-        self.flight.update(zip(numbers, content, strict=True))
+        self.table.flight.update(zip(numbers, content, strict=True))
         nbytes = sum(align(e.layout.page_bytes) for e, _ in pages)
         self.queue.submit(PagesJob([e for e, _ in pages], [p for _, p in pages], content, nbytes))
         return nbytes
@@ -194,53 +187,13 @@ class Mover:
         ids = entry.ids(range(entry.layout.pages))
         out = torch.empty((len(ids), entry.layout.page_bytes), dtype=torch.uint8)
         for i, number in enumerate(ids):
-            if number in self.flight:
-                out[i] = self.flight[number][: entry.layout.page_bytes].cpu()
-        have = {i for i, n in enumerate(ids) if n in self.flight}
-        for arena in self.store.arenas:
+            if number in self.table.flight:
+                out[i] = self.table.flight[number][: entry.layout.page_bytes].cpu()
+        have = {i for i, n in enumerate(ids) if n in self.table.flight}
+        for arena in self.table.arenas:
             here = [i for i, n in enumerate(ids) if n in arena.held]
             if here:
                 got = arena.gather([ids[i] for i in here], touch=False)
                 out[here] = got[:, : entry.layout.page_bytes].cpu()
                 have.update(here)
         return out if len(have) == len(ids) else None
-
-    def _drop(self, arena: Arena, numbers: Sequence[PageId], retire: bool = True) -> None:
-        for n in numbers:
-            if n in arena.held:
-                arena.drop([n])
-                entry = self.entries[n >> 20]
-                entry.holds -= 1
-                if retire:
-                    self.retire(entry)
-
-    def retire(self, entry: Entry) -> None:
-        """Forget a reference entry of which memory holds nothing."""
-        if entry.owner is None and not entry.holds and entry.pending is None:
-            if self.store._entries.get((entry.name, None)) is entry:
-                del self.store._entries[entry.name, None]
-            self.entries.pop(entry.number, None)
-
-    def forget_entry(self, entry: Entry, why: str) -> None:
-        """Drop a reference chunk from memory: it cannot be completed any more."""
-        entry.lost = why
-        self.stats.lost += 1
-        ids = entry.ids(range(entry.layout.pages))
-        for arena in self.store.arenas:
-            self._drop(arena, ids)
-        self.retire(entry)
-
-    def forget_versions(self, entry: Entry, pages: Sequence[int]) -> None:
-        """Drop what is kept of private pages: they are replaced or given up. Call with the lock held."""
-        ids = entry.ids(pages)
-        for arena in self.store.arenas:
-            self._drop(arena, ids)
-        for number in ids:
-            self.flight.pop(number, None)
-        slots = [entry.spilled.pop(p) for p in pages if p in entry.spilled]
-        if slots and self.store.spill is not None:
-            self.store.spill.free(slots)
-
-    def in_flight(self, number: PageId) -> Tensor | None:
-        """A page on its way down."""
-        return self.flight.get(number)

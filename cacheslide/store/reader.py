@@ -1,7 +1,6 @@
 """Finds the current version of pages, wherever they are, and lets what was read from below climb into memory."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,14 +8,13 @@ from torch import Tensor
 from cacheslide.errors import StoreError
 from cacheslide.store.base import ChunkKV
 from cacheslide.store.entry import Entry, empty_pages
+from cacheslide.store.mover import Mover
 from cacheslide.store.pages import from_payload, paged
 from cacheslide.store.placed import Runs
 from cacheslide.store.record import Encoded
 from cacheslide.store.shape import Wanted
 from cacheslide.store.spill import runs
-
-if TYPE_CHECKING:
-    from cacheslide.store.tiered import TieredChunkStore
+from cacheslide.store.table import PageTable
 
 
 class Gone(Exception):
@@ -24,31 +22,31 @@ class Gone(Exception):
 
 
 class PageReader:
-    """Reads for one store. Disk and network are read without holding the store's lock."""
+    """Reads for one store what its records must be like (`wanted`), without holding the lock while it reads."""
 
-    def __init__(self, store: "TieredChunkStore") -> None:
-        self.store = store
+    def __init__(self, table: PageTable, mover: Mover, wanted: Wanted) -> None:
+        self.table, self.mover, self.wanted = table, mover, wanted
 
     def pages(self, entry: Entry, pages: Sequence[int]) -> tuple[Tensor, str]:
         """Current versions of pages, uint8 [n, page_bytes] on the first tier's device, and the lowest tier used."""
         if entry.lost:
             raise Gone(entry.lost)
         pages, layout = list(pages), entry.layout
-        out = empty_pages(len(pages), layout.page_bytes, self.store.arenas[0].device)
+        out = empty_pages(len(pages), layout.page_bytes, self.table.arenas[0].device)
         tiers, missing, climbing = set(), list(range(len(pages))), []
-        with self.store._lock:
+        with self.table.lock:
             ids = entry.ids(pages)
-            for arena in self.store.arenas:
+            for arena in self.table.arenas:
                 here = [i for i in missing if ids[i] in arena.held]
                 if here:
                     got = arena.gather([ids[i] for i in here])[:, : layout.page_bytes]
                     out[torch.tensor(here, device=out.device)] = got.to(out.device)
                     tiers.add(arena.name)
                     missing = [i for i in missing if ids[i] not in arena.held]
-                    if arena is not self.store.arenas[0]:
+                    if arena is not self.table.arenas[0]:
                         climbing = [i for i in here if entry.dirty(pages[i]) == 0]
             for i in list(missing):
-                waiting = self.store.mover.in_flight(ids[i])
+                waiting = self.table.flight.get(ids[i])
                 if waiting is not None:
                     out[i] = waiting.to(out.device)
                     missing.remove(i)
@@ -69,49 +67,47 @@ class PageReader:
             out[torch.tensor(rest, device=out.device)] = got.to(out.device)
             tiers.add(tier)
         come = climbing + private + (rest if entry.owner is None else [])
-        if come and len(come) <= len(self.store.arenas[0].slots):
-            self.store.mover.insert(
-                self.store.arenas[0], [(entry, pages[i]) for i in come], out[come], only_current=True
-            )
-        with self.store._lock:
-            self.store.mover.retire(entry)
+        if come and len(come) <= len(self.table.arenas[0].slots):
+            self.mover.insert(self.table.arenas[0], [(entry, pages[i]) for i in come], out[come], only_current=True)
+        with self.table.lock:
+            self.table.retire(entry)
         return out, max(tiers, key=("device", "host", "file", "remote").index)
 
     def _unspill(self, entry: Entry, slots: list[int | None]) -> Tensor:
-        if None in slots or self.store.spill is None:
+        if None in slots or self.table.spill is None:
             entry.lost = entry.lost or "corrected pages were lost: no room to spill them"
             raise Gone(entry.lost)
         try:
-            found = self.store.spill.read(slots)[:, : entry.layout.page_bytes]
+            found = self.table.spill.read(slots)[:, : entry.layout.page_bytes]
         except (OSError, StoreError) as error:
-            self.store.stats.read_errors += 1
+            self.table.stats.read_errors += 1
             entry.lost = f"corrected pages were lost: {error}"
             raise Gone(entry.lost) from None
-        self.store.stats.spill_read_bytes += found.numel()
+        self.table.stats.spill_read_bytes += found.numel()
         return found
 
     def _base_pages(self, entry: Entry, pages: list[int]) -> tuple[Tensor, str]:
         """Pages of the reference version, from its memory tiers or from below."""
         if entry.owner is not None:
-            with self.store._lock:
-                base = self.store._entries.get((entry.name, None))
+            with self.table.lock:
+                base = self.table.places.get((entry.name, None))
             if base is None:
-                base = self.store._entry(entry.name, entry.layout, entry.positions, entry.generation, backed=True)
+                base = self.table.entry(entry.name, entry.layout, entry.positions, entry.generation, backed=True)
             return self.pages(base, pages)
         wanted: Runs = [(pages[a], pages[b - 1] + 1) for a, b in runs(pages)]
-        found = self.store.backing.read(entry.name, wanted, self.store.wanted)
+        found = self.table.backing.read(entry.name, wanted, self.wanted)
         if isinstance(found, str):
-            with self.store._lock:
+            with self.table.lock:
                 if entry.pending is None:
-                    self.store.mover.forget_entry(entry, found)
+                    self.table.forget_entry(entry, found)
             raise Gone(found)
         head, payload, tier = found
         if head.layout != entry.layout:
             raise Gone("another layout: written with other page sizes")
-        with self.store._lock:
+        with self.table.lock:
             if not entry.backed:  # another thread's copy of the chunk was published meanwhile
                 entry.backed = True
-                self.store.mover.writer.mark(entry)
+                self.table.mark(entry)
         bounds, at, parts = entry.layout.bounds, 0, []
         for p in pages:
             size = bounds[p + 1] - bounds[p]
@@ -121,15 +117,15 @@ class PageReader:
 
     def load(self, name: bytes, wanted: Wanted) -> tuple[ChunkKV, str]:
         """A chunk that memory knows nothing of."""
-        found = self.store.backing.read(name, accept=wanted)
+        found = self.table.backing.read(name, accept=wanted)
         if isinstance(found, str):
             raise Gone(found)
         head, payload, tier = found
-        if tier == "remote" and self.store.backing.file is not None:
-            self.store.backing.write([Encoded.of_pages(name, head.layout, payload, head.positions, head.generation)])
-        payload = payload.to(self.store.arenas[0].device)
-        if head.layout.pages <= len(self.store.arenas[0].slots):
-            entry = self.store._entry(name, head.layout, head.positions, head.generation, backed=True)
+        if tier == "remote" and self.table.backing.file is not None:
+            self.table.backing.write([Encoded.of_pages(name, head.layout, payload, head.positions, head.generation)])
+        payload = payload.to(self.table.arenas[0].device)
+        if head.layout.pages <= len(self.table.arenas[0].slots):
+            entry = self.table.entry(name, head.layout, head.positions, head.generation, backed=True)
             pages = [(entry, p) for p in range(head.layout.pages)]
-            self.store.mover.insert(self.store.arenas[0], pages, paged(payload, head.layout), only_current=True)
+            self.mover.insert(self.table.arenas[0], pages, paged(payload, head.layout), only_current=True)
         return from_payload(payload, head.layout, head.positions.clone(), head.generation), tier

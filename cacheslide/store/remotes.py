@@ -1,15 +1,12 @@
-"""Which remote tier a configuration names: one place that checks its settings and opens it."""
+"""The remote tier of a store: its settings, their check, and which engine they open."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cacheslide.errors import ConfigError
 from cacheslide.store.backing import RemoteTier
 from cacheslide.store.mooncake import MooncakeOptions, MooncakeTier
 from cacheslide.store.remote import RemoteOptions, ValkeyTier
-
-if TYPE_CHECKING:
-    from cacheslide.store.config import StoreConfig
 
 ENGINES = ("valkey", "mooncake")
 PROTOCOLS = ("tcp", "rdma")
@@ -19,7 +16,45 @@ _VALKEY_ONLY = "remote_username remote_password_file remote_tls remote_ca_file r
 _MOONCAKE_ONLY = "remote_segment_gib remote_metrics_port remote_metadata_server remote_protocol remote_devices".split()
 
 
-def check_remote(config: "StoreConfig") -> None:
+@dataclass(frozen=True)
+class RemoteSettings:
+    """Settings of the remote tier, as a store's configuration names them.
+
+    Attributes
+    ----------
+    remote_engine : str
+        "valkey" (also Redis) or "mooncake".
+    remote_host : str
+        Empty: no remote tier. The remaining fields: see `RemoteOptions` and `MooncakeOptions`; the password is read
+        from a file.
+    remote_gib : float
+        Capacity, for all processes together, GiB.
+    remote_segment_gib : float
+        Memory that every process that opens the store adds to Mooncake's pool, GiB.
+    connections : int
+        Connections to the server at most.
+    """
+
+    remote_engine: str = "valkey"
+    remote_host: str = ""
+    remote_port: int = 6379
+    remote_gib: float = 16.0
+    remote_username: str = ""
+    remote_password_file: str = ""
+    remote_tls: bool = False
+    remote_ca_file: str = ""
+    remote_cert_file: str = ""
+    remote_key_file: str = ""
+    remote_timeout_s: float = 2.0
+    remote_segment_gib: float = 0.0
+    remote_metrics_port: int = 9003
+    remote_metadata_server: str = "P2PHANDSHAKE"
+    remote_protocol: str = "tcp"
+    remote_devices: str = ""
+    connections: int = 8
+
+
+def check_remote(config: RemoteSettings) -> None:
     """ConfigError when the remote tier's settings make no sense together."""
     if config.remote_engine not in ENGINES:
         raise ConfigError(f"unknown remote_engine {config.remote_engine!r}: choose {', '.join(ENGINES)}")
@@ -39,7 +74,7 @@ def check_remote(config: "StoreConfig") -> None:
         raise ConfigError("remote_devices names RDMA devices: set remote_protocol to rdma")
 
 
-def remote_options(config: "StoreConfig") -> RemoteOptions | MooncakeOptions | None:
+def remote_options(config: RemoteSettings) -> RemoteOptions | MooncakeOptions | None:
     """The remote tier's settings, None without one."""
     if not config.remote_host:
         return None
@@ -76,7 +111,7 @@ def remote_options(config: "StoreConfig") -> RemoteOptions | MooncakeOptions | N
     )
 
 
-def open_remote(config: "StoreConfig") -> RemoteTier | None:
+def open_remote(config: RemoteSettings) -> RemoteTier | None:
     """The remote tier that a configuration describes, None without one; StoreError when its package is missing."""
     options = remote_options(config)
     if options is None:

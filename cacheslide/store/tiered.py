@@ -6,8 +6,6 @@ page writes nothing, evicting a private page spills it, and an owner's pages are
 docs/store.md has the whole story.
 """
 
-import itertools
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -29,6 +27,8 @@ from cacheslide.store.reader import Gone, PageReader
 from cacheslide.store.record import Head
 from cacheslide.store.shape import ChunkShape, Wanted
 from cacheslide.store.spill import SpillFile
+from cacheslide.store.table import PageTable
+from cacheslide.store.writer import PageWriter
 
 
 class TieredChunkStore(ChunkStore):
@@ -94,14 +94,13 @@ class TieredChunkStore(ChunkStore):
         self.wanted = Wanted(shape or ChunkShape(), page_tokens, page_bytes, max_generation)
         self.namespace, self.write_back = namespace_id(namespace, rank, ranks), write_back
         self.stats = TieredStats()
-        self.backing = Backing(file, remote, self.stats)
-        self.spill = spill
-        self._lock = threading.RLock()
-        self._entries: dict[tuple[bytes, str | None], Entry] = {}
+        self.backing, self.spill = Backing(file, remote, self.stats), spill
+        self.table = PageTable(self.arenas, self.backing, spill, self.stats)
+        self.writer = PageWriter(self.table, queue_bytes, batch_bytes, stall_limit_s, workers)
+        self.queue = self.writer.queue
+        self.mover = Mover(self.table, self.writer)
+        self.reader = PageReader(self.table, self.mover, self.wanted)
         self._owned: dict[str, set[bytes]] = {}
-        self._numbers = itertools.count()
-        self.mover = Mover(self, queue_bytes, batch_bytes, stall_limit_s, workers)
-        self.reader, self.queue = PageReader(self), self.mover.queue
         self._loaders = ThreadPoolExecutor(load_workers, "cacheslide-load")
 
     # --- the ChunkStore interface ----------------------------------------------------------------------------------
@@ -112,8 +111,8 @@ class TieredChunkStore(ChunkStore):
     def tier_of(self, key: ChunkKey) -> str | None:
         """The highest tier that has all of the chunk ("queue": it waits to be written), None when none has."""
         name = chunk_name(self.namespace, key)
-        with self._lock:
-            entry = self._entries.get((name, None))
+        with self.table.lock:
+            entry = self.table.places.get((name, None))
             if entry is not None and not entry.lost:
                 ids = entry.ids(range(entry.layout.pages))
                 for arena in self.arenas:
@@ -142,8 +141,8 @@ class TieredChunkStore(ChunkStore):
         """
         wanted = replace(self.wanted, shape=shape or self.wanted.shape, tokens=tokens)
         name = chunk_name(self.namespace, key)
-        with self._lock:
-            entry = self._entries.get((name, owner)) or self._entries.get((name, None))
+        with self.table.lock:
+            entry = self.table.places.get((name, owner)) or self.table.places.get((name, None))
         try:
             if entry is None:
                 found = self.reader.load(name, wanted)
@@ -185,26 +184,26 @@ class TieredChunkStore(ChunkStore):
         if self.contains(key):
             return
         fits = layout.pages <= len(self.arenas[0].slots)
-        if not fits and not self.backed_tiers:
+        if not fits and not self.backing.exists:
             raise StoreError(f"a chunk of {layout.pages} pages cannot fit {len(self.arenas[0].slots)} page slots")
         payload = to_payload(chunk, layout).to(self.arenas[0].device)
-        with self._lock:  # whoever finds the entry finds its pages
-            entry = self._entry(name, layout, chunk.positions.cpu().clone(), chunk.generation)
+        with self.table.lock:  # whoever finds the entry finds its pages
+            entry = self.table.entry(name, layout, chunk.positions.cpu().clone(), chunk.generation)
             entry.incoming, entry.backed = payload, False  # no lower tier had it a moment ago
             self.stats.puts += 1
         try:
-            if self.backed_tiers and (self.write_back == "through" or not fits):
-                self.mover.writer.publish(entry, payload.cpu())
+            if self.backing.exists and (self.write_back == "through" or not fits):
+                self.writer.publish(entry, payload.cpu())
             if fits:
                 pages = [(entry, p) for p in range(layout.pages)]
                 self.mover.insert(self.arenas[0], pages, paged(payload, layout), only_current=True)
         finally:
-            with self._lock:
+            with self.table.lock:
                 entry.incoming = None
-                self.mover.retire(entry)
+                self.table.retire(entry)
 
     def __len__(self) -> int:
-        held = {name for (name, owner), e in self._entries.items() if owner is None and not e.lost}
+        held = {name for (name, owner), e in self.table.places.items() if owner is None and not e.lost}
         if self.backing.file is not None:
             held |= {n for n in self.backing.file.names() if n.startswith(self.namespace)}
         return len(held)
@@ -276,8 +275,8 @@ class TieredChunkStore(ChunkStore):
             raise StoreError(f"chunk {key} cannot be corrected ({gone}): build it again") from None
         view = content.view(layout.torch_dtype).view(len(pages), n, 2, layout.kv_heads, layout.head_dim)
         view[torch.from_numpy(at).to(content.device), (rows % n).to(content.device)] = torch.stack((k, v), 1).to(view)
-        with self._lock:
-            self.mover.forget_versions(entry, pages)
+        with self.table.lock:
+            self.table.forget_versions(entry, pages)
             entry.selected.update(masks)
             self.stats.corrected += len(pages)
         self.mover.insert(self.arenas[0], [(entry, p) for p in pages], content)
@@ -285,25 +284,25 @@ class TieredChunkStore(ChunkStore):
     def release(self, owner: str) -> int:
         """The owner is done, or its update has changed: drop its private pages unwritten; returns how many."""
         count = 0
-        with self._lock:
+        with self.table.lock:
             for name in self._owned.pop(owner, ()):
-                entry = self._entries.pop((name, owner), None)
+                entry = self.table.places.pop((name, owner), None)
                 if entry is not None:
                     count += len(entry.selected)
-                    self.mover.forget_versions(entry, list(entry.selected))
-                    self.mover.entries.pop(entry.number, None)
+                    self.table.forget_versions(entry, list(entry.selected))
+                    self.table.numbers.pop(entry.number, None)
                     entry.lost = "released"
         self.stats.released += count
         return count
 
     def _owned_entry(self, name: bytes, owner: str) -> Entry:
-        with self._lock:
-            entry = self._entries.get((name, owner))
+        with self.table.lock:
+            entry = self.table.places.get((name, owner))
             if entry is not None and entry.lost:
                 raise StoreError(f"{entry.lost}: release {owner!r} and correct its chunks again")
             if entry is not None:
                 return entry
-            base = self._entries.get((name, None))
+            base = self.table.places.get((name, None))
         if base is None:
             found = self.backing.read(name, [(0, 1)], self.wanted)
             if isinstance(found, str):
@@ -312,16 +311,11 @@ class TieredChunkStore(ChunkStore):
             layout, positions, generation = head.layout, head.positions, head.generation
         else:
             layout, positions, generation = base.layout, base.positions, base.generation
-        with self._lock:
+        with self.table.lock:
             self._owned.setdefault(owner, set()).add(name)
-            return self._entry(name, layout, positions, generation, owner)
+            return self.table.entry(name, layout, positions, generation, owner)
 
     # --- housekeeping ----------------------------------------------------------------------------------------------
-
-    @property
-    def backed_tiers(self) -> bool:
-        """Whether anything lies below memory."""
-        return self.backing.file is not None or self.backing.remote is not None
 
     def check(self, layout: PageLayout) -> None:
         """StoreError unless pages of this layout fit the slots."""
@@ -330,15 +324,6 @@ class TieredChunkStore(ChunkStore):
                 f"pages of {layout.page_tokens} tokens and {layout.page_bytes} bytes do not fit this store's "
                 f"({self.page_tokens} tokens, {self.page_bytes} bytes): open one store a model"
             )
-
-    def _entry(self, name, layout, positions, generation, owner=None, backed=False) -> Entry:
-        with self._lock:
-            entry = self._entries.get((name, owner))
-            if entry is None or entry.lost:
-                entry = Entry(next(self._numbers), name, layout, positions, generation, owner, backed)
-                self._entries[name, owner] = entry
-                self.mover.entries[entry.number] = entry
-            return entry
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until everything queued is written; False when the time was too short."""

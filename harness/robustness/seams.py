@@ -35,7 +35,8 @@ _LOADING = "cacheslide.vllm.worker.loading.Loading"
 INNER_SEAMS = (
     # the scheduler's half
     "scheduler.planner:plan", "scheduler.planner:_member", "scheduler.planner.families:get",
-    "cacheslide.vllm.scheduler.beam_groups.Family:join", "cacheslide.vllm.scheduler.beam_groups.Family:corrected_from",
+    "cacheslide.vllm.scheduler.request_state.Family:join",
+    "cacheslide.vllm.scheduler.request_state.Family:corrected_from",
     f"{_SCHEDULER}:key_apart", f"{_SCHEDULER}:shares_unfilled_blocks", f"{_SCHEDULER}:keep_history",
     f"{_SCHEDULER}:forecast", f"{_SCHEDULER}:tiers_of", f"{_SCHEDULER}:load_plan", f"{_SCHEDULER}:computed_rows",
     "scheduler.keeper:keep", "scheduler.keeper:reserve", "scheduler.keeper:enqueue", "scheduler.keeper:hand_out",

@@ -6,57 +6,12 @@ nobody else. What the first request's decision was, exact or corrected, holds fo
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from cacheslide.vllm.options import Marks
-from cacheslide.vllm.scheduler.prefix_cache import key_apart, new_secret
-from cacheslide.vllm.scheduler.reasons import AS_FAMILY
-from cacheslide.vllm.scheduler.request_state import FromBelow, Tracked
+from cacheslide.vllm.scheduler.request_state import Family, FromBelow, Tracked
 
 _KNOWN = 256  # families remembered; a forgotten one plans, and completes its prompt, once more
-
-
-@dataclass
-class Family:
-    """What the scheduler's half keeps of a family.
-
-    `marks` are those of its first member, whose prompt all members have. `first` is the block from which on its KV is
-    its own, None before a member was corrected; `reason` says why its first member was computed exactly.
-    """
-
-    plan: Tracked
-    marks: Marks
-    first: int | None = None
-    reason: str = ""
-    secret: bytes = field(default_factory=new_secret)
-
-    def fits(self, marks: Marks, token_ids: Sequence[int]) -> bool:
-        """Whether a request with these marks and tokens continues the family's prompt."""
-        plan = self.plan.plan
-        return marks == self.marks and plan is not None and plan.prompt.token_ids == tuple(token_ids[: self.plan.rows])
-
-    def corrected_from(self, first: int) -> None:
-        """A member's rows from block `first` on are completed by reuse."""
-        if self.first is not None and first < self.first:
-            self.secret = new_secret()
-        self.first = first if self.first is None else min(first, self.first)
-
-    def exactly(self) -> Tracked | None:
-        """What is tracked of a later member where the first one was computed exactly: the slots it crosses, if any."""
-        if self.plan.slots is None:
-            return None
-        return replace(
-            self.plan, block_ids=[], kept=True, follows=True, family=self, reason=AS_FAMILY, below=FromBelow()
-        )
-
-    def join(self, request) -> Tracked:
-        """What is tracked of a later member, whose vLLM `request` looks up the family's blocks from now on."""
-        member = replace(self.plan, block_ids=[], exact=False, kept=True, follows=True, family=self, below=FromBelow())
-        if member.schema:
-            request.skip_reading_prefix_cache = False  # all its blocks are the family's, at the schema's positions
-        key_apart(request, self.first, self.secret)
-        return member
 
 
 class Families:

@@ -1,22 +1,23 @@
-"""What the scheduler's half knows about one request."""
+"""What the scheduler's half knows about one request, and about requests that continue one prompt."""
 
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from cacheslide.core.engine import Plan
 from cacheslide.core.keys import CacheIdentity, ChunkKey
 from cacheslide.core.prompt import Chunk
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.positions.ccpe import PromptSlots
-
-if TYPE_CHECKING:
-    from cacheslide.vllm.scheduler.beam_groups import Family
+from cacheslide.vllm.options import Marks
+from cacheslide.vllm.scheduler.prefix_cache import key_apart, new_secret
+from cacheslide.vllm.scheduler.reasons import AS_FAMILY
 
 
 @dataclass
 class FromBelow:
-    """What a request has to do with chunks below memory (cold.py).
+    """What a request has to do with chunks below memory (`storage.py`).
 
     The look-up under way, where each chunk lies ("" for nowhere), which reads were asked for, the chunks that wait with
     it, the tier and bytes of those that came, why others did not, and whether a fault has ended all this.
@@ -59,3 +60,45 @@ class Tracked:
     family: "Family | None" = None
     follows: bool = False  # an earlier member of its family has completed the prompt
     below: FromBelow = field(default_factory=FromBelow)
+
+
+@dataclass
+class Family:
+    """What the scheduler's half keeps of a family.
+
+    `marks` are those of its first member, whose prompt all members have. `first` is the block from which on its KV is
+    its own, None before a member was corrected; `reason` says why its first member was computed exactly.
+    """
+
+    plan: Tracked
+    marks: Marks
+    first: int | None = None
+    reason: str = ""
+    secret: bytes = field(default_factory=new_secret)
+
+    def fits(self, marks: Marks, token_ids: Sequence[int]) -> bool:
+        """Whether a request with these marks and tokens continues the family's prompt."""
+        plan = self.plan.plan
+        return marks == self.marks and plan is not None and plan.prompt.token_ids == tuple(token_ids[: self.plan.rows])
+
+    def corrected_from(self, first: int) -> None:
+        """A member's rows from block `first` on are completed by reuse."""
+        if self.first is not None and first < self.first:
+            self.secret = new_secret()
+        self.first = first if self.first is None else min(first, self.first)
+
+    def exactly(self) -> Tracked | None:
+        """What is tracked of a later member where the first one was computed exactly: the slots it crosses, if any."""
+        if self.plan.slots is None:
+            return None
+        return replace(
+            self.plan, block_ids=[], kept=True, follows=True, family=self, reason=AS_FAMILY, below=FromBelow()
+        )
+
+    def join(self, request) -> Tracked:
+        """What is tracked of a later member, whose vLLM `request` looks up the family's blocks from now on."""
+        member = replace(self.plan, block_ids=[], exact=False, kept=True, follows=True, family=self, below=FromBelow())
+        if member.schema:
+            request.skip_reading_prefix_cache = False  # all its blocks are the family's, at the schema's positions
+        key_apart(request, self.first, self.secret)
+        return member

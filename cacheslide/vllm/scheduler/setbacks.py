@@ -1,6 +1,6 @@
 """What the scheduler's half does about a request that a fault has hit: vLLM computes it, and in the end it is gone."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from cacheslide.vllm.guard import reason
 from cacheslide.vllm.options import FIELD
@@ -8,8 +8,24 @@ from cacheslide.vllm.protocol import StepPlan
 from cacheslide.vllm.scheduler.receipts import bare
 from cacheslide.vllm.scheduler.request_state import Tracked
 
-if TYPE_CHECKING:
-    from cacheslide.vllm.scheduler.side import SchedulerSide
+
+class Half(Protocol):
+    """What is needed of the scheduler's half (`SchedulerSide`)."""
+
+    tracked: dict[str, Tracked]
+    prefilling: dict[str, Any]
+    box: dict[str, Any]
+    keeper: Any
+    rows_planned: int
+    block_size: int
+
+    def release(self, tracked: Tracked) -> None:
+        """End what a request waits for below memory."""
+        ...
+
+    def forget_request(self, req_id: str) -> tuple[Tracked | None, Any]:
+        """What was tracked of a request and its measured receipt, if any; neither is kept."""
+        ...
 
 
 def marked(request: Any) -> bool:
@@ -17,7 +33,7 @@ def marked(request: Any) -> bool:
     return (getattr(request, "kv_transfer_params", None) or {}).get(FIELD) is not None
 
 
-def give_up(side: "SchedulerSide", request: Any, entry: str) -> None:
+def give_up(side: Half, request: Any, entry: str) -> None:
     """From here on vLLM computes the request exactly; its receipt says that a fault at `entry` is why."""
     req_id = request.request_id
     tracked = side.tracked.get(req_id)
@@ -35,7 +51,7 @@ def give_up(side: "SchedulerSide", request: Any, entry: str) -> None:
     side.release(tracked)
 
 
-def check_claim(side: "SchedulerSide", request: Any, computed: int, rows: int | None) -> None:
+def check_claim(side: Half, request: Any, computed: int, rows: int | None) -> None:
     """Raise unless `rows` behind the `computed` ones may be claimed, whatever the plan of the request says.
 
     vLLM ends when a claim leaves no row of the prompt to it, and rows of another text are another's answer.
@@ -49,7 +65,7 @@ def check_claim(side: "SchedulerSide", request: Any, computed: int, rows: int | 
         raise ValueError("the plan is that of another prompt")
 
 
-def finish_anyhow(side: "SchedulerSide", request: Any) -> dict[str, Any] | None:
+def finish_anyhow(side: Half, request: Any) -> dict[str, Any] | None:
     """In place of `SchedulerSide.finish`: forget the request; a bare receipt for one with marks."""
     tracked, _ = side.forget_request(request.request_id)
     if tracked is not None:
@@ -59,7 +75,7 @@ def finish_anyhow(side: "SchedulerSide", request: Any) -> dict[str, Any] | None:
     return bare(request.num_prompt_tokens, reason("request_finished"))
 
 
-def unplanned(side: "SchedulerSide", output: Any, step: StepPlan) -> None:
+def unplanned(side: Half, output: Any, step: StepPlan) -> None:
     """`step` broke off: requests whose rows need slots and are not in it have failed; all else can wait."""
     side.rows_planned = 0
     side.keeper.drop_work()
@@ -74,7 +90,7 @@ def unplanned(side: "SchedulerSide", output: Any, step: StepPlan) -> None:
             cannot(side, req_id, step)
 
 
-def cannot(side: "SchedulerSide", req_id: str, step: StepPlan) -> None:
+def cannot(side: Half, req_id: str, step: StepPlan) -> None:
     """A request could not be planned: nothing of it is loaded; rows that cross slots are not to be trusted."""
     step.loads = [load for load in step.loads if load.req_id != req_id]
     side.prefilling.pop(req_id, None)

@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from cacheslide.policies import registry
 from cacheslide.policies.registry import load_policy
 from cacheslide.vllm import CONNECTOR, systems
 from cacheslide.vllm import options as params
@@ -278,7 +279,7 @@ def test_a_new_value_reads_nothing_again(monkeypatch, tmp_path):
     policy_of("cacheslide")
     reads = []
     monkeypatch.setattr(systems, "load_policy", lambda name: reads.append(name) or load_policy(name))
-    monkeypatch.setattr(systems, "policy_names", lambda: reads.append("names"))
+    monkeypatch.setattr(registry, "entry_points", lambda **group: reads.append("names"))
     monkeypatch.setattr(params, "_store_config", lambda raw: reads.append(raw))
     for i in range(20):
         assert options_of(extra).policy == "cacheslide"

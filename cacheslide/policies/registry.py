@@ -5,13 +5,20 @@ An entry is a function without arguments that returns a `ReusePolicy`. Engine, s
 """
 
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
 
 from cacheslide.errors import PolicyError
 from cacheslide.policies.base import ReusePolicy
 
 GROUP = "cacheslide.policies"
 _own: dict[str, Callable[[], ReusePolicy]] = {}
+
+
+@lru_cache(maxsize=1)
+def _installed() -> dict[str, EntryPoint]:
+    """Entry points by name; reading the metadata of all packages takes milliseconds, and does not change."""
+    return {e.name: e for e in entry_points(group=GROUP)}
 
 
 def register(name: str, make: Callable[[], ReusePolicy]) -> None:
@@ -21,16 +28,15 @@ def register(name: str, make: Callable[[], ReusePolicy]) -> None:
 
 def policy_names() -> list[str]:
     """The registered systems, sorted."""
-    return sorted({e.name for e in entry_points(group=GROUP)} | _own.keys())
+    return sorted(_installed().keys() | _own.keys())
 
 
 def load_policy(name: str) -> ReusePolicy:
     """The registered policy `name`; PolicyError naming the known ones when there is none."""
-    makers = [_own[name]] if name in _own else [e.load() for e in entry_points(group=GROUP) if e.name == name]
-    for make in makers:
-        policy = make()
-        if not isinstance(policy, ReusePolicy):
-            raise PolicyError(f"the entry point {name!r} returned {type(policy).__name__}, not a ReusePolicy")
-        return policy
-    known = ", ".join(policy_names()) or "none: is the package installed?"
-    raise PolicyError(f"unknown system {name!r} (known: {known})")
+    if name not in policy_names():
+        known = ", ".join(policy_names()) or "none: is the package installed?"
+        raise PolicyError(f"unknown system {name!r} (known: {known})")
+    policy = (_own[name] if name in _own else _installed()[name].load())()
+    if not isinstance(policy, ReusePolicy):
+        raise PolicyError(f"the entry point {name!r} returned {type(policy).__name__}, not a ReusePolicy")
+    return policy

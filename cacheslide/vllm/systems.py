@@ -12,7 +12,8 @@ from cacheslide.vllm.limits import shown
 def policy_of(name: str, share: float | None = None, layer: int | None = None) -> ReusePolicy:
     """A registered system with its share and selection layer changed; cached, since every request asks.
 
-    A new share or layer costs microseconds: entry points are scanned once a name, and never for an unknown one.
+    A new share or layer costs microseconds, an unknown name no more. A system is looked up once: `register` it before
+    its first request.
     """
     policy = _registered(name)
     policy = policy if share is None else policy.at_share(float(share))
@@ -21,7 +22,7 @@ def policy_of(name: str, share: float | None = None, layer: int | None = None) -
 
 @lru_cache(maxsize=256)
 def _registered(name: str) -> ReusePolicy:
-    known = _known_systems()
+    known = policy_names()
     if known and name not in known:
         raise PolicyError(f"unknown system {shown(name)} (known: {', '.join(known)})")
     try:
@@ -30,8 +31,3 @@ def _registered(name: str) -> ReusePolicy:
         raise
     except Exception as error:  # an entry point of somebody else's package raises what it likes
         raise PolicyError(f"the system {name!r} does not load ({type(error).__name__}: {error})") from error
-
-
-@lru_cache(maxsize=1)
-def _known_systems() -> tuple[str, ...]:
-    return tuple(policy_names())

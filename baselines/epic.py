@@ -3,7 +3,7 @@
 from cacheslide.core.keys import ContentKeying
 from cacheslide.core.placement import Placement
 from cacheslide.policies.base import ReusePolicy
-from cacheslide.policies.edges import EdgeRows
+from cacheslide.policies.edges import EdgeTokens
 from cacheslide.policies.encodings import Isolated
 
 EDGE = 32  # the paper's setting, section 5
@@ -17,7 +17,7 @@ def delta() -> ReusePolicy:
         keying=ContentKeying(),
         encoding=Isolated(),
         placement=Placement("delta"),
-        correction=EdgeRows(EDGE, EDGE),
+        correction=EdgeTokens(EDGE, EDGE),
     )
 
 
@@ -29,5 +29,5 @@ def stale() -> ReusePolicy:
         keying=ContentKeying(),
         encoding=Isolated(),
         placement=Placement("stored"),
-        correction=EdgeRows(EDGE, EDGE),
+        correction=EdgeTokens(EDGE, EDGE),
     )

@@ -9,6 +9,7 @@ import yaml
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
+from cacheslide import renamed
 from cacheslide.errors import ConfigError
 from cacheslide.plain_values import check_plain
 from cacheslide.policies.registry import policy_names
@@ -43,6 +44,12 @@ def _check(config: MutableMapping[str, Any], rules: Mapping[str, Any]) -> None:
         config.setdefault("vllm", {})
     elif "vllm" in config:
         raise ConfigError("vllm: these keys need backend: vllm; config/README.md lists every key")
+    try:
+        named = renamed.options(config, renamed.CONFIGURATION)
+    except ValueError as wrong:
+        raise ConfigError(str(wrong)) from None
+    config.clear()
+    config.update(named)
     if (error := best_match(Draft202012Validator(rules).iter_errors(config))) is not None:
         where = ".".join(str(step) for step in error.absolute_path) or "the file"
         reason = error.message if len(error.message) <= LONGEST // 2 else f"{error.message[: LONGEST // 2]}…"

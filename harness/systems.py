@@ -54,7 +54,7 @@ def resolve(names: Iterable[str], layer: int | None = None, share: float | None 
         if layer is not None:
             policy = policy.at_layer(first_look(policy, layer))
         if share is not None:
-            policy = policy.at_share(share)
+            policy = policy.at_ratio(share)
         out.append(policy)
     return out
 
@@ -79,7 +79,7 @@ def to_scale(names: Iterable[str], share: float) -> list[str]:
 
 
 def _rule(name: str, share: float) -> Correction:
-    return policy_of(name).at_share(share).correction
+    return policy_of(name).at_ratio(share).correction
 
 
 def recipes(policies: Sequence[System]) -> dict[str, tuple[ReusePolicy, frozenset[int]]]:

@@ -56,7 +56,7 @@ def one_dataset(config: dict, root: Path, dataset: str, threads: int) -> None:
         study.step_chunks(config, path, layer, str(chunks), threads)
     for stage, share, systems in (
         ("accuracy", None, config["systems"]),
-        ("equal_share", config["topk"], to_scale(config["systems"], config["topk"])),
+        ("equal_share", config["recompute_ratio"], to_scale(config["systems"], config["recompute_ratio"])),
     ):
         outputs = [str(root / stage / dataset / f"{s}.jsonl") for s in systems]
         study.step_accuracy(config, path, str(chunks), layer, outputs, threads, share)

@@ -68,14 +68,14 @@ def answer(engine: Engine, example: TaskExample, max_new_tokens: int) -> list[di
 def summary(records: Sequence[dict]) -> dict:
     """Means over the questions; rows reused as a share of all rows."""
     receipts = [r["receipt"] for r in records if r["receipt"]]
-    rows = sum(r["rows"] for r in receipts)
+    rows = sum(r["tokens"] for r in receipts)
     return {
         "questions": len(records),
         "f1": statistics.fmean(r["f1"] for r in records),
         "em": statistics.fmean(r["em"] for r in records),
         "ttft_s_mean": statistics.fmean(r["ttft_s"] for r in records),
         "ttft_s_median": statistics.median(r["ttft_s"] for r in records),
-        "reused_share": sum(r["rows_reused"] for r in receipts) / rows if rows else 0.0,
+        "reused_share": sum(r["tokens_reused"] for r in receipts) / rows if rows else 0.0,
         "fallbacks": sum(bool(r["fallback"]) for r in receipts),
     }
 

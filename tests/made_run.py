@@ -40,7 +40,7 @@ def config(**changes: Any) -> dict[str, Any]:
         "dtype": "float32",
         "systems": list(SYSTEMS),
         "datasets": list(DATASETS),
-        "topk": 0.26,
+        "recompute_ratio": 0.26,
         "accuracy": {"prompts": 19, "tokens": 1024, "questions": 4},
         "latency": {"dataset": DATASETS[0], "tokens": [2048, 4096], "prompts": 5, "warmups": 1, "repeats": 2},
     } | changes
@@ -58,11 +58,11 @@ def receipt(system: str, rows: int, share: float, recomputed: float, reused: boo
     chosen = round(recomputed * candidates)
     return {
         "system": system,
-        "rows": rows,
-        "rows_reused": candidates - chosen,
-        "rows_recomputed": chosen,
-        "row_layer_share": share if candidates else 1.0,
-        "rows_per_layer": [rows] * 8,
+        "tokens": rows,
+        "tokens_reused": candidates - chosen,
+        "tokens_recomputed": chosen,
+        "compute_fraction": share if candidates else 1.0,
+        "tokens_per_layer": [rows] * 8,
         "chunks": 4 if system != "recompute" else 0,
         "chunks_hit": 4 if candidates else 0,
         "bytes_loaded": 12288 * candidates,
@@ -126,7 +126,7 @@ def throughput_record(system: str, batch: int, rng: Random, requests: int) -> di
                 }
             )
     right = sum(r["question"]["success"] for r in out)
-    totals = {"elapsed_seconds": now, "qps": len(out) / now, "qps_correct": right / now, "row_layer_share": share}
+    totals = {"elapsed_seconds": now, "qps": len(out) / now, "qps_correct": right / now, "compute_fraction": share}
     return {"system": system, "batch": batch, **totals, "requests": out}
 
 
@@ -190,11 +190,12 @@ def wca_summary(path: Path) -> Path:
     rng, found = Random("wca"), {}
     for cell in cells(8):
         asked = {"depth": [0, 1, 2, 3], "volatile": [False, True, True, False]}
-        about = {"mix": "deep", "device": "cpu", "alpha": None, "rows_reused": 3, "rows_recomputed": 1}
+        about = {"mix": "deep", "device": "cpu", "alpha": None, "tokens_reused": 3, "tokens_recomputed": 1}
         found[cell.name] = {
             f"e{i}": asked
             | about
-            | {"example": f"e{i}", "row_layer_share": rng.random(), "f1": [float(rng.random() < 0.7) for _ in range(4)]}
+            | {"example": f"e{i}", "compute_fraction": rng.random()}
+            | {"f1": [float(rng.random() < 0.7) for _ in range(4)]}
             for i in range(3)
         }
     write_json(path, tabulate({kind: ({"model": kind}, found) for kind in ("rope", "cope")}, cells(8)))

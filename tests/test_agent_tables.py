@@ -37,7 +37,7 @@ def summary(files):
 def test_the_quality_table_counts_warm_steps_and_pairs_them(files):
     rows = {(r["agent"], r["system"]): r for r in quality_table(files["replay"])}
     ours, exact = rows["memgpt", "cacheslide"], rows["memgpt", "recompute"]
-    assert ours["row_layer_share"] == pytest.approx(0.55) and exact["row_layer_share"] == 1.0
+    assert ours["compute_fraction"] == pytest.approx(0.55) and exact["compute_fraction"] == 1.0
     assert 0.5 < ours["ttft_ratio"]["value"] < 0.6 and exact["ttft_ratio"] is None
     assert rows["memgpt", "context_cache"]["speedup"]["value"] == pytest.approx(0.8 / 0.55, rel=0.06)
     assert ours["steps"] == 6 * STEPS and ours["loss_points"]["n"] == 6 and ours["speedup"] is None
@@ -168,7 +168,7 @@ def test_every_section_is_measured_for_real(tmp_path):
         assert not file.failures and file.records and AGENTS[section](file)
         assert file.settings["order"] and len(file.settings["data_hash"]) == 64
     rows = {r["system"]: r for r in quality_table(read_file(tmp_path / "replay.jsonl"))}
-    assert rows["cacheslide"]["row_layer_share"] < 1 and rows["cacheslide"]["score"] is not None
+    assert rows["cacheslide"]["compute_fraction"] < 1 and rows["cacheslide"]["score"] is not None
     kept = {r["system"]: r["generation"] for r in turns_table(read_file(tmp_path / "turns.jsonl"))}
     assert kept["naive_reuse@2"] > 0 == kept["cacheslide"]
     with pytest.raises(ConfigError, match="unknown section"):

@@ -156,7 +156,7 @@ def events(*parts, done=True) -> bytes:
 
 
 def test_a_server_gets_ids_and_marks_or_plain_text():
-    receipt = {"cacheslide": {"rows_reused": 3}}
+    receipt = {"cacheslide": {"tokens_reused": 3}}
     last = {"choices": [{"text": " x", "finish_reason": "stop"}], "kv_transfer_params": receipt}
     pieces = [{"choices": [{"text": " reply"}]}, last]
     tokenizer = AutoTokenizer.from_pretrained(MODEL, local_files_only=True)

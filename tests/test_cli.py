@@ -35,7 +35,7 @@ def run(capsys, *args):
 def test_systems_are_listed_with_their_choices(capsys):
     code, out, _ = run(capsys, "systems")
     assert code == 0
-    assert "cacheslide " in out and "FixedChainKeying" in out and "EdgeRows" in out
+    assert "cacheslide " in out and "FixedChainKeying" in out and "EdgeTokens" in out
 
 
 @pytest.mark.parametrize("buffered", [True, False])
@@ -54,7 +54,7 @@ def test_run_answers_from_a_store_on_disk(capsys, tmp_path):
     args = ("--prompt", now, "--store", str(tmp_path / "s"), "--max-new-tokens", "3", "--share", "0.5", "--layer", "2")
     code, out, _ = run(capsys, "run", MODEL, "--previous", before, *args)
     first = json.loads(out)
-    assert code == 0 and first["receipt"]["chunks_hit"] == 2 and first["receipt"]["rows_reused"] > 0
+    assert code == 0 and first["receipt"]["chunks_hit"] == 2 and first["receipt"]["tokens_reused"] > 0
     code, out, _ = run(capsys, "run", MODEL, *args)  # the second process finds the chunks of the first
     assert json.loads(out) == first
 
@@ -138,7 +138,7 @@ def test_serve_hands_the_process_over_to_vllm(capsys, monkeypatch):
 def test_serve_says_what_it_needs(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main(["serve", "--help"])
-    assert stop.value.code == 0 and "--rows-per-step" in capsys.readouterr().out
+    assert stop.value.code == 0 and "--tokens-per-step" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0 and "serve" in capsys.readouterr().out

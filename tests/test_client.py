@@ -22,7 +22,7 @@ from harness.load import Poisson
 from tests.conftest import eventually, released
 
 GAP = 0.02
-RECEIPT = {"rows_reused": 7, "rows_recomputed": 2, "row_layer_share": 0.5, "fallback": ""}
+RECEIPT = {"tokens_reused": 7, "tokens_recomputed": 2, "compute_fraction": 0.5, "fallback": ""}
 
 
 def chunk(tokens: int, text: str = "x", finish: str | None = None) -> dict:
@@ -169,7 +169,7 @@ def test_a_closed_loop_waits_for_its_answers(served):
         own = [o for o in load.outcomes if o.id.startswith(client)]
         assert all(a.finished <= b.sent for a, b in pairwise(own))
     summary = summarize_load(load)
-    assert summary["failures"] == 0 and summary["rows_reused"] == 7 and summary["row_layer_share"] == 0.5
+    assert summary["failures"] == 0 and summary["tokens_reused"] == 7 and summary["compute_fraction"] == 0.5
     assert summary["ttft_median"]["low"] <= summary["ttft_median"]["value"] <= summary["ttft_median"]["high"]
     assert summary["requests_per_second"] == pytest.approx(6 / load.seconds) and not no_speed(load)
 

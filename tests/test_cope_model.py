@@ -112,7 +112,7 @@ def test_a_hundred_shifted_turns_reuse_every_reusable_row(live, kind, gamma):
     for turn in range(1, 101):
         receipt = engine.prefill(prompt(turn, rng.randrange(1, 60))).receipt
         assert not receipt.fallback
-        reusable, reused = reusable + 67, reused + receipt.rows_reused
+        reusable, reused = reusable + 67, reused + receipt.tokens_reused
     assert reused / reusable >= 0.99
 
 

@@ -33,7 +33,7 @@ def config(tmp_path_factory):
         "systems": ["recompute", "cacheslide"],
         "chunk_size": 256,
         "suffix_len": 1,
-        "topk": 0.26,
+        "recompute_ratio": 0.26,
         "accuracy": {"questions": 2},
         "cksim": {"shifts": [0, 60]},
         "cope": {
@@ -60,7 +60,7 @@ def test_answers_join_the_native_run_under_names_of_their_own(config, data, tmp_
         records = list(read_records(path))
         assert len(records) == 2 and all(r["prefill_seconds"] is None for r in records)
         assert read_settings(path)["calibrated"] is True
-        shares[path.stem] = records[0]["receipt"]["row_layer_share"]
+        shares[path.stem] = records[0]["receipt"]["compute_fraction"]
     assert shares["recompute_cope"] == 1 > shares["cacheslide_cope"] > shares["naive_reuse_cope"]
     run = load_run(config, accuracy=outputs)
     assert run.titles["cacheslide_cope"] == "CacheSlide, CoPE"

@@ -54,12 +54,12 @@ def test_every_system_serves_a_turn(model, tmp_path, name):
     receipt = done.receipt
     assert done.logits.isfinite().all()
     assert not done.kv.k[:, : done.length].isnan().any()
-    assert receipt.rows_reused + receipt.rows_recomputed <= receipt.rows
+    assert receipt.tokens_reused + receipt.tokens_recomputed <= receipt.tokens
     fixed = 6 + 23 + 31 + 17
     hits = {"recompute": 0, "context_cache": 6}.get(name, fixed)
-    assert receipt.rows_reused + receipt.rows_recomputed == hits
+    assert receipt.tokens_reused + receipt.tokens_recomputed == hits
     if hits == fixed and name not in ("epic", "epic_stale"):  # EPIC's 64 rows cover these short chunks
-        assert receipt.row_layer_share < 1.0
+        assert receipt.compute_fraction < 1.0
 
 
 @pytest.mark.parametrize("name", ["context_cache", "epic", "cacheslide"])
@@ -85,7 +85,7 @@ def test_an_empty_store_falls_back_to_exact_compute_and_says_so(model):
     full = ReuseEngine(model, load_policy("recompute"), MemoryChunkStore()).prefill(prompt(13, 5))
     done = ReuseEngine(model, load_policy("cacheslide"), MemoryChunkStore()).prefill(prompt(13, 5))
     torch.testing.assert_close(done.logits, full.logits, atol=1e-4, rtol=1e-4)
-    assert "no chunk" in done.receipt.fallback and done.receipt.row_layer_share == 1.0
+    assert "no chunk" in done.receipt.fallback and done.receipt.compute_fraction == 1.0
 
 
 def test_a_damaged_chunk_is_recomputed_not_served(model, tmp_path):
@@ -150,13 +150,13 @@ def test_contradicting_policies_are_refused():
         ReusePolicy("x", "X", encoding=FixedChain())
     policy = load_policy("cacheslide_promote").at_layer(3)
     assert policy.correction.layer == 3 and policy.probe_layers == {3}
-    assert load_policy("epic").at_share(0.26).correction.edges(256) == (34, 33)
-    assert load_policy("cacheblend").at_share(0.26).correction == TopDeviation(0.26)
-    scaled = load_policy("cacheslide_promote").at_share(0.5).correction
-    assert scaled.share + sum(p.share for p in scaled.promote) == pytest.approx(0.5)
-    assert scaled.share / scaled.promote[0].share == pytest.approx(0.10 / 0.16)
+    assert load_policy("epic").at_ratio(0.26).correction.edges(256) == (34, 33)
+    assert load_policy("cacheblend").at_ratio(0.26).correction == TopDeviation(0.26)
+    scaled = load_policy("cacheslide_promote").at_ratio(0.5).correction
+    assert scaled.recompute_ratio + sum(p.recompute_ratio for p in scaled.promote) == pytest.approx(0.5)
+    assert scaled.recompute_ratio / scaled.promote[0].recompute_ratio == pytest.approx(0.10 / 0.16)
     assert (
         scaled
-        != load_policy("cacheslide_promote").at_share(0.26).correction
+        != load_policy("cacheslide_promote").at_ratio(0.26).correction
         == load_policy("cacheslide_promote").correction
     )

@@ -202,7 +202,7 @@ WRONG = {
     "sede: 1": "the file: unknown key sede; config/README.md lists every key",
     "accuracy: {promts: 3}": "accuracy: unknown key promts; config/README.md lists every key",
     "systems: [recompute, vanilla]": "systems: unknown system 'vanilla'; installed are ",
-    "topk: 1.5": "topk: 1.5 is greater than the maximum of 1; config/README.md lists every key",
+    "recompute_ratio: 1.5": "recompute_ratio: 1.5 is greater than the maximum of 1; config/README.md lists every key",
     "seed: x": "seed: 'x' is not of type 'integer'; config/README.md lists every key",
 }
 ENDS = {  # one that `check` refuses, one that the workflow itself refuses

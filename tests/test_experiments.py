@@ -32,7 +32,7 @@ CONFIG = {
     "systems": SYSTEMS,
     "chunk_size": 1024,
     "suffix_len": 1,
-    "topk": 0.26,
+    "recompute_ratio": 0.26,
     "accuracy": {"questions": 8},
     "validation": {"questions": 2},
     "latency": {"systems": ["recompute", "cacheslide"], "warmups": 1, "repeats": 2},
@@ -76,10 +76,10 @@ def test_records_say_what_happened(accuracy):
     [*records] = read_records(accuracy / "cacheslide.jsonl")
     receipt = records[0]["receipt"]
     assert receipt["chunks_hit"] == receipt["chunks"] == 3
-    assert receipt["rows_recomputed"] == pytest.approx(
-        0.26 * (receipt["rows_reused"] + receipt["rows_recomputed"]), abs=1
+    assert receipt["tokens_recomputed"] == pytest.approx(
+        0.26 * (receipt["tokens_reused"] + receipt["tokens_recomputed"]), abs=1
     )
-    assert receipt["bytes_loaded"] > 0 and 0 < receipt["row_layer_share"] < 1
+    assert receipt["bytes_loaded"] > 0 and 0 < receipt["compute_fraction"] < 1
     assert len(records[0]["cksim"]) == 8 and min(records[0]["cksim"]) > 0.5
     assert read_settings(accuracy / "cacheslide.jsonl")["layer"] == 3
     assert not read_failures(accuracy / "cacheslide.jsonl")
@@ -103,7 +103,7 @@ def test_equal_share_holds_only_systems_that_scale(data, accuracy, tmp_path):
     study.step_accuracy(CONFIG, data, str(accuracy / "chunks"), 3, outputs, 2, share=0.26)
     for path in outputs[:1]:
         receipt = next(read_records(path))["receipt"]
-        share = receipt["rows_recomputed"] / (receipt["rows_reused"] + receipt["rows_recomputed"])
+        share = receipt["tokens_recomputed"] / (receipt["tokens_reused"] + receipt["tokens_recomputed"])
         assert share == pytest.approx(0.26, abs=0.01)
 
 
@@ -114,7 +114,7 @@ def test_latency_takes_turns_and_keeps_answers(data, tmp_path):
     for system in record["systems"].values():
         assert len(system["ttft_seconds"]) == 2 and min(system["ttft_seconds"]) > 0
         assert len(system["questions"]) == 8
-    assert record["systems"]["cacheslide"]["receipt"]["rows_reused"] > 0
+    assert record["systems"]["cacheslide"]["receipt"]["tokens_reused"] > 0
     assert sum(q["f1"] for q in record["systems"]["recompute"]["questions"]) >= 7
     [session] = record["quiet"]
     assert set(session["systems"]) == set(record["systems"])
@@ -146,7 +146,7 @@ class Loop:
         if system.name == self.fails:
             raise PolicyError("made to fail")
         self.asked.append((system.name, len(examples)))
-        one = {"question": {"success": 1.0}, "receipt": {"row_layer_share": 0.5}}
+        one = {"question": {"success": 1.0}, "receipt": {"compute_fraction": 0.5}}
         return [one | {"finished_seconds": 0.5 * (i + 1)} for i in range(len(examples))], 0.5 * len(examples)
 
 

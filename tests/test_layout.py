@@ -161,7 +161,7 @@ def test_no_files_import_each_other_in_a_circle():
 
 def test_no_file_asks_for_the_type_of_a_policys_part():
     """A new rule is one file: whoever needs to know something of a part asks it."""
-    parts = r"Correction|TopDeviation|EdgeRows|\w*Keying|InPrompt|FixedChain|Isolated|Placement"
+    parts = r"Correction|TopDeviation|EdgeTokens|\w*Keying|InPrompt|FixedChain|Isolated|Placement"
     asked = re.compile(rf"isinstance\([^)]*\b({parts})\b|(encoding|correction|keying)\.(kind|name) ==")
     assert asked.search("isinstance(rule, TopDeviation | X)") and asked.search("if policy.encoding.name == 'x'")
     wrong = [

@@ -14,7 +14,7 @@ from cacheslide.core.prompt import Prompt
 from cacheslide.models.reference import ReferenceLlama
 from cacheslide.policies import registry
 from cacheslide.policies.base import ReusePolicy
-from cacheslide.policies.deviation import rows_of_share
+from cacheslide.policies.deviation import tokens_of_ratio
 from cacheslide.policies.registry import load_policy, policy_names
 from cacheslide.policies.static import StaticCorrection
 from cacheslide.store import MemoryChunkStore
@@ -27,21 +27,21 @@ NAME = "every_other"
 class EveryNth(StaticCorrection):
     """Recompute a share of the reused tokens, evenly spread over all of them."""
 
-    share: float = 0.5
+    recompute_ratio: float = 0.5
 
     def known_before_start(self, chunk_lengths: Sequence[int]) -> Tensor:
         rows = sum(chunk_lengths)
-        count = rows_of_share(self.share, rows)
+        count = tokens_of_ratio(self.recompute_ratio, rows)
         mask = torch.zeros(rows, dtype=torch.bool)
         mask[torch.arange(count) * rows // max(count, 1)] = True
         return mask
 
     @property
-    def total_share(self) -> float:
-        return self.share
+    def total_ratio(self) -> float:
+        return self.recompute_ratio
 
-    def at_share(self, share: float) -> "EveryNth":
-        return replace(self, share=share)
+    def at_ratio(self, ratio: float) -> "EveryNth":
+        return replace(self, recompute_ratio=ratio)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def test_a_registered_system_is_known_by_name():
 
 
 def prefilled(model: ReferenceLlama, share: float, turns: Sequence[Prompt], chunk: int):
-    engine = ReuseEngine(model, load_policy(NAME).at_share(share), MemoryChunkStore(), chunk_size=chunk)
+    engine = ReuseEngine(model, load_policy(NAME).at_ratio(share), MemoryChunkStore(), chunk_size=chunk)
     engine.build(turns[0])
     return engine, engine.prefill(turns[1], room=4)
 
@@ -99,7 +99,7 @@ def test_it_runs_in_the_reference_host(model):
     _, half = prefilled(model, 0.5, turns, 16)
     receipt = half.receipt
     assert receipt.chunks_hit == receipt.chunks > 3
-    assert abs(receipt.rows_recomputed - receipt.rows_reused) <= 1
+    assert abs(receipt.tokens_recomputed - receipt.tokens_reused) <= 1
     assert (half.logits - exact.logits).abs().max() > 1e-4
     _, whole = prefilled(model, 1.0, turns, 16)
     torch.testing.assert_close(whole.logits, exact.logits, atol=1e-5, rtol=1e-5)
@@ -119,8 +119,8 @@ def test_it_is_served_by_vllm(tmp_path):
     with closing(Served(tmp_path)) as served:
         served.one(FIRST, policy=NAME)
         served.poison()
-        got = served.one(SECOND, policy=NAME, share=0.5)
+        got = served.one(SECOND, policy=NAME, recompute_ratio=0.5)
         assert tokens(got) == said
-        for key in ("rows", "rows_reused", "rows_recomputed", "chunks", "chunks_hit", "system"):
+        for key in ("rows", "tokens_reused", "tokens_recomputed", "chunks", "chunks_hit", "system"):
             assert receipt(got)[key] == want.receipt.as_dict()[key]
-        assert receipt(got)["rows_reused"] > 0
+        assert receipt(got)["tokens_reused"] > 0

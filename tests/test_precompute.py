@@ -43,7 +43,7 @@ def test_in_a_prompt_only_what_comes_first_can_be_encoded_ahead(model):
     engine = ReuseEngine(model, context_cache.policy(), MemoryChunkStore(), chunk_size=16)
     assert precompute(engine, template(parts(()))).rows == 10
     receipt = engine.prefill(Prompt(tuple(parts(random_ids(7, 5), random_ids(4, 6))))).receipt
-    assert receipt.rows_reused == 10
+    assert receipt.tokens_reused == 10
     with pytest.raises(PolicyError, match="canonical"):
         precompute(engine, template([Segment((), CHANGING), Segment(random_ids(9, 1), FIXED)]))
 

@@ -14,7 +14,7 @@ from cacheslide.models.adapter import RowGroup
 from cacheslide.models.reference import ReferenceLlama
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.policies.deviation import deviation, top_rows
-from cacheslide.policies.edges import EdgeRows
+from cacheslide.policies.edges import EdgeTokens
 from cacheslide.policies.encodings import ENCODINGS, Isolated
 from cacheslide.policies.none import NoCorrection
 from cacheslide.policies.top_deviation import Promotion, Swap, TopDeviation
@@ -78,8 +78,8 @@ def placed_cache(model, request, resting_index):
 
 CASES = [
     (NoCorrection(), 0),
-    (EdgeRows(3, 2), 0),
-    (EdgeRows(share=0.5), 0),
+    (EdgeTokens(3, 2), 0),
+    (EdgeTokens(recompute_ratio=0.5), 0),
     *[(TopDeviation(share, layer), layer) for share in (0.0, 0.1, 0.26, 0.9) for layer in (0, 1, 3)],
     (TopDeviation(0.26, 2, metric="v"), 2),
     (TopDeviation(0.26, 2, metric="kv"), 2),
@@ -99,7 +99,7 @@ def test_equals_the_dense_forward_with_overwritten_rows(model, make, rotation, c
     torch.testing.assert_close(done.kv.k[:, : len(now)], kv.k, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(done.kv.v[:, : len(now)], kv.v, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(done.logits, logits, atol=1e-4, rtol=1e-4)
-    assert done.receipt.rows_reused == len(index) > 0
+    assert done.receipt.tokens_reused == len(index) > 0
     assert done.receipt.bytes_loaded > 0
 
 
@@ -113,7 +113,7 @@ def test_share_one_is_plain_recompute_and_share_zero_is_not(model, make):
         torch.testing.assert_close(full.kv.k[layer, : len(now)], k, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(full.kv.v[layer, : len(now)], v, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(full.logits, model.logits(hidden[-1:])[0], atol=1e-4, rtol=1e-4)
-    assert full.receipt.row_layer_share == 1.0
+    assert full.receipt.compute_fraction == 1.0
     _, _, none = run(model, make(TopDeviation(0.0, 1)), prompt(7, 3), now)
     assert (none.logits - full.logits).abs().max() > 1e-2  # a load that did nothing would pass for recompute
 
@@ -169,11 +169,11 @@ def test_promotion_restarts_rows_from_cached_layer_inputs(model):
     _, _, done = run(model, exact, now, now)
     _, _, full = run(model, chain(TopDeviation(1.0, 1), "in_prompt"), now, now)
     torch.testing.assert_close(done.kv.k, full.kv.k, atol=1e-5, rtol=1e-5)
-    assert done.receipt.rows_recomputed == len(done.output.selected) > 0
+    assert done.receipt.tokens_recomputed == len(done.output.selected) > 0
     stale = chain(TopDeviation(0.0, 1, promote=(Promotion(1, 0.3), Promotion(3, 0.3))), "in_prompt")
     _, request, some = run(model, stale, prompt(7, 3), now)
     assert len(some.output.selected) == pytest.approx(0.6 * len(request.reused), abs=2)
-    assert some.receipt.rows_per_layer[1] == len(now)  # probing counts as computing
+    assert some.receipt.tokens_per_layer[1] == len(now)  # probing counts as computing
     _, _, zero = run(model, chain(TopDeviation(0.0, 1), "in_prompt"), prompt(7, 3), now)
     assert (some.kv.k[4] - zero.kv.k[4]).abs().max() > 1e-3
 
@@ -234,7 +234,7 @@ def swap_oracle(model, request, rule, inputs):
         if layer == rule.layer:
             d = deviation(k[reused], cached[0])
             ranked = d.argsort(descending=True, stable=True).tolist()
-            chosen, stopped = ranked[: round(rule.share * len(reused))], hidden.clone()
+            chosen, stopped = ranked[: round(rule.recompute_ratio * len(reused))], hidden.clone()
             candidates = set(ranked)
         elif layer > rule.layer and (layer - rule.layer) % rule.swap.every == 0:
             fresh, old = k[reused], cached[0]

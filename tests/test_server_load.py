@@ -56,7 +56,7 @@ def test_sixteen_mixed_clients_get_every_answer_and_every_receipt(tmp_path):
             continue
         assert o.receipt["system"] == system and o.receipt["measured"]
         if turn:  # what the turn before left is used
-            assert o.receipt["rows_reused"] > 0 and not o.receipt["fallback"], (system, o.receipt)
+            assert o.receipt["tokens_reused"] > 0 and not o.receipt["fallback"], (system, o.receipt)
     alone = {o.id: o.text for o in again.outcomes}
     beside = {o.id: o.text for o in load.outcomes if o.id in alone}
     assert alone == beside

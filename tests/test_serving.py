@@ -107,7 +107,7 @@ def load(ttft: float, reused: int | None, failure: str = "") -> Load:
         at = i * 1.0
         out = Outcome(f"0-{i}", at, at + ttft + 0.1, [at + ttft * (1 + i / 10), at + ttft + 0.1], 2, prompt_tokens=512)
         if reused is not None:
-            out.receipt = {"rows_reused": reused, "rows_recomputed": 5, "row_layer_share": 0.25, "fallback": ""}
+            out.receipt = {"tokens_reused": reused, "tokens_recomputed": 5, "compute_fraction": 0.25, "fallback": ""}
         outcomes.append(out)
     outcomes[-1].failure = failure
     return Load(outcomes, 0.0, 3.0)
@@ -126,7 +126,7 @@ def test_a_ratio_needs_reuse_answers_and_a_baseline():
     rows = {(r["system"], r["tokens"]): r for r in table(loads)}
     good = rows["cacheslide", 512]
     assert good["ttft_ratio"]["value"] == pytest.approx(0.25) and not good["ratio_reason"]
-    assert good["efficiency"] == pytest.approx(1.0) and good["rows_reused"] == 400
+    assert good["efficiency"] == pytest.approx(1.0) and good["tokens_reused"] == 400
     assert rows["vllm", 512]["ratio_reason"] == "the reference of the comparison"
     for key, reason in {
         ("epic", 512): "nothing was reused in 3 of 3",

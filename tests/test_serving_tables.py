@@ -9,7 +9,7 @@ from harness.results.serving import build, read
 
 
 def cell(system: str, ttft: list[list[float]], share: float | None = None, failed=None, store="model", tokens=8192):
-    runs = [{"ttft": t} | ({} if share is None else {"row_layer_share": [share], "bytes_loaded": [7]}) for t in ttft]
+    runs = [{"ttft": t} | ({} if share is None else {"compute_fraction": [share], "bytes_loaded": [7]}) for t in ttft]
     return {"kind": "cell", "store": store, "tokens": tokens, "batch": 1, "system": system, "runs": runs,
             "failed": failed}  # fmt: skip
 

@@ -111,7 +111,7 @@ def test_accuracy_rows(summary):
     assert mix["loss_points"]["value"] == 25.0
     assert [(d["depth"], d["f1"]["value"]) for d in mix["by_depth"]] == [(1, 1.0), (2, 0.5)]
     assert [(d["volatile"], d["f1"]["value"]) for d in mix["by_volatility"]] == [(False, 1.0), (True, 0.5)]
-    assert mix["rows_recomputed"] == round(0.26 * 870)
+    assert mix["tokens_recomputed"] == round(0.26 * 870)
     assert mix["recomputed_share"] == pytest.approx(0.26, abs=0.001)
     assert row(summary["accuracy"], scope="dataset", name="toy-deep", system="recompute")["f1"]["value"] == 0.75
     assert summary["provenance"]["data_hashes"] == {
@@ -241,7 +241,7 @@ def test_equal_share_table_is_filled_from_accuracy(tmp_path):
 def test_throughput_counts_rounds_and_gates(tmp_path):
     rng = Random(0)
     records = {f"{s}-{b}": made_run.throughput_record(s, b, rng, 6) for s in SYSTEMS[:3] for b in (1, 4)}
-    records["naive_reuse-4"]["row_layer_share"] = 1.0
+    records["naive_reuse-4"]["compute_fraction"] = 1.0
     path = made_run.write(tmp_path / "throughput.jsonl", {}, records)
     rows = build_summary(load_run(config(), throughput=path))["throughput"]
     ours = row(rows, system="cacheslide", batch=4)

@@ -89,7 +89,7 @@ def test_reuse_is_what_it_is_without(served):
     served.poison()
     served.one(FIRST)
     served.poison()
-    full = served.one(SECOND, share=1.0)
+    full = served.one(SECOND, recompute_ratio=1.0)
     assert receipt(full)["chunks_hit"] > 0 and tokens(full) == tokens(truth)
     torch.testing.assert_close(logprobs(full), logprobs(truth), atol=1e-4, rtol=1e-4)
 
@@ -103,15 +103,15 @@ def test_a_load_that_fails_starts_its_request_over(served, monkeypatch):
     served.poison()
     with monkeypatch.context() as patch:
         patch.setattr(served.worker, "load", lambda step: None)
-        batch = [marks_of(SECOND, share=1.0), None, marks_of(SECOND, share=1.0, policy="epic")]
+        batch = [marks_of(SECOND, recompute_ratio=1.0), None, marks_of(SECOND, recompute_ratio=1.0, policy="epic")]
         got = served.ask([SECOND, FIRST, SECOND], batch, 12)
     for output, want in zip(got, (truth[0], truth[1], truth[0]), strict=True):
         assert tokens(output) == tokens(want)
         for at in range(12):
             torch.testing.assert_close(logprobs(output, at), logprobs(want, at), atol=1e-4, rtol=1e-4)
-    assert receipt(got[0])["fallback"] == "fault at start_load_kv" and receipt(got[0])["rows_reused"] == 0
+    assert receipt(got[0])["fallback"] == "fault at start_load_kv" and receipt(got[0])["tokens_reused"] == 0
     served.poison()
-    again = served.one(SECOND, share=1.0)  # and its blocks are nobody's
+    again = served.one(SECOND, recompute_ratio=1.0)  # and its blocks are nobody's
     assert receipt(again)["chunks_hit"] > 0 and tokens(again) == tokens(truth[0])[:4]
     assert not served.scheduler.tracked and not served.scheduler.running and not served.scheduler.claims.blocks
 
@@ -120,7 +120,7 @@ def test_a_batch_beside_ordinary_requests(served):
     served.fresh()
     served.one(FIRST)
     batch = [
-        (SECOND, marks_of(SECOND, share=0.5)),
+        (SECOND, marks_of(SECOND, recompute_ratio=0.5)),
         (FIRST, None),
         (SECOND, marks_of(SECOND, policy="epic")),
         (SECOND, None),
@@ -133,8 +133,8 @@ def test_a_batch_beside_ordinary_requests(served):
     together = served.ask([p for p, _ in batch], [m for _, m in batch], tokens=12)
     for got, want, (_, marks) in zip(together, alone, batch, strict=True):
         assert tokens(got) == tokens(want)
-        if marks is not None and not receipt(got)["rows_prefix_cached"]:
-            assert receipt(got)["rows_reused"] == receipt(want)["rows_reused"] and receipt(got)["measured"]
+        if marks is not None and not receipt(got)["tokens_prefix_cached"]:
+            assert receipt(got)["tokens_reused"] == receipt(want)["tokens_reused"] and receipt(got)["measured"]
     assert not served.scheduler.tracked and not served.scheduler.running
 
 

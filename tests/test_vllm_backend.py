@@ -31,7 +31,7 @@ CONFIG = {
     "systems": SYSTEMS,
     "chunk_size": 1024,
     "suffix_len": 1,
-    "topk": 0.26,
+    "recompute_ratio": 0.26,
     "vllm": {
         "kv_cache_gib": 0.25,
         "max_model_len": 1024,
@@ -75,15 +75,15 @@ def test_answers_and_rows_are_those_of_the_reference_backend(data, tmp_path):
             [got] = [r for r in read_records(tmp_path / f"{system.name}.jsonl") if r["id"] == example.id]
             assert [q["prediction"] for q in got["questions"]] == want.texts, system.name
             for receipt in got["receipts"]:
-                for name in ("rows_reused", "rows_recomputed", "chunks", "chunks_hit", "bytes_loaded"):
+                for name in ("tokens_reused", "tokens_recomputed", "chunks", "chunks_hit", "bytes_loaded"):
                     assert receipt[name] == want.receipts[0][name], (system.name, name)
-                assert receipt["measured"] and receipt["row_layer_share"] <= 1
+                assert receipt["measured"] and receipt["compute_fraction"] <= 1
     told = {name: list(read_records(tmp_path / f"{name}.jsonl")) for name in SYSTEMS}
     assert not any(read_failures(path) for path in outputs)
     plain = [[q["prediction"] for q in r["questions"]] for r in told["recompute"]]
     for name in ("vllm", "vllm_prefix_cache", "context_cache"):
         assert [[q["prediction"] for q in r["questions"]] for r in told[name]] == plain
-    assert all(r["receipt"]["rows_reused"] > 0 and r["prefill_seconds"] is None for r in told["cacheslide"])
+    assert all(r["receipt"]["tokens_reused"] > 0 and r["prefill_seconds"] is None for r in told["cacheslide"])
     assert "nothing was reused" in gate(told["vllm"])  # no speed of it may be reported
     assert read_settings(outputs[1])["title"] == "vLLM"
 
@@ -96,12 +96,12 @@ def test_latency_and_throughput_keep_receipts_and_answers(data, tmp_path):
         assert list(record["systems"]) and set(record["systems"]) == {"vllm", "recompute", "cacheslide"}
         for system in record["systems"].values():
             assert len(system["ttft_seconds"]) == 1 and len(system["questions"]) == 8
-        assert record["systems"]["cacheslide"]["receipt"]["rows_reused"] > 0
+        assert record["systems"]["cacheslide"]["receipt"]["tokens_reused"] > 0
         assert not gate([record["systems"]["cacheslide"]]) and gate([record["systems"]["recompute"]])
     study.step_throughput(CONFIG, data, LAYER, str(tmp_path / "t.jsonl"), 1)
     [record] = read_records(tmp_path / "t.jsonl")
     assert record["id"] == "cacheslide-2" and len(record["requests"]) == 2
-    assert all(r["receipt"]["rows_reused"] == r["rows_reused"] > 0 for r in record["requests"])
+    assert all(r["receipt"]["tokens_reused"] == r["tokens_reused"] > 0 for r in record["requests"])
     finished = [r["finished_seconds"] for r in record["requests"]]
     assert finished == sorted(finished) and finished[-1] <= record["elapsed_seconds"]
 
@@ -117,12 +117,12 @@ def test_vllm_by_itself_shares_a_prefix_only_where_it_may(data):
         [again] = engine.run([Ask(ids)])
         assert again.prefix_cached in (blocks, blocks - 32) and again.receipt is None
         receipt = responder._receipt(on, Ask(ids), again)
-        assert receipt["rows_reused"] == again.prefix_cached > 0 and receipt["row_layer_share"] < 0.2
+        assert receipt["tokens_reused"] == again.prefix_cached > 0 and receipt["compute_fraction"] < 0.2
         [declined] = engine.run([Ask(ids, read_prefix_cache=False)])
         assert declined.prefix_cached == 0
         # a response sees the turn before and nothing else, however often it is asked for
         first, second = (responder.respond(on, example, 1).receipts[0] for _ in range(2))
-        assert first == second and first["rows_reused"] < blocks - 32
+        assert first == second and first["tokens_reused"] < blocks - 32
         engine.reset()
         assert engine.run([Ask(ids)])[0].prefix_cached == 0
         many = [Ask(backend.prompt(e.segments).token_ids, n) for e, n in ((example, 3), (other, 1), (example, 2))]

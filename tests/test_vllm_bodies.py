@@ -180,7 +180,7 @@ def test_a_receipt_tells_nothing_of_other_namespaces(server):
         marks = {"segments": [[0, 64]], "namespace": namespace, "encode": "off"}
         status, answer = server.complete(ids, marks, **body)
         assert status == 200
-        return receipt(answer)["rows_prefix_cached"]
+        return receipt(answer)["tokens_prefix_cached"]
 
     assert cached("one") == 0
     assert cached("one") > 100

@@ -123,9 +123,9 @@ def test_every_system_leaves_the_kv_that_the_reference_engine_leaves(served, cro
     served.poison()
     output = served.one(SECOND, 1, policy=system, **SYSTEMS[system])
     got = receipt(output)
-    for name in ("rows_reused", "rows_recomputed", "chunks_hit"):
+    for name in ("tokens_reused", "tokens_recomputed", "chunks_hit"):
         assert got[name] == getattr(want.receipt, name), name
-    assert got["measured"] and not got["fallback"] and got["rows_reused"] > 0
+    assert got["measured"] and not got["fallback"] and got["tokens_reused"] > 0
     for mine, right in zip(served.left(len(SECOND)), (want.kv.k, want.kv.v), strict=True):
         assert_same(mine, right[:, : len(SECOND)])
     torch.testing.assert_close(logprobs(output), want.logits.log_softmax(-1), **CLOSE)
@@ -135,7 +135,8 @@ def test_a_mixed_batch_says_what_each_request_says_alone(served):
     served.fresh()
     served.one(FIRST)
     prompts = [SECOND, turn(4, 20), SECOND, turn(5, 70, 3), FIRST]
-    marks = [marks_of(SECOND), None, None, marks_of(prompts[3], policy="recompute"), marks_of(FIRST, share=1.0)]
+    exact = marks_of(prompts[3], policy="recompute"), marks_of(FIRST, recompute_ratio=1.0)
+    marks = [marks_of(SECOND), None, None, *exact]
     alone = []
     for prompt, mark in zip(prompts, marks, strict=True):
         served.poison()
@@ -145,7 +146,7 @@ def test_a_mixed_batch_says_what_each_request_says_alone(served):
         assert tokens(got) == tokens(want)
         for i in range(6):
             torch.testing.assert_close(logprobs(got, i), logprobs(want, i), **CLOSE)
-    assert receipt(alone[0])["rows_reused"] > 0 < receipt(alone[4])["rows_recomputed"]
+    assert receipt(alone[0])["tokens_reused"] > 0 < receipt(alone[4])["tokens_recomputed"]
 
 
 def test_plain_requests_share_blocks_with_each_other_and_none_behind_a_slot(served, live, crossing):
@@ -180,7 +181,8 @@ def test_a_preempted_request_crosses_its_slots_again(served, crossing, live):
     served.one(FIRST)
     served.poison()
     engine, done = served.llm.llm_engine, []
-    asked = {"exact": marks_of(SECOND, policy="recompute"), "reused": marks_of(SECOND, share=1.0), "plain": None}
+    asked = {"exact": marks_of(SECOND, policy="recompute"), "plain": None}
+    asked |= {"reused": marks_of(SECOND, recompute_ratio=1.0)}
     for name, marks in asked.items():
         extra = None if marks is None else {"kv_transfer_params": marks}
         params = SamplingParams(
@@ -231,7 +233,7 @@ def test_beams_cross_their_slots(served, crossing, share):
     marks = marks_of(SECOND, policy="recompute")
     if share is not None:
         served.one(FIRST)
-        marks = marks_of(SECOND, share=share)
+        marks = marks_of(SECOND, recompute_ratio=share)
     served.poison()
     params = BeamSearchParams(beam_width=2, max_tokens=5, ignore_eos=True)
     [found] = beam_search(served.llm, [{"prompt_token_ids": list(SECOND.token_ids)}], params, [marks])

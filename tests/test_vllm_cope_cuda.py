@@ -160,7 +160,7 @@ def test_reuse_leaves_the_kv_that_the_reference_engine_leaves(cuda, system, stor
     cuda.one(first, policy=system, **SYSTEMS[system])
     cuda.poison()
     got = receipt(cuda.one(second, 2, policy=system, **SYSTEMS[system]))
-    assert got["rows_reused"] == want.receipt.rows_reused > 0 and got["chunks_hit"] == want.receipt.chunks_hit
+    assert got["tokens_reused"] == want.receipt.tokens_reused > 0 and got["chunks_hit"] == want.receipt.chunks_hit
     # Near ties in the ranking may choose other rows in 16 bits: a few rows then differ as a whole.
     ties = system == "cacheslide" and cuda.kv_bound > 1e-2
     cuda.assert_kv((want.kv.k, want.kv.v), len(second), 2 * cuda.kv_bound if ties else None)
@@ -170,7 +170,7 @@ def test_a_mixed_batch_says_what_each_request_says_alone(cuda):
     cuda.fresh()
     cuda.one(turn(1, 37))
     prompts = [turn(2, 53), turn(4, 20), turn(5, 70), turn(2, 53)]
-    marks = [marks_of(prompts[0], share=1.0), None, marks_of(prompts[2], policy="recompute"), None]
+    marks = [marks_of(prompts[0], recompute_ratio=1.0), None, marks_of(prompts[2], policy="recompute"), None]
     outputs = cuda.ask(prompts, marks, 8)
     for output, prompt, mark in zip(outputs, prompts, marks, strict=True):
         model, slots = (cuda.live, None) if mark is None else (cuda.calibrated, slots_in(prompt))
@@ -193,7 +193,7 @@ def test_nothing_waits_for_the_device(cuda):
             outputs = cuda.ask(prompts, marks, 4)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert receipt(outputs[0])["rows_reused"] > 0
+    assert receipt(outputs[0])["tokens_reused"] > 0
     ours = str(Path(cacheslide.__file__).parent)
     waits = [f"{w.filename}:{w.lineno}" for w in seen if w.filename.startswith(ours)]
     assert not waits, waits

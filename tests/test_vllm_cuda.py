@@ -113,7 +113,7 @@ def test_kv_is_the_reference_engines(cuda, prompts, system, store):
     engine.build(before)
     want = engine.prefill(now)
     assert got["chunks_hit"] == want.receipt.chunks_hit > 0 and got["measured"] and not got["fallback"]
-    assert got["rows_reused"] == want.receipt.rows_reused
+    assert got["tokens_reused"] == want.receipt.tokens_reused
     rows = len(now) - 1
     if policy.placement.slot:
         return  # rows sit at other positions there: the same up to a rotation
@@ -133,7 +133,7 @@ def test_every_row_recomputed_is_plain_and_none_is_not(cuda, prompts, store):
     rows, off = len(now) - 1, {}
     for share in (1.0, 0.0):
         cuda.poison()
-        run(cuda, now, share=share)
+        run(cuda, now, recompute_ratio=share)
         k, v = cuda.kv(rows)
         off[share] = max(
             float((k - plain.k[:, :rows]).norm() / k.norm()), float((v - plain.v[:, :rows]).norm() / v.norm())
@@ -148,8 +148,8 @@ def test_plain_requests_never_see_approximate_rows(cuda, prompts):
     first = ask(cuda.engine, [now.token_ids], tokens=8, **logprobs)[0]
     cuda.fresh("model")
     run(cuda, before)
-    marked = run(cuda, now, share=0.0)
-    assert marked.receipt["rows_reused"] > 0
+    marked = run(cuda, now, recompute_ratio=0.0)
+    assert marked.receipt["tokens_reused"] > 0
     assert ask(cuda.engine, [now.token_ids], tokens=8, **logprobs)[0].token_ids == first.token_ids
 
 
@@ -164,7 +164,7 @@ def test_a_mixed_batch_of_packed_and_plain_requests(cuda, prompts):
     # What the model says behind its end token is noise, which another batch size may tip.
     assert [cuda.said(a) for a in together] == [cuda.said(a) for a in alone]
     assert all((a.receipt is None) == (m is None) for a, m in zip(together, marks, strict=True))
-    assert all(a.receipt["rows_reused"] > 0 for a in together if a.receipt)
+    assert all(a.receipt["tokens_reused"] > 0 for a in together if a.receipt)
 
 
 def waits_within(monkeypatch, worker, *names: str) -> list[str]:
@@ -196,7 +196,7 @@ def test_a_load_never_waits_for_the_device(cuda, prompts, store, monkeypatch):
     run(cuda, before)
     cuda.poison()
     waits = waits_within(monkeypatch, cuda.worker, "load")
-    assert run(cuda, now).receipt["rows_reused"] > 0
+    assert run(cuda, now).receipt["tokens_reused"] > 0
     assert not waits, waits
 
 
@@ -235,7 +235,7 @@ def score(cuda, prompts, **marks) -> float:
         cuda.fresh("model")
         run(cuda, before, **marks)
         answer = run(cuda, now, **marks)
-        assert marks.get("policy") == "recompute" or answer.receipt["rows_reused"] > 0
+        assert marks.get("policy") == "recompute" or answer.receipt["tokens_reused"] > 0
         right += cuda.said(answer) in question.answers
     return right / len(prompts)
 

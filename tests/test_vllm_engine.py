@@ -78,9 +78,8 @@ class Served:
         inputs = [{"prompt_token_ids": list(p.token_ids)} for p in prompts]
         return self.llm.generate(inputs, params, use_tqdm=False)
 
-    def one(self, p, tokens: int = 4, share=None, **marks):
+    def one(self, p, tokens: int = 4, **marks):
         """One request under a system."""
-        marks = marks if share is None else marks | {"share": share}
         return self.ask([p], [marks_of(p, **marks)], tokens)[0]
 
     def plain(self, p, tokens: int = 4):
@@ -215,10 +214,10 @@ def check_the_kv(served, reference, system) -> None:
     served.poison()
     output = served.one(second, 1, policy=system, **SYSTEMS[system])
     got = receipt(output)
-    for name in ("rows_reused", "rows_recomputed", "chunks_hit", "bytes_loaded"):
+    for name in ("tokens_reused", "tokens_recomputed", "chunks_hit", "bytes_loaded"):
         assert got[name] == getattr(want.receipt, name), name
-    assert got["row_layer_share"] == pytest.approx(want.receipt.row_layer_share)
-    assert got["measured"] and not got["fallback"] and got["rows_reused"] > 0
+    assert got["compute_fraction"] == pytest.approx(want.receipt.compute_fraction)
+    assert got["measured"] and not got["fallback"] and got["tokens_reused"] > 0
     rows = min(len(second), BLOCK * len(served.plans[-1].block_ids))  # those behind the last chunk are vLLM's own
     k, v = served.kv(rows)
     shift = want.next_position - len(second)  # a schema's positions run ahead of vLLM's by as much
@@ -244,12 +243,12 @@ def test_share_one_is_plain_vllm_and_share_zero_is_not(served, system):
     served.poison()
     served.one(FIRST, policy=system)
     served.poison()
-    full = served.one(SECOND, policy=system, share=1.0)
-    assert tokens(full) == tokens(truth) and receipt(full)["rows_reused"] == 0 < receipt(full)["chunks_hit"]
+    full = served.one(SECOND, policy=system, recompute_ratio=1.0)
+    assert tokens(full) == tokens(truth) and receipt(full)["tokens_reused"] == 0 < receipt(full)["chunks_hit"]
     torch.testing.assert_close(logprobs(full), logprobs(truth), atol=1e-4, rtol=1e-4)
     served.poison()
-    none = served.one(SECOND, policy=system, share=0.0)
-    assert receipt(none)["rows_recomputed"] == 0 < receipt(none)["rows_reused"]
+    none = served.one(SECOND, policy=system, recompute_ratio=0.0)
+    assert receipt(none)["tokens_recomputed"] == 0 < receipt(none)["tokens_reused"]
     assert (logprobs(none) - logprobs(truth)).abs().max() > 1e-2
 
 
@@ -263,7 +262,7 @@ def test_a_load_that_does_nothing_is_noticed(served, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(SelectivePrefill, "run", lambda self, requests: [])
         patch.setattr(served.worker, "load", lambda step: [served.worker.loads.done(p.req_id) for p in step.loads])
-        broken = served.one(SECOND, share=1.0)
+        broken = served.one(SECOND, recompute_ratio=1.0)
     assert (logprobs(broken) - logprobs(truth)).abs().max() > 1e-2
 
 
@@ -277,9 +276,9 @@ def test_a_mixed_batch_equals_its_requests_one_by_one(served):
     batch = [
         (SECOND, marks_of(SECOND)),
         (SECOND, None),
-        (third, marks_of(third, policy="epic", share=0.3)),
-        (third, marks_of(third, policy="cacheslide_first_turn", share=0.5)),
-        (fourth, marks_of(fourth, share=0.7)),
+        (third, marks_of(third, policy="epic", recompute_ratio=0.3)),
+        (third, marks_of(third, policy="cacheslide_first_turn", recompute_ratio=0.5)),
+        (fourth, marks_of(fourth, recompute_ratio=0.7)),
         (cut, marks_of(cut, encode="off")),
         (third, None),
     ]
@@ -301,7 +300,7 @@ def test_a_mixed_batch_equals_its_requests_one_by_one(served):
         assert tokens(got) == tokens(want)
         torch.testing.assert_close(logprobs(got), logprobs(want), atol=1e-4, rtol=1e-4)
         if marks is not None:
-            for name in ("rows_reused", "rows_recomputed", "chunks_hit", "fallback"):
+            for name in ("tokens_reused", "tokens_recomputed", "chunks_hit", "fallback"):
                 assert receipt(got)[name] == receipt(want)[name]
 
 
@@ -313,10 +312,10 @@ def test_a_prefix_that_is_being_computed_in_the_same_step_is_waited_for(served):
     head = Prompt((Segment(short.token_ids[:66], Role.RECOMPUTE),))
     served.poison()
     served.plain(head)
-    want = served.one(short, share=0.0)
+    want = served.one(short, recompute_ratio=0.0)
     served.poison()
-    _, got = served.ask([head, short], [None, marks_of(short, share=0.0)])
-    assert receipt(want)["rows_prefix_cached"] == receipt(got)["rows_prefix_cached"] == 64
+    _, got = served.ask([head, short], [None, marks_of(short, recompute_ratio=0.0)])
+    assert receipt(want)["tokens_prefix_cached"] == receipt(got)["tokens_prefix_cached"] == 64
     torch.testing.assert_close(logprobs(got), logprobs(want), atol=1e-4, rtol=1e-4)
 
 
@@ -326,14 +325,14 @@ def test_approximate_blocks_serve_no_other_request(served):
     served.poison()
     served.one(FIRST)
     served.poison()
-    first = served.one(SECOND, share=0.0)
-    assert receipt(first)["rows_reused"] > 0
+    first = served.one(SECOND, recompute_ratio=0.0)
+    assert receipt(first)["tokens_reused"] > 0
     plain = served.plain(SECOND)
     assert plain.num_cached_tokens == 0 and torch.equal(logprobs(plain), logprobs(truth))
     served.poison()
-    served.one(SECOND, share=0.0)
-    again = served.one(SECOND, share=1.0)  # nor another marked request
-    assert receipt(again)["rows_prefix_cached"] == 0
+    served.one(SECOND, recompute_ratio=0.0)
+    again = served.one(SECOND, recompute_ratio=1.0)  # nor another marked request
+    assert receipt(again)["tokens_prefix_cached"] == 0
     torch.testing.assert_close(logprobs(again), logprobs(truth), atol=1e-4, rtol=1e-4)
 
 
@@ -346,11 +345,11 @@ def test_exact_blocks_are_shared_and_never_written(served):
     head = Prompt((Segment(SECOND.token_ids[:100], Role.RECOMPUTE),))
     served.plain(head)
     blocks = 96 // BLOCK
-    output = served.one(SECOND, share=0.0)
-    assert receipt(output)["rows_prefix_cached"] == 96 and served.plans[-1].start == 96
+    output = served.one(SECOND, recompute_ratio=0.0)
+    assert receipt(output)["tokens_prefix_cached"] == 96 and served.plans[-1].start == 96
     shared = served.plans[-1].block_ids[:blocks]
     before = [p.cache[shared].clone() for p in served.worker.model.paged]
-    served.one(SECOND, share=1.0)
+    served.one(SECOND, recompute_ratio=1.0)
     assert served.plans[-1].block_ids[:blocks] == shared
     assert all(torch.equal(p.cache[shared], x) for p, x in zip(served.worker.model.paged, before, strict=True))
     plain = served.plain(SECOND)
@@ -367,7 +366,8 @@ def test_a_prefix_hit_inside_a_chunk_reuses_the_rest_of_it(served, reference):
     served.poison()
     served.plain(Prompt((Segment(SECOND.token_ids[:100], Role.RECOMPUTE),)))
     output = served.one(SECOND, 1, policy="naive_reuse")
-    assert receipt(output)["rows_prefix_cached"] == 96 and receipt(output)["rows_reused"] == 6 + sum(FIXED) - (96 - 53)
+    found = receipt(output)
+    assert found["tokens_prefix_cached"] == 96 and found["tokens_reused"] == 6 + sum(FIXED) - (96 - 53)
     engine = ReuseEngine(reference, policy_of("naive_reuse"), MemoryChunkStore(), chunk_size=CHUNK)
     engine.build(FIRST)
     want = engine.prefill(SECOND)
@@ -386,7 +386,8 @@ def test_a_schema_does_not_read_blocks_whose_keys_sit_elsewhere(served):
     served.poison()
     served.plain(Prompt((Segment(SECOND.token_ids[:100], Role.RECOMPUTE),)))
     got = served.one(SECOND, policy="prompt_cache")
-    assert receipt(got)["rows_prefix_cached"] == 0 and receipt(got)["rows_reused"] == receipt(want)["rows_reused"] > 0
+    assert receipt(got)["tokens_prefix_cached"] == 0
+    assert receipt(got)["tokens_reused"] == receipt(want)["tokens_reused"] > 0
     assert torch.equal(logprobs(got), logprobs(want))
 
 
@@ -397,7 +398,7 @@ def test_corrected_kv_is_never_stored(served, reference, system):
     served.fresh()
     served.one(FIRST, policy=system)
     served.poison()
-    output = served.one(grown, policy=system, share=0.0)
+    output = served.one(grown, policy=system, recompute_ratio=0.0)
     assert 0 < receipt(output)["chunks_hit"] < receipt(output)["chunks"]
     engine = ReuseEngine(reference, policy_of(system), MemoryChunkStore(), chunk_size=CHUNK)
     engine.build(grown)
@@ -414,11 +415,11 @@ def test_a_preempted_request_goes_on_where_it_was(served):
     served.fresh()
     served.one(FIRST)
     served.poison()
-    want = served.one(SECOND, 24, share=0.5)
+    want = served.one(SECOND, 24, recompute_ratio=0.5)
     served.poison()
     engine, done = served.llm.llm_engine, []
     settings = {"max_tokens": 24, "temperature": 0, "detokenize": False, "ignore_eos": True}
-    for i, marks in enumerate([marks_of(SECOND, share=0.5), None]):
+    for i, marks in enumerate([marks_of(SECOND, recompute_ratio=0.5), None]):
         extra = None if marks is None else {"kv_transfer_params": marks}
         params = SamplingParams(**settings, extra_args=extra)
         engine.add_request(str(i), {"prompt_token_ids": list(SECOND.token_ids)}, params)
@@ -454,13 +455,13 @@ def test_chunks_are_used_only_once_their_copies_are_done(served, monkeypatch, sy
     served.fresh()
     served.one(FIRST, policy=system)
     served.poison()
-    want = served.one(SECOND, policy=system, share=0.3)
+    want = served.one(SECOND, policy=system, recompute_ratio=0.3)
     served.fresh()
     monkeypatch.setattr(served.worker.store, "copies", late := LateCopies())
     served.one(FIRST, policy=system)
     assert late.sent and not any(copy.query() for copy in late.sent)
     served.poison()
-    got = served.one(SECOND, policy=system, share=0.3)
+    got = served.one(SECOND, policy=system, recompute_ratio=0.3)
     assert tokens(got) == tokens(want) and torch.equal(logprobs(got), logprobs(want))
     assert receipt(got)["chunks_hit"] == receipt(want)["chunks_hit"] > 0
 
@@ -469,7 +470,7 @@ def test_several_samples_of_one_prompt(served):
     served.fresh()
     served.one(FIRST)
     served.poison()
-    [output] = served.ask([SECOND], [marks_of(SECOND, share=1.0)], n=3, temperature=1.0, seed=5)
+    [output] = served.ask([SECOND], [marks_of(SECOND, recompute_ratio=1.0)], n=3, temperature=1.0, seed=5)
     truth = served.plain(SECOND)
     assert len(output.outputs) == 3
     for sample in output.outputs:
@@ -528,7 +529,7 @@ def test_a_chunk_the_worker_lost_is_recomputed(served):
     served.poison()
     key = next(iter(served.worker.store._chunks))
     served.worker.store.drop([key])
-    output = served.one(SECOND, share=1.0)
+    output = served.one(SECOND, recompute_ratio=1.0)
     assert "was not in the worker's store" in receipt(output)["fallback"] and key not in served.scheduler.index
     torch.testing.assert_close(logprobs(output), logprobs(truth), atol=1e-4, rtol=1e-4)
 
@@ -539,7 +540,7 @@ def test_a_small_store_evicts_and_stays_bounded(served, monkeypatch):
     monkeypatch.setattr(served.scheduler.index, "capacity", capacity)
     for seed in (3, 5, 7):
         p = prompt(20, seed, fixed=(40 + seed, 20))
-        served.one(p, policy="epic", share=0.3)
+        served.one(p, policy="epic", recompute_ratio=0.3)
         assert served.scheduler.index.nbytes == served.worker.store.nbytes <= capacity
         assert set(served.scheduler.index._sizes) == set(served.worker.store._chunks)
     assert served.worker.store.stats.evictions > 0

@@ -46,14 +46,14 @@ def test_all_rows_selected_is_plain_vllm_and_none_is_not(served):
     served.poison()
     served.one(FIRST, policy="cacheslide")
     served.poison()
-    full = served.one(SECOND, 1, share=1.0)
-    assert receipt(full)["chunks_hit"] > 0 == receipt(full)["rows_reused"]
+    full = served.one(SECOND, 1, recompute_ratio=1.0)
+    assert receipt(full)["chunks_hit"] > 0 == receipt(full)["tokens_reused"]
     torch.testing.assert_close(logprobs(full), logprobs(truth), atol=1e-4, rtol=1e-4)
     exact = served.kv(len(SECOND))
     served.poison()
-    assert tokens(served.one(SECOND, share=1.0)) == tokens(truth)
+    assert tokens(served.one(SECOND, recompute_ratio=1.0)) == tokens(truth)
     served.poison()
-    none = served.one(SECOND, share=0.0)
+    none = served.one(SECOND, recompute_ratio=0.0)
     assert (logprobs(none) - logprobs(truth)).abs().max() > 1e-2
     # the rows vLLM itself computes, read from the cache, are the rows the adapter computes
     served.poison()

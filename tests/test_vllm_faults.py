@@ -95,7 +95,7 @@ def test_the_receipt_and_the_counter_say_where(rounds):
         found = answers(rounds.engine, cases(rounds.engine.get_tokenizer(), 1))
     for name, (_, receipt) in found.items():
         if name in ("marked", "isolated", "unchanged"):
-            assert receipt["fallback"] == "fault at get_num_new_matched_tokens" and receipt["rows_reused"] == 0
+            assert receipt["fallback"] == "fault at get_num_new_matched_tokens" and receipt["tokens_reused"] == 0
     assert found["plain"][1] is None
     assert rounds.scheduler.faults.total["get_num_new_matched_tokens"] > 0
 

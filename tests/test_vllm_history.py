@@ -118,7 +118,7 @@ def test_canonical_chunks_are_always_encoded_exactly(served, reference):
     served.fresh()
     talk, engine = Talk(served), ReuseEngine(reference, policy_of("cacheslide"), MemoryChunkStore(), chunk_size=CHUNK)
     for turn in range(6):
-        got, _ = talk.say(share=0.5)
+        got, _ = talk.say(recompute_ratio=0.5)
         assert got["chunks_hit"] == (got["chunks"] if turn else 0)
         assert got["generation"] == got["history"]["generation"] == 0 and got["history"]["from"] == "encode"
     prompt, _ = talk.prompt()

@@ -11,7 +11,7 @@ from cacheslide.core.engine import ReuseEngine
 from cacheslide.core.placement import Piece, PlacedChunks
 from cacheslide.core.selective_prefill import SelectivePrefill
 from cacheslide.models.reference import ReferenceLlama
-from cacheslide.policies.edges import EdgeRows
+from cacheslide.policies.edges import EdgeTokens
 from cacheslide.policies.none import NoCorrection
 from cacheslide.policies.top_deviation import Promotion, Swap, TopDeviation
 from cacheslide.store import MemoryChunkStore
@@ -24,7 +24,7 @@ from tests.test_prefill import chain, prompt
 
 RULES = {
     "none": NoCorrection(),
-    "edges": EdgeRows(3, 2),
+    "edges": EdgeTokens(3, 2),
     "first_layer": TopDeviation(0.26, 0),
     "top": TopDeviation(0.26, 2),
     "zero": TopDeviation(0.0, 1),
@@ -91,7 +91,7 @@ def test_rows_placed_in_the_cache_equal_rows_written_one_layer_at_a_time(model, 
     request.source = PagedChunks(*settings, Caches(request.kv.layers), fetch)
     [output] = SelectivePrefill(paged).run([request])
     assert torch.equal(output.selected, want.output.selected)
-    assert output.rows_computed == want.output.rows_computed
+    assert output.tokens_computed == want.output.tokens_computed
     for got, expected in zip(kv_of(request.kv, n, len(now)), (want.kv.k, want.kv.v), strict=True):
         torch.testing.assert_close(got, expected[:, : len(now)], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.hidden, want.output.hidden, atol=1e-5, rtol=1e-5)

@@ -70,7 +70,7 @@ def test_chunks_on_their_way_can_be_dropped_and_handed_over():
     [
         ({"chunksize": 16}, "unknown connector option chunksize"),
         ({"chunk_size": 0}, "chunk_size must be"),
-        ({"rows_per_step": True}, "rows_per_step must be"),
+        ({"tokens_per_step": True}, "tokens_per_step must be"),
         ({"store_gib": -1}, "store_gib"),
         ({"store_device": "disk"}, "store_device"),
         ({"encode": "never"}, "encode must be one of"),
@@ -82,9 +82,9 @@ def test_wrong_options_stop_the_server(options, reason):
 
 
 def test_marks_round_trip():
-    marks = Marks.parse(marks_of(TURN, policy="epic", share=0.5, namespace="a"))
+    marks = Marks.parse(marks_of(TURN, policy="epic", recompute_ratio=0.5, namespace="a"))
     assert marks.prompt(TURN.token_ids).chunks(16) == TURN.chunks(16)
-    assert marks.system("cacheslide") == load_policy("epic").at_share(0.5)
+    assert marks.system("cacheslide") == load_policy("epic").at_ratio(0.5)
     assert marks.namespace == "a" and Marks.parse(None) is None and Marks.parse({"other": 1}) is None
 
 

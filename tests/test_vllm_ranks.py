@@ -22,7 +22,7 @@ def test_two_ranks_are_one():
     assert two == one
     assert [t["chunks_hit"] for t in one] == [0, *(t["chunks"] for t in one[1:4]), 0, *(t["chunks"] for t in one[5:])]
     assert [t["history"]["generation"] for t in one] == [0, 1, 2, 0, 0, 0, 0, 0]
-    assert all(t["rows_recomputed"] > 0 for t in one[5:])
+    assert all(t["tokens_recomputed"] > 0 for t in one[5:])
 
 
 @pytest.mark.server

@@ -85,7 +85,7 @@ def test_nothing_is_claimed_when_the_prefix_cache_covers_the_chunks():
 
 
 def test_a_step_takes_no_more_rows_than_allowed():
-    scheduler = side(rows_per_step=150)
+    scheduler = side(tokens_per_step=150)
     asked = [request(str(i)) for i in range(3)]
     for r in asked:
         scheduler.arrive(r)
@@ -277,7 +277,7 @@ def test_receipts_become_counters():
         scheduler.arrive(asked)
         scheduler.claim(asked, 0)
         if heard:
-            receipt = forecast(scheduler.tracked[str(i)]) | {"rows_reused": heard, "fallback": ""}
+            receipt = forecast(scheduler.tracked[str(i)]) | {"tokens_reused": heard, "fallback": ""}
             scheduler.heard(WorkerReport({str(i): receipt}))
         scheduler.finish(asked)
     stats = scheduler.take_stats()
@@ -294,7 +294,7 @@ def test_receipts_become_counters():
     assert found == {
         ("cacheslide:requests", "m"): 3,
         ("cacheslide:rows", "m"): 3 * len(TURN),
-        ("cacheslide:rows_reused", "m"): 40,
+        ("cacheslide:tokens_reused", "m"): 40,
         ("cacheslide:chunks", "m"): 2 * len(TURN.chunks(16)),
         ("cacheslide:fallbacks", "m", "not_stored"): 1,
         ("cacheslide:fallbacks", "m", "refused"): 1,

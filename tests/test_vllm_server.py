@@ -107,12 +107,12 @@ def test_marked_turns_over_http(server):
     status, first = server.complete(joined(0), {"separator": SEPARATOR})
     assert status == 200 and "no chunk" in receipt(first)["fallback"]
     _, second = server.complete(joined(1), {"separator": SEPARATOR})
-    assert receipt(second)["chunks_hit"] == receipt(second)["chunks"] > 5 and receipt(second)["rows_reused"] > 100
+    assert receipt(second)["chunks_hit"] == receipt(second)["chunks"] > 5 and receipt(second)["tokens_reused"] > 100
     assert second["usage"]["prompt_tokens"] < plain["usage"]["prompt_tokens"]  # the separators are gone
     _, own = server.complete(joined(2, "<sep>"), {"separator": True})
     assert receipt(own)["chunks_hit"] == receipt(own)["chunks"]
     [reused] = [n for name, n in server.metrics().items() if name.startswith("cacheslide:rows_reused_total")]
-    assert reused >= receipt(second)["rows_reused"]
+    assert reused >= receipt(second)["tokens_reused"]
 
 
 def test_streams_end_with_the_receipt(server):
@@ -154,7 +154,7 @@ def test_beam_search_with_marks(server):
     server.complete(joined(0), marks, **apart)
     _, every = server.complete(joined(1), marks | {"share": 1.0}, **search, **apart)
     _, none = server.complete(joined(1), marks | {"share": 0.0}, **search, **apart)
-    for answer, used in ((every, "rows_recomputed"), (none, "rows_reused")):
+    for answer, used in ((every, "tokens_recomputed"), (none, "tokens_reused")):
         assert receipt(answer)[used] > 100 and not receipt(answer)["fallback"]
         assert receipt(answer)["beams"] == {"requests": 1 + 3 * 3, "completed_by_reuse": 1}
     assert beams(every) == beams(exact) and likely(every) == pytest.approx(likely(exact), abs=1e-3)

@@ -94,7 +94,7 @@ def joined(turn: int, by: str = SEPARATOR) -> str:
 
 
 CHAT_MARKS = {"messages": {"updated": [1]}}
-COUNTED = ("rows", "rows_reused", "rows_recomputed", "chunks", "chunks_hit", "bytes_loaded", "fallback")
+COUNTED = ("rows", "tokens_reused", "tokens_recomputed", "chunks", "chunks_hit", "bytes_loaded", "fallback")
 
 
 def by_separator(turn: int, **marks):
@@ -135,7 +135,7 @@ def test_a_way_to_mark_is_what_its_offsets_are(fresh, way):
     way(0)(fresh)
     assert fresh.reset_prefix_cache()
     got = way(1)(fresh)
-    assert receipt(got)["chunks_hit"] == receipt(got)["chunks"] > 5 and receipt(got)["rows_reused"] > 100
+    assert receipt(got)["chunks_hit"] == receipt(got)["chunks"] > 5 and receipt(got)["tokens_reused"] > 100
     assert not receipt(got)["fallback"]
     tokenizer = fresh.get_tokenizer()
     if way is by_messages:
@@ -163,7 +163,7 @@ def test_what_was_seen_before_is_found(fresh):
     assert "no chunk" in receipt(second)["fallback"] and receipt(second)["chunks"] > 3  # known, but not encoded yet
     assert fresh.reset_prefix_cache()
     third = fresh.generate(joined(2, ""), sampling({"find": True, "share": 0.3}), use_tqdm=False)[0]
-    assert receipt(third)["chunks_hit"] > 3 and receipt(third)["rows_reused"] > 80
+    assert receipt(third)["chunks_hit"] > 3 and receipt(third)["tokens_reused"] > 80
     salted = {"prompt": joined(1, ""), "cache_salt": "other tenant"}
     other = fresh.generate(salted, sampling({"find": True}), use_tqdm=False)[0]
     assert "seen before" in receipt(other)["fallback"]
@@ -204,7 +204,7 @@ def same_beams(got, want) -> bool:
 def test_unmarked_beams_are_those_of_an_engine_without_reuse(fresh):
     want = fresh.beam_search([{"prompt": joined(1, "")}], BEAMS)[0].sequences
     by_separator(0)(fresh)
-    by_separator(1, share=0.0)(fresh)
+    by_separator(1, recompute_ratio=0.0)(fresh)
     searched(fresh, (joined(1), {"separator": SEPARATOR, "share": 0.0}))
     assert same_beams(fresh.beam_search([{"prompt": joined(1, "")}], BEAMS)[0].sequences, want)
 
@@ -266,7 +266,7 @@ def test_searches_of_different_prompts_and_marks_run_together(fresh):
     assert fresh.reset_prefix_cache()
     for got, want in zip(searched(fresh, *asked), alone, strict=True):
         assert same_beams(got.sequences, want.sequences)
-        assert got.receipt == want.receipt or got.receipt["rows_prefix_cached"]
+        assert got.receipt == want.receipt or got.receipt["tokens_prefix_cached"]
     exact = alone[4].receipt
     assert "reuses nothing" in exact["fallback"] and exact["beams"]["completed_by_reuse"] == 0
     assert alone[3].receipt["history"] is None and "keeps no history" in alone[3].receipt["note"]
@@ -280,7 +280,7 @@ def test_sixteen_requests_marked_in_every_way_at_once(fresh):
     engine = fresh.llm_engine
     tokenizer = fresh.get_tokenizer()
     chat = [mark_messages(tokenizer, messages(t), {"updated": [1]}, chat_template=TEMPLATE) for t in range(2)]
-    for ask in (by_separator(0), by_messages(0), by_ids(0, policy="epic", share=0.3)):
+    for ask in (by_separator(0), by_messages(0), by_ids(0, policy="epic", recompute_ratio=0.3)):
         ask(fresh)
     for _ in range(2):
         fresh.generate(joined(0, ""), sampling({"find": True}), use_tqdm=False)
@@ -315,7 +315,7 @@ def test_sixteen_requests_marked_in_every_way_at_once(fresh):
         )
         if got.kv_transfer_params is not None:
             assert receipt(got)["chunks_hit"] > 0 and not receipt(got)["fallback"], jobs[i % 8]
-            if receipt(got)["rows_prefix_cached"]:  # blocks of another one of the batch: other rows are selected
+            if receipt(got)["tokens_prefix_cached"]:  # blocks of another one of the batch: other rows are selected
                 continue
             assert {k: receipt(got)[k] for k in COUNTED} == {k: receipt(want)[k] for k in COUNTED}
         compared += 1
@@ -328,7 +328,7 @@ def test_a_chat_template_without_boundaries_is_computed_exactly_and_says_why(fre
     late = "{% for m in messages %}{{ m['role'] + '\n' + m['content'] + '\n' }}{% endfor %}{{ messages|length }}"
     settings = sampling({"messages": "auto"})
     output = fresh.chat(messages(1), settings, chat_template="{{ messages|length }}" + late, use_tqdm=False)[0]
-    assert "differently when others follow" in receipt(output)["fallback"] and receipt(output)["rows_reused"] == 0
+    assert "differently when others follow" in receipt(output)["fallback"] and receipt(output)["tokens_reused"] == 0
     with pytest.raises(VLLMValidationError, match="3 roles for 5 messages"):
         fresh.chat(messages(1), sampling({"messages": ["reuse"] * 3}), chat_template=TEMPLATE, use_tqdm=False)
     with pytest.raises(VLLMValidationError, match="in a chat request only"):

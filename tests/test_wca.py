@@ -63,23 +63,23 @@ def test_a_sweep_resumes_extends_and_is_tabulated(pair, tmp_path):
     for kind in ("rope", "cope"):
         rows = {r["cell"]: r for r in done["models"][kind]["mixes"]["deep"]}
         assert list(rows) == names
-        assert rows["recompute"]["row_layer_share"] == 1.0 and rows["recompute"]["loss_points"]["value"] == 0
+        assert rows["recompute"]["compute_fraction"] == 1.0 and rows["recompute"]["loss_points"]["value"] == 0
         usual, promoted = rows[default(2, 0.26)], rows["promotion: 26 % + 3 × 5 %, layer 2"]
         assert usual["recomputed_share"] == pytest.approx(0.26, abs=0.01)
-        assert promoted["row_layer_share"] > usual["row_layer_share"] > rows[default(2, 0.10)]["row_layer_share"]
+        assert promoted["compute_fraction"] > usual["compute_fraction"] > rows[default(2, 0.10)]["compute_fraction"]
         assert promoted["gain_points"]["n"] == 2 and promoted["recomputed_share"] == pytest.approx(0.41, abs=0.02)
     assert done["models"]["rope"]["settings"]["model"] != done["models"]["cope"]["settings"]["model"]
 
 
 def test_tables_count_answers_by_depth_and_pair_them():
     def record(example, f1):
-        about = {"mix": "deep", "device": "cpu", "alpha": None, "rows_reused": 3, "rows_recomputed": 1}
+        about = {"mix": "deep", "device": "cpu", "alpha": None, "tokens_reused": 3, "tokens_recomputed": 1}
         return {
             "example": example,
             "f1": f1,
             "depth": [0, 2],
             "volatile": [False, True],
-            "row_layer_share": 0.5,
+            "compute_fraction": 0.5,
         } | about
 
     chosen = [c for c in cells(8) if c.name in ("recompute", default(2, 0.26), "metric: V, layer 2")]

@@ -96,8 +96,8 @@ def assert_follows(output, model, prompt, slots=None, served=None) -> None:
 def said(engine) -> list:
     """Plain and marked requests, in one batch and in turns: tokens and first log-probabilities."""
     one = engine.ask([FIRST, turn(4, 20)], [marks_of(FIRST), None], 5)
-    two = engine.ask([SECOND, SECOND], [marks_of(SECOND, layer=2, share=0.4), None], 5)
-    assert receipt(two[0])["rows_reused"] > 0
+    two = engine.ask([SECOND, SECOND], [marks_of(SECOND, layer=2, recompute_ratio=0.4), None], 5)
+    assert receipt(two[0])["tokens_reused"] > 0
     return [[tokens(o), logprobs(o, i).tolist()] for o in (*one, *two) for i in (0, 4)]
 
 

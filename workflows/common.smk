@@ -103,7 +103,7 @@ def per_system(stage):
     """One file of records a system; {dataset} stays a wildcard. At an equal share, those that have to be run again."""
     systems = config["systems"]
     if stage == "equal_share":
-        systems = to_scale(systems, config["topk"])
+        systems = to_scale(systems, config["recompute_ratio"])
     return [result(f"{stage}/{{dataset}}/{system}.jsonl") for system in systems]
 
 

@@ -65,7 +65,7 @@ rule equal_share:
         exclusive=1,
     params:
         config=native(config),
-        share=config["topk"],
+        share=config["recompute_ratio"],
     script:
         "scripts/evaluate.py"
 

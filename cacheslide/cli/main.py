@@ -24,7 +24,12 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--system", default="cacheslide", help="a name from `cacheslide systems`")
     run.add_argument("--store", type=Path, help="folder to keep chunk caches in; without it they live in memory")
     run.add_argument("--layer", type=int, help="selection layer (default: the system's own)")
-    run.add_argument("--share", type=float, help="share of the reused rows to recompute (default: the system's own)")
+    run.add_argument(
+        "--recompute-ratio",
+        "--share",  # its name in the version before
+        type=float,
+        help="share of the reused tokens to recompute (default: the system's own)",
+    )
     run.add_argument("--chunk-size", type=int, default=1024, help="tokens a chunk at most")
     run.add_argument("--suffix-len", type=int, default=1, help="tokens at the end that are always recomputed")
     run.add_argument("--max-new-tokens", type=_count, default=32, help="tokens to answer at most (default: 32)")
@@ -79,7 +84,7 @@ def _run(args: argparse.Namespace) -> int:
 
     policy = load_policy(args.system)
     policy = policy if args.layer is None else policy.at_layer(args.layer)
-    policy = policy if args.share is None else policy.at_share(args.share)
+    policy = policy if args.recompute_ratio is None else policy.at_ratio(args.recompute_ratio)
     model = ReferenceLlama.from_pretrained(args.model, device=args.device)
     policy.check(model.num_layers)
     tokenizer = load_tokenizer(args.model)

@@ -71,7 +71,7 @@ class ActiveTokens:
                 self.request.source.place(layer, self.resting, self.request.kv, self.resting_rows)
         if len(k):
             self.request.kv.write(layer, self.group.rows, k, v)
-        self.output.rows_computed.append(len(self.active))
+        self.output.tokens_computed.append(len(self.active))
         return hidden, q
 
     def leave(self, layer: int, hidden: Tensor) -> Tensor:

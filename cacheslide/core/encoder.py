@@ -88,7 +88,7 @@ class ChunkEncoder:
                 kv.write(layer, rows, *source.layer(layer))
         request = PrefillRequest(ids[done:], where[done:], kv, reused=rows_none(ids), start=done)
         [out] = self.executor.run([request], capture=self.capture)
-        self.row_layers += sum(out.rows_computed)
+        self.row_layers += sum(out.tokens_computed)
         return ExactKV(kv, positions, out.layer_inputs, done)
 
     def store_chunk(self, key: ChunkKey, exact: "ExactKV", start: int, end: int) -> None:

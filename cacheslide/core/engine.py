@@ -49,11 +49,11 @@ class Receipt:
     """
 
     system: str
-    rows: int
-    rows_reused: int = 0
-    rows_recomputed: int = 0
-    row_layer_share: float = 1.0
-    rows_per_layer: list[int] = field(default_factory=list)
+    tokens: int
+    tokens_reused: int = 0
+    tokens_recomputed: int = 0
+    compute_fraction: float = 1.0
+    tokens_per_layer: list[int] = field(default_factory=list)
     chunks: int = 0
     chunks_hit: int = 0
     bytes_loaded: int = 0
@@ -251,13 +251,13 @@ class ReuseEngine:
         return None
 
     def _finish(self, request: PrefillRequest, plan: Plan, receipt: Receipt, output: PrefillOutput) -> Prefilled:
-        receipt.rows_recomputed = len(output.selected)
-        receipt.rows_reused = len(request.reused) - len(output.selected)
-        receipt.rows_per_layer = output.rows_computed
-        receipt.row_layer_share = output.row_layer_share(receipt.rows)
+        receipt.tokens_recomputed = len(output.selected)
+        receipt.tokens_reused = len(request.reused) - len(output.selected)
+        receipt.tokens_per_layer = output.tokens_computed
+        receipt.compute_fraction = output.compute_fraction(receipt.tokens)
         receipt.alpha = output.alpha
         logits = None if output.hidden is None else self.model.logits(output.hidden[None])[0]
-        return Prefilled(request.kv, receipt.rows, plan.positions[-1] + 1, logits, receipt, output, plan)
+        return Prefilled(request.kv, receipt.tokens, plan.positions[-1] + 1, logits, receipt, output, plan)
 
     def extend(self, state: Prefilled, token_ids: Sequence[int]) -> Tensor:
         """Append tokens behind `state`; returns the last one's logits [vocab_size]. See `extend_batch`."""

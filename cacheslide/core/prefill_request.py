@@ -60,13 +60,13 @@ class PrefillRequest:
 class PrefillOutput:
     """What a run leaves beside the KV.
 
-    `rows_computed[l]` counts rows whose attention and MLP ran in layer l, `selected` [S] the reused rows (local)
+    `tokens_computed[l]` counts rows whose attention and MLP ran in layer l, `selected` [S] the reused rows (local)
     recomputed after the last change, `alpha[l]` the mean fusion weight, `layer_inputs[l]` [T, hidden_size] what
     was captured, `active` [n] and `final` [n, hidden_size] the rows that ran to the end and their final states.
     """
 
     rows: int
-    rows_computed: list[int]
+    tokens_computed: list[int]
     selected: Tensor
     alpha: dict[int, float]
     layer_inputs: dict[int, Tensor]
@@ -79,6 +79,6 @@ class PrefillOutput:
         ends_active = len(self.active) and int(self.active[-1]) == self.rows - 1
         return self.final[-1] if ends_active else None
 
-    def row_layer_share(self, rows: int) -> float:
+    def compute_fraction(self, rows: int) -> float:
         """Share of the prompt's row-layers that were computed: the ideal ratio of prefill times."""
-        return sum(self.rows_computed) / (rows * len(self.rows_computed))
+        return sum(self.tokens_computed) / (rows * len(self.tokens_computed))

@@ -87,14 +87,14 @@ class Correction(Protocol):
         The layer whose KV decides, None where none does.
     probe_layers : frozenset of int
         Layers whose inputs the chunks must hold.
-    total_share : float or None
+    total_ratio : float or None
         Share of the reused tokens recomputed in the end; None where the rule names no share.
     """
 
     first_layer: int
     selection_layer: int | None
     probe_layers: frozenset[int]
-    total_share: float | None
+    total_ratio: float | None
 
     def check(self, name: str, layers: int) -> None:
         """Raise PolicyError, naming the system `name`, where a model of `layers` layers cannot run the rule."""
@@ -104,8 +104,8 @@ class Correction(Protocol):
         """The same rule deciding at `layer` (itself where no layer decides)."""
         ...
 
-    def at_share(self, share: float) -> "Correction":
-        """The same rule recomputing `share` of the reused tokens (itself where it recomputes none)."""
+    def at_ratio(self, ratio: float) -> "Correction":
+        """The same rule recomputing `ratio` of the reused tokens (itself where it recomputes none)."""
         ...
 
     def known_before_start(self, chunk_lengths: Sequence[int]) -> Tensor | None:
@@ -173,9 +173,9 @@ class ReusePolicy:
         """The same policy selecting at `layer`; promotion layers below it move up to it."""
         return replace(self, correction=self.correction.at_layer(layer))
 
-    def at_share(self, share: float) -> "ReusePolicy":
-        """The same policy recomputing `share` of the reused rows (where it recomputes any)."""
-        return replace(self, correction=self.correction.at_share(share))
+    def at_ratio(self, ratio: float) -> "ReusePolicy":
+        """The same policy recomputing `ratio` of the reused rows (where it recomputes any)."""
+        return replace(self, correction=self.correction.at_ratio(ratio))
 
     def check(self, layers: int) -> None:
         """Raise PolicyError for a model of `layers` layers that cannot run this system."""

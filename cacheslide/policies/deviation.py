@@ -11,7 +11,7 @@ from cacheslide.errors import PolicyError
 Fusion = Literal["replace", "paper", "wiener", "constant"]
 
 
-def check_share(name: str, value: float) -> None:
+def check_ratio(name: str, value: float) -> None:
     """Raise PolicyError for a share outside [0, 1]."""
     if not 0.0 <= value <= 1.0:
         raise PolicyError(f"{name} must lie in [0, 1], not {value}")
@@ -33,9 +33,9 @@ def top_rows(scores: Tensor, count: int) -> Tensor:
     return order.sort().values
 
 
-def rows_of_share(share: float, rows: int) -> int:
+def tokens_of_ratio(ratio: float, rows: int) -> int:
     """A share of `rows` as a count: rounded half up, so that every system rounds alike."""
-    return min(rows, math.floor(share * rows + 0.5))
+    return min(rows, math.floor(ratio * rows + 0.5))
 
 
 def fusion_weight(rule: Fusion, d: Tensor, size: Tensor, constant: float = 1.0) -> Tensor:

@@ -7,34 +7,34 @@ import torch
 from torch import Tensor
 
 from cacheslide.errors import PolicyError
-from cacheslide.policies.deviation import check_share
+from cacheslide.policies.deviation import check_ratio
 from cacheslide.policies.static import StaticCorrection
 
 
 @dataclass(frozen=True)
-class EdgeRows(StaticCorrection):
-    """EPIC: the first `head` and last `tail` rows of every chunk; with `share`, that share of it, half at each edge."""
+class EdgeTokens(StaticCorrection):
+    """EPIC: the first `head` and last `tail` rows of every chunk; with `recompute_ratio`, that share of it."""
 
     head: int = 32
     tail: int = 32
-    share: float | None = None
+    recompute_ratio: float | None = None
 
     def __post_init__(self) -> None:
         if self.head < 0 or self.tail < 0:
             raise PolicyError("head and tail must be at least 0")
-        if self.share is not None:
-            check_share("share", self.share)
+        if self.recompute_ratio is not None:
+            check_ratio("recompute_ratio", self.recompute_ratio)
 
     def edges(self, length: int) -> tuple[int, int]:
         """Rows recomputed at the start and at the end of a chunk of `length` rows."""
-        if self.share is None:
+        if self.recompute_ratio is None:
             return self.head, self.tail
-        n = round(self.share * length)
+        n = round(self.recompute_ratio * length)
         return n - n // 2, n // 2
 
-    def at_share(self, share: float) -> "EdgeRows":
-        """The same rule recomputing `share` of every chunk."""
-        return replace(self, share=share)
+    def at_ratio(self, ratio: float) -> "EdgeTokens":
+        """The same rule recomputing `ratio` of every chunk."""
+        return replace(self, recompute_ratio=ratio)
 
     def known_before_start(self, chunk_lengths: Sequence[int]) -> Tensor:
         """Bool [sum of lengths]: the head and tail rows of every run."""
@@ -46,6 +46,6 @@ class EdgeRows(StaticCorrection):
         return torch.cat(parts)
 
     @property
-    def total_share(self) -> float | None:
-        """See `Correction.total_share`."""
-        return self.share
+    def total_ratio(self) -> float | None:
+        """See `Correction.total_ratio`."""
+        return self.recompute_ratio

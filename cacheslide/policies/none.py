@@ -17,6 +17,6 @@ class NoCorrection(StaticCorrection):
         """None of them is recomputed."""
         return torch.zeros(sum(chunk_lengths), dtype=torch.bool)
 
-    def at_share(self, share: float) -> "NoCorrection":
+    def at_ratio(self, ratio: float) -> "NoCorrection":
         """Nothing to scale: no token is recomputed at any share."""
         return self

@@ -20,7 +20,7 @@ class StaticRun:
 
 @dataclass(frozen=True)
 class StaticCorrection:
-    """What such rules have in common; a rule adds `known_before_start` and `at_share`."""
+    """What such rules have in common; a rule adds `known_before_start` and `at_ratio`."""
 
     @property
     def first_layer(self) -> int:
@@ -38,7 +38,7 @@ class StaticCorrection:
         return frozenset()
 
     @property
-    def total_share(self) -> float | None:
+    def total_ratio(self) -> float | None:
         """The rule names no share."""
         return None
 

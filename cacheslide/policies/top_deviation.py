@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from cacheslide.errors import PolicyError
-from cacheslide.policies.deviation import Fusion, check_share
+from cacheslide.policies.deviation import Fusion, check_ratio
 from cacheslide.policies.top_deviation_run import TopDeviationRun
 
 
@@ -41,24 +41,24 @@ class Swap:
 
 @dataclass(frozen=True)
 class Promotion:
-    """After `layer`, the `share` of reused rows that deviates most joins, restarted from its cached layer input."""
+    """After `layer`, the `recompute_ratio` of reused rows that deviates most joins, from its cached layer input."""
 
     layer: int
-    share: float
+    recompute_ratio: float
 
     def __post_init__(self) -> None:
-        check_share("promotion share", self.share)
+        check_ratio("promotion share", self.recompute_ratio)
 
 
 @dataclass(frozen=True)
 class TopDeviation:
     """WCA and CacheBlend: recompute the reused rows whose KV deviates most at layer `layer`.
 
-    Layers below `layer` (0-based) are computed in full. `share` is a share of the reused rows. `constant` is the
+    Layers below `layer` (0-based) are computed in full. `recompute_ratio` is of the reused rows. `constant` is the
     weight of the "constant" fusion. `promote` adds rows at later layers and needs cached layer inputs.
     """
 
-    share: float
+    recompute_ratio: float
     layer: int = 1
     metric: Literal["k", "v", "kv"] = "k"
     fusion: Fusion = "replace"
@@ -67,8 +67,8 @@ class TopDeviation:
     promote: tuple[Promotion, ...] = ()
 
     def __post_init__(self) -> None:
-        check_share("share", self.share)
-        check_share("constant", self.constant)
+        check_ratio("recompute_ratio", self.recompute_ratio)
+        check_ratio("constant", self.constant)
         if self.layer < 0:
             raise PolicyError(f"layer must be at least 0, not {self.layer}")
         layers = [p.layer for p in self.promote]
@@ -77,14 +77,16 @@ class TopDeviation:
         if self.swap and self.promote:
             raise PolicyError("swap and promotion are two answers to one question: choose one")
 
-    def at_share(self, share: float) -> "TopDeviation":
-        """The same rule recomputing `share` of the reused rows in the end, its promotions scaled along."""
-        total = self.total_share
+    def at_ratio(self, ratio: float) -> "TopDeviation":
+        """The same rule recomputing `ratio` of the reused rows in the end, its promotions scaled along."""
+        total = self.total_ratio
         if not self.promote or not total:
-            return replace(self, share=share)
-        scale = share / total  # 1.0, exactly, at the rule's own share
+            return replace(self, recompute_ratio=ratio)
+        scale = ratio / total  # 1.0, exactly, at the rule's own share
         return replace(
-            self, share=self.share * scale, promote=tuple(replace(p, share=p.share * scale) for p in self.promote)
+            self,
+            recompute_ratio=self.recompute_ratio * scale,
+            promote=tuple(replace(p, recompute_ratio=p.recompute_ratio * scale) for p in self.promote),
         )
 
     @property
@@ -103,15 +105,15 @@ class TopDeviation:
         return frozenset(p.layer for p in self.promote)
 
     @property
-    def total_share(self) -> float:
-        """See `Correction.total_share`: the selection and its promotions."""
-        return self.share + sum(p.share for p in self.promote)
+    def total_ratio(self) -> float:
+        """See `Correction.total_ratio`: the selection and its promotions."""
+        return self.recompute_ratio + sum(p.recompute_ratio for p in self.promote)
 
     def at_layer(self, layer: int) -> "TopDeviation":
         """The same rule selecting at `layer`; promotion layers below it move up to it."""
         first = self.promote[0].layer if self.promote else layer
         shift = max(0, layer - first)
-        promote = tuple(Promotion(p.layer + shift, p.share) for p in self.promote)
+        promote = tuple(Promotion(p.layer + shift, p.recompute_ratio) for p in self.promote)
         return replace(self, layer=layer, promote=promote)
 
     def check(self, name: str, layers: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cacheslide.errors import PolicyError
 from cacheslide.models.adapter import RowGroup
-from cacheslide.policies.deviation import deviation, fuse, fusion_weight, rows_of_share, squared_norm, top_rows
+from cacheslide.policies.deviation import deviation, fuse, fusion_weight, squared_norm, tokens_of_ratio, top_rows
 from cacheslide.quality.similarity import cksim
 
 
@@ -52,7 +52,7 @@ class TopDeviationRun:
         tokens, reused = self.tokens, self.tokens.reused
         every = torch.arange(len(reused), device=hidden.device)
         self.scores = self._score(layer, every, qkv[1][reused], qkv[2][reused])
-        count = rows_of_share(self.rule.share, len(reused))
+        count = tokens_of_ratio(self.rule.recompute_ratio, len(reused))
         tokens.mask.index_fill_(0, top_rows(self.scores, count), True)
         if self.rule.swap:
             self.stopped = hidden[reused].clone()
@@ -106,7 +106,7 @@ class TopDeviationRun:
     def leave(self, layer: int, hidden: Tensor) -> Tensor:
         """After `layer`: restart resting tokens from their cached layer inputs and keep the most deviating ones."""
         tokens = self.tokens
-        share = {p.layer: p.share for p in self.rule.promote}.get(layer)
+        share = {p.layer: p.recompute_ratio for p in self.rule.promote}.get(layer)
         if share is None or layer + 1 >= self.model.num_layers or not len(tokens.resting):
             return hidden
         cached = self.request.source.inputs(layer, tokens.resting)
@@ -118,10 +118,10 @@ class TopDeviationRun:
         q, _, _ = self.model.qkv(layer, cached, positions)
         group = RowGroup(self.request.kv, tokens.resting_rows)
         probed = self.model.finish(layer, cached, self.model.attend(layer, q, [group]))
-        tokens.output.rows_computed[layer] += len(rows)
+        tokens.output.tokens_computed[layer] += len(rows)
         _, k, v = self.model.qkv(layer + 1, probed, positions)
         scores = self._score(layer + 1, tokens.resting, k, v)
-        new = top_rows(scores, rows_of_share(share, len(tokens.reused)))
+        new = top_rows(scores, tokens_of_ratio(share, len(tokens.reused)))
         order = torch.cat((tokens.active, rows[new])).argsort()
         tokens.mask.index_fill_(0, tokens.resting[new], True)
         tokens.activate_chosen(len(tokens.chosen) + len(new))

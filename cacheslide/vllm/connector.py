@@ -10,6 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from cacheslide.renamed import receipt_for_all
 from cacheslide.vllm.frontend.hooks import is_installed
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.guard import survives
@@ -94,12 +95,12 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _finish_anyhow(self, request, block_ids) -> tuple[bool, dict[str, Any] | None]:
         receipt = finish_anyhow(self.scheduler, request)
-        return False, None if receipt is None else {FIELD: receipt}
+        return False, None if receipt is None else {FIELD: receipt_for_all(receipt)}
 
     @survives("request_finished", _finish_anyhow, last=(False, None))
     def request_finished_all_groups(self, request, block_ids) -> tuple[bool, dict[str, Any] | None]:
         receipt = self.scheduler.finish(request, list(block_ids[0]))
-        return False, None if receipt is None else {FIELD: receipt}
+        return False, None if receipt is None else {FIELD: receipt_for_all(receipt)}
 
     @survives("has_pending_push_work", last=False)
     def has_pending_push_work(self) -> bool:

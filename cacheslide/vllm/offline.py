@@ -14,7 +14,7 @@ from vllm.sampling_params import BeamSearchParams
 from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.cope.setting import overrides
 from cacheslide.vllm.frontend.beams import Search, start_search
-from cacheslide.vllm.options import FIELD
+from cacheslide.vllm.options import receipt_in
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def ask(
         Answered(
             o.metrics.first_token_latency,
             list(o.outputs[0].token_ids),
-            (o.kv_transfer_params or {}).get(FIELD),
+            receipt_in(o.kv_transfer_params),
             o.num_cached_tokens or 0,
             (o.metrics.last_token_ts - o.metrics.first_token_ts) / max(1, len(o.outputs[0].token_ids) - 1),
         )
@@ -127,7 +127,7 @@ def beam_search(
     """
     search = _MarkedSearch(engine, marks, params.max_tokens)
     found = search.beam_search(prompts, params, **options)
-    receipts = [None if s is None else (s.kv_transfer_params or {}).get(FIELD) for s in search.searches]
+    receipts = [None if s is None else receipt_in(s.kv_transfer_params) for s in search.searches]
     return [Searched(f.sequences, r) for f, r in zip(found, receipts, strict=True)]
 
 

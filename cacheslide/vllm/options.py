@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from cacheslide import renamed
 from cacheslide.core.prompt import Prompt, Role
 from cacheslide.errors import ConfigError, PromptError
 from cacheslide.policies.base import ReusePolicy
@@ -21,7 +22,7 @@ _COUNTS = {
     "chunk_size": 1,
     "suffix_len": 1,
     "encode_tokens_per_step": 1,
-    "rows_per_step": 1,
+    "tokens_per_step": 1,
     "span_tokens": 4,
     "spans_known": 1,
     "max_generation": 0,
@@ -49,7 +50,7 @@ class ServerOptions:
         completes the request's prefill) or "off".
     encode_tokens_per_step : int
         At most this many tokens of such prefills a step (one chunk chain may exceed it).
-    rows_per_step : int
+    tokens_per_step : int
         At most this many rows are completed by reuse in one step (one request may exceed it); others wait.
     separator : str or list of int
         The separator of requests that ask for the server's own: a text, or token ids (as JSON where it is a string).
@@ -72,7 +73,7 @@ class ServerOptions:
     store_device: str = "cpu"
     encode: str = "later"
     encode_tokens_per_step: int = 8192
-    rows_per_step: int = 65536
+    tokens_per_step: int = 65536
     separator: str | list[int] = ""
     find_spans: bool = False
     span_tokens: int = 256
@@ -120,6 +121,10 @@ class ServerOptions:
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, Any]) -> "ServerOptions":
         """From the parsed JSON; a key that is not an option is an error."""
+        try:
+            extra = renamed.options(extra, renamed.SERVER)
+        except ValueError as wrong:
+            raise ConfigError(f"connector options: {wrong}") from None
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(extra) - known - set(SERVER_KEYS))
         if unknown:
@@ -145,7 +150,8 @@ class Marks:
 
     `segments` are the fixed spans, half-open in tokens; everything between them is updated text. With `find` they are
     the spans seen before. Rows from `history` on, and what is generated, are fixed text of the next turn. `policy`,
-    `share` and `layer` override the server's system, the share of reused rows it recomputes and its selection layer.
+    `recompute_ratio` and `layer` override the server's system, the share of reused tokens it recomputes and its
+    selection layer.
     `note` goes into the receipt; without segments it is the reason of an exact computation. `family`, {"name", "rows"},
     joins the requests that continue one prompt, the first `rows` rows of each (`scheduler/beam_groups.py`):
     beam search sets it, the front end takes it from nobody else.
@@ -155,7 +161,7 @@ class Marks:
     find: bool | None = None
     history: int | None = None
     policy: str | None = None
-    share: float | None = None
+    recompute_ratio: float | None = None
     layer: int | None = None
     namespace: str = ""
     encode: str | None = None
@@ -168,6 +174,10 @@ class Marks:
         raw = raw_marks(params)
         if raw is None:
             return None
+        try:
+            raw = renamed.options(raw, renamed.REQUEST)
+        except ValueError as wrong:
+            raise PromptError(f"{FIELD}: {wrong}") from None
         if unknown := [name for name in raw if name not in _MARKS]:
             known = sorted((_MARKS | set(DOOR_KEYS)) - {"family"})
             raise PromptError(f"{FIELD}: unknown key {_names(unknown)} (known: {', '.join(known)})")
@@ -190,11 +200,11 @@ class Marks:
             raise PromptError(f"{FIELD}: find looks for the fixed spans itself: give no segments and no history")
         if self.encode is not None and self.encode not in ENCODE:
             raise PromptError(f"{FIELD}: encode must be one of {', '.join(ENCODE)}, not {shown(self.encode)}")
-        number = isinstance(self.share, int | float) and not isinstance(self.share, bool)
-        if self.share is not None and not number:
-            raise PromptError(f"{FIELD}: share must be a number in [0, 1], not {shown(self.share)}")
-        if self.share is not None and not 0 <= self.share <= 1:
-            raise PromptError(f"{FIELD}: share must lie in [0, 1], not {shown(self.share)}")
+        number = isinstance(self.recompute_ratio, int | float) and not isinstance(self.recompute_ratio, bool)
+        if self.recompute_ratio is not None and not number:
+            raise PromptError(f"{FIELD}: recompute_ratio must be a number in [0, 1], not {shown(self.recompute_ratio)}")
+        if self.recompute_ratio is not None and not 0 <= self.recompute_ratio <= 1:
+            raise PromptError(f"{FIELD}: recompute_ratio must lie in [0, 1], not {shown(self.recompute_ratio)}")
         if self.layer is not None and not (_is_count(self.layer) and 0 <= self.layer < ROW):
             raise PromptError(f"{FIELD}: layer must be an integer of at least 0, not {shown(self.layer)}")
         if self.history is not None and not _is_count(self.history):
@@ -212,7 +222,7 @@ class Marks:
 
     def system(self, default: str) -> ReusePolicy:
         """The reuse policy asked for, `default` where the request names none."""
-        return policy_of(self.policy or default, self.share, self.layer)
+        return policy_of(self.policy or default, self.recompute_ratio, self.layer)
 
     def prompt(self, token_ids) -> Prompt:
         """The marked prompt; PromptError when a span, or the start of the history, does not fit it."""
@@ -249,6 +259,11 @@ def marks_of(prompt: Prompt, **options: Any) -> dict[str, Any]:
         if s.role is Role.REUSE
     ]
     return {FIELD: {"segments": spans, **options}}
+
+
+def receipt_in(params: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Our receipt in an answer's `kv_transfer_params`, under the names of today; None without one."""
+    return renamed.record((params or {}).get(FIELD))
 
 
 def _is_count(value: Any) -> bool:

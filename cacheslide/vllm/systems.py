@@ -16,7 +16,7 @@ def policy_of(name: str, share: float | None = None, layer: int | None = None) -
     its first request.
     """
     policy = _registered(name)
-    policy = policy if share is None else policy.at_share(float(share))
+    policy = policy if share is None else policy.at_ratio(float(share))
     return policy if layer is None else policy.at_layer(layer)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import ConfigError, PromptError
-from cacheslide.vllm.options import FIELD
+from cacheslide.vllm.options import receipt_in
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class InProcessEngine:
         if answer.token_ids and answer.token_ids[-1] in ask.stop:
             answer.token_ids.pop()
         answer.prefix_cached = output.num_cached_tokens or 0
-        answer.receipt = (output.kv_transfer_params or {}).get(FIELD)
+        answer.receipt = receipt_in(output.kv_transfer_params)
 
     def reset(self) -> None:
         """Forget all cached KV: shared blocks and chunks."""

@@ -165,7 +165,7 @@ def load_record(
         "ttft_seconds": ttft,
         "finished_seconds": finished,
         "decode_tokens": tokens,
-        "rows_reused": receipt["rows_reused"],
+        "tokens_reused": receipt["tokens_reused"],
         "receipt": receipt,
         "question": question_record(example, example.questions[0], text),
     }

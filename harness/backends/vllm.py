@@ -152,9 +152,9 @@ class VllmResponder:
         if not isinstance(system, Stock):
             raise PolicyError(f"{system.name}: vLLM answered a marked request without a receipt")
         rows, cached = len(ask.token_ids), answer.prefix_cached
-        receipt = Receipt(system.name, rows, cached, row_layer_share=(rows - cached) / rows)
-        receipt.rows_per_layer = [rows - cached] * self.backend.num_layers
-        return receipt.as_dict() | {"rows_prefix_cached": cached, "measured": True}
+        receipt = Receipt(system.name, rows, cached, compute_fraction=(rows - cached) / rows)
+        receipt.tokens_per_layer = [rows - cached] * self.backend.num_layers
+        return receipt.as_dict() | {"tokens_prefix_cached": cached, "measured": True}
 
 
 def _namespace(system: System) -> str:
@@ -170,8 +170,8 @@ def marked_as(policy: ReusePolicy) -> dict[str, Any]:
         marks["layer"] = rule.selection_layer
     if policy_of(policy.name, None, marks.get("layer")).correction == rule:
         return marks
-    if rule.total_share is not None:
-        marks["share"] = round(rule.total_share, 9)
+    if rule.total_ratio is not None:
+        marks["recompute_ratio"] = round(rule.total_ratio, 9)
     if policy_of(**_named(marks)).correction != rule:
         raise PolicyError(f"{policy.name}: a request cannot ask for the correction {rule}")
     return marks

@@ -5,7 +5,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-RENAMED: dict[str, str] = {}  # keys of older recordings -> their names today
+from cacheslide import renamed
+
 ROUNDING = 1e-6  # of numbers that are no counts, where bits are not compared
 
 
@@ -14,14 +15,8 @@ def differences(before: dict[str, Any], after: dict[str, Any], bits: bool = True
 
     Bits are equal on one machine only: another processor sums in another order.
     """
-    sides = [_named(json.loads(json.dumps(side))) for side in (before, after)]
+    sides = [renamed.record(json.loads(json.dumps(side))) for side in (before, after)]
     return list(_differ("", *sides, bits))
-
-
-def _named(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {RENAMED.get(key, key): _named(inner) for key, inner in value.items()}
-    return [_named(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _differ(place: str, a: Any, b: Any, bits: bool) -> Iterator[str]:

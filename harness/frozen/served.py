@@ -6,6 +6,7 @@ import tempfile
 from contextlib import closing
 from typing import Any
 
+from cacheslide.vllm.options import receipt_in
 from harness.frozen.texts import NOTES, TURNS, parts, prompt
 
 LAYER, CHUNK, ANSWER, SEPARATOR = 2, 48, 6, " ## "
@@ -98,7 +99,7 @@ class _Asks:
 
 def outcome(output: Any) -> dict[str, Any]:
     """Receipt, greedy tokens, and the bits of their log-probabilities in one of vLLM's outputs."""
-    receipt, done = (output.kv_transfer_params or {}).get("cacheslide"), output.outputs[0]
+    receipt, done = receipt_in(output.kv_transfer_params), output.outputs[0]
     said = [sorted((token, p.logprob) for token, p in step.items()) for step in done.logprobs]
     bits = hashlib.sha256(json.dumps(said).encode()).hexdigest()
     return {"receipt": receipt, "tokens": list(done.token_ids), "bits": bits}

@@ -72,7 +72,7 @@ def _accuracy_panels(summary: dict[str, Any]) -> Iterable[dict[str, Any]]:
             "title": f"{mix} mix: {prompts} prompts of about {tokens:,.0f} tokens",
             "xlabel": "share of row-layers computed",
             "points": [
-                Point(r["system"], r["title"], r["row_layer_share"], r["f1"]["value"], None, _ends(r["f1"]))
+                Point(r["system"], r["title"], r["compute_fraction"], r["f1"]["value"], None, _ends(r["f1"]))
                 for r in own
             ],
             "note": "",

@@ -1,6 +1,5 @@
 """TTFT and throughput inside vLLM by prompt length and system, and how much of the ideal the executor reaches."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +7,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.plots.style import BLACK, GREY, ORANGE, new_figure, nothing, remark
+from harness.results.runs import read_json
 
 _BLUES = ("#9ecae1", "#6baed6", "#2f7ebc", "#0b3c6f")  # from the smallest share to the largest
 
 
 def load(path: str | Path) -> dict[str, Any]:
     """The run of a serving file with the largest table; `others` are its runs of other shapes."""
-    runs = json.loads(Path(path).read_text())["runs"]
+    runs = read_json(path)["runs"]
     main = max(runs, key=lambda run: len(run["table"]))
     return main | {"others": [r for r in runs if r["settings"]["shape"] != main["settings"]["shape"]]}
 
@@ -26,7 +26,7 @@ def draw(run: dict[str, Any]) -> Figure:
     table = run["table"]
     batches = sorted({r["batch"] for r in table})
     for axes, store, where in zip(panels[0], ("model", "cpu"), ("on the GPU", "in pinned host memory"), strict=True):
-        rows = [r for r in table if r["batch"] == batches[0] and (r["store"] == store or "row_layer_share" not in r)]
+        rows = [r for r in table if r["batch"] == batches[0] and (r["store"] == store or "compute_fraction" not in r)]
         axes.set_title(f"TTFT of one request, chunks {where}{remark(rows)}")
         _lines(axes, rows, lambda r: r["ttft_ms"]["value"], "ms", log=True)
     last = batches[-1]

@@ -66,7 +66,7 @@ def _hops(depth: int) -> str:
 def _panel(axes: Axes, rows: list[dict[str, Any]], depth: int) -> None:
     found = [(r, d["f1"]) for r in rows for d in r["by_depth"] if d["depth"] == depth]
     for share, style in LINES.items():
-        line = [(r["row_layer_share"], f1, r["layer"]) for r, f1 in found if _default(r) and r["share"] == share]
+        line = [(r["compute_fraction"], f1, r["layer"]) for r, f1 in found if _default(r) and r["share"] == share]
         joined = [p for p in line if p[2] > 0]  # layer 0's keys do not depend on context: no part of the trend
         if joined:
             xs, ys = [x for x, _, _ in joined], [f1["value"] for _, f1, _ in joined]
@@ -80,14 +80,14 @@ def _panel(axes: Axes, rows: list[dict[str, Any]], depth: int) -> None:
                 axes.annotate(str(layer), (x, f1["value"]), (2, -9), textcoords="offset points", fontsize=7, color=BLUE)
     for i, (factor, (colour, marker, label)) in enumerate(POINTS.items()):
         beside = APART * (i - len(POINTS) // 2)
-        own = [(r["row_layer_share"] + beside, f1) for r, f1 in found if r["factor"] == factor]
+        own = [(r["compute_fraction"] + beside, f1) for r, f1 in found if r["factor"] == factor]
         for x, f1 in own:
             error_bar(axes, x, f1["value"], colour, up=(f1["low"], f1["high"]))
         if own:
             marks = {"ls": "none", "marker": marker, "ms": SIZES.get(marker, 5), "mec": "white", "mew": 0.4}
             axes.plot([x for x, _ in own], [f1["value"] for _, f1 in own], color=colour, label=label, zorder=4, **marks)
     for factor, colour, marker in (("no correction", GREY, "d"), ("reference", BLACK, "s")):
-        own = [(r["row_layer_share"], f1["value"]) for r, f1 in found if r["factor"] == factor]
+        own = [(r["compute_fraction"], f1["value"]) for r, f1 in found if r["factor"] == factor]
         label = "recompute" if factor == "reference" else "no correction (chain, first turn, alone)"
         axes.plot(*zip(*own, strict=True), color=colour, marker=marker, ms=5, ls="none", label=label, zorder=3)
     axes.set(xlim=(0, 1.05), ylim=(-0.04, 1.08))

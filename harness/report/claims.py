@@ -256,7 +256,7 @@ def against_approximate(other: str, faster: float, better: float, twin: str = ""
 def headline_latency(summary: Summary) -> Finding:
     """Against recompute, the slowest system: the comparison that favours the claim most."""
     speed, text = _speedup(summary, REFERENCE)
-    ideal = [r["row_layer_share"] for r in summary["latency"] if r["system"] == OURS and r["prompts"]][-1]
+    ideal = [r["compute_fraction"] for r in summary["latency"] if r["system"] == OURS and r["prompts"]][-1]
     said = f"{number(1 / ideal)}× if computing its rows were all that costs time"
     return Finding(joined(grade(speed, 3.11)), f"{text}; {said}")
 

@@ -59,7 +59,7 @@ def keeps_accuracy(summary: Summary) -> Finding:
     worst = max(rows, key=lambda r: r["loss_points"]["value"])
     loss = worst["loss_points"]
     shown = interval(loss, lambda x: number(x, 1))
-    share = f"{percent(worst['row_layer_share'])} of row-layers computed"
+    share = f"{percent(worst['compute_fraction'])} of row-layers computed"
     if worst["requests_without_reuse"]:
         raise NotMeasured(f"nothing was reused in {worst['requests_without_reuse']} of {worst['prompts']} prompts")
     safe = {"value": 3.0 - loss["value"], "low": None if loss["high"] is None else 3.0 - loss["high"]}

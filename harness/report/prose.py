@@ -144,7 +144,7 @@ def _speed(summary: Summary) -> list[str]:
     if not rows:
         return []
     row = next((r for r in rows if r["tokens"] == LENGTH), rows[-1])
-    ratio, ideal = row["ttft_ratio"], row["row_layer_share"]
+    ratio, ideal = row["ttft_ratio"], row["compute_fraction"]
     faster = "shorter" if ratio["high"] is not None and ratio["high"] < 1 else "not clearly shorter"
     return [
         f"At {row['tokens']:,} tokens CacheSlide's time to first token is {faster} than recompute's: "

@@ -69,7 +69,7 @@ def _ttfts(records: Timed, system: str) -> list[list[float]]:
 
 def cost(steps: Sequence[Step], key: str = "row_layers") -> float:
     """Row-layers computed, as a share of those of computing every prompt in full."""
-    return sum(s[key] for s in steps) / sum(s["rows"] * s["layers"] for s in steps)
+    return sum(s[key] for s in steps) / sum(s["tokens"] * s["layers"] for s in steps)
 
 
 def _ttft_ratio(records: Timed, top: str, bottom: str) -> dict[str, Any] | None:
@@ -109,7 +109,7 @@ def quality_table(file: RecordFile) -> list[dict[str, Any]]:
                 "title": file.settings["titles"][system],
                 "episodes": len(records),
                 "steps": len(right),
-                "tokens": float(np.mean([s["rows"] for s in steps])),
+                "tokens": float(np.mean([s["tokens"] for s in steps])),
                 "right": intervals.mean(right, episodes),
                 "score": None if own is None else intervals.mean(own),
                 "success": None
@@ -117,7 +117,7 @@ def quality_table(file: RecordFile) -> list[dict[str, Any]]:
                 else intervals.mean([float(r["own"][system]["success"]) for r in records]),
                 "loss_points": None if own is None else intervals.points_lost(exact, own),
                 "ttft_median": intervals.median([np.median(x) for x in _ttfts(calm, system)]),
-                "row_layer_share": cost(steps),
+                "compute_fraction": cost(steps),
                 "disturbed": few,
             }
             reason = "" if system == REFERENCE else gate(records, system)
@@ -145,7 +145,7 @@ def windows_table(file: RecordFile) -> dict[str, Any]:
                 rounds.append({"round": k + 1, "f1": intervals.mean(own)})
         title = file.settings["titles"][system]
         rows.append({"system": system, "title": title, "f1": intervals.mean(f1, episodes), "rounds": rounds})
-    tokens = [s["rows"] for r in file.records for s in r["systems"].get(REFERENCE, [])]
+    tokens = [s["tokens"] for r in file.records for s in r["systems"].get(REFERENCE, [])]
     return {
         "rows": rows,
         "windows": file.settings.get("windows", []),

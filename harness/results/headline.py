@@ -108,7 +108,7 @@ def _best_policy(summary: Row):
                 continue
             worst = max(found, key=lambda r: r["loss_points"]["value"])
             weight = sum(r["prompts"] for r in found)
-            share = sum(r["row_layer_share"] * r["prompts"] for r in found) / weight
+            share = sum(r["compute_fraction"] * r["prompts"] for r in found) / weight
             candidates.append((worst, share, weight))
     if not candidates:
         raise _Missing("; ".join(reasons) or "no CacheSlide policy was run")
@@ -155,4 +155,4 @@ def _ideal(summary: Row):
     if not row["prompts"]:
         raise _Missing(row["ratio_reason"])
     estimate = {"n": row["prompts"], "values": row["prompts"], "low": None, "high": None}
-    return [(row["row_layer_share"], _note(row, estimate, "mean share of row-layers computed in the timed requests"))]
+    return [(row["compute_fraction"], _note(row, estimate, "mean share of row-layers computed in the timed requests"))]

@@ -19,6 +19,7 @@ from typing import Any
 
 import xxhash
 
+from cacheslide import renamed
 from cacheslide.errors import DataError
 
 SEAL = re.compile(rb'(?:, |(?<=^\{))"crc": "([0-9a-f]{16})"\}$')
@@ -49,7 +50,7 @@ def unseal(line: bytes) -> tuple[dict[str, Any], bool]:
         raise ValueError("not an object")
     if found is None and "crc" in record:
         raise ValueError("its checksum is damaged")
-    return record, found is not None
+    return renamed.record(record), found is not None
 
 
 @dataclass

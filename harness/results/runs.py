@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cacheslide import renamed
 from cacheslide.errors import DataError
 from harness.results.records import RecordFile, read_file
 from harness.systems import cope_systems, scalable, to_scale
@@ -97,7 +98,11 @@ def load_run(config: dict[str, Any], **paths: Any) -> Run:
             getattr(run, stage).setdefault(path.parent.name, {})[path.stem] = read_file(path)
     for dataset, files in run.equal_share.items():  # those that recompute this share by themselves ran once
         own = run.accuracy.get(dataset, {})
-        files |= {s: own[s] for s in scalable(own) if s not in files and s not in to_scale([s], config.get("topk", 0))}
+        files |= {
+            s: own[s]
+            for s in scalable(own)
+            if s not in files and s not in to_scale([s], config.get("recompute_ratio", 0))
+        }
     for path in _existing(paths.get("latency")):
         if not path.stem.isdigit():
             raise DataError(f"{path}: a latency file is called by its prompt length, such as 4096.jsonl")
@@ -116,7 +121,7 @@ def load_run(config: dict[str, Any], **paths: Any) -> Run:
 def read_json(path: str | Path) -> Any:
     """The content of a JSON file; DataError naming it when it is none."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return renamed.record(json.loads(Path(path).read_text(encoding="utf-8")))
     except json.JSONDecodeError as broken:
         raise DataError(f"{path} is not JSON: {broken}") from None
 

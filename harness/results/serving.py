@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cacheslide import renamed
 from cacheslide.errors import DataError
 from harness.metrics.bootstrap import ratio_of_medians
 from harness.results.intervals import as_json, median
@@ -30,7 +31,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            records.append(renamed.record(json.loads(line)))
         except json.JSONDecodeError as torn:
             if number < len(lines):
                 raise DataError(f"{path}:{number}: {torn}") from None
@@ -53,8 +54,8 @@ def tables(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         row |= {"ttft_ms": median([1e3 * x for x in own]), "mean_ttft_ms": _mean_ttft(cell)}
         row["requests_per_s"] = cell["batch"] / _median(own)
         if cell["system"].startswith("cacheslide"):
-            share = _median([x for run in cell["runs"] for x in run["row_layer_share"]])
-            row |= {"row_layer_share": share, "bytes_loaded": cell["runs"][0]["bytes_loaded"][0]}
+            share = _median([x for run in cell["runs"] for x in run["compute_fraction"]])
+            row |= {"compute_fraction": share, "bytes_loaded": cell["runs"][0]["bytes_loaded"][0]}
         if base and cell["system"] != "recompute":
             turns = min(len(base["runs"]), len(whole["runs"]))
             both = [together(pair) for pair in zip(_readings(base)[:turns], _readings(whole)[:turns], strict=True)]
@@ -64,7 +65,7 @@ def tables(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             pairs = [pick(_makespans(c)[:turns], both) for c in (base, whole)]
             ratio = as_json(ratio_of_medians(*pairs))
             row["recompute_over_ttft"] = ratio
-            if "row_layer_share" in row:
+            if "compute_fraction" in row:
                 row["efficiency"] = ratio | {k: share * v for k, v in ratio.items() if k in _ESTIMATE and v is not None}
         rows.append(row)
     return rows

@@ -156,18 +156,18 @@ def _strata(answers: Answers) -> dict[str, Any]:
 
 def receipt_totals(receipts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a system's receipts say: means a request, and how often nothing was reused and why."""
-    reused, recomputed = (sum(r[key] for r in receipts) for key in ("rows_reused", "rows_recomputed"))
+    reused, recomputed = (sum(r[key] for r in receipts) for key in ("tokens_reused", "tokens_recomputed"))
     reasons = Counter(r["fallback"] for r in receipts if r.get("fallback"))
     return {
-        "row_layer_share": _mean(r["row_layer_share"] for r in receipts),
-        "rows": _mean(r["rows"] for r in receipts),
-        "rows_reused": reused / len(receipts),
-        "rows_recomputed": recomputed / len(receipts),
+        "compute_fraction": _mean(r["compute_fraction"] for r in receipts),
+        "tokens": _mean(r["tokens"] for r in receipts),
+        "tokens_reused": reused / len(receipts),
+        "tokens_recomputed": recomputed / len(receipts),
         "recomputed_share": recomputed / (reused + recomputed) if reused + recomputed else None,
         "bytes_loaded": _mean(r["bytes_loaded"] for r in receipts),
         "chunks": _mean(r["chunks"] for r in receipts),
         "chunks_hit": _mean(r["chunks_hit"] for r in receipts),
-        "requests_without_reuse": sum(r["rows_reused"] <= 0 for r in receipts),
+        "requests_without_reuse": sum(r["tokens_reused"] <= 0 for r in receipts),
         "fallbacks": dict(sorted(reasons.items())),
     }
 

@@ -23,7 +23,7 @@ def gate(samples: Sequence[Mapping[str, Any]]) -> str:
     """
     if not samples:
         return "not timed"
-    idle = sum(s["receipt"]["rows_reused"] <= 0 for s in samples)
+    idle = sum(s["receipt"]["tokens_reused"] <= 0 for s in samples)
     if idle:
         return f"nothing was reused in {idle} of {len(samples)} timed requests"
     unscored = sum(not s.get("questions") for s in samples)
@@ -35,7 +35,7 @@ def gate(samples: Sequence[Mapping[str, Any]]) -> str:
 def latency_table(run: Run) -> list[dict[str, Any]]:
     """One row per prompt length and system. A prompt's repeats are reduced to their median first.
 
-    `ttft_ratio` is the median over prompts of TTFT / TTFT of recompute on the same prompt; `row_layer_share` is
+    `ttft_ratio` is the median over prompts of TTFT / TTFT of recompute on the same prompt; `compute_fraction` is
     the ratio that computing nothing but the active rows of each layer would give, and `efficiency` how much of it
     was reached.
     """
@@ -117,7 +117,7 @@ def _latency_row(run: Run, tokens: int, file: RecordFile, system: str) -> dict[s
         reason = few
     ratio = None if reason else intervals.median([a / b for a, b in pairs.values()])
     row |= {"ttft_ratio": ratio, "ratio_reason": reason, "disturbed": few}
-    row["efficiency"] = row["row_layer_share"] / ratio["value"] if ratio else None
+    row["efficiency"] = row["compute_fraction"] / ratio["value"] if ratio else None
     return row
 
 
@@ -157,7 +157,7 @@ def _throughput_row(run: Run, record: Mapping[str, Any], reference: Mapping[str,
         "success": float(np.mean(correct)),
         "ttft_median": float(np.median(ttft)),
         "ttft_p95": float(np.quantile(ttft, 0.95)),
-        "row_layer_share": record["row_layer_share"],
+        "compute_fraction": record["compute_fraction"],
     }
     reason = _throughput_gate(record, reference)
     if few and (not reason or reason == NOT_COMPARED):
@@ -185,11 +185,11 @@ def _throughput_gate(record: Mapping[str, Any], reference: Mapping[str, Any] | N
         return "recompute was not run at this batch size"
     if len(reference["requests"]) != len(record["requests"]):
         return "recompute answered another number of requests"
-    counted = [r["rows_reused"] for r in record["requests"] if "rows_reused" in r]
+    counted = [r["tokens_reused"] for r in record["requests"] if "tokens_reused" in r]
     idle = sum(n <= 0 for n in counted)
     if idle:
         return f"nothing was reused in {idle} of {len(counted)} requests"
-    if not counted and record["row_layer_share"] >= 1.0:
+    if not counted and record["compute_fraction"] >= 1.0:
         return "nothing was reused: every row of every layer was computed"
     return ""
 

@@ -66,10 +66,10 @@ def _table(records: Records, cells: Sequence[Described]) -> list[dict[str, Any]]
 def _means(own: Iterable[dict[str, Any]]) -> dict[str, Any]:
     own = list(own)
     alphas = [r["alpha"] for r in own if r["alpha"] is not None]
-    reused = sum(r["rows_reused"] + r["rows_recomputed"] for r in own)
+    reused = sum(r["tokens_reused"] + r["tokens_recomputed"] for r in own)
     return {
-        "row_layer_share": sum(r["row_layer_share"] for r in own) / len(own),
-        "recomputed_share": sum(r["rows_recomputed"] for r in own) / reused if reused else None,
+        "compute_fraction": sum(r["compute_fraction"] for r in own) / len(own),
+        "recomputed_share": sum(r["tokens_recomputed"] for r in own) / reused if reused else None,
         "alpha": sum(alphas) / len(alphas) if alphas else None,
     }
 

@@ -99,7 +99,7 @@ def cases(tokenizer: Any, turn: int) -> list[Case]:
 
     moved, spans, start = prompt(notes)
     same, fixed, _ = prompt("\nnotes amber falcon .")
-    exact = {"segments": spans, "share": 1.0}
+    exact = {"segments": spans, "recompute_ratio": 1.0}
     return [
         Case("marked", moved, exact),
         Case("isolated", moved, exact | {"policy": "epic"}),

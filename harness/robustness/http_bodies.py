@@ -127,7 +127,8 @@ class Neighbours:
         self.prompts = [[1] + [(11 + 37 * k + i * (k + 3)) % 1200 + 8 for i in range(90)] for k in range(4)]
         self.known = [self._ask(prompt, None) for prompt in self.prompts]
         spans = {"segments": [[8, 72]]}
-        self.marks = (None, spans | {"policy": "recompute"}, spans | {"share": 1.0, "layer": 0}, {"find": False})
+        exact = {"recompute_ratio": 1.0, "layer": 0}
+        self.marks = (None, spans | {"policy": "recompute"}, spans | exact, {"find": False})
 
     def ask(self) -> None:
         """Every prompt with every kind of marks."""

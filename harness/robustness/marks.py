@@ -6,6 +6,7 @@ from typing import Any
 WAYS = ("segments", "separator", "messages", "find")
 OTHERS = (
     "policy",
+    "recompute_ratio",
     "share",
     "layer",
     "namespace",
@@ -117,6 +118,7 @@ class Marks:
             ),
             "find": lambda: r.random() < 0.8,
             "policy": lambda: r.choice(POLICIES),
+            "recompute_ratio": lambda: r.choice((r.random(), 0, 1, 1.0)),
             "share": lambda: r.choice((r.random(), 0, 1, 1.0)),
             "layer": lambda: r.randrange(12),
             "namespace": lambda: r.choice(("a", "a\0b", "\0", "b")),

@@ -7,19 +7,22 @@ from typing import Any
 from prometheus_client import REGISTRY
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from cacheslide.renamed import RECEIPT
 from cacheslide.vllm.guard import ENTRIES, SERVER, survives
 from cacheslide.vllm.scheduler.reasons import FAILURES, KINDS, TIERS, failure_of, kind_of
 
 COUNTERS = {
     "requests": "Marked requests that finished",
-    "rows": "Prompt tokens of marked requests",
-    "rows_reused": "Prompt tokens whose cached KV was used",
-    "rows_recomputed": "Prompt tokens with cached KV that was recomputed",
-    "rows_prefix_cached": "Prompt tokens of marked requests found in vLLM's prefix cache",
+    "tokens": "Prompt tokens of marked requests",
+    "tokens_reused": "Prompt tokens whose cached KV was used",
+    "tokens_recomputed": "Prompt tokens with cached KV that was recomputed",
+    "tokens_prefix_cached": "Prompt tokens of marked requests found in vLLM's prefix cache",
     "chunks": "Chunks of marked requests",
     "chunks_hit": "Chunks found in the store",
     "bytes_loaded": "Bytes of chunk KV read",
 }
+# The same counts under the names of the version before, for dashboards that ask for those.
+OLD_COUNTERS = {old: new for old, new in RECEIPT.items() if new in COUNTERS}
 
 
 # Counters with one label more: its name, its values, and what is counted.
@@ -39,6 +42,7 @@ class ReuseStats(KVConnectorStats):
     def record(self, receipt: Mapping[str, Any]) -> None:
         """Count one finished request."""
         found = {"requests": 1} | {name: receipt[name] for name in COUNTERS if name != "requests"}
+        found |= {old: receipt[new] for old, new in OLD_COUNTERS.items()}
         if kind := kind_of(receipt["fallback"]):
             found[f"fallbacks.{kind}"] = 1
         for tier, counts in receipt.get("tiers", {}).items():
@@ -84,7 +88,8 @@ class ReuseMetrics(KVConnectorPromMetrics):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         _unregister()
         self.counters, self.faults = {}, SERVER
-        for name, what in COUNTERS.items():
+        old = {name: f"Old name of {new}" for name, new in OLD_COUNTERS.items()}
+        for name, what in (COUNTERS | old).items():
             counter = self._counter_cls(name=f"cacheslide:{name}", documentation=what, labelnames=labelnames)
             for engine, labels in per_engine_labelvalues.items():
                 self.counters[engine, name] = counter.labels(*labels)

@@ -15,13 +15,13 @@ def forecast(tracked: Tracked) -> dict[str, Any]:
     receipt.fallback = tracked.reason
     if not tracked.exact:
         receipt.chunks_hit = len(tracked.reuse)
-    return receipt.as_dict() | {"rows_prefix_cached": tracked.start, "measured": tracked.exact}
+    return receipt.as_dict() | {"tokens_prefix_cached": tracked.start, "measured": tracked.exact}
 
 
 def bare(rows: int, why: str) -> dict[str, Any]:
     """The receipt of a request about which nothing else is known any more."""
     said = Receipt("", rows, fallback=why).as_dict()
-    return said | {"rows_prefix_cached": 0, "measured": False, "generation": 0, "tiers": {}}
+    return said | {"tokens_prefix_cached": 0, "measured": False, "generation": 0, "tiers": {}}
 
 
 def tiers_of(

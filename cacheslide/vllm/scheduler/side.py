@@ -106,7 +106,7 @@ class SchedulerSide:
         if tracked.follows and want < self.block_size:  # a block that the first member left open
             tracked.reuse = ()
             return 0
-        if self.rows_planned and self.rows_planned + want > self.options.rows_per_step:
+        if self.rows_planned and self.rows_planned + want > self.options.tokens_per_step:
             return None
         if shares_unfilled_blocks(request, computed // self.block_size, self.running.values(), self.block_size):
             return None

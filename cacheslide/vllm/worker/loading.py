@@ -162,12 +162,12 @@ class Loading:
         return PagedChunks(*settings, device=model.device, caches=model.caches, fetch=fetch)
 
     def _note(self, plan: LoadPlan, request: PrefillRequest, receipt: Receipt, output: PrefillOutput) -> None:
-        receipt.rows_recomputed = len(output.selected)
-        receipt.rows_reused = len(request.reused) - len(output.selected)
+        receipt.tokens_recomputed = len(output.selected)
+        receipt.tokens_reused = len(request.reused) - len(output.selected)
         rest = len(plan.token_ids) - plan.end  # rows that vLLM itself computes after this
-        receipt.rows_per_layer = [n + rest for n in output.rows_computed]
-        receipt.row_layer_share = sum(receipt.rows_per_layer) / (receipt.rows * len(receipt.rows_per_layer))
+        receipt.tokens_per_layer = [n + rest for n in output.tokens_computed]
+        receipt.compute_fraction = sum(receipt.tokens_per_layer) / (receipt.tokens * len(receipt.tokens_per_layer))
         receipt.alpha = output.alpha
-        said = receipt.as_dict() | {"rows_prefix_cached": plan.start, "measured": True}
+        said = receipt.as_dict() | {"tokens_prefix_cached": plan.start, "measured": True}
         self.worker.report.receipts[plan.req_id] = said
         post(self.worker.engine_id, plan.req_id, said)

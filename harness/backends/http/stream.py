@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 
-from cacheslide.vllm.options import FIELD
+from cacheslide.vllm.options import receipt_in
 
 _TOKEN_CHARS = 1000  # no tokenizer has longer ones
 _EXPECTED = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError)
@@ -137,7 +137,7 @@ class Outcome:
         self._usage(message.get("usage"))
         if message.get("choices"):
             self.token_times += [now] * (self.tokens - before)
-        if receipt := (message.get("kv_transfer_params") or {}).get(FIELD):
+        if receipt := receipt_in(message.get("kv_transfer_params")):
             self.receipt = receipt
 
 

@@ -32,27 +32,27 @@ def _of(statistic, values: Sequence[float | None]) -> dict[str, Any] | None:
 
 def reused_rows(outcome: Outcome) -> int:
     """Rows whose cached KV was used: by the receipt, else what the server's prefix cache held."""
-    return outcome.receipt["rows_reused"] if outcome.receipt else outcome.cached_tokens or 0
+    return outcome.receipt["tokens_reused"] if outcome.receipt else outcome.cached_tokens or 0
 
 
 def reuse(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Mean rows reused and recomputed, the mean share of row-layers computed, fallbacks by reason."""
     if not outcomes:
-        return {"rows_reused": None, "rows_recomputed": None, "row_layer_share": None, "fallbacks": {}}
+        return {"tokens_reused": None, "tokens_recomputed": None, "compute_fraction": None, "fallbacks": {}}
     shares, recomputed, fallbacks = [], [], {}
     for o in outcomes:
         if o.receipt:
-            shares.append(o.receipt["row_layer_share"])
-            recomputed.append(o.receipt["rows_recomputed"])
+            shares.append(o.receipt["compute_fraction"])
+            recomputed.append(o.receipt["tokens_recomputed"])
             if reason := o.receipt["fallback"]:
                 fallbacks[reason] = fallbacks.get(reason, 0) + 1
         else:
             shares.append(1 - (o.cached_tokens or 0) / o.prompt_tokens if o.prompt_tokens else 1.0)
     n = len(outcomes)
     return {
-        "rows_reused": sum(map(reused_rows, outcomes)) / n,
-        "rows_recomputed": sum(recomputed) / len(recomputed) if recomputed else None,
-        "row_layer_share": sum(shares) / n,
+        "tokens_reused": sum(map(reused_rows, outcomes)) / n,
+        "tokens_recomputed": sum(recomputed) / len(recomputed) if recomputed else None,
+        "compute_fraction": sum(shares) / n,
         "fallbacks": fallbacks,
     }
 

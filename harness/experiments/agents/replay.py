@@ -73,15 +73,15 @@ def call_f1(own: str, forced: str) -> float:
 
 def step_record(step: Step, own: Completion) -> dict[str, Any]:
     """What one system made of one step."""
-    kept = ("rows", "rows_reused", "rows_recomputed", "chunks_hit", "generation", "build_row_layers", "build_s")
+    kept = ("tokens", "tokens_reused", "tokens_recomputed", "chunks_hit", "generation", "build_row_layers", "build_s")
     return {
         "right": float(own.text.strip() == step.completion.text.strip()),
         "f1": call_f1(own.text, step.completion.text),
         "text": own.text,
         "ttft_s": own.ttft_s,
         "total_s": own.total_s,
-        "row_layers": sum(own.receipt["rows_per_layer"]),
-        "layers": len(own.receipt["rows_per_layer"]),
+        "row_layers": sum(own.receipt["tokens_per_layer"]),
+        "layers": len(own.receipt["tokens_per_layer"]),
         **{k: own.receipt[k] for k in kept},
     }
 

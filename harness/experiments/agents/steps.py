@@ -54,7 +54,7 @@ def variants_of(config: Config, section: str) -> list[Variant]:
 
 
 def _rule(policy, share: float, tau: float, every: int) -> TopDeviation:
-    return replace(policy.correction, share=share, swap=Swap(tau, every), promote=())
+    return replace(policy.correction, recompute_ratio=share, swap=Swap(tau, every), promote=())
 
 
 def _padded(window: int) -> list[Variant]:

@@ -117,8 +117,8 @@ def record(episode: Episode) -> dict[str, Any]:
         "stop": episode.stop,
         "steps": len(episode.steps),
         "failed_steps": len(episode.failures),
-        "tokens": [r["rows"] for r in receipts],
-        "recomputed": [r["row_layer_share"] for r in receipts],
+        "tokens": [r["tokens"] for r in receipts],
+        "recomputed": [r["compute_fraction"] for r in receipts],
         "seconds": round(episode.seconds, 3),
     }
 

@@ -153,9 +153,9 @@ def shifted_turns(backend: CopeBackend, given: Sequence[TaskExample], seed: int 
         turn = Prompt(tuple(notes if s.role is Role.RECOMPUTE else s for s in base.segments))
         receipt = engine.prefill(turn, following=1).receipt
         reusable += sum(len(s.token_ids) for s in turn.segments if s.role is Role.REUSE)
-        reused += receipt.rows_reused
+        reused += receipt.tokens_reused
         fallbacks += [receipt.fallback] if receipt.fallback else []
-    return {"turns": TURNS, "reusable_rows": reusable, "rows_reused": reused, "share": reused / reusable,
+    return {"turns": TURNS, "reusable_rows": reusable, "tokens_reused": reused, "share": reused / reusable,
             "fallbacks": fallbacks}  # fmt: skip
 
 

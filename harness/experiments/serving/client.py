@@ -121,7 +121,7 @@ def _request(
 ) -> Request:
     prompt, params = conversation.turn(turn), None
     if condition.system not in STOCK:
-        asked = {"policy": condition.system, "share": condition.share, "layer": plan.layer}
+        asked = {"policy": condition.system, "recompute_ratio": condition.share, "layer": plan.layer}
         prompt = resolve([condition.system])[0].transform(prompt)
         params = marks_of(prompt, **{name: value for name, value in asked.items() if value is not None})
     labels = asdict(condition) | {"client": client, "turn": turn}
@@ -145,7 +145,7 @@ def table(loads: dict[Condition, Load], quiet: Mapping[Condition, Reading] | Non
         ratio = None if reason else _ratio(load, loads[base])
         row = asdict(condition) | summarize_load(load) | {"ttft_ratio": ratio, "ratio_reason": reason}
         row |= {"quiet": quiet.get(condition), "disturbed": few}
-        row["efficiency"] = row["row_layer_share"] / ratio["value"] if ratio else None
+        row["efficiency"] = row["compute_fraction"] / ratio["value"] if ratio else None
         rows.append(row)
     return rows
 

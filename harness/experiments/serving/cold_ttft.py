@@ -65,7 +65,7 @@ class Measured:
             self.forget()
         asked = {"memory": [self.warm], "file": [self.cold]}.get(row, [self.warm, self.cold])
         turns = [prompts.turn() for prompts in asked]
-        marks = [{"cacheslide": {"segments": spans, "share": SHARE, "encode": "off"}} for _, spans in turns]
+        marks = [{"cacheslide": {"segments": spans, "recompute_ratio": SHARE, "encode": "off"}} for _, spans in turns]
         answers = ask(self.engine, [ids for ids, _ in turns], marks)
         for prompts, answer in zip(asked, answers, strict=True):
             tiers = set(answer.receipt["tiers"])

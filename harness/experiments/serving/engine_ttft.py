@@ -94,16 +94,16 @@ def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> 
             raise RuntimeError("a recomputed prompt was found in the prefix cache")
         return {"ttft": [a.ttft for a in answers]}
     share = float(system.split("@")[1])
-    marks = [{"cacheslide": {"segments": spans, "share": share, "encode": "off"}} for _, spans in turns]
+    marks = [{"cacheslide": {"segments": spans, "recompute_ratio": share, "encode": "off"}} for _, spans in turns]
     answers = ask(engine, [ids for ids, _ in turns], marks, tokens=tokens)
     for a in answers:
         if not a.receipt["measured"] or a.receipt["chunks_hit"] != a.receipt["chunks"] or a.receipt["fallback"]:
             raise RuntimeError(f"reuse did not happen: {a.receipt}")
     return {
         "ttft": [a.ttft for a in answers],
-        "row_layer_share": [a.receipt["row_layer_share"] for a in answers],
-        "rows_reused": [a.receipt["rows_reused"] for a in answers],
-        "rows_recomputed": [a.receipt["rows_recomputed"] for a in answers],
+        "compute_fraction": [a.receipt["compute_fraction"] for a in answers],
+        "tokens_reused": [a.receipt["tokens_reused"] for a in answers],
+        "tokens_recomputed": [a.receipt["tokens_recomputed"] for a in answers],
         "bytes_loaded": [a.receipt["bytes_loaded"] for a in answers],
     }
 
@@ -313,7 +313,7 @@ def summary(record: dict[str, Any]) -> str:
     if record["kind"] != "cell" or record["failed"] or not record["runs"]:
         return json.dumps(record)[:1500]
     last = sorted(max(r["ttft"]) for r in record["runs"])
-    share = record["runs"][0].get("row_layer_share", [1.0])[0]
+    share = record["runs"][0].get("compute_fraction", [1.0])[0]
     where = f"{record['store']} {record['tokens']} x{record['batch']} {record['system']}"
     return f"{where}: {1e3 * last[len(last) // 2]:.1f} ms, share {share:.3f}"
 

@@ -51,7 +51,7 @@ def main() -> None:
     said = "no ratio: " + row["ratio_reason"]
     if ratio is not None:
         said = f"TTFT of {OURS} over {REFERENCE}: {ratio['value']:.3f} [{ratio['low']}, {ratio['high']}]"
-    print(f"{args.tokens} tokens, {row['prompts']} prompts, layer {layer}: {said}; ideal {row['row_layer_share']:.3f}")
+    print(f"{args.tokens} tokens, {row['prompts']} prompts, layer {layer}: {said}; ideal {row['compute_fraction']:.3f}")
     print(
         f"{len(marked)} of {len(rounds)} rounds disturbed"
         + (f" ({'; '.join(sorted(set(marked))[:3])})" if marked else "")

@@ -31,7 +31,7 @@ def select_layer(
     arms = {"recompute": resolve(["recompute"])[0]}
     for name in systems:
         arms |= {f"{name}@{i}": resolve([name], layer=i)[0] for i in layers}
-    arms |= {f"{systems[0]}@{i}": arms[f"{systems[0]}@{i}"].at_share(share) for i in layers}
+    arms |= {f"{systems[0]}@{i}": arms[f"{systems[0]}@{i}"].at_ratio(share) for i in layers}
     table: dict[str, dict[str, float]] = {}
     for responder, _ in sessions:
         for dataset, examples in data.items():

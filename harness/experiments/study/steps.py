@@ -130,7 +130,7 @@ def step_select_layer(config: Config, data: Sequence[str], output: str, threads:
     backend = backend_of(config, threads)
     examples = {Path(d).stem: read_examples(d, questions=config["validation"]["questions"]) for d in data}
     sessions = sessions_of(config, backend, resolve(["recompute", "cacheslide", "cacheblend"]))
-    result = select_layer(sessions, backend.num_layers, examples, config["topk"])
+    result = select_layer(sessions, backend.num_layers, examples, config["recompute_ratio"])
     write_json(output, result | {"data_hashes": {Path(d).stem: file_hash(d) for d in data}})
 
 

@@ -79,7 +79,7 @@ def _joined(done: Sequence[tuple[list, float, dict]]) -> dict[str, Any]:
         "elapsed_seconds": elapsed,
         "qps": len(requests) / elapsed,
         "qps_correct": sum(r["question"]["success"] for r in requests) / elapsed,
-        "row_layer_share": sum(r["receipt"]["row_layer_share"] for r in requests) / len(requests),
+        "compute_fraction": sum(r["receipt"]["compute_fraction"] for r in requests) / len(requests),
         "slices": [len(some) for some, _, _ in done],
         "quiet": [quiet for _, _, quiet in done],
         "requests": requests,

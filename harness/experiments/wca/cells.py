@@ -39,7 +39,7 @@ class Cell:
         """For a table."""
         rule = self.policy.correction
         selects = rule.selection_layer is not None
-        about = {"layer": rule.selection_layer, "share": rule.total_share} if selects else {}
+        about = {"layer": rule.selection_layer, "share": rule.total_ratio} if selects else {}
         return {"factor": self.factor, "option": self.option, "base": self.base, **about}
 
 
@@ -66,10 +66,10 @@ def contexts() -> dict[str, ReusePolicy]:
 
 
 def _changes(layers: int) -> Iterator[Cell]:
-    base, share = load_policy("cacheslide"), load_policy("cacheslide").correction.share
+    base, share = load_policy("cacheslide"), load_policy("cacheslide").correction.recompute_ratio
 
     def cell(factor: str, option: str, layer: int, policy: ReusePolicy = base, inputs: bool = False, **change) -> Cell:
-        rule = TopDeviation(**{"share": share, "layer": layer} | change)
+        rule = TopDeviation(**{"recompute_ratio": share, "layer": layer} | change)
         kept = {p.layer for p in rule.promote} | (set(range(layer, layers)) if inputs else set())
         name = f"{factor}: {option}, layer {layer}"
         done = replace(policy, name=name, correction=rule)
@@ -80,7 +80,7 @@ def _changes(layers: int) -> Iterator[Cell]:
         yield Cell(plain.name, "no correction", context, plain)
     for layer in range(min(LATE + 1, layers)):
         for part in SHARES:
-            made = cell("selection layer", f"{part:.0%}", layer, share=part)
+            made = cell("selection layer", f"{part:.0%}", layer, recompute_ratio=part)
             name = default(layer, part)
             yield replace(made, name=name, policy=replace(made.policy, name=name), base=None)
     for layer in [i for i in (EARLY, LATE) if i < layers]:
@@ -105,7 +105,7 @@ def _changes(layers: int) -> Iterator[Cell]:
         if EARLY + every < layers:
             yield cell("gate and swap", at, EARLY, inputs=inputs, swap=how)
     for layer in range(1, min(LATE + 1, layers - 1)):
-        yield cell("promotion", "10 % + 3 × 5 %", layer, share=0.10, promote=_steps(layer, 3, 0.05, layers))
+        yield cell("promotion", "10 % + 3 × 5 %", layer, recompute_ratio=0.10, promote=_steps(layer, 3, 0.05, layers))
     if layers > EARLY + 1:
         yield cell("promotion", "10 % + 16 %", EARLY, share=0.10, promote=_steps(EARLY, 1, 0.16, layers))
         yield cell("promotion", "26 % + 3 × 5 %", EARLY, promote=_steps(EARLY, 3, 0.05, layers))

@@ -77,9 +77,9 @@ def measure(backend: ReferenceBackend, example: TaskExample, todo: Sequence[Cell
             "example": prompt_id(example),
             "mix": example.meta["mix"],
             "device": backend.model.device,
-            "row_layer_share": receipt.row_layer_share,
-            "rows_reused": receipt.rows_reused,
-            "rows_recomputed": receipt.rows_recomputed,
+            "compute_fraction": receipt.compute_fraction,
+            "tokens_reused": receipt.tokens_reused,
+            "tokens_recomputed": receipt.tokens_recomputed,
             "alpha": sum(receipt.alpha.values()) / len(receipt.alpha) if receipt.alpha else None,
             **{c: [q[c] for q in found] for c in columns},
         }

@@ -1,0 +1,54 @@
+"""Names of the version before: taken from old clients and old records, and given to old clients, for one version.
+
+`REQUEST`, `SERVER` and `CONFIGURATION` are keys of a request's marks, of a server's options and of the study's
+configurations; `RECEIPT` those of receipts, records and counters.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+REQUEST = {"share": "recompute_ratio"}
+SERVER = {"rows_per_step": "tokens_per_step"}
+CONFIGURATION = {"topk": "recompute_ratio"}
+RECEIPT = {
+    "rows": "tokens",
+    "rows_reused": "tokens_reused",
+    "rows_recomputed": "tokens_recomputed",
+    "rows_per_layer": "tokens_per_layer",
+    "rows_prefix_cached": "tokens_prefix_cached",
+    "row_layer_share": "compute_fraction",
+}
+_BESIDE = frozenset(("rows_reused", "rows_recomputed", "tokens_reused", "tokens_recomputed"))
+
+
+def options(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """What is given, under the names of today; ValueError where something is given under both."""
+    for old, new in names.items():
+        if old in given and new in given:
+            raise ValueError(f"{old} is the old name of {new}: give one of them")
+    return {names.get(name, name): value for name, value in given.items()}
+
+
+def receipt_for_all(receipt: Mapping[str, Any]) -> dict[str, Any]:
+    """A receipt that clients of the version before can read too: old names beside those of today."""
+    return {old: receipt[new] for old, new in RECEIPT.items() if new in receipt} | dict(receipt)
+
+
+def record(value: Any) -> Any:
+    """A record, or part of one, under the names of today; an old name beside its new one is left out.
+
+    "rows" is a name of receipts only: it is changed where a receipt's other counts stand beside it.
+    """
+    if isinstance(value, list):
+        return [record(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    counts = bool(_BESIDE & value.keys())
+    out = {}
+    for name, inner in value.items():
+        new = RECEIPT.get(name) if counts or name != "rows" else None
+        if new is None:
+            out[name] = record(inner)
+        elif new not in value:
+            out[new] = record(inner)
+    return out

@@ -1,0 +1,85 @@
+"""What the version before said and wrote is understood: requests, options, configurations, records, dashboards."""
+
+import json
+
+import pytest
+
+from cacheslide import renamed
+from cacheslide.errors import ConfigError, PromptError
+from cacheslide.vllm.options import Marks, ServerOptions, receipt_in
+from harness.configuration import check
+from harness.inventory import read_config
+from harness.results.provenance import ROOT
+from harness.results.records import read_records
+from harness.results.runs import read_json
+
+OLD = {
+    "system": "cacheslide",
+    "rows": 10,
+    "rows_reused": 5,
+    "rows_recomputed": 2,
+    "rows_per_layer": [10, 4],
+    "row_layer_share": 0.7,
+    "chunks": 1,
+}
+NEW = {
+    "system": "cacheslide",
+    "tokens": 10,
+    "tokens_reused": 5,
+    "tokens_recomputed": 2,
+    "tokens_per_layer": [10, 4],
+    "compute_fraction": 0.7,
+    "chunks": 1,
+}
+
+
+def test_a_request_may_use_either_name_but_not_both():
+    old, new = ({"cacheslide": {"segments": [[0, 4]], name: 0.5}} for name in ("share", "recompute_ratio"))
+    assert Marks.parse(old) == Marks.parse(new) != Marks.parse({"cacheslide": {"segments": [[0, 4]]}})
+    with pytest.raises(PromptError, match="share is the old name of recompute_ratio: give one of them"):
+        Marks.parse({"cacheslide": {"segments": [[0, 4]], "share": 0.5, "recompute_ratio": 0.5}})
+
+
+def test_a_server_and_a_configuration_too(tmp_path):
+    assert ServerOptions.from_extra_config({"rows_per_step": 77}).tokens_per_step == 77
+    with pytest.raises(ConfigError, match="rows_per_step is the old name"):
+        ServerOptions.from_extra_config({"rows_per_step": 77, "tokens_per_step": 77})
+    config = read_config(ROOT / "config/smoke.yaml")
+    config["topk"] = config.pop("recompute_ratio") / 2
+    check(config, ROOT / "workflows/schemas/config.schema.yaml")
+    assert config["recompute_ratio"] == 0.13 and "topk" not in config
+    with pytest.raises(ConfigError, match="topk is the old name"):
+        check(config | {"topk": 0.1}, ROOT / "workflows/schemas/config.schema.yaml")
+
+
+def test_a_receipt_is_read_by_old_clients_and_by_new_ones():
+    both = renamed.receipt_for_all(NEW)
+    assert both == OLD | NEW
+    assert receipt_in({"cacheslide": both}) == receipt_in({"cacheslide": OLD}) == NEW
+    assert receipt_in(None) is None and receipt_in({"other": 1}) is None
+
+
+def test_names_of_receipts_change_nothing_else():
+    record = {"rows": [OLD, {"rows": 3}], "row_layer_share": 0.5, "text": "rows_reused"}
+    assert renamed.record(record) == {"rows": [NEW, {"rows": 3}], "compute_fraction": 0.5, "text": "rows_reused"}
+    assert renamed.record(renamed.record(record)) == renamed.record(record)
+
+
+def test_old_records_are_read_under_the_names_of_today(tmp_path):
+    lines = [{"schema": 3, "settings": {}}, {"example": "e0", "receipt": OLD}]
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [record] = read_records(tmp_path / "old.jsonl")
+    assert record["receipt"] == NEW
+    (tmp_path / "summary.json").write_text(json.dumps({"accuracy": [OLD]}))
+    assert read_json(tmp_path / "summary.json") == {"accuracy": [NEW]}
+
+
+@pytest.mark.vllm
+def test_dashboards_find_counters_under_both_names():
+    pytest.importorskip("vllm")
+    from cacheslide.vllm.scheduler.metrics import OLD_COUNTERS, ReuseStats
+
+    stats = ReuseStats()
+    stats.record(NEW | {"tokens_prefix_cached": 1, "chunks_hit": 1, "bytes_loaded": 4, "fallback": ""})
+    assert stats.data["tokens_reused"] == stats.data["rows_reused"] == 5
+    assert set(OLD_COUNTERS) == {"rows", "rows_reused", "rows_recomputed", "rows_prefix_cached"}

@@ -10,7 +10,7 @@ from cacheslide.vllm.options import Marks, ServerOptions, receipt_in
 from harness.configuration import check
 from harness.inventory import read_config
 from harness.results.provenance import ROOT
-from harness.results.records import read_records
+from harness.results.records import SCHEMA, read_records
 from harness.results.runs import read_json
 
 OLD = {
@@ -66,7 +66,7 @@ def test_names_of_receipts_change_nothing_else():
 
 
 def test_old_records_are_read_under_the_names_of_today(tmp_path):
-    lines = [{"schema": 3, "settings": {}}, {"example": "e0", "receipt": OLD}]
+    lines = [{"schema": SCHEMA, "settings": {}}, {"id": "e0", "receipt": OLD}]
     (tmp_path / "old.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     [record] = read_records(tmp_path / "old.jsonl")
     assert record["receipt"] == NEW

@@ -1,4 +1,4 @@
-"""Systems that requests ask for by name, share and layer: looked up once, however many values a client tries."""
+"""Systems that requests ask for by name, recompute ratio and layer: looked up once, however many values a client tries."""
 
 from functools import lru_cache
 
@@ -9,14 +9,14 @@ from cacheslide.vllm.limits import shown
 
 
 @lru_cache(maxsize=256)
-def policy_of(name: str, share: float | None = None, layer: int | None = None) -> ReusePolicy:
-    """A registered system with its share and selection layer changed; cached, since every request asks.
+def policy_of(name: str, recompute_ratio: float | None = None, layer: int | None = None) -> ReusePolicy:
+    """A registered system with its recompute ratio and selection layer changed; cached, since every request asks.
 
-    A new share or layer costs microseconds, an unknown name no more. A system is looked up once: `register` it before
+    A new ratio or layer costs microseconds, an unknown name no more. A system is looked up once: `register` it before
     its first request.
     """
     policy = _registered(name)
-    policy = policy if share is None else policy.at_ratio(float(share))
+    policy = policy if recompute_ratio is None else policy.at_ratio(float(recompute_ratio))
     return policy if layer is None else policy.at_layer(layer)
 
 

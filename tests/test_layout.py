@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.structure import ASKED, cycles, module_arrows, type_questions
+
 ROOT = Path(__file__).resolve().parents[1]
 # Arrows only go down: a file may import from its own level and from those before it.
 LEVELS = {"cacheslide": 0, "baselines": 1, "harness": 2, "workflows": 3, "scripts": 3, "models": 3}
@@ -108,52 +110,6 @@ def test_imports_only_go_down():
     assert not wrong
 
 
-def module_files() -> dict[str, Path]:
-    """Dotted name of every module of the packages."""
-    names = {}
-    for path in python_files(*PACKAGES):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return names
-
-
-def module_arrows() -> dict[str, set[str]]:
-    """Which module imports which, at any depth: an import inside a function is an arrow too."""
-    names = module_files()
-    arrows: dict[str, set[str]] = {name: set() for name in names}
-    for name, path in names.items():
-        tree = ast.parse(path.read_text(), str(path))
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.Import | ast.ImportFrom):
-                continue
-            for target in imported_modules(node):
-                while target and target not in names:
-                    target = target.rpartition(".")[0]
-                if target and target != name and names[target].name != "__init__.py":
-                    arrows[name].add(target)
-    return arrows
-
-
-def imported_modules(node: ast.Import | ast.ImportFrom) -> list[str]:
-    """Full names that an import may mean: modules, or names inside them."""
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    return [f"{node.module}.{alias.name}" for alias in node.names]
-
-
-def cycles(arrows: dict[str, set[str]]) -> list[set[str]]:
-    """Groups of modules that reach each other."""
-    reached: dict[str, set[str]] = {}
-    for name in arrows:
-        seen, left = set(), [name]
-        while left:
-            new = arrows[left.pop()] - seen
-            seen |= new
-            left += new
-        reached[name] = seen
-    return sorted({frozenset(b for b in reached[a] if a in reached[b]) for a in arrows} - {frozenset()}, key=sorted)
-
-
 def test_no_files_import_each_other_in_a_circle():
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [{"b", "c"}]
     assert cycles(module_arrows()) == []
@@ -161,17 +117,8 @@ def test_no_files_import_each_other_in_a_circle():
 
 def test_no_file_asks_for_the_type_of_a_policys_part():
     """A new rule is one file: whoever needs to know something of a part asks it."""
-    parts = r"Correction|TopDeviation|EdgeTokens|\w*Keying|InPrompt|FixedChain|Isolated|Placement"
-    asked = re.compile(rf"isinstance\([^)]*\b({parts})\b|(encoding|correction|keying)\.(kind|name) ==")
-    assert asked.search("isinstance(rule, TopDeviation | X)") and asked.search("if policy.encoding.name == 'x'")
-    wrong = [
-        f"{path.relative_to(ROOT)}:{number}"
-        for path in python_files(*LEVELS)
-        if not path.is_relative_to(ROOT / "cacheslide/policies")
-        for number, line in enumerate(path.read_text().splitlines(), 1)
-        if asked.search(line)
-    ]
-    assert not wrong
+    assert ASKED.search("isinstance(rule, TopDeviation | X)") and ASKED.search("if policy.encoding.name == 'x'")
+    assert not type_questions()
 
 
 def test_vllm_is_imported_by_its_adapter_only():

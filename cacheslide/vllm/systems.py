@@ -1,4 +1,4 @@
-"""Systems that requests ask for by name, recompute ratio and layer: looked up once, however many values a client tries."""
+"""Systems that requests ask for by name, ratio and layer: looked up once, however many values a client tries."""
 
 from functools import lru_cache
 

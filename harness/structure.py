@@ -1,0 +1,138 @@
+"""The structure of the code in numbers: `python -m harness.structure --out results/house/summary.json`.
+
+Which module imports which, circles of such imports, and questions for the type of a policy's part outside its own room;
+with --recorded and --now, the outcomes of the frozen requests (`harness.frozen`) that changed.
+"""
+
+import argparse
+import ast
+import json
+import re
+import subprocess
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.frozen.compare import differences
+from harness.results.provenance import ROOT, machine
+from harness.results.records import write_json
+from harness.step import command
+
+PACKAGES = ("cacheslide", "baselines", "harness")
+PARTS = r"Correction|TopDeviation|EdgeTokens|\w*Keying|InPrompt|FixedChain|Isolated|Placement"
+ASKED = re.compile(rf"isinstance\([^)]*\b({PARTS})\b|(encoding|correction|keying)\.(kind|name) ==")
+OWN_POLICY = "tests/test_own_policy.py"  # defines a correction and an encoding, and serves them in both hosts
+
+
+def module_files(root: Path = ROOT) -> dict[str, Path]:
+    """Dotted name of every module of the packages."""
+    names = {}
+    for path in sorted(p for package in PACKAGES for p in (root / package).rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def module_arrows(root: Path = ROOT) -> dict[str, set[str]]:
+    """Which module imports which, at any depth: an import inside a function, or for annotations, is an arrow too."""
+    names = module_files(root)
+    arrows: dict[str, set[str]] = {name: set() for name in names}
+    for name, path in names.items():
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            for target in _imported(node):
+                while target and target not in names:
+                    target = target.rpartition(".")[0]
+                if target and target != name and names[target].name != "__init__.py":
+                    arrows[name].add(target)
+    return arrows
+
+
+def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:
+    """Full names that an import may mean: modules, or names inside them."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [f"{node.module}.{alias.name}" for alias in node.names]
+
+
+def cycles(arrows: dict[str, set[str]]) -> list[frozenset[str]]:
+    """Groups of modules that reach each other."""
+    reached: dict[str, set[str]] = {}
+    for name in arrows:
+        seen, left = set(), [name]
+        while left:
+            new = arrows[left.pop()] - seen
+            seen |= new
+            left += new
+        reached[name] = seen
+    groups = {frozenset(b for b in reached[a] if a in reached[b]) for a in arrows}
+    return sorted(groups - {frozenset()}, key=sorted)
+
+
+def type_questions(root: Path = ROOT) -> list[str]:
+    """Places that ask for the type or the name of a policy's part, outside the room of policies."""
+    tops = (*PACKAGES, "workflows", "scripts", "models")
+    return [
+        f"{path.relative_to(root)}:{number}"
+        for path in sorted(p for top in tops for p in (root / top).rglob("*.py"))
+        if not path.is_relative_to(root / "cacheslide/policies")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if ASKED.search(line)
+    ]
+
+
+def tree_bytes(root: Path = ROOT) -> int:
+    """Bytes of the files that git tracks."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, check=True, capture_output=True, text=True).stdout
+    return sum((root / name).stat().st_size for name in listed.split("\0") if name and (root / name).is_file())
+
+
+def touched_by_own_policy(root: Path = ROOT) -> int:
+    """Files outside the test that name the system which only it defines."""
+    name = re.search(r'^NAME = "(\w+)"', (root / OWN_POLICY).read_text(), re.M)[1]
+    return sum(f'"{name}"' in path.read_text() for path in module_files(root).values())
+
+
+def summary(root: Path, recorded: Path | None, now: Path | None) -> dict[str, Any]:
+    """The numbers, and the places behind them."""
+    arrows = module_arrows(root)
+    circles, asked = cycles(arrows), type_questions(root)
+    base = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    changed = None
+    if recorded is not None and now is not None:
+        changed = differences(*(json.loads(path.read_text())["outcomes"] for path in (recorded, now)))
+    return {
+        "headline": {
+            "files_touched_by_new_correction": touched_by_own_policy(root),
+            "file_cycles": len(circles),
+            "isinstance_on_policy_parts": len(asked),
+            "base_dependencies": len(base),
+            "tree_mib": round(tree_bytes(root) / 2**20, 2),
+            "records_changed": None if changed is None else len(changed),
+        },
+        "modules": len(arrows),
+        "arrows": sum(map(len, arrows.values())),
+        "circles": [sorted(circle) for circle in circles],
+        "type_questions": asked,
+        "dependencies": base,
+        "changed": changed,
+        "provenance": machine(),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--recorded", type=Path, help="outcomes of `harness.frozen record` before")
+    parser.add_argument("--now", type=Path, help="outcomes of it now, on the same machine")
+    args = parser.parse_args(argv)
+    found = summary(ROOT, args.recorded, args.now)
+    write_json(args.out, found)
+    print(json.dumps(found["headline"], indent=1))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -10,7 +10,7 @@ _EXPORTS = {
     "CacheSlideError": "cacheslide.errors",
     "Prefilled": "cacheslide.core.engine",
     "Prompt": "cacheslide.core.prompt",
-    "Receipt": "cacheslide.core.engine",
+    "Receipt": "cacheslide.core.receipt",
     "ReuseEngine": "cacheslide.core.engine",
     "ReusePolicy": "cacheslide.policies.base",
     "Role": "cacheslide.core.prompt",

@@ -204,5 +204,5 @@ def test_the_encoder_needs_no_slots_of_chunks_encoded_alone(live):
     assert isinstance(engine.encoder, ChunkEncoder)
     p = prompt(1, 5)
     plan = engine.plan(p)
-    keys = [f"alone{i}" for i in range(len(plan.chunks))]
-    assert engine.encoder.encode(Isolated(), p, plan.positions, plan.chunks, keys) == len(keys)
+    keys = tuple(f"alone{i}" for i in range(len(plan.chunks)))
+    assert engine.encoder.encode(Isolated(), replace(plan, keys=keys)) == len(keys)

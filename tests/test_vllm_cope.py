@@ -21,6 +21,7 @@ from cacheslide.training.load import load_cope
 from cacheslide.vllm.offline import beam_search
 from cacheslide.vllm.options import marks_of, policy_of
 from tests.conftest import VLLM_ENVIRONMENT, random_ids, save_random, save_random_adapter
+from tests.test_model_adapter import check
 from tests.test_vllm_engine import BLOCK, CHUNK, assert_same, logprobs, receipt, tokens
 from tests.vllm_cope import (
     CLOSE,
@@ -90,6 +91,10 @@ def test_chunk_keys_cover_adapter_and_calibration(served, live, crossing):
     geometry = served.scheduler.planner.geometry
     digests = [model.model_id.split(" ", 1)[1] for model in (live, crossing)]  # without the base's part
     assert geometry.model_id.endswith(digests[1]) and digests[0] != digests[1] and geometry.slots == SLOTS
+
+
+def test_the_adapter_is_complete(served):
+    check(served.worker.model)
 
 
 def test_a_plain_request_is_the_reference_model(served, live):

@@ -22,6 +22,7 @@ from cacheslide.vllm.offline import close_engine
 from cacheslide.vllm.options import marks_of, policy_of
 from tests.conftest import save_random
 from tests.late_copies import LateCopies
+from tests.test_model_adapter import check
 from tests.test_prefill import prompt
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_environment")]
@@ -227,6 +228,10 @@ def check_the_kv(served, reference, system) -> None:
     assert_same(k, want.kv.k[:, :rows])
     assert_same(v, want.kv.v[:, :rows])
     torch.testing.assert_close(logprobs(output), want.logits.log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_the_adapter_is_complete(served):
+    check(served.worker.model)
 
 
 def test_requests_without_marks_get_the_bits_of_stock_vllm(served, stock):

@@ -1,5 +1,8 @@
 """The scheduler's half without an engine: claims, blocks, history, families, jobs, and the counters of its receipts."""
 
+import struct
+from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -17,6 +20,7 @@ from cacheslide.vllm.options import ServerOptions, marks_of
 from cacheslide.vllm.protocol import WorkerReport
 from cacheslide.vllm.scheduler.metrics import ReuseStats
 from cacheslide.vllm.scheduler.receipts import forecast
+from cacheslide.vllm.scheduler.retention import job_of
 from cacheslide.vllm.scheduler.side import SchedulerSide
 from tests.test_prefill import prompt
 
@@ -73,7 +77,7 @@ def test_claims_start_behind_the_prefix_cache_and_end_with_the_last_chunk(comput
     scheduler.allocated(asked, FIXED_END - computed)
     [load] = scheduler.step(step_output({"r": 5}, {"r": FIXED_END})).loads
     assert (load.start, load.end, load.limit) == (computed, FIXED_END, len(TURN) - 1)
-    assert load.positions is None and load.block_ids == [1, 2, 3]
+    assert not load.plan.schema and load.block_ids == [1, 2, 3]
 
 
 def test_nothing_is_claimed_when_the_prefix_cache_covers_the_chunks():
@@ -248,6 +252,27 @@ def test_jobs_wait_for_a_later_step_keep_the_budget_and_are_not_doubled():
         [job] = scheduler.step(step_output({}, {})).encodes
         kinds.append(job.encoding.name)
     assert kinds == ["fixed_chain", "isolated"] and len(scheduler.index) == 2 * len(TURN.chunks(16))
+
+
+def test_what_crosses_to_the_workers_names_every_token_once():
+    ids = [70_000 + i for i in range(4000)]
+    turn = Prompt.from_spans(ids, [(100, 1900), (2000, 3900)])
+    geometry, place = replace(GEOMETRY, max_positions=8192), lambda i: b"J" + struct.pack("<i", ids[i])
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(block_size=16), kv_transfer_config=SimpleNamespace(engine_id="test")
+    )
+    scheduler, asked = SchedulerSide(config, ServerOptions(chunk_size=1024), geometry), request(turn=turn)
+    scheduler.arrive(asked)
+    know(scheduler)
+    claimed = scheduler.claim(asked, 0)
+    scheduler.allocated(asked, claimed)
+    [load] = scheduler.step(step_output({"r": 100}, {"r": claimed})).loads
+    job = job_of(scheduler.tracked["r"].policy, scheduler.tracked["r"].plan)
+    for plan in (load, job):
+        assert plan.plan.prompt.token_ids == tuple(ids)  # and by now this is held beside the segments
+        sent = bytes(ForkingPickler.dumps(plan))
+        assert [sent.count(place(i)) for i in (0, 150, 3000)] == [1, 1, 1]
+        assert len(sent) < 5 * len(ids) + 2000, "five bytes a token, no positions, and each key once"
 
 
 class Counter:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cacheslide.core.prefill_request import PrefillOutput, PrefillRequest
-from cacheslide.models.adapter import ModelAdapter, RowGroup
+from cacheslide.models.adapter import DecoderSteps, RowGroup
 
 
 class ActiveTokens:
@@ -26,7 +26,7 @@ class ActiveTokens:
         Whether the correction has yet to choose: until then every row is active and no cached KV is placed.
     """
 
-    def __init__(self, request: PrefillRequest, model: ModelAdapter) -> None:
+    def __init__(self, request: PrefillRequest, model: DecoderSteps) -> None:
         self.request, self.model = request, model
         rows, device = len(request.token_ids), request.token_ids.device
         self.reused = request.reused

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from cacheslide.core.keys import ChunkKey
-from cacheslide.core.placement import Piece, PlacedChunks, Placement, tensor_of
-from cacheslide.core.prefill_request import PrefillRequest
-from cacheslide.core.prompt import Chunk, Prompt
+from cacheslide.core.placement import Piece, PlacedChunks, Placement
+from cacheslide.core.plan import Plan
+from cacheslide.core.request_builder import RequestBuilder
 from cacheslide.core.selective_prefill import SelectivePrefill
-from cacheslide.models.adapter import KVBuffer
+from cacheslide.core.tensors import tensor_of
+from cacheslide.models.adapter import KVBuffer, ModelAdapter
 from cacheslide.policies.base import Encoding
 from cacheslide.positions.ccpe import PromptSlots
 from cacheslide.store.base import ChunkKV, ChunkStore
@@ -33,7 +34,7 @@ class ChunkEncoder:
 
     Parameters
     ----------
-    model : ModelAdapter with `new_kv`, `dtype`, `device`
+    model : ModelAdapter
     store : ChunkStore
     store_dtype : torch.dtype
         What K, V and layer inputs are kept in.
@@ -47,25 +48,18 @@ class ChunkEncoder:
     """
 
     def __init__(
-        self, model, store: ChunkStore, store_dtype: torch.dtype, capture: frozenset[int] = frozenset()
+        self, model: ModelAdapter, store: ChunkStore, store_dtype: torch.dtype, capture: frozenset[int] = frozenset()
     ) -> None:
         self.model, self.store, self.store_dtype, self.capture = model, store, store_dtype, capture
         self.shape = shape_of(model, store_dtype)
-        self.executor = SelectivePrefill(model)
+        self.builder, self.executor = RequestBuilder(model), SelectivePrefill(model)
         self.row_layers = 0
 
-    def encode(
-        self,
-        encoding: Encoding,
-        prompt: Prompt,
-        positions: Sequence[int],
-        chunks: Sequence[Chunk],
-        keys: Sequence[ChunkKey],
-    ) -> int:
-        """Compute and store the chunks that are missing; returns how many."""
-        missing = [not self.store.contains(key) for key in keys]
+    def encode(self, encoding: Encoding, plan: Plan) -> int:
+        """Compute and store the chunks of `plan` that are missing; returns how many."""
+        missing = [not self.store.contains(key) for key in plan.keys]
         if any(missing):
-            encoding.encode(self, prompt, positions, chunks, keys, missing)
+            encoding.encode(self, plan.prompt, plan.positions, plan.chunks, plan.keys, missing)
         return sum(missing)
 
     def prefill(
@@ -76,17 +70,14 @@ class ChunkEncoder:
         slots: PromptSlots | None = None,
     ) -> "ExactKV":
         """Exact KV of `token_ids`; `known` pieces are its first rows, already exact at these positions."""
-        ids = torch.tensor(token_ids, device=self.model.device)
-        where = torch.tensor(list(positions), device=self.model.device)
-        kv, done = self.model.new_kv(len(ids)), sum(p.length for p in known)
-        if slots and (describe := getattr(self.model, "describe", None)):
-            describe(kv, slots)
+        model = self.model
+        kv, done = model.new_kv(len(token_ids)), sum(p.length for p in known)
         if known:
-            source = PlacedChunks(known, where[:done], Placement("stored"), self.model.rotary, self.model.dtype)
-            rows = torch.arange(done, device=ids.device)
-            for layer in range(self.model.num_layers):
+            rows = torch.arange(done, device=model.device)
+            source = PlacedChunks(known, rows, Placement("stored"), model.rotary, model.dtype)
+            for layer in range(model.num_layers):
                 kv.write(layer, rows, *source.layer(layer))
-        request = PrefillRequest(ids[done:], where[done:], kv, reused=rows_none(ids), start=done)
+        request = self.builder.build(token_ids[done:], positions[done:], kv, start=done, slots=slots)
         [out] = self.executor.run([request], capture=self.capture)
         self.row_layers += sum(out.tokens_computed)
         return ExactKV(kv, positions, out.layer_inputs, done)
@@ -107,26 +98,33 @@ class ChunkEncoder:
         layer_inputs: dict[int, Tensor] | None = None,
     ) -> ChunkKV:
         """Rows [start, end) of a KV buffer as a chunk; `where` are the positions of all of its rows."""
-        rows = torch.arange(start, end, device=self.model.device)
-        pairs = [kv.read(layer, rows) for layer in range(self.model.num_layers)]
-        k, v = torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
-        positions = tensor_of(where[start:end])
-        return ChunkKV(k, v, positions, layer_inputs or {}, generation).to(self.store_dtype)
+        chunk = read_chunk(self.model, kv, where, start, end, generation, layer_inputs)
+        return chunk.to(self.store_dtype)
 
 
-def prefill_exact(model, token_ids: Sequence[int], first_position: int = 0, slots: PromptSlots | None = None):
+def read_chunk(
+    model: ModelAdapter,
+    kv: KVBuffer,
+    positions: Sequence[int],
+    start: int,
+    end: int,
+    generation: int = 0,
+    layer_inputs: dict[int, Tensor] | None = None,
+) -> ChunkKV:
+    """Rows [start, end) of a KV buffer as a chunk in the model's dtype; `positions` are those of all of its rows."""
+    rows = torch.arange(start, end, device=model.device)
+    pairs = [kv.read(layer, rows) for layer in range(model.num_layers)]
+    k, v = torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
+    return ChunkKV(k, v, tensor_of(positions[start:end]), layer_inputs or {}, generation)
+
+
+def prefill_exact(
+    model: ModelAdapter, token_ids: Sequence[int], first_position: int = 0, slots: PromptSlots | None = None
+):
     """The KV buffer of `token_ids` prefilled in full at positions `first_position`, `first_position` + 1, ...
 
     `slots` says where updated slots lie; a model with canonical slot masses (CCPE) crosses them by these.
     """
-    ids = torch.tensor(token_ids, device=model.device)
-    kv, positions = model.new_kv(len(ids)), torch.arange(len(ids), device=ids.device) + first_position
-    if slots and (describe := getattr(model, "describe", None)):
-        describe(kv, slots)
-    SelectivePrefill(model).run([PrefillRequest(ids, positions, kv, reused=rows_none(ids))])
+    kv, positions = model.new_kv(len(token_ids)), range(first_position, first_position + len(token_ids))
+    SelectivePrefill(model).run([RequestBuilder(model).build(token_ids, positions, kv, slots=slots)])
     return kv
-
-
-def rows_none(like: Tensor) -> Tensor:
-    """No rows: an empty index tensor on the device of `like`."""
-    return torch.zeros(0, dtype=torch.int64, device=like.device)

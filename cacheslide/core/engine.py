@@ -1,69 +1,25 @@
 """One engine for every system: plan what a prompt can reuse, fill the store, prefill, and say what happened."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cacheslide.core.encoder import ChunkEncoder, rows_none
-from cacheslide.core.keys import CacheIdentity, ChunkKey, chunk_keys
-from cacheslide.core.placement import Piece, PlacedChunks
+from cacheslide.core.encoder import ChunkEncoder
+from cacheslide.core.keys import CacheIdentity, ChunkKey
+from cacheslide.core.plan import Plan, make_plan
 from cacheslide.core.prefill_request import PrefillOutput, PrefillRequest
-from cacheslide.core.prompt import Chunk, Prompt
+from cacheslide.core.prompt import Prompt
+from cacheslide.core.receipt import Receipt
+from cacheslide.core.request_builder import RequestBuilder, find_pieces
+from cacheslide.core.retention import generation_of_copy
 from cacheslide.core.selective_prefill import SelectivePrefill
 from cacheslide.errors import PromptError, StoreError
+from cacheslide.models.adapter import ModelAdapter
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.positions.ccpe import slots_in
 from cacheslide.store.base import ChunkKV, ChunkStore, Fetched
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a policy makes of a prompt: its (transformed) text, row positions, chunks and their keys."""
-
-    prompt: Prompt
-    positions: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
-    keys: tuple[ChunkKey, ...]
-
-
-def make_plan(
-    policy: ReusePolicy, identity: CacheIdentity, prompt: Prompt, chunk_size: int, max_positions: int
-) -> Plan:
-    """What `policy` makes of `prompt`; a serving scheduler, which has no model, plans with it too."""
-    prompt = policy.transform(prompt)
-    positions = policy.placement.positions(prompt)
-    if positions[-1] >= max_positions:
-        raise PromptError(f"the prompt needs {positions[-1] + 1} positions, the model has {max_positions}")
-    chunks = prompt.chunks(chunk_size) if policy.reuses else ()
-    keys = chunk_keys(policy.keying, policy.encoding.name, identity, prompt, chunks, positions)
-    return Plan(prompt, tuple(positions), chunks, tuple(keys))
-
-
-@dataclass
-class Receipt:
-    """What really happened to one request. Rows are tokens; bytes are those read from the store.
-
-    `generation` is the oldest of the chunks it read: 0 where all were computed exactly.
-    """
-
-    system: str
-    tokens: int
-    tokens_reused: int = 0
-    tokens_recomputed: int = 0
-    compute_fraction: float = 1.0
-    tokens_per_layer: list[int] = field(default_factory=list)
-    chunks: int = 0
-    chunks_hit: int = 0
-    bytes_loaded: int = 0
-    fallback: str = ""
-    alpha: dict[int, float] = field(default_factory=dict)
-    generation: int = 0
-
-    def as_dict(self) -> dict:
-        """For a JSON record."""
-        return asdict(self)
 
 
 @dataclass
@@ -93,7 +49,7 @@ class ReuseEngine:
 
     Parameters
     ----------
-    model : ModelAdapter with `new_kv`, `model_id`, `dtype`, `device`
+    model : ModelAdapter
     policy : ReusePolicy
     store : ChunkStore
     chunk_size : int
@@ -109,7 +65,7 @@ class ReuseEngine:
 
     def __init__(
         self,
-        model,
+        model: ModelAdapter,
         policy: ReusePolicy,
         store: ChunkStore,
         *,
@@ -127,18 +83,18 @@ class ReuseEngine:
         store_dtype = store_dtype or model.dtype
         self.identity = CacheIdentity(model.model_id, str(store_dtype), namespace=namespace)
         self.encoder = ChunkEncoder(model, store, store_dtype, capture | policy.probe_layers)
-        self.executor = SelectivePrefill(model)
+        self.builder, self.executor = RequestBuilder(model), SelectivePrefill(model)
 
     def plan(self, prompt: Prompt) -> Plan:
         """Positions, chunks and keys of `prompt`; touches neither model nor store."""
-        return make_plan(self.policy, self.identity, prompt, self.chunk_size, self.model.rotary.max_positions)
+        return make_plan(self.policy, self.identity, prompt, self.chunk_size, self.model.max_positions)
 
     def build(self, prompt: Prompt) -> int:
         """Compute and store the chunks of `prompt` that the store lacks; returns how many."""
         plan = self.plan(prompt)
         if not plan.chunks:
             return 0
-        return self.encoder.encode(self.policy.encoding, plan.prompt, plan.positions, plan.chunks, plan.keys)
+        return self.encoder.encode(self.policy.encoding, plan)
 
     @torch.inference_mode()
     def keep(self, state: Prefilled, prompt: Prompt, limit: int) -> Kept:
@@ -161,14 +117,19 @@ class ReuseEngine:
         plan = self.plan(prompt)
         if not plan.chunks or all(map(self._has, plan.keys)):
             return Kept()
-        exact = state.receipt.chunks_hit == 0 or self.policy.keying.exact
-        generation = 0 if exact else state.receipt.generation + 1
-        store = self.store if generation == 0 else self.corrected
-        if generation > limit or store is None or not self._holds(state, plan):
-            encoded = self.encoder.encode(self.policy.encoding, plan.prompt, plan.positions, plan.chunks, plan.keys)
+        generation = generation_of_copy(
+            self.policy,
+            exact=state.receipt.chunks_hit == 0,
+            oldest=state.receipt.generation,
+            limit=limit if self.corrected is not None else 0,
+            in_place=self._holds(state, plan),
+        )
+        if generation is None:
+            encoded = self.encoder.encode(self.policy.encoding, plan)
             return Kept(encoded=encoded)
-        missing = [(c, k) for c, k in zip(plan.chunks, plan.keys, strict=True) if not self._has(k)]
-        for chunk, key in missing:
+        store = self.corrected if generation else self.store
+        missing = [(key, chunk) for key, chunk in plan.keyed if not self._has(key)]
+        for key, chunk in missing:
             store.put(key, self.encoder.cut(state.kv, plan.positions, chunk.start, chunk.end, generation))
         return Kept(len(missing), 0, generation)
 
@@ -176,12 +137,11 @@ class ReuseEngine:
         return self.store.contains(key) or (self.corrected is not None and self.corrected.contains(key))
 
     def _holds(self, state: Prefilled, plan: Plan) -> bool:
-        """Whether the KV of `state` is that of the plan's chunks, in the context their encoding names."""
+        """Whether the KV of `state` is that of the plan's chunks, without layer inputs that they would need."""
         served, rows = state.plan, len(state.plan.prompt)
         same = plan.prompt.token_ids[:rows] == served.prompt.token_ids[: len(plan.prompt)]
         same = same and plan.positions[:rows] == served.positions[: len(plan.prompt)]
-        in_prompt = self.policy.encoding.in_prompt and not self.encoder.capture
-        return in_prompt and same and plan.chunks[-1].end <= state.length
+        return same and not self.encoder.capture and plan.chunks[-1].end <= state.length
 
     def prefill(self, prompt: Prompt, following: int = 0, room: int = 0) -> Prefilled:
         """Complete the KV of `prompt`, reusing what the store holds. See `prefill_batch`."""
@@ -200,62 +160,40 @@ class ReuseEngine:
         return [self._finish(*p, output) for p, output in zip(prepared, outputs, strict=True)]
 
     def _prepare(self, prompt: Prompt, following: int, room: int) -> tuple[PrefillRequest, Plan, Receipt]:
-        plan, device = self.plan(prompt), self.model.device
+        plan = self.plan(prompt)
         rows = len(plan.prompt)
-        ids = torch.tensor(plan.prompt.token_ids, device=device)
-        positions = torch.tensor(plan.positions, device=device)
         receipt = Receipt(self.policy.name, rows, chunks=len(plan.chunks))
         limit = rows - max(0, self.suffix_len - following)
-        pieces, spans = [], []
-        for chunk, key in zip(plan.chunks, plan.keys, strict=True):
-            length = min(chunk.end, limit) - chunk.start
-            held = self._fetch(key, len(chunk), receipt) if length > 0 else None
-            if held is not None:
-                receipt.chunks_hit += 1
-                receipt.bytes_loaded += held.nbytes
-                receipt.generation = max(receipt.generation, held.generation)
-                pieces.append(Piece(held, length))
-                spans.append(torch.arange(chunk.start, chunk.start + length, device=device))
-        reused = torch.cat(spans) if spans else rows_none(ids)
-        if plan.chunks and not spans and not receipt.fallback:
+        found = find_pieces(plan.keyed, 0, limit, lambda _, key, c: self._fetch(key, len(c), receipt), receipt)
+        if plan.chunks and not found.pieces and not receipt.fallback:
             receipt.fallback = "no chunk of this prompt is in the store"
-        source = None
-        if pieces:
-            place = self.policy.placement
-            source = PlacedChunks(pieces, positions[reused], place, self.model.rotary, self.model.dtype)
-        kv = self.model.new_kv(rows + following + room)
-        if describe := getattr(self.model, "describe", None):  # CoPE: where the prompt's updated slots lie
-            describe(kv, slots_in(plan.prompt))
-        request = PrefillRequest(
-            ids,
-            positions,
-            kv,
-            reused,
-            source,
-            self.policy.correction,
-            tuple(p.length for p in pieces),
+        request = self.builder.build(
+            plan.prompt.token_ids,
+            plan.positions,
+            self.model.new_kv(rows + following + room),
+            found=found,
+            placement=self.policy.placement,
+            correction=self.policy.correction,
+            slots=slots_in(plan.prompt),
         )
         return request, plan, receipt
 
     def _fetch(self, key: ChunkKey, tokens: int, receipt: Receipt) -> ChunkKV | None:
+        """A chunk of `tokens` tokens out of the first store that has it; the receipt says why there is none."""
         for store in (self.store, self.corrected):
             if store is not None:
                 try:
-                    found = store.fetch(key, shape=self.encoder.shape, tokens=tokens)
+                    held = store.fetch(key, shape=self.encoder.shape, tokens=tokens)
                 except StoreError as broken:
-                    found = Fetched(None, why=str(broken))
-                if found.chunk is not None:
-                    return found.chunk
-                if found.why != "absent":  # a damaged chunk is recomputed, never served
-                    receipt.fallback = found.why
+                    held = Fetched(None, why=str(broken))
+                if held.chunk is not None:
+                    return held.chunk
+                if held.why != "absent":  # a damaged chunk is recomputed, never served
+                    receipt.fallback = held.why
         return None
 
     def _finish(self, request: PrefillRequest, plan: Plan, receipt: Receipt, output: PrefillOutput) -> Prefilled:
-        receipt.tokens_recomputed = len(output.selected)
-        receipt.tokens_reused = len(request.reused) - len(output.selected)
-        receipt.tokens_per_layer = output.tokens_computed
-        receipt.compute_fraction = output.compute_fraction(receipt.tokens)
-        receipt.alpha = output.alpha
+        receipt.complete(output, len(request.reused))
         logits = None if output.hidden is None else self.model.logits(output.hidden[None])[0]
         return Prefilled(request.kv, receipt.tokens, plan.positions[-1] + 1, logits, receipt, output, plan)
 
@@ -271,9 +209,8 @@ class ReuseEngine:
         """
         requests = []
         for state, new in zip(states, token_ids, strict=True):
-            ids = torch.tensor(new, device=self.model.device)
-            positions = torch.arange(state.next_position, state.next_position + len(ids), device=ids.device)
-            requests.append(PrefillRequest(ids, positions, state.kv, rows_none(ids), start=state.length))
+            positions = range(state.next_position, state.next_position + len(new))
+            requests.append(self.builder.build(new, positions, state.kv, start=state.length))
         outputs = self.executor.run(requests)
         for state, new in zip(states, token_ids, strict=True):
             state.length += len(new)

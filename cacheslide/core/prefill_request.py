@@ -78,7 +78,3 @@ class PrefillOutput:
         """The last row's final state [hidden_size]; None when that row was not active. Waits for the device."""
         ends_active = len(self.active) and int(self.active[-1]) == self.rows - 1
         return self.final[-1] if ends_active else None
-
-    def compute_fraction(self, rows: int) -> float:
-        """Share of the prompt's row-layers that were computed: the ideal ratio of prefill times."""
-        return sum(self.tokens_computed) / (rows * len(self.tokens_computed))

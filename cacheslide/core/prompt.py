@@ -69,6 +69,10 @@ class Prompt:
             raise PromptError("the prompt is empty")
         object.__setattr__(self, "segments", kept)
 
+    def __getstate__(self) -> dict:
+        """What crosses processes: every token id once, and nothing that is made of the segments."""
+        return {"segments": self.segments}
+
     @classmethod
     def from_spans(cls, token_ids: Sequence[int], reuse: Iterable[tuple[int, int]]) -> "Prompt":
         """Mark the half-open spans `reuse` of `token_ids` as fixed; everything between them is updated."""

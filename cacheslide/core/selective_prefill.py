@@ -13,13 +13,13 @@ from torch import Tensor
 from cacheslide.core.active_tokens import ActiveTokens
 from cacheslide.core.prefill_request import PrefillOutput, PrefillRequest
 from cacheslide.errors import PolicyError
-from cacheslide.models.adapter import ModelAdapter
+from cacheslide.models.adapter import DecoderSteps
 
 
 class SelectivePrefill:
-    """Runs requests, packed, over a `ModelAdapter`."""
+    """Runs requests, packed, over the `DecoderSteps` of a model."""
 
-    def __init__(self, model: ModelAdapter) -> None:
+    def __init__(self, model: DecoderSteps) -> None:
         self.model = model
 
     @torch.inference_mode()

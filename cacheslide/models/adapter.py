@@ -1,4 +1,4 @@
-"""What the executor needs from a model: five steps of a decoder layer, and a KV buffer to write into.
+"""What the engine needs from a model: the steps of a decoder layer, a KV buffer to write into, its shape and name.
 
 Two hosts implement it: the reference Llama of this package, and the model a serving engine has loaded.
 Rows of several requests are packed along one axis; `RowGroup` says whose they are.
@@ -6,10 +6,12 @@ Rows of several requests are packed along one axis; `RowGroup` says whose they a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
+from cacheslide.positions.ccpe import PromptSlots
 from cacheslide.positions.rope import Rotary
 
 
@@ -33,12 +35,18 @@ class RowGroup:
     rows: Tensor
 
 
-class ModelAdapter(Protocol):
-    """A decoder-only transformer, one step at a time. n rows are packed over all requests of the call."""
+class DecoderSteps(Protocol):
+    """A decoder-only transformer, one step at a time: what the executor calls. n rows are packed over all requests.
+
+    Attributes
+    ----------
+    num_layers : int
+    ranks : int
+        Tensor-parallel ranks that share the heads.
+    """
 
     num_layers: int
-    rotary: Rotary
-    ranks: int  # tensor-parallel ranks that share the heads
+    ranks: int
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids [n] -> hidden states [n, hidden_size]."""
@@ -59,10 +67,53 @@ class ModelAdapter(Protocol):
         """
         ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and head: hidden [n, hidden_size] -> logits [n, vocab_size], float32."""
-        ...
-
     def reduce_scores(self, scores: Tensor) -> Tensor:
         """Sum deviations [n] over tensor-parallel ranks, so that all ranks select the same rows."""
+        ...
+
+
+@runtime_checkable
+class ModelAdapter(DecoderSteps, Protocol):
+    """A model that prompts are served with and chunks are encoded with.
+
+    Attributes
+    ----------
+    model_id : str
+        Names the weights in chunk keys: models of one id compute the same KV.
+    dtype, device
+        Of hidden states and KV.
+    num_kv_heads : int
+        This rank's.
+    head_dim, hidden_size : int
+    max_positions : int
+        Position indices lie below it.
+    rotary : Rotary
+        Turns keys from one position to another.
+    rotates : bool
+        Whether keys depend on their position; those that do not serve wherever they are.
+    """
+
+    model_id: str
+    dtype: torch.dtype
+    device: torch.device | str
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    max_positions: int
+    rotary: Rotary
+    rotates: bool
+
+    def new_kv(self, capacity: int) -> KVBuffer:
+        """An empty KV buffer of `capacity` rows."""
+        ...
+
+    def describe(self, kv: KVBuffer, slots: PromptSlots) -> None:
+        """Tell `kv` where its prompt's updated slots lie; nothing to most models.
+
+        PromptError for more slots than the model knows.
+        """
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and head: hidden [n, hidden_size] -> logits [n, vocab_size], float32."""
         ...

@@ -34,6 +34,8 @@ class CopeLlama(ReferenceLlama):
         See `SlotMasses`.
     """
 
+    rotates = False
+
     def __init__(
         self,
         config: LlamaConfig,
@@ -72,5 +74,5 @@ class CopeLlama(ReferenceLlama):
 
     def crossed(self, layer: int, group: RowGroup) -> SlotMasses | None:
         """The slot masses that rows of a described prompt meet in `layer`; None where every gate is live."""
-        packed = None if self.masses is None else pack_slots([(getattr(group.kv, "slots", None), group.rows)])
+        packed = None if self.masses is None else pack_slots([(group.kv.slots, group.rows)])
         return None if packed is None else packed.masses(self.masses[layer].to(group.rows.device), self.cap)

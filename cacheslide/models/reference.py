@@ -15,18 +15,26 @@ from cacheslide.errors import ModelError
 from cacheslide.models.adapter import RowGroup
 from cacheslide.models.config import LlamaConfig
 from cacheslide.models.weights import check_device, fingerprint, load_weights
+from cacheslide.positions.ccpe import PromptSlots
 from cacheslide.positions.rope import Rotary, inverse_frequencies
 
 _QUERY_BLOCK = 256  # rows a scattered-attention call handles at once: bounds the mask, skips most masked keys
 
 
 class DenseKV:
-    """A request's KV as two tensors [layers, capacity, kv_heads, head_dim]; unwritten rows hold NaN."""
+    """A request's KV as two tensors [layers, capacity, kv_heads, head_dim]; unwritten rows hold NaN.
 
-    def __init__(self, config: LlamaConfig, capacity: int, dtype: torch.dtype, device: str = "cpu") -> None:
-        shape = (config.num_layers, capacity, config.num_kv_heads, config.head_dim)
+    Parameters
+    ----------
+    sizes : LlamaConfig or ModelAdapter
+        Its layers, KV heads and head_dim.
+    """
+
+    def __init__(self, sizes, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        shape = (sizes.num_layers, capacity, sizes.num_kv_heads, sizes.head_dim)
         self.k = torch.full(shape, float("nan"), dtype=dtype, device=device)
         self.v = torch.full(shape, float("nan"), dtype=dtype, device=device)
+        self.slots: PromptSlots | None = None  # where a CoPE model's prompt has its updated slots
 
     @property
     def capacity(self) -> int:
@@ -93,11 +101,12 @@ class ReferenceLlama:
         Identifies the weights in chunk keys.
     """
 
-    ranks = 1
+    ranks, rotates = 1, True
 
     def __init__(self, config: LlamaConfig, weights: dict[str, Tensor], model_id: str) -> None:
         self.config, self.model_id = config, model_id
-        self.num_layers = config.num_layers
+        self.num_layers, self.num_kv_heads, self.head_dim = config.num_layers, config.num_kv_heads, config.head_dim
+        self.hidden_size, self.max_positions = config.hidden_size, config.max_positions
         try:
             self.embedding = weights["model.embed_tokens.weight"]
             self.norm = weights["model.norm.weight"]
@@ -123,6 +132,9 @@ class ReferenceLlama:
         if capacity > self.config.max_positions:
             raise ModelError(f"{capacity} tokens exceed the model's {self.config.max_positions} positions")
         return DenseKV(self.config, capacity, self.dtype, self.device)
+
+    def describe(self, kv: DenseKV, slots: PromptSlots) -> None:
+        """See `ModelAdapter.describe`; rotary positions ask for no slots."""
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """See `ModelAdapter.embed`."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cacheslide.core.placement import send, tensor_of
 from cacheslide.core.prompt import Prompt, Role
+from cacheslide.core.tensors import send, tensor_of
 from cacheslide.errors import PromptError
 
 
@@ -168,15 +168,15 @@ def slots_between(prompt: Prompt) -> PromptSlots:
 
 def _slots(prompt: Prompt, with_updated: bool) -> PromptSlots:
     bounds: list[tuple[int, int]] = []
-    flags: list[bool] = []
-    pending = None  # where the slot that is open begins
+    runs: list[Tensor] = []
+    pending, at = None, 0  # where the slot that is open begins, and the row reached
     for segment in prompt.segments:
-        if segment.role is Role.REUSE:
-            if pending is not None:
-                bounds.append((pending, len(flags)))
-                pending = None
-            flags += [True] * len(segment.token_ids)
-        else:
-            pending = len(flags) if pending is None else pending
-            flags += [False] * (len(segment.token_ids) if with_updated else 0)
-    return PromptSlots(tuple(bounds), torch.tensor(flags, dtype=torch.bool))
+        fixed = segment.role is Role.REUSE
+        if fixed and pending is not None:
+            bounds.append((pending, at))
+            pending = None
+        elif not fixed and pending is None:
+            pending = at
+        runs.append(torch.full((len(segment.token_ids) if fixed or with_updated else 0,), fixed))
+        at += len(runs[-1])
+    return PromptSlots(tuple(bounds), torch.cat(runs))

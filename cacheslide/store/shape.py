@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cacheslide.errors import StoreError
+from cacheslide.models.adapter import ModelAdapter
 from cacheslide.store.base import ChunkKV
 from cacheslide.store.files import align
 from cacheslide.store.pages import DTYPES, MOST_TOKENS, PageLayout
@@ -101,11 +102,10 @@ class Wanted(Accept):
             raise Misfit(why)
 
 
-def shape_of(model, store_dtype: torch.dtype) -> ChunkShape:
-    """What the chunks of a reference model look like; of other models, what can be known."""
-    name, positions, config = name_of(store_dtype), model.rotary.max_positions, getattr(model, "config", None)
-    sizes = [getattr(config, field, 0) for field in ("num_kv_heads", "head_dim", "hidden_size")]
-    return ChunkShape(model.num_layers, *sizes[:2], name, sizes[2], positions)
+def shape_of(model: ModelAdapter, store_dtype: torch.dtype) -> ChunkShape:
+    """What a model's chunks look like in a store of `store_dtype`."""
+    heads, dim, name = model.num_kv_heads, model.head_dim, name_of(store_dtype)
+    return ChunkShape(model.num_layers, heads, dim, name, model.hidden_size, model.max_positions)
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -7,7 +7,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 
 from cacheslide.core.keys import ChunkKey
 from cacheslide.core.placement import Placement
-from cacheslide.core.prompt import Chunk, Prompt
+from cacheslide.core.plan import Plan
+from cacheslide.core.prompt import Chunk
 from cacheslide.policies.base import Correction, Encoding
 from cacheslide.positions.ccpe import PromptSlots
 from cacheslide.vllm.cope.slots import SlotRows
@@ -17,24 +18,26 @@ from cacheslide.vllm.cope.slots import SlotRows
 class LoadPlan:
     """Complete rows [start, end) of a request from cached chunks.
 
-    `token_ids` and `positions` cover the whole prompt, `positions` only where a row's position is not its index;
-    `reuse` names the chunks the scheduler's index holds; rows from `limit` on are always recomputed. `slots` are those
-    that a calibrated CoPE model crosses.
+    `plan` is that of the whole prompt; `reuse` names those of its chunks that the scheduler's index holds; rows from
+    `limit` on are always recomputed. `slots` are those that a calibrated CoPE model crosses.
     """
 
     req_id: str
     system: str
-    token_ids: list[int]
+    plan: Plan
     block_ids: list[int]
     start: int
     end: int
     limit: int
     reuse: tuple[tuple[ChunkKey, Chunk], ...]
-    chunks: int
     placement: Placement
     correction: Correction
-    positions: tuple[int, ...] | None = None
     slots: PromptSlots | None = None
+
+    @property
+    def rows(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.plan.prompt)
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,14 @@ class SavePlan:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """Prefill and keep the chunks of a prompt that are missing, exactly, in the context of their encoding.
+    """Prefill and keep the chunks of a plan that are missing, exactly, in the context of their encoding.
 
     With `renew` corrected copies of its chunks count as missing.
     """
 
     encoding: Encoding
     capture: frozenset[int]
-    prompt: Prompt
-    positions: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
-    keys: tuple[ChunkKey, ...]
+    plan: Plan
     evict: tuple[ChunkKey, ...] = ()
     renew: bool = False
 
@@ -67,11 +67,11 @@ class EncodeJob:
         """The same job as prefills: one for each of its chunks where they are isolated, else one."""
         if not self.encoding.separate:
             return [self]
-        return [replace(self, chunks=(c,), keys=(k,)) for c, k in zip(self.chunks, self.keys, strict=True)]
+        return [replace(self, plan=part) for part in self.plan.parts()]
 
     def tokens(self, missing: list[bool]) -> int:
         """Tokens this job will prefill, given which of its chunks are missing."""
-        return self.encoding.tokens(self.chunks, missing)
+        return self.encoding.tokens(self.plan.chunks, missing)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cacheslide.core.engine import Receipt
 from cacheslide.core.prompt import Prompt
+from cacheslide.core.receipt import Receipt
 from cacheslide.errors import ModelError, PolicyError
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.vllm.options import marks_of, policy_of
@@ -152,8 +152,7 @@ class VllmResponder:
         if not isinstance(system, Stock):
             raise PolicyError(f"{system.name}: vLLM answered a marked request without a receipt")
         rows, cached = len(ask.token_ids), answer.prefix_cached
-        receipt = Receipt(system.name, rows, cached, compute_fraction=(rows - cached) / rows)
-        receipt.tokens_per_layer = [rows - cached] * self.backend.num_layers
+        receipt = Receipt(system.name, rows, cached).computed([rows - cached] * self.backend.num_layers)
         return receipt.as_dict() | {"tokens_prefix_cached": cached, "measured": True}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cacheslide.core.placement import send
+from cacheslide.core.tensors import send
 from cacheslide.positions.ccpe import PromptSlots, SlotMasses
 
 _NOWHERE = 2**31 - 1  # a slot that lies behind every row

@@ -9,8 +9,9 @@ prefill of their own.
 
 from typing import Any
 
-from cacheslide.core.engine import make_plan
+from cacheslide.core.plan import make_plan
 from cacheslide.core.prompt import Prompt
+from cacheslide.core.retention import generation_of_copy
 from cacheslide.errors import PromptError
 from cacheslide.vllm.protocol import SavePlan
 from cacheslide.vllm.scheduler.request_state import Tracked
@@ -46,14 +47,17 @@ def keep_history(keeper, request, tracked: Tracked, block_ids: list[int]) -> dic
     except PromptError:  # a schema has no slot left for it, or a CoPE model no mass
         return None
     last = len(plan.prompt.segments) - 1
-    missing = {k: c for k, c in zip(plan.keys, plan.chunks, strict=True) if c.segment == last and k not in keeper.index}
+    missing = {k: c for k, c in plan.keyed if c.segment == last and k not in keeper.index}
     keeper.index.touch(plan.keys)
     kept = {"start": start, "end": end, "generation": 0}
-    copied = policy.copyable and not tracked.schema
-    # A prefix's KV is exact also where it was reused: nothing but the prefix decides it.
-    corrected = not tracked.exact and not policy.keying.exact
-    generation = tracked.generation + corrected
-    if copied and generation <= keeper.options.max_generation:
+    generation = generation_of_copy(
+        policy,
+        exact=tracked.exact,
+        oldest=tracked.generation,
+        limit=keeper.options.max_generation,
+        in_place=not tracked.schema,
+    )
+    if generation is not None:
         evict = keeper.reserve(missing, 0, generation)
         if evict is None:
             return None

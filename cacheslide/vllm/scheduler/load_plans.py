@@ -12,16 +12,14 @@ def load_plan(req_id: str, tracked: Tracked, end: int, suffix_len: int) -> LoadP
     return LoadPlan(
         req_id,
         policy.name,
-        list(plan.prompt.token_ids),
+        plan,
         tracked.block_ids,
         tracked.start,
         end,
         tracked.rows - suffix_len,
         tracked.reuse,
-        len(plan.chunks),
         policy.placement,
         policy.correction,
-        plan.positions if tracked.schema else None,
         tracked.slots,
     )
 

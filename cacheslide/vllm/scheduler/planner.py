@@ -3,8 +3,8 @@
 import secrets
 from dataclasses import replace
 
-from cacheslide.core.engine import make_plan
 from cacheslide.core.keys import CacheIdentity
+from cacheslide.core.plan import make_plan
 from cacheslide.errors import CacheSlideError, PolicyError, PromptError
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.options import Marks, ServerOptions
@@ -90,7 +90,7 @@ class Planner:
         tracked.slots = self.geometry.slots_of(prompt)
         tracked.encode = marks.encode or self.options.encode
         tracked.spans, tracked.history, tracked.note = marks.segments, marks.history, marks.note
-        tracked.schema = plan.positions[-1] != len(prompt) - 1
+        tracked.schema = plan.schema
         sampling = request.sampling_params
         if sampling is not None and sampling.prompt_logprobs is not None:
             tracked.reason = reasons.PROMPT_LOGPROBS

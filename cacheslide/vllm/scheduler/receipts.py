@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from cacheslide.core.engine import Receipt
+from cacheslide.core.receipt import Receipt
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.scheduler.reasons import MEMORY
 from cacheslide.vllm.scheduler.request_state import Tracked

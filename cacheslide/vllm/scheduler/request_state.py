@@ -5,8 +5,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cacheslide.core.engine import Plan
 from cacheslide.core.keys import CacheIdentity, ChunkKey
+from cacheslide.core.plan import Plan
 from cacheslide.core.prompt import Chunk
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.positions.ccpe import PromptSlots

@@ -5,9 +5,10 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 
-from cacheslide.core.engine import Plan
 from cacheslide.core.keys import ChunkKey
+from cacheslide.core.plan import Plan
 from cacheslide.core.prompt import Chunk
+from cacheslide.core.retention import generation_of_copy
 from cacheslide.errors import StoreError
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.vllm.geometry import Geometry
@@ -22,9 +23,7 @@ logger = logging.getLogger("vllm.cacheslide")  # below vLLM's logger, so that it
 
 def job_of(policy: ReusePolicy, plan: Plan, renew: bool = False) -> EncodeJob:
     """The prefill that makes what is missing of a plan's chunks."""
-    return EncodeJob(
-        policy.encoding, policy.probe_layers, plan.prompt, plan.positions, plan.chunks, plan.keys, renew=renew
-    )
+    return EncodeJob(policy.encoding, policy.probe_layers, plan, renew=renew)
 
 
 class ChunkKeeper:
@@ -52,10 +51,13 @@ class ChunkKeeper:
     def keep(self, tracked: Tracked, step: StepPlan) -> None:
         """The request's prompt is complete in this step: keep its chunks, or have them encoded."""
         plan, policy = tracked.plan, tracked.policy
-        missing = {k: c for k, c in zip(plan.keys, plan.chunks, strict=True) if k not in self.index}
+        missing = {k: c for k, c in plan.keyed if k not in self.index}
         if not missing or tracked.encode == "off":
             return
-        if policy.copyable and tracked.exact and not tracked.schema:
+        # Reused rows are loaded in this very step, and a load may fail: only what vLLM computes is copied behind it.
+        in_place = tracked.exact and not tracked.schema
+        oldest = tracked.generation
+        if generation_of_copy(policy, exact=tracked.exact, oldest=oldest, limit=0, in_place=in_place) is not None:
             evict = self.reserve(missing, len(policy.probe_layers))
             if evict is not None:
                 step.saves.append(SavePlan(tracked.block_ids, tuple(missing.items()), evict))
@@ -64,7 +66,7 @@ class ChunkKeeper:
 
     def enqueue(self, job: EncodeJob, when: str) -> None:
         """Have a job done, unless it waits already."""
-        if all(job.keys != waiting.keys for waiting, _ in self.jobs):
+        if all(job.plan.keys != waiting.plan.keys for waiting, _ in self.jobs):
             self.jobs.append((job, when == "now"))
 
     def reserve(
@@ -85,8 +87,8 @@ class ChunkKeeper:
         """Hand out jobs; the first `waited` come from earlier steps, the others go only if they may not wait."""
         budget, waiting = self.options.encode_tokens_per_step, deque()
         for number, (job, urgent) in enumerate(self.jobs):
-            renewed = [key for key in job.keys if job.renew and self.index.generation(key)]
-            missing = [key not in self.index or key in renewed for key in job.keys]
+            renewed = [key for key in job.plan.keys if job.renew and self.index.generation(key)]
+            missing = [key not in self.index or key in renewed for key in job.plan.keys]
             tokens = job.tokens(missing)
             if not tokens:
                 continue
@@ -94,7 +96,7 @@ class ChunkKeeper:
             if not urgent and not (fits and number < waited and (idle or not step.loads)):
                 waiting.append((job, urgent))
                 continue
-            evict = self.reserve(dict(zip(job.keys, job.chunks, strict=True)), len(job.capture))
+            evict = self.reserve(dict(job.plan.keyed), len(job.capture))
             if evict is not None:
                 budget -= tokens
                 self.index.set_exact(renewed)

@@ -82,9 +82,7 @@ class SchedulerSide:
     def _claim(self, request, tracked: Tracked, computed: int) -> int | None:
         limit = tracked.rows - max(1, self.options.suffix_len)
         wanted = [
-            (key, chunk)
-            for key, chunk in zip(tracked.plan.keys, tracked.plan.chunks, strict=True)
-            if max(chunk.start, computed) < min(chunk.end, limit)
+            (key, chunk) for key, chunk in tracked.plan.keyed if max(chunk.start, computed) < min(chunk.end, limit)
         ]
         if self._waits(tracked, wanted):
             return None

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cacheslide.core.placement import send
+from cacheslide.core.tensors import send
 from cacheslide.kernels import api as kernels
 from cacheslide.kernels.cope.api import cope_attention
 from cacheslide.models.adapter import RowGroup

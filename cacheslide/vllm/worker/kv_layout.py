@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cacheslide.core.placement import send, tensor_of
+from cacheslide.core.tensors import send, tensor_of
 from cacheslide.positions.ccpe import PromptSlots
 
 _DIGIT = 7  # bits of an index written at once: up to 127 is exact in every dtype a cache may have

@@ -3,14 +3,13 @@
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.model_executor.models.interfaces_base import is_text_generation_model
 
-from cacheslide.core.placement import send
+from cacheslide.core.tensors import send
 from cacheslide.errors import ModelError
 from cacheslide.models.adapter import RowGroup
 from cacheslide.models.reference import DenseKV, row_attention
@@ -18,6 +17,7 @@ from cacheslide.positions.ccpe import PromptSlots, check_slots
 from cacheslide.positions.rope import Rotary, inverse_frequencies
 from cacheslide.vllm.cope.setting import is_cope
 from cacheslide.vllm.cope.slots import Crossing
+from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.worker.attention import RowKernel, choose
 from cacheslide.vllm.worker.kv_layout import PagedKV, PagedLayer, scratch_kv
 from cacheslide.vllm.worker.operators import fused_norms, operators
@@ -77,10 +77,13 @@ class VllmModel:
         What vLLM loaded.
     config : transformers PretrainedConfig
         Its text configuration.
+    geometry : Geometry
+        Of this engine: the model's name and its positions.
     """
 
-    def __init__(self, model: torch.nn.Module, config) -> None:
+    def __init__(self, model: torch.nn.Module, config, geometry: Geometry) -> None:
         self.model = model
+        self.model_id, self.max_positions = geometry.model_id, geometry.max_positions
         self.layers = list(model.model.layers)
         self.num_layers = len(self.layers)
         self.rotates = not is_cope(config)
@@ -92,9 +95,7 @@ class VllmModel:
         self.attend_paged = choose(self.paged)
         first = self.layers[0].self_attn
         self.crossing: Crossing | None = getattr(first.attn, "cope_crossing", None)
-        self.shape = SimpleNamespace(
-            num_layers=self.num_layers, num_kv_heads=first.num_kv_heads, head_dim=first.head_dim
-        )
+        self.num_kv_heads, self.head_dim = first.num_kv_heads, first.head_dim
         self.hidden_size = config.hidden_size
         self.scale = float(first.attn.impl.scale)
         norm = self.layers[0].input_layernorm.weight
@@ -104,11 +105,11 @@ class VllmModel:
 
     def new_kv(self, capacity: int) -> DenseKV | PagedKV:
         """Scratch KV outside the paged cache, for encoding chunks."""
-        s = self.shape
         if self.open:
             block = self.paged[0].block_size  # the kernels are compiled for it
-            return scratch_kv(s.num_layers, capacity, s.num_kv_heads, s.head_dim, self.dtype, self.device, block)
-        return DenseKV(s, capacity, self.dtype, self.device)
+            sizes = self.num_layers, capacity, self.num_kv_heads, self.head_dim
+            return scratch_kv(*sizes, self.dtype, self.device, block)
+        return DenseKV(self, capacity, self.dtype, self.device)
 
     @contextmanager
     def running(self, schema_positions: bool = False) -> Iterator[None]:
@@ -123,7 +124,7 @@ class VllmModel:
                 self.attend_paged.forget()
 
     def describe(self, kv: PagedKV, slots: PromptSlots) -> None:
-        """See `CopeLlama.describe`; nothing to say to a model without calibrated slot masses."""
+        """See `ModelAdapter.describe`; nothing to say to a model without calibrated slot masses."""
         if self.crossing is not None and self.crossing.known:
             check_slots(slots, self.crossing.known)
             kv.updated = PromptSlots(slots.bounds, send(slots.canonical, self.device))

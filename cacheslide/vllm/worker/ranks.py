@@ -112,7 +112,7 @@ def _counted(group: Any) -> Iterator[list[Tensor | None]]:
 
 
 class _Hollow:
-    """A `ModelAdapter` that computes nothing and meets the other ranks where the real one does."""
+    """`DecoderSteps` that compute nothing and meet the other ranks where the real ones do."""
 
     def __init__(self, model: Any, group: Any, done: Sequence[Tensor | None], mlp_rows: int) -> None:
         self.model, self.group, self.done, self.mlp_rows = model, group, list(done), mlp_rows
@@ -160,7 +160,7 @@ class _Zeros(SimpleNamespace):
     """A `KVSource` of a request's reused rows, all zero."""
 
     def __init__(self, request: PrefillRequest, model: Any) -> None:
-        shape = model.shape.num_kv_heads, model.shape.head_dim
+        shape = model.num_kv_heads, model.head_dim
         super().__init__(request=request, heads=shape, model=model)
 
     def layer(self, layer: int, index: Tensor | None = None) -> tuple[Tensor, Tensor]:

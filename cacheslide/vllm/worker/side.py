@@ -1,18 +1,17 @@
 """The worker's half: completes prompts from cached chunks, copies chunks out of the paged cache, encodes others."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 
-from cacheslide.core.encoder import ChunkEncoder
+from cacheslide.core.encoder import ChunkEncoder, read_chunk
 from cacheslide.core.keys import ChunkKey
 from cacheslide.core.prompt import Chunk
-from cacheslide.store.base import ChunkKV
-from cacheslide.store.shape import ChunkShape, name_of
+from cacheslide.store.shape import shape_of
 from cacheslide.vllm.claims import Loads
+from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.guard import Faults, reason
 from cacheslide.vllm.options import ServerOptions
 from cacheslide.vllm.protocol import EncodeJob, Landed, SavePlan, StepPlan, WorkerReport
@@ -43,7 +42,7 @@ class WorkerSide:
         """Find the loaded model; the paged cache exists by now."""
         config = self.vllm_config
         found = find_model(config.compilation_config.static_forward_context)
-        self.model = VllmModel(found, config.model_config.hf_text_config)
+        self.model = VllmModel(found, config.model_config.hf_text_config, Geometry.of(config))
         self.memory = self._pinned_memory()
         self.below = self._open_below()
         self.store = self._open_store(self.options.store_device)
@@ -72,21 +71,10 @@ class WorkerSide:
         """This rank's share of the tiers below memory."""
         if (tiers := self.options.tiers) is None:
             return None
-        shape = self.model.shape
-        row_bytes = 2 * shape.num_kv_heads * shape.head_dim * self.model.dtype.itemsize
-        rank = get_tensor_model_parallel_rank()
-        return Below(tiers, row_bytes, self.options.namespace, rank, self.model.ranks, self.memory, self._chunk_shape())
-
-    def _chunk_shape(self) -> ChunkShape:
-        shape, config = self.model.shape, self.vllm_config.model_config
-        return ChunkShape(
-            shape.num_layers,
-            shape.num_kv_heads,
-            shape.head_dim,
-            name_of(self.model.dtype),
-            config.hf_text_config.hidden_size,
-            max(config.max_model_len, config.hf_text_config.max_position_embeddings),
-        )
+        model, rank = self.model, get_tensor_model_parallel_rank()
+        row_bytes = 2 * model.num_kv_heads * model.head_dim * model.dtype.itemsize
+        shape = shape_of(model, model.dtype)
+        return Below(tiers, row_bytes, self.options.namespace, rank, model.ranks, self.memory, shape)
 
     def _open_store(self, where: str) -> WorkerStore:
         """An empty store; one in host memory beside a GPU is pinned, and read and written on streams of its own."""
@@ -205,14 +193,8 @@ class WorkerSide:
                 self.report.missing.add(key)
 
     def _copy(self, plan: SavePlan, key: ChunkKey, chunk: Chunk) -> None:
-        kv = self.model.paged_kv(plan.block_ids, self.block_size)
-        self.store.put(key, replace(self._chunk(kv, chunk), generation=plan.generation))
-
-    def _chunk(self, kv, chunk: Chunk) -> ChunkKV:
-        rows = torch.arange(chunk.start, chunk.end, device=self.model.device)
-        pairs = [kv.read(layer, rows) for layer in range(self.model.num_layers)]
-        positions = torch.arange(chunk.start, chunk.end)
-        return ChunkKV(torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs]), positions)
+        kv, own = self.model.paged_kv(plan.block_ids, self.block_size), range(chunk.end)
+        self.store.put(key, read_chunk(self.model, kv, own, chunk.start, chunk.end, plan.generation))
 
     @torch.inference_mode()
     def encode(self, step: StepPlan) -> None:
@@ -222,15 +204,15 @@ class WorkerSide:
         for job in step.encodes:
             self.drop(job.evict)
             self.encoded += 1
-            held = [key not in self.unsure and self.store.contains(key) for key in job.keys]
+            held = [key not in self.unsure and self.store.contains(key) for key in job.plan.keys]
             together, *everywhere = self.team.agree([True, *held])
             if not together:
                 self._not_kept(job)
                 continue
-            missing = {key for key, there in zip(job.keys, everywhere, strict=True) if not there}
+            missing = {key for key, there in zip(job.plan.keys, everywhere, strict=True) if not there}
             self.drop(missing)
             for part in job.parts():
-                if not missing.isdisjoint(part.keys) and not self._survive("encode", self._encode, part):
+                if not missing.isdisjoint(part.plan.keys) and not self._survive("encode", self._encode, part):
                     self._not_kept(part)
 
     def encode_nothing(self, step: StepPlan) -> None:
@@ -238,17 +220,17 @@ class WorkerSide:
         for job in step.encodes[self.encoded :]:
             self.encoded += 1
             self.drop(job.evict)
-            self.team.agree([False] * (1 + len(job.keys)))
+            self.team.agree([False] * (1 + len(job.plan.keys)))
             self._not_kept(job)
 
     def _encode(self, job: EncodeJob) -> None:
         encoder = ChunkEncoder(self.model, self.store, self.model.dtype, job.capture)
         encoder.executor = TeamPrefill(self.model, self.team, MLP_ROWS)
         with self.team.unit(), self.model.running():
-            encoder.encode(job.encoding, job.prompt, job.positions, job.chunks, job.keys)
+            encoder.encode(job.encoding, job.plan)
 
     def _not_kept(self, job: EncodeJob) -> None:
-        self.report.missing.update(k for k in job.keys if k in self.unsure or not self.store.contains(k))
+        self.report.missing.update(k for k in job.plan.keys if k in self.unsure or not self.store.contains(k))
 
     def land(self, step: StepPlan) -> None:
         """Take in chunks that were read from below."""

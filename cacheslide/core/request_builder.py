@@ -1,0 +1,122 @@
+"""Builds the prefill request of a prompt out of what is cached for it: both hosts build theirs with this."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cacheslide.core.keys import ChunkKey
+from cacheslide.core.placement import Piece, PlacedChunks, Placement
+from cacheslide.core.prefill_request import KVSource, PrefillRequest
+from cacheslide.core.prompt import Chunk
+from cacheslide.core.receipt import Receipt
+from cacheslide.core.tensors import send, tensor_of
+from cacheslide.models.adapter import KVBuffer, ModelAdapter
+from cacheslide.policies.base import Correction
+from cacheslide.policies.none import NoCorrection
+from cacheslide.positions.ccpe import PromptSlots
+from cacheslide.store.base import ChunkKV
+
+Fetch = Callable[[int, ChunkKey, Chunk], ChunkKV | None]
+
+
+@dataclass
+class Found:
+    """Cached rows of one request, in prompt order: pieces of chunks, and the local rows that each is for."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    spans: list[range] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Rows of each piece."""
+        return tuple(p.length for p in self.pieces)
+
+    @property
+    def rows(self) -> Tensor:
+        """The local rows, int64 [sum of lengths], ascending, on the host."""
+        none = torch.zeros(0, dtype=torch.int64)
+        return torch.cat([none, *(torch.arange(s.start, s.stop) for s in self.spans)])
+
+
+def find_pieces(
+    chunks: Iterable[tuple[ChunkKey, Chunk]], start: int, limit: int, fetch: Fetch, receipt: Receipt
+) -> Found:
+    """The cached rows in [start, limit) of a prompt, counted in `receipt`.
+
+    Parameters
+    ----------
+    chunks : iterable of (ChunkKey, Chunk)
+    start : int
+        The request's first row, row 0 of the local rows.
+    fetch : callable
+        Number, key and chunk -> the chunk's KV, None where it cannot be had (the host says why). It is asked only for
+        chunks that have rows between `start` and `limit`.
+    """
+    found = Found()
+    for number, (key, chunk) in enumerate(chunks):
+        first, end = max(chunk.start, start), min(chunk.end, limit)
+        kv = fetch(number, key, chunk) if first < end else None
+        if kv is not None:
+            receipt.hit(kv)
+            found.pieces.append(Piece(kv, end - first, first - chunk.start))
+            found.spans.append(range(first - start, end - start))
+    return found
+
+
+class RequestBuilder:
+    """Builds requests for one model. A host whose KV lies elsewhere than in plain tensors overrides `source`."""
+
+    def __init__(self, model: ModelAdapter) -> None:
+        self.model = model
+
+    def build(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        kv: KVBuffer,
+        *,
+        found: Found | None = None,
+        placement: Placement | None = None,
+        correction: Correction | None = None,
+        start: int = 0,
+        shift: int = 0,
+        slots: PromptSlots | None = None,
+    ) -> PrefillRequest:
+        """A request that completes rows `start`, `start` + 1, ... of `kv`.
+
+        Parameters
+        ----------
+        token_ids, positions : sequence of int
+            Of these rows alone; positions without `shift`.
+        found : Found, optional
+            What is cached for them; without it every row is computed.
+        placement, correction
+            The policy's, for what was found.
+        shift : int
+            Positions by which all rows lie further on than `positions` say.
+        slots : PromptSlots, optional
+            Of the whole prompt, for models that cross updated slots by their masses.
+        """
+        model = self.model
+        found = Found() if found is None else found
+        correction = NoCorrection() if correction is None else correction
+        where, rows, source = tensor_of(positions) + shift, found.rows, None
+        if slots is not None:
+            model.describe(kv, slots)
+        if found.pieces:
+            if placement is None:
+                placement = Placement()
+            if not model.rotates:  # unrotated keys serve wherever they are
+                placement, shift = Placement("stored"), 0
+            source = self.source(found.pieces, where[rows], placement, shift, correction)
+        ids, where, rows = (send(x, model.device) for x in (tensor_of(token_ids), where, rows))
+        return PrefillRequest(ids, where, kv, rows, source, correction, found.lengths, start)
+
+    def source(
+        self, pieces: Sequence[Piece], target: Tensor, placement: Placement, shift: int, correction: Correction
+    ) -> KVSource:
+        """The pieces on their way to positions `target` [R], on the host; `shift` is part of `target` already."""
+        model = self.model
+        return PlacedChunks(pieces, target, placement, model.rotary, model.dtype, shift, model.device)

@@ -1,0 +1,19 @@
+"""Numbers of the host on their way to a device."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def tensor_of(numbers: Sequence[int]) -> Tensor:
+    """Integers as an int64 tensor; `torch.tensor` takes a millisecond for what numpy does in a tenth."""
+    return torch.from_numpy(np.array(numbers, dtype=np.int64))
+
+
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """`x` on `device`; from the host to a GPU without waiting for work that is queued there."""
+    if x.device.type == "cpu" and torch.device(device).type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)

@@ -255,7 +255,7 @@ def swap_oracle(model, request, rule, inputs):
 
 
 @pytest.mark.parametrize("start", ["stopped", "inputs"])
-@pytest.mark.parametrize(("recompute_ratio", "tau"), [(0.2, 2.1), (0.45, 2.1), (0.3, 0.05), (0.3, 0.0)])
+@pytest.mark.parametrize(("share", "tau"), [(0.2, 2.1), (0.45, 2.1), (0.3, 0.05), (0.3, 0.0)])
 def test_what_has_converged_never_comes_back(model, start, share, tau):
     """Three swaps in a row; at 0.45 of the rows the third finds nobody left to enter."""
     rule = TopDeviation(share, 1, swap=Swap(tau, every=1, start=start))

@@ -74,9 +74,9 @@ format: install  ## rewrite the sources in the house format
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt $(SMK)
 
-lock: install  ## compile requirements/*.txt from pyproject.toml (scripts/lock.sh --upgrade for newer versions)
+lock: install  ## compile requirements/*.txt from both pyproject.toml (scripts/lock.sh --upgrade for newer versions)
 	scripts/lock.sh
 
 clean:  ## remove what `make smoke` and the tests made; .venv stays
-	rm -rf results/smoke figures/smoke results/smoke-vllm figures/smoke-vllm .snakemake .pytest_cache .ruff_cache build *.egg-info
+	rm -rf results/smoke figures/smoke results/smoke-vllm figures/smoke-vllm .snakemake .pytest_cache .ruff_cache build bench/build *.egg-info
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,59 +1,10 @@
-"""CacheSlide: fixed-chain keys, delta rotation, WCA; a CoPE model rotates by angle 0 and takes the same policies."""
+"""CacheSlide's own systems under the place they had before the product's wheel parted from the benchmark's.
 
-from cacheslide.core.keys import FixedChainKeying
-from cacheslide.core.placement import Placement
-from cacheslide.policies.base import ReusePolicy
-from cacheslide.policies.encodings import FixedChain, InPrompt
-from cacheslide.policies.top_deviation import Promotion, TopDeviation
+The metadata of an environment that was installed before still names `baselines.cacheslide:canonical`; without these
+names an updated checkout knows no system until it is installed anew. Nothing imports this file; it goes with 0.2.
+"""
 
-SHARE = 0.26  # the paper's recommendation, Fig. 14
+from baselines.naive_reuse import policy as naive
+from cacheslide.policies.cacheslide import canonical, first_turn, promoting
 
-
-def canonical() -> ReusePolicy:
-    """Chunks encoded in the chain of fixed chunks alone, so that no turn's updates are baked into them."""
-    return ReusePolicy(
-        "cacheslide",
-        "CacheSlide",
-        keying=FixedChainKeying(),
-        encoding=FixedChain(),
-        placement=Placement("delta"),
-        correction=TopDeviation(SHARE),
-    )
-
-
-def first_turn() -> ReusePolicy:
-    """Chunks encoded in the first prompt they appear in, as the paper's Algorithm 1 stores them."""
-    return ReusePolicy(
-        "cacheslide_first_turn",
-        "CacheSlide, first-turn encoding",
-        keying=FixedChainKeying(),
-        encoding=InPrompt(),
-        placement=Placement("delta"),
-        correction=TopDeviation(SHARE),
-    )
-
-
-def promoting() -> ReusePolicy:
-    """A small first selection, then more rows one layer on, restarted from their cached layer inputs.
-
-    One early step is the best form of the sweep in results/wca: further steps run every resting row once each.
-    """
-    return ReusePolicy(
-        "cacheslide_promote",
-        "CacheSlide, promotion",
-        keying=FixedChainKeying(),
-        encoding=FixedChain(),
-        placement=Placement("delta"),
-        correction=TopDeviation(0.10, promote=(Promotion(1, SHARE - 0.10),)),
-    )
-
-
-def naive() -> ReusePolicy:
-    """The lower bound of RPDC: KV from the first prompt, moved to its new position, nothing recomputed."""
-    return ReusePolicy(
-        "naive_reuse",
-        "Naive reuse",
-        keying=FixedChainKeying(),
-        encoding=InPrompt(),
-        placement=Placement("delta"),
-    )
+__all__ = ["canonical", "first_turn", "naive", "promoting"]

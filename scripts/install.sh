@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make or refresh an environment from its pinned list.
 #
-#   scripts/install.sh [cpu|gpu]   .venv: everything, with vLLM for that backend
+#   scripts/install.sh [cpu|gpu]   .venv: product and benchmark, with vLLM for that backend
 #   scripts/install.sh rag         .venv-rag: RAGatouille, whose dependencies clash with ours
 #   scripts/install.sh slurm       adds Snakemake's Slurm executor to .venv
 #   scripts/install.sh LIST --dry-run   says what the list would bring into an empty environment; changes nothing
@@ -16,7 +16,7 @@ mode=${2:-}
 pins="requirements/$list.txt"
 absolute() { case "$1" in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 case "$list" in
-  cpu | gpu) venv=${VENV:-.venv}; editable=(--editable .) ;;
+  cpu | gpu) venv=${VENV:-.venv}; editable=(--editable . --editable ./bench) ;;
   rag) venv=.venv-rag; editable=() ;;
   slurm) venv=${VENV:-.venv}; editable=() ;;
   *) echo "install: no list named '$list'; choose cpu, gpu, rag or slurm" >&2; exit 2 ;;
@@ -39,7 +39,7 @@ find_python() {
 }
 
 # What the environment was made from. The folder is part of it because scripts in bin/ hold its absolute path.
-fingerprint() { { echo "$list $PWD"; cat "$pins" pyproject.toml scripts/install.sh; } | "$venv/bin/python" -c \
+fingerprint() { { echo "$list $PWD"; cat "$pins" pyproject.toml bench/pyproject.toml scripts/install.sh; } | "$venv/bin/python" -c \
   'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'; }
 
 # Make the environment ready for its list, or end here where it already matches.

@@ -22,6 +22,9 @@ from harness.systems import STOCK
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
+BENCH = tomllib.loads((ROOT / "bench/pyproject.toml").read_text())["project"]
+POLICIES = {**PROJECT["entry-points"]["cacheslide.policies"], **BENCH["entry-points"]["cacheslide.policies"]}
+BOTH_PROJECTS = (" pyproject.toml", " bench/pyproject.toml")
 # The configurations of the study; harness.training and harness.experiments.serving.client check theirs themselves.
 OTHERS = ("training", "serving")
 CONFIGS = sorted(path for path in (ROOT / "config").glob("*.yaml") if not path.stem.startswith(OTHERS))
@@ -40,9 +43,12 @@ def pins(name: str) -> dict[str, str]:
 
 
 def direct(backend: str) -> list[str]:
-    extras = PROJECT["optional-dependencies"]
-    names = [backend, "retrieval", "remote", "dev", *(["mooncake"] if backend == "cpu" else [])]
-    return [*PROJECT["dependencies"], *(requirement for name in names for requirement in extras[name])]
+    """What both distributions ask for, each other aside."""
+    extras = PROJECT["optional-dependencies"] | BENCH["optional-dependencies"]
+    names = [backend, "training", "retrieval", "remote", "dev", *(["mooncake"] if backend == "cpu" else [])]
+    others = (requirement for name in names for requirement in extras[name])
+    both = [*PROJECT["dependencies"], *BENCH["dependencies"], *others]
+    return [requirement for requirement in both if Requirement(requirement).name != PROJECT["name"]]
 
 
 def assert_pinned(requirements: list[str], versions: dict[str, str]) -> None:
@@ -66,6 +72,7 @@ def test_rag_and_slurm_pins_follow_their_dependency_groups():
 def test_both_backends_pin_the_same_versions_of_what_we_import():
     cpu, gpu = pins("cpu"), pins("gpu")
     ours = {canonicalize_name(Requirement(r).name) for r in direct("cpu")} & gpu.keys()
+    ours -= {"triton"}  # PyTorch's CUDA build brings its own
     assert {name: cpu[name] for name in ours} == {name: gpu[name] for name in ours}
 
 
@@ -78,9 +85,8 @@ def test_conda_environment_agrees_with_pyproject(folder):
     assert environment["channels"] == ["conda-forge", "nodefaults"]
     assert {d.split()[0] for d in packages} == {"python", "pip", "git", "cxx-compiler"}
     assert f"python {PROJECT['requires-python']}" in packages
-    assert [Path(line.split()[1]).name for line in pip] in (["gpu.txt", ""], ["gpu.txt", ".."])
-    for line in pip:
-        assert ((ROOT / folder).parent / line.split()[1]).resolve().exists()
+    places = [((ROOT / folder).parent / line.split()[1]).resolve() for line in pip]
+    assert places == [ROOT / "requirements/gpu.txt", ROOT, ROOT / "bench"]
 
 
 def test_conda_header_names_the_environments_that_stand_apart():
@@ -101,9 +107,15 @@ def test_installed_versions_are_the_pins():
 
 
 def test_entry_points_are_installed_as_pyproject_names_them():
-    declared = PROJECT["entry-points"]["cacheslide.policies"]
     installed = importlib.metadata.entry_points(group="cacheslide.policies")
-    assert {e.name: e.value for e in installed} == declared
+    assert {e.name: e.value for e in installed} == POLICIES
+
+
+def test_the_installer_brings_both_distributions_and_notices_a_change_of_either():
+    script = (ROOT / "scripts/install.sh").read_text()
+    assert "--editable . --editable ./bench" in script
+    assert all(name in re.search(r"^fingerprint\(\).*$", script, re.MULTILINE)[0] for name in BOTH_PROJECTS)
+    assert all(name in (ROOT / "scripts/lock.sh").read_text() for name in BOTH_PROJECTS)
 
 
 def test_python_and_pytest_see_hugging_face_datasets():
@@ -186,7 +198,7 @@ def test_configuration_is_valid_and_named_after_its_run(path):
     Draft202012Validator(SCHEMA).validate(config)
     assert config["run"] == path.stem
     stock = STOCK.keys() if config.get("backend") == "vllm" else set()
-    assert set(config["systems"]) <= PROJECT["entry-points"]["cacheslide.policies"].keys() | stock
+    assert set(config["systems"]) <= POLICIES.keys() | stock
     assert f"`{path.name}`" in (ROOT / "config/README.md").read_text()
 
 

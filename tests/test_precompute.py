@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 
-from baselines import cacheslide, context_cache, prompt_cache, recompute
+from baselines import context_cache, prompt_cache
 from cacheslide.cli import main
 from cacheslide.core.engine import ReuseEngine
 from cacheslide.core.precompute import precompute, pregenerate, template
 from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.errors import PolicyError, PromptError
+from cacheslide.policies import cacheslide, recompute
 from cacheslide.store import MemoryChunkStore
 from tests.conftest import random_ids
 

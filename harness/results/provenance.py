@@ -14,6 +14,7 @@ import torch
 
 PACKAGES = (
     "cacheslide",
+    "cacheslide-bench",
     "torch",
     "transformers",
     "tokenizers",

@@ -1,9 +1,11 @@
 """Made-up records of agents for tests of tables, figures and claims, in the real writer's format. Never a result."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from harness.agents.template import TextSegment
 from tests.made_run import write
 
 SYSTEMS = {  # right calls, share of row-layers
@@ -125,3 +127,9 @@ def make_agents(root: Path) -> dict[str, str]:
         "series": over_time(root / "series.jsonl"),
         "grid": replayed(root / "grid.jsonl", grid, ("memgpt",), False, shares=shares, taus=taus, every=1),
     }
+
+
+def keeps_order(before: Sequence[TextSegment], after: Sequence[TextSegment]) -> bool:
+    """Whether `after` holds the fixed segments of `before` unchanged and in order, with others only added."""
+    rest = iter([s for s in after if s.role == "reuse"])
+    return all(s in rest for s in before if s.role == "reuse")

@@ -14,11 +14,11 @@ from harness.agents.loop import Stops, run_episode
 from harness.agents.offline_engine import OfflineEngine, split
 from harness.agents.oracle import oracle
 from harness.agents.registry import entry
-from harness.agents.template import keeps_order
 from harness.agents.trace import Recorded, prompt_digest, read_episodes, write_episodes
 from harness.backends.tokens import Tokens
 from harness.tasks import registry
 from harness.tasks.example import TextSegment
+from tests.made_agents import keeps_order
 
 DATA = Path(__file__).parent / "data"
 MODEL = Path(__file__).parents[1] / "models/tiny-llama-12m"

@@ -18,8 +18,9 @@ from harness.agents.sandbox import Limits, missing
 from harness.agents.swe_agent import SWEAgent
 from harness.agents.tasks import chat_tasks, fix_tasks, function_tasks, qa_tasks
 from harness.agents.tasks.functions import constants
-from harness.agents.template import Slot, Template, keeps_order
+from harness.agents.template import Slot, Template
 from harness.tasks.example import fixed
+from tests.made_agents import keeps_order
 
 LONG = Stops(turns=60)
 TEXT_ONLY = ("reflexion", "memgpt", "function_calling")

@@ -6,7 +6,6 @@ import pytest
 
 from cacheslide.errors import DataError
 from harness.metrics.rouge import lcs_length, rouge_l, tokens
-from harness.metrics.success import SuccessRate, success_rate
 
 
 def table_lcs(a, b):
@@ -61,11 +60,3 @@ def test_tokens_are_lower_case_ascii_words():
 def test_references_must_be_a_list_with_an_entry(references):
     with pytest.raises(DataError):
         rouge_l("x", references)
-
-
-def test_success_rate_keeps_errors_apart():
-    assert success_rate([True, False, None, True]) == SuccessRate(n=3, successes=2, errors=1)
-    assert success_rate([True, False, None, True]).rate == pytest.approx(2 / 3)
-    assert success_rate([None]).rate is None
-    with pytest.raises(DataError, match=r"0\.5"):
-        success_rate([True, 0.5])

@@ -3,7 +3,9 @@
 import re
 from itertools import pairwise
 from pathlib import Path
+from xml.etree.ElementTree import fromstring
 
+import matplotlib as mpl
 import pytest
 from PIL import Image
 
@@ -11,6 +13,7 @@ from cacheslide.errors import DataError
 from harness.inventory import AGENT_FIGURES
 from harness.plots import fig03, fig04a, fig04b, fig05, fig10, fig11, fig13, fig14, labels, style, throughput, turns
 from harness.plots.render import FIGURES, render
+from harness.plots.svg import compact
 from harness.results.runs import Run, read_json
 from harness.results.summary import build_summary, summarize
 from tests import made_run
@@ -57,6 +60,50 @@ def test_figures_are_written_and_repeatable(name, sources, tmp_path):
     assert image.getextrema()[0] < 40 and image.getpixel((1, 1)) == 255
     svg = (tmp_path / "a" / f"{name}.svg").read_text()
     assert "<dc:date>" not in svg and "<image" not in svg
+    assert len(svg) < 200_000 and svg == compact(svg)
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+LINK = "{http://www.w3.org/1999/xlink}href"
+
+
+def _drawn(svg: str) -> list[tuple]:
+    """What an SVG draws, in order: tag, marker, numbers of its place, style (an element's own or inherited), text."""
+    out: list[tuple] = []
+
+    def walk(node, style):
+        style = node.get("style") or (style if node.tag == SVG + "use" or node.tag == SVG + "g" else None)
+        if node.tag in (SVG + "use", SVG + "path", SVG + "text"):
+            turn = node.get("transform") or ""
+            place = " ".join([node.get("d") or "", node.get("x") or "", node.get("y") or "", turn])
+            numbers = [float(n) for n in re.findall(r"-?[0-9]+[.]?[0-9]*", "" if "rotate(-0" in turn else place)]
+            out.append((node.tag, node.get(LINK), style, node.get("clip-path"), node.text, numbers))
+        for child in node:
+            walk(child, style)
+
+    walk(fromstring(svg), None)
+    return out
+
+
+@pytest.mark.parametrize("name", ["fig03", "fig05", "fig10", "wca"])
+def test_a_compact_svg_draws_what_matplotlib_wrote(name, sources, tmp_path):
+    module = FIGURES[name]
+    with mpl.rc_context(style.RC):
+        module.draw(module.load(sources[name])).savefig(tmp_path / "full.svg", metadata=style.METADATA["svg"])
+    full = (tmp_path / "full.svg").read_text()
+    small = compact(full)
+    before, after = _drawn(full), _drawn(small)
+    assert len(small) < 0.9 * len(full) and len(before) == len(after) > 50
+    for was, now in zip(before, after, strict=True):
+        assert (was[0], was[1], was[3], (was[4] or "").strip()) == (now[0], now[1], now[3], (now[4] or "").strip())
+        assert was[2] == now[2]
+        assert not was[5] or was[5] == pytest.approx(now[5], abs=0.0051)
+
+
+def test_group_opacity_stays_on_each_marker():
+    markers = '<use xlink:href="#m" x="1" y="2" style="{}"/>\n' * 4
+    shared, own = markers.format(*["fill-opacity: 0.5"] * 4), markers.format(*["opacity: 0.5"] * 4)
+    assert compact(shared).count("opacity") == 1 and compact(own) == own
 
 
 def _said(figure) -> str:

@@ -43,13 +43,6 @@ def test_bad_spans_are_refused(spans, said):
         Prompt.from_spans(range(10), spans)
 
 
-def test_separator_ids_cut_and_vanish():
-    p = Prompt.from_separator([1, 5, 5, 2, 3, 5, 5, 4], [5, 5], ["reuse", "recompute", "reuse"])
-    assert [s.token_ids for s in p.segments] == [(1,), (2, 3), (4,)]
-    with pytest.raises(PromptError, match="2 parts, but 1 roles"):
-        Prompt.from_separator([1, 5, 2], [5], ["reuse"])
-
-
 @pytest.mark.parametrize("ids", [(-1,), (1.5,), ("a",), (True,)])
 def test_bad_ids_are_refused(ids):
     with pytest.raises(PromptError, match="integers"):

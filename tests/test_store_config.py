@@ -101,9 +101,8 @@ def test_a_configured_store_works_and_shares_its_folder(tmp_path):
     assert first.flush(20)
     second = open_store(raw, ROW)
     stranger = open_store(raw, ROW, namespace="stranger")
-    for f in second.prefetch([key(i) for i in range(5)]):
-        assert f.result().tier == "file"
-    assert all(second.tier_of(key(i)) == "device" for i in range(5)) and second.prefetch([key(1)]) == []
+    assert all(second.fetch(key(i)).tier == "file" for i in range(5))
+    assert all(second.tier_of(key(i)) == "device" for i in range(5))
     for i in range(30):
         assert_same(second.get(key(i)), chunk(i))
         assert (first.get(key(i), "o").k[1] == 1).all()

@@ -288,3 +288,21 @@ def test_a_new_value_reads_nothing_again(monkeypatch, tmp_path):
             policy_of(f"nobody{i}")
     assert not reads
     assert options_of({"chunk_size": 7}).chunk_size == 7  # another server's
+
+
+def test_options_are_built_once_an_engine(monkeypatch):
+    """Whatever requests come, and where several engines of one process take turns."""
+    built, plain = [], ServerOptions.from_extra_config
+    monkeypatch.setattr(ServerOptions, "from_extra_config", lambda extra: built.append(extra) or plain(extra))
+    engines = [config(chunk_size=size) for size in (16, 32, 48)]
+    for turn in range(20):
+        params = SimpleNamespace(
+            extra_args={"kv_transfer_params": {"cacheslide": {"segments": [[0, 3]]}}}, max_tokens=1
+        )
+        prompt = {"type": "token", "prompt_token_ids": [1, 2, 3, 4, 5 + turn]}
+        for engine in engines:
+            _, out = taken(engine, None, prompt, params)
+            assert isinstance(out.extra_args["kv_transfer_params"]["cacheslide"], Resolved)
+    assert [extra["chunk_size"] for extra in built] == [16, 32, 48]
+    engines[0].kv_transfer_config.kv_connector_extra_config["chunk_size"] = 64  # changed in place: read again
+    assert options_of(engines[0].kv_transfer_config.kv_connector_extra_config).chunk_size == 64

@@ -9,7 +9,8 @@ pytest.importorskip("vllm")
 
 from cacheslide import ReuseEngine
 from cacheslide.core.encoder import prefill_exact
-from cacheslide.core.prompt import Prompt
+from cacheslide.core.precompute import ahead, pregenerate
+from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.models.reference import ReferenceLlama
 from cacheslide.store import MemoryChunkStore
 from cacheslide.vllm.options import policy_of
@@ -127,6 +128,36 @@ def test_canonical_chunks_are_always_encoded_exactly(served, reference):
         chunk = engine.store.get(key)
         assert_same(want.k, chunk.k, 2e-5)
         assert_same(want.v, chunk.v, 2e-5)
+
+
+def test_a_tools_result_is_encoded_ahead_of_the_turn_that_shows_it(served, reference):
+    """The server's side of `pregenerate`: the history so far and the result, sent as a request of one token."""
+    served.fresh()
+    head, result, other = (Segment(random_ids(n, seed), Role.REUSE) for n, seed in ((40, 1), (50, 2), (50, 3)))
+
+    def turn(n: int, *results: Segment) -> Prompt:
+        notes, question = (Segment(random_ids(7 + n, seed + n), Role.RECOMPUTE) for seed in (300, 400))
+        return Prompt((head, notes, *results, question))
+
+    def said(prompt: Prompt, tokens: int = 4) -> dict:
+        served.poison()  # and vLLM's own prefix cache is empty
+        return receipt(served.one(prompt, tokens=tokens))
+
+    first, later = turn(0), turn(4, result)
+    said(first)
+    early = said(ahead(first, [result]), tokens=1)
+    assert early["chunks"] > early["chunks_hit"] == -(-40 // CHUNK)
+    engine = ReuseEngine(reference, policy_of("cacheslide"), MemoryChunkStore(), chunk_size=CHUNK)
+    engine.build(first)
+    done = pregenerate(engine, first, [result])
+    assert done.computed == -(-50 // CHUNK) and done.chunks == early["chunks"]
+    for key, want in zip(engine.plan(later).keys[-done.computed :], last_chunks(served, done.computed), strict=True):
+        assert_same(want.k, engine.store.get(key).k, 2e-5)
+        assert_same(want.v, engine.store.get(key).v, 2e-5)
+    got = said(later)
+    assert got["chunks_hit"] == got["chunks"] == done.chunks and got["generation"] == 0 and not got["fallback"]
+    unseen = said(turn(5, other))
+    assert unseen["chunks_hit"] == -(-40 // CHUNK) < unseen["chunks"]
 
 
 @pytest.mark.parametrize("system", ["cacheblend", "epic", "cacheslide_promote", "recompute", "prompt_cache"])

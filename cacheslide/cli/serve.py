@@ -14,9 +14,7 @@ from pathlib import Path
 from cacheslide.errors import ConfigError
 from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.cope.setting import overrides
-from cacheslide.vllm.options import CPU_CACHE_GIB, ServerOptions
-
-_CPU_BLOCK = 32  # vLLM's CPU attention wants blocks of a multiple of this
+from cacheslide.vllm.options import CPU_BLOCK, CPU_CACHE_GIB, ServerOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +50,7 @@ def command(args: argparse.Namespace, rest: list[str]) -> list[str]:
         wanted = overrides(args.cope, args.cope_live, others=others)
         line += ["--hf-overrides", json.dumps(wanted)]
     if not any(x.split("=")[0] == "--block-size" for x in rest) and _on_cpu():
-        line += ["--block-size", str(_CPU_BLOCK)]
+        line += ["--block-size", str(CPU_BLOCK)]
     return line + rest
 
 

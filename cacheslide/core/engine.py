@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cacheslide.core.encoder import ChunkEncoder
+from cacheslide.core.greedy import greedy
 from cacheslide.core.keys import CacheIdentity, ChunkKey
 from cacheslide.core.plan import Plan, make_plan
 from cacheslide.core.prefill_request import PrefillOutput, PrefillRequest
@@ -219,12 +220,5 @@ class ReuseEngine:
 
     def generate(self, state: Prefilled, logits: Tensor, max_new_tokens: int, stop: frozenset[int]) -> list[int]:
         """Greedy continuation of at most `max_new_tokens` ids, up to and without the first id in `stop`."""
-        out: list[int] = []
-        while len(out) < max_new_tokens:
-            token = int(logits.argmax())
-            if token in stop:
-                break
-            out.append(token)
-            if len(out) < max_new_tokens:
-                logits = self.extend(state, [token])
+        [out] = greedy([logits], [max_new_tokens], stop, lambda _, tokens: [self.extend(state, tokens)])
         return out

@@ -64,10 +64,15 @@ def pregenerate(engine: ReuseEngine, previous: Prompt, appended: Sequence[Segmen
     attention across to the chunks before them, whose KV is read from the store: only the new tail is computed. An agent
     calls this while its tool runs.
     """
+    return precompute(engine, ahead(previous, appended))
+
+
+def ahead(previous: Prompt, appended: Sequence[Segment]) -> Prompt:
+    """The prompt whose chunks `pregenerate` encodes; a server does so when asked for one token behind it."""
     if any(s.role is not Role.REUSE for s in appended):
         raise PromptError("only fixed segments can be encoded ahead of the turn that shows them")
     last = max((i for i, s in enumerate(previous.segments) if s.role is Role.REUSE), default=-1)
-    return precompute(engine, Prompt((*previous.segments[: last + 1], *appended)))
+    return Prompt((*previous.segments[: last + 1], *appended))
 
 
 def _leading(prompt: Prompt, system: str) -> Prompt:

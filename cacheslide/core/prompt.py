@@ -89,26 +89,6 @@ class Prompt:
         segments.append(Segment(tuple(token_ids[at:]), Role.RECOMPUTE))
         return cls(tuple(segments))
 
-    @classmethod
-    def from_separator(cls, token_ids: Sequence[int], separator: Sequence[int], roles: Sequence[Role]) -> "Prompt":
-        """Cut at every occurrence of the id sequence `separator` (removed); `roles` names the parts in order."""
-        ids, sep = list(token_ids), list(separator)
-        if not sep:
-            raise PromptError("the separator is empty")
-        parts, start, i = [], 0, 0
-        while i <= len(ids) - len(sep):
-            if ids[i : i + len(sep)] == sep:
-                parts.append(ids[start:i])
-                i = start = i + len(sep)
-            else:
-                i += 1
-        parts.append(ids[start:])
-        if len(parts) != len(roles):
-            raise PromptError(
-                f"the separator cuts the prompt into {len(parts)} parts, but {len(roles)} roles are given"
-            )
-        return cls(tuple(Segment(tuple(p), Role(r)) for p, r in zip(parts, roles, strict=True)))
-
     @cached_property
     def token_ids(self) -> tuple[int, ...]:
         """All token ids, in order."""

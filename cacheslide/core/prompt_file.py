@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from cacheslide.core.prompt import Segment
+from cacheslide.core.tokenizing import encode, opening
 from cacheslide.errors import ModelError, PromptError
 from cacheslide.plain_values import check_plain, read_json, shown
 
@@ -41,8 +42,7 @@ def _segment(raw, where: str, i: int, tokenizer, need_text: bool) -> Segment:
     if ids is None:
         if not isinstance(text, str):
             raise PromptError(f"{where} needs text or token_ids")
-        bos = tokenizer.bos_token_id
-        ids = ([bos] if i == 0 and bos is not None else []) + tokenizer.encode(text, add_special_tokens=False)
+        ids = [*(opening(tokenizer) if i == 0 else ()), *encode(tokenizer, text)]
     elif not isinstance(ids, list):
         raise PromptError(f"{where}: token_ids must be a list of integers, not {shown(ids)}")
     try:

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cacheslide.errors import ModelError
+from cacheslide.kernels.row_attention.reference import by_blocks
 from cacheslide.models.adapter import RowGroup
 from cacheslide.models.config import LlamaConfig
 from cacheslide.models.weights import check_device, fingerprint, load_weights
 from cacheslide.positions.ccpe import PromptSlots
 from cacheslide.positions.rope import Rotary, inverse_frequencies
-
-_QUERY_BLOCK = 256  # rows a scattered-attention call handles at once: bounds the mask, skips most masked keys
 
 
 class DenseKV:
@@ -67,26 +66,14 @@ def row_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
     Tensor [n, heads, head_dim]
     """
     n, last = len(rows), int(rows[-1]) + 1
-    keys, values = k[:last].transpose(0, 1)[None], v[:last].transpose(0, 1)[None]
-    queries = q.transpose(0, 1)[None]
-    grouped = q.shape[1] != k.shape[1]
     missing = last - n
     if 4 * missing <= n and int(rows[0]) == missing:
         # (Nearly) the whole prompt: PyTorch's causal path skips the upper triangle by itself, but wants a square.
-        queries = F.pad(queries, (0, 0, missing, 0))
+        queries, keys, values = (t.transpose(0, 1)[None] for t in (q, k[:last], v[:last]))
+        queries, grouped = F.pad(queries, (0, 0, missing, 0)), q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(queries, keys, values, is_causal=last > 1, enable_gqa=grouped)
         return out[0, :, missing:].transpose(0, 1)
-    blocks = []
-    for at in range(0, n, _QUERY_BLOCK):
-        mine = rows[at : at + _QUERY_BLOCK]
-        end = int(mine[-1]) + 1
-        mask = torch.arange(end, device=rows.device) <= mine[:, None]
-        blocks.append(
-            F.scaled_dot_product_attention(
-                queries[:, :, at : at + _QUERY_BLOCK], keys[:, :, :end], values[:, :, :end], mask, enable_gqa=grouped
-            )[0].transpose(0, 1)
-        )
-    return torch.cat(blocks)
+    return torch.cat([attended for _, attended in by_blocks(q, k, v, rows)])
 
 
 class ReferenceLlama:

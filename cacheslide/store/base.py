@@ -10,6 +10,8 @@ from torch import Tensor
 from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
 
+MAX_GENERATION = 3  # corrected KV is kept up to this generation unless a server or a store says otherwise
+
 
 @dataclass(frozen=True)
 class ChunkKV:

@@ -10,6 +10,7 @@ from typing import Any
 from cacheslide.errors import ConfigError, StoreError
 from cacheslide.store.arena import Arena
 from cacheslide.store.backing import Backing, TieredStats
+from cacheslide.store.base import MAX_GENERATION
 from cacheslide.store.eviction import POLICIES
 from cacheslide.store.files import Files
 from cacheslide.store.filetier import FileOptions, FileTier
@@ -20,8 +21,8 @@ from cacheslide.store.remotes import RemoteSettings, check_remote, open_remote, 
 from cacheslide.store.shape import ChunkShape
 from cacheslide.store.spill import SpillFile
 from cacheslide.store.tiered import TieredChunkStore
+from cacheslide.units import GIB, MIB
 
-GIB, MIB = 1 << 30, 1 << 20
 _MOST = 10**9  # of any number in a configuration
 logger = logging.getLogger("cacheslide.store")
 # CrossCache's configuration: section -> key -> the field here and how its value is turned into it.
@@ -98,7 +99,7 @@ class StoreConfig(RemoteSettings):
     load_workers: int = 4
     io_workers: int = 4
     staging_buffers: int = 4
-    max_generation: int = 4
+    max_generation: int = MAX_GENERATION
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -284,7 +285,6 @@ def open_store(
         batch_bytes=max(MIB, config.queue_mib * MIB // 8),
         stall_limit_s=config.stall_limit_s,
         workers=config.store_workers,
-        load_workers=config.load_workers,
         max_generation=config.max_generation,
         shape=shape,
     )

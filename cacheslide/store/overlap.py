@@ -70,21 +70,11 @@ class PagedKV:
         Where each reused row sits in each layer; "relocate" repoints it.
     spare : Tensor [n], int64
         Free slots, for relocated rows; at least as many as rows are selected.
-    vacated : dict of int to Tensor
-        Per layer, the slots that relocation left: decode fills these first.
     """
 
     kv: Tensor
     slots: Tensor
     spare: Tensor
-    vacated: dict[int, Tensor] = field(default_factory=dict)
-
-    def free_slots(self, layer: int) -> Tensor:
-        """Slots for decoded tokens of a layer: vacated ones first, then the spare ones that were not used."""
-        gone = self.vacated.get(layer)
-        if gone is None:
-            return self.spare
-        return torch.cat((gone, self.spare[len(gone) :]))
 
 
 @dataclass
@@ -293,7 +283,6 @@ class _Run:
             fused = work.fuse(layer, fresh, self._first(loaded))
             if self.plan.order == "relocate" and not loaded.over:
                 spare = self.target.spare[: len(self.selected)]
-                self.target.vacated[layer] = slots[self.selected]
                 slots[self.selected] = spare
                 report.relocated += len(spare)
             kv[slots[self.selected]] = fused

@@ -7,10 +7,10 @@ from cacheslide.errors import ConfigError
 from cacheslide.store.backing import RemoteTier
 from cacheslide.store.mooncake import MooncakeOptions, MooncakeTier
 from cacheslide.store.remote import RemoteOptions, ValkeyTier
+from cacheslide.units import GIB
 
 ENGINES = ("valkey", "mooncake")
 PROTOCOLS = ("tcp", "rdma")
-_GIB = 1 << 30
 # Fields of the configuration that mean something to one engine only.
 _VALKEY_ONLY = "remote_username remote_password_file remote_tls remote_ca_file remote_cert_file remote_key_file".split()
 _MOONCAKE_ONLY = "remote_segment_gib remote_metrics_port remote_metadata_server remote_protocol remote_devices".split()
@@ -81,7 +81,7 @@ def remote_options(config: RemoteSettings) -> RemoteOptions | MooncakeOptions | 
     common = {
         "host": config.remote_host,
         "port": config.remote_port,
-        "capacity": int(config.remote_gib * _GIB),
+        "capacity": int(config.remote_gib * GIB),
         "timeout_s": config.remote_timeout_s,
         "connections": config.connections,
     }
@@ -89,7 +89,7 @@ def remote_options(config: RemoteSettings) -> RemoteOptions | MooncakeOptions | 
         return MooncakeOptions(
             **common,
             metrics_port=config.remote_metrics_port,
-            segment=int(config.remote_segment_gib * _GIB),
+            segment=int(config.remote_segment_gib * GIB),
             metadata_server=config.remote_metadata_server,
             protocol=config.remote_protocol,
             devices=config.remote_devices,

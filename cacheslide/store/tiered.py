@@ -6,8 +6,6 @@ page writes nothing, evicting a private page spills it, and an owner's pages are
 docs/store.md has the whole story.
 """
 
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +16,7 @@ from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
 from cacheslide.store.arena import Arena
 from cacheslide.store.backing import Backing, RemoteTier, TieredStats
-from cacheslide.store.base import ChunkKV, ChunkStore, Fetched
+from cacheslide.store.base import MAX_GENERATION, ChunkKV, ChunkStore, Fetched
 from cacheslide.store.entry import Entry, empty_pages
 from cacheslide.store.filetier import FileTier, chunk_name, namespace_id
 from cacheslide.store.mover import Mover
@@ -54,8 +52,6 @@ class TieredChunkStore(ChunkStore):
         "through": a new chunk is queued for writing at once; "evict": when it has to leave memory.
     queue_bytes, batch_bytes, stall_limit_s, workers
         See `WriteBack`.
-    load_workers : int
-        Threads of `prefetch`.
     max_generation : int
         Chunks built on corrected KV more often than this are refused: they must be re-encoded exactly.
     shape : ChunkShape, optional
@@ -80,8 +76,7 @@ class TieredChunkStore(ChunkStore):
         batch_bytes: int = 32 << 20,
         stall_limit_s: float = 10.0,
         workers: int = 1,
-        load_workers: int = 4,
-        max_generation: int = 4,
+        max_generation: int = MAX_GENERATION,
         shape: ChunkShape | None = None,
     ) -> None:
         super().__init__()
@@ -101,7 +96,6 @@ class TieredChunkStore(ChunkStore):
         self.mover = Mover(self.table, self.writer)
         self.reader = PageReader(self.table, self.mover, self.wanted)
         self._owned: dict[str, set[bytes]] = {}
-        self._loaders = ThreadPoolExecutor(load_workers, "cacheslide-load")
 
     # --- the ChunkStore interface ----------------------------------------------------------------------------------
 
@@ -164,14 +158,6 @@ class TieredChunkStore(ChunkStore):
         if tier in ("device", "host"):
             self.backing.touch(name)
         return Fetched(chunk, tier)
-
-    def prefetch(self, keys: Sequence[ChunkKey]) -> list[Future]:
-        """Start bringing chunks into memory in threads, for requests that still wait; one future a cold chunk.
-
-        A scheduler lets requests whose chunks are warm go first: `tier_of` says which they are.
-        """
-        cold = [k for k in keys if self.tier_of(k) in ("file", "remote")]
-        return [self._loaders.submit(self.fetch, k) for k in cold]
 
     def put(self, key: ChunkKey, chunk: ChunkKV) -> None:
         """Keep a chunk; StoreError when its pages do not fit this store's."""
@@ -331,7 +317,6 @@ class TieredChunkStore(ChunkStore):
 
     def close(self, timeout_s: float = 30.0) -> bool:
         """Write what is queued and let go of files and server; False when the time was too short."""
-        self._loaders.shutdown(wait=True, cancel_futures=True)
         done = self.queue.close(timeout_s)
         if self.spill is not None:
             self.spill.close()

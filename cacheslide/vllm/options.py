@@ -9,11 +9,13 @@ from cacheslide import renamed
 from cacheslide.core.prompt import Prompt, Role
 from cacheslide.errors import ConfigError, PromptError
 from cacheslide.policies.base import ReusePolicy
+from cacheslide.store.base import MAX_GENERATION
 from cacheslide.store.config import StoreConfig
 from cacheslide.vllm.limits import NAME, NOTE, ROW, SEGMENTS, check_text, sayable, shown
 from cacheslide.vllm.systems import policy_of
 
 FIELD = "cacheslide"
+CPU_BLOCK = 32  # vLLM's CPU attention wants blocks of a multiple of this
 CPU_CACHE_GIB = "2"  # paged KV on a CPU; vLLM's own default asks for nine tenths of the host's memory
 ENCODE = ("later", "now", "off")
 SERVER_KEYS = ("cache.server.host", "cache.server.port")  # CrossCache's connector options
@@ -78,7 +80,7 @@ class ServerOptions:
     find_spans: bool = False
     span_tokens: int = 256
     spans_known: int = 65536
-    max_generation: int = 3
+    max_generation: int = MAX_GENERATION
     store: str | dict[str, Any] = ""
 
     def __post_init__(self) -> None:

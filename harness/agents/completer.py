@@ -59,11 +59,6 @@ class Completion:
         """Time to first token in seconds."""
         return self.token_s[0] if self.token_s else None
 
-    @property
-    def tpot_s(self) -> float | None:
-        """Mean time per output token after the first, in seconds."""
-        return (self.token_s[-1] - self.token_s[0]) / (len(self.token_s) - 1) if len(self.token_s) > 1 else None
-
 
 class Completer(Protocol):
     """A model behind one interface. `system` names what serves it."""

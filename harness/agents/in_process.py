@@ -3,7 +3,10 @@
 import time
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from cacheslide.core.engine import Prefilled
+from cacheslide.core.greedy import greedy
 from cacheslide.core.prompt import Prompt
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.store.base import ChunkStore
@@ -54,29 +57,24 @@ class InProcess:
         prompts = [self.backend.prompt(r.segments) for r in requests]
         begin = time.perf_counter()
         states = self.engine.prefill_batch(prompts, room=max(r.max_tokens for r in requests))
-        ids: list[list[int]] = [[] for _ in requests]
         times: list[list[float]] = [[] for _ in requests]
-        totals, stop = [0.0] * len(requests), self.backend.stop_ids()
-        active, logits = list(range(len(requests))), [s.logits for s in states]
-        while active:
-            tokens = [int(x.argmax()) for x in logits]
-            now, going = time.perf_counter() - begin, []
-            for i, token in zip(active, tokens, strict=True):
+
+        def advance(active: list[int], tokens: list[int]) -> list[Tensor]:
+            return self.engine.extend_batch([states[i] for i in active], [[t] for t in tokens])
+
+        def chosen(active: list[int]) -> None:
+            now = time.perf_counter() - begin
+            for i in active:
                 times[i].append(now)
-                totals[i] = now
-                if token not in stop:
-                    ids[i].append(token)
-                    if len(ids[i]) < requests[i].max_tokens:
-                        going.append(i)
-            active = going
-            if active:
-                logits = self.engine.extend_batch([states[i] for i in active], [ids[i][-1:] for i in active])
+
+        most, stop = [r.max_tokens for r in requests], self.backend.stop_ids()
+        ids = greedy([s.logits for s in states], most, stop, advance, chosen)
         out = []
         for i, (request, prompt, state) in enumerate(zip(requests, prompts, states, strict=True)):
             text = self._text(ids[i], request)
             receipt = self._keep(prompt, state)
             sent = tuple(s.token_ids for s in prompt.segments)
-            out.append(Completion(text, sent, tuple(ids[i]), tuple(times[i]), totals[i], receipt))
+            out.append(Completion(text, sent, tuple(ids[i]), tuple(times[i]), times[i][-1], receipt))
         return out
 
     def beam(self, request: Request, width: int) -> Completion:

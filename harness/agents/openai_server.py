@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.errors import ConfigError
 from cacheslide.vllm.options import marks_of
 from harness.agents.completer import Completion, CompletionError, Request
 from harness.backends.http import stream
+from harness.backends.tokens import prompt_of
 
 
 class OpenAIServer:
@@ -73,7 +73,7 @@ class OpenAIServer:
         """Greedy, streamed. CompletionError names the server's status and message."""
         sent, params, prompt = None, None, request.text
         if self.tokenizer is not None:
-            marked = self._prompt(request)
+            marked = prompt_of(self.tokenizer, request.segments)
             sent, prompt = tuple(s.token_ids for s in marked.segments), marked.token_ids
             params = marks_of(marked, **self.options)
         name = f"{request.session}-{request.step}"
@@ -87,12 +87,3 @@ class OpenAIServer:
     async def _send(self, request: stream.Request) -> stream.Outcome:
         async with aiohttp.ClientSession() as session:
             return await stream.send(session, self.endpoint, request)
-
-    def _prompt(self, request: Request) -> Prompt:
-        bos = self.tokenizer.bos_token_id
-        first, out = (() if bos is None else (bos,)), []
-        for s in request.segments:
-            ids = tuple(self.tokenizer.encode(s.text, add_special_tokens=False))
-            out.append(Segment(first + ids, Role(s.role), s.name))
-            first = ()
-        return Prompt(tuple(out))

@@ -49,9 +49,3 @@ class Template:
             else:
                 out.append(TextSegment(slot.name, value, slot.role))
         return tuple(s for s in out if s.text)
-
-
-def keeps_order(before: Sequence[TextSegment], after: Sequence[TextSegment]) -> bool:
-    """Whether `after` holds the fixed segments of `before` unchanged and in order, with others only added."""
-    rest = iter([s for s in after if s.role == "reuse"])
-    return all(s in rest for s in before if s.role == "reuse")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cacheslide.core.engine import Prefilled
+from cacheslide.core.greedy import greedy
 from cacheslide.errors import PromptError
 from cacheslide.models.reference import ReferenceLlama
 
@@ -33,20 +34,9 @@ def answer_branches(
     The rows behind `state.length` in its KV buffer are overwritten.
     """
     branches = Branches(model, state, [len(q) + max_new_tokens for q in questions])
-    answers: list[list[int]] = [[] for _ in questions]
-    running = list(range(len(questions)))
-    tokens = [list(q) for q in questions]
-    while running:
-        chosen = branches.step(running, tokens).argmax(dim=-1).tolist()
-        still = []
-        for branch, token in zip(running, chosen, strict=True):
-            if token in stop:
-                continue
-            answers[branch].append(token)
-            if len(answers[branch]) < max_new_tokens:
-                still.append(branch)
-        running, tokens = still, [[answers[b][-1]] for b in still]
-    return answers
+    logits = branches.step(range(len(questions)), questions)
+    each = [max_new_tokens] * len(questions)
+    return greedy(logits, each, stop, lambda running, tokens: branches.step(running, [[t] for t in tokens]))
 
 
 class Branches:

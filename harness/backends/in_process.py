@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import ConfigError, PromptError
+from cacheslide.units import GIB
 from cacheslide.vllm.options import receipt_in
 
 
@@ -51,7 +52,7 @@ class EngineOptions:
             )
         }
         if self.kv_cache_gib is not None:
-            out["kv_cache_memory_bytes"] = int(self.kv_cache_gib * 2**30)
+            out["kv_cache_memory_bytes"] = int(self.kv_cache_gib * GIB)
         return {name: value for name, value in out.items() if value is not None}
 
 

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cacheslide.vllm.options import CPU_CACHE_GIB, FIELD, ServerOptions
-
-_CPU_BLOCK = 32  # vLLM's CPU attention wants blocks of a multiple of this
+from cacheslide.core.tokenizing import encode, opening
+from cacheslide.vllm.options import CPU_BLOCK, CPU_CACHE_GIB, FIELD, ServerOptions
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Engine:
 
         engine = {name: value for name, value in engine.items() if value is not None}
         if current_platform.is_cpu():
-            engine = {"block_size": _CPU_BLOCK, "enforce_eager": True} | engine
+            engine = {"block_size": CPU_BLOCK, "enforce_eager": True} | engine
             if "gpu_memory_utilization" not in engine:
                 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
         self.options = options
@@ -55,11 +54,11 @@ class Engine:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` alone, without special tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return list(encode(self.tokenizer, text))
 
     def begin(self) -> list[int]:
         """What a prompt begins with: BOS, where the tokenizer has one."""
-        return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        return list(opening(self.tokenizer))
 
     def ask(
         self, token_ids: Sequence[int], marks: dict[str, Any] | None, max_new_tokens: int, stop_ids: Sequence[int] = ()

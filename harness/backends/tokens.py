@@ -7,7 +7,14 @@ from transformers import PreTrainedTokenizerBase
 
 from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.core.prompt_file import load_tokenizer
+from cacheslide.core.tokenizing import encode, encode_parts
 from harness.tasks.example import TaskExample, TextSegment
+
+
+def prompt_of(tokenizer: PreTrainedTokenizerBase, segments: Sequence[TextSegment]) -> Prompt:
+    """Segments tokenised one by one, so that no token straddles a boundary; BOS goes into the first."""
+    parts = encode_parts(tokenizer, [s.text for s in segments])
+    return Prompt(tuple(Segment(ids, Role(s.role), s.name) for s, ids in zip(segments, parts, strict=True)))
 
 
 class Tokens:
@@ -18,22 +25,16 @@ class Tokens:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of `text` alone, without special tokens."""
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        return encode(self.tokenizer, text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of an answer."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
 
     def prompt(self, segments: Sequence[TextSegment], question: str = "") -> Prompt:
-        """Segments tokenised one by one, so that no token straddles a boundary; BOS goes into the first."""
-        first = () if self.tokenizer.bos_token_id is None else (self.tokenizer.bos_token_id,)
-        out = []
-        for s in segments:
-            out.append(Segment(first + self.encode(s.text), Role(s.role), s.name))
-            first = ()
-        if question:
-            out.append(Segment(self.encode(question), Role.RECOMPUTE, "question"))
-        return Prompt(tuple(out))
+        """See `prompt_of`; a question stands behind the segments."""
+        asked = (TextSegment("question", question, "recompute"),) if question else ()
+        return prompt_of(self.tokenizer, (*segments, *asked))
 
     def questions(self, example: TaskExample) -> list[tuple[int, ...]]:
         """Token ids of every question of `example`."""

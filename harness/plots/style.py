@@ -16,13 +16,15 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from cacheslide.errors import DataError
+from harness.plots.svg import compact
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 GREY = "#6B6B6B"
 
 RC = {
-    "font.family": "DejaVu Sans",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana"],  # of one width: an SVG's text keeps its place
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -37,7 +39,7 @@ RC = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "savefig.dpi": 160,
-    "svg.fonttype": "path",
+    "svg.fonttype": "none",
     "svg.hashsalt": "cacheslide",
     "pdf.fonttype": 42,
     "path.simplify": True,
@@ -141,6 +143,8 @@ def save(figure: Figure, outputs: Iterable[str | Path]) -> None:
         try:
             with mpl.rc_context(RC):
                 figure.savefig(part, format=kind, metadata=METADATA[kind])
+            if kind == "svg":
+                part.write_text(compact(part.read_text(encoding="utf-8")), encoding="utf-8")
             part.replace(path)
         except OSError as full:
             part.unlink(missing_ok=True)

@@ -98,18 +98,17 @@ def _cacheslide_loss(summary: Row):
 
 def _best_policy(summary: Row):
     candidates, reasons = [], []
-    for table in ("accuracy", "sweep"):
-        rows = summary.get(table) or []
-        for system in sorted({r["system"] for r in rows if family(r["system"])}):
-            try:
-                found = _mixes(rows, system)
-            except _Missing as reason:
-                reasons.append(str(reason))
-                continue
-            worst = max(found, key=lambda r: r["loss_points"]["value"])
-            weight = sum(r["prompts"] for r in found)
-            share = sum(r["compute_fraction"] * r["prompts"] for r in found) / weight
-            candidates.append((worst, share, weight))
+    rows = summary.get("accuracy") or []
+    for system in sorted({r["system"] for r in rows if family(r["system"])}):
+        try:
+            found = _mixes(rows, system)
+        except _Missing as reason:
+            reasons.append(str(reason))
+            continue
+        worst = max(found, key=lambda r: r["loss_points"]["value"])
+        weight = sum(r["prompts"] for r in found)
+        share = sum(r["compute_fraction"] * r["prompts"] for r in found) / weight
+        candidates.append((worst, share, weight))
     if not candidates:
         raise _Missing("; ".join(reasons) or "no CacheSlide policy was run")
     best = min(worst["loss_points"]["value"] for worst, _, _ in candidates)

@@ -23,14 +23,13 @@ BySystem = dict[str, RecordFile]
 class Run:
     """Everything measured under one configuration; parts that were not measured are empty or None.
 
-    `accuracy`, `equal_share` and `sweep` map data set, then system, to records; `latency` maps the nominal
-    prompt length in tokens.
+    `accuracy` and `equal_share` map data set, then system, to records; `latency` maps the nominal prompt length in
+    tokens.
     """
 
     config: dict[str, Any]
     accuracy: dict[str, BySystem] = field(default_factory=dict)
     equal_share: dict[str, BySystem] = field(default_factory=dict)
-    sweep: dict[str, BySystem] = field(default_factory=dict)
     latency: dict[int, RecordFile] = field(default_factory=dict)
     throughput: RecordFile | None = None
     cksim: RecordFile | None = None
@@ -46,7 +45,7 @@ class Run:
         out = dict((self.prompts or {}).get("titles", {}))
         for timed in (*self.latency.values(), self.throughput):
             out |= timed.settings.get("titles", {}) if timed else {}
-        for stage in (self.sweep, self.equal_share, self.accuracy):
+        for stage in (self.equal_share, self.accuracy):
             for files in stage.values():
                 out |= {s: f.settings["title"] for s, f in files.items() if "title" in f.settings}
         return out
@@ -59,7 +58,7 @@ class Run:
     def failures(self) -> list[dict[str, Any]]:
         """Every failed request, and where it failed."""
         out = []
-        for stage in ("accuracy", "equal_share", "sweep"):
+        for stage in ("accuracy", "equal_share"):
             for dataset, files in getattr(self, stage).items():
                 for system, file in files.items():
                     where = {"stage": stage, "dataset": dataset, "system": system}
@@ -88,12 +87,12 @@ def load_run(config: dict[str, Any], **paths: Any) -> Run:
     config : dict
         The run's configuration.
     **paths
-        `accuracy`, `equal_share`, `sweep`, `latency`, `agents`: lists of record files; `throughput`, `cksim`,
+        `accuracy`, `equal_share`, `latency`, `agents`: lists of record files; `throughput`, `cksim`,
         `cksim_cope`: one record file; `prompts`, `prompts_cope`, `layer`: one JSON file. Absent files are left out: the
         summary says what is missing.
     """
     run = Run(config)
-    for stage in ("accuracy", "equal_share", "sweep"):
+    for stage in ("accuracy", "equal_share"):
         for path in _existing(paths.get(stage)):
             getattr(run, stage).setdefault(path.parent.name, {})[path.stem] = read_file(path)
     for dataset, files in run.equal_share.items():  # those that recompute this share by themselves ran once

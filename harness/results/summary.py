@@ -56,7 +56,6 @@ def build_summary(run: Run, progress: str | None = None) -> dict[str, Any]:
         "accuracy": accuracy_table(run, "accuracy", progress and f"{progress}, accuracy"),
         "accuracy_ratios": accuracy_ratios(run),
         "equal_share": accuracy_table(run, "equal_share", progress and f"{progress}, equal share"),
-        "sweep": accuracy_table(run, "sweep"),
         "latency": latency_table(run),
         "latency_ratios": latency_ratios(run),
         "throughput": throughput_table(run),
@@ -96,7 +95,7 @@ def _one_a_session(record: Mapping[str, Any]) -> list[str]:
 
 def conditions(run: Run) -> dict[str, Any]:
     """Under what the numbers hold: the configuration, and the configurations the records were made under."""
-    files = [f for stage in (run.accuracy, run.equal_share, run.sweep) for d in stage.values() for f in d.values()]
+    files = [f for stage in (run.accuracy, run.equal_share) for d in stage.values() for f in d.values()]
     files += [*run.agents.values(), *run.latency.values()]
     files += [f for f in (run.throughput, run.cksim, run.cksim_cope) if f]
     own = (config_hash(run.config), config_hash(native(run.config)))
@@ -117,7 +116,7 @@ def conditions(run: Run) -> dict[str, Any]:
 def data_hashes(run: Run) -> dict[str, str]:
     """Hash of the prompts behind every result, from the records' own headers."""
     out = {}
-    for stage in ("accuracy", "equal_share", "sweep"):
+    for stage in ("accuracy", "equal_share"):
         for dataset, files in getattr(run, stage).items():
             out |= {f"{stage}/{dataset}": f.settings["data_hash"] for f in files.values() if "data_hash" in f.settings}
     named = {f"latency/{tokens}": f for tokens, f in run.latency.items()}

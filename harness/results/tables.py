@@ -47,7 +47,7 @@ def collect(files: Mapping[str, RecordFile]) -> Answers:
 def accuracy_table(run: Run, stage: str, progress: str | None = None) -> list[dict[str, Any]]:
     """One row per data set and system, then one per mix and system.
 
-    `stage` is "accuracy", "equal_share" or "sweep". Losses are paired with recompute of the same stage, or of the
+    `stage` is "accuracy" or "equal_share". Losses are paired with recompute of the same stage, or of the
     accuracy stage where the stage has none (the prompts are the same).
     """
     data = _with_fitting(run) if stage == "equal_share" else getattr(run, stage)

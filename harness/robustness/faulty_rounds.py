@@ -15,6 +15,7 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import BeamSearchParams
 
+from cacheslide.core.tokenizing import encode, encode_parts
 from cacheslide.vllm.offline import beam_search, close_engine, open_engine, worker_of
 from cacheslide.vllm.options import FIELD
 from cacheslide.vllm.scheduler.reasons import FAULT
@@ -89,11 +90,8 @@ def cases(tokenizer: Any, turn: int) -> list[Case]:
     head, tail = "Answer each question with the value .", "\nQuestion: what is brave ibex ?\nAnswer:"
     notes = "\nnotes" + " amber falcon is copper seven ." * (turn + 1)
 
-    def ids(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
     def prompt(notes: str) -> tuple[list[int], list[list[int]], int]:
-        parts = [[tokenizer.bos_token_id, *ids(head)], ids(notes), ids(DOCUMENT), ids(tail)]
+        parts = encode_parts(tokenizer, (head, notes, DOCUMENT, tail))
         ends = [sum(map(len, parts[: i + 1])) for i in range(4)]
         return [t for part in parts for t in part], [[0, ends[0]], [ends[1], ends[2]]], ends[2]
 
@@ -106,7 +104,7 @@ def cases(tokenizer: Any, turn: int) -> list[Case]:
         Case("history", moved, exact | {"history": start}),
         Case("unchanged", same, {"segments": fixed, "policy": "naive_reuse"}),
         Case("plain", moved),
-        Case("beside", ids(f"{tail}{notes}")),
+        Case("beside", list(encode(tokenizer, f"{tail}{notes}"))),
     ]
 
 

@@ -16,7 +16,8 @@ from cacheslide.vllm.tenants import ambiguous, salted
 CHAT = "cacheslide_chat"  # beside a rendered prompt: the messages it was rendered from, and how
 _REFUSALS = 4096  # remembered at most
 _REFUSED: dict[int, str] = {}  # hash of a template and the senders of messages that it does not render, and why
-_OPTIONS: list[tuple[Any, dict, ServerOptions]] = []  # the latest options read, and what from
+_ENGINES = 8  # whose options are remembered
+_OPTIONS: list[tuple[Any, dict, ServerOptions]] = []  # of the latest engines: what their options were read from
 
 
 class Resolved(dict):
@@ -50,10 +51,13 @@ def serves(vllm_config) -> bool:
 
 
 def options_of(extra_config: Mapping[str, Any]) -> ServerOptions:
-    """The connector's options; read once, not once a request: a store's configuration may be a file."""
-    if not _OPTIONS or _OPTIONS[0][0] is not extra_config or _OPTIONS[0][1] != extra_config:
-        _OPTIONS[:] = [(extra_config, dict(extra_config), ServerOptions.from_extra_config(extra_config))]
-    return _OPTIONS[0][2]
+    """The connector's options; read once an engine, not once a request: a store's configuration may be a file."""
+    for given, content, options in _OPTIONS:
+        if given is extra_config and content == extra_config:
+            return options
+    options = ServerOptions.from_extra_config(extra_config)
+    _OPTIONS[:] = [(extra_config, dict(extra_config), options), *_OPTIONS[: _ENGINES - 1]]
+    return options
 
 
 def admit(request, prompt, renderer, extra_config: Mapping[str, Any], limits: Limits | None = None) -> None:

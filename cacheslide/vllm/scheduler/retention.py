@@ -11,6 +11,7 @@ from cacheslide.core.prompt import Chunk
 from cacheslide.core.retention import generation_of_copy
 from cacheslide.errors import StoreError
 from cacheslide.policies.base import ReusePolicy
+from cacheslide.units import GIB
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.options import ServerOptions
 from cacheslide.vllm.protocol import EncodeJob, SavePlan, StepPlan
@@ -31,7 +32,7 @@ class ChunkKeeper:
 
     def __init__(self, options: ServerOptions, geometry: Geometry) -> None:
         self.options, self.geometry = options, geometry
-        self.index = ChunkIndex(int(options.store_gib * 2**30))
+        self.index = ChunkIndex(int(options.store_gib * GIB))
         self.jobs: deque[tuple[EncodeJob, bool]] = deque()  # and whether it may not wait
         self.keeps: list[SavePlan] = []  # of requests that finished since the last step
         self.cold: ColdChunks | None = None  # what lies below memory

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cacheslide.units import GIB
 from cacheslide.vllm.worker.pinned import PinnedMemory
 
-UNDER_WAY = 2**30  # bytes of device memory whose copies are under way at most; later saves wait on the device
+UNDER_WAY = GIB  # bytes of device memory whose copies are under way at most; later saves wait on the device
 
 
 class HostCopies:

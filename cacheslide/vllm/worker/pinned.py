@@ -20,8 +20,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from cacheslide.store.config import GIB
 from cacheslide.store.files import BLOCK, align, aligned_buffer
+from cacheslide.units import GIB
 
 logger = logging.getLogger("vllm.cacheslide")
 

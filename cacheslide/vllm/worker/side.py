@@ -10,6 +10,7 @@ from cacheslide.core.encoder import ChunkEncoder, read_chunk
 from cacheslide.core.keys import ChunkKey
 from cacheslide.core.prompt import Chunk
 from cacheslide.store.shape import shape_of
+from cacheslide.units import GIB
 from cacheslide.vllm.claims import Loads
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.guard import Faults, reason
@@ -59,7 +60,7 @@ class WorkerSide:
         if self.model.device.type != "cuda":
             return None
         keeps = self.options.store_device == "cpu"
-        return PinnedMemory(pin(int(self.options.store_gib * 2**30)) if keeps else None, self._stamp)
+        return PinnedMemory(pin(int(self.options.store_gib * GIB)) if keeps else None, self._stamp)
 
     def _stamp(self) -> "list[torch.cuda.Event]":
         """Events behind all work that may use chunks in host memory."""

@@ -16,11 +16,12 @@ import torch
 from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import CacheSlideError
 from cacheslide.store.base import ChunkKV
-from cacheslide.store.config import GIB, MIB, StoreConfig, open_store
+from cacheslide.store.config import StoreConfig, open_store
 from cacheslide.store.files import BLOCK, Files
 from cacheslide.store.pages import side_by_side
 from cacheslide.store.shape import ChunkShape
 from cacheslide.store.tiered import Fetched
+from cacheslide.units import GIB, MIB
 from cacheslide.vllm.worker.pinned import PinnedMemory
 
 logger = logging.getLogger("vllm.cacheslide")

@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from baselines.window_padding import pad
 from cacheslide.core.keys import NoKeying
 from cacheslide.errors import ConfigError
@@ -18,6 +16,7 @@ from harness.agents.trace import prompt_digest, read_episodes, sha256, write_epi
 from harness.backends.reference import EngineSettings, ReferenceBackend
 from harness.experiments.agents.load import measure_load, measure_series
 from harness.experiments.agents.replay import Variant, record, replay_variants
+from harness.experiments.study.steps import backend_of
 from harness.results.provenance import config_hash, machine
 from harness.results.records import RecordWriter
 from harness.systems import resolve
@@ -26,10 +25,9 @@ Config = Mapping[str, Any]
 SECTIONS = ("replay", "windows", "turns", "load", "series", "grid")
 
 
-def backend_of(config: Config, threads: int) -> ReferenceBackend:
+def agents_backend(config: Config, threads: int) -> ReferenceBackend:
     """The agents' model, which need not be the study's."""
-    torch.set_num_threads(threads)
-    return ReferenceBackend(config["agents"]["model"], config["dtype"], config["device"])
+    return backend_of({**config, "model": config["agents"]["model"], "backend": "reference"}, threads)
 
 
 def variants_of(config: Config, section: str) -> list[Variant]:
@@ -88,7 +86,7 @@ def step_agents(config: Config, section: str, output: str, threads: int, traces:
     if section not in SECTIONS:
         raise ConfigError(f"unknown section {section!r} of agents (known: {', '.join(SECTIONS)})")
     own, seed = config["agents"][section], config["seed"]
-    backend, variants = backend_of(config, threads), variants_of(config, section)
+    backend, variants = agents_backend(config, threads), variants_of(config, section)
     settings = EngineSettings(config["chunk_size"], config["suffix_len"], config["store_dtype"])
     tasks, episodes = _work(config, section, traces)
     prompts = sha256("".join(prompt_digest(s.segments) for e in episodes for s in e.steps))

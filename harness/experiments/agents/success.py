@@ -24,7 +24,7 @@ from harness.agents.oracle import NoContext
 from harness.agents.registry import AGENTS, run_tasks
 from harness.agents.trace import replay
 from harness.backends.reference import ReferenceBackend
-from harness.experiments.study.select_layer import MARGIN, choose
+from harness.experiments.study.select_layer import MARGIN, choose, layers_to_try
 from harness.limit import Limit, add_minutes
 from harness.results import intervals
 from harness.results.provenance import config_hash, provenance
@@ -60,13 +60,13 @@ class Plan:
         return AGENTS[agent].tasks(split or self.split, self.seed, count or self.tasks, **options)
 
 
-def select_layer(backend: ReferenceBackend, plan: Plan, count: int = 6) -> dict[str, Any]:
+def select_agents_layer(backend: ReferenceBackend, plan: Plan, count: int = 6) -> dict[str, Any]:
     """The smallest layer at which CacheSlide says what recompute says, within `MARGIN`, on validation episodes.
 
     Recompute's episodes of Reflexion and MemGPT are served again with each layer, prompts forced: the share of equal
     outputs is compared. Where no layer comes so close, the best one.
     """
-    layers, table, steps = range(1, max(2, backend.num_layers // 2 + 1)), {}, {}
+    layers, table, steps = layers_to_try(backend.num_layers), {}, {}
     for agent in ("reflexion", "memgpt"):
         base = run_tasks(agent, plan.drawn(agent, "validation", count), serve(backend, REFERENCE, None), STOPS)
         row, steps[agent] = {REFERENCE: 1.0}, sum(len(e.steps) for e in base)
@@ -210,7 +210,7 @@ def main() -> None:
 def _chosen(backend: ReferenceBackend, plan: Plan, kept: Path) -> dict[str, Any]:
     if kept.exists() and (found := json.loads(kept.read_text())).get("model") == backend.model.model_id:
         return found
-    found = select_layer(backend, plan) | {"model": backend.model.model_id}
+    found = select_agents_layer(backend, plan) | {"model": backend.model.model_id}
     write_json(kept, found)
     return found
 

@@ -20,14 +20,13 @@ def select_layer(
     systems: Sequence[str] = ("cacheslide", "cacheblend"),
     max_new_tokens: int = 8,
 ) -> dict:
-    """Sweep the selection layer over layers 1 .. L/2; beyond, the layers computed in full leave little to save.
+    """Sweep the selection layer over `layers_to_try`.
 
     The choice is the smallest layer at which the first of `systems`, at `share` of the reused rows, is within
     `MARGIN` F1 of recompute on every data set; where none is, the layer with the highest worst-case F1.
-    Layer 0 is left out: its keys do not depend on context, so their deviation says nothing. `sessions` is one
-    responder that serves them all.
+    `sessions` is one responder that serves them all.
     """
-    layers = range(1, max(2, num_layers // 2 + 1))
+    layers = layers_to_try(num_layers)
     arms = {"recompute": resolve(["recompute"])[0]}
     for name in systems:
         arms |= {f"{name}@{i}": resolve([name], layer=i)[0] for i in layers}
@@ -44,6 +43,15 @@ def select_layer(
             count = sum(len(e.questions) for e in examples)
             table[dataset] = {name: total / count for name, total in totals.items()}
     return {"layer": choose(table, systems[0], layers), "share": share, "margin": MARGIN, "f1": table}
+
+
+def layers_to_try(num_layers: int) -> range:
+    """Layers 1 .. L/2.
+
+    Keys of layer 0 do not depend on context, so their deviation says nothing; beyond L/2 the layers computed in full
+    leave little to save.
+    """
+    return range(1, max(2, num_layers // 2 + 1))
 
 
 def choose(table: Mapping[str, Mapping[str, float]], system: str, layers: range) -> int:

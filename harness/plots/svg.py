@@ -1,0 +1,43 @@
+"""An SVG of matplotlib's in fewer bytes, drawing the same: figures are committed in this form alone.
+
+Labels stay text (`svg.fonttype: none`). What is left is mostly markers, each with its style written out and
+coordinates to a millionth of a point.
+"""
+
+import re
+from itertools import groupby
+
+_COORDINATES = re.compile(r'\b(?:d|x|y|transform)="[^"]*"')
+_LONG = re.compile(r"-?\d+\.\d{3,}(?![\de])")
+_NO_TURN = re.compile(r' transform="rotate\(-?0 [^"]*\)"')
+_MARKER = re.compile(r'(<use [^>]*?) style="([^"]*)"/>')
+_OWN = re.compile(r"(?:^|[ ;])opacity:")  # of the whole group, not inherited: moved up, markers would no longer overlap
+
+
+def compact(svg: str) -> str:
+    """Return `svg` without indentation, with coordinates in 1/100 pt and one style for a run of like markers."""
+    lines = _NO_TURN.sub("", svg).splitlines()
+    flat = "\n".join(line.strip() for line in lines)
+    return _one_style_a_run(_COORDINATES.sub(lambda found: _LONG.sub(_rounded, found[0]), flat))
+
+
+def _rounded(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
+
+
+def _one_style_a_run(svg: str) -> str:
+    out: list[str] = []
+    for style, run in groupby(svg.split("\n"), _style):
+        lines = list(run)
+        if style and len(lines) > 2:
+            bare = [_MARKER.sub(r"\1/>", line) for line in lines]
+            out += [f'<g style="{style}">', *bare, "</g>"]
+        else:
+            out += lines
+    return "\n".join(out) + "\n"
+
+
+def _style(line: str) -> str:
+    """The style of a line that is one marker and may share it; empty otherwise."""
+    found = _MARKER.fullmatch(line)
+    return found[2] if found and not _OWN.search(found[2]) else ""

@@ -31,7 +31,7 @@ SEAMS = (
     ("cacheslide.vllm.worker.loading.Loading:_find", "once", 0),
     ("cacheslide.vllm.worker.loading.Loading:_prepare", "always", 0),
     ("cacheslide.vllm.worker.loading.Loading:_note", "always", 0),
-    ("cacheslide.core.encoder.ChunkEncoder:_keep", "once", 1),
+    ("cacheslide.core.encoder.ChunkEncoder:store_chunk", "once", 1),
     ("cacheslide.vllm.worker.ranks.TeamPrefill:compute", "late", 0),
     ("cacheslide.vllm.worker.model_adapter.VllmModel:embed", "once", 0),
     ("cacheslide.vllm.worker.model_adapter.VllmModel:qkv", "once", 3),  # between the sums of a layer

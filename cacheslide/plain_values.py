@@ -2,6 +2,7 @@
 
 import json
 import math
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any, NoReturn
 from unicodedata import category
@@ -45,6 +46,18 @@ def parse_json(text: str) -> Any:
         return json.loads(text, parse_constant=_refuse, parse_int=_whole)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The JSON object of a command line's argument, for argparse: ArgumentTypeError, in one line, for anything else."""
+    try:
+        found = parse_json(text)
+        check_plain(found, ValueError)
+    except ValueError as wrong:
+        raise ArgumentTypeError(f"not valid JSON: {wrong}") from None
+    if not isinstance(found, dict):
+        raise ArgumentTypeError(f"a JSON object is expected, not {text[:SHOWN]!r}")
+    return found
 
 
 def check_plain(value: Any, error: type[Exception], where: str = "", text: bool = False) -> None:

@@ -1,5 +1,6 @@
 """What a user's file may hold that no setting can have is one line that names the key; nothing raises anything else."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from cacheslide.core.prompt_file import read_segments
 from cacheslide.errors import CacheSlideError, ConfigError, PromptError
-from cacheslide.plain_values import check_plain, parse_json, read_json
+from cacheslide.plain_values import check_plain, json_object, parse_json, read_json
 from harness.configuration import check
 from harness.inventory import read_config
 
@@ -162,3 +163,13 @@ def test_a_prompt_file_is_read_or_refused_in_one_line(tmp_path, text):
     with pytest.raises(PromptError) as said:
         read_segments(file, None)
     assert one_line(said.value) and isinstance(said.value, CacheSlideError)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "7", '{"a": NaN}', '{"a": 1e999}', "[" * 99_999, '{"a": "\\n\\u0000"}'])
+def test_an_argument_that_is_no_object_is_one_line(text, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--engine", type=json_object, default={})
+    assert parser.parse_args(["--engine", '{"max_num_seqs": 3}']).engine == {"max_num_seqs": 3}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--engine", text])
+    assert len(capsys.readouterr().err.strip().splitlines()[-1]) < 300

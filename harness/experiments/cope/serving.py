@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from cacheslide.plain_values import json_object
 from cacheslide.training.adapter import AdapterSettings, CopeAdapter, save_adapter
 from cacheslide.training.calibration import Calibration, save_calibration
 from harness.experiments.serving.engine_ttft import SHAPES, Prompts, described, fill, once, shaped, system_name
@@ -158,7 +159,7 @@ def run(args: argparse.Namespace, result: dict[str, Any], write, limit: Limit) -
         "max_num_seqs": max(args.batches),
         "gpu_memory_utilization": args.memory,
         "enable_prefix_caching": True,
-    } | json.loads(args.engine)
+    } | args.engine
     engines: dict[str, Any] = {}
     try:
         for name, cope in (("cope", adapter), ("rope", None)):
@@ -192,7 +193,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batched-tokens", type=int, default=16384)
     p.add_argument("--store-gib", type=float, default=8.0)
     p.add_argument("--memory", type=float, default=0.4, help="gpu_memory_utilization of each engine")
-    p.add_argument("--engine", default="{}", help="more options of vllm.LLM, as JSON")
+    p.add_argument("--engine", type=json_object, default={}, help="more options of vllm.LLM, as JSON")
     p.add_argument("--commit", help="git commit of these sources, where the folder is no git checkout")
     add_minutes(p)
     return p

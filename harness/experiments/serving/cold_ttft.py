@@ -12,7 +12,6 @@ A request whose receipt names another tier than the row says stops the run. File
 """
 
 import argparse
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cacheslide.plain_values import json_object
 from harness.experiments.serving.engine_ttft import Prompts, described, fill, shaped
 from harness.limit import Limit, add_minutes
 from harness.metrics.bootstrap import median
@@ -90,7 +90,7 @@ def measure(args: argparse.Namespace, limit: Limit, write: Callable[[dict[str, A
             "max_num_batched_tokens": 16384,
             "max_num_seqs": 16,  # graphs of larger batches would only take time to capture
         }
-        options |= ({} if args.model else {"load_format": "dummy"}) | json.loads(args.engine)
+        options |= ({} if args.model else {"load_format": "dummy"}) | args.engine
         engine = open_engine(model, {"chunk_size": max(args.lengths)}, store=store, **options)
         settings = {"system": SYSTEM, "share": SHARE, "direct": args.direct, "load_workers": args.load_workers}
         record = {"model": args.model or args.shape, "settings": settings, "complete": False, "machine": machine()}
@@ -152,7 +152,7 @@ def main() -> None:
     p.add_argument("--file-gib", type=float, default=32.0)
     p.add_argument("--load-workers", type=int, default=8)
     p.add_argument("--direct", action="store_true", help="read past the page cache")
-    p.add_argument("--engine", default="{}", help="more options of the engine, as JSON")
+    p.add_argument("--engine", type=json_object, default={}, help="more options of the engine, as JSON")
     add_minutes(p)
     args = p.parse_args()
     record = measure(args, Limit(args.minutes), partial(write_json, args.out))

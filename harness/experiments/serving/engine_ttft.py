@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cacheslide.plain_values import json_object
 from harness.quiet import Watch
 from harness.results.provenance import provenance
 from harness.step import command
@@ -216,7 +217,7 @@ def measure(args: argparse.Namespace, write) -> None:
         "enable_prefix_caching": True,
         "max_num_batched_tokens": args.batched_tokens,
     } | ({"load_format": "dummy"} if not args.model else {})
-    options |= json.loads(args.engine)
+    options |= args.engine
     opened = []
     try:
         connector = {"store_device": args.stores[0], "store_gib": args.store_gib, "chunk_size": max(args.lengths)}
@@ -275,7 +276,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batched-tokens", type=int, default=16384)
     p.add_argument("--memory", type=float, default=0.4, help="gpu_memory_utilization of each engine")
     p.add_argument("--eager", action="store_true", help="no compilation and no CUDA graphs")
-    p.add_argument("--engine", default="{}", help="more options of vllm.LLM, as JSON")
+    p.add_argument("--engine", type=json_object, default={}, help="more options of vllm.LLM, as JSON")
     p.add_argument("--commit", help="git commit of these sources, where the folder is a copy of a checkout")
     return p
 

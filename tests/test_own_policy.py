@@ -121,6 +121,6 @@ def test_it_is_served_by_vllm(tmp_path):
         served.poison()
         got = served.one(SECOND, policy=NAME, recompute_ratio=0.5)
         assert tokens(got) == said
-        for key in ("rows", "tokens_reused", "tokens_recomputed", "chunks", "chunks_hit", "system"):
+        for key in ("tokens", "tokens_reused", "tokens_recomputed", "chunks", "chunks_hit", "system"):
             assert receipt(got)[key] == want.receipt.as_dict()[key]
         assert receipt(got)["tokens_reused"] > 0

@@ -316,4 +316,4 @@ def test_prompts_without_cold_chunks_do_not_wait(tmp_path):
     scheduler.arrive(asked)
     assert claimed(scheduler, asked) == 0
     receipt = scheduler.finish(asked)
-    assert receipt["tiers"] == {} and "store_failures" not in receipt and len(TURN) == receipt["rows"]
+    assert receipt["tiers"] == {} and "store_failures" not in receipt and len(TURN) == receipt["tokens"]

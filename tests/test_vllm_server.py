@@ -129,7 +129,7 @@ def test_streams_end_with_the_receipt(server):
         parts = [json.loads(e.removeprefix("data: ")) for e in events[:-1]]
         with_receipt = [p for p in parts if "kv_transfer_params" in p]
         assert with_receipt == parts[-1:] and parts[-1]["choices"] == [] and parts[-1]["id"] == parts[0]["id"]
-        assert receipt(parts[-1])["rows"] == receipt(whole)["rows"] and receipt(parts[-1])["measured"]
+        assert receipt(parts[-1])["tokens"] == receipt(whole)["tokens"] and receipt(parts[-1])["measured"]
         if "prompt" in body:
             text = "".join(c["text"] for p in parts for c in p["choices"])
             assert text == whole["choices"][0]["text"]

@@ -94,7 +94,7 @@ def joined(turn: int, by: str = SEPARATOR) -> str:
 
 
 CHAT_MARKS = {"messages": {"updated": [1]}}
-COUNTED = ("rows", "tokens_reused", "tokens_recomputed", "chunks", "chunks_hit", "bytes_loaded", "fallback")
+COUNTED = ("tokens", "tokens_reused", "tokens_recomputed", "chunks", "chunks_hit", "bytes_loaded", "fallback")
 
 
 def by_separator(turn: int, **marks):

@@ -107,7 +107,7 @@ def _changes(layers: int) -> Iterator[Cell]:
     for layer in range(1, min(LATE + 1, layers - 1)):
         yield cell("promotion", "10 % + 3 × 5 %", layer, recompute_ratio=0.10, promote=_steps(layer, 3, 0.05, layers))
     if layers > EARLY + 1:
-        yield cell("promotion", "10 % + 16 %", EARLY, share=0.10, promote=_steps(EARLY, 1, 0.16, layers))
+        yield cell("promotion", "10 % + 16 %", EARLY, recompute_ratio=0.10, promote=_steps(EARLY, 1, 0.16, layers))
         yield cell("promotion", "26 % + 3 × 5 %", EARLY, promote=_steps(EARLY, 3, 0.05, layers))
 
 

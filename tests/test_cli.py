@@ -91,7 +91,7 @@ def test_missing_files_and_unknown_systems(capsys, tmp_path):
         ((str(tmp_path), "--prompt", prompt), "config.json is missing"),
         ((MODEL, "--prompt", str(tmp_path / "none.json")), "cannot read"),
         ((MODEL, "--prompt", prompt, "--system", "magic"), "unknown system 'magic'"),
-        ((MODEL, "--prompt", prompt, "--share", "1.5"), "share must lie in"),
+        ((MODEL, "--prompt", prompt, "--share", "1.5"), "recompute_ratio must lie in"),
         ((MODEL, "--prompt", prompt, "--chunk-size", "0"), "chunk_size"),
         ((MODEL, "--prompt", prompt, "--device", "abacus"), "device 'abacus' cannot be used"),
         ((MODEL, "--prompt", prompt, "--layer", "8"), "selects at layer 8, but the model has layers 0 to 7"),

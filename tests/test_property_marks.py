@@ -43,6 +43,7 @@ near = {
     "messages": st.sampled_from(["auto", {"updated": [0]}, {"fixed": [-1]}, ["reuse"] * 3]),
     "find": st.booleans(),
     "policy": st.sampled_from(["cacheslide", "epic", "promptcache", "recompute", "cacheblend", "nobody"]),
+    "recompute_ratio": st.floats(0, 1),
     "share": st.floats(0, 1),
     "layer": st.integers(0, 9),
     "namespace": st.sampled_from(["", "a", "a\0", "\0a"]),

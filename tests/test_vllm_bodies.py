@@ -65,8 +65,8 @@ def test_every_endpoint_refuses_what_is_malformed_with_the_reason(server, path):
     for marks, said in (
         (SPANS | {"layer": 99}, "selects at layer 99, but the model has layers 0 to 7"),
         (SPANS | {"layer": 2**64}, "layer must be"),
-        (SPANS | {"share": 10**400}, "share must lie in"),
-        (SPANS | {"share": float("nan")}, "share must lie in"),
+        (SPANS | {"share": 10**400}, "recompute_ratio must lie in"),
+        (SPANS | {"share": float("nan")}, "recompute_ratio must lie in"),
         (SPANS | {"note": "\ud800"}, "no text that can be encoded"),
         (SPANS | {"family": {"name": "x", "rows": 3}}, "family is set by beam search alone"),
         ({"messages": {"fixed": 5}}, "messages"),

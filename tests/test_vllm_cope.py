@@ -45,7 +45,7 @@ SYSTEMS = {
     "cacheslide_promote": {},
     "cacheblend": {},
     "prompt_cache": {},
-    "epic": {"share": 0.26},
+    "epic": {"recompute_ratio": 0.26},
     "naive_reuse": {},
 }
 

@@ -37,7 +37,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
 # (In bfloat16 the reference's own log-probabilities are up to 0.52 off its values in float32, over the 120 tokens of
 # the padded batch on an H200. The engine's are up to 0.65 off those and 0.53 off the reference's, padded or not.)
 BOUNDS = {"bfloat16": (0.15, 0.8), "float32": (1e-4, 1e-3)}
-SYSTEMS = {"naive_reuse": {}, "epic": {"share": 0.26}, "cacheslide": {}}  # EPIC's own edges would cover these chunks
+SYSTEMS = {
+    "naive_reuse": {},
+    "epic": {"recompute_ratio": 0.26},
+    "cacheslide": {},
+}  # EPIC's own edges would cover these chunks
 LARGER = {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 8, "intermediate_size": 384}
 LARGER |= {"max_position_embeddings": 4096, "initializer_range": 0.05}
 

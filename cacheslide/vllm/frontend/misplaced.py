@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cacheslide.errors import PromptError
+from cacheslide.renamed import REQUEST
 from cacheslide.vllm.limits import DEPTH, check_depth, sayable
 from cacheslide.vllm.options import DOOR_KEYS, FIELD, Marks
 
 PARAMS = "kv_transfer_params"
 _PLACES = ((PARAMS, FIELD), ("sampling_params", "extra_args", PARAMS, FIELD))
-_OWN = frozenset(Marks.__dataclass_fields__) | set(DOOR_KEYS)
+_OWN = frozenset(Marks.__dataclass_fields__) | set(DOOR_KEYS) | REQUEST.keys()
 _USERS = frozenset(  # keys whose objects are the user's own
     "tools functions response_format structured_outputs guided_json json_schema schema input_schema parameters "
     "arguments input metadata documents chat_template_kwargs default properties".split()

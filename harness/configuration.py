@@ -44,12 +44,9 @@ def _check(config: MutableMapping[str, Any], rules: Mapping[str, Any]) -> None:
         config.setdefault("vllm", {})
     elif "vllm" in config:
         raise ConfigError("vllm: these keys need backend: vllm; config/README.md lists every key")
-    try:
-        named = renamed.options(config, renamed.CONFIGURATION)
-    except ValueError as wrong:
-        raise ConfigError(str(wrong)) from None
-    config.clear()
-    config.update(named)
+    for old, new in renamed.CONFIGURATION.items():
+        if old in config:  # from a file, or from Snakemake's --config over a file's new name
+            config[new] = config.pop(old)
     if (error := best_match(Draft202012Validator(rules).iter_errors(config))) is not None:
         where = ".".join(str(step) for step in error.absolute_path) or "the file"
         reason = error.message if len(error.message) <= LONGEST // 2 else f"{error.message[: LONGEST // 2]}…"

@@ -31,7 +31,7 @@ def parts(notes, question=()):
 def test_the_first_turn_hits_what_was_encoded_ahead(model, policy, rows):
     ahead, asked = (ReuseEngine(model, policy(), MemoryChunkStore(), chunk_size=16) for _ in range(2))
     done = precompute(ahead, template(parts(())))
-    assert (done.rows, done.computed) == (rows, done.chunks) and precompute(ahead, template(parts(()))).computed == 0
+    assert (done.tokens, done.computed) == (rows, done.chunks) and precompute(ahead, template(parts(()))).computed == 0
     first = Prompt(tuple(parts(random_ids(7, 5), random_ids(4, 6))))
     receipt = ahead.prefill(first).receipt
     assert receipt.chunks_hit == receipt.chunks == done.chunks and not receipt.fallback
@@ -42,7 +42,7 @@ def test_the_first_turn_hits_what_was_encoded_ahead(model, policy, rows):
 
 def test_in_a_prompt_only_what_comes_first_can_be_encoded_ahead(model):
     engine = ReuseEngine(model, context_cache.policy(), MemoryChunkStore(), chunk_size=16)
-    assert precompute(engine, template(parts(()))).rows == 10
+    assert precompute(engine, template(parts(()))).tokens == 10
     receipt = engine.prefill(Prompt(tuple(parts(random_ids(7, 5), random_ids(4, 6))))).receipt
     assert receipt.tokens_reused == 10
     with pytest.raises(PolicyError, match="canonical"):

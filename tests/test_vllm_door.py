@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from cacheslide.policies import registry
 from cacheslide.policies.registry import load_policy
 from cacheslide.vllm import CONNECTOR, systems
 from cacheslide.vllm import options as params
-from cacheslide.vllm.frontend.admission import Resolved, options_of
+from cacheslide.vllm.frontend.admission import CHAT, Resolved, _chat_spans, options_of
 from cacheslide.vllm.frontend.beams import start_search
 from cacheslide.vllm.frontend.bodies import MarksInPlace
 from cacheslide.vllm.frontend.intake import fitted, taken
@@ -205,6 +206,8 @@ MARKS = {"segments": [[0, 3]]}
         ({"sampling_params": {"cacheslide": MARKS}}, "sampling_params.cacheslide"),
         ({"input": [{"role": "user", "cacheslide": MARKS}]}, "input.0.cacheslide"),
         ([{"cacheslide": 1}], "0.cacheslide"),
+        ({"cache__slide": MARKS}, "cache__slide"),
+        ({"kv_transfer_params.cacheslide": MARKS}, "kv_transfer_params.cacheslide is not"),
     ],
 )
 def test_marks_at_a_wrong_place_are_named(body, place):
@@ -227,6 +230,39 @@ def test_what_is_the_users_own_is_left_alone():
     ):
         assert misplaced("/v1/completions", body) == "" and answer_to(body) == (200, json.dumps(body).encode())
     assert "takes no marks" in misplaced("/tokenize", {"kv_transfer_params": {"cacheslide": MARKS}})
+
+
+@pytest.mark.fault("malformed_marks")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32"])
+@pytest.mark.parametrize(
+    "name", ["cacheslide", "\\u0063acheslide", "cache\\u005Fslid\\u0065", "\\u0043ACHE\\u002dSLIDE"]
+)
+def test_a_name_in_any_spelling_of_json_is_found(name, encoding):
+    status, body = answer_to(None, f'{{"x": {{"{name}": 1}}}}'.encode(encoding))
+    assert status == 400 and b"is not where marks are read" in body
+
+
+@pytest.mark.fault("malformed_marks")
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"kv_transfer_params": {"cacheslide": {"segmentss": [[0, 3]]}}}, "unknown key segmentss"),
+        ({"kv_transfer_params": {"cacheslide": {"separator": " ", "segmentss": 1}}}, "unknown key segmentss"),
+        ({"kv_transfer_params": {"cacheslide": {"segments": [[0]]}}}, "a segment must be a pair"),
+        ({"kv_transfer_params": {"cacheslide": 5}}, "must be an object"),
+    ],
+)
+def test_what_is_only_handed_on_is_checked_too(body, said):
+    assert said in misplaced("/v1/completions/render", body)
+    good = {"kv_transfer_params": {"cacheslide": {"separator": " ", "policy": "epic"}}}
+    assert misplaced("/v1/completions/render", good) == ""
+
+
+def test_marks_in_two_places_are_refused():
+    two = {"kv_transfer_params": {"cacheslide": MARKS}, "sampling_params": {"extra_args": None}}
+    assert misplaced("/inference/v1/generate", two) == ""
+    two["sampling_params"]["extra_args"] = {"kv_transfer_params": {"cacheslide": {"nonsense": 1}}}
+    assert "given twice" in misplaced("/inference/v1/generate", two)
 
 
 def answer_to(body, raw: bytes | None = None, path: str = "/v1/completions", pieces: int = 3):
@@ -306,3 +342,47 @@ def test_options_are_built_once_an_engine(monkeypatch):
     assert [extra["chunk_size"] for extra in built] == [16, 32, 48]
     engines[0].kv_transfer_config.kv_connector_extra_config["chunk_size"] = 64  # changed in place: read again
     assert options_of(engines[0].kv_transfer_config.kv_connector_extra_config).chunk_size == 64
+
+
+# --- chats ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChatParams:
+    """What of vLLM's own is used."""
+
+    chat_template: str
+    chat_template_kwargs: dict
+    return_assistant_tokens_mask: bool = False
+
+
+class Strict:
+    """Renders a token a word; refuses chats that name nobody, and quotes them."""
+
+    def __init__(self):
+        self.tried = []
+
+    def render_messages(self, messages, params):
+        self.tried.append(len(messages))
+        text = " ".join(m["content"] for m in messages)
+        if len(messages) < 3 and "secret" in text:
+            raise ValueError(f"nobody is named in {text!r}")
+        return messages, {"prompt_token_ids": [sum(map(ord, word)) for word in text.split()]}
+
+
+@pytest.mark.fault("tenant_key")
+def test_a_templates_error_is_that_of_the_very_same_chat():
+    renderer, params = Strict(), ChatParams("t", {})
+
+    def spans(first):
+        messages = [{"role": "system", "content": first}, {"role": "user", "content": "b c"}]
+        messages.append({"role": "user", "content": "d"})
+        _, rendered = renderer.render_messages(messages, params)
+        request = SimpleNamespace(mm_features=None, prompt_token_ids=rendered["prompt_token_ids"])
+        del renderer.tried[:]
+        return _chat_spans({"updated": [2]}, request, {CHAT: (messages, params)}, renderer)
+
+    before, secret = spans("hello all"), spans("my secret")
+    assert before[0] and not before[1] and "my secret" in secret[1] and renderer.tried
+    assert spans("hello all") == before  # the same senders: nothing of another's chat
+    assert spans("my secret") == secret and not renderer.tried  # the same chat: known, and vLLM logs it once

@@ -74,11 +74,34 @@ def test_chunks_on_their_way_can_be_dropped_and_handed_over():
         ({"store_gib": -1}, "store_gib"),
         ({"store_device": "disk"}, "store_device"),
         ({"encode": "never"}, "encode must be one of"),
+        ({"store_gib": float("nan")}, "store_gib: nan is no number"),
+        ({"store_gib": 1e308}, "store_gib must be"),
+        ({"store_gib": True}, "store_gib must be"),
+        ({"namespace": 5}, "namespace must be"),
+        ({"namespace": None}, "namespace must be"),
+        ({"namespace": "a\nb"}, "namespace must be"),
+        ({"policy": []}, "policy must be"),
+        ({"store": 3}, "a store configuration is a JSON object"),
+        ({"span_tokens": 10**30}, "span_tokens"),
+        ({"span_tokens": 2**40}, "span_tokens must be"),
+        ({3: 4}, "connector options"),
+        ({"n" * 5000: 1}, "unknown connector option n{60,90}"),
+        ({"store": {"Basic": {"ChunkSize": float("inf")}}}, "ChunkSize|inf"),
+        ({"cache.server.port": float("inf")}, "port|inf"),
     ],
 )
 def test_wrong_options_stop_the_server(options, reason):
     with pytest.raises(ConfigError, match=reason):
         ServerOptions.from_extra_config(options)
+    with pytest.raises(ConfigError) as wrong:
+        ServerOptions.from_extra_config(options)
+    assert len(str(wrong.value)) < 600 and "\n" not in str(wrong.value)
+
+
+def test_a_separator_that_is_no_json_is_a_text():
+    deep = "[" * 99_999
+    assert ServerOptions.from_extra_config({"separator": deep}).own_separator == deep
+    assert ServerOptions.from_extra_config({"separator": "[7, 8]"}).own_separator == [7, 8]
 
 
 def test_marks_round_trip():

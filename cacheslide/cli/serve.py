@@ -11,6 +11,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
+from cacheslide import renamed
 from cacheslide.errors import ConfigError
 from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.cope.setting import overrides
@@ -23,12 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cope", metavar="ADAPTER", help="folder of a CoPE adapter; the model is its base")
     parser.add_argument("--cope-live", action="store_true", help="leave its calibrated slot masses aside")
     for option in fields(ServerOptions):
-        flag = f"--{option.name.replace('_', '-')}"
+        names = [option.name, *(old for old, new in renamed.SERVER.items() if new == option.name)]
+        flags = [f"--{name.replace('_', '-')}" for name in names]
         known = (
             {"action": argparse.BooleanOptionalAction} if option.default is False else {"type": type(option.default)}
         )
         # What is not given stays out: a store's configuration has a say in it.
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=f"default: {option.default or 'none'}", **known)
+        parser.add_argument(
+            *flags, default=argparse.SUPPRESS, help=f"default: {option.default or 'none'} (docs/vllm.md)", **known
+        )
 
 
 def command(args: argparse.Namespace, rest: list[str]) -> list[str]:

@@ -21,7 +21,7 @@ class Precomputed:
     """What a call did: the template's chunks and their tokens, and how many chunks were computed and stored now."""
 
     chunks: int
-    rows: int
+    tokens: int
     computed: int
 
 

@@ -163,8 +163,10 @@ class StoreConfig(RemoteSettings):
         if "cache.server.port" in extra:
             try:
                 changes["remote_port"] = int(extra["cache.server.port"])
-            except (TypeError, ValueError):
-                raise ConfigError(f"cache.server.port must be a number, not {extra['cache.server.port']!r}") from None
+            except (TypeError, ValueError, OverflowError):
+                raise ConfigError(
+                    f"cache.server.port must be a number, not {str(extra['cache.server.port'])[:60]!r}"
+                ) from None
             changes.setdefault("remote_host", self.remote_host or "127.0.0.1")
         return replace(self, **changes)
 
@@ -202,7 +204,10 @@ def _from_crosscache(raw: Mapping[str, Any]) -> dict[str, Any]:
             name, turn = known[key]
             if isinstance(value, bool) or not isinstance(value, str if turn is str else int | float):
                 raise ConfigError(f"{section}.{key} must be {'a path' if turn is str else 'a number'}, not {value!r}")
-            out[name] = turn(value)
+            try:
+                out[name] = turn(value)
+            except (OverflowError, ValueError):
+                raise ConfigError(f"{section}.{key} must be a finite number, not {value!r}") from None
     if "remote_port" in out:
         out["remote_host"] = "127.0.0.1"
     if "host_gib" in out:  # the pool is the server's as well

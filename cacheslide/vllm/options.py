@@ -1,6 +1,5 @@
 """What a server and a request may ask for: the connector's options and the marks in `kv_transfer_params`."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from cacheslide import renamed
 from cacheslide.core.prompt import Prompt, Role
 from cacheslide.errors import ConfigError, PromptError
+from cacheslide.plain_values import check_plain, parse_json
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.store.base import MAX_GENERATION
 from cacheslide.store.config import StoreConfig
@@ -17,9 +17,10 @@ from cacheslide.vllm.systems import policy_of
 FIELD = "cacheslide"
 CPU_BLOCK = 32  # vLLM's CPU attention wants blocks of a multiple of this
 CPU_CACHE_GIB = "2"  # paged KV on a CPU; vLLM's own default asks for nine tenths of the host's memory
+MOST, MOST_GIB = 10**9, 10**6  # of any count and of the store's size: beyond what any machine has
 ENCODE = ("later", "now", "off")
 SERVER_KEYS = ("cache.server.host", "cache.server.port")  # CrossCache's connector options
-DOOR_KEYS = ("separator", "roles", "messages")  # become segments where vLLM takes requests in (door.py)
+DOOR_KEYS = ("separator", "roles", "messages")  # become segments where vLLM takes requests in (`frontend/hooks.py`)
 _COUNTS = {
     "chunk_size": 1,
     "suffix_len": 1,
@@ -84,27 +85,40 @@ class ServerOptions:
     store: str | dict[str, Any] = ""
 
     def __post_init__(self) -> None:
+        check_plain({f.name: getattr(self, f.name) for f in fields(self)}, ConfigError, "connector options", text=True)
         for name, least in _COUNTS.items():
-            if not _is_count(getattr(self, name)) or getattr(self, name) < least:
-                raise ConfigError(f"{name} must be an integer of at least {least}, not {getattr(self, name)!r}")
-        if not isinstance(self.store_gib, int | float) or self.store_gib < 0:
-            raise ConfigError(f"store_gib must be a number of at least 0, not {self.store_gib!r}")
+            value = getattr(self, name)
+            if not _is_count(value) or not least <= value <= MOST:
+                raise ConfigError(
+                    f"{name} must be an integer of at least {least} and at most {MOST}, not {shown(value)}"
+                )
+        size = isinstance(self.store_gib, int | float) and not isinstance(self.store_gib, bool)
+        if not size or not 0 <= self.store_gib <= MOST_GIB:
+            raise ConfigError(
+                f"store_gib must be a number of at least 0 and at most {MOST_GIB}, not {shown(self.store_gib)}"
+            )
+        for name in ("policy", "namespace"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.isprintable() or len(value) > NAME:
+                raise ConfigError(f"{name} must be a line of at most {NAME} characters, not {shown(value)}")
         if self.store_device not in ("cpu", "model"):
-            raise ConfigError(f"store_device must be 'cpu' or 'model', not {self.store_device!r}")
+            raise ConfigError(f"store_device must be 'cpu' or 'model', not {shown(self.store_device)}")
         if self.encode not in ENCODE:
-            raise ConfigError(f"encode must be one of {', '.join(ENCODE)}, not {self.encode!r}")
+            raise ConfigError(f"encode must be one of {', '.join(ENCODE)}, not {shown(self.encode)}")
         if not isinstance(self.find_spans, bool):
-            raise ConfigError(f"find_spans must be true or false, not {self.find_spans!r}")
+            raise ConfigError(f"find_spans must be true or false, not {shown(self.find_spans)}")
+        if not isinstance(self.store, str | dict):
+            raise ConfigError(f"store must be a file's path or an object, not {shown(self.store)}")
         if not (isinstance(self.own_separator, str) or _is_ids(self.own_separator)):
-            raise ConfigError(f"separator must be a text or a list of token ids, not {self.separator!r}")
+            raise ConfigError(f"separator must be a text or a list of token ids, not {shown(self.separator)}")
 
     @property
     def own_separator(self) -> str | list[int]:
         """The separator; a string that is a JSON list means the ids in it (a command line has strings only)."""
         if isinstance(self.separator, str) and self.separator.startswith("["):
             try:
-                return json.loads(self.separator)
-            except json.JSONDecodeError:
+                return parse_json(self.separator)
+            except ValueError:
                 pass
         return self.separator
 
@@ -128,9 +142,10 @@ class ServerOptions:
         except ValueError as wrong:
             raise ConfigError(f"connector options: {wrong}") from None
         known = {f.name for f in fields(cls)}
+        check_plain(extra, ConfigError, "connector options", text=True)
         unknown = sorted(set(extra) - known - set(SERVER_KEYS))
         if unknown:
-            raise ConfigError(f"unknown connector option {', '.join(unknown)} (known: {', '.join(sorted(known))})")
+            raise ConfigError(f"unknown connector option {_names(unknown)} (known: {', '.join(sorted(known))})")
         given = {name: value for name, value in extra.items() if name in known}
         server = {name: value for name, value in extra.items() if name in SERVER_KEYS}
         if given.get("store") or server:
@@ -196,6 +211,8 @@ class Marks:
         for name, most in (("policy", NAME), ("encode", NAME), ("namespace", NAME), ("note", NOTE)):
             if getattr(self, name) is not None or name in ("namespace", "note"):
                 check_text(f"{FIELD}: {name}", getattr(self, name), most)
+        if self.policy == "":
+            raise PromptError(f"{FIELD}: policy must name a system; leave it out for the server's own")
         if self.find is not None and not isinstance(self.find, bool):
             raise PromptError(f"{FIELD}: find must be true or false, not {shown(self.find)}")
         if self.find and (self.segments or self.history is not None):

@@ -155,7 +155,7 @@ def served(work: Path) -> Iterator[tuple[int, subprocess.Popen]]:
     (work / "chat.jinja").write_text(TEMPLATE)
     options = f"""--dtype float32 --enforce-eager --max-model-len 512 --chunk-size 16 --encode now --separator [7]
         --served-model-name tiny --max-num-seqs 16 --port {port} --chat-template {work / "chat.jinja"}"""
-    line = [sys.executable, "-m", "cacheslide.cli.main", "serve", MODEL, *options.split()]
+    line = [sys.executable, "-m", "cacheslide.cli", "serve", MODEL, *options.split()]
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     quiet |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     with (work / "log").open("w") as log:

@@ -10,12 +10,12 @@ from cacheslide.vllm.frontend.chat import message_roles, spans_of
 from cacheslide.vllm.frontend.misplaced import check_places
 from cacheslide.vllm.frontend.separators import cut
 from cacheslide.vllm.limits import NOTE, check_depth, check_sendable, check_text, sayable, shown
-from cacheslide.vllm.options import FIELD, Marks, ServerOptions, raw_marks
+from cacheslide.vllm.options import DOOR_KEYS, FIELD, Marks, ServerOptions, raw_marks
 from cacheslide.vllm.tenants import ambiguous, salted
 
 CHAT = "cacheslide_chat"  # beside a rendered prompt: the messages it was rendered from, and how
 _REFUSALS = 4096  # remembered at most
-_REFUSED: dict[int, str] = {}  # hash of a template and the senders of messages that it does not render, and why
+_REFUSED: dict[int, str] = {}  # hash of a template, its settings and messages that it does not render, and why
 _ENGINES = 8  # whose options are remembered
 _OPTIONS: list[tuple[Any, dict, ServerOptions]] = []  # of the latest engines: what their options were read from
 
@@ -136,6 +136,9 @@ def _resolve(raw: Mapping[str, Any], request, prompt, renderer, options: ServerO
     if len(asked) > 1:
         raise PromptError(f"{FIELD}: {' and '.join(asked)} are two ways to mark a request: choose one")
     rest = {key: value for key, value in raw.items() if key not in ("separator", "roles", "messages")}
+    for name in DOOR_KEYS:
+        if name in raw and (raw[name] is None or raw[name] is False):
+            raise PromptError(f"{FIELD}: {name} cannot be {shown(raw[name])}: leave it out")
     if asked == ["separator"]:
         separator = _separator(separator, options)
         if not request.prompt_token_ids or request.mm_features:
@@ -179,7 +182,8 @@ def _chat_spans(marks: Any, request, prompt, renderer) -> tuple[list[tuple[int, 
     alone = replace(chat_params, chat_template_kwargs=settings, return_assistant_tokens_mask=False)
 
     def prefix(k: int, special: bool) -> list[int]:
-        shape = hash((chat_params.chat_template, tuple(m.get("role") for m in messages[:k])))
+        # A template may look at anything, and its error may quote it: only the very same chat has the very same error.
+        shape = hash((chat_params.chat_template, repr(settings), repr(messages[:k]), special))
         if shape in _REFUSED:  # asked again, vLLM would write the template's error into its log for every request
             raise PromptError(_REFUSED[shape])
         try:

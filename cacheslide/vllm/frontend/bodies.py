@@ -10,7 +10,10 @@ from typing import Any
 
 from cacheslide.vllm.frontend.misplaced import misplaced
 
-_OURS = re.compile(rb'"cache[-_]?slide', re.IGNORECASE)
+# Our name as a key's end, each letter as it is or as JSON's escape for it; or a body of two or four bytes a character.
+_LETTERS = (rb"(?:%c|%c|\\u00(?:%02x|%02x))" % (c, c - 32, c, c - 32) for c in b"cacheslide")
+_SIGN = rb"(?:[-_]|\\u00(?:2[dD]|5[fF]))*"
+_OURS = re.compile(rb"\0|" + _SIGN.join(_LETTERS), re.IGNORECASE)
 
 
 class MarksInPlace:

@@ -10,7 +10,7 @@ from typing import Any
 from cacheslide.errors import PromptError
 from cacheslide.renamed import REQUEST
 from cacheslide.vllm.limits import DEPTH, check_depth, sayable
-from cacheslide.vllm.options import DOOR_KEYS, FIELD, Marks
+from cacheslide.vllm.options import DOOR_KEYS, FIELD, Marks, raw_marks
 
 PARAMS = "kv_transfer_params"
 _PLACES = ((PARAMS, FIELD), ("sampling_params", "extra_args", PARAMS, FIELD))
@@ -54,12 +54,33 @@ def misplaced(path: str, body: Any) -> str:
             check_depth({name: body.get(name)} if isinstance(body, Mapping) else {}, name)
         except PromptError as error:
             return str(error)
+    here = [way for way in _named(body, (), _USERS) if way in _PLACES]
+    if len(here) > 1:
+        return f"marks are given twice, in {' and in '.join(map('.'.join, here))}: choose one place"
     for way in _named(body, (), _USERS):
         if way in _PLACES:
             if path in _NO_MARKS:
                 return f"{path} takes no marks: {'.'.join(way)} would not be read"
+            if path.endswith("/render") and (wrong := _malformed(body, way)):
+                return wrong
         elif not any(way[: len(place)] == place for place in _PLACES):
             return _belongs(".".join(map(str, way)))
+    return ""
+
+
+def _malformed(body: Mapping[str, Any], way: tuple[str, ...]) -> str:
+    """What is wrong with marks that are only handed on, as far as it shows without the text; "" for nothing."""
+    marks = body
+    for name in way:
+        marks = marks[name]
+    try:
+        raw = raw_marks({FIELD: marks})
+        if raw is not None and not any(name in raw for name in DOOR_KEYS):
+            Marks.parse({FIELD: raw})
+        elif raw is not None and (unknown := [name for name in raw if name not in _OWN]):
+            return f"{FIELD}: unknown key {sayable(str(unknown[0]), 80)}"
+    except PromptError as error:
+        return str(error)
     return ""
 
 
@@ -68,7 +89,9 @@ def _belongs(place: str) -> str:
 
 
 def _alike(name: Any) -> bool:
-    return isinstance(name, str) and len(name) < 32 and name.lower().replace("_", "").replace("-", "") == FIELD
+    if not isinstance(name, str) or len(name) > 64:
+        return False
+    return name.rpartition(".")[2].lower().replace("_", "").replace("-", "") == FIELD
 
 
 def _named(value: Any, way: tuple, users: frozenset[str]) -> Iterator[tuple]:

@@ -50,7 +50,9 @@ class Planner:
         sampling = request.sampling_params
         if not self.options.find_spans or sampling is None or request.prompt_token_ids is None:
             return None
-        one_beam = sampling.max_tokens == 1 and not sampling.detokenize  # a new request each token: see servers.py
+        one_beam = (
+            sampling.max_tokens == 1 and not sampling.detokenize
+        )  # a new request each token: see openai_server.py
         return None if one_beam else Marks(find=True)
 
     def _member(self, request, marks: Marks) -> Tracked | None:

@@ -131,6 +131,23 @@ tried('TIOCSTI', fcntl.ioctl, 1, termios.TIOCSTI, b'x')
 tried('file flags', fcntl.ioctl, fd, 0x40086602, struct.pack('Q', 0))
 tried('controlling terminal', open, '/dev/tty')
 """,
+    "commands of fcntl": """
+import fcntl, json
+for path in (json.__file__, '/usr/bin/env', sys.executable, os.path.realpath(sys.executable), '/usr/lib', 'mine', '.'):
+    if path == 'mine': open(path, 'w').close()
+    fd = os.open(path, os.O_RDONLY)
+    for kind in (fcntl.F_RDLCK, fcntl.F_WRLCK): tried(f'lease {kind} {path}', fcntl.fcntl, fd, fcntl.F_SETLEASE, kind)
+    tried(f'notify {path}', fcntl.fcntl, fd, fcntl.F_NOTIFY, fcntl.DN_CREATE | fcntl.DN_MULTISHOT)
+    tried(f'owner of {path}', fcntl.fcntl, fd, fcntl.F_SETOWN, os.getpid())
+    tried(f'signal of {path}', fcntl.fcntl, fd, fcntl.F_SETSIG, signal.SIGUSR1)
+    tried(f'extended owner of {path}', fcntl.fcntl, fd, 15, struct.pack('ii', 1, os.getpid()))
+    for command in (1036, 1038): tried(f'hint {command} {path}', fcntl.fcntl, fd, command, struct.pack('Q', 2))
+r, w = os.pipe()
+for size in (4096, 1 << 17, 1 << 20): tried(f'pipe of {size}', fcntl.fcntl, w, fcntl.F_SETPIPE_SZ, size)
+fcntl.fcntl(fcntl.fcntl(r, fcntl.F_DUPFD_CLOEXEC, 9), fcntl.F_SETFL, os.O_NONBLOCK)  # what programs need works
+assert fcntl.fcntl(w, fcntl.F_GETPIPE_SZ) == 1 << 16
+fcntl.flock(os.open('mine', os.O_RDONLY), fcntl.LOCK_EX); fcntl.lockf(os.open('mine', os.O_RDWR), fcntl.LOCK_EX)
+""",
     "processes outside": """
 for pid in (PARENT, -PARENT, os.getppid() if os.getppid() > 1 else PARENT):
     for number in (0, signal.SIGCONT): tried(f'signal to {pid}', os.kill, pid, number)
@@ -212,6 +229,21 @@ held()
 """,
         _SMALL,
     ),
+    "resized pipes": Hog(
+        """
+import fcntl
+kept, total = [], 0
+for _ in range(110):
+    ends = os.pipe(); kept.append(ends); os.set_blocking(ends[1], False)
+    try: fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, 1 << 20)
+    except OSError: pass
+    try:
+        while True: total += os.write(ends[1], b'x' * 65536)
+    except BlockingIOError: pass
+if total > 56 << 20: held()
+""",
+        {"memory": 56 << 20, "seconds": 60.0},
+    ),
     "deleted files": Hog(
         """
 kept = []
@@ -252,6 +284,13 @@ held(4.0)
         _DISK,
     ),
     "empty folders": Hog("for i in range(1500): os.mkdir(f'd{i}')\nheld()", _DISK | {"files": 1000}),
+    "hard links": Hog(
+        "open('f', 'w').close()\nfor i in range(1500): os.link('f', f'l{i}')\nheld()", _DISK | {"files": 1000}
+    ),
+    "hard links in scratch": Hog(
+        "os.chdir(os.environ['TMPDIR']); open('f', 'w').close()\nfor i in range(1500): os.link('f', f'l{i}')\nheld()",
+        _DISK | {"files": 1000},
+    ),
     "scratch names": Hog(
         "for i in range(1500): open(os.environ['TMPDIR'] + f'/{i}', 'w').close()\nheld()", _DISK | {"files": 1000}
     ),

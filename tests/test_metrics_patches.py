@@ -1,6 +1,7 @@
 """Patches are compared as patches: the same change in another notation counts, another change never does."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -44,15 +45,23 @@ def hunks_first(text: str) -> str:
 SAME = {
     "itself": lambda t: t,
     "no index line": lambda t: t.replace("index 1111111..2222222 100644\n", ""),
-    "other line numbers": lambda t: t.replace("@@ -1,4 +1,4 @@", "@@ -90,4 +91,4 @@"),
     "no function behind the numbers": lambda t: t.replace("@@ class Y:", "@@"),
-    "no a/ and b/": lambda t: t.replace(" a/", " ").replace(" b/", " "),
+    "other folders in front": lambda t: t.replace(" a/", " i/").replace(" b/", " w/"),
     "the files in another order": hunks_first,
     "text around it": lambda t: f"Here is the patch:\n\n{t}\nIt adds one.\n",
     "the last newline stripped": str.strip,
     "an empty line of context with its blank": lambda t: t.replace("\n\n", "\n \n"),
 }
 OTHER = {
+    "other line numbers": lambda t: t.replace("@@ -1,4 +1,4 @@", "@@ -90,4 +90,4 @@"),
+    "another line before": lambda t: t.replace("@@ -7,3 ", "@@ -8,3 "),
+    "another line after": lambda t: t.replace("+7,4 @@", "+9,4 @@"),
+    "no a/ and b/": lambda t: t.replace(" a/", " ").replace(" b/", " "),
+    "another file above the hunks": lambda t: t.replace("--- a/x.py", "--- a/z.py"),
+    "another file below git's line": lambda t: t.replace("+++ b/x.py", "+++ b/z.py"),
+    "no a/": lambda t: t.replace("--- a/", "--- "),
+    "no b/": lambda t: t.replace("+++ b/", "+++ "),
+    "no a/ and b/ at one file": lambda t: t.replace("a/x.py", "x.py").replace("b/x.py", "x.py"),
     "signs swapped": lambda t: (
         t.translate(str.maketrans("+-", "-+")).replace("+++ a", "--- a").replace("--- b", "+++ b")
     ),
@@ -127,6 +136,31 @@ def test_a_binary_patch_equals_only_itself():
     assert same_patch(gold, [gold]) == 1.0
     assert same_patch(gold.replace("Icm", "Idm"), [gold]) == 0.0
     assert same_patch(GOLD, [gold, GOLD]) == 1.0
+
+
+BLOCK = "def f():\n    a\n    b\n    return 1\n\n"
+HUNK = "@@ -{old},5 +{new},6 @@\n def f():\n     a\n     b\n+    c\n     return 1\n \n"
+
+
+def applied(text: str, folder: Path) -> str | None:
+    """What git makes of six equal blocks; None where the patch does not apply."""
+    folder.mkdir(exist_ok=True)
+    (folder / "m.py").write_text(BLOCK * 6)
+    done = subprocess.run(["git", "apply", "-p1", "-"], cwd=folder, input=text, text=True, capture_output=True)
+    return None if done.returncode else (folder / "m.py").read_text()
+
+
+@pytest.mark.parametrize("starts", [(1,), (6,), (21,), (1, 6), (6, 21), (11, 26)])
+def test_with_repeated_blocks_the_place_counts_as_it_does_for_git(starts, tmp_path):
+    """Patches of the same hunks, each said for other blocks: equal exactly where git makes the same file."""
+
+    def patch(at):
+        return "--- a/m.py\n+++ b/m.py\n" + "".join(HUNK.format(old=s, new=s + n) for n, s in enumerate(at))
+
+    gold = patch(starts)
+    for others in [(s,) for s in (1, 6, 21)] if len(starts) == 1 else [(1, 6), (6, 21), (11, 26), (1, 26)]:
+        same = applied(patch(others), tmp_path / "r") == applied(gold, tmp_path / "r") is not None
+        assert same_patch(patch(others), [gold]) == float(same) == float(others == starts)
 
 
 @settings(max_examples=200, deadline=None)

@@ -4,6 +4,9 @@ import errno
 import os
 import re
 import struct
+import subprocess
+import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.agents.sandbox import group, seccomp, tree
+from harness.agents.sandbox import group, seccomp, tree, usage
 
 fault = pytest.mark.fault("sandbox_limits")
 
@@ -86,6 +89,18 @@ def test_the_filter_looks_at_arguments(machine, flags, address, mode):
     assert ask("fchmod", 3, mode) == (not mode & 0o6000)
     assert ask("openat", 0, 0, flags, mode) == (not flags & 0o20000100 or not mode & 0o6000)
     assert ask("ioctl", 1, flags) == (flags & 0xFFFFFFFF in seccomp._IOCTLS)
+
+
+@fault
+@pytest.mark.parametrize("machine", seccomp.ARCH)
+@pytest.mark.parametrize("high", [0, 1 << 32])
+def test_the_filter_knows_the_commands_of_fcntl(machine, high):
+    """The kernel reads the command as 32 bits, whatever stands above them."""
+    number = seccomp.NUMBERS["fcntl"][list(seccomp.ARCH).index(machine)]
+    allowed = [n for n in range(2000) if verdict(machine, number, (3, n | high, *(0,) * 4)) == seccomp.ALLOW]
+    assert set(allowed) == set(seccomp._FCNTLS)
+    assert not {8, 10, 15, 1024, 1026, 1031, 1036, 1038, 1040} & set(allowed)
+    assert verdict(machine, number, (3, 1024, 0, 0, 0, 0)) == refusal(errno.EPERM)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +179,16 @@ def test_a_link_in_place_of_a_tree_is_removed_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
 
 
+@fault
+def test_a_further_name_of_a_file_counts_and_its_bytes_do_not(tmp_path):
+    (tmp_path / "f").write_bytes(b"x" * 40_000)
+    alone = usage.folder_usage(tmp_path, 100, 1 << 30)
+    for n in range(50):
+        os.link(tmp_path / "f", tmp_path / f"l{n}")
+    assert usage.folder_usage(tmp_path, 100, 1 << 30) == (51, alone[1], True)
+    assert usage.folder_usage(tmp_path, 20, 1 << 30)[0] == 21
+
+
 def test_version_2_is_found_where_an_ancestor_hands_on_the_controllers(tmp_path):
     (tmp_path / "a.slice" / "b.scope").mkdir(parents=True)
     for folder, controllers in (("", "cpu memory pids"), ("a.slice", "memory pids\n"), ("a.slice/b.scope", "")):
@@ -191,3 +216,54 @@ def test_a_version_2_group_states_its_bounds(tmp_path):
     (folder / "memory.events").write_text("low 0\noom 3\noom_kill 2\n")
     (folder / "pids.events").write_text("max 12\n")
     assert made.out_of_memory() and made.refused() == 12
+
+
+def ended_process() -> int:
+    """The number of a process that is no more."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+@fault
+def test_groups_that_a_killed_process_left_go_and_no_others(tmp_path):
+    """On plain folders, which rmdir leaves where anything is in them."""
+    dead, space, made = ended_process(), group._space(), {}
+    kinds = {
+        "left": (f"sandbox-{dead}-{space}-0123abcd", "", 0),
+        "left before namespaces were named": (f"sandbox-{dead}-0123abcd", "", 3600),
+        "of a live process": (f"sandbox-{os.getpid()}-{space}-0123abcd", "", 3600),
+        "with a process in it": (f"sandbox-{dead}-{space}-1123abcd", "17\n", 3600),
+        "just made in another namespace": (f"sandbox-{dead}-1-0123abcd", "", 0),
+        "somebody else's": (f"sandbox-{dead}-x", "", 3600),
+        "somebody else's too": (f"sandbox-{dead}-{space}-0123abcd.scope", "", 3600),
+    }
+    for kind, (name, members, age) in kinds.items():
+        made[kind] = tmp_path / name
+        made[kind].mkdir()
+        (tmp_path / f"{name}.procs").write_text(members)
+        os.utime(made[kind], (time.time() - age,) * 2)
+    with pytest.MonkeyPatch.context() as patch:
+        read = Path.read_text
+        patch.setattr(Path, "read_text", lambda p: read(p.parent.with_name(f"{p.parent.name}.procs")))
+        group.sweep(tmp_path)
+    gone = {kind for kind, folder in made.items() if not folder.exists()}
+    assert gone == {"left", "left before namespaces were named"}
+
+
+@fault
+@pytest.mark.skipif(group.place() is None, reason="no control group can be made here")
+def test_the_next_start_removes_what_kill_9_left():
+    code = """
+import os, time
+from harness.agents.sandbox.group import Group, place
+print(*Group(place(), 64 << 20, 8).folders, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as owner:
+        folders = [Path(p) for p in owner.stdout.readline().split()]
+        group.place.__wrapped__()
+        assert folders and all(p.is_dir() for p in folders), "its owner lives"
+        owner.kill()
+    group.place.__wrapped__()
+    assert not any(p.exists() for p in folders)

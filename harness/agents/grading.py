@@ -1,21 +1,31 @@
 """Grades a patch as SWE-bench does: applied to a fresh worktree, tests run there, the log read by `swebench`.
 
-The tests are the task's own: what a patch does to files under tests/ is undone before they run. The run is confined
-like every other (swebench's own harness needs docker).
+The tests and what pytest runs besides are the task's own: what a patch does to files that judge is left out, unless the
+task's own fix is in such a file. These are folders of tests, pytest's configuration and plugins (`conftest.py` and the
+rest), and modules in place of pytest's or Python's own. The run is confined like every other (swebench's own harness
+needs docker). The modules under test run in pytest's process: against those that forge its log there is no defence.
 """
 
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from harness.agents.git import git
+from harness.agents.git import checked, git
 from harness.agents.sandbox import Limits
 from harness.agents.tasks.fixes import FixTask
 from harness.agents.workspace import Repository, Workspace
 
+_JUDGES = ("tests", "test", "*.dist-info", "*.egg-info")  # folders; the last two can name plugins of pytest
+_CONFIGURES = (
+    *("conftest.py", "pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "pyproject.toml", "setup.cfg"),
+    *("tox.ini", "sitecustomize.py", "usercustomize.py", "*.pth"),
+)
+_RUNS = sys.stdlib_module_names | {"pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments"}
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "tests")
 
 
@@ -52,6 +62,32 @@ def instance(task: FixTask, base: str) -> dict[str, Any]:
     }
 
 
+def judges(files: Sequence[str]) -> list[str]:
+    """Patterns of the files that judge, in a repository of `files`; a star stands for any characters, `/` included.
+
+    A module of Python's or pytest's name is the repository's own where it has one.
+    """
+    anywhere = [*_JUDGES, *_CONFIGURES, *(f"{folder}/*" for folder in _JUDGES)]  # a folder may come as a link
+    own = {name.partition("/")[0].partition(".")[0] for name in files}
+    replaced = [f"{name}{end}" for name in sorted(_RUNS - own) for end in ("", ".*", "/*")]
+    return [pattern for name in anywhere for pattern in (name, f"*/{name}")] + replaced
+
+
+def _apply(patch: str, workspace: Workspace, kept: str) -> str:
+    """Apply what does not judge; why it does not apply, "" when it does."""
+    files = workspace.files()
+    patterns = judges(files)
+    where = {"git_dir": workspace.git_dir, "tree": workspace.root}
+    options = (f"--include={kept}", *(f"--exclude={pattern}" for pattern in patterns), "--include=*")
+    done = git("apply", *options, "-", **where, stdin=patch)
+    if done.returncode:
+        return done.stderr or "git apply failed"
+    # a rename is known by its new name alone, and may have taken a judge away
+    if back := [name for name in files if name != kept and any(fnmatchcase(name, p) for p in patterns)]:
+        checked(git("--literal-pathspecs", "checkout", "-q", workspace.repository.base, "--", *back, **where))
+    return ""
+
+
 def grade(
     task: FixTask, repository: Repository, patch: str, limits: Limits | None = None, trust_code: bool = False
 ) -> Grade:
@@ -62,11 +98,9 @@ def grade(
 
     workspace = Workspace(repository, limits, trust_code)
     try:
-        done = git("apply", "-", git_dir=workspace.git_dir, tree=workspace.root, stdin=patch)
-        if done.returncode:
-            log = f"{APPLY_PATCH_FAIL}:\n{done.stderr}"
+        if why := _apply(patch, workspace, task.path):
+            log = f"{APPLY_PATCH_FAIL}:\n{why}"
         else:
-            git("checkout", "-q", repository.base, "--", "tests", git_dir=workspace.git_dir, tree=workspace.root)
             result = workspace.run(*PYTEST)
             ending = f"\n{TESTS_TIMEOUT}" if result.stopped else ""
             log = f"{START_TEST_OUTPUT}\n{result.output}\n{END_TEST_OUTPUT}\n{ending}"

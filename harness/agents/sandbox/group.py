@@ -2,10 +2,13 @@
 
 Version 2 is used where an ancestor of this process's group can be written and hands on the memory and pids controllers;
 version 1 where both hierarchies can be written (then this machine's root, as a rule). Nothing of the machine's own
-groups is changed: a run gets child groups, which are removed behind it. Elsewhere the watcher counts (watch.py).
+groups is changed: a run gets child groups, which are removed behind it, or, where their owner was killed, when the
+next process of ours starts. Elsewhere the watcher counts (watch.py).
 """
 
+import logging
 import os
+import re
 import secrets
 import subprocess
 import time
@@ -14,8 +17,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from harness.agents.sandbox import usage
+
 _NEEDED = {"memory", "pids"}
 _REMOVE_S = 2.0
+_NAME = re.compile(r"sandbox-(?P<pid>\d+)-(?:(?P<space>\d+)-)?[0-9a-f]{8}")  # process, its PID namespace, a draw
+_ENTERED_S = 60.0  # a group so old that nobody has entered belongs to no run that is about to start
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Group:
     """
 
     def __init__(self, place: Place, memory: int, processes: int) -> None:
-        self.place, name = place, f"sandbox-{os.getpid()}-{secrets.token_hex(4)}"
+        self.place, name = place, f"sandbox-{os.getpid()}-{_space()}-{secrets.token_hex(4)}"
         self.folders: list[Path] = []
         try:
             for parent in place.parents:
@@ -107,14 +115,35 @@ class Group:
             self.folders.pop()
 
 
+def _space() -> str:
+    """The number of this process's PID namespace: elsewhere the same process number names another process."""
+    return str(os.stat("/proc/self/ns/pid").st_ino)
+
+
+def sweep(parent: Path) -> None:
+    """Remove the groups below `parent` whose owner was killed before it could; a group that holds a process stays."""
+    for folder in parent.glob("sandbox-*"):
+        named = _NAME.fullmatch(folder.name)
+        if not named or usage.alive(f"/proc/{named['pid']}"):
+            continue
+        with suppress(OSError):
+            ours = named["space"] == _space() or time.time() - folder.stat().st_mtime > _ENTERED_S
+            if ours and not (folder / "cgroup.procs").read_text().strip():
+                folder.rmdir()
+                log.info("removed %s, which a killed process left", folder)
+
+
 @cache
 def place() -> Place | None:
-    """Where this process can make groups that bound memory and processes, tried once; None where it cannot."""
+    """Where this process can make groups that bound memory and processes, tried once; None where it cannot.
+
+    Groups that killed processes left there are removed.
+    """
     with suppress(OSError, ValueError, IndexError):
         found = _find(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
-        for candidate in found:
-            if _works(candidate):
-                return candidate
+        for parent in {parent for candidate in found for parent in candidate.parents}:
+            sweep(parent)
+        return next(filter(_works, found), None)
     return None
 
 

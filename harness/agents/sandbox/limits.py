@@ -19,8 +19,9 @@ class Limits:
 
     `seconds` of wall time (and of CPU time per process); `memory` in bytes, of each process's address space and of
     all processes, pipes and the scratch folder together; `processes` and threads alive at once; `file_bytes` per
-    written file; `disk_bytes` and `files` in the root, the scratch folder and deleted files together, what was there
-    before included; `output_bytes` kept of stdout and stderr together: more ends the command.
+    written file; `disk_bytes` and `files` (names: a hard link counts as a file does) in the root, the scratch folder
+    and deleted files together, what was there before included; `output_bytes` kept of stdout and stderr together:
+    more ends the command.
     """
 
     seconds: float = 20.0

@@ -2,8 +2,11 @@
 
 Files are Landlock's and the mount namespace's to guard. The filter takes away what those do not see: sockets but for a
 connected pair, kernel objects that hold memory which no process's size shows (memfd, SysV, shared anonymous pages,
-pages in pipes), other processes, namespaces and mounts, watches on files outside, devices' ioctls, set-user-ID bits,
-disk blocks beyond a file's end, and whatever is newer than this list.
+pages in pipes, larger pipes), other processes, namespaces and mounts, watches and leases on files outside, devices'
+ioctls, set-user-ID bits, disk blocks beyond a file's end, and whatever is newer than this list.
+
+Locks (flock, fcntl's) are left: git, sqlite and pytest need them, and a filter sees a descriptor's number, not what it
+names.
 """
 
 import errno
@@ -47,7 +50,7 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14),
     "lremovexattr": (198, 15), "fremovexattr": (199, 16), "fallocate": (285, 47), "ioctl": (16, 29),
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "open": (2, None), "openat": (257, 56),
-    "creat": (85, None), "mknod": (133, None), "mknodat": (259, 33),
+    "creat": (85, None), "mknod": (133, None), "mknodat": (259, 33), "fcntl": (72, 25),
     # the same on every machine; of the numbers from 424 on, only these are known
     "pidfd_send_signal": (424, 424), "pidfd_open": (434, 434), "clone3": (435, 435), "close_range": (436, 436),
     "faccessat2": (439, 439), "epoll_pwait2": (441, 441), "futex_waitv": (449, 449), "fchmodat2": (452, 452),
@@ -62,6 +65,11 @@ _NEW = frozenset(
 _NAMESPACES = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
 _SET_ID = 0o6000
 _CREATES = 0o100 | 0o20000000  # O_CREAT, O_TMPFILE
+_FCNTLS = (
+    *(0, 1, 2, 3, 4, 1030),  # duplicates; flags of descriptors and files
+    *(5, 6, 7, 36, 37, 38),  # locks of a process, of an open file
+    *(9, 11, 16, 1025, 1027, 1032, 1034),  # what owner, signal, lease, descriptor, pipe size, seals there are
+)
 # Terminal size and attributes, FIONREAD, FIONBIO, FIOCLEX, FIONCLEX, FS_IOC_GETFLAGS.
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x802C542A, 0x80086601)
 
@@ -85,6 +93,7 @@ _CASES: dict[str, tuple[tuple[tuple[int, int, tuple[int, ...] | None], ...], ...
 _ONLY = {
     "socketpair": ((0, 0xFFFFFFFF, (1,)), (1, 0xF, (1,))),  # AF_UNIX, SOCK_STREAM
     "ioctl": ((1, 0xFFFFFFFF, _IOCTLS),),
+    "fcntl": ((1, 0xFFFFFFFF, _FCNTLS),),  # leases, watches, owners, signals, pipe sizes, hints are set by others
 }
 _ERRORS = {"fallocate": errno.EOPNOTSUPP, "ioctl": errno.ENOTTY, "clone3": errno.ENOSYS}
 

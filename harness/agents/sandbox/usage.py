@@ -7,7 +7,6 @@ file that was deleted lives on in descriptors and mappings.
 
 import os
 import stat
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -140,28 +139,23 @@ class Held:
                     self.deleted[key] = found.st_blocks * 512
 
 
-def _once(found: Iterator[os.stat_result]) -> Iterator[os.stat_result]:
-    """A file with several names counts once."""
-    seen: set[tuple[int, int]] = set()
-    for entry in found:
-        key = entry.st_dev, entry.st_ino
-        if entry.st_nlink > 1 and not stat.S_ISDIR(entry.st_mode):
-            if key in seen:
-                continue
-            seen.add(key)
-        yield entry
-
-
 def folder_usage(top: Path, files: int, size: int, ended: bool = False) -> tuple[int, int, bool]:
-    """Files and bytes on disk below `top`, and whether all of it was seen; stops where they pass `files` or `size`.
+    """Names and bytes on disk below `top`, and whether all of it was seen; stops where they pass `files` or `size`.
 
-    `ended` says that nothing runs any more: folders that their owner may not read are then made readable.
+    Every name counts, a further one of the same file too (it takes room in its folder and time to walk and remove);
+    a file's bytes count once. `ended` says that nothing runs any more: folders that their owner may not read are then
+    made readable.
     """
     count = held = 0
+    linked: set[tuple[int, int]] = set()
     try:
-        for entry in _once(tree.entries(top, ended)):
+        for entry in tree.entries(top, ended):
             count += 1
-            held += entry.st_blocks * 512
+            key = entry.st_dev, entry.st_ino
+            if key not in linked:
+                held += entry.st_blocks * 512
+            if entry.st_nlink > 1 and not stat.S_ISDIR(entry.st_mode):
+                linked.add(key)
             if count > files or held > size:
                 break
     except OSError:

@@ -3,6 +3,7 @@
 import json
 import math
 from argparse import ArgumentTypeError
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 from unicodedata import category
@@ -58,6 +59,21 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ArgumentTypeError(f"a JSON object is expected, not {text[:SHOWN]!r}")
     return found
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """For argparse: the integer in a command line's argument; ArgumentTypeError for anything else or a smaller one."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise ArgumentTypeError(f"an integer of at least {least} is expected, not {text[:SHOWN]!r}")
+        return number
+
+    return read
 
 
 def check_plain(value: Any, error: type[Exception], where: str = "", text: bool = False) -> None:

@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from cacheslide.errors import CacheSlideError, ConfigError
+from cacheslide.plain_values import at_least
 from harness.configuration import check, native
 from harness.experiments.agents import steps as study_agents
 from harness.experiments.cope import steps as study_cope
@@ -147,8 +148,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--only", default=",".join(STEPS), help="steps, separated by commas")
-    parser.add_argument("--jobs", type=int, default=1, help="data sets measured side by side")
-    parser.add_argument("--threads", type=int, default=2, help="PyTorch threads a job")
+    parser.add_argument("--jobs", type=at_least(1), default=1, help="data sets measured side by side")
+    parser.add_argument("--threads", type=at_least(1), default=2, help="PyTorch threads a job")
     parser.add_argument("--device", help="instead of the configuration's: where the step cope computes")
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--finish", action="store_true", help="summary, figures and report instead of measuring")

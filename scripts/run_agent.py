@@ -20,6 +20,7 @@ from pathlib import Path
 from run_cacheslide import NAMES, load_examples, summary, write
 
 from cacheslide.errors import CacheSlideError, ConfigError
+from cacheslide.plain_values import at_least
 from harness.agents.agent import Agent
 from harness.agents.documents import DocumentReader, TextReflexion
 from harness.agents.loop import Episode, Step, Stops, run_episode
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dataset", default="swe_bench", help="swe_bench, hotpot_qa, a name from harness/tasks, synthetic"
     )
-    parser.add_argument("--max_turns", type=int, default=4)
+    parser.add_argument("--max_turns", type=at_least(1), default=4)
     parser.add_argument("--seed", type=int, default=0, help="of synthetic tasks")
     parser.add_argument("--traces", help="JSONL file for the episodes, to replay them")
     parser.add_argument("--grade", action="store_true", help="grade SWE-bench patches in docker")

@@ -55,7 +55,7 @@ DAMAGE = {  # name: what is done to a part of ten records, and the records that 
     "an empty line": (lambda b: b + b"\n", set()),
     "not UTF-8": (lambda b: b[:-40] + b"\xff" + b[-39:], {9}),
     "a flipped number": (lambda b: b.replace(b'"x": 3', b'"x": 7'), {3}),
-    "a flipped checksum": (lambda b: b.replace(b'"crc"', b'"crb"', 5).replace(b'"crb"', b'"crc"', 4), {3}),
+    "a flipped checksum": (lambda b: b.replace(b'"crc"', b'"crb"', 6).replace(b'"crb"', b'"crc"', 5), {3}),
     "a checksum taken out": (lambda b: b[:-29] + b"}\n", {9}),
     "nested beyond all bounds": (lambda b: b + b'{"id": ' + b"[" * 10**5 + b"\n", set()),
     "a number beyond all bounds": (lambda b: b + b'{"id": "n", "x": ' + b"9" * 10**4 + b"}\n", set()),
@@ -105,15 +105,83 @@ def test_a_damaged_finished_file_names_its_lines(tmp_path, capsys, name):
     assert capsys.readouterr().err == f"{path}: 1 bad lines are left out (line {line}: {why})\n"
 
 
+def of_before(raw: bytes) -> bytes:
+    """A file as versions before the header's copy wrote it."""
+    lines = raw.splitlines(True)
+    return b"".join(lines[:2] + lines[3:])
+
+
 @pytest.mark.parametrize("head", [b"", b"[]\n", b"5\n", b"\xff\n", b'{"schema": "cacheslide.records/1"}\n'])
-def test_a_part_with_another_header_is_kept_and_started_over(tmp_path, head):
+def test_a_part_that_begins_with_something_else(tmp_path, capsys, head):
+    """A line in front of the header is damage, since the header says whose records these are."""
     part = written(tmp_path)
     content = head + part.read_bytes() if head else b""
     part.write_bytes(content)
-    assert resumed(tmp_path) == set()
+    assert resumed(tmp_path) == (ids(*range(10)) if head else set())
     old = tmp_path / ".r.jsonl.part.old"
     assert old.read_bytes() == content if head else not old.exists()
-    assert read_file(part).settings == SETTINGS
+    assert ("line 1: the header: " in capsys.readouterr().err) is bool(head)
+    assert read_file(part).settings == SETTINGS and read_file(part).bad == ()
+
+
+def flips(raw: bytes, count: int, seed: int):
+    """The file with one flipped bit in its first `count` bytes: all bits of the last two bytes, and some others."""
+    rng = random.Random(seed)
+    places = [(at, bit) for at in (count - 2, count - 1) for bit in range(8)]
+    for at, bit in places + [(rng.randrange(count), rng.randrange(8)) for _ in range(60)]:
+        yield raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :], {0} if at == count - 1 else set()
+
+
+def test_any_flipped_bit_of_the_header_costs_no_record(tmp_path, capsys):
+    """But the first one, where the newline between them is what was hit: it is measured again."""
+    part = written(tmp_path)
+    raw = part.read_bytes()
+    for number, (damaged, lost) in enumerate(flips(raw, raw.index(b"\n") + 1, 7), 1):
+        (tmp_path / "done.jsonl").write_bytes(damaged)
+        found = read_file(tmp_path / "done.jsonl")
+        assert found.settings == SETTINGS and found.unchecked == 0
+        assert {r["id"] for r in found.records} == ids(*range(10)) - ids(*lost)
+        assert "bad lines are left out (line 1: the header: " in capsys.readouterr().err
+        part.write_bytes(damaged)
+        assert resumed(tmp_path) == ids(*range(10)) - ids(*lost)
+        assert "line 1: the header: " in capsys.readouterr().err
+        assert len(list(tmp_path.glob(".r.jsonl.part.old*"))) == number
+        mended = read_file(part)
+        assert mended.settings == SETTINGS and not mended.bad and part.read_bytes().count(b'"settings"') == 2
+
+
+def test_a_damaged_header_does_not_make_another_run_of_it(tmp_path, capsys):
+    part = written(tmp_path)
+    part.write_bytes(part.read_bytes().replace(b'"layer": 3', b'"layer": 4', 1))
+    other = RecordWriter(tmp_path / "r.jsonl", SETTINGS | {"layer": 4})
+    assert other.done == set() and "records of other settings" in capsys.readouterr().err
+
+
+def test_a_header_without_a_copy_is_named_where_it_is_damaged(tmp_path, capsys):
+    """As earlier versions wrote it: nothing else says whose the records are."""
+    part = written(tmp_path)
+    before = of_before(part.read_bytes())
+    damaged = before.replace(b'"layer": 3', b'"layer": 4')
+    part.write_bytes(damaged)
+    with pytest.raises(DataError, match="line 1: its checksum does not fit"):
+        read_file(part)
+    assert resumed(tmp_path) == set()
+    said = capsys.readouterr().err
+    assert "the header is damaged (line 1: its checksum does not fit) and has no copy" in said and said.count("\n") == 1
+    assert (tmp_path / ".r.jsonl.part.old").read_bytes() == damaged
+    part.write_bytes(before)
+    assert read_file(part).settings == SETTINGS and len(read_file(part).records) == 10
+    assert resumed(tmp_path) == ids(*range(10)) and part.read_bytes().startswith(before)
+    part.write_bytes(part.read_bytes().replace(b'"layer": 3', b'"layer": 4', 1))  # it has a copy now
+    assert resumed(tmp_path) == ids(*range(10))
+
+
+def test_a_lost_copy_is_written_again(tmp_path, capsys):
+    part = written(tmp_path)
+    first, _, raw = part.read_bytes().partition(b"\n")
+    part.write_bytes(first + b"\n" + raw.replace(b'"layer": 3', b'"layer": 4', 1))
+    assert resumed(tmp_path) == ids(*range(10)) and "line 3: its checksum" in capsys.readouterr().err
+    assert part.read_bytes().count(first) == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"[]\n", b"5\n", b'{"id": "1"}\n', b"\xff\xfe\n", b'{"schema": 1}\n'])

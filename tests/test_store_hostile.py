@@ -1,10 +1,12 @@
 """Whatever lies in a store's folder, opening and looking up end in time, with a hit or a miss, and spoil no file."""
 
+import errno
 import json
 import os
 import re
 import socket
 import stat
+import struct
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 import xxhash
 
 from cacheslide.errors import ConfigError, StoreError
-from cacheslide.store import DirectoryChunkStore, open_store
+from cacheslide.store import DirectoryChunkStore, open_store, permissions
 from cacheslide.store.config import StoreConfig
 from cacheslide.store.files import Files
 from cacheslide.store.filetier import FileOptions, FileTier, chunk_name, namespace_id
@@ -349,6 +351,74 @@ def test_folders_that_others_may_write_are_refused_unless_asked_for(tmp_path, mo
     DirectoryChunkStore(folder, shared=True)
     folder.chmod(0o1777)  # as /tmp: nobody can remove or rename what is not theirs
     assert tier(folder).contains(name(1))
+
+
+def grant(folder: Path, entries: list[tuple[int, int, int]], mask: int) -> None:
+    """Give the folder a POSIX access list: its owner may all, its group and the rest nothing."""
+    nobody = 2**32 - 1
+    listed = sorted([(1, 7, nobody), (4, 0, nobody), *entries, (16, mask, nobody), (32, 0, nobody)])
+    raw = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in listed)
+    try:
+        os.setxattr(folder, "system.posix_acl_access", raw)
+    except OSError as refused:
+        if refused.errno != errno.EOPNOTSUPP:
+            raise
+        pytest.skip("a file system without access lists")
+
+
+OWN = os.geteuid()
+
+
+@pytest.mark.parametrize(
+    ("entries", "mask", "who"),
+    [
+        ([(2, 7, 65534)], 7, "user 65534"),
+        ([(2, 5, 65534), (2, 2, 65533)], 7, "user 65533"),
+        ([(8, 7, 65534)], 7, "group 65534"),
+        ([(2, 7, 65534)], 5, None),  # the mask takes it away
+        ([(2, 5, 65534)], 7, None),
+        ([(2, 7, OWN)], 7, None),
+    ],
+)
+def test_an_access_list_is_read(tmp_path, monkeypatch, entries, mask, who):
+    """The group is made the user's own: by the mode alone, which shows the mask, the folder would be private."""
+    monkeypatch.setattr(permissions, "_own_group", lambda gid: gid == os.getegid())
+    folder = tmp_path / "s"
+    tier(folder).write([encoded(1)])
+    grant(folder, entries, mask)
+    if who is None:
+        assert tier(folder).contains(name(1))
+        return
+    with pytest.raises(StoreError, match=rf"written by others \(an access list lets {who}\).*shared_folder") as refused:
+        tier(folder)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(StoreError, match="written by others"):
+        DirectoryChunkStore(folder)
+    assert tier(folder, shared=True).contains(name(1))
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("through_link", [False, True])
+def test_a_folder_that_others_could_move_away_is_refused(tmp_path, depth, through_link):
+    parent = tmp_path / "open"
+    folder = parent.joinpath(*"abc"[: depth - 1], "s")
+    folder.mkdir(parents=True, mode=0o700)
+    used = folder
+    if through_link:
+        used = tmp_path / "link"
+        used.symlink_to(folder)
+    tier(used).write([encoded(1)])
+    parent.chmod(0o777)
+    config = {"path": str(used), "host_gib": 1e-4, "file_gib": 0.02, "spill_gib": 0.001}
+    said = rf"moved away by others, who may write to {parent} \(mode 777\).*shared_folder"
+    with pytest.raises(StoreError, match=said) as refused:
+        open_store(config, 256)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(StoreError, match=said):
+        DirectoryChunkStore(used)
+    assert tier(used, shared=True).contains(name(1))
+    parent.chmod(0o1777)  # as /tmp
+    assert tier(used).contains(name(1))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="giving a file away needs root")

@@ -1,6 +1,7 @@
 """The synthetic task: splits, worlds, rendering, rows."""
 
 import hashlib
+import json
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -104,6 +105,53 @@ def test_a_missing_field_is_named(style, tmp_path):
     path.write_text(path.read_text().replace('"answer"', '"reply"').replace('"patch"', '"diff"'))
     with pytest.raises(DataError, match=r"field '(answer|patch)'"):
         list(read_rows(path))
+
+
+def changes(value, path=()):
+    """Copies of a JSON value with one place in it, or all of it, replaced by something odd."""
+    yield from (None, 5, "", "x", [], [None], {}, {"a": 1})
+    if isinstance(value, dict):
+        for k in value:
+            yield from ({**value, k: other} for other in changes(value[k]))
+    elif isinstance(value, list):
+        for i in range(min(2, len(value))):
+            yield from ([*value[:i], other, *value[i + 1 :]] for other in changes(value[i]))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_an_odd_row_is_an_example_or_one_line(style, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, style, "deep", "test", 0, 1, 512)
+    rows = path.read_text().splitlines(keepends=True)
+    refused = 0
+    for odd in changes(json.loads(rows[-1])):
+        path.write_text("".join(rows[:-1]) + json.dumps(odd) + "\n")
+        try:
+            found = list(read_rows(path))
+        except DataError as wrong:
+            assert str(wrong).startswith(str(path)) and "\n" not in str(wrong)
+            refused += 1
+        else:
+            assert all(isinstance(answer, str) for e in found for q in e.questions for answer in q.answers)
+    assert refused > 50
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"[" * 100_000, "not valid JSON (nested too deeply)"),
+        (b'{"id":', "not valid JSON (Expecting value"),
+        (b"9" * 5000, "not valid JSON (Exceeds the limit"),
+        (b"5", "the row is no object"),
+        (b'{"id": "\xff"}', "not UTF-8"),
+    ],
+)
+def test_a_line_that_is_no_row_is_named(tmp_path, line, said):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(line + b"\n")
+    with pytest.raises(DataError) as wrong:
+        list(read_rows(path))
+    assert str(wrong.value).startswith(f"{path}:1: {said}")
 
 
 def test_wrong_arguments_are_refused_and_leave_no_file(tmp_path):

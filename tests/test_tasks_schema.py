@@ -81,6 +81,11 @@ def test_a_missing_field_is_named_with_file_and_row(tmp_path, name, field):
         ("2wikimqa", lambda r: r.update(context="[["), "field 'context' holds text that is not valid JSON"),
         (
             "2wikimqa",
+            lambda r: r.update(context="[" * 10**5),
+            "field 'context' holds text that is not valid JSON (nested",
+        ),
+        (
+            "2wikimqa",
             lambda r: r["evidences"][0].pop(),
             "field 'evidences' must be an object with fact, relation, entity",
         ),
@@ -118,6 +123,11 @@ def test_a_wrong_column_type_in_parquet_is_named(tmp_path):
         ("a.jsonl", '{"id": "1"}\n{"id":\n', "row 1: field 'question' is missing"),
         ("a.jsonl", '\n{"id":\n', "row 2: not valid JSON"),
         ("a.json", "[{]", "not valid JSON"),
+        ("a.json", "[" * 100_000, "not valid JSON (nested too deeply)"),
+        ("a.jsonl", '\n{"id": ' + "[" * 100_000, "row 2: not valid JSON (nested too deeply)"),
+        ("a.jsonl", '{"id": ' + "9" * 5000 + "}", "row 1: not valid JSON (Exceeds the limit"),
+        ("a.json", "[" + "9" * 5000 + "]", "not valid JSON (Exceeds the limit"),
+        ("a.jsonl", '{"id": "\\ud800"}', "row 1: not valid JSON (half of a surrogate pair)"),
         ("a.jsonl", "", "holds no rows"),
         ("a.json", "[]", "holds no rows"),
         ("a.parquet", "not parquet", "not a readable parquet file"),

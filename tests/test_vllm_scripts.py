@@ -54,6 +54,24 @@ def test_what_is_missing_is_one_line(script, monkeypatch):
         script("run_agent", "--model", MODEL, "--agent", "react_style")
 
 
+@pytest.mark.parametrize("name", ["hotpotqa-deep-test.jsonl", "rows.jsonl", "rows.json"])
+def test_a_file_that_holds_no_rows_is_one_line(script, tmp_path, name):
+    (tmp_path / name).write_text("[" * 100_000)
+    for run, more in (("run_cacheslide", ()), ("run_agent", ("--dataset", "hotpot_qa", "--agent", "reflexion"))):
+        status, out, err = script(run, "--model", MODEL, "--data", str(tmp_path / name), *more)
+        assert (status, out) == (2, "") and "not valid JSON (nested too deeply)" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["max_examples", "max_new_tokens", "chunk_size", "suffix_len", "max_turns"])
+@pytest.mark.parametrize("count", ["-5", "0", "many", "²"])
+def test_a_count_that_is_none_is_one_line(script, capfd, flag, count):
+    run = "run_agent" if flag == "max_turns" else "run_cacheslide"
+    with pytest.raises(SystemExit) as left:
+        script(run, "--model", MODEL, f"--{flag}", count)
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert left.value.code == 2 and said.endswith(f"--{flag}: an integer of at least 1 is expected, not {count!r}")
+
+
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.usefixtures("vllm_environment")

@@ -9,6 +9,7 @@ from pathlib import Path
 from cacheslide.cli.store import add_parser as add_store_parser
 from cacheslide.core.precompute import add_command
 from cacheslide.errors import CacheSlideError
+from cacheslide.plain_values import at_least
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     run.add_argument("--chunk-size", type=int, default=1024, help="tokens a chunk at most")
     run.add_argument("--suffix-len", type=int, default=1, help="tokens at the end that are always recomputed")
-    run.add_argument("--max-new-tokens", type=_count, default=32, help="tokens to answer at most (default: 32)")
+    run.add_argument("--max-new-tokens", type=at_least(0), default=32, help="tokens to answer at most (default: 32)")
     run.add_argument("--device", default="cpu", help="cpu, or cuda (default: cpu)")
     run.set_defaults(run=_run)
     add_command(commands)
@@ -55,13 +56,6 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads our output has seen enough (`| head`); the interpreter flushes once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-
-
-def _count(text: str) -> int:
-    """An integer of at least 0, for argparse."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"an integer of at least 0 is expected, not {text!r}")
-    return int(text)
 
 
 def _systems(args: argparse.Namespace) -> int:

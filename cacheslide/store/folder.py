@@ -5,17 +5,15 @@ link; below it no link is followed, no device, pipe or socket is opened, and oth
 """
 
 import errno
-import grp
 import os
-import pwd
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 
 from cacheslide.errors import StoreError
 from cacheslide.store.files import Files
+from cacheslide.store.permissions import others_may_write, trusted, writable_parent
 
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -33,7 +31,7 @@ class Folder:
     files : Files
         Makes the system calls.
     shared : bool
-        Do not ask who owns the folder and its files, nor who else may write there.
+        Do not ask who owns the folder and its files, nor who else may write there or to its parents.
     root : bool
         The configured folder itself, which may be a link.
     """
@@ -41,6 +39,7 @@ class Folder:
     def __init__(self, path: Path, files: Files, *, shared: bool = False, root: bool = False) -> None:
         self.path, self.files, self.shared = Path(path), files, shared
         self._flags = _OPEN if root else _OPEN | os.O_NOFOLLOW
+        self._placed = not root  # whether its parents have been asked: once, and for the configured folder alone
 
     @contextmanager
     def handle(self) -> Iterator[int]:
@@ -52,7 +51,7 @@ class Folder:
                 raise Foreign(f"{self.path} is a symbolic link or no folder") from None
             raise
         try:
-            self._check_folder(os.fstat(fd))
+            self._check_folder(fd)
             yield fd
         finally:
             os.close(fd)
@@ -62,21 +61,27 @@ class Folder:
         with suppress(FileExistsError):
             os.mkdir(self.path, 0o700)
 
-    def _check_folder(self, found: os.stat_result) -> None:
+    def _check_folder(self, fd: int) -> None:
         if self.shared:
             return
-        if not _trusted(found.st_uid):
+        found = os.fstat(fd)
+        if not trusted(found.st_uid):
             raise Foreign(f"{self.path} belongs to user {found.st_uid}: use a folder of your own, or set shared_folder")
-        others = 0o002 if _own_group(found.st_gid) else 0o022
-        if found.st_mode & others and not found.st_mode & stat.S_ISVTX:
+        if why := others_may_write(found, fd):
             raise Foreign(
-                f"{self.path} may be written by others (mode {stat.S_IMODE(found.st_mode):o}): "
-                "make it private (chmod go-w), or set shared_folder"
+                f"{self.path} may be written by others ({why}): "
+                "make it private (chmod go-w, setfacl -b), or set shared_folder"
             )
+        if not self._placed and (parent := writable_parent(self.path)):
+            raise Foreign(
+                f"{self.path} may be moved away by others, who may write to {parent}: "
+                "use a folder elsewhere, or set shared_folder"
+            )
+        self._placed = True
 
     def ours(self, found: os.stat_result) -> bool:
         """Whether a directory entry's status is that of a plain file that this store may read."""
-        return stat.S_ISREG(found.st_mode) and (self.shared or _trusted(found.st_uid))
+        return stat.S_ISREG(found.st_mode) and (self.shared or trusted(found.st_uid))
 
     def _check(self, name: str, found: os.stat_result, write: bool) -> None:
         if not self.ours(found):
@@ -157,21 +162,6 @@ class Folder:
         """Wait until new and removed names are on the device."""
         with self.handle() as folder:
             os.fsync(folder)
-
-
-def _trusted(uid: int) -> bool:
-    """This process's user, or root, whom no permission keeps out."""
-    return uid in (os.geteuid(), 0)
-
-
-@cache
-def _own_group(gid: int) -> bool:
-    """Whether a group is this process's user's alone, as where every user has a group and shares nothing by it."""
-    try:
-        group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid())
-    except KeyError:
-        return False
-    return group.gr_name == user.pw_name and gid == user.pw_gid and set(group.gr_mem) <= {user.pw_name}
 
 
 def _kind(mode: int) -> str:

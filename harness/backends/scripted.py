@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cacheslide.core.tokenizing import encode, opening
+from cacheslide.plain_values import at_least
 from cacheslide.vllm.options import CPU_BLOCK, CPU_CACHE_GIB, FIELD, ServerOptions
 
 
@@ -92,17 +93,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder or name of a Llama, Mistral, Qwen2 or Qwen3 checkpoint")
     parser.add_argument("--split", help="split of the data set (default: its usual one)")
     parser.add_argument("--data", help="a file with the data set's rows, instead of the hub or datasets/local/")
-    parser.add_argument("--max_examples", type=int, default=20)
-    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--max_examples", type=at_least(1), default=20)
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=64)
     parser.add_argument("--enable_cacheslide", action="store_true", help="without it: vLLM as it is, prefix cache on")
     parser.add_argument("--system", default="cacheslide", help="reuse system, a name from `cacheslide systems`")
     parser.add_argument("--cope", help="folder of a CoPE adapter; the model is its base")
-    parser.add_argument("--chunk_size", type=int, default=1024)
-    parser.add_argument("--suffix_len", type=int, default=1, help="tokens at the end that are always recomputed")
+    parser.add_argument("--chunk_size", type=at_least(1), default=1024)
+    parser.add_argument(
+        "--suffix_len", type=at_least(1), default=1, help="tokens at the end that are always recomputed"
+    )
     parser.add_argument("--store", default="", help="JSON file: tiers below memory, where chunks outlive the engine")
-    parser.add_argument("--tensor_parallel_size", type=int, default=1)
+    parser.add_argument("--tensor_parallel_size", type=at_least(1), default=1)
     parser.add_argument("--gpu_memory_utilization", type=float, help="default: vLLM's; on a CPU 2 GiB of KV cache")
-    parser.add_argument("--max_model_len", type=int)
+    parser.add_argument("--max_model_len", type=at_least(1))
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output", help="JSON file for the results; without it they go to standard output")
 

@@ -178,10 +178,10 @@ class LineFile:
         else:
             self._write(b"\n")
 
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Append one record; DataError where it cannot be written, and the file is as before."""
+    def add(self, *records: Mapping[str, Any]) -> None:
+        """Append records; DataError where they cannot be written, and the file is as before."""
         with self._told():
-            self._write(seal(record))
+            self._write(b"".join(map(seal, records)))
 
     def _write(self, data: bytes) -> None:
         view, end = memoryview(data), self._end
@@ -195,8 +195,11 @@ class LineFile:
             raise
         self._end = end
 
-    def without(self, numbers: Iterable[int]) -> Path:
-        """Leave these lines out. The file as it was is kept; its new path. Killed meanwhile, the file is old or new."""
+    def without(self, numbers: Iterable[int], *ahead: Mapping[str, Any]) -> Path:
+        """Leave these lines out and put the records `ahead` in front; the path at which the old file is kept.
+
+        Killed meanwhile, the file is the old or the new one.
+        """
         out, part = set(numbers), self.path.with_name(f"{self.path.name}.new")
         with self._told():
             lines = _all(self._fd)[: self._end].split(b"\n")
@@ -205,7 +208,8 @@ class LineFile:
             try:
                 with contextlib.suppress(OSError):  # a file system without locks
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._write(b"".join(line + b"\n" for n, line in enumerate(lines[:-1], 1) if n not in out))
+                kept_lines = (line + b"\n" for n, line in enumerate(lines[:-1], 1) if n not in out)
+                self._write(b"".join([*map(seal, ahead), *kept_lines]))
                 os.fsync(fd)
                 kept = set_aside(self.path, copy=True)
                 os.replace(part, self.path)

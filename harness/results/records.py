@@ -3,6 +3,11 @@
 While a run is under way its records sit in `.<output>.part`; `finish` renames it into place. The first line is a
 header with the run's settings: a part whose header differs belongs to another run and is set aside. Lines carry
 checksums (`harness.results.lines`); what a kill or a damaged byte leaves bad is named, left out and measured again.
+
+The header stands twice: in line 1, and again behind the first record, so that no damage to one line, its newline
+included, takes both. Where line 1 is damaged the copy says which settings the records belong to. Files of earlier
+versions have no copy and are read all the same (a run that goes on appends it); with a damaged line 1 nothing vouches
+for their settings: a part is set aside under a message that names the line, and reading one is a DataError.
 """
 
 import contextlib
@@ -15,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import CacheSlideError, DataError
-from harness.results.lines import LineFile, Lines, read_lines, set_aside
+from harness.results.lines import LineFile, Lines, read_lines, seal, set_aside
 
 SCHEMA = "cacheslide.records/1"
 
@@ -39,38 +44,57 @@ class RecordWriter:
     def __init__(self, output: str | Path, settings: dict[str, Any]) -> None:
         self.output = Path(output)
         self.part = self.output.with_name(f".{self.output.name}.part")
-        self._header = header = json.loads(json.dumps({"schema": SCHEMA, "settings": settings}))
+        self._header = json.loads(json.dumps({"schema": SCHEMA, "settings": settings}))
         self._file = LineFile(self.part)
         try:
-            if not self._belongs(header):
+            if not self._belongs():
                 self._set_aside()
-            if not self._file.lines.good:
-                self._file.add(header)
-            found = _bodies(self._file.lines)
-            if found.bad:
-                found.warn(f"; the file as it was is kept as {self._file.without(n for n, _ in found.bad).name}")
+            self.done: set[str] = self._begin()
         except BaseException:
             self.close()
             raise
-        self.done: set[str] = {r["id"] for _, r in found.good}
 
-    def _belongs(self, header: dict[str, Any]) -> bool:
+    def _belongs(self) -> bool:
         """Whether the part is this run's; one without a whole line is anybody's."""
         found = self._file.lines
-        return not (found.good or found.bad) or found.good[:1] == [(1, header)]
+        return not (found.good or found.bad) or _same(_header(found), self._header)
 
     def _set_aside(self) -> None:
-        """Keep another run's part under another name, and begin a new one."""
-        kept = set_aside(self.part)
-        print(f"{self.part}: records of other settings, kept as {kept.name}; this run starts over", file=sys.stderr)
+        """Keep a part that is not this run's, or not known to be, under another name, and begin a new one."""
+        kept, why = set_aside(self.part), dict(self._file.lines.bad).get(1)
+        theirs = (
+            "records of other settings"
+            if why is None or _header(self._file.lines)
+            else (
+                f"the header is damaged (line 1: {why}) and has no copy, so the settings of its records are not known"
+            )
+        )
+        print(f"{self.part}: {theirs}, kept as {kept.name}; this run starts over", file=sys.stderr)
         self._file.close()
         self._file = LineFile(self.part)
+
+    def _begin(self) -> set[str]:
+        """Write what is missing of the two headers, and leave out bad lines; the ids of the records that are there."""
+        lines = self._file.lines
+        headers = sum(_same(line, self._header) for _, line in lines.good)
+        if not (lines.good or lines.bad):
+            self._file.add(self._header)
+        found = _bodies(lines, self._header)
+        if found.bad:
+            out = [n for n, _ in found.bad]
+            ahead = [self._header] if 1 in out else []
+            headers += len(ahead)
+            kept = self._file.without(out, *ahead)
+            found.warn(f"; the file as it was is kept as {kept.name}")
+        if found.good and headers < 2:
+            self._file.add(self._header)
+        return {r["id"] for _, r in found.good}
 
     def add(self, record: dict[str, Any]) -> None:
         """Append one record; its "id" must be unique in the file."""
         if record["id"] in self.done:
             raise DataError(f"{self.output}: there is a record {record['id']!r} already")
-        self._file.add(record)
+        self._file.add(record, *([] if self.done else [self._header]))
         self.done.add(record["id"])
 
     def fail(self, record_id: str, error: Exception) -> None:
@@ -90,8 +114,7 @@ class RecordWriter:
 
     def _remade(self) -> bool:
         """Whether the file in place holds the same measurement, which this run has made anew."""
-        found = read_lines(self.output).good
-        return found[:1] == [(1, self._header)]
+        return _same(_header(read_lines(self.output)), self._header)
 
     def close(self) -> None:
         """Stop here: another process may go on."""
@@ -110,18 +133,36 @@ def reopened(output: str | Path, settings: dict[str, Any]) -> RecordWriter:
     return RecordWriter(output, settings)
 
 
-def _bodies(found: Lines) -> Lines:
-    """The lines behind the header; those without an id of their own are bad."""
-    out = Lines(found.path, bad=list(found.bad), unchecked=found.unchecked - {1})
+def _same(one: dict[str, Any] | None, other: dict[str, Any]) -> bool:
+    """Whether two lines say the same; compared as text, since a NaN is not equal to itself."""
+    return one is not None and one.keys() == other.keys() and seal(one) == seal(other)
+
+
+def _header(found: Lines) -> dict[str, Any] | None:
+    """The first header with a checksum, else what stands in line 1; None where neither can be read."""
+    for number, line in found.good:
+        if number not in found.unchecked and line.keys() == {"schema", "settings"} and line["schema"] == SCHEMA:
+            return line
+    return next((line for number, line in found.good[:1] if number == 1), None)
+
+
+def _bodies(found: Lines, header: dict[str, Any]) -> Lines:
+    """The records; lines that are neither the header nor have an id of their own are bad."""
+    out = Lines(found.path, bad=[(n, f"the header: {why}" if n == 1 else why) for n, why in found.bad])
     seen: set[str] = set()
-    for number, record in found.good[1:]:
-        if not isinstance(record.get("id"), str):
+    for number, record in found.good:
+        if _same(record, header):
+            continue
+        if number == 1:
+            out.reject(1, "the header: its checksum is damaged")  # there is a header with a checksum, and it differs
+        elif not isinstance(record.get("id"), str):
             out.reject(number, "without an id")
         elif record["id"] in seen:
             out.reject(number, f"a second record {record['id'][:80]!r}")
         else:
             seen.add(record["id"])
             out.good.append((number, record))
+    out.unchecked = found.unchecked & {n for n, _ in out.good}
     out.bad.sort()
     return out
 
@@ -141,15 +182,15 @@ class RecordFile:
 
 
 def read_file(path: str | Path) -> RecordFile:
-    """All of a record file; bad lines are left out and named on stderr in one line.
+    """All of a record file; bad lines, a damaged header too, are left out and named on stderr in one line.
 
     Raises
     ------
     DataError
-        When it cannot be read or its header is none.
+        When it cannot be read, or neither line 1 nor a copy of it is a header.
     """
     found = read_lines(path)
-    head = found.good[0][1] if found.good and found.good[0][0] == 1 else None
+    head = _header(found)
     if head is None:
         why = dict(found.bad).get(1, "it is empty")
         raise DataError(f"{path} is not a record file: line 1: {why}")
@@ -157,7 +198,7 @@ def read_file(path: str | Path) -> RecordFile:
         raise DataError(f"{path}: schema {head.get('schema')!r}, expected {SCHEMA!r}")
     if not isinstance(head.get("settings"), dict):
         raise DataError(f"{path} is not a record file: line 1 holds no settings")
-    lines = _bodies(found)
+    lines = _bodies(found, head)
     lines.warn()
     records = [r for _, r in lines.good if "failure" not in r]
     failures = [r for _, r in lines.good if "failure" in r]

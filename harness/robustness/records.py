@@ -93,14 +93,14 @@ def _held(output: Path) -> set[str]:
         return set()
 
 
-def _damage(output: Path, rng: random.Random) -> str:
-    """Flip a bit in one finished line that is not the header; its id."""
+def _damage(output: Path, rng: random.Random) -> str | None:
+    """Flip a bit in one finished line; its id, None where it is the header or its copy."""
     part = _part(output)
     raw = bytearray(part.read_bytes())
     lines = raw.split(b"\n")
-    index = rng.randrange(1, len(lines) - 1)
+    index = rng.randrange(len(lines) - 1)
     at = sum(len(line) + 1 for line in lines[:index]) + rng.randrange(len(lines[index]))
-    victim = json.loads(lines[index])["id"]
+    victim = json.loads(lines[index]).get("id")
     raw[at] ^= 1 << rng.randrange(7)
     if raw[at] in b"\n\r":
         raw[at] ^= 0x40

@@ -6,7 +6,6 @@ csv) are read by `datasets`. JSON is read row by row with the standard library, 
 """
 
 import glob
-import json
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from datasets import load_dataset
 from huggingface_hub import snapshot_download
 
 from cacheslide.errors import DataError
+from harness.tasks.jsontext import parse
 from harness.tasks.schema import Schema
 
 LOCAL_DIR = Path(__file__).resolve().parents[2] / "datasets" / "local"
@@ -191,21 +191,14 @@ def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
         with file.open(encoding="utf-8-sig") as lines:
             if lines.read(64).lstrip().startswith("["):
                 lines.seek(0)
-                yield from enumerate(json.load(lines), start=1)
+                yield from enumerate(parse(lines.read(), f"{file}:"), start=1)
                 return
             lines.seek(0)
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield number, _parse(line, f"{file}, row {number}")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    yield number, parse(line, f"{file}, row {number}:")
+    except UnicodeDecodeError as error:
         raise DataError(f"{file}: not valid JSON ({_first_line(error)})") from error
-
-
-def _parse(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error.msg})") from error
 
 
 def _first_line(error: Exception) -> str:

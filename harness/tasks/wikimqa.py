@@ -4,16 +4,15 @@ The hub's files store `context`, `supporting_facts` and `evidences` as JSON text
 lists of records; converted copies have columns. All three are accepted and brought into the columns declared here.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from datasets import Features, List, Value
 
-from cacheslide.errors import DataError
 from harness.tasks import hub, multihop
 from harness.tasks.example import TaskExample
+from harness.tasks.jsontext import parse
 from harness.tasks.schema import Schema
 
 TASK = "2wikimqa"
@@ -51,12 +50,7 @@ def adapt(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _decoded(value: Any, name: str, where: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: field {name!r} holds text that is not valid JSON ({error.msg})") from error
+    return parse(value, f"{where}: field {name!r} holds text that is") if isinstance(value, str) else value
 
 
 SOURCE = hub.Source(

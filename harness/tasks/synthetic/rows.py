@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cacheslide.errors import DataError
 from harness.tasks.example import Question, TaskExample
+from harness.tasks.jsontext import parse
 from harness.tasks.synthetic import render
 from harness.tasks.synthetic.prompts import Prompt, prompts, segments, text
 
@@ -22,6 +23,7 @@ _LEVELS = {"sparse": "easy", "deep": "hard"}
 _FILE = re.compile(r"\[start of (?P<path>[^\]\n]+)\]\n(?P<body>.*?)\[end of (?P=path)\]\n", re.DOTALL)
 _ORACLE = "You will be provided with a partial code base and an issue statement explaining a problem to resolve.\n"
 HOTPOT_FIELDS = ("id", "question", "answer", "type", "level", "supporting_facts", "context")
+_NESTED = ("supporting_facts", "context")
 SWE_FIELDS = (
     "instance_id",
     "text",
@@ -64,8 +66,8 @@ def write_rows(path: Path, style: str, mix: str, split: str, seed: int, count: i
 
 
 def read_rows(path: Path) -> Iterator[TaskExample]:
-    """Task examples from a file that `write_rows` wrote; the schema tells the style."""
-    with path.open(encoding="utf-8") as file:
+    """Task examples from a file that `write_rows` wrote; the schema tells the style. DataError on any other row."""
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
         parsed = (_parse(line, f"{path}:{n}") for n, line in enumerate(file, 1))
         for prompt, group in groupby(parsed, lambda r: f"{r['split']}-{r['prompt']}"):
             turns: dict[str, list[dict]] = {"0": [], "1": []}
@@ -81,15 +83,25 @@ def read_rows(path: Path) -> Iterator[TaskExample]:
 
 
 def _parse(line: str, where: str) -> dict:
-    row = json.loads(line)
+    if not line.isascii() and any("\udc80" <= c <= "\udcff" for c in line):
+        raise DataError(f"{where}: not UTF-8")
+    row = parse(line, f"{where}:")
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: the row is no object")
     style = "hotpotqa" if "supporting_facts" in row else "swebench"
-    if missing := [f for f in (HOTPOT_FIELDS if style == "hotpotqa" else SWE_FIELDS) if f not in row]:
+    fields = HOTPOT_FIELDS if style == "hotpotqa" else SWE_FIELDS
+    if missing := [f for f in fields if f not in row]:
         raise DataError(f"{where}: the row lacks the field {missing[0]!r}")
+    if wrong := [f for f in fields if f not in _NESTED and not isinstance(row[f], str)]:
+        raise DataError(f"{where}: the field {wrong[0]!r} is no text")
     key = row["id" if style == "hotpotqa" else "instance_id"]
     if not (match := _ID.fullmatch(key)):
         raise DataError(f"{where}: {key!r} is not the id of a synthetic row")
     read = _read_hotpot if style == "hotpotqa" else _read_swe
-    return {**match.groupdict(), "style": style, **read(row, key)}
+    try:
+        return {**match.groupdict(), "style": style, **read(row, key)}
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration):  # fields of other types or contents
+        raise DataError(f"{where}: {key!r} does not hold what a synthetic row does") from None
 
 
 def _hotpot_row(prompt: Prompt, mix: str, turn: int, k: int) -> dict:

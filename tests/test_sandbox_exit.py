@@ -112,11 +112,11 @@ def test_what_stops_itself_ends_by_time(root, temporary):
 def test_nothing_runs_on_after_a_bound(stays_open, root, temporary):
     close = "" if stays_open else "for fd in range(3): os.close(fd)"
     code = f"""
-import fcntl
+import fcntl, time
 held = open('held', 'w'); fcntl.flock(held, fcntl.LOCK_EX)
 if os.fork() == 0: os.setsid()
 {close}
-while True: open(f'f{{os.getpid()}}', 'a').write('x' * 4096)
+while True: open(f'f{{os.getpid()}}', 'a').write('x' * 4096); time.sleep(0.001)  # a fast disk's bound is not meant
 """
     assert python(root, code, seconds=2.0, file_bytes=1 << 30).stopped == "time"
     assert eventually(lambda: released(root / "held"))

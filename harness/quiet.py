@@ -9,9 +9,12 @@ A reading is what a record keeps:
 load_before, load_after                    load average over the last minute
 calibration_before_s, calibration_after_s  seconds of the fixed work `calibrate`
 calibration_best_s                         its fastest time in this process so far
-seconds, cores                             length of the block; cores of the machine
-others_cpu_share                           share of all cores' time in the block that other processes and the hypervisor
-                                           took; None where the system does not say
+seconds, cores                             length of the block; cores of the machine, since others' time is of all of
+                                           them: where this process may use few of many, the calibration tells more
+others_cpu_share                           share of all cores' time that other processes and the hypervisor took; None
+                                           where the system does not say
+others_seconds                             the time that this share is of: the block's, and around one shorter than
+                                           `SPAN_S` what came before it (earlier blocks of one `Watch`) or right behind
 disturbed, why                             what `judge` made of the rest
 
 Only ever a mark: nothing is timed again and nothing fails. CPU work on the host is seen, other work of a GPU is not.
@@ -21,6 +24,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,8 @@ import torch
 Reading = dict[str, Any]
 
 OTHERS_SHARE = 0.05  # of all cores' time: what daemons take is below, one busy neighbour on up to 16 cores is above
-SLACK_SECONDS = 0.05  # CPU time that the counters' ticks of 10 ms may misplace in a short block
+SLACK_SECONDS = 0.05  # CPU time that the counters' ticks of 10 ms may misplace, however short the time between readings
+SPAN_S = 0.3  # seconds at least over which others' time is taken: the slack is then a twelfth of two cores
 SLOWER = 1.3  # times the fastest calibration; a core's clock alone changes by less
 LOAD_OVER = 1.25  # running processes a core, where others' CPU time is not known
 KEPT = 0.5  # a number is published if at least this share of its timed blocks was undisturbed
@@ -47,11 +52,12 @@ def judge(reading: Mapping[str, Any]) -> str:
     average decides in its place: more than `LOAD_OVER` a core. (Known, it says nothing more: it lags by a minute.)
     """
     others, cores = reading["others_cpu_share"], reading["cores"]
+    over = reading.get("others_seconds", reading["seconds"])  # records of before have the block's time alone
     if others is None:
         load = max(reading["load_before"], reading["load_after"])
         if load > LOAD_OVER * cores:
             return f"load average {load:.1f} on {cores} cores"
-    elif others > OTHERS_SHARE + SLACK_SECONDS / (cores * max(reading["seconds"], 1e-9)):
+    elif others > OTHERS_SHARE + SLACK_SECONDS / (cores * max(over, 1e-9)):
         return f"others took {others:.0%} of {cores} cores"
     slower = max(reading["calibration_before_s"], reading["calibration_after_s"]) / reading["calibration_best_s"]
     return f"the calibration loop took {slower:.2f} times as long" if slower > SLOWER else ""
@@ -117,28 +123,51 @@ def own_cpu_s() -> float:
     return total
 
 
+@dataclass(frozen=True)
+class _Counters:
+    """CPU seconds of the machine and of this process and its children so far, at a time by `perf_counter`."""
+
+    at: float
+    machine: float | None
+    own: float
+
+    @classmethod
+    def read(cls) -> "_Counters":
+        return cls(time.perf_counter(), machine_cpu_s(), own_cpu_s())
+
+    def others_since(self, begun: "_Counters", cores: int) -> float | None:
+        """The share of all cores' time that others took since `begun`; None where the system does not say."""
+        if self.machine is None or begun.machine is None:
+            return None
+        spent = (self.machine - begun.machine) - (self.own - begun.own)
+        return min(1.0, max(0.0, spent / (cores * max(self.at - begun.at, 1e-9))))
+
+
 class Watch:
-    """Readings of blocks that follow each other: the calibration behind one is the one in front of the next."""
+    """Readings of blocks that follow each other: the calibration behind one is the one in front of the next.
+
+    The counters' ticks are too coarse for a short block. Others' time is then taken over at least `SPAN_S`, from the
+    blocks before it on; a first block that is short waits behind its end until so much time has passed.
+    """
 
     def __init__(self) -> None:
-        self._start()
-
-    def _start(self) -> None:
+        self._marks = [_Counters.read()]  # where blocks began and ended, as far back as a next block may need them
         self._before, self._load = calibrate(), os.getloadavg()[0]
         self._open()
 
     def _open(self) -> None:
-        self._machine, self._own, self._begun = machine_cpu_s(), own_cpu_s(), time.perf_counter()
+        self._marks.append(_Counters.read())
+        self._begun = time.perf_counter()
 
     def lap(self) -> Reading:
         """The reading of the block that ends here; the next one begins."""
-        seconds = time.perf_counter() - self._begun
-        machine, own = machine_cpu_s(), own_cpu_s()
+        seconds, end = time.perf_counter() - self._begun, _Counters.read()
+        while end.at - self._marks[0].at < SPAN_S:
+            time.sleep(max(0.001, SPAN_S - (end.at - self._marks[0].at)))
+            end = _Counters.read()
+        begun = next(mark for mark in reversed(self._marks) if end.at - mark.at >= SPAN_S)
         cores = os.cpu_count() or 1
-        others = None
-        if machine is not None and self._machine is not None:
-            spent = (machine - self._machine) - (own - self._own)
-            others = min(1.0, max(0.0, spent / (cores * max(seconds, 1e-9))))
+        others = end.others_since(begun, cores)
         load, after = os.getloadavg()[0], calibrate()
         out: Reading = {
             "load_before": self._load,
@@ -149,10 +178,12 @@ class Watch:
             "seconds": round(seconds, 4),
             "cores": cores,
             "others_cpu_share": None if others is None else round(others, 4),
+            "others_seconds": round(end.at - begun.at, 4),
         }
         out["why"] = judge(out)
         out["disturbed"] = bool(out["why"])
         self._before, self._load = after, load
+        self._marks = [*(mark for mark in self._marks if mark.at >= begun.at), end]
         self._open()
         return out
 

@@ -2,6 +2,7 @@
 where too few are left."""
 
 import copy
+import math
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ CALM = {
     "seconds": 5.0,
     "cores": 2,
     "others_cpu_share": 0.01,
+    "others_seconds": 5.0,
     "disturbed": False,
     "why": "",
 }
@@ -107,6 +109,51 @@ def test_blocks_that_follow_each_other_share_a_calibration():
     assert set(first) == set(CALM)
 
 
+class Machine:
+    """Two cores under a made-up clock: this process keeps one busy, others take a share of both; ticks of 10 ms."""
+
+    def __init__(self, others: float, begun: float) -> None:
+        self.others, self.now, self.best = others, begun, 0.010
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def __call__(self) -> float:
+        self.now += 0.011
+        return 0.010
+
+    def own(self) -> float:
+        return math.floor(self.now * 100) / 100
+
+    def all(self) -> float:
+        return math.floor(self.now * (1 + 2 * self.others) * 100) / 100
+
+
+@pytest.mark.parametrize("seconds", [1e-4, 0.02, 0.05, 0.1, 0.25, 0.4, 3.0])
+@pytest.mark.parametrize(("others", "marked"), [(0, False), (0.03, False), (0.2, True), (0.5, True), (0.7, True)])
+def test_a_neighbour_beside_short_blocks_marks_each_of_them(monkeypatch, seconds, others, marked):
+    for phase in (0.0, 0.0037, 0.0091):
+        machine = Machine(others, 100 + phase)
+        for name, fake in {
+            "time": machine,
+            "calibrate": machine,
+            "machine_cpu_s": machine.all,
+            "own_cpu_s": machine.own,
+        }.items():
+            monkeypatch.setattr(quiet, name, fake)
+        watch, readings = Watch(), []
+        for _ in range(20):
+            machine.now += seconds
+            readings.append(watch.lap())
+        assert [r["disturbed"] for r in readings] == [marked] * 20
+        assert all(r["seconds"] == round(seconds, 4) <= r["others_seconds"] for r in readings)
+        assert all(0.3 <= r["others_seconds"] < 0.6 + seconds for r in readings)
+        assert machine.now - 100 < 20 * (seconds + 0.011) + 0.4  # one wait at most
+
+
 def test_a_block_that_fails_leaves_no_reading():
     readings = []
     with pytest.raises(KeyError), watched() as reading:
@@ -133,8 +180,9 @@ def test_another_number_of_threads_is_another_calibration(monkeypatch):
         ({}, ""),
         ({"others_cpu_share": OTHERS_SHARE}, ""),
         ({"others_cpu_share": 0.5}, "others took 50%"),
-        ({"others_cpu_share": 0.5, "seconds": 0.03}, ""),  # three ticks of the counter
-        ({"others_cpu_share": 1.0, "seconds": 0.1}, "others took"),
+        ({"others_cpu_share": 0.5, "others_seconds": 0.03}, ""),  # three ticks of the counter
+        ({"others_cpu_share": 0.5, "seconds": 0.03, "others_seconds": 0.3}, "others took 50%"),
+        ({"others_cpu_share": 1.0, "others_seconds": 0.1}, "others took"),
         ({"calibration_after_s": 0.010 * SLOWER + 0.001}, "calibration"),
         ({"calibration_before_s": 0.020}, "2.00 times as long"),
         ({"load_after": 9.0}, ""),  # others' time is known and small: the load is of a minute ago

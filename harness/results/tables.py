@@ -160,7 +160,6 @@ def receipt_totals(receipts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     reasons = Counter(r["fallback"] for r in receipts if r.get("fallback"))
     return {
         "compute_fraction": _mean(r["compute_fraction"] for r in receipts),
-        "tokens": _mean(r["tokens"] for r in receipts),
         "tokens_reused": reused / len(receipts),
         "tokens_recomputed": recomputed / len(receipts),
         "recomputed_share": recomputed / (reused + recomputed) if reused + recomputed else None,

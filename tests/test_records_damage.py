@@ -58,6 +58,7 @@ DAMAGE = {  # name: what is done to a part of ten records, and the records that 
     "a flipped checksum": (lambda b: b.replace(b'"crc"', b'"crb"', 6).replace(b'"crb"', b'"crc"', 5), {3}),
     "a checksum taken out": (lambda b: b[:-29] + b"}\n", {9}),
     "nested beyond all bounds": (lambda b: b + b'{"id": ' + b"[" * 10**5 + b"\n", set()),
+    "nested as deep as JSON may": (lambda b: b + b'{"id": "x", "y": ' + b"[" * 700 + b"]" * 700 + b"}\n", set()),
     "a number beyond all bounds": (lambda b: b + b'{"id": "n", "x": ' + b"9" * 10**4 + b"}\n", set()),
     "zeros behind a lost page": (lambda b: b + b"\0" * 4096, set()),
     "the same record again": (lambda b: b + b.splitlines(True)[3], set()),

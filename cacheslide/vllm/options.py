@@ -85,7 +85,6 @@ class ServerOptions:
     store: str | dict[str, Any] = ""
 
     def __post_init__(self) -> None:
-        check_plain({f.name: getattr(self, f.name) for f in fields(self)}, ConfigError, "connector options", text=True)
         for name, least in _COUNTS.items():
             value = getattr(self, name)
             if not _is_count(value) or not least <= value <= MOST:

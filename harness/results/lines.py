@@ -43,14 +43,14 @@ def unseal(line: bytes) -> tuple[dict[str, Any], bool]:
     if found and xxhash.xxh3_64_hexdigest(body).encode() != found[1]:
         raise ValueError("its checksum does not fit")
     try:
-        record = json.loads(body)
+        record = renamed.record(json.loads(body))
     except (ValueError, RecursionError):  # not JSON, not UTF-8, a number or a nesting beyond all bounds
         raise ValueError("not JSON") from None
     if not isinstance(record, dict):
         raise ValueError("not an object")
     if found is None and "crc" in record:
         raise ValueError("its checksum is damaged")
-    return renamed.record(record), found is not None
+    return record, found is not None
 
 
 @dataclass

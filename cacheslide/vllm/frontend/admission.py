@@ -171,26 +171,29 @@ def text_of(prompt: Any) -> str | None:
 
 
 def _chat_spans(marks: Any, request, prompt, renderer) -> tuple[list[tuple[int, int]], str]:
-    chat = prompt.get(CHAT) if isinstance(prompt, Mapping) else None
-    if chat is None:
+    rendered_from = prompt.get(CHAT) if isinstance(prompt, Mapping) else None
+    if rendered_from is None:
         raise PromptError("messages can be marked in a chat request only")
     if request.mm_features or not request.prompt_token_ids:
         raise PromptError("messages can be marked in text-only chats")
-    messages, chat_params = chat
+    messages, chat_params = rendered_from
     roles = message_roles(marks, messages)
     settings = {**chat_params.chat_template_kwargs, "add_generation_prompt": False, "continue_final_message": False}
     alone = replace(chat_params, chat_template_kwargs=settings, return_assistant_tokens_mask=False)
 
+    def chat(k: int) -> int:
+        return hash((chat_params.chat_template, repr(settings), repr(messages[:k])))
+
     def prefix(k: int, special: bool) -> list[int]:
         # A template may look at anything, and its error may quote it: only the very same chat has the very same error.
-        shape = hash((chat_params.chat_template, repr(settings), repr(messages[:k]), special))
-        if shape in _REFUSED:  # asked again, vLLM would write the template's error into its log for every request
-            raise PromptError(_REFUSED[shape])
+        # Asked again, vLLM would write it into its log for every request.
+        if _REFUSED and (known := _REFUSED.get(chat(k))) is not None:
+            raise PromptError(known)
         try:
             _, rendered = renderer.render_messages(list(messages[:k]), alone)
         except Exception as error:
             if len(_REFUSED) < _REFUSALS:
-                _REFUSED[shape] = sayable(str(error), 200)
+                _REFUSED[chat(k)] = sayable(str(error), 200)
             raise
         if "prompt_token_ids" in rendered:
             return rendered["prompt_token_ids"]

@@ -54,10 +54,11 @@ def misplaced(path: str, body: Any) -> str:
             check_depth({name: body.get(name)} if isinstance(body, Mapping) else {}, name)
         except PromptError as error:
             return str(error)
-    here = [way for way in _named(body, (), _USERS) if way in _PLACES]
+    ways = list(_named(body, (), _USERS))
+    here = [way for way in ways if way in _PLACES]
     if len(here) > 1:
         return f"marks are given twice, in {' and in '.join(map('.'.join, here))}: choose one place"
-    for way in _named(body, (), _USERS):
+    for way in ways:
         if way in _PLACES:
             if path in _NO_MARKS:
                 return f"{path} takes no marks: {'.'.join(way)} would not be read"
@@ -75,10 +76,9 @@ def _malformed(body: Mapping[str, Any], way: tuple[str, ...]) -> str:
         marks = marks[name]
     try:
         raw = raw_marks({FIELD: marks})
-        if raw is not None and not any(name in raw for name in DOOR_KEYS):
-            Marks.parse({FIELD: raw})
-        elif raw is not None and (unknown := [name for name in raw if name not in _OWN]):
-            return f"{FIELD}: unknown key {sayable(str(unknown[0]), 80)}"
+        if raw is not None and any(name in raw for name in DOOR_KEYS):  # the spans come of these and the text
+            raw = {name: value for name, value in raw.items() if name not in DOOR_KEYS} | {"segments": []}
+        Marks.parse({FIELD: raw})
     except PromptError as error:
         return str(error)
     return ""

@@ -121,7 +121,7 @@ def read_json(path: str | Path) -> Any:
     """The content of a JSON file; DataError naming it when it is none."""
     try:
         return renamed.record(json.loads(Path(path).read_text(encoding="utf-8")))
-    except json.JSONDecodeError as broken:
+    except (json.JSONDecodeError, RecursionError) as broken:
         raise DataError(f"{path} is not JSON: {broken}") from None
 
 

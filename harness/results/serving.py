@@ -32,7 +32,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             records.append(renamed.record(json.loads(line)))
-        except json.JSONDecodeError as torn:
+        except (json.JSONDecodeError, RecursionError) as torn:
             if number < len(lines):
                 raise DataError(f"{path}:{number}: {torn}") from None
     if not records or records[0].get("kind") != "start":

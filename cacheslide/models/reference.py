@@ -17,10 +17,9 @@ from cacheslide.errors import ModelError
 from cacheslide.models.adapter import RowGroup
 from cacheslide.models.attention import row_attention
 from cacheslide.models.config import DecoderConfig
-from cacheslide.models.decoder_layer import DecoderLayer, norm_weight
+from cacheslide.models.decoder_layer import DecoderLayer, fitting, norm_weight
 from cacheslide.models.dense_kv import DenseKV
-from cacheslide.models.families import read_config
-from cacheslide.models.weights import check_device, fingerprint, load_weights
+from cacheslide.models.weights import fingerprint, load_checkpoint
 from cacheslide.positions.ccpe import PromptSlots
 from cacheslide.positions.rope import Rotary, inverse_frequencies
 
@@ -48,13 +47,11 @@ class ReferenceDecoder:
         self.config, self.model_id = config, model_id
         self.num_layers, self.num_kv_heads, self.head_dim = config.num_layers, config.num_kv_heads, config.head_dim
         self.hidden_size, self.max_positions = config.hidden_size, config.max_positions
-        try:
-            self.embedding = weights["model.embed_tokens.weight"]
-            self.norm = norm_weight(weights["model.norm.weight"], config)
-            self.head = self.embedding if config.tie_embeddings else weights["lm_head.weight"]
-            self.layers = [DecoderLayer(weights, i, config) for i in range(config.num_layers)]
-        except KeyError as missing:
-            raise ModelError(f"the checkpoint lacks the tensor {missing.args[0]!r}") from None
+        vocabulary = config.vocab_size, config.hidden_size
+        self.embedding = fitting(weights, "model.embed_tokens.weight", *vocabulary)
+        self.norm = norm_weight(fitting(weights, "model.norm.weight", config.hidden_size), config)
+        self.head = self.embedding if config.tie_embeddings else fitting(weights, "lm_head.weight", *vocabulary)
+        self.layers = [DecoderLayer(weights, i, config) for i in range(config.num_layers)]
         self.dtype, self.device = self.embedding.dtype, str(self.embedding.device)
         # Rounded to the dtype of the embeddings, as transformers multiplies them.
         self._embedding_scale = float(torch.tensor(config.embedding_scale).to(self.dtype))
@@ -65,10 +62,9 @@ class ReferenceDecoder:
     def from_pretrained(
         cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> "ReferenceDecoder":
-        """Load config.json and safetensors from the folder `path`."""
-        config = read_config(path)
-        check_device(device)
-        return cls(config, load_weights(Path(path), dtype, device), fingerprint(Path(path)))
+        """Load config.json and safetensors from the folder `path`, or all from the GGUF file `path`."""
+        config, weights = load_checkpoint(Path(path), dtype, device)
+        return cls(config, weights, fingerprint(Path(path)))
 
     def new_kv(self, capacity: int) -> DenseKV:
         """An empty KV buffer of `capacity` rows."""

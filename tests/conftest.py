@@ -8,9 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from cacheslide.models.reference import ReferenceLlama
+from cacheslide.models.reference import ReferenceDecoder
 from cacheslide.models.weights import fingerprint
 from cacheslide.training.adapter import AdapterSettings, CopeAdapter, save_adapter
 from harness.robustness.rows import ROWS
@@ -32,11 +43,28 @@ SHAPE = {
 }
 
 
-def save_random(path: Path, kind: str = "llama", **changes) -> Path:
-    """A random checkpoint of `kind` in Hugging Face format; weights large enough for contexts to matter."""
+KINDS = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+}
+
+
+def save_random(path: Path, kind: str = "llama", spread: float = 0.0, **changes) -> Path:
+    """A random checkpoint of `kind` in Hugging Face format; weights large enough for contexts to matter.
+
+    With `spread`, norms and biases are random as well, by that deviation: transformers begins them at one value.
+    """
     torch.manual_seed(7)
-    config, model = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}[kind]
-    model(config(**(SHAPE | changes))).save_pretrained(path)
+    config, model = KINDS[kind]
+    made = model(config(**(SHAPE | changes)))
+    with torch.no_grad():
+        for x in made.parameters() if spread else ():
+            if x.dim() == 1:
+                x += spread * torch.randn(x.shape)
+    made.save_pretrained(path)
     return path
 
 
@@ -62,9 +90,9 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def model(checkpoint) -> ReferenceLlama:
+def model(checkpoint) -> ReferenceDecoder:
     """The reference model over `checkpoint`, float32."""
-    return ReferenceLlama.from_pretrained(checkpoint)
+    return ReferenceDecoder.from_pretrained(checkpoint)
 
 
 VLLM_ENVIRONMENT = {

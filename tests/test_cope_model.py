@@ -14,7 +14,7 @@ from cacheslide.core.placement import Placement
 from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.errors import ModelError, PromptError
 from cacheslide.models.adapter import RowGroup
-from cacheslide.models.reference import ReferenceLlama
+from cacheslide.models.reference import ReferenceDecoder
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.policies.encodings import ENCODINGS, Isolated
 from cacheslide.policies.top_deviation import TopDeviation
@@ -83,7 +83,7 @@ def test_it_computes_what_the_hugging_face_stack_computes(checkpoint, adapter, l
     ids = random_ids(50, 9)
     want = model(torch.tensor([ids])).logits[0]
     torch.testing.assert_close(live.logits(dense(live, ids)[0][-1]), want, rtol=1e-4, atol=1e-4)
-    plain = ReferenceLlama.from_pretrained(checkpoint)
+    plain = ReferenceDecoder.from_pretrained(checkpoint)
     assert not torch.allclose(plain.logits(dense(plain, ids)[0][-1]), want, atol=1e-2)
 
 

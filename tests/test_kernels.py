@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cacheslide.kernels import api as kernels
-from cacheslide.models.reference import row_attention as model_attention
+from cacheslide.models.attention import row_attention as model_attention
 from cacheslide.policies.deviation import deviation
 from cacheslide.positions.rope import Rotary, inverse_frequencies
 

@@ -24,7 +24,7 @@ def lacking(model) -> list[str]:
 def test_the_members_are_those_that_the_engine_asks_for():
     steps = {"embed", "qkv", "attend", "finish", "logits", "reduce_scores", "new_kv", "describe"}
     facts = {"num_layers", "ranks", "model_id", "dtype", "device", "num_kv_heads", "head_dim", "hidden_size"}
-    assert set(MEMBERS) == steps | facts | {"max_positions", "rotary", "rotates"}
+    assert set(MEMBERS) == steps | facts | {"max_positions", "rotaries", "rotates"}
     assert lacking(object()) == MEMBERS
 
 
@@ -37,7 +37,7 @@ def test_reference_adapters_are_complete(kind, model, checkpoint, tmp_path):
     kv = model.new_kv(3)
     keys = torch.ones(2, model.num_kv_heads, model.head_dim, dtype=model.dtype)
     kv.write(0, torch.tensor([0, 2]), keys, keys)
-    turned = model.rotary.rotate(keys, torch.tensor([1, 2]))
+    turned = model.rotaries[0].rotate(keys, torch.tensor([1, 2]))
     assert torch.equal(turned, keys) is not model.rotates, "rotates says whether moving a key changes it"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from cacheslide.core.engine import ReuseEngine
 from cacheslide.core.keys import FixedChainKeying
 from cacheslide.core.prompt import Prompt
-from cacheslide.models.reference import ReferenceLlama
+from cacheslide.models.reference import ReferenceDecoder
 from cacheslide.policies import registry
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.policies.deviation import tokens_of_ratio
@@ -87,7 +87,7 @@ def test_a_registered_system_is_known_by_name():
         load_policy("not a policy")
 
 
-def prefilled(model: ReferenceLlama, share: float, turns: Sequence[Prompt], chunk: int):
+def prefilled(model: ReferenceDecoder, share: float, turns: Sequence[Prompt], chunk: int):
     engine = ReuseEngine(model, load_policy(NAME).at_ratio(share), MemoryChunkStore(), chunk_size=chunk)
     engine.build(turns[0])
     return engine, engine.prefill(turns[1], room=4)
@@ -114,7 +114,7 @@ def test_it_is_served_by_vllm(tmp_path):
     from tests.test_vllm_engine import CHUNK, FIRST, SECOND, SHAPE, Served, receipt, tokens
 
     save_random(tmp_path, **SHAPE)
-    engine, want = prefilled(ReferenceLlama.from_pretrained(tmp_path), 0.5, (FIRST, SECOND), CHUNK)
+    engine, want = prefilled(ReferenceDecoder.from_pretrained(tmp_path), 0.5, (FIRST, SECOND), CHUNK)
     said = engine.generate(want, want.logits, 4, frozenset())
     with closing(Served(tmp_path)) as served:
         served.one(FIRST, policy=NAME)

@@ -11,7 +11,7 @@ from cacheslide.core.placement import Placement
 from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.errors import PolicyError
 from cacheslide.models.adapter import RowGroup
-from cacheslide.models.reference import ReferenceLlama
+from cacheslide.models.reference import ReferenceDecoder
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.policies.deviation import deviation, top_rows
 from cacheslide.policies.edges import EdgeTokens
@@ -146,7 +146,7 @@ def test_a_moved_chunk_is_exact_when_its_context_is(model, shift):
     chunk = engine.store.get(key)
     target = torch.arange(shift, shift + 30)
     trace, _ = dense(model, torch.tensor(ids), target)  # RoPE is relative: the same context at other positions
-    moved = model.rotary.move(chunk.k[4], chunk.positions, target)
+    moved = model.rotaries[4].move(chunk.k[4], chunk.positions, target)
     torch.testing.assert_close(moved, trace[4][1], atol=1e-4, rtol=1e-4)
 
 
@@ -278,7 +278,7 @@ def test_a_swap_from_layer_inputs_needs_them(model):
         run(model, chain(rule, "in_prompt"), prompt(7, 3), prompt(13, 5))
 
 
-class OneOfTwo(ReferenceLlama):
+class OneOfTwo(ReferenceDecoder):
     """A rank whose twin holds the same heads: every sum over ranks doubles, and nothing that is chosen may change."""
 
     ranks = 2

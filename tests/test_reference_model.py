@@ -1,4 +1,4 @@
-"""The reference Llama against transformers, and its refusals."""
+"""The reference decoder against transformers, and its refusals."""
 
 import json
 
@@ -10,8 +10,10 @@ from cacheslide.core.engine import ReuseEngine
 from cacheslide.core.keys import CacheIdentity
 from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.errors import ModelError
-from cacheslide.models.config import LlamaConfig
-from cacheslide.models.reference import ReferenceLlama, row_attention
+from cacheslide.models.attention import row_attention
+from cacheslide.models.config import Rope
+from cacheslide.models.families import parse_config
+from cacheslide.models.reference import ReferenceDecoder
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.store import MemoryChunkStore
 from tests.conftest import SHAPE, random_ids, save_random
@@ -27,7 +29,7 @@ LLAMA3 = {
 
 
 def logits(path, ids):
-    engine = ReuseEngine(ReferenceLlama.from_pretrained(path), ReusePolicy("r", "R"), MemoryChunkStore())
+    engine = ReuseEngine(ReferenceDecoder.from_pretrained(path), ReusePolicy("r", "R"), MemoryChunkStore())
     return engine.prefill(Prompt((Segment(ids, Role.RECOMPUTE),))).logits
 
 
@@ -58,14 +60,8 @@ def test_rope_scaling_in_the_old_spelling():
         "rope_theta": 5e4,
         "rope_scaling": {"type": "linear", "factor": 2.0},
     }
-    config = LlamaConfig.from_dict(raw)
-    assert config.rope_theta == 5e4
-    assert config.rope_scaling == {"type": "linear", "factor": 2.0}
-
-
-def test_sliding_window_becomes_the_length_limit():
-    raw = {**SHAPE, "architectures": ["MistralForCausalLM"], "sliding_window": 128}
-    assert LlamaConfig.from_dict(raw).max_positions == 128
+    ropes = parse_config(raw).ropes
+    assert ropes == (Rope(5e4, {"type": "linear", "factor": 2.0}),) * SHAPE["num_hidden_layers"]
 
 
 @pytest.mark.parametrize(
@@ -84,18 +80,18 @@ def test_unsupported_checkpoints_are_refused_by_name(checkpoint, tmp_path, chang
     (tmp_path / "config.json").write_text(json.dumps(raw))
     (tmp_path / "model.safetensors").symlink_to(checkpoint / "model.safetensors")
     with pytest.raises(ModelError, match=named):
-        ReferenceLlama.from_pretrained(tmp_path)
+        ReferenceDecoder.from_pretrained(tmp_path)
 
 
 def test_missing_pieces_are_named(checkpoint, tmp_path):
     with pytest.raises(ModelError, match=r"config\.json is missing"):
-        ReferenceLlama.from_pretrained(tmp_path)
+        ReferenceDecoder.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     with pytest.raises(ModelError, match="no weights"):
-        ReferenceLlama.from_pretrained(tmp_path)
+        ReferenceDecoder.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:-5000])
     with pytest.raises(ModelError, match=r"model\.safetensors"):
-        ReferenceLlama.from_pretrained(tmp_path)
+        ReferenceDecoder.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("first", [None, 0, 3, 40])

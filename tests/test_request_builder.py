@@ -68,7 +68,7 @@ def test_a_request_places_what_was_found(model):
     assert request.kv is kv and request.correction is rule
     k, v = request.source.layer(2)
     stored = torch.cat([p.chunk.k[2, p.rows] for p in found.pieces])
-    torch.testing.assert_close(k, model.rotary.rotate(stored, torch.full((6,), 7)))
+    torch.testing.assert_close(k, model.rotaries[0].rotate(stored, torch.full((6,), 7)))
     assert torch.equal(v, torch.cat([p.chunk.v[2, p.rows] for p in found.pieces]))
 
 

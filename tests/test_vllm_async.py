@@ -12,7 +12,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from cacheslide.core.prompt import Prompt
-from cacheslide.models.reference import ReferenceLlama
+from cacheslide.models.reference import ReferenceDecoder
 from tests.conftest import random_ids, save_random
 from tests.test_vllm_engine import FIRST, SECOND, SHAPE, Served, logprobs, marks_of, receipt, tokens
 from tests.test_vllm_history import BLOCKS, Talk, assert_exact
@@ -140,9 +140,10 @@ def test_a_batch_beside_ordinary_requests(served):
 
 def test_history_is_kept_though_the_next_step_was_planned_already(served, path):
     """The pool holds little more than one request: blocks change hands while the finished one is still in flight."""
-    reference = ReferenceLlama.from_pretrained(path)
+    reference = ReferenceDecoder.from_pretrained(path)
     cos, sin = served.worker.model.layers[0].self_attn.rotary_emb.cos_sin_cache.chunk(2, dim=-1)
-    reference.rotary.cos, reference.rotary.sin = cos, sin
+    rotary = reference.rotaries[0]
+    rotary.cos, rotary.sin = cos, sin
     served.fresh()
     talk = Talk(served, policy="naive_reuse")
     waiting = [Prompt.from_spans(random_ids(150, 300 + i), []) for i in range(3)]

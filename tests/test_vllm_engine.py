@@ -15,7 +15,7 @@ from vllm.exceptions import VLLMValidationError
 from cacheslide import ReuseEngine
 from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.core.selective_prefill import SelectivePrefill
-from cacheslide.models.reference import ReferenceLlama
+from cacheslide.models.reference import ReferenceDecoder
 from cacheslide.store import MemoryChunkStore
 from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.offline import close_engine
@@ -151,12 +151,12 @@ def served(path, stock):
 @pytest.fixture(scope="module")
 def reference(path, served):
     """The reference engine's model with vLLM's rotation tables (made from float32 angles, ours from float64)."""
-    model = ReferenceLlama.from_pretrained(path)
+    model = ReferenceDecoder.from_pretrained(path)
     cos, sin = served.worker.model.layers[0].self_attn.rotary_emb.cos_sin_cache.chunk(2, dim=-1)
     # A float32 angle is off by up to 2^-24 of itself, and by as much as its frequency: two units in the last place.
     bound = len(cos) * (2**-24 + 2 * 2**-23)
-    assert (model.rotary.cos - cos).abs().max() < bound > (model.rotary.sin - sin).abs().max()
-    model.rotary.cos, model.rotary.sin = cos, sin
+    assert (model.rotaries[0].cos - cos).abs().max() < bound > (model.rotaries[0].sin - sin).abs().max()
+    model.rotaries[0].cos, model.rotaries[0].sin = cos, sin
     return model
 
 
@@ -169,7 +169,7 @@ def exact_turns(served, path) -> Iterator[None]:
     there and back. How much of it shows depends on which powers and products a processor rounds up. From float64
     angles entries are off by 2^-25, and so is what is compared.
     """
-    exact = ReferenceLlama.from_pretrained(path).rotary
+    exact = ReferenceDecoder.from_pretrained(path).rotaries[0]
     tables = {id(t): t for t in (layer.self_attn.rotary_emb.cos_sin_cache for layer in served.worker.model.layers)}
     kept = {name: table.clone() for name, table in tables.items()}
     for table in tables.values():
@@ -224,7 +224,7 @@ def check_the_kv(served, reference, system) -> None:
     shift = want.next_position - len(second)  # a schema's positions run ahead of vLLM's by as much
     assert (shift > 0) is (system == "prompt_cache")
     if shift:
-        k = torch.stack([reference.rotary.rotate(x, torch.full((rows,), shift)) for x in k])
+        k = torch.stack([reference.rotaries[0].rotate(x, torch.full((rows,), shift)) for x in k])
     assert_same(k, want.kv.k[:, :rows])
     assert_same(v, want.kv.v[:, :rows])
     torch.testing.assert_close(logprobs(output), want.logits.log_softmax(-1), atol=1e-4, rtol=1e-4)

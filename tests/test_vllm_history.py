@@ -11,7 +11,7 @@ from cacheslide import ReuseEngine
 from cacheslide.core.encoder import prefill_exact
 from cacheslide.core.precompute import ahead, pregenerate
 from cacheslide.core.prompt import Prompt, Role, Segment
-from cacheslide.models.reference import ReferenceLlama
+from cacheslide.models.reference import ReferenceDecoder
 from cacheslide.store import MemoryChunkStore
 from cacheslide.vllm.options import policy_of
 from tests.conftest import random_ids, save_random
@@ -37,9 +37,9 @@ def served(path):
 
 @pytest.fixture(scope="module")
 def reference(path, served):
-    model = ReferenceLlama.from_pretrained(path)
+    model = ReferenceDecoder.from_pretrained(path)
     cos, sin = served.worker.model.layers[0].self_attn.rotary_emb.cos_sin_cache.chunk(2, dim=-1)
-    model.rotary.cos, model.rotary.sin = cos, sin
+    model.rotaries[0].cos, model.rotaries[0].sin = cos, sin
     return model
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 from cacheslide.core.engine import ReuseEngine
 from cacheslide.core.placement import Piece, PlacedChunks
 from cacheslide.core.selective_prefill import SelectivePrefill
-from cacheslide.models.reference import ReferenceLlama
+from cacheslide.models.reference import ReferenceDecoder
 from cacheslide.policies.edges import EdgeTokens
 from cacheslide.policies.none import NoCorrection
 from cacheslide.policies.top_deviation import Promotion, Swap, TopDeviation
@@ -37,7 +37,7 @@ RULES = {
 }
 
 
-class Paged(ReferenceLlama):
+class Paged(ReferenceDecoder):
     """The reference model over paged caches: what vLLM's model is to the worker on a GPU."""
 
     def __init__(self, *args) -> None:
@@ -87,7 +87,7 @@ def test_rows_placed_in_the_cache_equal_rows_written_one_layer_at_a_time(model, 
     first = rule.layer if isinstance(rule, TopDeviation) else 0
     fetch = LayerFetch(pieces, first, n, rings_for(pieces, n - first, group=2), group=2) if fetched else None
     target = request.positions[request.reused]
-    settings = (pieces, target, policy.placement, paged.rotary, torch.float32, 0, torch.device("cpu"))
+    settings = (pieces, target, policy.placement, paged.rotaries, torch.float32, 0, torch.device("cpu"))
     request.source = PagedChunks(*settings, Caches(request.kv.layers), fetch)
     [output] = SelectivePrefill(paged).run([request])
     assert torch.equal(output.selected, want.output.selected)
@@ -103,9 +103,9 @@ def test_a_shifted_prompt_turns_keys_by_the_shift_as_well(model):
     for rotation, turn in (("delta", 29), ("stored", 9)):
         placement = replace(chain(NoCorrection()).placement, rotation=rotation)
         moved, values = PlacedChunks(
-            [Piece(chunk, 8)], torch.arange(33, 41), placement, model.rotary, torch.float32, shift=9
+            [Piece(chunk, 8)], torch.arange(33, 41), placement, model.rotaries, torch.float32, shift=9
         ).layer(3)
-        torch.testing.assert_close(moved, model.rotary.rotate(k[3], torch.full((8,), turn)), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(moved, model.rotaries[3].rotate(k[3], torch.full((8,), turn)), atol=1e-6, rtol=1e-6)
         assert torch.equal(values, v[3])
 
 

@@ -72,14 +72,14 @@ def _run(args: argparse.Namespace) -> int:
     from cacheslide.core.engine import ReuseEngine
     from cacheslide.core.prompt import Prompt
     from cacheslide.core.prompt_file import load_tokenizer, read_segments
-    from cacheslide.models.reference import ReferenceLlama
+    from cacheslide.models.reference import ReferenceDecoder
     from cacheslide.policies.registry import load_policy
     from cacheslide.store import DirectoryChunkStore, MemoryChunkStore
 
     policy = load_policy(args.system)
     policy = policy if args.layer is None else policy.at_layer(args.layer)
     policy = policy if args.recompute_ratio is None else policy.at_ratio(args.recompute_ratio)
-    model = ReferenceLlama.from_pretrained(args.model, device=args.device)
+    model = ReferenceDecoder.from_pretrained(args.model, device=args.device)
     policy.check(model.num_layers)
     tokenizer = load_tokenizer(args.model)
     store = MemoryChunkStore() if args.store is None else DirectoryChunkStore(args.store)

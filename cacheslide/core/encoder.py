@@ -74,7 +74,7 @@ class ChunkEncoder:
         kv, done = model.new_kv(len(token_ids)), sum(p.length for p in known)
         if known:
             rows = torch.arange(done, device=model.device)
-            source = PlacedChunks(known, rows, Placement("stored"), model.rotary, model.dtype)
+            source = PlacedChunks(known, rows, Placement("stored"), model.rotaries, model.dtype)
             for layer in range(model.num_layers):
                 kv.write(layer, rows, *source.layer(layer))
         request = self.builder.build(token_ids[done:], positions[done:], kv, start=done, slots=slots)

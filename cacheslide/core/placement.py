@@ -69,6 +69,8 @@ class PlacedChunks:
     pieces : sequence of Piece
     target : Tensor [R], int64
         Position indices of the reused rows in this prompt; R is the sum of the pieces' lengths.
+    rotaries : sequence of Rotary
+        The model's, one a layer.
     shift : int
         Positions by which the whole prompt is laid out further on than its schema says; part of `target` already.
     device : torch.device, optional
@@ -80,12 +82,12 @@ class PlacedChunks:
         pieces: Sequence[Piece],
         target: Tensor,
         placement: Placement,
-        rotary: Rotary,
+        rotaries: Sequence[Rotary],
         dtype: torch.dtype,
         shift: int = 0,
         device: torch.device | None = None,
     ) -> None:
-        self.pieces, self.rotary, self.dtype, self.device = pieces, rotary, dtype, device or target.device
+        self.pieces, self.rotaries, self.dtype, self.device = pieces, rotaries, dtype, device or target.device
         self.deltas: Tensor | None = None  # turn of each row's key, in positions; None when no key turns
         if placement.rotation == "delta":
             source = torch.cat([p.chunk.positions[p.rows] for p in pieces]).to(target.device)
@@ -104,7 +106,7 @@ class PlacedChunks:
         deltas = self.deltas
         if index is not None and len(index) != len(k):
             k, v, deltas = k[index], v[index], None if deltas is None else deltas[index]
-        return k if deltas is None else self.rotary.rotate(k, deltas), v
+        return k if deltas is None else self.rotaries[layer].rotate(k, deltas), v
 
     def place(self, layer: int, index: Tensor, kv: KVBuffer, rows: Tensor) -> None:
         """See `KVSource.place`."""

@@ -105,7 +105,7 @@ def add_command(commands) -> None:
 
 
 def _run(args) -> int:
-    from cacheslide.models.reference import ReferenceLlama
+    from cacheslide.models.reference import ReferenceDecoder
     from cacheslide.policies.registry import load_policy
     from cacheslide.store import DirectoryChunkStore
     from cacheslide.training.load import load_cope
@@ -113,7 +113,7 @@ def _run(args) -> int:
     if args.cope:
         model = load_cope(args.model, args.cope, device=args.device)
     else:
-        model = ReferenceLlama.from_pretrained(args.model, device=args.device)
+        model = ReferenceDecoder.from_pretrained(args.model, device=args.device)
     tokenizer = load_tokenizer(args.model)
     engine = ReuseEngine(model, load_policy(args.system), DirectoryChunkStore(args.store), chunk_size=args.chunk_size)
     print(json.dumps(asdict(precompute(engine, read_template(args.template, tokenizer)))))

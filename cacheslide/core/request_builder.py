@@ -119,4 +119,4 @@ class RequestBuilder:
     ) -> KVSource:
         """The pieces on their way to positions `target` [R], on the host; `shift` is part of `target` already."""
         model = self.model
-        return PlacedChunks(pieces, target, placement, model.rotary, model.dtype, shift, model.device)
+        return PlacedChunks(pieces, target, placement, model.rotaries, model.dtype, shift, model.device)

@@ -1,1 +1,1 @@
-"""Models the engine can run: the adapter protocol and the plain-PyTorch reference Llama."""
+"""Models the engine can run: the adapter protocol and the plain-PyTorch reference decoder."""

@@ -1,11 +1,12 @@
 """What the engine needs from a model: the steps of a decoder layer, a KV buffer to write into, its shape and name.
 
-Two hosts implement it: the reference Llama of this package, and the model a serving engine has loaded.
+Two hosts implement it: the reference decoder of this package, and the model a serving engine has loaded.
 Rows of several requests are packed along one axis; `RowGroup` says whose they are.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -34,6 +35,11 @@ class RowGroup:
     kv: KVBuffer
     rows: Tensor
 
+    @cached_property
+    def rows_on_host(self) -> Tensor:
+        """`rows` in host memory: attention that plans by them waits for the device once, not in every layer."""
+        return self.rows.cpu()
+
 
 class DecoderSteps(Protocol):
     """A decoder-only transformer, one step at a time: what the executor calls. n rows are packed over all requests.
@@ -57,7 +63,10 @@ class DecoderSteps(Protocol):
         ...
 
     def attend(self, layer: int, q: Tensor, groups: Sequence[RowGroup]) -> Tensor:
-        """Attention of each row over the rows up to its own in its request's KV: [n, heads, head_dim] -> same."""
+        """Attention of each row over the rows up to its own in its request's KV: [n, heads, head_dim] -> same.
+
+        Where the layer has a sliding window, over the last rows of that many, cached or not.
+        """
         ...
 
     def finish(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
@@ -87,8 +96,8 @@ class ModelAdapter(DecoderSteps, Protocol):
     head_dim, hidden_size : int
     max_positions : int
         Position indices lie below it.
-    rotary : Rotary
-        Turns keys from one position to another.
+    rotaries : sequence of Rotary
+        One a layer: turns keys from one position to another. Layers of one rotation share one object.
     rotates : bool
         Whether keys depend on their position; those that do not serve wherever they are.
     """
@@ -100,7 +109,7 @@ class ModelAdapter(DecoderSteps, Protocol):
     head_dim: int
     hidden_size: int
     max_positions: int
-    rotary: Rotary
+    rotaries: Sequence[Rotary]
     rotates: bool
 
     def new_kv(self, capacity: int) -> KVBuffer:

@@ -1,18 +1,45 @@
-"""Reads a Hugging Face config.json of the Llama family and refuses, by name, what the engine would get wrong."""
+"""The shape of a decoder: all that tells one family of models from another, as data."""
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from cacheslide.errors import ModelError
-from cacheslide.plain_values import read_json
-
-SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM")
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
-    """The shape of a Llama-family decoder. Sizes are counts; `rope_scaling` is the checkpoint's own dict or None."""
+class Rope:
+    """A layer's rotation: its base, and the checkpoint's own scaling dict or None."""
+
+    theta: float
+    scaling: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only transformer with rotary positions and gated MLPs. Sizes are counts.
+
+    Attributes
+    ----------
+    ropes : tuple of Rope
+        One a layer.
+    windows : tuple of int or None
+        One a layer: a token attends to this many tokens up to itself, None means to all of them.
+    qkv_bias : bool
+        The projections of queries, keys and values add a bias.
+    qk_norm : bool
+        Queries and keys are RMS-normed, head by head, before they are rotated.
+    sandwich_norms : bool
+        What attention and MLP give is normed before it is added to the residual stream.
+    unit_offset_norms : bool
+        Norm weights w are stored for a factor of 1 + w.
+    activation : str
+        Of the MLP's gate: a name in `models.reference.ACTIVATIONS`.
+    embedding_scale : float
+        Factor of the embeddings.
+    attention_scale : float or None
+        Factor of the scores; None is 1 / sqrt(head_dim).
+    """
 
     num_layers: int
     hidden_size: int
@@ -23,52 +50,32 @@ class LlamaConfig:
     vocab_size: int
     max_positions: int
     rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict[str, Any] | None = None
+    ropes: tuple[Rope, ...]
+    windows: tuple[int | None, ...]
     tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    sandwich_norms: bool = False
+    unit_offset_norms: bool = False
+    activation: str = "silu"
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
 
     def __post_init__(self) -> None:
+        counts = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int" or f.type is int}
+        counts |= {f"window of layer {i}": window for i, window in enumerate(self.windows) if window is not None}
+        for name, count in counts.items():
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ModelError(f"{name} must be a count of at least 1, not {count!r}")
         if self.num_heads % self.num_kv_heads:
             raise ModelError(f"{self.num_heads} heads cannot share {self.num_kv_heads} KV heads evenly")
+        if not len(self.ropes) == len(self.windows) == self.num_layers:
+            lengths = f"{len(self.ropes)} rotations and {len(self.windows)} windows"
+            raise ModelError(f"{lengths} do not fit {self.num_layers} layers")
 
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> "LlamaConfig":
-        """From the parsed config.json, in the spelling of transformers 4 (rope_theta) or 5 (rope_parameters)."""
-        kinds = raw.get("architectures") or [raw.get("model_type", "unknown")]
-        if kinds[0] not in SUPPORTED:
-            raise ModelError(f"model kind {kinds[0]} is not supported (known: {', '.join(SUPPORTED)})")
-        for key, want in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-            if raw.get(key, want) != want:
-                raise ModelError(f"{key}={raw[key]!r} is not supported (only {want!r})")
-        if raw.get("quantization_config"):
-            raise ModelError("quantised checkpoints are not supported by the reference model")
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-        theta = float(rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
-        try:
-            heads, hidden, window = raw["num_attention_heads"], raw["hidden_size"], raw.get("sliding_window")
-            longest = raw.get("max_position_embeddings", 2048)
-            return cls(
-                num_layers=raw["num_hidden_layers"],
-                hidden_size=hidden,
-                intermediate_size=raw["intermediate_size"],
-                num_heads=heads,
-                num_kv_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or hidden // heads,
-                vocab_size=raw["vocab_size"],
-                # Below the window, sliding-window attention is plain causal attention: the window is our limit.
-                max_positions=min(longest, window) if window else longest,
-                rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-                rope_theta=theta,
-                rope_scaling=rope or None,
-                tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            )
-        except KeyError as missing:
-            raise ModelError(f"config.json lacks {missing.args[0]!r}") from None
-
-    @classmethod
-    def from_pretrained(cls, path: Path) -> "LlamaConfig":
-        """From `path`/config.json."""
-        file = Path(path) / "config.json"
-        if not file.is_file():
-            raise ModelError(f"no model at {path}: config.json is missing")
-        return cls.from_dict(read_json(file, ModelError))
+    @property
+    def is_plain(self) -> bool:
+        """Whether its layers are Llama's: no bias, one norm before attention and one before the MLP, no window."""
+        extras = self.qkv_bias or self.qk_norm or self.sandwich_norms or self.unit_offset_norms
+        scaled = self.embedding_scale != 1.0 or self.attention_scale is not None or self.activation != "silu"
+        return not extras and not scaled and not any(self.windows)

@@ -6,26 +6,28 @@ slots by Γ; `describe` tells a KV buffer where its slots are. `cacheslide.train
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from cacheslide.errors import ModelError
 from cacheslide.models.adapter import RowGroup
-from cacheslide.models.config import LlamaConfig
-from cacheslide.models.reference import DenseKV, ReferenceLlama
+from cacheslide.models.config import DecoderConfig
+from cacheslide.models.dense_kv import DenseKV
+from cacheslide.models.reference import ReferenceDecoder
 from cacheslide.positions.ccpe import PromptSlots, SlotMasses, check_slots, pack_slots
 from cacheslide.positions.cope import cope_attention
 from cacheslide.positions.rope import Rotary
 
 
-class CopeLlama(ReferenceLlama):
+class CopeLlama(ReferenceDecoder):
     """A `ModelAdapter` with CoPE attention.
 
     Parameters
     ----------
     config, weights, model_id
-        As in `ReferenceLlama`; LoRA merged, `model_id` covering the adapter and the calibration.
+        As in `ReferenceDecoder`; LoRA merged, `model_id` covering the adapter and the calibration.
     tables : sequence of Tensor [p_max, head_dim]
         Position embeddings, one a layer.
     masses : Tensor [layers, slots, heads], optional
@@ -38,13 +40,19 @@ class CopeLlama(ReferenceLlama):
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         weights: dict[str, Tensor],
         model_id: str,
         tables: Sequence[Tensor],
         masses: Tensor | None = None,
         cap: bool = False,
     ) -> None:
+        limit = min((w for w in config.windows if w is not None), default=config.max_positions)
+        # Below the window, sliding-window attention is plain causal attention: the window is our limit.
+        whole = (None,) * config.num_layers
+        config = replace(config, windows=whole, max_positions=min(config.max_positions, limit))
+        if not config.is_plain:
+            raise ModelError("CoPE serves models with the layers of Llama and Mistral only")
         super().__init__(config, weights, model_id)
         wanted = (config.num_layers, config.head_dim)
         if (len(tables), *{t.shape[1] for t in tables}) != wanted:
@@ -54,7 +62,8 @@ class CopeLlama(ReferenceLlama):
         self.tables = [t.to(self.device, self.dtype) for t in tables]
         self.masses, self.cap = masses, cap
         # Angle 0 everywhere: the engine's moves and turns leave keys as they are.
-        self.rotary = Rotary(torch.zeros(config.head_dim // 2), config.max_positions, self.device)
+        unrotated = Rotary(torch.zeros(config.head_dim // 2), config.max_positions, self.device)
+        self.rotaries = [unrotated] * config.num_layers
 
     def describe(self, kv: DenseKV, slots: PromptSlots) -> None:
         """Tell `kv` where its prompt's updated slots lie; needed before attention with canonical masses."""

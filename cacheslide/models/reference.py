@@ -1,10 +1,12 @@
-"""The plain-PyTorch Llama: the CPU host of the engine and the oracle of its tests.
+"""The plain-PyTorch decoder: the reference host of the engine and the oracle of its tests.
 
-Weights are read from a Hugging Face checkpoint of the Llama or Mistral family. Nothing is cached or fused
-behind the caller's back, so that every step of the executor can be checked.
+Weights are read from a Hugging Face checkpoint or a GGUF file of a family that `models.families` knows. The families
+differ by their configuration's data alone. Nothing is cached or fused behind the caller's back, so that every step of
+the executor can be checked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,76 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cacheslide.errors import ModelError
-from cacheslide.kernels.row_attention.reference import by_blocks
 from cacheslide.models.adapter import RowGroup
-from cacheslide.models.config import LlamaConfig
-from cacheslide.models.weights import check_device, fingerprint, load_weights
+from cacheslide.models.attention import row_attention
+from cacheslide.models.config import DecoderConfig
+from cacheslide.models.decoder_layer import DecoderLayer, fitting, norm_weight
+from cacheslide.models.dense_kv import DenseKV
+from cacheslide.models.weights import fingerprint, load_checkpoint
 from cacheslide.positions.ccpe import PromptSlots
 from cacheslide.positions.rope import Rotary, inverse_frequencies
 
-
-class DenseKV:
-    """A request's KV as two tensors [layers, capacity, kv_heads, head_dim]; unwritten rows hold NaN.
-
-    Parameters
-    ----------
-    sizes : LlamaConfig or ModelAdapter
-        Its layers, KV heads and head_dim.
-    """
-
-    def __init__(self, sizes, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        shape = (sizes.num_layers, capacity, sizes.num_kv_heads, sizes.head_dim)
-        self.k = torch.full(shape, float("nan"), dtype=dtype, device=device)
-        self.v = torch.full(shape, float("nan"), dtype=dtype, device=device)
-        self.slots: PromptSlots | None = None  # where a CoPE model's prompt has its updated slots
-
-    @property
-    def capacity(self) -> int:
-        """Rows it can hold."""
-        return self.k.shape[1]
-
-    def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
-        """See `KVBuffer.write`."""
-        self.k[layer].index_copy_(0, rows, k.to(self.k.dtype))
-        self.v[layer].index_copy_(0, rows, v.to(self.v.dtype))
-
-    def read(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """See `KVBuffer.read`."""
-        return self.k[layer].index_select(0, rows), self.v[layer].index_select(0, rows)
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
-def row_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
-    """Causal attention of scattered query rows.
-
-    Parameters
-    ----------
-    q : Tensor [n, heads, head_dim]
-    k, v : Tensor [keys, kv_heads, head_dim]
-        Row j of the prompt at index j; only rows up to `rows.max()` are read.
-    rows : Tensor [n]
-        Ascending; query i attends to keys 0..rows[i].
-
-    Returns
-    -------
-    Tensor [n, heads, head_dim]
-    """
-    n, last = len(rows), int(rows[-1]) + 1
-    missing = last - n
-    if 4 * missing <= n and int(rows[0]) == missing:
-        # (Nearly) the whole prompt: PyTorch's causal path skips the upper triangle by itself, but wants a square.
-        queries, keys, values = (t.transpose(0, 1)[None] for t in (q, k[:last], v[:last]))
-        queries, grouped = F.pad(queries, (0, 0, missing, 0)), q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(queries, keys, values, is_causal=last > 1, enable_gqa=grouped)
-        return out[0, :, missing:].transpose(0, 1)
-    return torch.cat([attended for _, attended in by_blocks(q, k, v, rows)])
-
-
-class ReferenceLlama:
+class ReferenceDecoder:
     """A `ModelAdapter` over plain tensors, all heads in one rank.
 
     Parameters
     ----------
-    config : LlamaConfig
+    config : DecoderConfig
     weights : dict[str, Tensor]
         Named as in a Hugging Face checkpoint; all of one dtype and device.
     model_id : str
@@ -90,29 +43,28 @@ class ReferenceLlama:
 
     ranks, rotates = 1, True
 
-    def __init__(self, config: LlamaConfig, weights: dict[str, Tensor], model_id: str) -> None:
+    def __init__(self, config: DecoderConfig, weights: Mapping[str, Tensor], model_id: str) -> None:
         self.config, self.model_id = config, model_id
         self.num_layers, self.num_kv_heads, self.head_dim = config.num_layers, config.num_kv_heads, config.head_dim
         self.hidden_size, self.max_positions = config.hidden_size, config.max_positions
-        try:
-            self.embedding = weights["model.embed_tokens.weight"]
-            self.norm = weights["model.norm.weight"]
-            self.head = self.embedding if config.tie_embeddings else weights["lm_head.weight"]
-            self.layers = [_Layer(weights, i) for i in range(config.num_layers)]
-        except KeyError as missing:
-            raise ModelError(f"the checkpoint lacks the tensor {missing.args[0]!r}") from None
+        vocabulary = config.vocab_size, config.hidden_size
+        self.embedding = fitting(weights, "model.embed_tokens.weight", *vocabulary)
+        self.norm = norm_weight(fitting(weights, "model.norm.weight", config.hidden_size), config)
+        self.head = self.embedding if config.tie_embeddings else fitting(weights, "lm_head.weight", *vocabulary)
+        self.layers = [DecoderLayer(weights, i, config) for i in range(config.num_layers)]
         self.dtype, self.device = self.embedding.dtype, str(self.embedding.device)
-        inv = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        self.rotary = Rotary(inv, config.max_positions, self.device)
+        # Rounded to the dtype of the embeddings, as transformers multiplies them.
+        self._embedding_scale = float(torch.tensor(config.embedding_scale).to(self.dtype))
+        self._activation = ACTIVATIONS[config.activation]
+        self.rotaries = _rotaries(config, self.device)
 
     @classmethod
     def from_pretrained(
         cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
-    ) -> "ReferenceLlama":
-        """Load config.json and safetensors from the folder `path`."""
-        config = LlamaConfig.from_pretrained(Path(path))
-        check_device(device)
-        return cls(config, load_weights(Path(path), dtype, device), fingerprint(Path(path)))
+    ) -> "ReferenceDecoder":
+        """Load config.json and safetensors from the folder `path`, or all from the GGUF file `path`."""
+        config, weights = load_checkpoint(Path(path), dtype, device)
+        return cls(config, weights, fingerprint(Path(path)))
 
     def new_kv(self, capacity: int) -> DenseKV:
         """An empty KV buffer of `capacity` rows."""
@@ -125,20 +77,24 @@ class ReferenceLlama:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """See `ModelAdapter.embed`."""
-        return F.embedding(token_ids, self.embedding)
+        embedded = F.embedding(token_ids, self.embedding)
+        return embedded if self._embedding_scale == 1.0 else embedded * self._embedding_scale
 
     def qkv(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `ModelAdapter.qkv`."""
-        w = self.layers[layer]
+        w, rotary = self.layers[layer], self.rotaries[layer]
         x = self._rms(hidden, w.input_norm)
-        q, k, v = (F.linear(x, p).unflatten(-1, (-1, self.config.head_dim)) for p in (w.q, w.k, w.v))
-        return self.rotary.rotate(q, positions), self.rotary.rotate(k, positions), v
+        projections = (w.q, w.q_bias), (w.k, w.k_bias), (w.v, w.v_bias)
+        q, k, v = (F.linear(x, p, bias).unflatten(-1, (-1, self.config.head_dim)) for p, bias in projections)
+        q, k = self._normed(q, w.q_norm), self._normed(k, w.k_norm)
+        return rotary.rotate(q, positions), rotary.rotate(k, positions), v
 
     def attend(self, layer: int, q: Tensor, groups: Sequence[RowGroup]) -> Tensor:
         """See `ModelAdapter.attend`."""
+        scale, window = self.config.attention_scale, self.config.windows[layer]
         parts = q.split([len(g.rows) for g in groups])
         out = [
-            row_attention(part, g.kv.k[layer], g.kv.v[layer], g.rows)
+            row_attention(part, g.kv.k[layer], g.kv.v[layer], g.rows, scale, window, g.rows_on_host)
             for part, g in zip(parts, groups, strict=True)
             if len(g.rows)
         ]
@@ -147,9 +103,11 @@ class ReferenceLlama:
     def finish(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
         """See `ModelAdapter.finish`."""
         w = self.layers[layer]
-        hidden += F.linear(attended.flatten(1), w.o)  # in place, as serving hosts do: whoever still needs it shows up
-        x = self._rms(hidden, w.post_norm)
-        return hidden + F.linear(F.silu(F.linear(x, w.gate)) * F.linear(x, w.up), w.down)
+        # In place, as serving hosts do: whoever still needs it shows up.
+        hidden += self._normed(F.linear(attended.flatten(1), w.o), w.attention_out_norm)
+        x = self._rms(hidden, w.mlp_norm)
+        x = F.linear(self._activation(F.linear(x, w.gate)) * F.linear(x, w.up), w.down)
+        return hidden + self._normed(x, w.mlp_out_norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `ModelAdapter.logits`."""
@@ -159,17 +117,21 @@ class ReferenceLlama:
         """One rank holds all heads: nothing to add."""
         return scores
 
+    def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return x if weight is None else self._rms(x, weight)
+
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+        """In the weight's dtype, which is wider than `x` where transformers norms in float32 and rounds last."""
+        return F.rms_norm(x.to(weight.dtype), (x.shape[-1],), weight, self.config.rms_norm_eps).to(x.dtype)
 
 
-class _Layer:
-    """The nine tensors of a decoder layer, by role."""
-
-    def __init__(self, weights: dict[str, Tensor], index: int) -> None:
-        def get(name: str) -> Tensor:
-            return weights[f"model.layers.{index}.{name}.weight"]
-
-        self.q, self.k, self.v, self.o = (get(f"self_attn.{p}_proj") for p in "qkvo")
-        self.gate, self.up, self.down = (get(f"mlp.{p}_proj") for p in ("gate", "up", "down"))
-        self.input_norm, self.post_norm = get("input_layernorm"), get("post_attention_layernorm")
+def _rotaries(config: DecoderConfig, device: str) -> list[Rotary]:
+    """One a layer; layers of one rotation share their tables."""
+    made: list[Rotary] = []
+    for layer, rope in enumerate(config.ropes):
+        if rope in config.ropes[:layer]:
+            made.append(made[config.ropes.index(rope)])
+        else:
+            inv = inverse_frequencies(config.head_dim, rope.theta, rope.scaling)
+            made.append(Rotary(inv, config.max_positions, device))
+    return made

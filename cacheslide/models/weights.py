@@ -1,14 +1,18 @@
-"""Reads safetensors checkpoints, in one file or in shards with an index, and names what is missing."""
+"""Reads checkpoints: safetensors, in one file or in shards with an index, or GGUF; and names what is missing."""
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cacheslide.errors import ConfigError, ModelError
+from cacheslide.models.config import DecoderConfig
+from cacheslide.models.families import parse_config, read_config
+from cacheslide.models.gguf_file import GgufFile, is_gguf
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -36,8 +40,17 @@ def check_device(device: str) -> None:
         raise ConfigError(f"device {device!r} cannot be used: {why}") from None
 
 
+def load_checkpoint(path: Path, dtype: torch.dtype, device: str) -> tuple[DecoderConfig, dict[str, Tensor]]:
+    """Configuration and weights of a checkpoint folder or a GGUF file."""
+    check_device(device)
+    if is_gguf(path):
+        file = GgufFile(path)
+        return parse_config(file.config), file.tensors(dtype, device)
+    return read_config(path), load_weights(path, dtype, device)
+
+
 def load_weights(path: Path, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """All tensors of the checkpoint, converted to `dtype` on `device`."""
+    """All tensors of the checkpoint folder, converted to `dtype` on `device`."""
     out: dict[str, Tensor] = {}
     for file in weight_files(path):
         try:
@@ -49,14 +62,23 @@ def load_weights(path: Path, dtype: torch.dtype, device: str) -> dict[str, Tenso
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 over config.json and the weight files: the model's part of every chunk key."""
+    """SHA-256 over config.json and the weight files, or over a GGUF file: the model's part of every chunk key."""
+    if is_gguf(path):
+        return _sha256(Path(path)).hexdigest()
     config = Path(path) / "config.json"
     if not config.is_file():
         raise ModelError(f"no model at {path}: config.json is missing")
     h = hashlib.sha256(config.read_bytes())
     for file in weight_files(path):
         h.update(file.name.encode())
-        with file.open("rb") as f:
-            while block := f.read(1 << 22):
-                h.update(block)
+        _sha256(file, h)
     return h.hexdigest()
+
+
+def _sha256(file: Path, into: Any = None) -> Any:
+    """Hash a file, by blocks, into a digest that has begun or a new one."""
+    h = hashlib.sha256() if into is None else into
+    with file.open("rb") as f:
+        while block := f.read(1 << 22):
+            h.update(block)
+    return h

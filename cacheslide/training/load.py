@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from cacheslide.models.config import LlamaConfig
 from cacheslide.models.cope import CopeLlama
+from cacheslide.models.families import read_config
 from cacheslide.models.weights import check_device, load_weights
 from cacheslide.training.adapter import CopeAdapter, load_adapter
 from cacheslide.training.calibration import Calibration, find_calibration
@@ -63,7 +63,7 @@ def load_cope(
     path = Path(path)
     check_device(device)
     setup = find_cope(adapter, path, live, cap)
-    config = LlamaConfig.from_pretrained(path)
+    config = read_config(path)
     weights = setup.adapter.merged(load_weights(path, torch.float32, "cpu"))
     weights = {name: x.to(device=device, dtype=dtype) for name, x in weights.items()}
     tables = [setup.adapter.positions(i) for i in range(config.num_layers)]

@@ -4,12 +4,12 @@ from functools import wraps
 from typing import Any
 
 from cacheslide.errors import ConfigError, ModelError
-from cacheslide.models.config import SUPPORTED as LLAMA_LIKE
 from cacheslide.positions.rope import KNOWN_ROPE_TYPES
 from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.cope.setting import ARCHITECTURE, KINDS, is_cope
 
-FAMILIES = (*LLAMA_LIKE, "Qwen2ForCausalLM", "Qwen3ForCausalLM", ARCHITECTURE)
+# Not all that the reference host computes: a KV cache of windows is another one (`_check_cache`).
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", ARCHITECTURE)
 _CACHE_DTYPES = ("auto", "float16", "half", "bfloat16", "float32", "float")
 
 

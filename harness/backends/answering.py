@@ -7,13 +7,13 @@ asking them one by one gives (tested), for the price of one. Beam search branche
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cacheslide.core.engine import Prefilled
 from cacheslide.core.greedy import greedy
 from cacheslide.errors import PromptError
-from cacheslide.models.reference import ReferenceLlama
+from cacheslide.kernels.row_attention.reference import masked_attention
+from cacheslide.models.reference import ReferenceDecoder
 
 
 def branch_room(questions: Sequence[Sequence[int]], max_new_tokens: int) -> int:
@@ -23,7 +23,7 @@ def branch_room(questions: Sequence[Sequence[int]], max_new_tokens: int) -> int:
 
 @torch.inference_mode()
 def answer_branches(
-    model: ReferenceLlama,
+    model: ReferenceDecoder,
     state: Prefilled,
     questions: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -42,7 +42,7 @@ def answer_branches(
 class Branches:
     """The tail of a KV buffer behind `state.length`, divided among branches of `rows` rows each."""
 
-    def __init__(self, model: ReferenceLlama, state: Prefilled, rows: Sequence[int]) -> None:
+    def __init__(self, model: ReferenceDecoder, state: Prefilled, rows: Sequence[int]) -> None:
         self.model, self.kv, self.context = model, state.kv, state.length
         sizes = torch.tensor(rows)
         self.starts = (sizes.cumsum(0) - sizes).tolist()
@@ -50,6 +50,7 @@ class Branches:
         self.position = state.next_position
         self.end = state.length + int(sizes.sum())
         self.owner = torch.repeat_interleave(torch.arange(len(rows)), sizes).to(model.device)
+        self.begins = torch.tensor(self.starts, device=model.device)
         # Masked keys still enter the weighted sum with weight 0, which does not swallow an unwritten row's NaN.
         self.kv.k[:, self.context : self.end] = 0
         self.kv.v[:, self.context : self.end] = 0
@@ -77,24 +78,29 @@ class Branches:
             lasts.append(len(offsets) - 1)
         device = model.device
         tail, where = torch.tensor(offsets, device=device), torch.tensor(positions, device=device)
-        visible = self._visible(tail)
+        # The keys that layers of a window, or of none, read, and which of them each row sees.
+        seen = {window: self._visible(tail, window) for window in set(model.config.windows)}
         hidden = model.embed(torch.tensor([t for ids in tokens for t in ids], device=device))
-        for layer in range(model.num_layers):
+        for layer, window in enumerate(model.config.windows):
             q, k, v = model.qkv(layer, hidden, where)
             self.kv.write(layer, tail + self.context, k, v)
-            hidden = model.finish(layer, hidden, self._attend(layer, q, visible))
+            span, mask = seen[window]
+            keys, values = self.kv.k[layer, span], self.kv.v[layer, span]
+            hidden = model.finish(layer, hidden, masked_attention(q, keys, values, mask, model.config.attention_scale))
         return model.logits(hidden[lasts])
 
-    def _visible(self, tail: Tensor) -> Tensor:
-        """Bool [rows, end]: the context, and the row's own branch up to itself."""
-        own = (self.owner[tail][:, None] == self.owner) & (
-            torch.arange(len(self.owner), device=tail.device) <= tail[:, None]
-        )
-        return torch.cat((own.new_ones(len(tail), self.context), own), dim=1)
+    def _visible(self, tail: Tensor, window: int | None) -> tuple[slice, Tensor]:
+        """A span of rows, and which of them each tail row sees, bool [rows, span].
 
-    def _attend(self, layer: int, q: Tensor, visible: Tensor) -> Tensor:
-        k, v = (t[layer, : self.end].transpose(0, 1)[None] for t in (self.kv.k, self.kv.v))
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, visible, enable_gqa=grouped)[0].transpose(
-            0, 1
-        )
+        That is the context and its own branch up to itself; under a window the last `window` of these, as if every
+        branch lay behind the context itself.
+        """
+        first = 0 if window is None else max(0, self.context + 1 - window)
+        places = torch.arange(len(self.owner), device=tail.device)
+        mask = (self.owner[tail][:, None] == self.owner) & (places <= tail[:, None])
+        mask = torch.cat((mask.new_ones(len(tail), self.context - first), mask), dim=1)
+        if window is not None:
+            depth = places - self.begins[self.owner]  # in its branch
+            at = torch.cat((torch.arange(first, self.context, device=tail.device), self.context + depth))
+            mask &= at > (self.context + depth[tail])[:, None] - window
+        return slice(first, self.end), mask

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cacheslide.core.engine import Prefilled
 from cacheslide.errors import ConfigError
-from cacheslide.models.reference import ReferenceLlama
+from cacheslide.models.reference import ReferenceDecoder
 from harness.backends.answering import Branches
 
 
@@ -33,7 +33,7 @@ class Beam:
 
 @torch.inference_mode()
 def beam_search(
-    model: ReferenceLlama,
+    model: ReferenceDecoder,
     state: Prefilled,
     logits: Tensor,
     width: int,

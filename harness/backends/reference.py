@@ -8,7 +8,7 @@ import torch
 
 from cacheslide.core.engine import Prefilled, ReuseEngine
 from cacheslide.errors import ConfigError
-from cacheslide.models.reference import ReferenceLlama
+from cacheslide.models.reference import ReferenceDecoder
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.store.base import ChunkStore
 from harness.backends.answering import answer_branches, branch_room
@@ -52,7 +52,7 @@ class ReferenceBackend(Tokens):
     """
 
     def __init__(self, path: str | Path, dtype: str = "float32", device: str = "cpu") -> None:
-        self.model = ReferenceLlama.from_pretrained(path, dtype_of(dtype), device)
+        self.model = ReferenceDecoder.from_pretrained(path, dtype_of(dtype), device)
         super().__init__(path)
 
     @property

@@ -7,7 +7,7 @@ import torch
 
 from cacheslide.core.engine import Prefilled, ReuseEngine
 from cacheslide.core.prompt_file import load_tokenizer
-from cacheslide.models.reference import ReferenceLlama
+from cacheslide.models.reference import ReferenceDecoder
 from cacheslide.policies.registry import load_policy, policy_names
 from cacheslide.store import MemoryChunkStore
 from harness.frozen.texts import TURNS, prompt
@@ -29,7 +29,7 @@ def outcome(engine: ReuseEngine, state: Prefilled) -> dict[str, Any]:
 
 def run(path: str) -> dict[str, Any]:
     """Outcomes by "system/turn", for the checkpoint folder `path`."""
-    model, tokenizer = ReferenceLlama.from_pretrained(path), load_tokenizer(path)
+    model, tokenizer = ReferenceDecoder.from_pretrained(path), load_tokenizer(path)
     prompts, out = [prompt(tokenizer, turn) for turn in range(TURNS)], {}
     for name in policy_names():
         policy = load_policy(name).at_layer(LAYER)
@@ -42,7 +42,7 @@ def run(path: str) -> dict[str, Any]:
     return out | _histories(model, prompts)
 
 
-def _histories(model: ReferenceLlama, prompts: list) -> dict[str, Any]:
+def _histories(model: ReferenceDecoder, prompts: list) -> dict[str, Any]:
     """KV of served prompts is retained, corrected or not, and read by the next turn."""
     policy, out = load_policy("cacheslide_first_turn").at_layer(LAYER), {}
     engine = ReuseEngine(model, policy, MemoryChunkStore(), chunk_size=CHUNK, corrected=MemoryChunkStore())

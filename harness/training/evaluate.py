@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from cacheslide.models.config import LlamaConfig
+from cacheslide.models.families import read_config
 from harness.step import command
 from harness.tasks.example import TaskExample
 from harness.tasks.synthetic.prompts import examples
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    LlamaConfig.from_pretrained(args.model)  # says what a folder lacks, where the hub's client asks for a repository
+    read_config(args.model)  # says what a folder lacks, where the hub's client asks for a repository
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))

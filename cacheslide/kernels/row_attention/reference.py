@@ -31,7 +31,13 @@ def row_attention(
 
 
 def by_blocks(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+    on_host: Tensor | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Causal attention of one request's scattered rows, a block of query rows at a time.
 
@@ -44,21 +50,54 @@ def by_blocks(
         Ascending; query i attends to keys 0..rows[i].
     scale : float, optional
         Default: 1 / sqrt(head_dim).
+    window : int, optional
+        Query i attends to the last `window` of these keys only. A key outside of every query's window is not read.
+    on_host : Tensor [n], optional
+        `rows` in host memory; without it they are copied there.
 
     Yields
     ------
     The slice of query rows, and what they attend to [rows, heads, head_dim].
     """
-    queries, keys, values = (t.transpose(0, 1)[None] for t in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
-    for at in range(0, len(q), _QUERY_BLOCK):
-        part = slice(at, min(at + _QUERY_BLOCK, len(q)))
-        last = int(rows[part.stop - 1]) + 1
-        mask = torch.arange(last, device=q.device) <= rows[part][:, None]
-        attended = F.scaled_dot_product_attention(
-            queries[:, :, part], keys[:, :, :last], values[:, :, :last], mask, scale=scale, enable_gqa=grouped
-        )
-        yield part, attended[0].transpose(0, 1)
+    for part, first, last in _blocks(rows.cpu() if on_host is None else on_host, window):
+        at, own = torch.arange(first, last, device=q.device), rows[part][:, None]
+        mask = at <= own
+        if window is not None:
+            mask &= at > own - window
+        yield part, masked_attention(q[part], k[first:last], v[first:last], mask, scale)
+
+
+def _blocks(rows: Tensor, window: int | None) -> Iterator[tuple[slice, int, int]]:
+    """Slices of `rows` [n] (ascending, on the host) and the keys [first, last) that each attends to."""
+    ends = [len(rows)]
+    if window is not None:  # keys between two windows belong to no query: a block does not span them
+        ends = [*(torch.nonzero(rows.diff() > window)[:, 0] + 1).tolist(), len(rows)]
+    begin = 0
+    for end in ends:
+        for at in range(begin, end, _QUERY_BLOCK):
+            part = slice(at, min(at + _QUERY_BLOCK, end))
+            first = 0 if window is None else max(0, int(rows[at]) + 1 - window)
+            yield part, first, int(rows[part.stop - 1]) + 1
+        begin = end
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+    """Attention where `mask`, bool [n, keys], is set.
+
+    q [n, heads, head_dim] over k, v [keys, kv_heads, head_dim] -> [n, heads, head_dim]. A key that no query may see
+    still enters every sum with weight 0, so it must not be NaN.
+    """
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if heads == kv_heads or not q.is_cuda:
+        queries, keys, values = (t.transpose(0, 1)[None] for t in (q, k, v))
+        out = F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale, enable_gqa=heads != kv_heads)
+        return out[0].transpose(0, 1)
+    # On a GPU only the slowest of PyTorch's kernels takes a mask and grouped heads together. A KV head as one of a
+    # batch, seen by its query heads without a copy, suits the others too.
+    queries = q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+    keys, values = (t.transpose(0, 1)[:, None].expand(-1, heads // kv_heads, -1, -1) for t in (k, v))
+    out = F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale)
+    return out.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def paged_rows(kv: Tensor, blocks: Tensor, count: int) -> tuple[Tensor, Tensor]:

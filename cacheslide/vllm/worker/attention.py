@@ -9,7 +9,7 @@ from cacheslide.core.tensors import send
 from cacheslide.kernels import api as kernels
 from cacheslide.kernels.cope.api import cope_attention
 from cacheslide.models.adapter import RowGroup
-from cacheslide.models.reference import row_attention
+from cacheslide.models.attention import row_attention
 from cacheslide.positions.ccpe import pack_slots
 from cacheslide.vllm.worker.kv_layout import PagedLayer
 

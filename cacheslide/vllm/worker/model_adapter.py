@@ -12,7 +12,8 @@ from vllm.model_executor.models.interfaces_base import is_text_generation_model
 from cacheslide.core.tensors import send
 from cacheslide.errors import ModelError
 from cacheslide.models.adapter import RowGroup
-from cacheslide.models.reference import DenseKV, row_attention
+from cacheslide.models.attention import row_attention
+from cacheslide.models.dense_kv import DenseKV
 from cacheslide.positions.ccpe import PromptSlots, check_slots
 from cacheslide.positions.rope import Rotary, inverse_frequencies
 from cacheslide.vllm.cope.setting import is_cope
@@ -87,7 +88,8 @@ class VllmModel:
         self.layers = list(model.model.layers)
         self.num_layers = len(self.layers)
         self.rotates = not is_cope(config)
-        self.rotary = rotary_of(model, config) if self.rotates else unrotated(model)
+        rotary = rotary_of(model, config) if self.rotates else unrotated(model)
+        self.rotaries = [rotary] * self.num_layers  # models with more than one are refused (`vllm/support.py`)
         self.ranks = get_tensor_model_parallel_world_size()
         self.paged = [PagedLayer(layer.self_attn.attn) for layer in self.layers]
         self.open = not self.paged[0].packed  # the cache's layout
@@ -153,7 +155,8 @@ class VllmModel:
             q, k = self.ops(attention.rotary_emb)(positions, q, k)
         q, k, v = (x.unflatten(-1, (-1, dim)) for x in (q, k, v))
         if self.schema_positions:
-            q, k = self.rotary.rotate(q, positions), self.rotary.rotate(k, positions)
+            rotary = self.rotaries[layer]
+            q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
         return q, k, v
 
     def attend(self, layer: int, q: Tensor, groups: Sequence[RowGroup]) -> Tensor:

@@ -1,7 +1,7 @@
 """Cached rows on their way into the paged cache of a GPU: placed by the fused kernel, without tensors in between."""
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -44,14 +44,14 @@ class PagedChunks(PlacedChunks):
         pieces: Sequence[Piece],
         target: Tensor,
         placement: Placement,
-        rotary: Rotary,
+        rotaries: Sequence[Rotary],
         dtype: torch.dtype,
         shift: int,
         device: torch.device,
         caches: Caches,
         fetch: LayerFetch | None = None,
     ) -> None:
-        super().__init__(pieces, target, placement, rotary, dtype, shift, device)
+        super().__init__(pieces, target, placement, rotaries, dtype, shift, device)
         self.turns = None if self.deltas is None else self.deltas.to(torch.int32)
         self.caches, self.pointers = caches.get()
         self.fetch = fetch
@@ -83,10 +83,15 @@ class PagedChunks(PlacedChunks):
         return len(self.caches), held
 
     def _launch(self, k: Tensor, v: Tensor, span: slice, layer: int) -> None:
-        layers = slice(layer, layer + len(k))
-        turns = None if self.turns is None else self.turns[span]
-        pointers = None if self.pointers is None else self.pointers[layers]
-        kernels.place_layers(k, v, self._slots[span], turns, self.caches[layers], self.rotary, pointers)
+        """One launch for all layers of one rotation that follow each other."""
+        turns, first = None if self.turns is None else self.turns[span], layer
+        for _, same in groupby(self.rotaries[layer : layer + len(k)], id):
+            end = first + len(list(same))
+            layers, held = slice(first, end), slice(first - layer, end - layer)
+            pointers = None if self.pointers is None else self.pointers[layers]
+            rotary, caches = self.rotaries[first], self.caches[layers]
+            kernels.place_layers(k[held], v[held], self._slots[span], turns, caches, rotary, pointers)
+            first = end
 
     def deviation(self, layer: int, index: Tensor, k: Tensor, v: Tensor, metric: str) -> Tensor:
         """See `KVSource.deviation`."""
@@ -100,5 +105,5 @@ class PagedChunks(PlacedChunks):
         turns, found = self.turns if name == "k" else None, []
         for pair, span in zip(self._parts(layer)[1], self.spans, strict=True):
             cached, by = pair["kv".index(name)][0], None if turns is None else turns[span]
-            found.append(kernels.row_deviation(fresh[span], cached, by, self.rotary))
+            found.append(kernels.row_deviation(fresh[span], cached, by, self.rotaries[layer]))
         return torch.cat(found)

@@ -43,5 +43,5 @@ class PagedRequests(RequestBuilder):
         fetch = None
         if self.rings is not None:
             fetch = LayerFetch(pieces, correction.first_layer, model.num_layers, self.rings)
-        settings = pieces, target, placement, model.rotary, model.dtype, shift, model.device
+        settings = pieces, target, placement, model.rotaries, model.dtype, shift, model.device
         return PagedChunks(*settings, model.caches, fetch)

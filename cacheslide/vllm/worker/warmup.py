@@ -47,8 +47,8 @@ def warm_up(model: VllmModel, max_tokens: int) -> None:
     turns = torch.zeros(count, dtype=torch.int32, device=device)
     caches, pointers = model.caches.get()
     for deltas in (turns, None) if model.rotates else (None,):
-        kernels.place_layers(k, k, nowhere, deltas, caches, model.rotary, pointers)
-        kernels.row_deviation(k[0], k[0], deltas, model.rotary)
+        kernels.place_layers(k, k, nowhere, deltas, caches, model.rotaries[0], pointers)
+        kernels.row_deviation(k[0], k[0], deltas, model.rotaries[0])
     torch.cuda.synchronize(device)
     logger.info("CacheSlide's kernels: %d tilings, %.1f s", len(found), time.perf_counter() - started)
 

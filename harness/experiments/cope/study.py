@@ -77,7 +77,7 @@ def _kinds(native: ReferenceBackend, variants: Mapping[str, CopeBackend], cached
     model = native.model
     there, held = _behind(model, prompt, n), chained("native", model)
     here = torch.arange(n, device=model.device) + len(system)
-    moved = torch.stack([model.rotary.move(k, here, here + len(prefix)) for k in held])
+    moved = torch.stack([r.move(k, here, here + len(prefix)) for r, k in zip(model.rotaries, held, strict=True)])
     yield "chain_stale", _alike(there, held)
     yield "chain_delta", _alike(there, moved)
 

@@ -55,7 +55,7 @@ def _one(backend, segment, alone, prefix) -> dict:
     n, shift = len(segment), len(prefix)
     here = torch.arange(n, device=backend.model.device)
     there = here + shift
-    moved = torch.stack([backend.model.rotary.move(k, here, there) for k in alone])
+    moved = torch.stack([r.move(k, here, there) for r, k in zip(backend.model.rotaries, alone, strict=True)])
     unseen = prefill_exact(backend.model, segment, first_position=shift).k  # there, but without the prefix
     behind = prefill_exact(backend.model, (*prefix, *segment)).k[:, shift:]
     measured = {

@@ -1,0 +1,48 @@
+"""Attention of scattered query rows over plain tensors: PyTorch's causal path where it fits, otherwise blocks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cacheslide.kernels.row_attention.reference import by_blocks
+
+
+def row_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+    on_host: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of scattered query rows.
+
+    Parameters
+    ----------
+    q : Tensor [n, heads, head_dim]
+    k, v : Tensor [keys, kv_heads, head_dim]
+        Row j of the prompt at index j; only rows up to `rows.max()` are read.
+    rows : Tensor [n]
+        Ascending; query i attends to keys 0..rows[i].
+    scale : float, optional
+        Default: 1 / sqrt(head_dim).
+    window : int, optional
+        Query i attends to the last `window` of these keys only; no key outside of every window is read.
+    on_host : Tensor [n], optional
+        `rows` in host memory, for callers that have them there: otherwise they are copied, which waits for the device.
+
+    Returns
+    -------
+    Tensor [n, heads, head_dim]
+    """
+    on_host = rows.cpu() if on_host is None else on_host
+    n, last = len(rows), int(on_host[-1]) + 1
+    missing = last - n
+    if 4 * missing <= n and int(on_host[0]) == missing and (window is None or last <= window):
+        # (Nearly) the whole prompt: PyTorch's causal path skips the upper triangle by itself, but wants a square.
+        queries, keys, values = (t.transpose(0, 1)[None] for t in (q, k[:last], v[:last]))
+        queries, grouped = F.pad(queries, (0, 0, missing, 0)), q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(queries, keys, values, is_causal=last > 1, scale=scale, enable_gqa=grouped)
+        return out[0, :, missing:].transpose(0, 1)
+    return torch.cat([attended for _, attended in by_blocks(q, k, v, rows, scale, window, on_host)])

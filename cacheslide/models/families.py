@@ -1,0 +1,219 @@
+"""Reads a Hugging Face config.json of the families we compute, and refuses by name what we would get wrong.
+
+The families' rules are those of transformers 5: what it assumes where config.json is silent, which layers slide, which
+RoPE base a layer has. transformers 4 spells some keys otherwise (`rope_theta`, `rope_local_base_freq`,
+`sliding_window_pattern`); both are read.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cacheslide.errors import ModelError
+from cacheslide.models.config import DecoderConfig, Rope
+from cacheslide.plain_values import read_json
+
+Raw = Mapping[str, Any]
+FULL, SLIDING = "full_attention", "sliding_attention"
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets an architecture apart.
+
+    Attributes
+    ----------
+    activation : tuple of str
+        The key of the MLP's activation, and its one value that we compute.
+    defaults : mapping
+        What transformers takes where config.json lacks a key.
+    slides : callable
+        Whether layer i has a sliding window where config.json names no `layer_types`.
+    typed : bool
+        Whether transformers heeds `layer_types`.
+    thetas : mapping
+        Default RoPE base by the type of a layer.
+    traits : mapping
+        Fields of `DecoderConfig` that follow from the architecture.
+    scaled : bool
+        Embeddings are multiplied by sqrt(hidden_size), scores by 1 / sqrt(`query_pre_attn_scalar`).
+    """
+
+    activation: tuple[str, str] = ("hidden_act", "silu")
+    defaults: Raw = field(default_factory=dict)
+    slides: Callable[[Raw, int], bool] = lambda raw, i: False
+    typed: bool = False
+    thetas: Mapping[str, float] = field(default_factory=lambda: {FULL: 1e4, SLIDING: 1e4})
+    traits: Raw = field(default_factory=dict)
+    scaled: bool = False
+
+
+def _above(raw: Raw, i: int) -> bool:
+    """Qwen's layers from `max_window_layers` on, where windows are switched on."""
+    return bool(raw["use_sliding_window"]) and raw["sliding_window"] is not None and i >= raw["max_window_layers"]
+
+
+_QWEN: Raw = {
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_GEMMA3: Raw = {
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+    "tie_word_embeddings": True,
+}
+
+FAMILIES = {
+    "LlamaForCausalLM": Family(),
+    "MistralForCausalLM": Family(
+        defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+        slides=lambda raw, i: raw["sliding_window"] is not None,
+    ),
+    "Qwen2ForCausalLM": Family(defaults=_QWEN, slides=_above, typed=True, traits={"qkv_bias": True}),
+    "Qwen3ForCausalLM": Family(
+        defaults={**_QWEN, "head_dim": 128}, slides=_above, typed=True, traits={"qk_norm": True}
+    ),
+    "Gemma3ForCausalLM": Family(
+        activation=("hidden_activation", "gelu_pytorch_tanh"),
+        defaults=_GEMMA3,
+        slides=lambda raw, i: (i + 1) % raw["sliding_window_pattern"] != 0,
+        typed=True,
+        thetas={FULL: 1e6, SLIDING: 1e4},
+        traits={"qk_norm": True, "sandwich_norms": True, "unit_offset_norms": True},
+        scaled=True,
+    ),
+}
+
+# What a checkpoint may ask for that we do not compute: the key, and the values that ask for nothing.
+_NOTHING = (None, False, 0, (), [], {})
+_REFUSED = {
+    "attention_bias": "a bias in every attention projection",
+    "mlp_bias": "a bias in the MLP",
+    "attn_logit_softcapping": "soft-capped attention",
+    "final_logit_softcapping": "soft-capped logits",
+    "use_bidirectional_attention": "bidirectional attention",
+    "quantization_config": "quantised weights",
+    "num_experts": "a mixture of experts",
+    "num_local_experts": "a mixture of experts",
+    "n_routed_experts": "a mixture of experts",
+    "vision_config": "images",
+    "audio_config": "sound",
+}
+
+
+def read_config(path: str | Path) -> DecoderConfig:
+    """From `path`/config.json."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise ModelError(f"no model at {path}: config.json is missing")
+    return parse_config(read_json(file, ModelError))
+
+
+def parse_config(raw: Raw) -> DecoderConfig:
+    """From the parsed config.json; ModelError, in one line, for what is missing, wrong or not supported."""
+    if not isinstance(raw, dict):
+        raise ModelError(f"config.json holds no object but {type(raw).__name__}")
+    kinds = raw.get("architectures") or [raw.get("model_type", "unknown")]
+    family = FAMILIES.get(str(kinds[0]))
+    if family is None:
+        raise ModelError(f"model kind {kinds[0]} is not supported (known: {', '.join(FAMILIES)})")
+    _refuse(raw, family)
+    # transformers reads null as its default where null has no meaning of its own: only a window may be null.
+    silent = {
+        k: v for k, v in family.defaults.items() if raw.get(k) is None and (k != "sliding_window" or k not in raw)
+    }
+    raw = {**raw, **silent}
+    try:
+        heads, hidden, layers = raw["num_attention_heads"], raw["hidden_size"], raw["num_hidden_layers"]
+        types = _layer_types(raw, family, layers)
+        off = "use_sliding_window" in family.defaults and not raw["use_sliding_window"]
+        window = None if off else raw.get("sliding_window")
+        ropes = {kind: _rope(raw, family, kind) for kind in set(types)}
+        if SLIDING in types and window is None:
+            raise ModelError("layer_types asks for sliding attention, but no sliding_window says how far")
+        scales: dict[str, Any] = {}
+        if family.scaled:
+            scales = {"embedding_scale": hidden**0.5, "attention_scale": raw["query_pre_attn_scalar"] ** -0.5}
+        return DecoderConfig(
+            num_layers=layers,
+            hidden_size=hidden,
+            intermediate_size=raw["intermediate_size"],
+            num_heads=heads,
+            num_kv_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or hidden // heads,
+            vocab_size=raw["vocab_size"],
+            max_positions=raw.get("max_position_embeddings") or 2048,
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            ropes=tuple(ropes[kind] for kind in types),
+            windows=tuple(window if kind == SLIDING else None for kind in types),
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            activation=_ACTIVATIONS[family.activation[1]],
+            **family.traits,
+            **scales,
+        )
+    except KeyError as missing:
+        raise ModelError(f"config.json lacks {missing.args[0]!r}") from None
+    except (TypeError, ValueError, ZeroDivisionError) as wrong:
+        if isinstance(wrong, ModelError):
+            raise
+        raise ModelError(f"config.json holds a value of the wrong kind: {wrong}") from None
+
+
+def _refuse(raw: Raw, family: Family) -> None:
+    for key, what in _REFUSED.items():
+        if raw.get(key) not in _NOTHING:
+            raise ModelError(f"{what} ({key}={raw[key]!r}) is not supported by the reference model")
+    key, want = family.activation
+    if raw.get(key, want) != want:
+        raise ModelError(f"{key}={raw[key]!r} is not supported (only {want!r})")
+    if raw.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise ModelError(
+            f"a partial rotation (partial_rotary_factor={raw['partial_rotary_factor']!r}) is not supported"
+        )
+
+
+def _refuse_partial(raw: Raw) -> None:
+    factor = raw.get("partial_rotary_factor")
+    if factor not in (None, 1):
+        raise ModelError(f"a partial rotation (partial_rotary_factor={factor!r}) is not supported")
+
+
+def _layer_types(raw: Raw, family: Family, layers: int) -> list[str]:
+    """The type of every layer."""
+    types = [SLIDING if family.slides(raw, i) else FULL for i in range(layers)]
+    given = raw.get("layer_types")
+    if given is None:
+        return types
+    unknown = sorted({str(kind) for kind in given} - {FULL, SLIDING})
+    if unknown:
+        raise ModelError(f"layers of type {', '.join(unknown)} are not supported (known: {FULL}, {SLIDING})")
+    if not family.typed and given != types:
+        raise ModelError("layer_types is not supported for this architecture: its layers are all alike")
+    if len(given) != layers:
+        raise ModelError(f"layer_types names {len(given)} layers, but the model has {layers}")
+    return list(given)
+
+
+def _rope(raw: Raw, family: Family, kind: str) -> Rope:
+    """The rotation of layers of a type, in the spelling of transformers 4 (rope_theta) or 5 (rope_parameters)."""
+    given, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    two = family.thetas[FULL] != family.thetas[SLIDING]
+    if any(isinstance(value, dict) for value in given.values()):
+        given = dict(given.get(kind) or {})
+    elif two and given:
+        raise ModelError("rope_parameters must be given for each type of layer (full_attention, sliding_attention)")
+    theta = raw.get("rope_local_base_freq" if two and kind == SLIDING else "rope_theta")
+    rope = {**(old if kind == FULL or not two else {}), **given} if two else dict(given or old)
+    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise ModelError(
+            f"a partial rotation (partial_rotary_factor={rope['partial_rotary_factor']!r}) is not supported"
+        )
+    theta = float(rope.pop("rope_theta", None) or theta or family.thetas[kind])
+    return Rope(theta, rope or None)

@@ -11,10 +11,10 @@ BLOCK = 64  # characters or token ids: the units in which prompts without messag
 def group(requests: Sequence[Request], sha256: str) -> list[Session]:
     """Sessions in the order of their first request.
 
-    A request with a key belongs to that key's session. One without joins the session with whose latest request it
-    shares the longest beginning: with messages, at least all up to and including the first that is no system message;
-    without, at least half of the earlier prompt. Otherwise it begins a session. Agents whose first text changes from
-    request to request are told apart only by a key.
+    A request with a key belongs to that key's session. One without joins the session of the earlier request with which
+    it shares the longest beginning: with messages, at least all up to, and with, the first that is no system message;
+    without, at least half of that session's latest prompt. Otherwise it begins a session. Sessions whose first text
+    changes from request to request are told apart only by a key.
     """
     grouped: dict[str, list[Request]] = {}
     beginnings = _Beginnings()

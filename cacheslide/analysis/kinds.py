@@ -7,9 +7,10 @@ source text twice, nothing from the source's own share of the prefix), whether t
 `reordered`; the rest is `new`.
 """
 
-from collections import defaultdict
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -26,7 +27,8 @@ KINDS = ("prefix", "order_preserving", "reordered", "new")
 class Span:
     """Tokens [start, start + length) of a prompt that prompt `source` of the session holds `shift` tokens earlier.
 
-    Where two runs overlap the first one has the tokens, so a span can be shorter than `min_tokens`.
+    Where two runs overlap the first one has the tokens, and runs are cut where only a part is in order: a span can be
+    shorter than `min_tokens`.
     """
 
     start: int
@@ -34,6 +36,11 @@ class Span:
     source: int
     shift: int
     in_order: bool
+
+    @property
+    def place(self) -> int:
+        """The position of its first token in the source."""
+        return self.start - self.shift
 
 
 @dataclass(frozen=True)
@@ -78,27 +85,55 @@ def session_kinds(prompts: Sequence[Sequence[int]], min_tokens: int = MIN_TOKENS
     for t, own in enumerate(ids):
         prefix = common_length(own, ids[t - 1]) if t else 0
         runs = earlier.runs(t, prefix)
-        anchors = {q: min(prefix, common_length(own, ids[q])) for q in {run.source for run in runs}}
-        out.append(TurnKinds(len(own), prefix, _spans(runs, anchors, min_tokens)))
+        shared = {q: min(prefix, common_length(own, ids[q])) for q in {run.source for run in runs}}
+        out.append(TurnKinds(len(own), prefix, _spans(runs, shared, min_tokens)))
         earlier.add(t)
     return out
 
 
-def _spans(runs: list[Run], anchors: dict[int, int], min_tokens: int) -> tuple[Span, ...]:
-    covered, pieces = 0, []
+def _spans(runs: list[Run], shared: dict[int, int], min_tokens: int) -> tuple[Span, ...]:
+    """The runs as spans of tokens, told by order; `shared` is how many tokens of each source are cached prefix.
+
+    Spans are cut where others begin or end in their source, and where its cached prefix ends, so that a run of which
+    one part was shown before is no second copy as a whole.
+    """
+    spans, covered = [], 0
     for run in runs:
         start, end = max(run.start, covered), run.start + run.count + min_tokens - 1
-        pieces.append((start, end - start))
+        spans.append(Span(start, end - start, run.source, run.start - run.place, False))
         covered = end
-    by_source: dict[int, list[int]] = defaultdict(list)
-    for i, run in enumerate(runs):
-        if run.place >= anchors[run.source]:
-            by_source[run.source].append(i)
-    ordered = set()
-    for members in by_source.values():
-        chain = heaviest_chain([(runs[i].place, runs[i].place + runs[i].count, pieces[i][1]) for i in members])
-        ordered |= {members[j] for j in chain}
-    return tuple(
-        Span(start, length, run.source, run.start - run.place, i in ordered)
-        for i, (run, (start, length)) in enumerate(zip(runs, pieces, strict=True))
-    )
+    out: list[Span] = []
+    for q, n in shared.items():
+        pieces = _cut([span for span in spans if span.source == q], n)
+        behind = [piece for piece in pieces if piece.place >= n]
+        chain = heaviest_chain([(piece.place, piece.place + piece.length, piece.length) for piece in behind])
+        ordered = {behind[i].start for i in chain}
+        out += [replace(piece, in_order=piece.start in ordered) for piece in pieces]
+    return tuple(_joined(sorted(out, key=lambda span: span.start)))
+
+
+def _cut(spans: list[Span], prefix: int) -> list[Span]:
+    """The spans of one source, in order, cut at `prefix` and wherever another of them begins or ends there."""
+    cuts = sorted({prefix} | {end for span in spans for end in (span.place, span.place + span.length)})
+    return [
+        replace(span, start=at + span.shift, length=end - at)
+        for span in spans
+        for inside in [cuts[bisect_right(cuts, span.place) : bisect_left(cuts, span.place + span.length)]]
+        for at, end in pairwise([span.place, *inside, span.place + span.length])
+    ]
+
+
+def _joined(spans: list[Span]) -> list[Span]:
+    """Neighbours that continue each other, as one."""
+    out: list[Span] = []
+    for span in spans:
+        last = out[-1] if out else None
+        if (
+            last
+            and replace(last, start=span.start, length=span.length) == span
+            and last.start + last.length == span.start
+        ):
+            out[-1] = replace(last, length=last.length + span.length)
+        else:
+            out.append(span)
+    return out

@@ -1,4 +1,4 @@
-"""The `cacheslide` command: list the systems, answer one prompt with chunk caches kept in a folder, or serve."""
+"""The `cacheslide` command: list the systems, answer one prompt with cached chunks, analyse traffic, or serve."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from cacheslide.cli.analyse import add_parser as add_analyse_parser
 from cacheslide.cli.store import add_parser as add_store_parser
 from cacheslide.core.precompute import add_command
 from cacheslide.errors import CacheSlideError
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     run.set_defaults(run=_run)
     add_command(commands)
     add_store_parser(commands)
+    add_analyse_parser(commands)
     # Its options are vLLM's too, which only its own parser lets through; it is the one command that needs vLLM.
     commands.add_parser("serve", help="an OpenAI server: vLLM with the connector (`cacheslide serve --help`)")
     argv = sys.argv[1:] if argv is None else argv

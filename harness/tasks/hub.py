@@ -172,7 +172,7 @@ def _rows(source: Source, files: list[Path]) -> Iterator[Row]:
 def _read(file: Path, schema: Schema) -> Iterator[tuple[int, Any]]:
     """Row number (from 1; the line number for JSON lines) and raw row."""
     if file.suffix in JSON_SUFFIXES:
-        yield from _read_json(file)
+        yield from json_rows(file)
         return
     kind = file.suffix.removeprefix(".")
     # csv has no types of its own: without the declared ones, numeric ids would become numbers
@@ -186,7 +186,8 @@ def _read(file: Path, schema: Schema) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{file}: not a readable {kind} file in this schema ({_first_line(error)})") from error
 
 
-def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
+def json_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """Row number (from 1) and row of a JSON list or of JSON lines (then the line's number); DataError names the row."""
     try:
         with file.open(encoding="utf-8-sig") as lines:
             if lines.read(64).lstrip().startswith("["):

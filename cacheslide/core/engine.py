@@ -218,6 +218,19 @@ class ReuseEngine:
             state.next_position += len(new)
         return list(self.model.logits(torch.stack([out.hidden for out in outputs])))
 
+    @torch.inference_mode()
+    def score(self, state: Prefilled, token_ids: Sequence[int]) -> Tensor:
+        """Logits [n, vocab_size] that predict each of `token_ids` [n] behind `state`, which stays as it was.
+
+        Rows of the KV buffer behind `state.length` are overwritten; it needs room for n - 1 of them.
+        """
+        ahead, parts = token_ids[:-1], [state.logits[None]]
+        if ahead:
+            positions = range(state.next_position, state.next_position + len(ahead))
+            [out] = self.executor.run([self.builder.build(ahead, positions, state.kv, start=state.length)])
+            parts.append(self.model.logits(out.final))
+        return torch.cat(parts)
+
     def generate(self, state: Prefilled, logits: Tensor, max_new_tokens: int, stop: frozenset[int]) -> list[int]:
         """Greedy continuation of at most `max_new_tokens` ids, up to and without the first id in `stop`."""
         [out] = greedy([logits], [max_new_tokens], stop, lambda _, tokens: [self.extend(state, tokens)])

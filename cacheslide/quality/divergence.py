@@ -1,0 +1,69 @@
+"""How far a prefill with reused KV is from full recompute: next-token distributions over the same target tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cacheslide.errors import PromptError
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One prompt and one run of target tokens, teacher-forced.
+
+    Attributes
+    ----------
+    tokens : int
+        Target tokens.
+    kl, kl_max : float
+        KL(recompute || system) of the next-token distribution, in nats: mean over the targets, and the largest.
+    agreement : float
+        Share of targets at which both distributions have the same most likely token.
+    nll, nll_change : float
+        The system's negative log-likelihood of the targets in nats a token, and what it has above recompute's.
+    greedy_equal : bool
+        Whether the system's most likely token is the target at every position. Where the targets are recompute's own
+        greedy continuation, that is whether greedy decoding gives the same tokens: up to the first difference both
+        decode the same text.
+    """
+
+    tokens: int
+    kl: float
+    kl_max: float
+    agreement: float
+    nll: float
+    nll_change: float
+    greedy_equal: bool
+
+
+@torch.inference_mode()
+def divergence(recomputed: Tensor, logits: Tensor, targets: Sequence[int]) -> Divergence:
+    """Compare two runs on one prompt.
+
+    Parameters
+    ----------
+    recomputed, logits : Tensor [n, vocab_size]
+        Logits that predict each target: those of full recompute, and those of the system. They are compared in
+        float32 whatever their dtype.
+    targets : sequence of int [n]
+
+    Raises
+    ------
+    PromptError
+        Without targets, or where the shapes differ.
+    """
+    if not targets or recomputed.shape != logits.shape or len(targets) != len(logits):
+        shapes = f"{tuple(recomputed.shape)} and {tuple(logits.shape)}"
+        raise PromptError(f"{len(targets)} targets do not go with logits of {shapes}")
+    ids = torch.tensor(list(targets), device=logits.device)[:, None]
+    exact, other = recomputed.float().log_softmax(-1), logits.float().log_softmax(-1)
+    kl = (exact.exp() * (exact - other)).sum(-1).clamp_min(0)
+    best = other.argmax(-1)
+    agree = (exact.argmax(-1) == best).float()
+    nll = -other.gather(1, ids)[:, 0]
+    change = nll + exact.gather(1, ids)[:, 0]
+    same = (best == ids[:, 0]).all()
+    figures = torch.stack((kl.mean(), kl.max(), agree.mean(), nll.mean(), change.mean(), same.float())).tolist()
+    return Divergence(len(targets), *figures[:5], bool(figures[5]))

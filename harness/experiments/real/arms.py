@@ -1,0 +1,137 @@
+"""The arms of the study on a real model: every system at every compute fraction that is measured, and the controls.
+
+An arm is a reuse policy with its ratio and layer set. Families say where the KV comes from, which matters most:
+
+chain    as the previous turn left it (RPDC; CacheSlide as Algorithm 1 stores it)
+canon    encoded in the chain of fixed text alone (RPDC; this project's default)
+iso      every passage encoded alone (PIC: CacheBlend, EPIC)
+stale    chain or iso without moving keys to their new positions
+other    systems with keys of their own: ContextCache, PromptCache, window padding
+exact    recompute by another batching: the noise floor
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from baselines.random_tokens import RandomTokens
+from cacheslide.core.placement import Placement
+from cacheslide.policies.base import Correction, ReusePolicy
+from cacheslide.policies.edges import EdgeTokens
+from cacheslide.policies.first_tokens import FirstTokens
+from cacheslide.policies.none import NoCorrection
+from cacheslide.policies.registry import load_policy
+from cacheslide.policies.top_deviation import Swap, TopDeviation
+
+SOURCES = {"chain": "cacheslide_first_turn", "canon": "cacheslide", "iso": "cacheblend"}
+NOISE = "recompute in pieces"
+RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.26, 0.4, 0.5)
+LAYERS = (1, 3, 5, 8)
+PRINTED = TopDeviation(0.26, fusion="paper", swap=Swap())
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One system at one setting; `policy` is None for the noise floor. `line` joins points of one curve."""
+
+    name: str
+    line: str
+    family: str
+    policy: ReusePolicy | None
+    ratio: float | None = None
+    layer: int | None = None
+
+
+def arm(line: str, family: str, correction: Correction, layer: int | None = None) -> Arm:
+    """An arm of a family with a correction of its own."""
+    policy, ratio = load_policy(SOURCES[family]), correction.total_ratio
+    if layer is not None:
+        correction = correction.at_layer(layer)
+    at = ("" if ratio is None else f" {100 * ratio:g} %") + ("" if layer is None else f" at layer {layer}")
+    return Arm(f"{line}{at}", line, family, replace(policy, correction=correction), ratio, layer)
+
+
+def swept(line: str, family: str, rule: Correction, ratios: Iterable[float], layers: Iterable[int | None]) -> list[Arm]:
+    """One rule at several ratios and layers."""
+    return [arm(line, family, rule.at_ratio(r), layer) for layer in layers for r in ratios]
+
+
+def candidates(num_layers: int) -> list[Arm]:
+    """What the validation part chooses layers among: each rule with a selection layer, at its own ratio."""
+    layers = range(1, num_layers // 2 + 1)
+    return [
+        *swept("CacheBlend, by V", "iso", TopDeviation(0.15, metric="v"), [0.15], layers),
+        *swept("CacheBlend, by K", "iso", TopDeviation(0.15, metric="k"), [0.15], layers),
+        *swept("CacheSlide, by K", "chain", TopDeviation(0.26), [0.1, 0.26], layers),
+        *swept("CacheSlide as printed", "chain", PRINTED, [0.26], layers),
+    ]
+
+
+def frontier(best: Mapping[str, int] | None = None) -> list[Arm]:
+    """The whole frontier. `best` has the layer that the validation part chose, by line; layers of `LAYERS` are swept
+    as well, so that no curve hangs on that choice."""
+    best = dict(best or {})
+
+    def layers(line: str) -> list[int]:
+        return sorted({*LAYERS, *([best[line]] if line in best else [])})
+
+    chosen = best.get("CacheSlide as printed", 1)
+    return [
+        Arm(NOISE, NOISE, "exact", None),
+        arm("Nothing recomputed", "chain", NoCorrection()),
+        *swept("First tokens", "chain", FirstTokens(), RATIOS, [None]),
+        *swept("Random tokens", "chain", RandomTokens(), (0.1, 0.26, 0.5), [None]),
+        *swept("CacheSlide, by K", "chain", TopDeviation(0.26), (0.05, 0.1, 0.26, 0.5), layers("CacheSlide, by K")),
+        arm("CacheSlide as printed", "chain", PRINTED, chosen),
+        arm("Canonical, nothing recomputed", "canon", NoCorrection()),
+        *swept("Canonical, first tokens", "canon", FirstTokens(), (0.05, 0.1, 0.26), [None]),
+        arm("Isolated, nothing recomputed", "iso", NoCorrection()),
+        *swept("Isolated, random tokens", "iso", RandomTokens(), (0.15, 0.5), [None]),
+        *swept("CacheBlend, by V", "iso", TopDeviation(0.15, metric="v"), (0.05, 0.15, 0.3, 0.5),
+               layers("CacheBlend, by V")),
+        *swept("CacheBlend, by K", "iso", TopDeviation(0.15), (0.15, 0.3), layers("CacheBlend, by K")),
+        arm("EPIC 32 + 32", "iso", EdgeTokens(32, 32)),
+        *[arm(f"EPIC {n}", "iso", EdgeTokens(n, 0)) for n in (8, 16, 32)],
+        *others(),
+    ]  # fmt: skip
+
+
+def others() -> list[Arm]:
+    """Systems with keys or positions of their own, and stale positions."""
+    stale = Placement("stored")
+    chain, iso = (replace(load_policy(SOURCES[f]), placement=stale) for f in ("chain", "iso"))
+    return [
+        Arm("Chain, stale positions", "Stale positions", "stale", replace(chain, correction=NoCorrection())),
+        Arm("CacheBlend, stale positions 15 % at layer 1", "Stale positions", "stale",
+            replace(iso, correction=TopDeviation(0.15)), 0.15, 1),
+        Arm("ContextCache", "ContextCache", "other", load_policy("context_cache")),
+        Arm("PromptCache", "PromptCache", "other", load_policy("prompt_cache")),
+        Arm("Window padding", "Window padding", "other", load_policy("window_padding")),
+    ]  # fmt: skip
+
+
+def slice_arms() -> list[Arm]:
+    """The few arms of the slice that runs anywhere: one a claim."""
+    return [
+        arm("Nothing recomputed", "chain", NoCorrection()),
+        *swept("First tokens", "chain", FirstTokens(), (0.1,), [None]),
+        arm("Isolated, nothing recomputed", "iso", NoCorrection()),
+        *swept("CacheBlend, by V", "iso", TopDeviation(0.15, metric="v"), (0.15,), [1]),
+    ]
+
+
+def history_arms(best: Mapping[str, int] | None = None) -> list[Arm]:
+    """The arms that are followed over many turns: their caches are kept as each turn left them."""
+    layer = (best or {}).get("CacheBlend, by V", 1)
+    return [
+        Arm(NOISE, NOISE, "exact", None),
+        arm("Nothing recomputed", "chain", NoCorrection()),
+        *swept("First tokens", "chain", FirstTokens(), (0.02, 0.1, 0.2), [None]),
+        *swept("CacheSlide, by K", "chain", TopDeviation(0.26), (0.26,), [1]),
+        arm("Isolated, nothing recomputed", "iso", NoCorrection()),
+        *swept("CacheBlend, by V", "iso", TopDeviation(0.15, metric="v"), (0.15,), [layer]),
+    ]
+
+
+def unique(arms: Sequence[Arm]) -> list[Arm]:
+    """`arms` without repeated names."""
+    return list({a.name: a for a in arms}.values())

@@ -1,0 +1,109 @@
+"""Histories that grow for twelve turns: the KV of each turn is kept as that turn left it, errors included.
+
+Every turn has other notes and one passage more. A passage is computed in the turn in which it appears, over whatever
+the system reused before it, and its KV is copied out of that turn (`ReuseEngine.keep`), so that errors may pile up.
+Systems of isolated chunks encode each passage alone, once.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cacheslide.core.engine import ReuseEngine
+from cacheslide.core.prompt import Prompt
+from cacheslide.errors import CacheSlideError
+from cacheslide.store import MemoryChunkStore
+from harness.backends.reference import ReferenceBackend
+from harness.experiments.real.arms import Arm
+from harness.experiments.real.measure import Reference, engine_of, receipt_of
+from harness.experiments.real.trials import ANSWER, NOTES, Builder
+from harness.tasks.passages import PassageRow, answer_passages
+
+TURNS = 12
+PASSAGE = 500  # tokens at most that a turn adds
+ENDLESS = 10**6  # generations: nothing is encoded anew
+
+
+@dataclass(frozen=True)
+class History:
+    """The prompts of a session, and the answer that the last turn's question asks for."""
+
+    id: str
+    dataset: str
+    prompts: tuple[Prompt, ...]
+    answer: tuple[int, ...]
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def history(builder: Builder, row: PassageRow) -> History | None:
+    """The session of one row, the needed passages first; None where no passage holds the answer."""
+    rng = random.Random(f"{builder.seed} histories {row.sha256}")
+    needed = list(row.gold) or list(answer_passages(row))
+    if not needed:
+        return None
+    own = [row.passages[i] for i in needed] + [p for i, p in enumerate(row.passages) if i not in needed]
+    texts = [builder.passage(t)[:PASSAGE] for t in own[:TURNS]]
+    while len(texts) < TURNS:
+        texts.append(builder.filler(row, PASSAGE, rng))
+    question = builder.encode(f"Question: {row.question}\nAnswer:")
+    prompts = [
+        builder.prompt(builder.filler(row, rng.randint(*NOTES), rng), texts[: turn + 1], question)
+        for turn in range(TURNS)
+    ]
+    about = {"row": row.id, "row_sha256": row.sha256, "turns": TURNS}
+    answer = builder.encode(" " + row.answers[0])[:ANSWER]
+    return History(f"histories {row.dataset} {row.id}", row.dataset, tuple(prompts), answer, about)
+
+
+def measure_history(
+    backend: ReferenceBackend, session: History, arms: Sequence[Arm], done: set[str], every: int = 1
+) -> Iterator[dict[str, Any]]:
+    """One record an arm and turn from the second turn on, every `every`-th of them and the last.
+
+    An arm is run anew unless all of its turns are done: its caches are what its earlier turns left.
+    """
+    last = len(session.prompts) - 1
+    turns = [t for t in range(1, last + 1) if t == last or t % every == 0]
+    todo = [a for a in arms if any(turn_id(session, a, t) not in done for t in turns)]
+    runs = {a.name: None if a.policy is None else Turns(backend, a) for a in todo}
+    if not todo:
+        return
+    for turn, prompt in enumerate(session.prompts):
+        reference = Reference(backend, prompt, session.answer) if turn in turns else None
+        for one in todo:
+            identity = turn_id(session, one, turn)
+            about = {"id": identity, "trial": session.id, "arm": one.name, "turn": turn}
+            try:
+                figures = _turn(runs[one.name], prompt, reference)
+            except CacheSlideError as refused:
+                figures = {"failure": str(refused)}
+            if reference is not None and identity not in done:
+                yield about | figures
+
+
+def _turn(run: "Turns | None", prompt: Prompt, reference: Reference | None) -> dict[str, Any]:
+    if run is not None:
+        return run.serve(prompt, reference)
+    if reference is None:
+        return {}
+    return receipt_of(None, len(prompt)) | reference.compare(reference.engine, reference.in_pieces())
+
+
+class Turns:
+    """One system's caches over the turns of one session."""
+
+    def __init__(self, backend: ReferenceBackend, one: Arm) -> None:
+        self.engine: ReuseEngine = engine_of(backend, one.policy, MemoryChunkStore(), MemoryChunkStore())
+
+    def serve(self, prompt: Prompt, reference: Reference | None) -> dict[str, Any]:
+        """Serve a turn, compare it, and keep what it left; without `reference` nothing is compared."""
+        state = self.engine.prefill(prompt, room=0 if reference is None else reference.room)
+        out = {} if reference is None else receipt_of(state, len(prompt)) | reference.compare(self.engine, state)
+        self.engine.keep(state, prompt, ENDLESS)
+        return out
+
+
+def turn_id(session: History, one: Arm, turn: int) -> str:
+    """One arm at one turn."""
+    return f"{session.id} | {one.name} | turn {turn}"

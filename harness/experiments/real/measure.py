@@ -1,0 +1,103 @@
+"""One trial under every arm: logits of the targets beside recompute's, with the caches of the turn before."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from cacheslide.core.engine import Prefilled, ReuseEngine
+from cacheslide.core.prompt import Prompt
+from cacheslide.errors import CacheSlideError
+from cacheslide.quality.divergence import divergence
+from cacheslide.store import MemoryChunkStore
+from harness.backends.reference import EngineSettings, ReferenceBackend
+from harness.experiments.real.arms import Arm
+from harness.experiments.real.trials import Trial
+from harness.systems import resolve
+
+GREEDY = 32  # tokens of recompute's own continuation
+PIECE = 512  # tokens a step of the noise floor's prefill
+
+
+class Reference:
+    """Full recompute of one prompt: its logits over the answer and over its own greedy continuation."""
+
+    def __init__(self, backend: ReferenceBackend, prompt: Prompt, answer: Sequence[int]) -> None:
+        self.backend, self.prompt, self.answer = backend, prompt, tuple(answer)
+        self.room = max(len(answer), GREEDY)
+        self.engine = exact_engine(backend)
+        state = self.engine.prefill(prompt, room=self.room)
+        self.state, where = state, (state.length, state.next_position)
+        self.on_answer = self.engine.score(state, self.answer)
+        self.greedy = tuple(self.engine.generate(state, state.logits, GREEDY, frozenset()))
+        state.length, state.next_position = where
+        self.on_greedy = self.engine.score(state, self.greedy)
+
+    def compare(self, engine: ReuseEngine, state: Prefilled) -> dict[str, Any]:
+        """Divergence of another prefill of the prompt: over the answer, and over recompute's continuation."""
+        pairs = {"answer": (self.on_answer, self.answer), "greedy": (self.on_greedy, self.greedy)}
+        return {n: asdict(divergence(exact, engine.score(state, ids), ids)) for n, (exact, ids) in pairs.items()}
+
+    def in_pieces(self) -> Prefilled:
+        """The same prefill, a piece at a time: what another batching of exact arithmetic changes."""
+        ids = self.prompt.token_ids
+        first = Prompt.from_spans(ids[:PIECE], [])
+        state = self.engine.prefill(first, room=len(ids) - len(first) + self.room)
+        for at in range(PIECE, len(ids), PIECE):
+            state.logits = self.engine.extend(state, ids[at : at + PIECE])
+        return state
+
+
+def exact_engine(backend: ReferenceBackend) -> ReuseEngine:
+    """An engine that reuses nothing."""
+    return engine_of(backend, resolve(["recompute"])[0], MemoryChunkStore())
+
+
+def engine_of(backend: ReferenceBackend, policy, store, corrected=None) -> ReuseEngine:
+    """An engine that keeps chunks in the model's own dtype, whole passages each."""
+    name = str(backend.model.dtype).removeprefix("torch.")
+    settings = EngineSettings(chunk_size=8192, store_dtype=name)
+    return backend.engine(policy, store, settings, corrected=corrected)
+
+
+def measure(backend: ReferenceBackend, trial: Trial, arms: Iterable[Arm], done: set[str]) -> Iterator[dict[str, Any]]:
+    """One record an arm that is not in `done`; an arm that cannot run gives a record with its reason."""
+    todo = [a for a in arms if record_id(trial, a) not in done]
+    if not todo:
+        return
+    reference, store = Reference(backend, trial.prompt, trial.answer), MemoryChunkStore()
+    for one in todo:
+        about = {"id": record_id(trial, one), "trial": trial.id, "arm": one.name}
+        try:
+            yield about | run_arm(backend, reference, trial, one, store)
+        except CacheSlideError as refused:
+            yield about | {"failure": str(refused)}
+
+
+def run_arm(
+    backend: ReferenceBackend, reference: Reference, trial: Trial, one: Arm, store: MemoryChunkStore
+) -> dict[str, Any]:
+    """Divergence and receipt of one arm; `store` is shared by the arms of a trial, whose keys tell encodings apart."""
+    if one.policy is None:
+        return receipt_of(None, len(trial.prompt)) | reference.compare(reference.engine, reference.in_pieces())
+    engine = engine_of(backend, one.policy, store)
+    engine.build(trial.previous)
+    state = engine.prefill(trial.prompt, room=reference.room)
+    return receipt_of(state, len(trial.prompt)) | reference.compare(engine, state)
+
+
+def receipt_of(state: Prefilled | None, tokens: int) -> dict[str, Any]:
+    """What a record keeps of a receipt."""
+    if state is None:
+        return {"tokens": tokens, "tokens_reused": 0, "tokens_recomputed": 0, "compute_fraction": 1.0}
+    r = state.receipt
+    return {
+        "tokens": tokens,
+        "tokens_reused": r.tokens_reused,
+        "tokens_recomputed": r.tokens_recomputed,
+        "compute_fraction": r.compute_fraction,
+    }
+
+
+def record_id(trial: Trial, one: Arm) -> str:
+    """One arm on one trial."""
+    return f"{trial.id} | {one.name}"

@@ -1,0 +1,165 @@
+"""The study on a real model: `python -m harness.experiments.real.study STAGE --config config/real.yaml --out DIR`.
+
+Stages: layers (which selection layer each system gets, on the validation part), frontier (settings), histories, and
+slice (a few arms on a few prompts, anywhere). `--shard I/N` takes every N-th prompt from I on into a file of its own,
+so that several processes share a device. Finished records are never measured again. `harness.results.real` makes tables.
+"""
+
+import argparse
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from cacheslide.errors import ConfigError, DataError
+from harness.backends.reference import ReferenceBackend
+from harness.experiments.real import arms as systems
+from harness.experiments.real.histories import history, measure_history
+from harness.experiments.real.measure import measure
+from harness.experiments.real.plan import RealPlan, read_plan
+from harness.experiments.real.trials import Builder, Trial
+from harness.results.provenance import file_hash, provenance
+from harness.results.records import reopened
+from harness.results.runs import read_json
+from harness.step import command
+from harness.tasks.passages import read_passages
+
+STAGES = ("layers", "frontier", "histories", "slice")
+
+
+def builders(plan: RealPlan, backend: ReferenceBackend) -> dict[str, Builder]:
+    """One builder a data file of the plan, by the data set's name."""
+    sets = [read_passages(path) for path in plan.data]
+    out = {rows[0].dataset: Builder(backend, rows, plan.seed, plan.lengths) for rows in sets}
+    if len(out) != len(plan.data):
+        raise DataError("two data files are of one set: name each set once")
+    return out
+
+
+def split(builder: Builder, validation: int) -> tuple[range, range]:
+    """Indices of the rows for results and of those for choices, which are the last `validation`."""
+    count = len(builder.rows)
+    if not 0 < validation < count:
+        raise ConfigError(f"validation takes {validation} of {count} rows: at least one must be left for results")
+    return range(count - validation), range(count - validation, count)
+
+
+def trials(builder: Builder, setting: str, indices: Iterable[int], limit: int) -> Iterator[Trial]:
+    """The first `limit` trials of a setting that the rows give."""
+    made = 0
+    for index in indices:
+        trial = builder.trial(setting, index) if made < limit else None
+        if trial is not None:
+            made += 1
+            yield trial
+
+
+def run(
+    stage: str, plan: RealPlan, out: Path, shard: tuple[int, int], device: str, best: dict | None, minutes: float
+) -> None:
+    """Measure one stage; the time limit ends it between two prompts."""
+    backend = ReferenceBackend(plan.model, plan.dtype, device)
+    made = builders(plan, backend)
+    settings = asdict(plan) | {"stage": stage, "best": best}
+    settings |= {"model": Path(plan.model).name, "data": [Path(p).name for p in plan.data]}
+    data = {name: file_hash(path) for name, path in zip(made, plan.data, strict=True)}
+    header = settings | {"shard": list(shard), "provenance": provenance(settings, data, backend.model.model_id)}
+    writer = reopened(out / f"{stage}-{shard[0]}of{shard[1]}.jsonl", header)
+    ends = time.monotonic() + minutes * 60
+    for one in tqdm(list(_work(stage, plan, made))[shard[0] :: shard[1]], desc=stage, mininterval=2):
+        if time.monotonic() > ends:
+            raise ConfigError(f"{stage}: out of time; start again to go on")
+        for record in _measured(stage, plan, backend, one, best, writer.done):
+            writer.add(_rounded(record))
+    writer.finish()
+
+
+def _work(stage: str, plan: RealPlan, made: dict[str, Builder]) -> Iterator[Any]:
+    """The prompts of a stage, data sets and settings taking turns, so that an early end leaves something of each."""
+    columns = []
+    for builder in made.values():
+        results, choices = split(builder, plan.validation)
+        if stage == "histories":
+            sessions = (history(builder, builder.rows[i]) for i in results)
+            columns.append(list(islice((s for s in sessions if s is not None), plan.sessions)))
+        elif stage == "layers":
+            columns += [list(trials(builder, setting, choices, len(choices))) for setting in plan.layers_on]
+        else:
+            columns += [list(trials(builder, setting, results, plan.prompts)) for setting in plan.settings]
+    for at in range(max(map(len, columns), default=0)):
+        yield from (c[at] for c in columns if at < len(c))
+
+
+def _measured(
+    stage: str, plan: RealPlan, backend: ReferenceBackend, one: Any, best: dict | None, done: set[str]
+) -> Iterator[dict[str, Any]]:
+    if stage == "histories":
+        records = measure_history(backend, one, systems.history_arms(best), done, plan.every_turn)
+    elif stage == "layers":
+        records = measure(backend, one, systems.candidates(backend.num_layers), done)
+    else:
+        arms = systems.frontier(best) if stage == "frontier" else systems.slice_arms()
+        records = measure(backend, one, systems.unique(arms), done)
+    for record in records:
+        yield {"dataset": one.dataset, "about": one.about} | record
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to six significant digits: more would be noise in every line."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("stage", choices=STAGES)
+    p.add_argument("--config", type=Path, default=Path("config/real.yaml"))
+    p.add_argument("--out", type=Path, default=Path("results/real/records"))
+    p.add_argument("--model", help="a checkpoint instead of the configuration's")
+    p.add_argument("--data", action="append", help="a data file instead of the configuration's; may be repeated")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", help="what the model computes in, instead of the configuration's")
+    p.add_argument("--prompts", type=int, help="prompts a data set and setting, instead of the configuration's")
+    p.add_argument("--sessions", type=int, help="histories a data set, instead of the configuration's")
+    p.add_argument("--lengths", type=int, action="append", help="tokens of fixed text; may be repeated")
+    p.add_argument("--settings", action="append", help="one setting; may be repeated")
+    p.add_argument("--minutes", type=float, default=1e6, help="stop after this many; what is finished stays")
+    p.add_argument("--shard", default="0/1", help="I/N: every N-th prompt from I on")
+    p.add_argument("--best", type=Path, help="layers by system, as `harness.results.real layers` writes them")
+    p.add_argument("--threads", type=int)
+    return p
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """`I/N` as two numbers."""
+    try:
+        at, count = (int(x) for x in text.split("/"))
+    except ValueError:
+        raise ConfigError(f"--shard is I/N with numbers, not {text!r}") from None
+    if not 0 <= at < count:
+        raise ConfigError(f"--shard {text}: I counts from 0 to N - 1")
+    return at, count
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one stage."""
+    args = parser().parse_args(argv)
+    names = ("model", "data", "dtype", "prompts", "sessions", "lengths", "settings")
+    plan = read_plan(args.config, **{name: getattr(args, name) for name in names})
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    best = read_json(args.best)["layers"] if args.best else None
+    run(args.stage, plan, args.out, shard_of(args.shard), args.device, best, args.minutes)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -11,6 +11,7 @@ BRINGS = {  # a pattern in the reason, and what makes those tests run
     r"valkey-server|redis-server|library of the system|openssl": "make test-servers",
     r"CACHESLIDE_SLOW": "CACHESLIDE_SLOW=1 make test",
     r"TRITON_INTERPRET": "a CUDA device, or TRITON_INTERPRET=1 make test PYTEST='-k triton'",
+    r"CACHESLIDE_REAL_DATA": "CACHESLIDE_REAL_DATA=FOLDER make test (docs/real.md)",
     r"needs (a )?CUDA": "a CUDA device, and make install-gpu",
     r"no index": "a package index, or wheels in UV_FIND_LINKS",
     r"not installed|could not import": "make install",

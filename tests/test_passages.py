@@ -6,6 +6,7 @@ import pytest
 
 from cacheslide.errors import DataError
 from harness.tasks.passages import answer_passages, read_passages
+from harness.tasks.registry import load
 from tests.real_data import real_file
 
 HOTPOT = {
@@ -143,3 +144,9 @@ def test_the_real_inputs_of_cacheblend():
     rows = read_passages(real_file("musique/musique_s.json"))
     assert len(rows) == 100 and {r.dataset for r in rows} == {"musique"}
     assert sum(bool(answer_passages(r)) for r in rows) > 50
+
+
+def test_the_real_instances_of_swe_bench():
+    for name in ("dev_easy_5.json", "lite_test.json"):
+        examples = list(load("swebench", "test", path=real_file(f"swebench/{name}")))
+        assert len(examples) == 5 and all(e.questions[0].answers[0].startswith("diff --git") for e in examples)

@@ -9,6 +9,7 @@ import matplotlib as mpl
 from cacheslide.errors import DataError
 from harness.plots import (
     fig03,
+    fig03_real,
     fig04a,
     fig04b,
     fig05,
@@ -29,6 +30,7 @@ from harness.plots.style import RC, save
 
 FIGURES: dict[str, ModuleType] = {
     "fig03": fig03,
+    "fig03_real": fig03_real,
     "fig04a": fig04a,
     "fig04b": fig04b,
     "fig05": fig05,

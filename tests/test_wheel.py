@@ -33,7 +33,7 @@ MODULES = {
 }
 # Imports of the product that need an extra.
 OPTIONAL = {"vllm": ("cpu", "gpu"), "triton": ("cpu", "gpu"), "peft": ("training",), "redis": ("remote",)}
-OPTIONAL["mooncake"] = ("mooncake",)
+OPTIONAL |= {"mooncake": ("mooncake",), "gguf": ("gguf",)}
 COMMANDS = {"snakemake"}  # the benchmark starts it and does not import it
 BENCHMARK = ("harness", "baselines", "snakemake", "swebench", "matplotlib", "datasets", "pandas")
 
@@ -154,7 +154,7 @@ def test_entry_points_of_a_wheel_lead_into_it(wheels):
 def test_the_benchmark_asks_for_the_product_of_its_own_version():
     (needed,) = [Requirement(r) for r in BENCH["dependencies"] if Requirement(r).name == PROJECT["name"]]
     assert BENCH["version"] == PROJECT["version"] == cacheslide.__version__
-    assert str(needed.specifier) == f"=={PROJECT['version']}" and needed.extras == {"training"}
+    assert str(needed.specifier) == f"=={PROJECT['version']}" and needed.extras == {"training", "gguf"}
 
 
 OLD = {

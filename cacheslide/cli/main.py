@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     systems = commands.add_parser("systems", help="list the registered reuse systems")
     systems.set_defaults(run=_systems)
     run = commands.add_parser("run", help="prefill a prompt under a system and answer it")
-    run.add_argument("model", help="folder of a Llama or Mistral checkpoint with its tokenizer")
+    run.add_argument("model", help="folder of a checkpoint of a known family with its tokenizer")
     run.add_argument("--prompt", required=True, type=Path, help="JSON file with the prompt's segments (see README)")
     run.add_argument("--previous", type=Path, help="the turn before: its fixed segments are cached first")
     run.add_argument("--system", default="cacheslide", help="a name from `cacheslide systems`")

@@ -94,7 +94,7 @@ def add_command(commands) -> None:
     from pathlib import Path
 
     parser = commands.add_parser("precompute", help="encode a template's fixed chunks ahead of the first request")
-    parser.add_argument("model", help="folder of a Llama or Mistral checkpoint with its tokenizer")
+    parser.add_argument("model", help="folder of a checkpoint of a known family with its tokenizer")
     parser.add_argument("--template", required=True, type=Path, help="a prompt file; updated segments may be empty")
     parser.add_argument("--store", required=True, type=Path, help="folder that keeps the chunks")
     parser.add_argument("--system", default="cacheslide", help="a name from `cacheslide systems`")

@@ -216,4 +216,4 @@ def _rope(raw: Raw, family: Family, kind: str) -> Rope:
             f"a partial rotation (partial_rotary_factor={rope['partial_rotary_factor']!r}) is not supported"
         )
     theta = float(rope.pop("rope_theta", None) or theta or family.thetas[kind])
-    return Rope(theta, rope or None)
+    return Rope(theta, rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None)

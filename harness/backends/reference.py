@@ -12,6 +12,7 @@ from cacheslide.models.reference import ReferenceDecoder
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.store.base import ChunkStore
 from harness.backends.answering import answer_branches, branch_room
+from harness.backends.checkpoints import find_checkpoint
 from harness.backends.tokens import Tokens
 from harness.tasks.example import TaskExample
 
@@ -42,16 +43,18 @@ class EngineSettings:
 
 
 class ReferenceBackend(Tokens):
-    """Loads a checkpoint folder with its tokenizer.
+    """Loads a checkpoint with its tokenizer.
 
     Parameters
     ----------
     path : str or Path
+        A folder, or a name on the Hugging Face hub.
     dtype, device : str
         What the model computes in, and where.
     """
 
     def __init__(self, path: str | Path, dtype: str = "float32", device: str = "cpu") -> None:
+        path = find_checkpoint(path)
         self.model = ReferenceDecoder.from_pretrained(path, dtype_of(dtype), device)
         super().__init__(path)
 

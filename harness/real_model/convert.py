@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from cacheslide.errors import ConfigError
 from cacheslide.models.gguf_file import GgufFile
 from cacheslide.models.weights import fingerprint
+from harness.real_model import source
 from harness.real_model.sentencepiece import SentencePiece
-from harness.real_model.source import LICENCE, SHA256, TERMS
 from harness.real_model.strings import make_strings
 from harness.real_model.vocabulary import Vocabulary, make_tokenizer, read_vocabulary
 
@@ -26,7 +26,7 @@ def is_converted(folder: Path) -> bool:
         return False
     try:
         made = json.loads(record.read_text())
-        return made["gguf_sha256"] == SHA256 and made["fingerprint"] == fingerprint(folder)
+        return made["gguf_sha256"] == source.SHA256 and made["fingerprint"] == fingerprint(folder)
     except (ValueError, KeyError, OSError):
         return False
 
@@ -51,10 +51,10 @@ def convert(gguf: Path, folder: Path) -> dict:
         save_file(file.tensors(torch.bfloat16, "cpu"), weights, metadata={"format": "pt"})
         weights.chmod(0o644)
         record = {
-            "gguf_sha256": SHA256,
+            "gguf_sha256": source.SHA256,
             "fingerprint": fingerprint(half),
             "tokenizer_check": {"strings": STRINGS, "seed": SEED, "equal": equal},
-            "licence": f"{LICENCE}, {TERMS}",
+            "licence": f"{source.LICENCE}, {source.TERMS}",
         }
         (half / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)

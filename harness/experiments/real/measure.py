@@ -19,7 +19,7 @@ PIECE = 512  # tokens a step of the noise floor's prefill
 
 
 class Reference:
-    """Full recompute of one prompt: its logits over the answer and over its own greedy continuation."""
+    """Full recompute of one prompt: its logits over the answer, if it has one, and over its own greedy continuation."""
 
     def __init__(self, backend: ReferenceBackend, prompt: Prompt, answer: Sequence[int]) -> None:
         self.backend, self.prompt, self.answer = backend, prompt, tuple(answer)
@@ -27,14 +27,16 @@ class Reference:
         self.engine = exact_engine(backend)
         state = self.engine.prefill(prompt, room=self.room)
         self.state, where = state, (state.length, state.next_position)
-        self.on_answer = self.engine.score(state, self.answer)
+        self.on_answer = self.engine.score(state, self.answer) if self.answer else None
         self.greedy = tuple(self.engine.generate(state, state.logits, GREEDY, frozenset()))
         state.length, state.next_position = where
         self.on_greedy = self.engine.score(state, self.greedy)
 
     def compare(self, engine: ReuseEngine, state: Prefilled) -> dict[str, Any]:
         """Divergence of another prefill of the prompt: over the answer, and over recompute's continuation."""
-        pairs = {"answer": (self.on_answer, self.answer), "greedy": (self.on_greedy, self.greedy)}
+        pairs = {"greedy": (self.on_greedy, self.greedy)}
+        if self.answer:
+            pairs["answer"] = self.on_answer, self.answer
         return {n: asdict(divergence(exact, engine.score(state, ids), ids)) for n, (exact, ids) in pairs.items()}
 
     def in_pieces(self) -> Prefilled:

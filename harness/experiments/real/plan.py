@@ -9,7 +9,7 @@ from harness.backends.reference import dtype_of
 from harness.experiments.real.trials import LENGTHS, SETTINGS
 from harness.inventory import read_config
 
-COUNTS = ("prompts", "validation", "sessions", "every_turn")
+COUNTS = ("prompts", "validation", "sessions", "every_turn", "turns", "longest")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class RealPlan:
         Histories a data set at most, and which of their turns are compared.
     layers_on : tuple of str
         Settings of the validation part.
+    recordings : str
+        Folder of recorded agent sessions.
+    turns, longest : int
+        Turns of a recorded session at most, and tokens of its prompts.
     """
 
     model: str
@@ -49,6 +53,9 @@ class RealPlan:
     sessions: int = 30
     every_turn: int = 3
     layers_on: tuple[str, ...] = ("unrelated", "matter")
+    recordings: str = ""
+    turns: int = 16
+    longest: int = 8192
 
     def __post_init__(self) -> None:
         dtype_of(self.dtype)

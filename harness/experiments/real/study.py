@@ -1,8 +1,9 @@
 """The study on a real model: `python -m harness.experiments.real.study STAGE --config config/real.yaml --out DIR`.
 
-Stages: layers (which selection layer each system gets, on the validation part), frontier (settings), histories, and
-slice (a few arms on a few prompts, anywhere). `--shard I/N` takes every N-th prompt from I on into a file of its own,
-so that several processes share a device. Finished records are never measured again. `harness.results.real` makes tables.
+Stages: layers (which selection layer each system gets, on the validation part), frontier (settings), histories,
+replay (recorded sessions) and slice (a few arms on a few prompts, anywhere). `--shard I/N` takes every N-th prompt from
+I on into a file of its own, so that several processes share a device. Finished records are never measured again.
+`harness.results.real` makes tables.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from harness.experiments.real import arms as systems
 from harness.experiments.real.histories import history, measure_history
 from harness.experiments.real.measure import measure
 from harness.experiments.real.plan import RealPlan, read_plan
+from harness.experiments.real.replay import measure_session, recorded
 from harness.experiments.real.trials import Builder, Trial
 from harness.results.provenance import file_hash, provenance
 from harness.results.records import reopened
@@ -29,7 +31,7 @@ from harness.results.runs import read_json
 from harness.step import command
 from harness.tasks.passages import read_passages
 
-STAGES = ("layers", "frontier", "histories", "slice")
+STAGES = ("layers", "frontier", "histories", "replay", "slice")
 
 
 def builders(plan: RealPlan, backend: ReferenceBackend) -> dict[str, Builder]:
@@ -67,6 +69,7 @@ def run(
     made = builders(plan, backend)
     settings = asdict(plan) | {"stage": stage, "best": best}
     settings |= {"model": Path(plan.model).name, "data": [Path(p).name for p in plan.data]}
+    settings["recordings"] = Path(plan.recordings).name
     data = {name: file_hash(path) for name, path in zip(made, plan.data, strict=True)}
     header = settings | {"shard": list(shard), "provenance": provenance(settings, data, backend.model.model_id)}
     writer = reopened(out / f"{stage}-{shard[0]}of{shard[1]}.jsonl", header)
@@ -81,6 +84,9 @@ def run(
 
 def _work(stage: str, plan: RealPlan, made: dict[str, Builder]) -> Iterator[Any]:
     """The prompts of a stage, data sets and settings taking turns, so that an early end leaves something of each."""
+    if stage == "replay":
+        yield from recorded(Path(plan.recordings), plan.model, plan.longest, plan.sessions, plan.turns)
+        return
     columns = []
     for builder in made.values():
         results, choices = split(builder, plan.validation)
@@ -100,6 +106,8 @@ def _measured(
 ) -> Iterator[dict[str, Any]]:
     if stage == "histories":
         records = measure_history(backend, one, systems.history_arms(best), done, plan.every_turn)
+    elif stage == "replay":
+        records = measure_session(backend, one, systems.history_arms(best), done)
     elif stage == "layers":
         records = measure(backend, one, systems.candidates(backend.num_layers), done)
     else:
@@ -126,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=Path("results/real/records"))
     p.add_argument("--model", help="a checkpoint instead of the configuration's")
     p.add_argument("--data", action="append", help="a data file instead of the configuration's; may be repeated")
+    p.add_argument("--recordings", help="a folder of recorded sessions instead of the configuration's")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", help="what the model computes in, instead of the configuration's")
     p.add_argument("--prompts", type=int, help="prompts a data set and setting, instead of the configuration's")
@@ -153,7 +162,7 @@ def shard_of(text: str) -> tuple[int, int]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one stage."""
     args = parser().parse_args(argv)
-    names = ("model", "data", "dtype", "prompts", "sessions", "lengths", "settings")
+    names = ("model", "data", "recordings", "dtype", "prompts", "sessions", "lengths", "settings")
     plan = read_plan(args.config, **{name: getattr(args, name) for name in names})
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -1,0 +1,151 @@
+"""Recorded sessions replayed: every turn reuses what its earlier prompts left, where `cacheslide.analysis` finds it.
+
+The spans are those that figure 3 counts: the prefix shared with the prompt before, and text that occurred before in the
+same order. A chain arm takes their KV as the earlier turn left it, errors included; an isolated arm encodes each span
+alone. The targets are recompute's own next 32 tokens. Prompts beyond the length limit end a session's replay.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from cacheslide.analysis.counting import ModelCounter
+from cacheslide.analysis.kinds import TurnKinds, session_kinds
+from cacheslide.analysis.session import Session
+from cacheslide.core.encoder import prefill_exact, read_chunk
+from cacheslide.core.engine import Prefilled
+from cacheslide.core.placement import Piece
+from cacheslide.core.prompt import Prompt
+from cacheslide.core.receipt import Receipt
+from cacheslide.core.request_builder import Found
+from cacheslide.errors import CacheSlideError
+from cacheslide.store import MemoryChunkStore
+from cacheslide.store.base import ChunkKV
+from harness.backends.reference import ReferenceBackend
+from harness.experiments.real.arms import Arm
+from harness.experiments.real.measure import Reference, engine_of, receipt_of
+from harness.experiments.real.sessions import find_sessions, group_of
+
+SHORTEST = 64  # tokens of a prompt below which a turn says nothing about reuse
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A session's prompts as token ids, and their tokens by kind. `about` holds ids, hashes and numbers."""
+
+    id: str
+    dataset: str
+    prompts: tuple[tuple[int, ...], ...]
+    kinds: tuple[TurnKinds, ...]
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def recorded(folder: Path, model: str | Path, longest: int, most: int, turns: int) -> list[Recorded]:
+    """At most `most` sessions of each group, each of at least three prompts of at most `longest` tokens.
+
+    `turns` bounds the turns of a session; those behind it, and behind a longer prompt, are left out.
+    """
+    sessions = [session for _, members in find_sessions(folder) for session in members]
+    counter = ModelCounter(model, [turn for session in sessions for turn in session.turns])
+    out: list[Recorded] = []
+    for session in sessions:
+        group = group_of(session)
+        if sum(r.dataset == group for r in out) < most:
+            prompts = _usable([tuple(counter.ids(turn).tolist()) for turn in session.turns[:turns]], longest)
+            if len(prompts) > 2:
+                out.append(_recorded(session, group, prompts))
+    return out
+
+
+def _usable(prompts: Sequence[tuple[int, ...]], longest: int) -> list[tuple[int, ...]]:
+    fitting = takewhile(lambda prompt: len(prompt) <= longest, prompts)
+    return [prompt for prompt in fitting if len(prompt) >= SHORTEST]
+
+
+def _recorded(session: Session, group: str, prompts: list[tuple[int, ...]]) -> Recorded:
+    about = {"session": session.id, "sha256": session.sha256, "of_turns": len(session.turns), "turns": len(prompts)}
+    identity = f"replay {group} {session.id}"
+    return Recorded(identity, group, tuple(prompts), tuple(session_kinds(prompts)), about)
+
+
+def measure_session(
+    backend: ReferenceBackend, session: Recorded, arms: Sequence[Arm], done: set[str]
+) -> Iterator[dict[str, Any]]:
+    """One record an arm and turn from the second on; an arm is run anew unless all of its turns are done."""
+    later = range(1, len(session.prompts))
+    todo = [a for a in arms if any(_turn_id(session, a, t) not in done for t in later)]
+    runs = {a.name: Replayed(backend, a) for a in todo if a.policy is not None}
+    for turn, ids in enumerate(session.prompts if todo else ()):
+        reference = Reference(backend, Prompt.from_spans(ids, []), ()) if turn else None
+        for one in todo:
+            identity = _turn_id(session, one, turn)
+            about = {"id": identity, "trial": session.id, "arm": one.name, "turn": turn}
+            try:
+                state = runs[one.name].serve(ids, session.kinds[turn]) if one.name in runs else None
+                figures = _compared(reference, state)
+            except CacheSlideError as refused:
+                figures = {"failure": str(refused)}
+            if reference is not None and identity not in done:
+                yield about | figures
+
+
+def _compared(reference: Reference | None, state: Prefilled | None) -> dict[str, Any]:
+    if reference is None:
+        return {}
+    if state is None:
+        return receipt_of(None, len(reference.prompt)) | reference.compare(reference.engine, reference.in_pieces())
+    return receipt_of(state, len(reference.prompt)) | reference.compare(reference.engine, state)
+
+
+class Replayed:
+    """One system over the turns of one session: the KV that every turn left."""
+
+    def __init__(self, backend: ReferenceBackend, one: Arm) -> None:
+        self.policy, self.model, self.family = one.policy, backend.model, one.family
+        self.engine = engine_of(backend, one.policy, MemoryChunkStore())
+        self.left: list[ChunkKV] = []
+        self._alone: dict[tuple[int, ...], ChunkKV] = {}
+
+    def serve(self, ids: tuple[int, ...], kinds: TurnKinds, room: int = 64) -> Prefilled:
+        """Prefill a turn over what earlier ones left, and keep what it leaves."""
+        engine, n, policy = self.engine, len(ids), self.policy
+        request = engine.builder.build(
+            ids,
+            range(n),
+            self.model.new_kv(n + room),
+            found=self._found(ids, kinds),
+            placement=policy.placement,
+            correction=policy.correction,
+        )
+        [output] = engine.executor.run([request])
+        receipt = Receipt(policy.name, n).complete(output, len(request.reused))
+        self.left.append(read_chunk(self.model, request.kv, range(n), 0, n))
+        logits = self.model.logits(output.hidden[None])[0]
+        return Prefilled(request.kv, n, n, logits, receipt, output, plan=None)
+
+    def _found(self, ids: tuple[int, ...], kinds: TurnKinds) -> Found:
+        """The prefix and the spans in order, without the prompt's last token, which is always computed."""
+        spans = [(0, kinds.prefix, len(self.left) - 1, 0)] if kinds.prefix else []
+        spans += [(s.start, s.length, s.source, s.place) for s in kinds.spans if s.in_order]
+        found = Found()
+        for start, length, source, place in spans:
+            length = min(length, len(ids) - 1 - start)
+            if length > 0:
+                piece = Piece(self.left[source], length, place)
+                if self.family == "iso":
+                    piece = Piece(self._encoded(ids[start : start + length]), length)
+                found.pieces.append(piece)
+                found.spans.append(range(start, start + length))
+        return found
+
+    def _encoded(self, ids: tuple[int, ...]) -> ChunkKV:
+        if ids not in self._alone:
+            kv = prefill_exact(self.model, ids)
+            self._alone[ids] = read_chunk(self.model, kv, range(len(ids)), 0, len(ids))
+        return self._alone[ids]
+
+
+def _turn_id(session: Recorded, one: Arm, turn: int) -> str:
+    return f"{session.id} | {one.name} | turn {turn}"

@@ -87,15 +87,22 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     q [n, heads, head_dim] over k, v [keys, kv_heads, head_dim] -> [n, heads, head_dim]. A key that no query may see
     still enters every sum with weight 0, so it must not be NaN.
     """
-    heads, kv_heads = q.shape[1], k.shape[1]
-    if heads == kv_heads or not q.is_cuda:
-        queries, keys, values = (t.transpose(0, 1)[None] for t in (q, k, v))
-        out = F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale, enable_gqa=heads != kv_heads)
-        return out[0].transpose(0, 1)
-    # On a GPU only the slowest of PyTorch's kernels takes a mask and grouped heads together. A KV head as one of a
-    # batch, seen by its query heads without a copy, suits the others too.
+    if q.is_cuda and q.shape[1] != k.shape[1]:
+        return grouped_attention(q, k, v, mask, scale)
+    queries, keys, values = (t.transpose(0, 1)[None] for t in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale, enable_gqa=grouped)
+    return out[0].transpose(0, 1)
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+    """The same with every KV head as one of a batch, which its query heads see without a copy.
+
+    On a GPU only the slowest of PyTorch's kernels takes a mask together with grouped heads.
+    """
+    kv_heads = k.shape[1]
     queries = q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
-    keys, values = (t.transpose(0, 1)[:, None].expand(-1, heads // kv_heads, -1, -1) for t in (k, v))
+    keys, values = (t.transpose(0, 1)[:, None].expand(-1, queries.shape[1], -1, -1) for t in (k, v))
     out = F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale)
     return out.permute(2, 0, 1, 3).flatten(1, 2)
 

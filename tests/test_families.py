@@ -11,10 +11,13 @@ from cacheslide.core.keys import ContentKeying, FixedChainKeying
 from cacheslide.core.placement import Placement
 from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.errors import ModelError
+from cacheslide.kernels.row_attention.reference import grouped_attention, masked_attention
 from cacheslide.models.adapter import RowGroup
 from cacheslide.models.attention import row_attention
+from cacheslide.models.cope import CopeLlama
 from cacheslide.models.families import parse_config
 from cacheslide.models.reference import ReferenceDecoder
+from cacheslide.models.weights import load_checkpoint
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.policies.encodings import ENCODINGS, Isolated
 from cacheslide.policies.none import NoCorrection
@@ -126,6 +129,30 @@ def test_windowed_attention_equals_masked_softmax_and_reads_nothing_else(window,
     want = torch.einsum("hnk,khd->nhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), full_v)
     k[~seen.any(0)] = v[~seen.any(0)] = float("nan")
     torch.testing.assert_close(row_attention(q, k, v, rows, 0.3, window), want, **TIGHT)
+
+
+def test_masked_attention_is_the_same_in_the_layout_for_a_gpu():
+    g = torch.Generator().manual_seed(3)
+    q, (k, v) = torch.randn(7, 6, 10, generator=g), torch.randn(2, 40, 2, 10, generator=g)
+    mask = torch.rand(7, 40, generator=g) < 0.5
+    torch.testing.assert_close(grouped_attention(q, k, v, mask, 0.3), masked_attention(q, k, v, mask, 0.3), **TIGHT)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gemma3"])
+def test_cope_serves_no_other_layers_than_llamas(tmp_path, kind):
+    config = parse_config(json.loads((save_family(tmp_path, kind) / "config.json").read_text()))
+    with pytest.raises(ModelError, match="Llama and Mistral only"):
+        CopeLlama(config, {}, "m", [])
+
+
+def test_cope_keeps_below_a_window(tmp_path):
+    """Its attention knows none: within the first window's length there is nothing to know."""
+    path = save_family(tmp_path, "mistral")
+    config, weights = load_checkpoint(path, torch.float32, "cpu")
+    model = CopeLlama(config, weights, "m", [torch.zeros(4, config.head_dim)] * config.num_layers)
+    assert model.max_positions == WINDOW < config.max_positions
+    with pytest.raises(ModelError, match="exceed"):
+        model.new_kv(WINDOW + 1)
 
 
 def prompt(updated: int, seed: int) -> Prompt:

@@ -8,12 +8,13 @@ import torch
 pytest.importorskip("vllm")
 
 from cacheslide.core.engine import ReuseEngine
-from cacheslide.core.placement import Piece, PlacedChunks
+from cacheslide.core.placement import Piece, PlacedChunks, Placement
 from cacheslide.core.selective_prefill import SelectivePrefill
 from cacheslide.models.reference import ReferenceDecoder
 from cacheslide.policies.edges import EdgeTokens
 from cacheslide.policies.none import NoCorrection
 from cacheslide.policies.top_deviation import Promotion, Swap, TopDeviation
+from cacheslide.positions.rope import Rotary, inverse_frequencies
 from cacheslide.store import MemoryChunkStore
 from cacheslide.store.base import ChunkKV
 from cacheslide.vllm.worker.attention import RowKernel
@@ -95,6 +96,23 @@ def test_rows_placed_in_the_cache_equal_rows_written_one_layer_at_a_time(model, 
     for got, expected in zip(kv_of(request.kv, n, len(now)), (want.kv.k, want.kv.v), strict=True):
         torch.testing.assert_close(got, expected[:, : len(now)], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.hidden, want.output.hidden, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_placed_at_once_turn_by_the_rotation_of_their_layer(model):
+    """Runs of layers that share one are placed in one launch each."""
+    rotaries = [Rotary(inverse_frequencies(10, theta), 64) for theta in (1e4, 5e5)]
+    rotaries = [rotaries[i] for i in (0, 0, 1, 0, 1)]
+    k, v = torch.randn(2, 5, 8, 2, 10, generator=torch.Generator().manual_seed(2))
+    pieces, target = [Piece(ChunkKV(k, v, torch.arange(4, 12)), 8)], torch.arange(33, 41)
+    settings = pieces, target, Placement("delta"), rotaries, torch.float32, 0, torch.device("cpu")
+    kv, rows = scratch_kv(5, 8, 2, 10, torch.float32, "cpu", 8), torch.arange(8)
+    source = PagedChunks(*settings, Caches(kv.layers))
+    source.place(0, rows, kv, rows)
+    for layer, rotary in enumerate(rotaries):
+        want = rotary.move(k[layer], torch.arange(4, 12), target)
+        torch.testing.assert_close(kv.read(layer, rows)[0], want)
+        apart = source.deviation(layer, rows, want + 1, v[layer], "k")
+        torch.testing.assert_close(apart, torch.full((8,), 20.0))  # 1 in each of 2 x 10 numbers
 
 
 def test_a_shifted_prompt_turns_keys_by_the_shift_as_well(model):

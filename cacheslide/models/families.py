@@ -173,10 +173,7 @@ def _refuse(raw: Raw, family: Family) -> None:
     key, want = family.activation
     if raw.get(key, want) != want:
         raise ModelError(f"{key}={raw[key]!r} is not supported (only {want!r})")
-    if raw.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise ModelError(
-            f"a partial rotation (partial_rotary_factor={raw['partial_rotary_factor']!r}) is not supported"
-        )
+    _refuse_partial(raw)
 
 
 def _refuse_partial(raw: Raw) -> None:
@@ -211,9 +208,6 @@ def _rope(raw: Raw, family: Family, kind: str) -> Rope:
         raise ModelError("rope_parameters must be given for each type of layer (full_attention, sliding_attention)")
     theta = raw.get("rope_local_base_freq" if two and kind == SLIDING else "rope_theta")
     rope = {**(old if kind == FULL or not two else {}), **given} if two else dict(given or old)
-    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise ModelError(
-            f"a partial rotation (partial_rotary_factor={rope['partial_rotary_factor']!r}) is not supported"
-        )
+    _refuse_partial(rope)
     theta = float(rope.pop("rope_theta", None) or theta or family.thetas[kind])
     return Rope(theta, rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None)

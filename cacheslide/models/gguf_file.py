@@ -127,6 +127,9 @@ class GgufFile:
     @cached_property
     def config(self) -> dict[str, Any]:
         """What config.json says of this model."""
+        return self._guarded(self._read_config)
+
+    def _read_config(self) -> dict[str, Any]:
         name = self.architecture
         found = {ours: self.value(f"{name}.{theirs}") for ours, theirs in _KEYS.items()}
         raw: dict[str, Any] = {k: v for k, v in found.items() if v is not None}

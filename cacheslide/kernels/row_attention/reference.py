@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_QUERY_BLOCK = 256  # query rows a call handles at once: bounds the mask and skips most masked keys
+# Query rows a call handles at once: bounds the mask and skips most masked keys. A GPU is faster with fewer launches.
+_QUERY_BLOCK, _GPU_QUERY_BLOCK = 256, 1024
 
 
 def row_attention(
@@ -59,7 +60,8 @@ def by_blocks(
     ------
     The slice of query rows, and what they attend to [rows, heads, head_dim].
     """
-    for part, first, last in _blocks(rows.cpu() if on_host is None else on_host, window):
+    size = _GPU_QUERY_BLOCK if q.is_cuda else _QUERY_BLOCK
+    for part, first, last in _blocks(rows.cpu() if on_host is None else on_host, window, size):
         at, own = torch.arange(first, last, device=q.device), rows[part][:, None]
         mask = at <= own
         if window is not None:
@@ -67,15 +69,15 @@ def by_blocks(
         yield part, masked_attention(q[part], k[first:last], v[first:last], mask, scale)
 
 
-def _blocks(rows: Tensor, window: int | None) -> Iterator[tuple[slice, int, int]]:
-    """Slices of `rows` [n] (ascending, on the host) and the keys [first, last) that each attends to."""
+def _blocks(rows: Tensor, window: int | None, size: int) -> Iterator[tuple[slice, int, int]]:
+    """Slices of at most `size` of `rows` [n] (ascending, on the host), and the keys [first, last) each attends to."""
     ends = [len(rows)]
     if window is not None:  # keys between two windows belong to no query: a block does not span them
         ends = [*(torch.nonzero(rows.diff() > window)[:, 0] + 1).tolist(), len(rows)]
     begin = 0
     for end in ends:
-        for at in range(begin, end, _QUERY_BLOCK):
-            part = slice(at, min(at + _QUERY_BLOCK, end))
+        for at in range(begin, end, size):
+            part = slice(at, min(at + size, end))
             first = 0 if window is None else max(0, int(rows[at]) + 1 - window)
             yield part, first, int(rows[part.stop - 1]) + 1
         begin = end
@@ -87,15 +89,22 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     q [n, heads, head_dim] over k, v [keys, kv_heads, head_dim] -> [n, heads, head_dim]. A key that no query may see
     still enters every sum with weight 0, so it must not be NaN.
     """
-    heads, kv_heads = q.shape[1], k.shape[1]
-    if heads == kv_heads or not q.is_cuda:
-        queries, keys, values = (t.transpose(0, 1)[None] for t in (q, k, v))
-        out = F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale, enable_gqa=heads != kv_heads)
-        return out[0].transpose(0, 1)
-    # On a GPU only the slowest of PyTorch's kernels takes a mask and grouped heads together. A KV head as one of a
-    # batch, seen by its query heads without a copy, suits the others too.
+    if q.is_cuda and q.shape[1] != k.shape[1]:
+        return grouped_attention(q, k, v, mask, scale)
+    queries, keys, values = (t.transpose(0, 1)[None] for t in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale, enable_gqa=grouped)
+    return out[0].transpose(0, 1)
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+    """The same with every KV head as one of a batch, which its query heads see without a copy.
+
+    On a GPU only the slowest of PyTorch's kernels takes a mask together with grouped heads.
+    """
+    kv_heads = k.shape[1]
     queries = q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
-    keys, values = (t.transpose(0, 1)[:, None].expand(-1, heads // kv_heads, -1, -1) for t in (k, v))
+    keys, values = (t.transpose(0, 1)[:, None].expand(-1, queries.shape[1], -1, -1) for t in (k, v))
     out = F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale)
     return out.permute(2, 0, 1, 3).flatten(1, 2)
 

@@ -1,0 +1,225 @@
+"""Tables of the study on a real model: `python -m harness.results.real RECORDS --out results/real/summary.json`.
+
+Every mean has a percentile bootstrap interval over prompts (over sessions where turns belong to one); comparisons are
+paired. KL is that of recompute's next-token distribution, in nats a token.
+
+`python -m harness.results.real layers RECORDS --out layers.json` chooses each rule's selection layer from the
+validation part: the one of the lowest mean KL on the answer.
+"""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cacheslide.errors import DataError
+from harness.experiments.real.arms import NOISE
+from harness.results.intervals import mean, ratio_of_sums
+from harness.results.provenance import machine
+from harness.results.records import read_file, write_json
+from harness.step import command
+
+SCHEMA = "cacheslide.real/1"
+POOLED = "both"
+NOTHING, ISOLATED, OURS, RIVAL = "Nothing recomputed", "Isolated, nothing recomputed", "First tokens", "CacheBlend"
+Row = dict[str, Any]
+
+
+def read_stage(folder: Path, stage: str) -> tuple[list[Row], list[Row], list[Mapping[str, Any]]]:
+    """Records, failures and settings of all shards of a stage, finished or not."""
+    records, failures, settings = {}, [], []
+    files = {p.name.removeprefix(".").removesuffix(".part"): p for p in sorted(folder.glob(f"*{stage}-*"))}
+    for path in files.values():
+        file = read_file(path)
+        settings.append(file.settings)
+        failures += file.failures
+        records |= {r["id"]: r for r in file.records}
+    return list(records.values()), failures, settings
+
+
+def setting_of(record: Row) -> str:
+    """The setting that a trial's id begins with."""
+    return record["trial"].split(" ", 1)[0]
+
+
+def tabulate(records: Iterable[Row], keys: Callable[[Row], Iterable[tuple]]) -> list[Row]:
+    """One row a group of records; `keys` gives the groups that a record belongs to, the arm last."""
+    groups: dict[tuple, list[Row]] = defaultdict(list)
+    for record in records:
+        for key in keys(record):
+            groups[key].append(record)
+    return [_figures(members) | {"key": list(key)} for key, members in sorted(groups.items(), key=lambda i: str(i[0]))]
+
+
+def _figures(members: Sequence[Row]) -> Row:
+    """Means over the members, resampling their trials."""
+    clusters = [r["trial"] for r in members]
+    out: Row = {
+        "n": len(set(clusters)),
+        "compute_fraction": sum(r["compute_fraction"] for r in members) / len(members),
+        "tokens": sum(r["tokens"] for r in members) / len(members),
+        "tokens_reused": sum(r["tokens_reused"] for r in members) / len(members),
+    }
+    for name in ("answer", "greedy"):
+        if all(name in r for r in members):
+            out[name] = {
+                "kl": mean([r[name]["kl"] for r in members], clusters),
+                "agreement": mean([r[name]["agreement"] for r in members], clusters),
+                "nll_change": mean([r[name]["nll_change"] for r in members], clusters),
+            }
+    out["flips"] = mean([float(not r["greedy"]["greedy_equal"]) for r in members], clusters)
+    return out
+
+
+def by_setting(record: Row) -> Iterable[tuple]:
+    """Groups of the frontier: setting, data set (and both together), arm."""
+    yield setting_of(record), record["dataset"], record["arm"]
+    yield setting_of(record), POOLED, record["arm"]
+
+
+def by_turn(record: Row) -> Iterable[tuple]:
+    """Groups of histories: turn, arm."""
+    yield record["turn"], record["arm"]
+
+
+def by_agent(record: Row) -> Iterable[tuple]:
+    """Groups of recorded sessions: agent, arm."""
+    yield record["dataset"], record["arm"]
+
+
+def paired(records: Sequence[Row], one: str, other: str, setting: str, dataset: str = POOLED) -> Row | None:
+    """KL of `one` over KL of `other` on the answers of the prompts that both have; None without any."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for r in records:
+        if setting_of(r) == setting and dataset in (POOLED, r["dataset"]) and r["arm"] in (one, other):
+            found[r["trial"]][r["arm"]] = r["answer"]["kl"]
+    both = {t: f for t, f in found.items() if len(f) == len({one, other})}
+    if not both:
+        return None
+    a, b = ([f[name] for f in both.values()] for name in (one, other))
+    return ratio_of_sums(a, b, list(both)) | {"of": one, "over": other, "setting": setting, "dataset": dataset}
+
+
+def choose_layers(records: Sequence[Row]) -> dict[str, int]:
+    """By rule: the layer of the lowest mean KL on the answers of the validation part."""
+    kl: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for r in records:
+        line, _, layer = r["arm"].partition(" at layer ")
+        if layer:
+            kl[line.rsplit(" ", 2)[0], int(layer)].append(r["answer"]["kl"])
+    out: dict[str, int] = {}
+    for line in {name for name, _ in kl}:
+        scores = {layer: sum(v) / len(v) for (name, layer), v in kl.items() if name == line}
+        out[line] = min(scores, key=lambda layer: (scores[layer], layer))
+    return out
+
+
+def best_within(rows: Sequence[Row], begins: str, most: float, setting: str, dataset: str) -> Row | None:
+    """The row of the lowest KL among arms whose name begins so and whose mean compute fraction is at most `most`."""
+    fitting = [r for r in rows if r["key"][:2] == [setting, dataset] and r["key"][2].startswith(begins)]
+    fitting = [r for r in fitting if r["compute_fraction"] <= most and "stale" not in r["key"][2]]
+    return min(fitting, key=lambda r: r["answer"]["kl"]["value"], default=None)
+
+
+def largest_within(rows: Sequence[Row], begins: str, most: float, setting: str, dataset: str) -> Row | None:
+    """The row of the highest compute fraction up to `most` among arms whose name begins so: no choice by outcome."""
+    fitting = [r for r in rows if r["key"][:2] == [setting, dataset] and r["key"][2].startswith(begins)]
+    return max((r for r in fitting if r["compute_fraction"] <= most), key=lambda r: r["compute_fraction"], default=None)
+
+
+def comparisons(records: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """Paired ratios: ours over the best CacheBlend within 33 % of the compute, over nothing recomputed, RPDC over PIC."""
+    out = []
+    for setting, dataset in sorted({(r["key"][0], r["key"][1]) for r in rows}):
+        ours = largest_within(rows, OURS, 0.33, setting, dataset)
+        rival = best_within(rows, RIVAL, 0.33, setting, dataset)
+        pairs = [("rpdc over pic", NOTHING, ISOLATED)]
+        if ours:
+            pairs.append(("ours over nothing recomputed", ours["key"][2], NOTHING))
+        if ours and rival:
+            pairs.append(("ours over the best CacheBlend", ours["key"][2], rival["key"][2]))
+        for name, one, other in pairs:
+            ratio = paired(records, one, other, setting, dataset)
+            if ratio is not None:
+                out.append({"comparison": name} | ratio)
+    return out
+
+
+def headline(rows: Sequence[Row], ratios: Sequence[Row], replayed: int) -> dict[str, Any]:
+    """The plain numbers of the setting *matter*, both data sets together."""
+    at = {r["key"][2]: r for r in rows if r["key"][:2] == ["matter", POOLED]}
+    ours = largest_within(rows, OURS, 0.20, "matter", POOLED)
+    rival = best_within(rows, RIVAL, 0.33, "matter", POOLED)
+    pic = [r for r in ratios if r["comparison"] == "rpdc over pic" and r["setting"] == "matter"]
+    pic = [r for r in pic if r["dataset"] == POOLED]
+
+    def kl(row: Row | None) -> float | None:
+        return None if row is None else row["answer"]["kl"]["value"]
+
+    return {
+        "kl_nothing_recomputed": kl(at.get(NOTHING)),
+        "kl_isolated": kl(at.get(ISOLATED)),
+        "kl_cacheblend_best_at_33pct": kl(rival),
+        "kl_cacheslide_at_20pct_compute": kl(ours),
+        "kl_noise_floor": kl(at.get(NOISE)),
+        "greedy_flip_share_cacheslide": ours["flips"]["value"] if ours else None,
+        "rpdc_over_pic_kl_ratio": pic[0]["value"] if pic else None,
+        "real_sessions_replayed": replayed,
+    }
+
+
+def summarise(folder: Path, sessions: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Everything that the records of `folder` say; DataError without records of the frontier."""
+    records, failures, settings = read_stage(folder, "frontier")
+    if not records:
+        raise DataError(f"{folder} holds no records of the stage frontier")
+    rows = tabulate(records, by_setting)
+    turns, turn_failures, turn_settings = read_stage(folder, "histories")
+    replay, replay_failures, replay_settings = read_stage(folder, "replay")
+    ratios = comparisons(records, rows)
+    keep = (
+        "model",
+        "dtype",
+        "seed",
+        "lengths",
+        "prompts",
+        "validation",
+        "sessions",
+        "turns",
+        "longest",
+        "data",
+        "best",
+    )
+    stages = {"frontier": settings, "histories": turn_settings, "replay": replay_settings}
+    return {
+        "schema": SCHEMA,
+        "headline": headline(rows, ratios, len({r["trial"] for r in replay})),
+        "conditions": {name: {k: s[0].get(k) for k in keep} for name, s in stages.items() if s},
+        "provenance": {name: s[0]["provenance"] for name, s in stages.items() if s} | {"tables": machine()},
+        "frontier": rows,
+        "comparisons": ratios,
+        "histories": tabulate(turns, by_turn) if turns else [],
+        "replay": tabulate(replay, by_agent) if replay else [],
+        "failures": len(failures) + len(turn_failures) + len(replay_failures),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=("layers", "summary"))
+    p.add_argument("records", type=Path)
+    p.add_argument("--out", type=Path, required=True)
+    args = p.parse_args(argv)
+    if args.what == "summary":
+        write_json(args.out, summarise(args.records))
+        return
+    records, _, _ = read_stage(args.records, "layers")
+    if not records:
+        raise DataError(f"{args.records} holds no records of the stage layers")
+    write_json(args.out, {"layers": choose_layers(records), "prompts": len({r["trial"] for r in records})})
+
+
+if __name__ == "__main__":
+    command(main)

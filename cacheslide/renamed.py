@@ -1,6 +1,6 @@
 """Names of the version before: taken from old clients and old records, and given to old clients, for one version.
 
-`REQUEST`, `SERVER` and `CONFIGURATION` are keys of a request's marks, of a server's options and of the study's
+`REQUEST`, `SERVER` and `CONFIGURATION` are keys of a request's annotations, of a server's options and of the study's
 configurations; `RECEIPT` those of receipts, records and counters.
 """
 

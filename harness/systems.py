@@ -10,7 +10,7 @@ from cacheslide.policies.registry import load_policy
 
 @dataclass(frozen=True)
 class Stock:
-    """vLLM by itself: no connector, no marks. Only backend: vllm runs it."""
+    """vLLM by itself: no connector, no annotations. Only backend: vllm runs it."""
 
     name: str
     title: str

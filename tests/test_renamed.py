@@ -6,7 +6,7 @@ import pytest
 
 from cacheslide import renamed
 from cacheslide.errors import ConfigError, PromptError
-from cacheslide.vllm.options import Marks, ServerOptions, receipt_in
+from cacheslide.vllm.options import Annotations, ServerOptions, receipt_in
 from harness.configuration import check
 from harness.inventory import read_config
 from harness.results.provenance import ROOT
@@ -35,9 +35,9 @@ NEW = {
 
 def test_a_request_may_use_either_name_but_not_both():
     old, new = ({"cacheslide": {"segments": [[0, 4]], name: 0.5}} for name in ("share", "recompute_ratio"))
-    assert Marks.parse(old) == Marks.parse(new) != Marks.parse({"cacheslide": {"segments": [[0, 4]]}})
+    assert Annotations.parse(old) == Annotations.parse(new) != Annotations.parse({"cacheslide": {"segments": [[0, 4]]}})
     with pytest.raises(PromptError, match="share is the old name of recompute_ratio: give one of them"):
-        Marks.parse({"cacheslide": {"segments": [[0, 4]], "share": 0.5, "recompute_ratio": 0.5}})
+        Annotations.parse({"cacheslide": {"segments": [[0, 4]], "share": 0.5, "recompute_ratio": 0.5}})
 
 
 def test_a_server_and_a_configuration_too(tmp_path):

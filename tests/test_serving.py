@@ -63,14 +63,14 @@ def test_servers_systems_shares_and_loads_follow_from_the_plan(tmp_path):
         rates=[2],
         batches=[1, 4],
     )
-    marked = ["prompt_cache", "cacheslide"]
+    annotated = ["prompt_cache", "cacheslide"]
     assert list(found.servers()) == [
         (None, ["vllm"]),
         (None, ["vllm_prefix_cache"]),
-        ("cpu", marked),
-        ("model", marked),
+        ("cpu", annotated),
+        ("model", annotated),
     ]
-    assert list(found.settings(marked)) == [("prompt_cache", None), ("cacheslide", 0.1), ("cacheslide", 1)]
+    assert list(found.settings(annotated)) == [("prompt_cache", None), ("cacheslide", 0.1), ("cacheslide", 1)]
     assert list(found.loads()) == [(1, None), (4, None), (4, 2)]
     assert found.options.max_model_len == 520 and replace(found, vllm={"max_model_len": 9}).options.max_model_len == 9
 

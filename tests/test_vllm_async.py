@@ -14,7 +14,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from cacheslide.core.prompt import Prompt
 from cacheslide.models.reference import ReferenceLlama
 from tests.conftest import random_ids, save_random
-from tests.test_vllm_engine import FIRST, SECOND, SHAPE, Served, logprobs, marks_of, receipt, tokens
+from tests.test_vllm_engine import FIRST, SECOND, SHAPE, Served, annotations_of, logprobs, receipt, tokens
 from tests.test_vllm_history import BLOCKS, Talk, assert_exact
 from tests.test_vllm_store import life, same
 
@@ -67,8 +67,8 @@ def test_chunks_come_back_from_files(path, tmp_path):  # the first test: a proce
             engine.worker.store.drop(engine.scheduler.index.keys())
             engine.scheduler.index.clear()
             engine.poison()
-            marks = [None, marks_of(SECOND), marks_of(SECOND)]
-            beside, *both = engine.ask([FIRST, SECOND, SECOND], marks, 12)
+            annotations = [None, annotations_of(SECOND), annotations_of(SECOND)]
+            beside, *both = engine.ask([FIRST, SECOND, SECOND], annotations, 12)
             assert tokens(beside) == tokens(plain)
             for found in map(receipt, both):
                 assert set(found["tiers"]) == {"file"} and found["chunks_hit"] == found["chunks"]
@@ -103,7 +103,11 @@ def test_a_load_that_fails_starts_its_request_over(served, monkeypatch):
     served.poison()
     with monkeypatch.context() as patch:
         patch.setattr(served.worker, "load", lambda step: None)
-        batch = [marks_of(SECOND, recompute_ratio=1.0), None, marks_of(SECOND, recompute_ratio=1.0, policy="epic")]
+        batch = [
+            annotations_of(SECOND, recompute_ratio=1.0),
+            None,
+            annotations_of(SECOND, recompute_ratio=1.0, policy="epic"),
+        ]
         got = served.ask([SECOND, FIRST, SECOND], batch, 12)
     for output, want in zip(got, (truth[0], truth[1], truth[0]), strict=True):
         assert tokens(output) == tokens(want)
@@ -120,20 +124,20 @@ def test_a_batch_beside_ordinary_requests(served):
     served.fresh()
     served.one(FIRST)
     batch = [
-        (SECOND, marks_of(SECOND, recompute_ratio=0.5)),
+        (SECOND, annotations_of(SECOND, recompute_ratio=0.5)),
         (FIRST, None),
-        (SECOND, marks_of(SECOND, policy="epic")),
+        (SECOND, annotations_of(SECOND, policy="epic")),
         (SECOND, None),
     ]
     alone = []
-    for prompt, marks in batch:
+    for prompt, annotations in batch:
         served.poison()
-        alone += served.ask([prompt], [marks], tokens=12)
+        alone += served.ask([prompt], [annotations], tokens=12)
     served.poison()
     together = served.ask([p for p, _ in batch], [m for _, m in batch], tokens=12)
-    for got, want, (_, marks) in zip(together, alone, batch, strict=True):
+    for got, want, (_, annotations) in zip(together, alone, batch, strict=True):
         assert tokens(got) == tokens(want)
-        if marks is not None and not receipt(got)["tokens_prefix_cached"]:
+        if annotations is not None and not receipt(got)["tokens_prefix_cached"]:
             assert receipt(got)["tokens_reused"] == receipt(want)["tokens_reused"] and receipt(got)["measured"]
     assert not served.scheduler.tracked and not served.scheduler.running
 

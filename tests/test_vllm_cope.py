@@ -19,7 +19,7 @@ from cacheslide.positions.ccpe import slots_in
 from cacheslide.store import MemoryChunkStore
 from cacheslide.training.load import load_cope
 from cacheslide.vllm.offline import beam_search
-from cacheslide.vllm.options import marks_of, policy_of
+from cacheslide.vllm.options import annotations_of, policy_of
 from tests.conftest import VLLM_ENVIRONMENT, random_ids, save_random, save_random_adapter
 from tests.test_model_adapter import check
 from tests.test_vllm_engine import BLOCK, CHUNK, assert_same, logprobs, receipt, tokens
@@ -103,7 +103,7 @@ def test_a_plain_request_is_the_reference_model(served, live):
 
 
 @pytest.mark.parametrize("last_row_alone", [False, True])
-def test_a_marked_request_crosses_its_slots_by_their_masses(served, crossing, live, last_row_alone):
+def test_an_annotated_request_crosses_its_slots_by_their_masses(served, crossing, live, last_row_alone):
     prompt = turn(3, 53)
     if last_row_alone:  # in steps of 128: the last one, of a fixed chunk near its slot, comes as a decoded one
         last = Segment(random_ids(4, 30), Role.REUSE)
@@ -140,14 +140,14 @@ def test_a_mixed_batch_says_what_each_request_says_alone(served):
     served.fresh()
     served.one(FIRST)
     prompts = [SECOND, turn(4, 20), SECOND, turn(5, 70, 3), FIRST]
-    exact = marks_of(prompts[3], policy="recompute"), marks_of(FIRST, recompute_ratio=1.0)
-    marks = [marks_of(SECOND), None, None, *exact]
+    exact = annotations_of(prompts[3], policy="recompute"), annotations_of(FIRST, recompute_ratio=1.0)
+    annotations = [annotations_of(SECOND), None, None, *exact]
     alone = []
-    for prompt, mark in zip(prompts, marks, strict=True):
+    for prompt, annotation in zip(prompts, annotations, strict=True):
         served.poison()
-        alone.append(served.ask([prompt], [mark], 6)[0])
+        alone.append(served.ask([prompt], [annotation], 6)[0])
     served.poison()
-    for got, want in zip(served.ask(prompts, marks, 6), alone, strict=True):
+    for got, want in zip(served.ask(prompts, annotations, 6), alone, strict=True):
         assert tokens(got) == tokens(want)
         for i in range(6):
             torch.testing.assert_close(logprobs(got, i), logprobs(want, i), **CLOSE)
@@ -160,10 +160,10 @@ def test_plain_requests_share_blocks_with_each_other_and_none_behind_a_slot(serv
     again = served.plain(SECOND)
     assert again.num_cached_tokens >= len(SECOND) - 2 * BLOCK
     torch.testing.assert_close(logprobs(again), logprobs(first), **CLOSE)
-    marked = served.one(SECOND, policy="recompute")
+    annotated = served.one(SECOND, policy="recompute")
     # what lies in front of the first slot's end is the same for both
-    assert marked.num_cached_tokens == slots_in(SECOND).bounds[0][1] // BLOCK * BLOCK
-    assert_follows(marked, crossing, SECOND, slots_in(SECOND))
+    assert annotated.num_cached_tokens == slots_in(SECOND).bounds[0][1] // BLOCK * BLOCK
+    assert_follows(annotated, crossing, SECOND, slots_in(SECOND))
     served.poison()
     served.one(SECOND, policy="recompute")
     plain = served.plain(SECOND)
@@ -186,10 +186,10 @@ def test_a_preempted_request_crosses_its_slots_again(served, crossing, live):
     served.one(FIRST)
     served.poison()
     engine, done = served.llm.llm_engine, []
-    asked = {"exact": marks_of(SECOND, policy="recompute"), "plain": None}
-    asked |= {"reused": marks_of(SECOND, recompute_ratio=1.0)}
-    for name, marks in asked.items():
-        extra = None if marks is None else {"kv_transfer_params": marks}
+    asked = {"exact": annotations_of(SECOND, policy="recompute"), "plain": None}
+    asked |= {"reused": annotations_of(SECOND, recompute_ratio=1.0)}
+    for name, annotations in asked.items():
+        extra = None if annotations is None else {"kv_transfer_params": annotations}
         params = SamplingParams(
             max_tokens=16, temperature=0, logprobs=97, detokenize=False, ignore_eos=True, extra_args=extra
         )
@@ -210,7 +210,7 @@ def test_a_preempted_request_crosses_its_slots_again(served, crossing, live):
 
 @pytest.mark.parametrize("seam", ["_of_batch", "slots"])
 def test_slots_that_cannot_be_said_are_crossed_live(served, live, monkeypatch, seam):
-    """A fault where the forward asks for them, or where the plan names them: the prompt is computed as unmarked."""
+    """A fault where the forward asks for them, or where the plan names them: the prompt is computed as unannotated."""
     served.fresh()
 
     def broken(*args, **kwargs):
@@ -221,7 +221,7 @@ def test_slots_that_cannot_be_said_are_crossed_live(served, live, monkeypatch, s
             patch.setattr(served.worker.model.crossing, "_of_batch", broken)
         else:
             patch.setattr("cacheslide.vllm.scheduler.side.SlotRows", broken)
-        output, beside = served.ask([SECOND, FIRST], [marks_of(SECOND, policy="recompute"), None])
+        output, beside = served.ask([SECOND, FIRST], [annotations_of(SECOND, policy="recompute"), None])
         assert_follows(output, live, SECOND)
         assert_follows(beside, live, FIRST)
         assert receipt(output)["fallback"].startswith("fault at ")
@@ -235,13 +235,13 @@ def test_slots_that_cannot_be_said_are_crossed_live(served, live, monkeypatch, s
 def test_beams_cross_their_slots(served, crossing, share):
     """Later requests of a search, whose prompts hold generated rows: all exact, or over reused rows."""
     served.fresh()
-    marks = marks_of(SECOND, policy="recompute")
+    annotations = annotations_of(SECOND, policy="recompute")
     if share is not None:
         served.one(FIRST)
-        marks = marks_of(SECOND, recompute_ratio=share)
+        annotations = annotations_of(SECOND, recompute_ratio=share)
     served.poison()
     params = BeamSearchParams(beam_width=2, max_tokens=5, ignore_eos=True)
-    [found] = beam_search(served.llm, [{"prompt_token_ids": list(SECOND.token_ids)}], params, [marks])
+    [found] = beam_search(served.llm, [{"prompt_token_ids": list(SECOND.token_ids)}], params, [annotations])
     best, total = found.sequences[0], 0.0
     prompt, slots = list(SECOND.token_ids), slots_in(SECOND)
     assert best.tokens[: len(prompt)] == prompt and len(best.tokens) == len(prompt) + 5

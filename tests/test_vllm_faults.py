@@ -80,7 +80,7 @@ BELOW = [  # a store that lies, a plan that is another's, a run that fails half-
 @pytest.mark.slow
 @pytest.mark.parametrize(("seam", "mode"), [*entry_rounds(), *BELOW])
 def test_a_fault_costs_reuse_and_nothing_else(rounds, seam, mode):
-    """Marked, isolated, history, unchanged, plain and preempted requests, from memory and from files."""
+    """Annotated, isolated, history, unchanged, plain and preempted requests, from memory and from files."""
     beams = "_member" in seam
     heal = seam in ("worker:load", "scheduler:reset", "worker.store:put", "worker.below:arrivals")
     out = rounds.round(seam, mode, RuntimeError, beams=beams, heal=heal)

@@ -46,8 +46,8 @@ def reference(path, served):
 class Talk:
     """An agent's turns: system | notes, new every turn | one piece of history a turn | question."""
 
-    def __init__(self, served, **marks) -> None:
-        self.served, self.marks = served, marks
+    def __init__(self, served, **annotations) -> None:
+        self.served, self.annotations = served, annotations
         self.pieces: list[tuple[int, ...]] = []
         self.turn, self.open = 0, ()  # what was generated but has no KV yet opens the next question
 
@@ -61,13 +61,13 @@ class Talk:
         start = len(ids)
         return Prompt.from_spans(ids + self.open + random_ids(11, 200 + self.turn), spans), start
 
-    def say(self, beside=(), **marks) -> tuple[dict, tuple[int, ...]]:
+    def say(self, beside=(), **annotations) -> tuple[dict, tuple[int, ...]]:
         """One turn over poisoned blocks; its receipt and all token ids."""
         prompt, start = self.prompt()
         spans = [
             [s, s + len(x.token_ids)] for x, s in zip(prompt.segments, prompt.starts, strict=True) if x.role == "reuse"
         ]
-        asked = {"cacheslide": {"segments": spans, "history": start, **self.marks, **marks}}
+        asked = {"cacheslide": {"segments": spans, "history": start, **self.annotations, **annotations}}
         self.served.poison()
         output, *_ = self.served.ask([prompt, *beside], [asked, *(None for _ in beside)], tokens=9)
         while self.served.core.scheduler.has_requests():
@@ -167,8 +167,8 @@ def test_every_other_encoding_is_looked_up_where_it_was_left(served, system):
     for turn in range(2):
         prompt, start = talk.prompt()
         if system == "recompute":  # nothing to keep, and nothing to fall over
-            marks = {"cacheslide": {"segments": [[0, 6]], "history": start, "policy": system}}
-            assert receipt(served.ask([prompt], [marks])[0])["history"] is None
+            annotations = {"cacheslide": {"segments": [[0, 6]], "history": start, "policy": system}}
+            assert receipt(served.ask([prompt], [annotations])[0])["history"] is None
             continue
         got, _ = talk.say()
         assert got["history"]["from"] == "encode" and got["chunks_hit"] == (got["chunks"] if turn else 0)
@@ -208,16 +208,16 @@ def test_a_prefix_cache_policy_copies_exact_rows_without_ageing(served, referenc
     """Where only an equal prefix matches, reused KV is exact, and so is what is built on it."""
     served.fresh()
     first = Prompt.from_spans(random_ids(40, 1), [(0, 40)])
-    marks = {"cacheslide": {"segments": [[0, 40]], "history": 40, "policy": "context_cache"}}
-    [one] = served.ask([first], [marks], tokens=20)
+    annotations = {"cacheslide": {"segments": [[0, 40]], "history": 40, "policy": "context_cache"}}
+    [one] = served.ask([first], [annotations], tokens=20)
     ids = first.token_ids + tuple(one.outputs[0].token_ids)
     end = receipt(one)["history"]["end"]
     while served.core.scheduler.has_requests():
         served.core.step_fn()
     served.poison()
     second = Prompt.from_spans(ids + random_ids(9, 2), [(0, 40), (40, end)])
-    marks = {"cacheslide": {"segments": [[0, 40], [40, end]], "history": end, "policy": "context_cache"}}
-    [two] = served.ask([second], [marks], tokens=6)
+    annotations = {"cacheslide": {"segments": [[0, 40], [40, end]], "history": end, "policy": "context_cache"}}
+    [two] = served.ask([second], [annotations], tokens=6)
     assert receipt(two)["chunks_hit"] == receipt(two)["chunks"] == 5 and receipt(two)["history"]["generation"] == 0
     while served.core.scheduler.has_requests():
         served.core.step_fn()
@@ -231,15 +231,15 @@ def test_nothing_is_kept_of_what_was_not_generated(served):
     served.fresh()
     talk = Talk(served, policy="recompute")
     prompt, start = talk.prompt()
-    marks = {"cacheslide": {"segments": [[0, 6]], "history": start}}
-    [output] = served.ask([prompt], [{"cacheslide": marks["cacheslide"] | {"policy": "recompute"}}])
+    annotations = {"cacheslide": {"segments": [[0, 6]], "history": start}}
+    [output] = served.ask([prompt], [{"cacheslide": annotations["cacheslide"] | {"policy": "recompute"}}])
     assert receipt(output)["history"] is None
-    [output] = served.ask([prompt], [{"cacheslide": marks["cacheslide"] | {"encode": "off"}}])
+    [output] = served.ask([prompt], [{"cacheslide": annotations["cacheslide"] | {"encode": "off"}}])
     assert receipt(output)["history"] is None  # its encoding needs a prefill, which the request forbids
     engine = served.llm.llm_engine
     from vllm import SamplingParams
 
-    params = SamplingParams(max_tokens=50, detokenize=False, extra_args={"kv_transfer_params": marks})
+    params = SamplingParams(max_tokens=50, detokenize=False, extra_args={"kv_transfer_params": annotations})
     engine.add_request("gone", {"prompt_token_ids": list(prompt.token_ids)}, params)
     engine.abort_request(["gone"])
     engine.step()

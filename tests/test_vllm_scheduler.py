@@ -16,7 +16,7 @@ from vllm.v1.request import RequestStatus
 from cacheslide.core.prompt import Prompt
 from cacheslide.vllm.connector import CacheSlideConnector
 from cacheslide.vllm.geometry import Geometry
-from cacheslide.vllm.options import ServerOptions, marks_of
+from cacheslide.vllm.options import ServerOptions, annotations_of
 from cacheslide.vllm.protocol import WorkerReport
 from cacheslide.vllm.scheduler.metrics import ReuseStats
 from cacheslide.vllm.scheduler.receipts import forecast
@@ -36,12 +36,12 @@ def side(**options) -> SchedulerSide:
     return SchedulerSide(config, ServerOptions(chunk_size=16, **options), GEOMETRY)
 
 
-def request(req_id: str = "r", turn=TURN, **marks):
+def request(req_id: str = "r", turn=TURN, **annotations):
     return SimpleNamespace(
         request_id=req_id,
         num_prompt_tokens=len(turn),
         prompt_token_ids=list(turn.token_ids),
-        kv_transfer_params=marks_of(turn, **marks),
+        kv_transfer_params=annotations_of(turn, **annotations),
         cache_salt=None,
         sampling_params=SimpleNamespace(prompt_logprobs=None, max_tokens=8, detokenize=True),
         _block_hasher=None,
@@ -170,9 +170,9 @@ def test_a_prompt_that_spans_were_found_in_is_planned_with_them():
     assert sum(len(c) for c in scheduler.tracked["1"].plan.chunks) == len(TURN)
 
 
-def member(scheduler, req_id: str, generated: int, name: str = "search", salt=None, **marks):
+def member(scheduler, req_id: str, generated: int, name: str = "search", salt=None, **annotations):
     """A request of a family, `generated` tokens behind its prompt, as it arrives."""
-    asked = request(req_id, **marks, family={"name": name, "rows": len(TURN)})
+    asked = request(req_id, **annotations, family={"name": name, "rows": len(TURN)})
     asked.prompt_token_ids += range(3, 3 + generated)
     asked.num_prompt_tokens, asked.cache_salt = len(asked.prompt_token_ids), salt
     scheduler.arrive(asked)
@@ -219,10 +219,10 @@ def test_a_request_that_cannot_be_planned_is_computed_exactly():
     scheduler.arrive(asked)
     assert scheduler.claim(asked, 0) == 0
     assert "layer 9" in scheduler.finish(asked)["fallback"] and not scheduler.tracked
-    unmarked = request()
-    unmarked.kv_transfer_params = None
-    scheduler.arrive(unmarked)
-    assert scheduler.claim(unmarked, 0) == 0 and scheduler.finish(unmarked) is None
+    unannotated = request()
+    unannotated.kv_transfer_params = None
+    scheduler.arrive(unannotated)
+    assert scheduler.claim(unannotated, 0) == 0 and scheduler.finish(unannotated) is None
 
 
 def test_own_prefills_are_saved_and_other_encodings_become_jobs():
@@ -297,8 +297,8 @@ class Counter:
 def test_receipts_become_counters():
     Counter.made.clear()
     scheduler = side()
-    for i, (marks, heard) in enumerate([({}, None), ({"layer": 9}, None), ({}, 40)]):
-        asked = request(str(i), **marks)
+    for i, (annotations, heard) in enumerate([({}, None), ({"layer": 9}, None), ({}, 40)]):
+        asked = request(str(i), **annotations)
         scheduler.arrive(asked)
         scheduler.claim(asked, 0)
         if heard:

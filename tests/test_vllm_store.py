@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 
 from vllm import SamplingParams
 
-from cacheslide.vllm.options import marks_of
+from cacheslide.vllm.options import annotations_of
 from tests.conftest import save_random
 from tests.test_store_remote import SERVER, server
 from tests.test_vllm_engine import CHUNK, FIRST, SECOND, SHAPE, Served, logprobs, receipt, tokens
@@ -41,8 +41,8 @@ def same(got, want) -> bool:
     return tokens(got) == tokens(want) and all(torch.equal(logprobs(got, i), logprobs(want, i)) for i in range(4))
 
 
-def marked(p) -> SamplingParams:
-    return SamplingParams(max_tokens=1, temperature=0, extra_args={"kv_transfer_params": marks_of(p)})
+def annotated(p) -> SamplingParams:
+    return SamplingParams(max_tokens=1, temperature=0, extra_args={"kv_transfer_params": annotations_of(p)})
 
 
 def damage(folder) -> int:
@@ -74,7 +74,7 @@ def test_a_second_life_hits_what_the_first_stored(path, tmp_path):
         engine.poison()
         assert receipt(engine.one(SECOND))["tiers"] == {"host": found["tiers"]["file"]}
         assert not engine.scheduler.cold.coming and not engine.scheduler.index._leases
-        other = engine.ask([SECOND], [marks_of(SECOND, namespace="somebody else")])[0]
+        other = engine.ask([SECOND], [annotations_of(SECOND, namespace="somebody else")])[0]
         assert receipt(other)["chunks_hit"] == 0
         engine.scheduler.reset()  # new weights under the old name: what is on disk is not theirs
         engine.poison()
@@ -113,7 +113,7 @@ def test_requests_with_warm_chunks_pass_one_that_waits_for_its_own(path, tmp_pat
 
         engine.worker.below.store.fetch = held_back
         order, llm = [], engine.llm.llm_engine
-        llm.add_request("cold", {"prompt_token_ids": list(SECOND.token_ids)}, marked(SECOND))
+        llm.add_request("cold", {"prompt_token_ids": list(SECOND.token_ids)}, annotated(SECOND))
         llm.add_request("plain", {"prompt_token_ids": list(FIRST.token_ids)}, SamplingParams(max_tokens=8))
         while llm.has_unfinished_requests():
             order += [o.request_id for o in llm.step() if o.finished]
@@ -124,7 +124,7 @@ def test_requests_with_warm_chunks_pass_one_that_waits_for_its_own(path, tmp_pat
         engine.worker.store.clear()
         engine.scheduler.index.clear()
         gate.clear()
-        llm.add_request("gone", {"prompt_token_ids": list(SECOND.token_ids)}, marked(SECOND))
+        llm.add_request("gone", {"prompt_token_ids": list(SECOND.token_ids)}, annotated(SECOND))
         for _ in range(3):
             llm.step()
         assert engine.scheduler.cold.coming

@@ -17,7 +17,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the test looks into the wo
 
 from cacheslide.store.pages import side_by_side
 from cacheslide.vllm.offline import ask, close_engine, open_engine, worker_of
-from cacheslide.vllm.options import marks_of
+from cacheslide.vllm.options import annotations_of
 from harness.backends.reference import ReferenceBackend
 from harness.results.provenance import ROOT
 from harness.tasks.synthetic import examples
@@ -47,11 +47,11 @@ def life(folder, home):
 
 
 def rows_of(engine, prompt) -> tuple[dict, torch.Tensor]:
-    """The receipt of a marked prompt, and K and V of its rows as they lie in its blocks."""
+    """The receipt of an annotated prompt, and K and V of its rows as they lie in its blocks."""
     worker, plans = worker_of(), []
     load = worker.load
     worker.load = lambda step: (plans.extend(step.loads), load(step))[1]
-    receipt = ask(engine, [prompt.token_ids], [marks_of(prompt, policy="naive_reuse")], 1)[0].receipt
+    receipt = ask(engine, [prompt.token_ids], [annotations_of(prompt, policy="naive_reuse")], 1)[0].receipt
     worker.load = load
     if not plans:
         return receipt, torch.empty(0)

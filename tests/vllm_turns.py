@@ -26,8 +26,8 @@ def _turns(engine: Engine, system: str, share: float | None, tiers: bool) -> lis
     talk.add(engine.encode(DOCUMENT))
     for turn in range(4):
         notes = engine.encode("\nnotes" + " amber falcon is copper seven ." * (turn + 1))
-        ids, marks = talk.prompt(notes, engine.encode("\nQuestion: what is brave ibex ?\nAnswer:"), policy=system)
-        answer = engine.ask(ids, marks if share is None else marks | {"share": share}, 6)
+        ids, annotations = talk.prompt(notes, engine.encode("\nQuestion: what is brave ibex ?\nAnswer:"), policy=system)
+        answer = engine.ask(ids, annotations if share is None else annotations | {"share": share}, 6)
         talk.answered(answer.token_ids)
         counted = ("chunks", "chunks_hit", "tokens_reused", "tokens_recomputed", "generation", "history", "fallback")
         found.append({"said": answer.token_ids, "system": system} | {k: answer.receipt[k] for k in counted})

@@ -1,4 +1,4 @@
-"""What a server and a request may ask for: the connector's options and the marks in `kv_transfer_params`."""
+"""What a server and a request may ask for: the connector's options and the annotations in `kv_transfer_params`."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -58,7 +58,7 @@ class ServerOptions:
     separator : str or list of int
         The separator of requests that ask for the server's own: a text, or token ids (as JSON where it is a string).
     find_spans : bool
-        Look for spans seen before in requests without marks too.
+        Look for spans seen before in requests without annotations too.
     span_tokens, spans_known : int
         Average size of such a span in tokens, and how many spans are remembered.
     max_generation : int
@@ -161,7 +161,7 @@ def _store_config(raw: str | Mapping[str, Any]) -> StoreConfig:
 
 
 @dataclass(frozen=True)
-class Marks:
+class Annotations:
     """`kv_transfer_params["cacheslide"]` of one request, as the engine sees it.
 
     `segments` are the fixed spans, half-open in tokens; everything between them is updated text. With `find` they are
@@ -185,26 +185,26 @@ class Marks:
     family: Mapping[str, Any] | None = None
 
     @classmethod
-    def parse(cls, params: Mapping[str, Any] | None) -> "Marks | None":
-        """The marks in a request's `kv_transfer_params`; None without any; PromptError naming what is wrong."""
-        raw = raw_marks(params)
+    def parse(cls, params: Mapping[str, Any] | None) -> "Annotations | None":
+        """The annotations in a request's `kv_transfer_params`; None without any; PromptError naming what is wrong."""
+        raw = raw_annotations(params)
         if raw is None:
             return None
         try:
             raw = renamed.options(raw, renamed.REQUEST)
         except ValueError as wrong:
             raise PromptError(f"{FIELD}: {wrong}") from None
-        if unknown := [name for name in raw if name not in _MARKS]:
-            known = sorted((_MARKS | set(DOOR_KEYS)) - {"family"})
+        if unknown := [name for name in raw if name not in _ANNOTATIONS]:
+            known = sorted((_ANNOTATIONS | set(DOOR_KEYS)) - {"family"})
             raise PromptError(f"{FIELD}: unknown key {_names(unknown)} (known: {', '.join(known)})")
         if "segments" not in raw and raw.get("find") is None:
             raise PromptError(
                 f"{FIELD}: 'segments' is missing; give the fixed spans as [[start, end], ...], "
-                "or mark them by a separator, by messages, or with find"
+                "or annotate them by a separator, by messages, or with find"
             )
-        marks = cls(**{**raw, "segments": _spans(raw.get("segments", []))})
-        marks._check()
-        return marks
+        annotations = cls(**{**raw, "segments": _spans(raw.get("segments", []))})
+        annotations._check()
+        return annotations
 
     def _check(self) -> None:
         for name, most in (("policy", NAME), ("encode", NAME), ("namespace", NAME), ("note", NOTE)):
@@ -243,7 +243,7 @@ class Marks:
         return policy_of(self.policy or default, self.recompute_ratio, self.layer)
 
     def prompt(self, token_ids) -> Prompt:
-        """The marked prompt; PromptError when a span, or the start of the history, does not fit it."""
+        """The annotated prompt; PromptError when a span, or the start of the history, does not fit it."""
         if self.family is not None:
             if self.family["rows"] > len(token_ids):
                 raise PromptError(
@@ -259,7 +259,7 @@ class Marks:
         return Prompt.from_spans(token_ids, self.segments)
 
 
-def raw_marks(params: Any) -> Mapping[str, Any] | None:
+def raw_annotations(params: Any) -> Mapping[str, Any] | None:
     """What a request's `kv_transfer_params` hold for us, unread; None for nothing, PromptError for no object."""
     if params is not None and not isinstance(params, Mapping):
         raise PromptError(f"kv_transfer_params must be an object, not {type(params).__name__}")
@@ -269,7 +269,7 @@ def raw_marks(params: Any) -> Mapping[str, Any] | None:
     return raw
 
 
-def marks_of(prompt: Prompt, **options: Any) -> dict[str, Any]:
+def annotations_of(prompt: Prompt, **options: Any) -> dict[str, Any]:
     """`kv_transfer_params` for `prompt`: what a client sends beside `prompt.token_ids`."""
     spans = [
         [start, start + len(s.token_ids)]
@@ -310,4 +310,4 @@ def _spans(raw: Any) -> tuple[tuple[int, int], ...]:
     return tuple((a, b) for a, b in raw)
 
 
-_MARKS = frozenset(f.name for f in fields(Marks))
+_ANNOTATIONS = frozenset(f.name for f in fields(Annotations))

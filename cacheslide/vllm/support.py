@@ -56,12 +56,12 @@ def check_place(vllm_config: Any, checked: bool) -> None:
         holder = own.kv_connector
     if holder is not None:
         raise ConfigError(
-            f"CacheSlide does not work inside {holder}: marks would not be checked, and others would keep what "
+            f"CacheSlide does not work inside {holder}: annotations would not be checked, and others would keep what "
             f"it computes by reuse as if it were exact; make {CONNECTOR} the engine's own kv_connector"
         )
     if not checked:
         raise ConfigError(
-            "CacheSlide's plugin is not loaded (see VLLM_PLUGINS): marks would reach the engine without a check"
+            "CacheSlide's plugin is not loaded (see VLLM_PLUGINS): annotations would reach the engine without a check"
         )
 
 

@@ -16,7 +16,7 @@ from cacheslide.core.prompt import Prompt
 from cacheslide.core.receipt import Receipt
 from cacheslide.errors import ModelError, PolicyError
 from cacheslide.policies.base import ReusePolicy
-from cacheslide.vllm.options import marks_of, policy_of
+from cacheslide.vllm.options import annotations_of, policy_of
 from harness.backends.in_process import Answer, Ask, EngineOptions, InProcessEngine
 from harness.backends.reference import EngineSettings
 from harness.backends.responders import Response, load_record
@@ -137,7 +137,7 @@ class VllmResponder:
         if isinstance(system, Stock):
             return Ask(prompt.token_ids, max_new_tokens, None, self.stop, system.prefix_caching)
         prompt = system.transform(prompt)
-        marks = marks_of(prompt, namespace=_namespace(system), **marked_as(system))
+        marks = annotations_of(prompt, namespace=_namespace(system), **annotated_as(system))
         return Ask(prompt.token_ids, max_new_tokens, marks, self.stop)
 
     def _response(self, system: System, asks: list[Ask], answers: list[Answer], seconds: float | None) -> Response:
@@ -162,7 +162,7 @@ def _namespace(system: System) -> str:
     return f"{system.name}@{layers}" if layers else system.name
 
 
-def marked_as(policy: ReusePolicy) -> dict[str, Any]:
+def annotated_as(policy: ReusePolicy) -> dict[str, Any]:
     """The marks that ask for `policy`; PolicyError when name, share and selection layer do not say it all."""
     rule, marks = policy.correction, {"policy": policy.name}
     if rule.selection_layer is not None:

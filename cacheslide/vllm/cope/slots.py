@@ -1,6 +1,6 @@
 """CCPE in vLLM's own forward: which rows of a batch cross which updated slots by their calibrated mass.
 
-The connector knows the slots of marked requests, the attention backend sees a batch without names. They meet in the
+The connector knows the slots of annotated requests, the attention backend sees a batch without names. They meet in the
 blocks: the block that takes a request's first row of a step is written by that request alone.
 """
 
@@ -18,7 +18,7 @@ _NOWHERE = 2**31 - 1  # a slot that lies behind every row
 
 @dataclass(frozen=True)
 class SlotRows:
-    """A marked request in the coming step: vLLM computes its rows [first, end), `block_ids` are the scheduler's."""
+    """An annotated request in the coming step: vLLM computes its rows [first, end), `block_ids` are the scheduler's."""
 
     block_ids: tuple[int, ...]
     first: int

@@ -1,4 +1,4 @@
-"""Why a marked request was computed exactly, in words for its receipt and as a few kinds for the counters."""
+"""Why an annotated request was computed exactly, in words for its receipt and as a few kinds for the counters."""
 
 NOT_STORED = "no chunk of this prompt is in the store"
 NOT_STORED_BEYOND = "no chunk of this prompt beyond vLLM's prefix cache is in the store"

@@ -1,4 +1,4 @@
-"""What a marked request's receipt says that no worker measures."""
+"""What an annotated request's receipt says that no worker measures."""
 
 from collections.abc import Mapping
 from typing import Any

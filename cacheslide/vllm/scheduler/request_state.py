@@ -10,7 +10,7 @@ from cacheslide.core.plan import Plan
 from cacheslide.core.prompt import Chunk
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.positions.ccpe import PromptSlots
-from cacheslide.vllm.options import Marks
+from cacheslide.vllm.options import Annotations
 from cacheslide.vllm.scheduler.prefix_cache import key_apart, new_secret
 from cacheslide.vllm.scheduler.reasons import AS_FAMILY
 
@@ -35,7 +35,7 @@ class FromBelow:
 
 @dataclass
 class Tracked:
-    """A marked request from its arrival to its end."""
+    """An annotated request from its arrival to its end."""
 
     rows: int
     system: str
@@ -66,20 +66,24 @@ class Tracked:
 class Family:
     """What the scheduler's half keeps of a family.
 
-    `marks` are those of its first member, whose prompt all members have. `first` is the block from which on its KV is
-    its own, None before a member was corrected; `reason` says why its first member was computed exactly.
+    `annotations` are those of its first member, whose prompt all members have. `first` is the block from which on its
+    KV is its own, None before a member was corrected; `reason` says why its first member was computed exactly.
     """
 
     plan: Tracked
-    marks: Marks
+    annotations: Annotations
     first: int | None = None
     reason: str = ""
     secret: bytes = field(default_factory=new_secret)
 
-    def fits(self, marks: Marks, token_ids: Sequence[int]) -> bool:
-        """Whether a request with these marks and tokens continues the family's prompt."""
+    def fits(self, annotations: Annotations, token_ids: Sequence[int]) -> bool:
+        """Whether a request with these annotations and tokens continues the family's prompt."""
         plan = self.plan.plan
-        return marks == self.marks and plan is not None and plan.prompt.token_ids == tuple(token_ids[: self.plan.rows])
+        return (
+            annotations == self.annotations
+            and plan is not None
+            and plan.prompt.token_ids == tuple(token_ids[: self.plan.rows])
+        )
 
     def corrected_from(self, first: int) -> None:
         """A member's rows from block `first` on are completed by reuse."""

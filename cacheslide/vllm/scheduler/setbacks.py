@@ -28,7 +28,7 @@ class Half(Protocol):
         ...
 
 
-def marked(request: Any) -> bool:
+def annotated(request: Any) -> bool:
     """Whether vLLM's `request` asked for reuse."""
     return (getattr(request, "kv_transfer_params", None) or {}).get(FIELD) is not None
 
@@ -39,7 +39,7 @@ def give_up(side: Half, request: Any, entry: str) -> None:
     tracked = side.tracked.get(req_id)
     side.box.pop(req_id, None)
     if tracked is None:
-        if marked(request):
+        if annotated(request):
             side.tracked[req_id] = Tracked(request.num_prompt_tokens, "", reason=reason(entry), kept=True)
         return
     tracked.reason, tracked.receipt, tracked.reuse, tracked.loading = reason(entry), None, (), False
@@ -66,11 +66,11 @@ def check_claim(side: Half, request: Any, computed: int, rows: int | None) -> No
 
 
 def finish_anyhow(side: Half, request: Any) -> dict[str, Any] | None:
-    """In place of `SchedulerSide.finish`: forget the request; a bare receipt for one with marks."""
+    """In place of `SchedulerSide.finish`: forget the request; a bare receipt for one with annotations."""
     tracked, _ = side.forget_request(request.request_id)
     if tracked is not None:
         side.release(tracked)
-    if tracked is None and not marked(request):
+    if tracked is None and not annotated(request):
         return None
     return bare(request.num_prompt_tokens, reason("request_finished"))
 

@@ -1,4 +1,4 @@
-"""The scheduler's half: what each marked request reuses, what is kept of it, and what its receipt says."""
+"""The scheduler's half: what each annotated request reuses, what is kept of it, and what its receipt says."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,7 +37,7 @@ class SchedulerSide:
             ranks = vllm_config.parallel_config.tensor_parallel_size
             self.cold = self.keeper.cold = ColdChunks(tiers, options.namespace, ranks, self.index, geometry)
         self.tracked: dict[str, Tracked] = {}
-        self.running: dict[str, Any] = {}  # vLLM's requests that have blocks, marked or not
+        self.running: dict[str, Any] = {}  # vLLM's requests that have blocks, annotated or not
         self.prefilling: dict[str, None] = {}  # tracked requests whose prompt is not complete yet, in order of arrival
         self.stats, self.faults = ReuseStats(), Faults()
         self.claims = Claims(self.block_size)
@@ -62,7 +62,7 @@ class SchedulerSide:
                 self.cold.look(tracked, tracked.plan.keys)
             except Exception as error:
                 self.faults.note("look_up", error)
-        if tracked.slots is not None:  # the rows behind the first slot are not those of a request without marks
+        if tracked.slots is not None:  # the rows behind the first slot are not those of a request without annotations
             secret = tracked.family.secret if tracked.family is not None else None
             key_apart(request, tracked.slots.bounds[0][1] // self.block_size, secret)
 
@@ -144,7 +144,7 @@ class SchedulerSide:
             self.prefilling[request.request_id] = None  # again, when it comes back from a preemption
 
     def finish(self, request, block_ids: Sequence[int] = ()) -> dict[str, Any] | None:
-        """Forget the request, whose rows lie in `block_ids`; returns its receipt, None for one without marks."""
+        """Forget the request, whose rows lie in `block_ids`; returns its receipt, None for one without annotations."""
         tracked, measured = self.forget_request(request.request_id)
         if tracked is None:
             return None

@@ -16,7 +16,7 @@ from typing import Any
 
 from cacheslide.errors import CacheSlideError, ModelError
 from cacheslide.models.weights import fingerprint
-from cacheslide.vllm.options import marks_of
+from cacheslide.vllm.options import annotations_of
 from harness.backends.http.load import Load, closed_loop, open_loop
 from harness.backends.http.server import Server, connector_command, engine_flags, stock_command
 from harness.backends.http.stream import Request
@@ -123,7 +123,7 @@ def _request(
     if condition.system not in STOCK:
         asked = {"policy": condition.system, "recompute_ratio": condition.share, "layer": plan.layer}
         prompt = resolve([condition.system])[0].transform(prompt)
-        params = marks_of(prompt, **{name: value for name, value in asked.items() if value is not None})
+        params = annotations_of(prompt, **{name: value for name, value in asked.items() if value is not None})
     labels = asdict(condition) | {"client": client, "turn": turn}
     return Request(f"{client}-{turn}", prompt.token_ids, output, params, condition.label, labels=labels)
 

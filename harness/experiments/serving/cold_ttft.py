@@ -2,7 +2,7 @@
 
 One engine over a file tier, prompts as in `engine_ttft`. What is timed, in turns, at every length:
 
-recompute         without marks
+recompute         without annotations
 memory            chunks in the engine's memory
 file              chunks in files only: looked up, read, checked and laid into memory while the request waits
 memory beside file  a request whose chunks are in memory, sent together with one whose chunks are in files
@@ -65,8 +65,10 @@ class Measured:
             self.forget()
         asked = {"memory": [self.warm], "file": [self.cold]}.get(row, [self.warm, self.cold])
         turns = [prompts.turn() for prompts in asked]
-        marks = [{"cacheslide": {"segments": spans, "recompute_ratio": SHARE, "encode": "off"}} for _, spans in turns]
-        answers = ask(self.engine, [ids for ids, _ in turns], marks)
+        annotations = [
+            {"cacheslide": {"segments": spans, "recompute_ratio": SHARE, "encode": "off"}} for _, spans in turns
+        ]
+        answers = ask(self.engine, [ids for ids, _ in turns], annotations)
         for prompts, answer in zip(asked, answers, strict=True):
             tiers = set(answer.receipt["tiers"])
             wanted = {"file"} if prompts is self.cold else {"host", "device"} & tiers

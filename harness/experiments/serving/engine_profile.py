@@ -1,7 +1,7 @@
 """Where a request's time goes inside vLLM: `python -m harness.experiments.serving.engine_profile --out FILE`.
 
-Profiles one plain and one marked request of the same length with PyTorch's profiler, in a process of its own with the
-engine inside, and writes kernels by device time, operators by host time, and the host time of the worker's call.
+Profiles one plain and one annotated request of the same length with PyTorch's profiler, in a process of its own with
+the engine inside, and writes kernels by device time, operators by host time, and the host time of the worker's call.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 Prompts are random ids: 5 % updated text, eight fixed chunks of together 90 %, 5 % updated text. The updated text
 differs from request to request in content and length, so that every chunk slides and no prefix is shared. Systems
-take turns; a marked request whose receipt misses a chunk stops its cell: nothing is timed that did not happen.
+take turns; an annotated request whose receipt misses a chunk stops its cell: nothing is timed that did not happen.
 One JSON line a cell goes to --out as soon as it is measured; `harness.results.serving` makes the tables.
 """
 
@@ -95,8 +95,8 @@ def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> 
             raise RuntimeError("a recomputed prompt was found in the prefix cache")
         return {"ttft": [a.ttft for a in answers]}
     share = float(system.split("@")[1])
-    marks = [{"cacheslide": {"segments": spans, "recompute_ratio": share, "encode": "off"}} for _, spans in turns]
-    answers = ask(engine, [ids for ids, _ in turns], marks, tokens=tokens)
+    annotations = [{"cacheslide": {"segments": spans, "recompute_ratio": share, "encode": "off"}} for _, spans in turns]
+    answers = ask(engine, [ids for ids, _ in turns], annotations, tokens=tokens)
     for a in answers:
         if not a.receipt["measured"] or a.receipt["chunks_hit"] != a.receipt["chunks"] or a.receipt["fallback"]:
             raise RuntimeError(f"reuse did not happen: {a.receipt}")

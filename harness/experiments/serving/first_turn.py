@@ -30,9 +30,9 @@ def turn(engine, prompts: Prompts, condition: str, number: int) -> dict[str, flo
     from cacheslide.vllm.offline import ask
 
     ids, spans = prompts.turn()
-    marks = {"segments": spans, "policy": "naive_reuse", "namespace": f"{condition}-{number}"}
-    marks["encode"] = "off" if condition == "nothing_kept" else "now"
-    [first] = ask(engine, [ids], [None if condition == "plain" else {"cacheslide": marks}])
+    annotations = {"segments": spans, "policy": "naive_reuse", "namespace": f"{condition}-{number}"}
+    annotations["encode"] = "off" if condition == "nothing_kept" else "now"
+    [first] = ask(engine, [ids], [None if condition == "plain" else {"cacheslide": annotations}])
     if condition != "plain" and not first.receipt["fallback"]:
         raise RuntimeError(f"a first turn was not computed exactly: {first.receipt}")
     [behind] = ask(engine, [prompts.turn()[0]])

@@ -83,9 +83,9 @@ class ServingPlan:
         for name in self.systems:
             if name in STOCK:
                 yield None, [name]
-        marked = [name for name in self.systems if name not in STOCK]
-        for device in self.store_devices if marked else ():
-            yield device, marked
+        annotated = [name for name in self.systems if name not in STOCK]
+        for device in self.store_devices if annotated else ():
+            yield device, annotated
 
     def settings(self, systems: list[str]) -> Iterator[tuple[str, float | None]]:
         """System and share of the reused rows it recomputes; systems that do not scale have none."""

@@ -56,8 +56,8 @@ def test_three_wrong_answers_end_a_row_and_every_row_can_be_run(rows):
 def test_a_reader_retrieves_runs_commands_and_answers_last(rows):
     name = next(s.name for s in rows[0].segments if "Mira Tandel was born" in s.text)
     said = [f"open {name}", "I would search optics", "hm", " Veldhaven"]
-    agent, heard = DocumentReader(rows[0], 4), iter(said)
-    episode = run_episode(agent, Scripted("model", lambda r: next(heard)), Stops(turns=4, repeats=4))
+    agent, replies = DocumentReader(rows[0], 4), iter(said)
+    episode = run_episode(agent, Scripted("model", lambda r: next(replies)), Stops(turns=4, repeats=4))
     assert episode.success and [s.call.tool for s in episode.steps] == ["open", "search", "none", "answer"]
     assert "Mira Tandel was born" in episode.steps[1].segments[1].text  # what `open` printed is this turn's observation
     assert "no command understood" in episode.steps[3].segments[1].text

@@ -174,19 +174,19 @@ def test_found_spans_keep_the_order_of_the_earlier_prompt():
     memory = SpanMemory(32, 10_000)
     a, b, c = (tokens(300, seed) for seed in (1, 2, 3))
     first = tokens(40, 10) + a + tokens(60, 11) + b + c
-    assert memory.meet("t", first) == []
+    assert memory.match("t", first) == []
     second = tokens(90, 12) + a + tokens(20, 13) + b + c
-    found = memory.meet("t", second)
+    found = memory.match("t", second)
     covered = sum(end - start for start, end in found)
     assert 0.8 * 900 < covered <= 900
     assert all(second[s:e] == a[s - 90 : e - 90] for s, e in found if e <= 390)
     assert all(x[1] <= y[0] for x, y in pairwise(found))
     stuck = tokens(90, 12) + a + tokens(20, 15) + b + c  # the first update has stayed: the fixed spans are the same
-    assert [(s, e) for s, e in memory.meet("t", stuck) if s >= 100] == [(s, e) for s, e in found if s >= 100]
-    assert memory.meet("t", stuck)[0] == found[0]
+    assert [(s, e) for s, e in memory.match("t", stuck) if s >= 100] == [(s, e) for s, e in found if s >= 100]
+    assert memory.match("t", stuck)[0] == found[0]
     swapped = SpanMemory(32, 10_000)
-    swapped.meet("t", first)
-    rows = [row for s, e in swapped.meet("t", c + tokens(50, 14) + a) for row in range(s, e)]
+    swapped.match("t", first)
+    rows = [row for s, e in swapped.match("t", c + tokens(50, 14) + a) for row in range(s, e)]
     assert rows and (max(rows) < 300 or min(rows) >= 350)  # one of the two, never both: their order changed
 
 
@@ -194,16 +194,16 @@ def test_memory_is_bounded_forgets_the_oldest_and_keeps_tenants_apart():
     memory = SpanMemory(32, 60)
     prompts = [tokens(600, seed) for seed in range(6)]
     for p in prompts:
-        memory.meet("t", p)
+        memory.match("t", p)
         assert memory.held <= 60
-    assert memory.meet("t", prompts[0]) == [] and memory.meet("u", prompts[-1]) == []
-    assert sum(e - s for s, e in memory.meet("t", prompts[0])) == 600
+    assert memory.match("t", prompts[0]) == [] and memory.match("u", prompts[-1]) == []
+    assert sum(e - s for s, e in memory.match("t", prompts[0])) == 600
     grown = prompts[0] + tokens(100, 9)
     before = memory.held
-    assert len(memory.meet("t", grown)) >= 5 and memory.held < before + len(content_cuts(grown, *memory.sizes))
-    memory.meet("t", tokens(20_000, 50))  # longer than what may be known: not learnt
+    assert len(memory.match("t", grown)) >= 5 and memory.held < before + len(content_cuts(grown, *memory.sizes))
+    memory.match("t", tokens(20_000, 50))  # longer than what may be known: not learnt
     memory.clear()
-    assert memory.held == 0 and not memory._where and memory.meet("t", grown) == []
+    assert memory.held == 0 and not memory._where and memory.match("t", grown) == []
 
 
 # --- at the door --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Async scheduling: a step is planned before the one before it has been heard of. vLLM switches it off on a CPU, for
+"""Async scheduling: a step is planned before the one before it has been reported. vLLM switches it off on a CPU, for
 want of streams and not of meaning; here it is switched on again, with streams that do nothing."""
 
 from contextlib import closing, contextmanager, nullcontext
@@ -61,9 +61,9 @@ def test_chunks_come_back_from_files(path, tmp_path):  # the first test: a proce
             plain = engine.plain(FIRST, 12)
         with life(path, tmp_path / "s") as engine:
             assert isinstance(engine.core.scheduler, AsyncScheduler) and engine.core.batch_queue is not None
-            cold = engine.one(SECOND)
-            assert same(cold, warm) and set(receipt(cold)["tiers"]) == {"file"}
-            assert receipt(cold)["chunks_hit"] == receipt(cold)["chunks"] and receipt(cold)["measured"]
+            from_disk = engine.one(SECOND)
+            assert same(from_disk, warm) and set(receipt(from_disk)["tiers"]) == {"file"}
+            assert receipt(from_disk)["chunks_hit"] == receipt(from_disk)["chunks"] and receipt(from_disk)["measured"]
             engine.worker.store.drop(engine.scheduler.index.keys())
             engine.scheduler.index.clear()
             engine.poison()
@@ -72,7 +72,7 @@ def test_chunks_come_back_from_files(path, tmp_path):  # the first test: a proce
             assert tokens(beside) == tokens(plain)
             for found in map(receipt, both):
                 assert set(found["tiers"]) == {"file"} and found["chunks_hit"] == found["chunks"]
-            assert not engine.scheduler.cold.coming and not engine.scheduler.index._leases
+            assert not engine.scheduler.storage_tier.coming and not engine.scheduler.index._leases
 
 
 @pytest.fixture(scope="module")

@@ -297,13 +297,13 @@ class Counter:
 def test_receipts_become_counters():
     Counter.made.clear()
     scheduler = side()
-    for i, (annotations, heard) in enumerate([({}, None), ({"layer": 9}, None), ({}, 40)]):
+    for i, (annotations, measured) in enumerate([({}, None), ({"layer": 9}, None), ({}, 40)]):
         asked = request(str(i), **annotations)
         scheduler.arrive(asked)
         scheduler.claim(asked, 0)
-        if heard:
-            receipt = forecast(scheduler.tracked[str(i)]) | {"tokens_reused": heard, "fallback": ""}
-            scheduler.heard(WorkerReport({str(i): receipt}))
+        if measured:
+            receipt = forecast(scheduler.tracked[str(i)]) | {"tokens_reused": measured, "fallback": ""}
+            scheduler.on_worker_report(WorkerReport({str(i): receipt}))
         scheduler.finish(asked)
     stats = scheduler.take_stats()
     assert scheduler.take_stats().is_empty() and not stats.is_empty()

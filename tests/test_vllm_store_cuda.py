@@ -77,8 +77,8 @@ def test_chunks_come_back_from_files_into_either_home(tmp_path):
         assert warm["chunks_hit"] == warm["chunks"] > 1 and set(warm["tiers"]) == {"host"}
     for home, tier in (("cpu", "host"), ("model", "device")):
         with life(tmp_path / "s", home) as engine:
-            cold, got = rows_of(engine, now)
-            assert cold["tiers"] == {"file": warm["tiers"]["host"]} and "store_failures" not in cold
+            from_disk, got = rows_of(engine, now)
+            assert from_disk["tiers"] == {"file": warm["tiers"]["host"]} and "store_failures" not in from_disk
             assert close(got, want)
             held = list(worker_of().store._chunks.values())
             assert not worker_of().memory.elsewhere

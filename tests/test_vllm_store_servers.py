@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from cacheslide.store import StoreConfig
-from cacheslide.store.config import open_backing
+from cacheslide.store.config import open_persistent
 from tests.conftest import eventually
 from tests.test_store_remote import SERVER
 from tests.test_store_remote import server as valkey
@@ -37,9 +37,9 @@ def published(file: str, chunks: int) -> None:
     """Wait until so many chunks are on disk and in the server."""
 
     def there() -> bool:
-        backing = open_backing(StoreConfig.from_file(file))
-        names = list(backing.file.names())
-        return len(names) >= chunks and all(backing.remote.contains(n) for n in names)
+        persistent = open_persistent(StoreConfig.from_file(file))
+        names = list(persistent.file.names())
+        return len(names) >= chunks and all(persistent.remote.contains(n) for n in names)
 
     assert eventually(there, 300)
 

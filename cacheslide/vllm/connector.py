@@ -85,13 +85,13 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
     def _settle(self, scheduler_output, step: StepPlan) -> None:
         self.scheduler.settle(scheduler_output, step)
 
-    def _unheard(self, connector_output) -> None:
+    def _lost_worker_report(self, connector_output) -> None:
         self.scheduler.keeper.unsettled = True
 
-    @survives("update_connector_output", _unheard)
+    @survives("update_connector_output", _lost_worker_report)
     def update_connector_output(self, connector_output) -> None:
         if (report := connector_output.kv_connector_worker_meta) is not None:
-            self.scheduler.heard(report)
+            self.scheduler.on_worker_report(report)
 
     def _finish_anyhow(self, request, block_ids) -> tuple[bool, dict[str, Any] | None]:
         receipt = finish_anyhow(self.scheduler, request)
@@ -166,16 +166,16 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[None, None]:
         step = self._get_connector_metadata()  # the one hook that steps without a forward call too
         self._encode(step)
-        self._land(step)
+        self._on_loaded(step)
         return None, None
 
     @survives("encode", lambda self, step: self.worker.encode_nothing(step))
     def _encode(self, step: KVConnectorMetadata) -> None:
         self.worker.encode(step)
 
-    @survives("land", lambda self, step: self.worker.land_nothing(step))
-    def _land(self, step: KVConnectorMetadata) -> None:
-        self.worker.land(step)
+    @survives("on_loaded", lambda self, step: self.worker.on_none_loaded(step))
+    def _on_loaded(self, step: KVConnectorMetadata) -> None:
+        self.worker.on_loaded(step)
         self.worker.compare(step)
 
     def _all_errors(self) -> set[int]:

@@ -20,7 +20,7 @@ logger = logging.getLogger("vllm.cacheslide")
 # Where a fault may happen, and what holds instead.
 ENTRIES = {
     "on_new_request": "the request is computed exactly",
-    "look_up": "the chunk counts as not stored below memory",
+    "look_up": "the chunk counts as not in a storage tier",
     "get_num_new_matched_tokens": "nothing is claimed: the request is computed exactly",
     "update_state_after_alloc": "rows that were claimed are reported as not loaded: vLLM computes them",
     "build_connector_meta": "what is planned so far is done; claimed rows without a plan are reported as not loaded",
@@ -34,7 +34,7 @@ ENTRIES = {
     "start_load_kv": "rows are computed instead, by us or by vLLM",
     "wait_for_save": "the chunk is not kept, and leaves the index",
     "encode": "the chunk is not kept, and leaves the index",
-    "land": "the chunk is computed instead",
+    "on_loaded": "the chunk is computed instead",
     "get_finished": "the next step does it",
     "get_block_ids_with_load_errors": "every row that was to be loaded in this step is computed by vLLM",
     "build_connector_worker_meta": "receipts are forecasts; the index is compared with what the workers hold",

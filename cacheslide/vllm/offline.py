@@ -40,7 +40,7 @@ def open_engine(
 ) -> LLM:
     """A vLLM engine over `model`; `connector` holds the connector's options, None leaves it out.
 
-    With `cope`, the folder of a CoPE adapter, `model` is its base. `store` is the configuration of tiers below memory,
+    With `cope`, the folder of a CoPE adapter, `model` is its base. `store` is the configuration of storage tiers,
     as a JSON file or parsed (see `ServerOptions.store`). `options` are `vllm.LLM`'s. Statistics are on: they hold the
     time of the first token.
     """
@@ -159,5 +159,5 @@ class _AnnotatedSearch(LLM):
         outputs = super()._render_and_run_requests(iter(prompts), params, *args, **kwargs)
         for search, output in zip(searches, outputs, strict=True):
             if search is not None:
-                search.heard(output)
+                search.on_output(output)
         return outputs

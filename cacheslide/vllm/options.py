@@ -64,8 +64,8 @@ class ServerOptions:
     max_generation : int
         Corrected KV of generated text is kept up to this generation, and encoded exactly beyond it; 0: never kept.
     store : str or dict
-        Tiers below the workers' memory: a `StoreConfig` or CrossCache's configuration, as a JSON file's path or parsed.
-        It also gives `chunk_size`, `store_gib` and `store_device` where those are not given themselves.
+        Storage tiers under the workers' memory: a `StoreConfig` or CrossCache's configuration, as a JSON file's path or
+        parsed. It also gives `chunk_size`, `store_gib` and `store_device` where those are not given themselves.
     """
 
     policy: str = "cacheslide"
@@ -128,7 +128,7 @@ class ServerOptions:
 
     @property
     def tiers(self) -> StoreConfig | None:
-        """The tiers below the workers' memory; None without any."""
+        """The storage tiers under the workers' memory; None without any."""
         config = _store_config(self.store) if self.store else None
         lower = config is not None and (config.device_gib or config.file_options or config.remote_host)
         return config if lower else None

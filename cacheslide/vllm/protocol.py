@@ -76,7 +76,7 @@ class EncodeJob:
 
 @dataclass(frozen=True)
 class FetchPlan:
-    """Start reading a chunk from the tiers below memory; room was made for it by dropping `evict`.
+    """Start reading a chunk from the storage tiers; room was made for it by dropping `evict`.
 
     It has `tokens` tokens, or any number where that is 0. `ticket` tells this attempt from earlier ones, which some
     ranks may still report on.
@@ -90,7 +90,7 @@ class FetchPlan:
 
 @dataclass
 class StepPlan(KVConnectorMetadata):
-    """One step's work, in the order in which it must happen: forget, keep, load, (vLLM's forward), save, encode, land.
+    """One step's work, in the order in which it must happen: forget, save, load, (forward), save, encode, take in.
 
     `keeps` are chunks of requests that have finished: their blocks may be given away in this very step. Reads of
     `fetches` start first of all and are taken into memory when they end, after a step's loads: what a fetch evicts may
@@ -115,7 +115,7 @@ class StepPlan(KVConnectorMetadata):
 
 
 @dataclass(frozen=True)
-class Landed:
+class ChunkLoaded:
     """A chunk that one rank has read: the lowest tier it came from, its bytes, and its `ChunkKV.generation`."""
 
     ticket: int
@@ -126,25 +126,25 @@ class Landed:
 
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):
-    """Receipts by request, chunks that a worker was asked for but did not hold, and how reads from below ended.
+    """Receipts by request, chunks that a worker was asked for but did not hold, and how reads from storage tiers ended.
 
-    `landed` has one entry a rank, `failed` the ticket and one reason. `unsettled`: the chunks are to be compared with
+    `loaded` has one entry a rank, `failed` the ticket and one reason. `unsettled`: the chunks are to be compared with
     the index once more.
     """
 
     receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
     missing: set[ChunkKey] = field(default_factory=set)
-    landed: dict[ChunkKey, list[Landed]] = field(default_factory=dict)
+    loaded: dict[ChunkKey, list[ChunkLoaded]] = field(default_factory=dict)
     failed: dict[ChunkKey, tuple[int, str]] = field(default_factory=dict)
     unsettled: bool = False
 
     def aggregate(self, other: "WorkerReport") -> "WorkerReport":
         """All ranks do the same work on the same rows: one receipt stands for all."""
-        keys = {*self.landed, *other.landed}
-        landed = {k: self.landed.get(k, []) + other.landed.get(k, []) for k in keys}
+        keys = {*self.loaded, *other.loaded}
+        loaded = {k: self.loaded.get(k, []) + other.loaded.get(k, []) for k in keys}
         missing = self.missing | other.missing
         unsettled = self.unsettled or other.unsettled
-        return WorkerReport(other.receipts | self.receipts, missing, landed, other.failed | self.failed, unsettled)
+        return WorkerReport(other.receipts | self.receipts, missing, loaded, other.failed | self.failed, unsettled)
 
     def __bool__(self) -> bool:
-        return bool(self.receipts or self.missing or self.landed or self.failed or self.unsettled)
+        return bool(self.receipts or self.missing or self.loaded or self.failed or self.unsettled)

@@ -184,7 +184,7 @@ class Rounds:
 
     def _to_files(self) -> None:
         """Chunks leave memory: the next turn finds them in files, and has room for half of them."""
-        self.worker.below.flush()
+        self.worker.storage_tier.flush()
         self._idle()
         self.scheduler.index.capacity = self.scheduler.index.nbytes // 2
         self.worker.store.clear()
@@ -204,12 +204,12 @@ class Rounds:
         self.scheduler.keeper.unsettled = True
         until = time.monotonic() + LIMIT_S
         ask(self.engine, [Case("last", [5, 6, 7])])
-        while self.scheduler.cold.coming and time.monotonic() < until:
+        while self.scheduler.storage_tier.coming and time.monotonic() < until:
             ask(self.engine, [Case("last", [5, 6, 7])])
         side, store = self.scheduler, self.worker.store
         left = {
             "tracked": side.tracked, "running": side.running, "prefilling": side.prefilling, "box": side.box,
-            "claims": side.claims.blocks, "coming": side.cold.coming, "unsure": self.worker.unsure,
+            "claims": side.claims.blocks, "coming": side.storage_tier.coming, "unsure": self.worker.unsure,
         }  # fmt: skip
         out.wrong += [f"left over: {name}: {list(what)}" for name, what in left.items() if what]
         names = {key for key in side.index.keys() if key in side.index}  # noqa: SIM118

@@ -84,7 +84,7 @@ class Search:
         sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": self._params}
         return sampling
 
-    def heard(self, output) -> None:
+    def on_output(self, output) -> None:
         """What one of its requests gave back."""
         if not output.finished:
             return

@@ -124,12 +124,12 @@ def _searched(plain):
         if search.max_tokens != params.max_tokens:
             params = copy.copy(params)
             params.max_tokens = search.max_tokens
-        return _heard(plain(_Serving(self, search), search.prompt, request_id, params, *args, **kwargs), search)
+        return _observed(plain(_Serving(self, search), search.prompt, request_id, params, *args, **kwargs), search)
 
     return beam_search
 
 
-async def _heard(results: AsyncIterator[Any], search: Search) -> AsyncIterator[Any]:
+async def _observed(results: AsyncIterator[Any], search: Search) -> AsyncIterator[Any]:
     async for output in results:
         output.kv_transfer_params = search.kv_transfer_params
         yield output
@@ -146,7 +146,7 @@ class _Serving:
         """See vLLM's `EngineClient.generate`."""
         async for output in self._engine.generate(prompt, self._search.step(sampling_params), *args, **kwargs):
             try:
-                self._search.heard(output)
+                self._search.on_output(output)
             except Exception as error:
                 SERVER.note("server", error)
             yield output

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from dataclasses import replace
 
 from cacheslide.vllm.options import Annotations
-from cacheslide.vllm.scheduler.request_state import Family, FromBelow, Tracked
+from cacheslide.vllm.scheduler.request_state import Family, FromStorage, Tracked
 
 _KNOWN = 256  # families remembered; a forgotten one plans, and completes its prompt, once more
 
@@ -28,7 +28,9 @@ class Families:
 
     def add(self, tenant: str, name: str, plan: Tracked, annotations: Annotations) -> Family:
         """A new family, whose first member with these `annotations` is planned as `plan`."""
-        self._known[tenant, name] = family = Family(replace(plan, below=FromBelow()), annotations, reason=plan.reason)
+        self._known[tenant, name] = family = Family(
+            replace(plan, storage=FromStorage()), annotations, reason=plan.reason
+        )
         while len(self._known) > _KNOWN:
             self._known.popitem(last=False)
         return family

@@ -85,7 +85,7 @@ class Planner:
         if annotations.find:
             rows = annotations.family and annotations.family["rows"]
             annotations = replace(
-                annotations, segments=tuple(self.memory.meet(tenant, request.prompt_token_ids[:rows]))
+                annotations, segments=tuple(self.memory.match(tenant, request.prompt_token_ids[:rows]))
             )
         prompt = annotations.prompt(request.prompt_token_ids)
         if policy.transform(prompt) != prompt:

@@ -24,7 +24,7 @@ KINDS = (*dict.fromkeys(_KINDS.values()), "fault", "refused")
 RETRY = ("", NOT_STORED, NOT_STORED_BEYOND, COVERED)  # may be different when the request is scheduled again
 
 
-FAILURES = ("damaged", "read error", "remote unavailable", "no room", "other")  # of reads below memory
+FAILURES = ("damaged", "read error", "remote unavailable", "no room", "other")  # of reads in storage tiers
 
 
 def failure_of(why: str) -> str:

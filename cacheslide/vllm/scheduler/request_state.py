@@ -16,8 +16,8 @@ from cacheslide.vllm.scheduler.reasons import AS_FAMILY
 
 
 @dataclass
-class FromBelow:
-    """What a request has to do with chunks below memory (`storage.py`).
+class FromStorage:
+    """What a request has to do with chunks in storage tiers (`storage.py`).
 
     The look-up under way, where each chunk lies ("" for nowhere), which reads were asked for, the chunks that wait with
     it, the tier and bytes of those that came, why others did not, and whether a fault has ended all this.
@@ -59,7 +59,7 @@ class Tracked:
     receipt: dict[str, Any] | None = None
     family: "Family | None" = None
     follows: bool = False  # an earlier member of its family has completed the prompt
-    below: FromBelow = field(default_factory=FromBelow)
+    storage: FromStorage = field(default_factory=FromStorage)
 
 
 @dataclass
@@ -96,12 +96,14 @@ class Family:
         if self.plan.slots is None:
             return None
         return replace(
-            self.plan, block_ids=[], kept=True, follows=True, family=self, reason=AS_FAMILY, below=FromBelow()
+            self.plan, block_ids=[], kept=True, follows=True, family=self, reason=AS_FAMILY, storage=FromStorage()
         )
 
     def join(self, request) -> Tracked:
         """What is tracked of a later member, whose vLLM `request` looks up the family's blocks from now on."""
-        member = replace(self.plan, block_ids=[], exact=False, kept=True, follows=True, family=self, below=FromBelow())
+        member = replace(
+            self.plan, block_ids=[], exact=False, kept=True, follows=True, family=self, storage=FromStorage()
+        )
         if member.schema:
             request.skip_reading_prefix_cache = False  # all its blocks are the family's, at the schema's positions
         key_apart(request, self.first, self.secret)

@@ -17,7 +17,7 @@ from cacheslide.vllm.options import ServerOptions
 from cacheslide.vllm.protocol import EncodeJob, SavePlan, StepPlan
 from cacheslide.vllm.scheduler.chunk_index import ChunkIndex
 from cacheslide.vllm.scheduler.request_state import Tracked
-from cacheslide.vllm.scheduler.storage import ColdChunks
+from cacheslide.vllm.scheduler.storage import StorageTierView
 
 logger = logging.getLogger("vllm.cacheslide")  # below vLLM's logger, so that its handler prints it
 
@@ -35,7 +35,7 @@ class ChunkKeeper:
         self.index = ChunkIndex(int(options.store_gib * GIB))
         self.jobs: deque[tuple[EncodeJob, bool]] = deque()  # and whether it may not wait
         self.keeps: list[SavePlan] = []  # of requests that finished since the last step
-        self.cold: ColdChunks | None = None  # what lies below memory
+        self.storage_tier: StorageTierView | None = None  # the tiers under memory
         self.unsettled = False  # the workers may hold others than the index says
 
     @property
@@ -80,8 +80,8 @@ class ChunkKeeper:
         except StoreError as full:
             logger.warning("CacheSlide keeps nothing of a prompt: %s", full)
             return None
-        if self.cold is not None:
-            self.cold.evicted(evict)
+        if self.storage_tier is not None:
+            self.storage_tier.evicted(evict)
         return evict
 
     def hand_out(self, step: StepPlan, waited: int, idle: bool) -> None:

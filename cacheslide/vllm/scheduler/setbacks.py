@@ -20,7 +20,7 @@ class Half(Protocol):
     block_size: int
 
     def release(self, tracked: Tracked) -> None:
-        """End what a request waits for below memory."""
+        """End what a request waits for in storage."""
         ...
 
     def forget_request(self, req_id: str) -> tuple[Tracked | None, Any]:

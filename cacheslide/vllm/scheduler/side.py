@@ -20,7 +20,7 @@ from cacheslide.vllm.scheduler.receipts import forecast, tiers_of
 from cacheslide.vllm.scheduler.request_state import Tracked
 from cacheslide.vllm.scheduler.retention import ChunkKeeper
 from cacheslide.vllm.scheduler.setbacks import cannot, give_up
-from cacheslide.vllm.scheduler.storage import ColdChunks
+from cacheslide.vllm.scheduler.storage import StorageTierView
 
 
 class SchedulerSide:
@@ -32,10 +32,12 @@ class SchedulerSide:
         self.engine_id = vllm_config.kv_transfer_config.engine_id
         self.box = open_box(self.engine_id)
         self.keeper = ChunkKeeper(options, geometry)
-        self.index, self.cold = self.keeper.index, None
+        self.index, self.storage_tier = self.keeper.index, None
         if (tiers := options.tiers) is not None:
             ranks = vllm_config.parallel_config.tensor_parallel_size
-            self.cold = self.keeper.cold = ColdChunks(tiers, options.namespace, ranks, self.index, geometry)
+            self.storage_tier = self.keeper.storage_tier = StorageTierView(
+                tiers, options.namespace, ranks, self.index, geometry
+            )
         self.tracked: dict[str, Tracked] = {}
         self.running: dict[str, Any] = {}  # vLLM's requests that have blocks, annotated or not
         self.prefilling: dict[str, None] = {}  # tracked requests whose prompt is not complete yet, in order of arrival
@@ -48,7 +50,7 @@ class SchedulerSide:
     # --- a request's way -------------------------------------------------------------------------------------------
 
     def arrive(self, request) -> None:
-        """Track a request that may reuse something; its chunks are looked for below memory at once."""
+        """Track a request that may reuse something; its chunks are looked up in the storage tier at once."""
         tracked = self.planner.plan(request)
         if tracked is None:
             return
@@ -57,9 +59,9 @@ class SchedulerSide:
             return
         self.tracked[request.request_id] = tracked
         self.prefilling[request.request_id] = None
-        if self.cold is not None and not tracked.reason:
+        if self.storage_tier is not None and not tracked.reason:
             try:
-                self.cold.look(tracked, tracked.plan.keys)
+                self.storage_tier.look(tracked, tracked.plan.keys)
             except Exception as error:
                 self.faults.note("look_up", error)
         if tracked.slots is not None:  # the rows behind the first slot are not those of a request without annotations
@@ -120,20 +122,20 @@ class SchedulerSide:
         return want
 
     def _waits(self, tracked: Tracked, wanted) -> bool:
-        """Whether chunks below memory are worth waiting for; a fault among them means those in memory only."""
-        if self.cold is None or tracked.below.faulty:
+        """Whether chunks in storage are worth waiting for; a fault among them means those in memory only."""
+        if self.storage_tier is None or tracked.storage.faulty:
             return False
         try:
-            return self.cold.waits(tracked, wanted)
+            return self.storage_tier.waits(tracked, wanted)
         except Exception as error:
-            tracked.below.faulty = True
+            tracked.storage.faulty = True
             self.faults.note("look_up", error)
             return False
 
     def release(self, tracked: Tracked) -> None:
         """Whatever the request waited for is loaded in this step, or not needed."""
-        if self.cold is not None:
-            self.cold.release(tracked)
+        if self.storage_tier is not None:
+            self.storage_tier.release(tracked)
 
     def allocated(self, request, external: int) -> None:
         """vLLM gave the request its blocks; `external` of its rows are ours to complete."""
@@ -152,7 +154,7 @@ class SchedulerSide:
         receipt = measured or tracked.receipt or forecast(tracked)
         receipt |= {"generation": 0 if tracked.exact else tracked.generation}
         receipt |= {"tiers": tiers_of(tracked, receipt, self.planner.geometry, self.options.store_device)}
-        receipt |= {"store_failures": tracked.below.failures} if tracked.below.failures else {}
+        receipt |= {"store_failures": tracked.storage.failures} if tracked.storage.failures else {}
         receipt |= {"note": tracked.note} if tracked.note else {}
         if tracked.history is not None and tracked.plan is not None:
             kept = self._survive("keep", keep_history, self.keeper, request, tracked, list(block_ids))
@@ -189,8 +191,8 @@ class SchedulerSide:
         except Exception as error:
             self.faults.note("keep", error)
             self.keeper.drop_work()
-        if self.cold is not None:
-            step.fetches, step.drops = self.cold.take()
+        if self.storage_tier is not None:
+            step.fetches, step.drops = self.storage_tier.take()
         return step
 
     def _survive(self, entry: str, does: Callable[..., Any], *args: Any) -> Any:
@@ -229,7 +231,7 @@ class SchedulerSide:
 
     # --- what comes back -------------------------------------------------------------------------------------------
 
-    def heard(self, report: WorkerReport) -> None:
+    def on_worker_report(self, report: WorkerReport) -> None:
         """Receipts of this step's loads, and chunks to strike off the index."""
         for req_id, receipt in report.receipts.items():
             if req_id in self.tracked:
@@ -239,8 +241,8 @@ class SchedulerSide:
         for key in report.missing:
             self.index.discard(key)
             self.keeper.unsettled = True  # other ranks may hold it
-        if self.cold is not None:
-            self._survive("look_up", self.cold.heard, report)
+        if self.storage_tier is not None:
+            self._survive("look_up", self.storage_tier.on_worker_report, report)
 
     def take_stats(self) -> ReuseStats:
         """Counts since the last call."""
@@ -251,12 +253,12 @@ class SchedulerSide:
     def reset(self) -> None:
         """Forget every chunk, here and in the workers (the weights have changed).
 
-        What lies below memory belongs to the weights that were loaded at first: keys of another name from here on.
+        What the storage tier holds belongs to the weights that were loaded at first: keys of another name from here on.
         """
         self.forget, self.off = True, "reset_cache"
         self.keeper.clear()
-        if self.cold is not None:
-            self.cold.forget()
+        if self.storage_tier is not None:
+            self.storage_tier.forget()
             self.planner.rename_model()
         self.planner.clear()
         self.off = ""
@@ -264,5 +266,5 @@ class SchedulerSide:
     def close(self) -> None:
         """The engine stops."""
         close_box(self.engine_id)
-        if self.cold is not None:
-            self.cold.close()
+        if self.storage_tier is not None:
+            self.storage_tier.close()

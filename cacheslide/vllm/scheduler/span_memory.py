@@ -70,7 +70,7 @@ class SpanMemory:
         self._where: dict[tuple[str, bytes], OrderedDict[int, None]] = {}
         self._next = 0
 
-    def meet(self, tenant: str, token_ids: Sequence[int]) -> list[tuple[int, int]]:
+    def match(self, tenant: str, token_ids: Sequence[int]) -> list[tuple[int, int]]:
         """Spans of `token_ids` that an earlier prompt of `tenant` had, in its order; learns the prompt."""
         cuts = content_cuts(token_ids, *self.sizes)
         names = [_name(token_ids[a:b]) for a, b in cuts]

@@ -15,7 +15,7 @@ from cacheslide.vllm.claims import Loads
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.guard import Faults, reason
 from cacheslide.vllm.options import ServerOptions
-from cacheslide.vllm.protocol import EncodeJob, Landed, SavePlan, StepPlan, WorkerReport
+from cacheslide.vllm.protocol import ChunkLoaded, EncodeJob, SavePlan, StepPlan, WorkerReport
 from cacheslide.vllm.worker.chunk_store import WorkerStore
 from cacheslide.vllm.worker.host_copies import HostCopies
 from cacheslide.vllm.worker.loading import Loading
@@ -23,7 +23,7 @@ from cacheslide.vllm.worker.model_adapter import MLP_ROWS, VllmModel, find_model
 from cacheslide.vllm.worker.pinned import PinnedMemory, pin
 from cacheslide.vllm.worker.prefetch import Rings
 from cacheslide.vllm.worker.ranks import Team, TeamPrefill
-from cacheslide.vllm.worker.storage import Below
+from cacheslide.vllm.worker.storage import StorageTier
 
 
 class WorkerSide:
@@ -45,7 +45,7 @@ class WorkerSide:
         found = find_model(config.compilation_config.static_forward_context)
         self.model = VllmModel(found, config.model_config.hf_text_config, Geometry.of(config))
         self.memory = self._pinned_memory()
-        self.below = self._open_below()
+        self.storage_tier = self._open_storage_tier()
         self.store = self._open_store(self.options.store_device)
         self.team = Team(get_tp_group() if self.model.ranks > 1 else None)
         self.executor = TeamPrefill(self.model, self.team, MLP_ROWS)
@@ -68,14 +68,14 @@ class WorkerSide:
         streams = [torch.cuda.current_stream(self.model.device), self.stream, None if copies is None else copies.stream]
         return [stream.record_event() for stream in streams if stream is not None]
 
-    def _open_below(self) -> Below | None:
-        """This rank's share of the tiers below memory."""
+    def _open_storage_tier(self) -> StorageTier | None:
+        """This rank's share of the storage tiers."""
         if (tiers := self.options.tiers) is None:
             return None
         model, rank = self.model, get_tensor_model_parallel_rank()
         row_bytes = 2 * model.num_kv_heads * model.head_dim * model.dtype.itemsize
         shape = shape_of(model, model.dtype)
-        return Below(tiers, row_bytes, self.options.namespace, rank, model.ranks, self.memory, shape)
+        return StorageTier(tiers, row_bytes, self.options.namespace, rank, model.ranks, self.memory, shape)
 
     def _open_store(self, where: str) -> WorkerStore:
         """An empty store; one in host memory beside a GPU is pinned, and read and written on streams of its own."""
@@ -84,7 +84,7 @@ class WorkerSide:
         self.stream = torch.cuda.Stream(self.model.device) if pinned else None
         self.rings = Rings(self.model.device, self.stream)
         copies = HostCopies(self.model.device, memory=self.memory) if pinned else None
-        return WorkerStore(device, copies, self.below)
+        return WorkerStore(device, copies, self.storage_tier)
 
     def move_store(self, where: str) -> None:
         """Move all chunks to the host ("cpu") or to the model's device ("model")."""
@@ -105,11 +105,11 @@ class WorkerSide:
         for settle in (self.store.settle, *(() if self.memory is None else (self.memory.settle,))):
             self._survive("bind_connector_metadata", settle)
         self.drop([*self.unsure, *step.drops])
-        if self.below is not None:
-            self._survive("land", self.below.drop, step.drops)
+        if self.storage_tier is not None:
+            self._survive("on_loaded", self.storage_tier.drop, step.drops)
             for fetch in step.fetches:
-                if not self._survive("land", self.below.fetch, fetch.key, fetch.ticket, fetch.tokens):
-                    self.report.failed[fetch.key] = fetch.ticket, reason("land")
+                if not self._survive("on_loaded", self.storage_tier.fetch, fetch.key, fetch.ticket, fetch.tokens):
+                    self.report.failed[fetch.key] = fetch.ticket, reason("on_loaded")
         for plan in step.keeps:
             self._save(plan)
 
@@ -121,7 +121,7 @@ class WorkerSide:
         if self.model.crossing is not None:
             self.model.crossing.expect(step.slots, self.block_size)
         self._not_saved(step.keeps)
-        self.report.failed |= {fetch.key: (fetch.ticket, reason("land")) for fetch in step.fetches}
+        self.report.failed |= {fetch.key: (fetch.ticket, reason("on_loaded")) for fetch in step.fetches}
 
     def _survive(self, entry: str, does: Callable[..., Any], *args: Any) -> bool:
         """Do something whose failure is a fault at `entry` and nothing else; whether it was done."""
@@ -137,8 +137,8 @@ class WorkerSide:
         held = list(self.store._chunks)
         self._survive("reset_cache", self.store.clear)
         self.drop(held)
-        if self.below is not None:
-            self._survive("reset_cache", self.below.forget)
+        if self.storage_tier is not None:
+            self._survive("reset_cache", self.storage_tier.forget)
 
     def drop(self, keys: Iterable[ChunkKey]) -> None:
         """Let go of chunks; what stays in spite of that counts as gone, and is dropped another time."""
@@ -233,23 +233,23 @@ class WorkerSide:
     def _not_kept(self, job: EncodeJob) -> None:
         self.report.missing.update(k for k in job.plan.keys if k in self.unsure or not self.store.contains(k))
 
-    def land(self, step: StepPlan) -> None:
-        """Take in chunks that were read from below."""
-        if self.below is None:
+    def on_loaded(self, step: StepPlan) -> None:
+        """Take in chunks that were read from the storage tier."""
+        if self.storage_tier is None:
             return
         for fetch in step.fetches:
             self.drop(fetch.evict)
-        for key, ticket, found in self.below.arrivals(step.idle):
+        for key, ticket, found in self.storage_tier.arrivals(step.idle):
             if found.chunk is None:
                 self.report.failed[key] = ticket, found.why
-            elif key in self.unsure or not self._survive("land", self.store.land, key, found.chunk):
+            elif key in self.unsure or not self._survive("on_loaded", self.store.put_loaded, key, found.chunk):
                 self.drop([key])
-                self.report.failed[key] = ticket, reason("land")
+                self.report.failed[key] = ticket, reason("on_loaded")
             else:
-                self.report.landed[key] = [Landed(ticket, found.tier, found.chunk.nbytes, found.chunk.generation)]
+                self.report.loaded[key] = [ChunkLoaded(ticket, found.tier, found.chunk.nbytes, found.chunk.generation)]
 
-    def land_nothing(self, step: StepPlan) -> None:
-        """In place of `land`: what has been read waits for the next step."""
+    def on_none_loaded(self, step: StepPlan) -> None:
+        """In place of `on_loaded`: what has been read waits for the next step."""
         self.report.unsettled = True
         for fetch in step.fetches:
             self.drop(fetch.evict)
@@ -271,10 +271,10 @@ class WorkerSide:
     def close(self) -> None:
         """The engine stops: nothing of ours is on its way any more, and nothing holds its model or its memory.
 
-        What is queued for the tiers below is written first.
+        What is queued for the storage tier is written first.
         """
         if self.model is not None:
-            if self.below is not None:
-                self.below.close()
+            if self.storage_tier is not None:
+                self.storage_tier.close()
             self.store.close()
-            self.model = self.executor = self.rings = self.stream = self.below = self.memory = None
+            self.model = self.executor = self.rings = self.stream = self.storage_tier = self.memory = None

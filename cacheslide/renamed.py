@@ -1,7 +1,8 @@
 """Names of the version before: taken from old clients and old records, and given to old clients, for one version.
 
 `REQUEST`, `SERVER` and `CONFIGURATION` are keys of a request's annotations, of a server's options and of the study's
-configurations; `RECEIPT` those of receipts, records and counters.
+configurations; `RECEIPT` those of receipts, records and counters; `RECORD` those of records alone; `TENSOR` names
+tensors of an adapter's files.
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,9 @@ RECEIPT = {
     "rows_prefix_cached": "tokens_prefix_cached",
     "row_layer_share": "compute_fraction",
 }
+RECORD = {"masses": "slot_offsets", "live_mass_std_by_layer": "live_offset_std_by_layer"}
+TENSOR = {"masses": "slot_offsets"}
+_ALL = RECEIPT | RECORD
 _BESIDE = frozenset(("rows_reused", "rows_recomputed", "tokens_reused", "tokens_recomputed"))
 
 
@@ -46,7 +50,7 @@ def record(value: Any) -> Any:
     counts = bool(_BESIDE & value.keys())
     out = {}
     for name, inner in value.items():
-        new = RECEIPT.get(name) if counts or name != "rows" else None
+        new = _ALL.get(name) if counts or name != "rows" else None
         if new is None:
             out[name] = record(inner)
         elif new not in value:

@@ -37,7 +37,7 @@ def test_one_command_calibrates_and_measures(pair, tmp_path):
         assert table["questions"] == table["f1"]["wca"]["values"] * 8
         assert all(len(x) == 1 and 0 < x[0] <= 1.000001 for x in table["cksim"].values())
     stored = find_calibration(adapter, json.loads((adapter / "cope.json").read_text())["digest"])
-    assert stored.masses.shape == (2, 1, 2) and stored.masses.min() >= 0
+    assert stored.slot_offsets.shape == (2, 1, 2) and stored.slot_offsets.min() >= 0
     assert 0 <= done["calibration"]["unsaturated_share"] <= 1
     assert set(done["gamma_against_live"]) == {"gamma", "gamma_cap"}
 
@@ -74,7 +74,7 @@ def test_a_machine_without_a_gpu_records_errors_and_goes_on(tmp_path):
 
 
 def test_the_serving_benchmarks_adapter_and_headline(tmp_path):
-    setup = find_cope(cope_serving.random_tables("mistral-7b", tmp_path, 64, masses=True))
+    setup = find_cope(cope_serving.random_tables("mistral-7b", tmp_path, 64, offsets=True))
     layers = SHAPES["mistral-7b"]["num_hidden_layers"]
     assert setup.slots == 1 and not setup.adapter.changes
     tables = [setup.adapter.positions(i) for i in range(layers)]

@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from cacheslide import renamed
-from cacheslide.errors import ConfigError, PromptError
+from cacheslide.errors import ConfigError, ModelError, PromptError
+from cacheslide.training.calibration import FILES, Calibration, find_calibration, save_calibration
 from cacheslide.vllm.options import Annotations, ServerOptions, receipt_in
 from harness.configuration import check
 from harness.inventory import read_config
@@ -73,6 +76,27 @@ def test_old_records_are_read_under_the_names_of_today(tmp_path):
     assert record["receipt"] == NEW
     (tmp_path / "summary.json").write_text(json.dumps({"accuracy": [OLD]}))
     assert read_json(tmp_path / "summary.json") == {"accuracy": [NEW]}
+
+
+def test_a_calibration_of_before_is_read(tmp_path):
+    made = Calibration(torch.rand(2, 1, 4), "adapter", "template", 0.5)
+    save_calibration(made, tmp_path)
+    tensors = load_file(tmp_path / FILES[0])
+    assert list(tensors) == ["slot_offsets"]
+    save_file({"masses": tensors["slot_offsets"]}, tmp_path / FILES[0])
+    assert torch.equal(find_calibration(tmp_path, "adapter").slot_offsets, made.slot_offsets)
+    save_file(tensors | {"masses": made.slot_offsets.clone()}, tmp_path / FILES[0])
+    with pytest.raises(ModelError, match="masses is the old name of slot_offsets"):
+        find_calibration(tmp_path, "adapter")
+    [shipped] = load_file(ROOT / "models/tiny-llama-12m-cope" / FILES[0]).keys()
+    assert shipped == "masses"  # a file that the version before has written
+
+
+def test_other_names_of_records():
+    assert renamed.record({"masses": True, "live_mass_std_by_layer": [1]}) == {
+        "slot_offsets": True,
+        "live_offset_std_by_layer": [1],
+    }
 
 
 @pytest.mark.vllm

@@ -82,14 +82,14 @@ def live(path, adapter):
 
 
 @pytest.fixture(scope="module")
-def crossing(path, adapter):
-    """The reference model with slot masses."""
+def calibrated(path, adapter):
+    """The reference model with slot offsets."""
     return load_cope(path, adapter)
 
 
-def test_chunk_keys_cover_adapter_and_calibration(served, live, crossing):
+def test_chunk_keys_cover_adapter_and_calibration(served, live, calibrated):
     geometry = served.scheduler.planner.geometry
-    digests = [model.model_id.split(" ", 1)[1] for model in (live, crossing)]  # without the base's part
+    digests = [model.model_id.split(" ", 1)[1] for model in (live, calibrated)]  # without the base's part
     assert geometry.model_id.endswith(digests[1]) and digests[0] != digests[1] and geometry.slots == SLOTS
 
 
@@ -103,7 +103,7 @@ def test_a_plain_request_is_the_reference_model(served, live):
 
 
 @pytest.mark.parametrize("last_row_alone", [False, True])
-def test_an_annotated_request_crosses_its_slots_by_their_masses(served, crossing, live, last_row_alone):
+def test_an_annotated_request_crosses_its_slots_by_their_offsets(served, calibrated, live, last_row_alone):
     prompt = turn(3, 53)
     if last_row_alone:  # in steps of 128: the last one, of a fixed chunk near its slot, comes as a decoded one
         last = Segment(random_ids(4, 30), Role.REUSE)
@@ -113,14 +113,14 @@ def test_an_annotated_request_crosses_its_slots_by_their_masses(served, crossing
     assert len(slots.bounds) == SLOTS
     served.fresh()
     output = served.one(prompt, policy="recompute")
-    assert_follows(output, crossing, prompt, slots, served)
+    assert_follows(output, calibrated, prompt, slots, served)
     assert (logprobs(output) - exact(live, prompt.token_ids)[2]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_every_system_leaves_the_kv_that_the_reference_engine_leaves(served, crossing, system):
+def test_every_system_leaves_the_kv_that_the_reference_engine_leaves(served, calibrated, system):
     policy = policy_of(system, **SYSTEMS[system])
-    engine = ReuseEngine(crossing, policy, MemoryChunkStore(), chunk_size=CHUNK)
+    engine = ReuseEngine(calibrated, policy, MemoryChunkStore(), chunk_size=CHUNK)
     engine.build(FIRST)
     want = engine.prefill(SECOND)
     served.fresh()
@@ -154,7 +154,7 @@ def test_a_mixed_batch_says_what_each_request_says_alone(served):
     assert receipt(alone[0])["tokens_reused"] > 0 < receipt(alone[4])["tokens_recomputed"]
 
 
-def test_plain_requests_share_blocks_with_each_other_and_none_behind_a_slot(served, live, crossing):
+def test_plain_requests_share_blocks_with_each_other_and_none_behind_a_slot(served, live, calibrated):
     served.fresh()
     first = served.plain(SECOND)
     again = served.plain(SECOND)
@@ -163,7 +163,7 @@ def test_plain_requests_share_blocks_with_each_other_and_none_behind_a_slot(serv
     annotated = served.one(SECOND, policy="recompute")
     # what lies in front of the first slot's end is the same for both
     assert annotated.num_cached_tokens == slots_in(SECOND).bounds[0][1] // BLOCK * BLOCK
-    assert_follows(annotated, crossing, SECOND, slots_in(SECOND))
+    assert_follows(annotated, calibrated, SECOND, slots_in(SECOND))
     served.poison()
     served.one(SECOND, policy="recompute")
     plain = served.plain(SECOND)
@@ -171,7 +171,7 @@ def test_plain_requests_share_blocks_with_each_other_and_none_behind_a_slot(serv
     assert_follows(plain, live, SECOND)
 
 
-def test_what_masses_do_not_fit_is_computed_with_live_gates(served, live):
+def test_what_offsets_do_not_fit_is_computed_with_live_gates(served, live):
     served.fresh()
     longer = Prompt((*turn(6, 20).segments, Segment(random_ids(30, 9), Role.REUSE)))
     output = served.one(longer)
@@ -181,7 +181,7 @@ def test_what_masses_do_not_fit_is_computed_with_live_gates(served, live):
     assert "template" in receipt(found)["fallback"]
 
 
-def test_a_preempted_request_crosses_its_slots_again(served, crossing, live):
+def test_a_preempted_request_crosses_its_slots_again(served, calibrated, live):
     served.fresh()
     served.one(FIRST)
     served.poison()
@@ -205,7 +205,7 @@ def test_a_preempted_request_crosses_its_slots_again(served, crossing, live):
         if name == "plain":
             assert_follows(output, live, SECOND)
         else:
-            assert_follows(output, crossing, SECOND, slots_in(SECOND))
+            assert_follows(output, calibrated, SECOND, slots_in(SECOND))
 
 
 @pytest.mark.parametrize("seam", ["_of_batch", "slots"])
@@ -218,7 +218,7 @@ def test_slots_that_cannot_be_said_are_crossed_live(served, live, monkeypatch, s
 
     with monkeypatch.context() as patch:
         if seam == "_of_batch":
-            patch.setattr(served.worker.model.crossing, "_of_batch", broken)
+            patch.setattr(served.worker.model.slot_offsets, "_of_batch", broken)
         else:
             patch.setattr("cacheslide.vllm.scheduler.side.SlotRows", broken)
         output, beside = served.ask([SECOND, FIRST], [annotations_of(SECOND, policy="recompute"), None])
@@ -232,7 +232,7 @@ def test_slots_that_cannot_be_said_are_crossed_live(served, live, monkeypatch, s
 
 
 @pytest.mark.parametrize("share", [None, 1.0])
-def test_beams_cross_their_slots(served, crossing, share):
+def test_beams_cross_their_slots(served, calibrated, share):
     """Later requests of a search, whose prompts hold generated rows: all exact, or over reused rows."""
     served.fresh()
     annotations = annotations_of(SECOND, policy="recompute")
@@ -246,7 +246,7 @@ def test_beams_cross_their_slots(served, crossing, share):
     prompt, slots = list(SECOND.token_ids), slots_in(SECOND)
     assert best.tokens[: len(prompt)] == prompt and len(best.tokens) == len(prompt) + 5
     for i in range(5):
-        total += float(exact(crossing, best.tokens[: len(prompt) + i], slots)[2][best.tokens[len(prompt) + i]])
+        total += float(exact(calibrated, best.tokens[: len(prompt) + i], slots)[2][best.tokens[len(prompt) + i]])
     assert best.cum_logprob == pytest.approx(total, abs=2e-4)
     assert not served.scheduler.tracked
 

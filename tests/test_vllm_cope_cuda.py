@@ -139,7 +139,7 @@ def test_a_batch_that_a_graph_pads(cuda):
     assert compiled() == before > 0  # all of it while the engine started
 
 
-def test_an_annotated_request_crosses_its_slots_by_their_masses(cuda):
+def test_an_annotated_request_crosses_its_slots_by_their_offsets(cuda):
     prompt = turn(3, 53)
     cuda.fresh()
     output = cuda.one(prompt, policy="recompute")

@@ -47,12 +47,12 @@ def save_base(folder):
 
 
 def save_setup(folder, checkpoint):
-    """A random adapter of `checkpoint` with random masses of two slots."""
+    """A random adapter of `checkpoint` with random offsets of two slots."""
     save_random_adapter(folder, checkpoint, p_max=12)
     config = json.loads((checkpoint / "config.json").read_text())
     g = torch.Generator().manual_seed(8)
-    masses = torch.rand(config["num_hidden_layers"], SLOTS, config["num_attention_heads"], generator=g) * 4
-    save_calibration(Calibration(masses, find_cope(folder).adapter.digest, "template", 0.5), folder)
+    offsets = torch.rand(config["num_hidden_layers"], SLOTS, config["num_attention_heads"], generator=g) * 4
+    save_calibration(Calibration(offsets, find_cope(folder).adapter.digest, "template", 0.5), folder)
     return folder
 
 

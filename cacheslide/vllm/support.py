@@ -151,4 +151,4 @@ def _check_cache(kv_cache_config: Any) -> None:
 def check_spans(find_spans: bool, slots: int) -> None:
     """Raise ConfigError for a server that looks for spans itself with a CoPE model of `slots` calibrated slots."""
     if find_spans and slots:
-        raise ConfigError("found spans follow no template, which calibrated slot masses need: start with --cope-live")
+        raise ConfigError("found spans follow no template, which calibrated slot offsets need: start with --cope-live")

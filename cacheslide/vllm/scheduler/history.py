@@ -44,7 +44,7 @@ def keep_history(keeper, request, tracked: Tracked, block_ids: list[int]) -> dic
     try:
         plan = make_plan(policy, tracked.identity, prompt, keeper.options.chunk_size, keeper.geometry.max_positions)
         keeper.geometry.slots_of(prompt)
-    except PromptError:  # a schema has no slot left for it, or a CoPE model no mass
+    except PromptError:  # a schema has no slot left for it, or a CoPE model no offset
         return None
     last = len(plan.prompt.segments) - 1
     missing = {k: c for k, c in plan.keyed if c.segment == last and k not in keeper.index}

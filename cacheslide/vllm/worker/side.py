@@ -97,9 +97,9 @@ class WorkerSide:
     def begin(self, step: StepPlan) -> None:
         """Before anything writes to the cache in this step: keep what finished requests leave in their old blocks."""
         self.joined, self.encoded = False, 0
-        crossing = self.model.crossing
-        if crossing is not None:
-            crossing.expect(step.slots, self.block_size)
+        offsets = self.model.slot_offsets
+        if offsets is not None:
+            offsets.expect(step.slots, self.block_size)
         if step.forget:
             self._forget()
         for settle in (self.store.settle, *(() if self.memory is None else (self.memory.settle,))):
@@ -118,8 +118,8 @@ class WorkerSide:
         self.joined, self.encoded, self.report.unsettled = False, 0, True
         if step.forget:
             self._forget()
-        if self.model.crossing is not None:
-            self.model.crossing.expect(step.slots, self.block_size)
+        if self.model.slot_offsets is not None:
+            self.model.slot_offsets.expect(step.slots, self.block_size)
         self._not_saved(step.keeps)
         self.report.failed |= {fetch.key: (fetch.ticket, reason("on_loaded")) for fetch in step.fetches}
 
@@ -164,10 +164,10 @@ class WorkerSide:
 
         Nothing here waits for the device: rows are gathered behind the forward, and leave it on a stream of their own.
         """
-        crossing = self.model.crossing
-        if crossing is not None and crossing.fault is not None:  # its rows are not what their keys say
-            self.faults.note("slots", crossing.fault)
-            crossing.fault = None
+        offsets = self.model.slot_offsets
+        if offsets is not None and offsets.fault is not None:  # its rows are not what their keys say
+            self.faults.note("slots", offsets.fault)
+            offsets.fault = None
             for rows in step.slots:
                 first = rows.slots.bounds[0][1] // self.block_size
                 self.loads.spoil("", rows.block_ids[first:])
@@ -200,8 +200,8 @@ class WorkerSide:
     @torch.inference_mode()
     def encode(self, step: StepPlan) -> None:
         """The forward is over: prefill chunks that no request's own prefill provides."""
-        if self.model.crossing is not None:
-            self.model.crossing.expect((), self.block_size)
+        if self.model.slot_offsets is not None:
+            self.model.slot_offsets.expect((), self.block_size)
         for job in step.encodes:
             self.drop(job.evict)
             self.encoded += 1

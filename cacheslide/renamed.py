@@ -19,10 +19,20 @@ RECEIPT = {
     "rows_prefix_cached": "tokens_prefix_cached",
     "row_layer_share": "compute_fraction",
 }
-RECORD = {"masses": "slot_offsets", "live_mass_std_by_layer": "live_offset_std_by_layer"}
+RECORD = {
+    "masses": "slot_offsets",
+    "live_mass_std_by_layer": "live_offset_std_by_layer",
+    "stock": "vanilla",
+    "ratio_to_stock": "ratio_to_row_attention",
+    "cope_decode_vs_stock": "cope_decode_vs_row_attention",
+}
 TENSOR = {"masses": "slot_offsets"}
 _ALL = RECEIPT | RECORD
-_BESIDE = frozenset(("rows_reused", "rows_recomputed", "tokens_reused", "tokens_recomputed"))
+# Names that mean something else elsewhere are changed only where one of these stands beside them.
+_BESIDE = {
+    "rows": {"rows_reused", "rows_recomputed", "tokens_reused", "tokens_recomputed"},
+    "stock": {"plugin"},
+}
 
 
 def options(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -41,16 +51,17 @@ def receipt_for_all(receipt: Mapping[str, Any]) -> dict[str, Any]:
 def record(value: Any) -> Any:
     """A record, or part of one, under the names of today; an old name beside its new one is left out.
 
-    "rows" is a name of receipts only: it is changed where a receipt's other counts stand beside it.
+    "rows" is a name of receipts only: it is changed where a receipt's other counts stand beside it. So is "stock", an
+    engine beside the one with the plugin.
     """
     if isinstance(value, list):
         return [record(inner) for inner in value]
     if not isinstance(value, dict):
         return value
-    counts = bool(_BESIDE & value.keys())
     out = {}
     for name, inner in value.items():
-        new = _ALL.get(name) if counts or name != "rows" else None
+        beside = _BESIDE.get(name)
+        new = _ALL.get(name) if beside is None or beside & value.keys() else None
         if new is None:
             out[name] = record(inner)
         elif new not in value:

@@ -13,7 +13,7 @@ from cacheslide import renamed
 from cacheslide.errors import ConfigError
 from cacheslide.plain_values import check_plain
 from cacheslide.policies.registry import policy_names
-from harness.systems import STOCK
+from harness.systems import VANILLA
 
 TIMED = ("latency", "throughput")
 LONGEST = 600  # characters of a reason
@@ -90,9 +90,9 @@ def _fill(config: MutableMapping[str, Any], schema: Mapping[str, Any]) -> None:
 
 
 def _check_systems(config: Mapping[str, Any], on_vllm: bool) -> None:
-    known = [*policy_names(), *(STOCK if on_vllm else ())]
+    known = [*policy_names(), *(VANILLA if on_vllm else ())]
     for system in config["systems"]:
-        if system in STOCK and not on_vllm:
+        if system in VANILLA and not on_vllm:
             raise ConfigError(f"systems: {system!r} is vLLM itself and needs backend: vllm")
         if system not in known:
             raise ConfigError(f"systems: unknown system {system!r}; installed are {', '.join(sorted(known))}")

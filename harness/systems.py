@@ -9,7 +9,7 @@ from cacheslide.policies.registry import load_policy
 
 
 @dataclass(frozen=True)
-class Stock:
+class Vanilla:
     """vLLM by itself: no connector, no annotations. Only backend: vllm runs it."""
 
     name: str
@@ -22,9 +22,11 @@ class Stock:
         return False
 
 
-System = ReusePolicy | Stock
+System = ReusePolicy | Vanilla
 COPE = "_cope"  # behind a policy's name: the same policy on the model's CoPE adapter
-STOCK = {s.name: s for s in (Stock("vllm", "vLLM", False), Stock("vllm_prefix_cache", "vLLM, prefix cache", True))}
+VANILLA = {
+    s.name: s for s in (Vanilla("vllm", "vLLM", False), Vanilla("vllm_prefix_cache", "vLLM, prefix cache", True))
+}
 
 
 def on_cope(names: Iterable[str]) -> list[str]:
@@ -47,8 +49,8 @@ def resolve(names: Iterable[str], layer: int | None = None, share: float | None 
     """Load systems by name; `layer` is the common selection layer, `share` an equal share of recomputed rows."""
     out: list[System] = []
     for name in names:
-        if name in STOCK:
-            out.append(STOCK[name])
+        if name in VANILLA:
+            out.append(VANILLA[name])
             continue
         policy = policy_of(name)
         if layer is not None:
@@ -70,7 +72,7 @@ def first_look(policy: ReusePolicy, layer: int) -> int:
 
 def scalable(names: Iterable[str]) -> list[str]:
     """Those systems whose number of recomputed rows can be set: the ones an equal-share comparison is about."""
-    return [n for n in names if n not in STOCK and _rule(n, 0.5) != _rule(n, 0.25)]
+    return [n for n in names if n not in VANILLA and _rule(n, 0.5) != _rule(n, 0.25)]
 
 
 def to_scale(names: Iterable[str], share: float) -> list[str]:

@@ -15,7 +15,7 @@ from aiohttp import web
 from cacheslide.errors import ConfigError
 from harness.backends.http import server as client_server
 from harness.backends.http.load import closed_loop, open_loop
-from harness.backends.http.server import Server, ServerError, connector_command, engine_flags, stock_command
+from harness.backends.http.server import Server, ServerError, connector_command, engine_flags, vanilla_command
 from harness.backends.http.stream import Endpoint, Request
 from harness.backends.http.summary import no_speed, summarize_load
 from harness.load import Poisson
@@ -233,4 +233,4 @@ def test_command_lines():
     assert "--enforce-eager" not in engine_flags(EngineOptions(), "bfloat16")
     line = connector_command("m", {"store_gib": 2, "policy": "epic"}, flags)
     assert line[2:8] == ["cacheslide.cli.serve", "m", "--store-gib", "2", "--policy", "epic"]
-    assert "--no-enable-prefix-caching" in stock_command("m", False, flags)
+    assert "--no-enable-prefix-caching" in vanilla_command("m", False, flags)

@@ -14,7 +14,7 @@ from harness.configuration import check
 from harness.experiments.study import steps as study
 from harness.inventory import FIGURES, data_spec, figures_of, prompt_files
 from harness.plots import render
-from harness.systems import STOCK, recipes, resolve, scalable
+from harness.systems import VANILLA, recipes, resolve, scalable
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = ROOT / "workflows/schemas/config.schema.yaml"
@@ -106,7 +106,7 @@ def test_what_annotations_cannot_say_is_refused():
 
 
 def test_vllm_by_itself_reads_no_chunk_caches_and_scales_with_nothing():
-    systems = resolve(["recompute", *STOCK, "cacheslide"], layer=2, share=0.5)
+    systems = resolve(["recompute", *VANILLA, "cacheslide"], layer=2, share=0.5)
     assert [s.name for s in systems] == ["recompute", "vllm", "vllm_prefix_cache", "cacheslide"]
     assert list(recipes(systems)) == ["fixedchain_fixed_chain"]
-    assert scalable([*STOCK, "cacheslide"]) == ["cacheslide"]
+    assert scalable([*VANILLA, "cacheslide"]) == ["cacheslide"]

@@ -58,7 +58,9 @@ def test_gamma_is_held_against_live_gates_prompt_by_prompt():
 def test_the_headline_takes_the_slower_case_and_says_nothing_where_one_is_missing():
     ratios = {"16384_mean_0.5": 1.2, "16384_mean_0.01": 2.0, "16384_never": 3.0}
     prefill = {name: {"ratio_to_sdpa": x} for name, x in ratios.items()}
-    decode = {f"8x16384_{g}": {"ratio_to_stock": x} for g, x in zip(cope_kernels.SHIFTS, (1.1, 1.0, 1.3), strict=True)}
+    decode = {
+        f"8x16384_{g}": {"ratio_to_row_attention": x} for g, x in zip(cope_kernels.SHIFTS, (1.1, 1.0, 1.3), strict=True)
+    }
     found = cope_kernels.headline({"prefill": prefill, "decode": decode})
     assert list(found.values()) == [1.2, 3.0, 1.3]
     del prefill["16384_never"]["ratio_to_sdpa"], decode["8x16384_never"]

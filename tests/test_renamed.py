@@ -93,10 +93,11 @@ def test_a_calibration_of_before_is_read(tmp_path):
 
 
 def test_other_names_of_records():
-    assert renamed.record({"masses": True, "live_mass_std_by_layer": [1]}) == {
-        "slot_offsets": True,
-        "live_offset_std_by_layer": [1],
-    }
+    old = {"masses": True, "live_mass_std_by_layer": [1], "ratio_to_stock": 2.0, "stock": {"ms": 1.0}}
+    new = {"slot_offsets": True, "live_offset_std_by_layer": [1], "ratio_to_row_attention": 2.0, "stock": {"ms": 1.0}}
+    assert renamed.record(old) == new
+    engines = {"stock": {"ttft": [1.0]}, "plugin": {"ttft": [2.0]}}
+    assert renamed.record(engines) == {"vanilla": {"ttft": [1.0]}, "plugin": {"ttft": [2.0]}}
 
 
 @pytest.mark.vllm

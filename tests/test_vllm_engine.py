@@ -136,14 +136,14 @@ def path(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stock(path):
+def vanilla(path):
     """What vLLM without the connector says to both turns; run first, since a process has one connector."""
     with closing(Served(path, connector=False)) as engine:
         return [*engine.ask([FIRST, SECOND]), engine.plain(SECOND)]
 
 
 @pytest.fixture(scope="module")
-def served(path, stock):
+def served(path, vanilla):
     with closing(Served(path)) as engine:
         yield engine
 
@@ -234,9 +234,9 @@ def test_the_adapter_is_complete(served):
     check(served.worker.model)
 
 
-def test_requests_without_annotations_get_the_bits_of_stock_vllm(served, stock):
+def test_requests_without_annotations_get_the_bits_of_vanilla_vllm(served, vanilla):
     served.fresh()
-    for got, want in zip([*served.ask([FIRST, SECOND]), served.plain(SECOND)], stock, strict=True):
+    for got, want in zip([*served.ask([FIRST, SECOND]), served.plain(SECOND)], vanilla, strict=True):
         assert tokens(got) == tokens(want) and got.kv_transfer_params is None
         assert all(torch.equal(logprobs(got, i), logprobs(want, i)) for i in range(4))
 

@@ -1,6 +1,6 @@
 """CoPE inside vLLM against the same model with rotation: `python -m harness.experiments.cope.serving --out FILE`.
 
-Two engines of one shape, random weights, stand side by side and take turns: stock attention, and CoPE with random
+Two engines of one shape, random weights, stand side by side and take turns: vanilla attention, and CoPE with random
 position tables (the base's projections as they are). Measured are the time to first token of a prompt computed in full
 and of one completed by CacheSlide, and the time of a decoding step. With such weights gates are about 0.5, so that rows
 saturate after some 2 * p_max keys: a CoPE model whose gates are smaller is slower (`cope_kernels` has those times).

@@ -18,7 +18,7 @@ from cacheslide.errors import CacheSlideError, ModelError
 from cacheslide.models.weights import fingerprint
 from cacheslide.vllm.options import annotations_of
 from harness.backends.http.load import Load, closed_loop, open_loop
-from harness.backends.http.server import Server, connector_command, engine_flags, stock_command
+from harness.backends.http.server import Server, connector_command, engine_flags, vanilla_command
 from harness.backends.http.stream import Request
 from harness.backends.http.summary import no_speed, summarize_load
 from harness.backends.http.workload import Conversation, Shape
@@ -29,7 +29,7 @@ from harness.results.intervals import as_json
 from harness.results.provenance import file_hash, provenance
 from harness.results.records import write_json
 from harness.results.undisturbed import too_few
-from harness.systems import STOCK, resolve
+from harness.systems import VANILLA, resolve
 
 SCHEMA = "cacheslide.serving/1"
 BASELINE = "vllm"
@@ -83,7 +83,7 @@ def _server(plan: ServingPlan, device: str | None, system: str, log: Path) -> It
     if not list(Path(plan.model).glob("tokenizer*")):
         flags.append("--skip-tokenizer-init")
     if device is None:
-        command = stock_command(plan.model, STOCK[system].prefix_caching, flags)
+        command = vanilla_command(plan.model, VANILLA[system].prefix_caching, flags)
     else:
         store = {"store_gib": options.store_gib, "store_device": device, "encode": "now"}
         cut = {"chunk_size": plan.chunk_size, "suffix_len": plan.suffix_len}
@@ -120,7 +120,7 @@ def _request(
     plan: ServingPlan, condition: Condition, conversation: Conversation, client: int, turn: int, output: int
 ) -> Request:
     prompt, params = conversation.turn(turn), None
-    if condition.system not in STOCK:
+    if condition.system not in VANILLA:
         asked = {"policy": condition.system, "recompute_ratio": condition.share, "layer": plan.layer}
         prompt = resolve([condition.system])[0].transform(prompt)
         params = annotations_of(prompt, **{name: value for name, value in asked.items() if value is not None})

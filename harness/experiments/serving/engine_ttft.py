@@ -168,12 +168,12 @@ def _cell(engine, prompts: Prompts, systems: list[str], batch: int, args: argpar
     return {s: (found[s], failed.get(s)) for s in systems}
 
 
-def overhead(stock, plugged, args: argparse.Namespace, write) -> None:
+def overhead(vanilla, plugged, args: argparse.Namespace, write) -> None:
     """Plain requests on an engine without and one with the connector, in turns: TTFT, and time of a decode batch."""
     from cacheslide.vllm.offline import ask
 
     prompts = Prompts(args.plain_tokens, args.vocabulary, seed=7)
-    engines = {"stock": stock, "plugin": plugged}
+    engines = {"vanilla": vanilla, "plugin": plugged}
     runs: dict[str, dict[str, list[float]]] = {name: {"ttft": [], "decode": []} for name in engines}
     quiet, watch = [], None
     for turn in range(args.warmups + args.plain_repeats):
@@ -224,7 +224,7 @@ def measure(args: argparse.Namespace, write) -> None:
         plugged = open_engine(model, connector, **options)
         opened.append(plugged)
         write({"kind": "engine"} | described(plugged))
-        if args.stock:
+        if args.vanilla:
             opened.append(open_engine(model, None, **options))
             overhead(opened[1], plugged, args, write)
             close_engine(opened.pop())
@@ -268,7 +268,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--warmups", type=int, default=1)
     p.add_argument("--warm-tokens", type=int, default=150_000, help="no warm-ups in cells of more prompt tokens")
     p.add_argument("--answer-tokens", type=int, default=1, help="2 under tensor parallelism")
-    p.add_argument("--stock", action="store_true", help="compare plain requests with an engine without the connector")
+    p.add_argument("--vanilla", "--stock", action="store_true", help="time plain requests without the connector too")
     p.add_argument("--plain-tokens", type=int, default=8192)
     p.add_argument("--plain-decode", type=int, default=64)
     p.add_argument("--plain-repeats", type=int, default=10)

@@ -9,7 +9,7 @@ from typing import Any
 from cacheslide.errors import ConfigError, ModelError
 from harness.backends.in_process import EngineOptions
 from harness.inventory import read_config
-from harness.systems import STOCK, resolve, scalable
+from harness.systems import VANILLA, resolve, scalable
 
 _LISTS = {"systems": str, "tokens": int, "batches": int, "shares": float, "store_devices": str, "rates": float}
 
@@ -81,9 +81,9 @@ class ServingPlan:
     def servers(self) -> Iterator[tuple[str | None, list[str]]]:
         """Every server to start: the device of its chunk store (None: vLLM by itself), and its systems."""
         for name in self.systems:
-            if name in STOCK:
+            if name in VANILLA:
                 yield None, [name]
-        annotated = [name for name in self.systems if name not in STOCK]
+        annotated = [name for name in self.systems if name not in VANILLA]
         for device in self.store_devices if annotated else ():
             yield device, annotated
 

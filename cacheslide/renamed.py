@@ -11,6 +11,7 @@ from typing import Any
 REQUEST = {"share": "recompute_ratio"}
 SERVER = {"rows_per_step": "tokens_per_step"}
 CONFIGURATION = {"topk": "recompute_ratio"}
+CONFIGURED_TURNS = {"kept": "retained"}  # in `agents.turns`
 RECEIPT = {
     "rows": "tokens",
     "rows_reused": "tokens_reused",
@@ -23,6 +24,9 @@ RECORD = {
     "masses": "slot_offsets",
     "live_mass_std_by_layer": "live_offset_std_by_layer",
     "stock": "vanilla",
+    "nothing_kept": "nothing_retained",
+    "kept_on_model": "retained_on_model",
+    "kept_on_cpu": "retained_on_cpu",
     "ratio_to_stock": "ratio_to_row_attention",
     "cope_decode_vs_stock": "cope_decode_vs_row_attention",
 }

@@ -44,9 +44,9 @@ def _check(config: MutableMapping[str, Any], rules: Mapping[str, Any]) -> None:
         config.setdefault("vllm", {})
     elif "vllm" in config:
         raise ConfigError("vllm: these keys need backend: vllm; config/README.md lists every key")
-    for old, new in renamed.CONFIGURATION.items():
-        if old in config:  # from a file, or from Snakemake's --config over a file's new name
-            config[new] = config.pop(old)
+    _rename(config, renamed.CONFIGURATION)
+    agents = config.get("agents")
+    _rename(agents.get("turns") if isinstance(agents, dict) else None, renamed.CONFIGURED_TURNS)
     if (error := best_match(Draft202012Validator(rules).iter_errors(config))) is not None:
         where = ".".join(str(step) for step in error.absolute_path) or "the file"
         reason = error.message if len(error.message) <= LONGEST // 2 else f"{error.message[: LONGEST // 2]}…"
@@ -69,9 +69,15 @@ def _check(config: MutableMapping[str, Any], rules: Mapping[str, Any]) -> None:
         _check_agents(config["agents"])
 
 
+def _rename(part: Any, names: Mapping[str, str]) -> None:
+    for old, new in names.items():
+        if isinstance(part, dict) and old in part:  # from a file, or from Snakemake's --config over a file's new name
+            part[new] = part.pop(old)
+
+
 def _check_agents(agents: Mapping[str, Any]) -> None:
     for part in (agents, *(v for v in agents.values() if isinstance(v, dict) and "systems" in v)):
-        for system in [*part["systems"], *part.get("kept", ())]:
+        for system in [*part["systems"], *part.get("retained", ())]:
             if system not in policy_names():
                 raise ConfigError(f"agents: unknown system {system!r}; installed are {', '.join(policy_names())}")
 

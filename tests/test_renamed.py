@@ -54,6 +54,10 @@ def test_a_server_and_a_configuration_too(tmp_path):
     config["topk"] = 0.5  # `snakemake --config topk=0.5` over a file that has today's name
     check(config, ROOT / "workflows/schemas/config.schema.yaml")
     assert config["recompute_ratio"] == 0.5
+    turns = config["agents"]["turns"]
+    turns["kept"] = turns.pop("retained")
+    check(config, ROOT / "workflows/schemas/config.schema.yaml")
+    assert turns["retained"] == ["naive_reuse"] and "kept" not in turns
 
 
 def test_a_receipt_is_read_by_old_clients_and_by_new_ones():

@@ -142,7 +142,7 @@ def test_a_batch_beside_ordinary_requests(served):
     assert not served.scheduler.tracked and not served.scheduler.running
 
 
-def test_history_is_kept_though_the_next_step_was_planned_already(served, path):
+def test_history_is_retained_though_the_next_step_was_planned_already(served, path):
     """The pool holds little more than one request: blocks change hands while the finished one is still in flight."""
     reference = ReferenceLlama.from_pretrained(path)
     cos, sin = served.worker.model.layers[0].self_attn.rotary_emb.cos_sin_cache.chunk(2, dim=-1)
@@ -153,9 +153,9 @@ def test_history_is_kept_though_the_next_step_was_planned_already(served, path):
     kinds = []
     for turn in range(5):
         got, ids = talk.say(beside=waiting)
-        kept = got["history"]
-        kinds.append(kept["generation"] if kept["from"] == "blocks" else "anew")
+        retained = got["history"]
+        kinds.append(retained["generation"] if retained["from"] == "blocks" else "anew")
         assert got["chunks_hit"] == (got["chunks"] if turn else 0)
         if kinds[-1] in (0, "anew"):
-            assert_exact(served, reference, ids, kept["start"], kept["end"])
+            assert_exact(served, reference, ids, retained["start"], retained["end"])
     assert kinds == [0, 1, 2, "anew", 1]

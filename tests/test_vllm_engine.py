@@ -554,8 +554,10 @@ def test_a_small_store_evicts_and_stays_bounded(served, monkeypatch):
 def test_encoding_later_happens_in_a_following_step(served):
     served.fresh()
     served.one(FIRST, 1, encode="later")
-    assert len(served.scheduler.keeper.jobs) == 1 and served.core.scheduler.has_requests()  # a server goes on stepping
+    assert (
+        len(served.scheduler.retention.jobs) == 1 and served.core.scheduler.has_requests()
+    )  # a server goes on stepping
     served.core.step_fn()
-    assert not served.scheduler.keeper.jobs and not served.core.scheduler.has_requests()
+    assert not served.scheduler.retention.jobs and not served.core.scheduler.has_requests()
     served.poison()
     assert receipt(served.one(SECOND))["chunks_hit"] > 0

@@ -72,7 +72,7 @@ INNER_ROUNDS = [  # a store that lies, a plan of another, a run that fails half-
     pytest.param("scheduler.planner:_member", "always", marks=pytest.mark.fault("family")),
     pytest.param("cacheslide.vllm.worker.ranks.TeamPrefill:compute", "once"),
     pytest.param("worker.store:put", "late"),
-    pytest.param("scheduler.keeper:reserve", "late"),
+    pytest.param("scheduler.retention:reserve", "late"),
 ]
 
 
@@ -107,7 +107,7 @@ def test_a_guard_counts_and_speaks_once(caplog):
     class Guarded:
         faults = Faults()
 
-        @survives("keep", lambda self, x: x[1], last="last")
+        @survives("retain", lambda self, x: x[1], last="last")
         def first(self, x):
             return x[0]
 
@@ -116,12 +116,12 @@ def test_a_guard_counts_and_speaks_once(caplog):
     with caplog.at_level("ERROR", "vllm.cacheslide"):
         assert guarded.first({1: "other"}) == "other"  # KeyError, then what stands in for it
         assert guarded.first({2: 0}) == guarded.first({}) == "last"
-    assert guarded.faults.total == {"keep": 5}
-    assert len(caplog.records) == 1 and "KeyError" in caplog.text and "wait to be kept" in caplog.text
-    assert guarded.faults.take() == {"faults.keep": 5} and guarded.faults.take() == {}
-    stats = ReuseStats(data={"faults.keep": 1})
-    stats.count({"faults.keep": 5})
-    assert stats.reduce() == {"faults.keep": 6}
+    assert guarded.faults.total == {"retain": 5}
+    assert len(caplog.records) == 1 and "KeyError" in caplog.text and "wait to be retained" in caplog.text
+    assert guarded.faults.take() == {"faults.retain": 5} and guarded.faults.take() == {}
+    stats = ReuseStats(data={"faults.retain": 1})
+    stats.count({"faults.retain": 5})
+    assert stats.reduce() == {"faults.retain": 6}
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
@@ -129,7 +129,7 @@ def test_a_guard_does_not_hold_up_the_end(stop):
     class Guarded:
         faults = Faults()
 
-        @survives("keep")
+        @survives("retain")
         def first(self):
             raise stop
 

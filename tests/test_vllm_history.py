@@ -1,4 +1,4 @@
-"""Generated text as the next turn's history: kept where its KV lies, or encoded anew; generations rise and fall."""
+"""Generated text as the next turn's history: retained where its KV lies, or encoded anew; generations rise and fall."""
 
 from contextlib import closing
 
@@ -19,7 +19,7 @@ from tests.test_vllm_engine import CHUNK, SHAPE, Served, assert_same, logprobs, 
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_environment")]
 
-LIMIT = 2  # generations kept
+LIMIT = 2  # generations retained
 BLOCKS = 12  # of 32 tokens: what a request leaves is taken by the next ones at once
 
 
@@ -74,8 +74,8 @@ class Talk:
             self.served.core.step_fn()
         got = receipt(output)
         ids = prompt.token_ids + tuple(output.outputs[0].token_ids)
-        kept = got["history"]
-        assert (kept["start"], kept["end"]) == (start, len(ids) - 1)
+        retained = got["history"]
+        assert (retained["start"], retained["end"]) == (start, len(ids) - 1)
         self.pieces.append(ids[start : len(ids) - 1])
         self.open = ids[-1:]
         self.turn += 1
@@ -97,7 +97,7 @@ def assert_exact(served, reference, ids, start: int, end: int) -> None:
 
 
 @pytest.mark.parametrize("system", ["naive_reuse", "cacheslide_first_turn"])
-def test_kept_history_is_hit_and_its_generation_rises_until_it_is_encoded_anew(served, reference, system):
+def test_retained_history_is_hit_and_its_generation_rises_until_it_is_encoded_anew(served, reference, system):
     served.fresh()
     talk = Talk(served, policy=system)
     generations = []
@@ -105,10 +105,10 @@ def test_kept_history_is_hit_and_its_generation_rises_until_it_is_encoded_anew(s
         expected = 1 + sum(-(-len(p) // CHUNK) for p in talk.pieces)
         got, ids = talk.say()
         assert got["chunks"] == expected and got["chunks_hit"] == (expected if turn else 0)
-        kept = got["history"]
-        generations.append(kept["generation"] if kept["from"] == "blocks" else "anew")
+        retained = got["history"]
+        generations.append(retained["generation"] if retained["from"] == "blocks" else "anew")
         if generations[-1] in (0, "anew"):
-            assert_exact(served, reference, ids, kept["start"], kept["end"])
+            assert_exact(served, reference, ids, retained["start"], retained["end"])
         held = {key: served.worker.store.get(key).generation for key in served.scheduler.index._sizes}
         assert held == {key: served.scheduler.index.generation(key) for key in held}
         assert max(held.values()) <= LIMIT and (generations[-1] != "anew" or not any(held.values()))
@@ -182,14 +182,17 @@ def test_history_is_copied_before_the_next_step_gives_its_blocks_away(served, re
     waiting = [Prompt.from_spans(random_ids(250, 300 + i), []) for i in range(3)]
     seen = []
     begin = served.worker.begin
-    served.worker.begin = lambda step: (seen.append((step.keeps, served.scheduler.running.copy())), begin(step))[1]
+    served.worker.begin = lambda step: (
+        seen.append((step.history_saves, served.scheduler.running.copy())),
+        begin(step),
+    )[1]
     try:
         got, ids = talk.say(beside=waiting)
     finally:
         del served.worker.begin
-    [(keeps, running)] = [(keeps, running) for keeps, running in seen if keeps]
+    [(saves, running)] = [(saves, running) for saves, running in seen if saves]
     taken = served.core.scheduler.kv_cache_manager
-    assert keeps[0].block_ids and running  # another request was given blocks in the step that copies
+    assert saves[0].block_ids and running  # another request was given blocks in the step that copies
     assert taken.block_pool.num_gpu_blocks == BLOCKS
     assert_exact(served, reference, ids, got["history"]["start"], got["history"]["end"])
 
@@ -197,7 +200,7 @@ def test_history_is_copied_before_the_next_step_gives_its_blocks_away(served, re
 def test_a_limit_of_nought_keeps_no_corrected_kv(served, reference, monkeypatch):
     served.fresh()
     options = type(served.scheduler.options)(**{**vars(served.scheduler.options), "max_generation": 0})
-    monkeypatch.setattr(served.scheduler.keeper, "options", options)
+    monkeypatch.setattr(served.scheduler.retention, "options", options)
     talk = Talk(served, policy="naive_reuse")
     kinds = [talk.say()[0]["history"]["from"] for _ in range(3)]
     assert kinds == ["blocks", "encode", "encode"]
@@ -227,7 +230,7 @@ def test_a_prefix_cache_policy_copies_exact_rows_without_ageing(served, referenc
     torch.testing.assert_close(logprobs(two), logprobs(served.plain(second)), atol=1e-4, rtol=1e-4)
 
 
-def test_nothing_is_kept_of_what_was_not_generated(served):
+def test_nothing_is_retained_of_what_was_not_generated(served):
     served.fresh()
     talk = Talk(served, policy="recompute")
     prompt, start = talk.prompt()
@@ -243,4 +246,8 @@ def test_nothing_is_kept_of_what_was_not_generated(served):
     engine.add_request("gone", {"prompt_token_ids": list(prompt.token_ids)}, params)
     engine.abort_request(["gone"])
     engine.step()
-    assert not served.scheduler.keeper.keeps and not served.scheduler.keeper.jobs and not served.scheduler.running
+    assert (
+        not served.scheduler.retention.history_saves
+        and not served.scheduler.retention.jobs
+        and not served.scheduler.running
+    )

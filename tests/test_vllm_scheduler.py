@@ -141,7 +141,7 @@ def test_history_leaves_with_the_next_step_that_is_planned():
     scheduler.claim(asked, 0)
     scheduler.allocated(asked, 0)
     scheduler.step(step_output({"r": len(TURN)}, {"r": 0}))
-    assert not scheduler.step(step_output({"r": 1}, {"r": len(TURN)})).keeps
+    assert not scheduler.step(step_output({"r": 1}, {"r": len(TURN)})).history_saves
     receipt = scheduler.finish(finished(asked, 30), [7, 8, 9])
     assert receipt["history"] == {
         "start": len(TURN) - 5,
@@ -149,11 +149,11 @@ def test_history_leaves_with_the_next_step_that_is_planned():
         "generation": 0,
         "from": "blocks",
     }
-    assert all(key in scheduler.index for plan in scheduler.keeper.keeps for key, _ in plan.chunks)
-    [keep] = scheduler.step(step_output({}, {})).keeps
-    rows = [(chunk.start, chunk.end) for _, chunk in keep.chunks]
-    assert keep.block_ids == [7, 8, 9] and rows[0][0] == len(TURN) - 5 and rows[-1][1] == len(TURN) + 29
-    assert not scheduler.step(step_output({}, {})).keeps
+    assert all(key in scheduler.index for plan in scheduler.retention.history_saves for key, _ in plan.chunks)
+    [save] = scheduler.step(step_output({}, {})).history_saves
+    rows = [(chunk.start, chunk.end) for _, chunk in save.chunks]
+    assert save.block_ids == [7, 8, 9] and rows[0][0] == len(TURN) - 5 and rows[-1][1] == len(TURN) + 29
+    assert not scheduler.step(step_output({}, {})).history_saves
 
 
 def test_a_prompt_that_spans_were_found_in_is_planned_with_them():
@@ -187,7 +187,7 @@ def test_a_family_decides_once_and_later_members_follow():
     scheduler.finish(first)
     follower = member(scheduler, "follower", 3)
     tracked = scheduler.tracked["follower"]
-    assert tracked.follows and not tracked.exact and tracked.kept and tracked.rows == len(TURN)
+    assert tracked.follows and not tracked.exact and tracked.retained and tracked.rows == len(TURN)
     assert scheduler.claim(follower, len(TURN) // 16 * 16) == 0  # its rows are there
     assert scheduler.finish(follower)["chunks_hit"] == 0 and scheduler.stats.data["requests"] == 1
     lost = member(scheduler, "lost", 5)
@@ -246,9 +246,9 @@ def test_jobs_wait_for_a_later_step_keep_the_budget_and_are_not_doubled():
         scheduler.claim(r, 0)
     rows = {r.request_id: len(TURN) for r in asked}
     assert not scheduler.step(step_output(rows, dict.fromkeys(rows, 0))).encodes
-    assert len(scheduler.keeper.jobs) == 2
+    assert len(scheduler.retention.jobs) == 2
     kinds = []
-    while scheduler.keeper.jobs:
+    while scheduler.retention.jobs:
         [job] = scheduler.step(step_output({}, {})).encodes
         kinds.append(job.encoding.name)
     assert kinds == ["fixed_chain", "isolated"] and len(scheduler.index) == 2 * len(TURN.chunks(16))

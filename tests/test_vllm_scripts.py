@@ -109,6 +109,6 @@ def test_an_agent_reuses_what_it_retrieved_and_said(script, system):
     for before, now in pairwise(turns):
         assert now["receipt"]["chunks_hit"] > before["receipt"]["chunks_hit"] or not before["turn"]
         assert now["receipt"]["tokens_reused"] > 0 and now["prompt_tokens"] > before["prompt_tokens"]
-    kept = [t["receipt"]["history"] for t in turns]
-    assert {k["from"] for k in kept} == ({"encode"} if system == "cacheslide" else {"blocks"})
+    retained = [t["receipt"]["history"] for t in turns]
+    assert {k["from"] for k in retained} == ({"encode"} if system == "cacheslide" else {"blocks"})
     assert "f1" in turns[-1] and result["summary"]["questions"] == 1 and len(result["summary"]["ttft_s_by_turn"]) == 4

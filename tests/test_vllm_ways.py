@@ -271,7 +271,7 @@ def test_searches_of_different_prompts_and_annotations_run_together(fresh):
         assert got.receipt == want.receipt or got.receipt["tokens_prefix_cached"]
     exact = alone[4].receipt
     assert "reuses nothing" in exact["fallback"] and exact["beams"]["completed_by_reuse"] == 0
-    assert alone[3].receipt["history"] is None and "keeps no history" in alone[3].receipt["note"]
+    assert alone[3].receipt["history"] is None and "retains no history" in alone[3].receipt["note"]
     assert alone[2].receipt["chunks_hit"] > 0 and alone[2].receipt["beams"]["completed_by_reuse"] == 1
     with pytest.raises(VLLMValidationError, match="is not in the prompt"):
         searched(fresh, (joined(1), {"separator": "@@"}))

@@ -86,7 +86,7 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
         self.scheduler.settle(scheduler_output, step)
 
     def _lost_worker_report(self, connector_output) -> None:
-        self.scheduler.keeper.unsettled = True
+        self.scheduler.retention.unsettled = True
 
     @survives("update_connector_output", _lost_worker_report)
     def update_connector_output(self, connector_output) -> None:
@@ -105,7 +105,7 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
     @survives("has_pending_push_work", last=False)
     def has_pending_push_work(self) -> bool:
         """Keeps an idle engine stepping while chunks wait to be encoded or copied."""
-        return self.scheduler.keeper.pending
+        return self.scheduler.retention.pending
 
     @survives("get_kv_connector_stats")
     def get_kv_connector_stats(self) -> ReuseStats | None:

@@ -45,7 +45,7 @@ class ServerOptions:
     namespace : str
         Part of every chunk key of this server.
     store_gib : float
-        Chunk KV kept per worker; the least recently used chunks leave first.
+        Chunk KV retained per worker; the least recently used chunks leave first.
     store_device : str
         "cpu" (host memory, pinned beside a GPU) or "model" (the model's own device).
     encode : str
@@ -62,7 +62,8 @@ class ServerOptions:
     span_tokens, spans_known : int
         Average size of such a span in tokens, and how many spans are remembered.
     max_generation : int
-        Corrected KV of generated text is kept up to this generation, and encoded exactly beyond it; 0: never kept.
+        Corrected KV of generated text is retained up to this generation, and encoded exactly beyond it; 0: never
+        retained.
     store : str or dict
         Storage tiers under the workers' memory: a `StoreConfig` or CrossCache's configuration, as a JSON file's path or
         parsed. It also gives `chunk_size`, `store_gib` and `store_device` where those are not given themselves.
@@ -236,7 +237,7 @@ class Annotations:
         if not fits or not _is_count(family["rows"]) or not 1 <= family["rows"] < ROW:
             raise PromptError(f"{FIELD}: family must be an object of name and rows, not {shown(family)}")
         if self.history is not None:
-            raise PromptError(f"{FIELD}: what a family generates is not kept: give no history")
+            raise PromptError(f"{FIELD}: what a family generates is not retained: give no history")
 
     def system(self, default: str) -> ReusePolicy:
         """The reuse policy asked for, `default` where the request names none."""

@@ -52,7 +52,7 @@ class SavePlan:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """Prefill and keep the chunks of a plan that are missing, exactly, in the context of their encoding.
+    """Prefill and retain the chunks of a plan that are missing, exactly, in the context of their encoding.
 
     With `renew` corrected copies of its chunks count as missing.
     """
@@ -92,9 +92,9 @@ class FetchPlan:
 class StepPlan(KVConnectorMetadata):
     """One step's work, in the order in which it must happen: forget, save, load, (forward), save, encode, take in.
 
-    `keeps` are chunks of requests that have finished: their blocks may be given away in this very step. Reads of
-    `fetches` start first of all and are taken into memory when they end, after a step's loads: what a fetch evicts may
-    still be loaded in its step. `drops` were read by some ranks and could not be by others. An `idle` step has no
+    `history_saves` are chunks of requests that have finished: their blocks may be given away in this very step. Reads
+    of `fetches` start first of all and are taken into memory when they end, after a step's loads: what a fetch evicts
+    may still be loaded in its step. `drops` were read by some ranks and could not be by others. An `idle` step has no
     forward: the workers may wait a little for reads instead of spinning. `slots` are the rows of the forward that a
     calibrated CoPE model may have to treat in its own way. `failed` are blocks, by request, with rows that were claimed
     and cannot be loaded. `index`, where the workers' chunks may differ from the scheduler's index: all keys it has room
@@ -105,7 +105,7 @@ class StepPlan(KVConnectorMetadata):
     fetches: list[FetchPlan] = field(default_factory=list)
     drops: list[ChunkKey] = field(default_factory=list)
     idle: bool = False
-    keeps: list[SavePlan] = field(default_factory=list)
+    history_saves: list[SavePlan] = field(default_factory=list)
     loads: list[LoadPlan] = field(default_factory=list)
     saves: list[SavePlan] = field(default_factory=list)
     encodes: list[EncodeJob] = field(default_factory=list)

@@ -124,7 +124,7 @@ class DocumentReader(Agent):
 
     Slots: system, observation (updated: what the last command printed), record (fixed, growing: documents and what was
     asked and written, in order), question (updated). The record holds the model's own words exactly as they were
-    generated, so that their KV can be kept. Tools read the example's own documents; no code is run.
+    generated, so that their KV can be retained. Tools read the example's own documents; no code is run.
 
     Parameters
     ----------

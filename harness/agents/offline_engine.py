@@ -1,4 +1,4 @@
-"""vLLM in this process as a completer: fixed spans are annotated, and what a session generated is kept as history."""
+"""vLLM in this process as a completer: fixed spans are annotated, what a session generated is retained as history."""
 
 import re
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class OfflineEngine:
     """Serves agents on `harness.backends.scripted.Engine`, one request at a time.
 
     Prompts of the shape head, updated text, fixed text, question, whose history is what was asked and generated word
-    for word, have their generated KV kept (`Turns`). Any other template has its fixed segments annotated, no more.
+    for word, have their generated KV retained (`Turns`). Any other template has its fixed segments annotated, no more.
     """
 
     def __init__(self, engine: Engine, system: str, stop_ids: Sequence[int] = ()) -> None:

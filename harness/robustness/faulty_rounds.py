@@ -201,7 +201,7 @@ class Rounds:
     def _rest(self, out: Outcome) -> None:
         """After the requests nothing of them is left, and the index names what the worker holds."""
         self._idle()
-        self.scheduler.keeper.unsettled = True
+        self.scheduler.retention.unsettled = True
         until = time.monotonic() + LIMIT_S
         ask(self.engine, [Case("last", [5, 6, 7])])
         while self.scheduler.storage_tier.coming and time.monotonic() < until:

@@ -15,7 +15,7 @@ from cacheslide.vllm.frontend.admission import Limits, Resolved, admit, serves
 from cacheslide.vllm.frontend.intake import fitted, retold
 from cacheslide.vllm.options import FIELD
 
-_NO_HISTORY = "a beam search keeps no history"
+_NO_HISTORY = "a beam search retains no history"
 
 
 def start_search(
@@ -74,7 +74,7 @@ class Search:
     ) -> None:
         self.prompt, self.max_tokens, self.requests, self.completed = prompt, max_tokens, 0, 0
         self.receipt: dict[str, Any] | None = None
-        self._keeps_history = annotations.get("history") is not None
+        self._retains_history = annotations.get("history") is not None
         family = {"name": uuid4().hex, "rows": len(prompt["prompt_token_ids"])}
         self._params = {**params, FIELD: Resolved({**annotations, "history": None, "family": family})}
 
@@ -100,6 +100,6 @@ class Search:
         if self.receipt is None:
             return None
         said = self.receipt | {"beams": {"requests": self.requests, "completed_by_reuse": self.completed}}
-        if self._keeps_history:
+        if self._retains_history:
             said |= {"history": None, "note": "; ".join(x for x in (said.get("note"), _NO_HISTORY) if x)}
         return {FIELD: said}

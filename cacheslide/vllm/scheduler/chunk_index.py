@@ -8,7 +8,7 @@ from cacheslide.errors import StoreError
 
 
 class ChunkIndex:
-    """Authoritative: workers keep and drop exactly what it says, in the order it says it.
+    """Authoritative: workers retain and drop exactly what it says, in the order it says it.
 
     A chunk that is being read from storage has its room but is not "in" the index before it is loaded. Chunks under a
     lease stay until the request that waits with them has used them.
@@ -37,7 +37,7 @@ class ChunkIndex:
         return list(self._sizes)
 
     def has_room(self, key: ChunkKey) -> bool:
-        """Whether the workers keep the chunk, or will when it is loaded."""
+        """Whether the workers hold the chunk, or will when it is loaded."""
         return key in self._sizes
 
     def touch(self, keys) -> None:

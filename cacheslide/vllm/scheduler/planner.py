@@ -36,7 +36,7 @@ class Planner:
                 self._plan(request, annotations) if annotations.family is None else self._member(request, annotations)
             )
         except CacheSlideError as wrong:
-            return Tracked(request.num_prompt_tokens, "", reason=str(wrong), kept=True)
+            return Tracked(request.num_prompt_tokens, "", reason=str(wrong), retained=True)
 
     def clear(self) -> None:
         """Forget what earlier requests held."""

@@ -51,7 +51,7 @@ class Tracked:
     history: int | None = None  # rows from here on are fixed text of the next turn
     generation: int = 0  # the highest one of the chunks it reuses
     note: str = ""
-    kept: bool = False
+    retained: bool = False
     start: int = 0  # rows before it come from vLLM's prefix cache
     reuse: tuple[tuple[ChunkKey, Chunk], ...] = ()
     loading: bool = False
@@ -96,13 +96,13 @@ class Family:
         if self.plan.slots is None:
             return None
         return replace(
-            self.plan, block_ids=[], kept=True, follows=True, family=self, reason=AS_FAMILY, storage=FromStorage()
+            self.plan, block_ids=[], retained=True, follows=True, family=self, reason=AS_FAMILY, storage=FromStorage()
         )
 
     def join(self, request) -> Tracked:
         """What is tracked of a later member, whose vLLM `request` looks up the family's blocks from now on."""
         member = replace(
-            self.plan, block_ids=[], exact=False, kept=True, follows=True, family=self, storage=FromStorage()
+            self.plan, block_ids=[], exact=False, retained=True, follows=True, family=self, storage=FromStorage()
         )
         if member.schema:
             request.skip_reading_prefix_cache = False  # all its blocks are the family's, at the schema's positions

@@ -15,7 +15,7 @@ class Half(Protocol):
     tracked: dict[str, Tracked]
     prefilling: dict[str, Any]
     box: dict[str, Any]
-    keeper: Any
+    retention: Any
     rows_planned: int
     block_size: int
 
@@ -40,12 +40,12 @@ def give_up(side: Half, request: Any, entry: str) -> None:
     side.box.pop(req_id, None)
     if tracked is None:
         if annotated(request):
-            side.tracked[req_id] = Tracked(request.num_prompt_tokens, "", reason=reason(entry), kept=True)
+            side.tracked[req_id] = Tracked(request.num_prompt_tokens, "", reason=reason(entry), retained=True)
         return
     tracked.reason, tracked.receipt, tracked.reuse, tracked.loading = reason(entry), None, (), False
     tracked.exact = not tracked.follows
     if tracked.slots is not None:  # live gates: what it computes is not what the keys of its chunks say
-        tracked.slots, tracked.kept = None, True
+        tracked.slots, tracked.retained = None, True
     if tracked.family is not None:
         tracked.family.reason = tracked.reason
     side.release(tracked)
@@ -78,7 +78,7 @@ def finish_anyhow(side: Half, request: Any) -> dict[str, Any] | None:
 def unplanned(side: Half, output: Any, step: StepPlan) -> None:
     """`step` broke off: requests whose rows need slots and are not in it have failed; all else can wait."""
     side.rows_planned = 0
-    side.keeper.drop_work()
+    side.retention.drop_work()
     done, state = {rows.block_ids for rows in step.slots}, output.kv_connector_block_state
     for req_id in [r for r in side.prefilling if r in output.num_scheduled_tokens]:
         tracked = side.tracked.get(req_id)
@@ -97,6 +97,6 @@ def cannot(side: Half, req_id: str, step: StepPlan) -> None:
     tracked = side.tracked.get(req_id)
     if tracked is None:
         return
-    tracked.loading, tracked.kept = False, True
+    tracked.loading, tracked.retained = False, True
     if tracked.slots is not None:
         step.failed[req_id] = tracked.block_ids[tracked.slots.bounds[0][1] // side.block_size :]

@@ -1,4 +1,4 @@
-"""The scheduler's half: what each annotated request reuses, what is kept of it, and what its receipt says."""
+"""The scheduler's half: what each annotated request reuses, what is retained of it, and what its receipt says."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,14 +11,14 @@ from cacheslide.vllm.options import ServerOptions
 from cacheslide.vllm.protocol import StepPlan, WorkerReport
 from cacheslide.vllm.receipt_channel import close_box, open_box
 from cacheslide.vllm.scheduler import reasons
-from cacheslide.vllm.scheduler.history import keep_history
+from cacheslide.vllm.scheduler.history import retain_history
 from cacheslide.vllm.scheduler.load_plans import computed_rows, load_plan
 from cacheslide.vllm.scheduler.metrics import ReuseStats
 from cacheslide.vllm.scheduler.planner import Planner
 from cacheslide.vllm.scheduler.prefix_cache import key_apart, shares_unfilled_blocks
 from cacheslide.vllm.scheduler.receipts import forecast, tiers_of
 from cacheslide.vllm.scheduler.request_state import Tracked
-from cacheslide.vllm.scheduler.retention import ChunkKeeper
+from cacheslide.vllm.scheduler.retention import ChunkRetention
 from cacheslide.vllm.scheduler.setbacks import cannot, give_up
 from cacheslide.vllm.scheduler.storage import StorageTierView
 
@@ -31,11 +31,11 @@ class SchedulerSide:
         self.block_size = vllm_config.cache_config.block_size
         self.engine_id = vllm_config.kv_transfer_config.engine_id
         self.box = open_box(self.engine_id)
-        self.keeper = ChunkKeeper(options, geometry)
-        self.index, self.storage_tier = self.keeper.index, None
+        self.retention = ChunkRetention(options, geometry)
+        self.index, self.storage_tier = self.retention.index, None
         if (tiers := options.tiers) is not None:
             ranks = vllm_config.parallel_config.tensor_parallel_size
-            self.storage_tier = self.keeper.storage_tier = StorageTierView(
+            self.storage_tier = self.retention.storage_tier = StorageTierView(
                 tiers, options.namespace, ranks, self.index, geometry
             )
         self.tracked: dict[str, Tracked] = {}
@@ -157,8 +157,8 @@ class SchedulerSide:
         receipt |= {"store_failures": tracked.storage.failures} if tracked.storage.failures else {}
         receipt |= {"note": tracked.note} if tracked.note else {}
         if tracked.history is not None and tracked.plan is not None:
-            kept = self._survive("keep", keep_history, self.keeper, request, tracked, list(block_ids))
-            receipt |= {"history": kept}
+            retained = self._survive("retain", retain_history, self.retention, request, tracked, list(block_ids))
+            receipt |= {"history": retained}
         # A family is one request while its blocks last.
         if not tracked.follows or tracked.reuse or tracked.reason not in ("", reasons.AS_FAMILY):
             self.stats.record(receipt)
@@ -177,9 +177,9 @@ class SchedulerSide:
         """What the workers do in the step that `output` describes; planned into `step`, if one is given."""
         step = StepPlan() if step is None else step
         step.forget, self.forget, self.rows_planned = self.forget, False, 0
-        step.keeps, self.keeper.keeps = self.keeper.keeps, []
+        step.history_saves, self.retention.history_saves = self.retention.history_saves, []
         step.idle = not output.num_scheduled_tokens
-        waited = len(self.keeper.jobs)
+        waited = len(self.retention.jobs)
         for req_id in [r for r in self.prefilling if r in output.num_scheduled_tokens]:
             try:
                 self._plan(req_id, output, step)
@@ -187,10 +187,10 @@ class SchedulerSide:
                 self.faults.note("build_connector_meta", error)
                 cannot(self, req_id, step)
         try:
-            self.keeper.hand_out(step, waited, step.idle)
+            self.retention.hand_out(step, waited, step.idle)
         except Exception as error:
-            self.faults.note("keep", error)
-            self.keeper.drop_work()
+            self.faults.note("retain", error)
+            self.retention.drop_work()
         if self.storage_tier is not None:
             step.fetches, step.drops = self.storage_tier.take()
         return step
@@ -200,16 +200,16 @@ class SchedulerSide:
         try:
             return does(*args)
         except Exception as error:
-            self.keeper.unsettled = True
+            self.retention.unsettled = True
             self.faults.note(entry, error)
             return None
 
     def settle(self, output, step: StepPlan) -> None:
         """The plan is made: what was claimed for it and is not in it has failed; the index, where it is in doubt."""
         self.claims.settle(step, output)
-        if self.keeper.unsettled:
+        if self.retention.unsettled:
             step.index = {key: key in self.index for key in self.index.keys()}  # noqa: SIM118
-            self.keeper.unsettled = False
+            self.retention.unsettled = False
 
     def _plan(self, req_id: str, output, step: StepPlan) -> None:
         """One request's part of a step that computes rows of its prompt."""
@@ -225,9 +225,9 @@ class SchedulerSide:
             step.slots.append(SlotRows(tuple(tracked.block_ids), computed, end, tracked.slots))
         if end >= tracked.rows:
             del self.prefilling[req_id]
-            if not tracked.kept:
-                tracked.kept = True
-                self._survive("keep", self.keeper.keep, tracked, step)
+            if not tracked.retained:
+                tracked.retained = True
+                self._survive("retain", self.retention.retain, tracked, step)
 
     # --- what comes back -------------------------------------------------------------------------------------------
 
@@ -237,10 +237,10 @@ class SchedulerSide:
             if req_id in self.tracked:
                 self.tracked[req_id].receipt = receipt
             self.box.pop(req_id, None)
-        self.keeper.unsettled |= report.unsettled
+        self.retention.unsettled |= report.unsettled
         for key in report.missing:
             self.index.discard(key)
-            self.keeper.unsettled = True  # other ranks may hold it
+            self.retention.unsettled = True  # other ranks may hold it
         if self.storage_tier is not None:
             self._survive("look_up", self.storage_tier.on_worker_report, report)
 
@@ -256,7 +256,7 @@ class SchedulerSide:
         What the storage tier holds belongs to the weights that were loaded at first: keys of another name from here on.
         """
         self.forget, self.off = True, "reset_cache"
-        self.keeper.clear()
+        self.retention.clear()
         if self.storage_tier is not None:
             self.storage_tier.forget()
             self.planner.rename_model()

@@ -1,4 +1,4 @@
-"""A worker's chunks: an in-memory store that keeps and drops what the scheduler's index says."""
+"""A worker's chunks: an in-memory store that retains and drops what the scheduler's index says."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -59,8 +59,8 @@ class WorkerSide:
         """Beside a GPU: the host memory that chunks may take, pinned now rather than while requests wait."""
         if self.model.device.type != "cuda":
             return None
-        keeps = self.options.store_device == "cpu"
-        return PinnedMemory(pin(int(self.options.store_gib * GIB)) if keeps else None, self._stamp)
+        on_host = self.options.store_device == "cpu"
+        return PinnedMemory(pin(int(self.options.store_gib * GIB)) if on_host else None, self._stamp)
 
     def _stamp(self) -> "list[torch.cuda.Event]":
         """Events behind all work that may use chunks in host memory."""
@@ -95,7 +95,7 @@ class WorkerSide:
 
     @torch.inference_mode()
     def begin(self, step: StepPlan) -> None:
-        """Before anything writes to the cache in this step: keep what finished requests leave in their old blocks."""
+        """Before anything writes to the cache in this step: save what finished requests leave in their old blocks."""
         self.joined, self.encoded = False, 0
         offsets = self.model.slot_offsets
         if offsets is not None:
@@ -110,17 +110,17 @@ class WorkerSide:
             for fetch in step.fetches:
                 if not self._survive("on_loaded", self.storage_tier.fetch, fetch.key, fetch.ticket, fetch.tokens):
                     self.report.failed[fetch.key] = fetch.ticket, reason("on_loaded")
-        for plan in step.keeps:
+        for plan in step.history_saves:
             self._save(plan)
 
     def begin_nothing(self, step: StepPlan) -> None:
-        """In place of `begin`: what was to be kept or read is not here."""
+        """In place of `begin`: what was to be saved or read is not here."""
         self.joined, self.encoded, self.report.unsettled = False, 0, True
         if step.forget:
             self._forget()
         if self.model.slot_offsets is not None:
             self.model.slot_offsets.expect(step.slots, self.block_size)
-        self._not_saved(step.keeps)
+        self._not_saved(step.history_saves)
         self.report.failed |= {fetch.key: (fetch.ticket, reason("on_loaded")) for fetch in step.fetches}
 
     def _survive(self, entry: str, does: Callable[..., Any], *args: Any) -> bool:
@@ -186,7 +186,7 @@ class WorkerSide:
             self.report.missing.update(key for key, _ in plan.chunks)
 
     def _save(self, plan: SavePlan) -> None:
-        """Copy a plan's chunks, one by one: those that cannot be kept leave the index."""
+        """Copy a plan's chunks, one by one: those that cannot be retained leave the index."""
         self.drop(plan.evict)
         for key, chunk in plan.chunks:
             if key in self.unsure or not self._survive("wait_for_save", self._copy, plan, key, chunk):
@@ -208,13 +208,13 @@ class WorkerSide:
             held = [key not in self.unsure and self.store.contains(key) for key in job.plan.keys]
             together, *everywhere = self.team.agree([True, *held])
             if not together:
-                self._not_kept(job)
+                self._not_encoded(job)
                 continue
             missing = {key for key, there in zip(job.plan.keys, everywhere, strict=True) if not there}
             self.drop(missing)
             for part in job.parts():
                 if not missing.isdisjoint(part.plan.keys) and not self._survive("encode", self._encode, part):
-                    self._not_kept(part)
+                    self._not_encoded(part)
 
     def encode_nothing(self, step: StepPlan) -> None:
         """In place of `encode`: other ranks do not wait for this one, and what the index names is not here."""
@@ -222,7 +222,7 @@ class WorkerSide:
             self.encoded += 1
             self.drop(job.evict)
             self.team.agree([False] * (1 + len(job.plan.keys)))
-            self._not_kept(job)
+            self._not_encoded(job)
 
     def _encode(self, job: EncodeJob) -> None:
         encoder = ChunkEncoder(self.model, self.store, self.model.dtype, job.capture)
@@ -230,7 +230,7 @@ class WorkerSide:
         with self.team.unit(), self.model.running():
             encoder.encode(job.encoding, job.plan)
 
-    def _not_kept(self, job: EncodeJob) -> None:
+    def _not_encoded(self, job: EncodeJob) -> None:
         self.report.missing.update(k for k in job.plan.keys if k in self.unsure or not self.store.contains(k))
 
     def on_loaded(self, step: StepPlan) -> None:

@@ -39,8 +39,10 @@ def variants_of(config: Config, section: str) -> list[Variant]:
     if section == "windows":
         return plain + [v for w in own["windows"] for v in _padded(w)]
     if section == "turns":
-        kept = resolve(own["kept"], layer=agents["layer"])
-        return plain + [Variant(f"{p.name}@{k}", f"{p.title}, limit {k}", p, k) for p in kept for k in own["limits"]]
+        retained = resolve(own["retained"], layer=agents["layer"])
+        return plain + [
+            Variant(f"{p.name}@{k}", f"{p.title}, limit {k}", p, k) for p in retained for k in own["limits"]
+        ]
     if section == "grid":
         [policy] = resolve(["cacheslide"], layer=agents["layer"])
         return [

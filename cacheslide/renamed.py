@@ -1,8 +1,8 @@
 """Names of the version before: taken from old clients and old records, and given to old clients, for one version.
 
-`REQUEST`, `SERVER` and `CONFIGURATION` are keys of a request's annotations, of a server's options and of the study's
-configurations; `RECEIPT` those of receipts, records and counters; `RECORD` those of records alone; `TENSOR` names
-tensors of an adapter's files.
+`REQUEST`, `SERVER`, `CONFIGURATION`, `CONFIGURED_AGENTS` and `SERVING` are keys of a request's annotations, of a
+server's options and of the study's configurations; `RECEIPT` those of receipts, records and counters; `RECORD` those of
+records alone; `TENSOR` names tensors of an adapter's files.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,8 @@ from typing import Any
 REQUEST = {"share": "recompute_ratio"}
 SERVER = {"rows_per_step": "tokens_per_step"}
 CONFIGURATION = {"topk": "recompute_ratio"}
-CONFIGURED_TURNS = {"kept": "retained"}  # in `agents.turns`
+CONFIGURED_AGENTS = {"turns": {"kept": "retained"}, "grid": {"shares": "recompute_ratios"}}
+SERVING = {"shares": "recompute_ratios"}
 RECEIPT = {
     "rows": "tokens",
     "rows_reused": "tokens_reused",
@@ -21,6 +22,8 @@ RECEIPT = {
     "row_layer_share": "compute_fraction",
 }
 RECORD = {
+    "share": "recompute_ratio",
+    "shares": "recompute_ratios",
     "masses": "slot_offsets",
     "live_mass_std_by_layer": "live_offset_std_by_layer",
     "stock": "vanilla",
@@ -36,6 +39,8 @@ _ALL = RECEIPT | RECORD
 _BESIDE = {
     "rows": {"rows_reused", "rows_recomputed", "tokens_reused", "tokens_recomputed"},
     "stock": {"plugin"},
+    "share": {"layer", "tau", "head_dim", "system"},
+    "shares": {"taus", "warmups"},
 }
 
 

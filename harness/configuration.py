@@ -45,8 +45,9 @@ def _check(config: MutableMapping[str, Any], rules: Mapping[str, Any]) -> None:
     elif "vllm" in config:
         raise ConfigError("vllm: these keys need backend: vllm; config/README.md lists every key")
     _rename(config, renamed.CONFIGURATION)
-    agents = config.get("agents")
-    _rename(agents.get("turns") if isinstance(agents, dict) else None, renamed.CONFIGURED_TURNS)
+    if isinstance(agents := config.get("agents"), dict):
+        for section, names in renamed.CONFIGURED_AGENTS.items():
+            _rename(agents.get(section), names)
     if (error := best_match(Draft202012Validator(rules).iter_errors(config))) is not None:
         where = ".".join(str(step) for step in error.absolute_path) or "the file"
         reason = error.message if len(error.message) <= LONGEST // 2 else f"{error.message[: LONGEST // 2]}…"

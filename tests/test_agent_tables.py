@@ -93,7 +93,7 @@ def test_loads_name_the_fastest_rival_and_series_leave_out_the_last_second(files
 
 def test_the_heat_map_divides_right_calls_by_all_seconds(files):
     table = grid_table(files["grid"])
-    [cell] = [c for c in table["cells"] if (c["share"], c["tau"]) == (0.26, 0.12)]
+    [cell] = [c for c in table["cells"] if (c["recompute_ratio"], c["tau"]) == (0.26, 0.12)]
     steps = [s for r in files["grid"].records for s in r["systems"]["0.26@0.12"]]
     assert cell["qps"]["value"] == pytest.approx(sum(s["right"] for s in steps) / sum(s["total_s"] for s in steps))
     assert {r["system"] for r in windows_table(files["windows"])["rows"]} >= {"window@64", "window_recompute@192"}
@@ -157,7 +157,7 @@ def test_every_section_is_measured_for_real(tmp_path):
         turns={"tasks": tasks, "retained": ["naive_reuse"], "limits": [2]},
         load={"tasks": tasks, "parallel": [2], "widths": [2], "repeats": 1},
         series={"tasks": tasks, "concurrent": 2, "slices": 1},
-        grid={"tasks": tasks, "shares": [0, 0.5], "taus": [0.12], "every": 1},
+        grid={"tasks": tasks, "recompute_ratios": [0, 0.5], "taus": [0.12], "every": 1},
     )
     traces = str(tmp_path / "traces.jsonl")
     study_agents.step_traces(config, traces)

@@ -88,9 +88,9 @@ def test_cksim_and_chunk_files_say_that_they_are_the_reference_backends():
 
 
 @pytest.mark.parametrize("layer", [None, 1, 3])
-@pytest.mark.parametrize("share", [None, 0.26, 1.0])
-def test_annotations_ask_for_exactly_the_policy_that_is_meant(layer, share):
-    for policy in resolve(policy_names(), layer=layer, share=share):
+@pytest.mark.parametrize("recompute_ratio", [None, 0.26, 1.0])
+def test_annotations_ask_for_exactly_the_policy_that_is_meant(layer, recompute_ratio):
+    for policy in resolve(policy_names(), layer=layer, recompute_ratio=recompute_ratio):
         annotations = annotated_as(policy)
         asked = policy_of(annotations.pop("policy"), **annotations)
         assert (asked.name, asked.correction) == (policy.name, policy.correction)
@@ -106,7 +106,7 @@ def test_what_annotations_cannot_say_is_refused():
 
 
 def test_vllm_by_itself_reads_no_chunk_caches_and_scales_with_nothing():
-    systems = resolve(["recompute", *VANILLA, "cacheslide"], layer=2, share=0.5)
+    systems = resolve(["recompute", *VANILLA, "cacheslide"], layer=2, recompute_ratio=0.5)
     assert [s.name for s in systems] == ["recompute", "vllm", "vllm_prefix_cache", "cacheslide"]
     assert list(recipes(systems)) == ["fixedchain_fixed_chain"]
     assert scalable([*VANILLA, "cacheslide"]) == ["cacheslide"]

@@ -71,12 +71,12 @@ def test_every_run_of_an_engine_carries_its_turns_reading(monkeypatch):
 def test_a_servers_ratio_needs_two_loads_with_nothing_beside_them():
     base = Condition("vllm", 512, 1)
     ours = Condition("cacheslide", 512, 1, None, 0.26, "cpu")
-    other = replace(ours, share=0.1)
+    other = replace(ours, recompute_ratio=0.1)
     loads = {base: load(0.4, None), ours: load(0.1, 400), other: load(0.1, 400)}
-    rows = {r["share"]: r for r in table(loads, {base: CALM, ours: BUSY, other: CALM})}
+    rows = {r["recompute_ratio"]: r for r in table(loads, {base: CALM, ours: BUSY, other: CALM})}
     assert rows[0.26]["ttft_ratio"] is None and rows[0.26]["ratio_reason"].startswith(FEW)
     assert rows[0.1]["ttft_ratio"]["value"] == pytest.approx(0.25) and rows[0.1]["quiet"] == CALM
-    rows = {r["share"]: r for r in table(loads, {base: BUSY, ours: CALM, other: CALM})}
+    rows = {r["recompute_ratio"]: r for r in table(loads, {base: BUSY, ours: CALM, other: CALM})}
     assert rows[0.1]["ttft_ratio"] is None and rows[0.1]["disturbed"]
 
 

@@ -11,6 +11,7 @@ from cacheslide.errors import ConfigError, ModelError, PromptError
 from cacheslide.training.calibration import FILES, Calibration, find_calibration, save_calibration
 from cacheslide.vllm.options import Annotations, ServerOptions, receipt_in
 from harness.configuration import check
+from harness.experiments.serving.plan import read_plan
 from harness.inventory import read_config
 from harness.results.provenance import ROOT
 from harness.results.records import SCHEMA, read_records
@@ -58,6 +59,18 @@ def test_a_server_and_a_configuration_too(tmp_path):
     turns["kept"] = turns.pop("retained")
     check(config, ROOT / "workflows/schemas/config.schema.yaml")
     assert turns["retained"] == ["naive_reuse"] and "kept" not in turns
+    grid = read_config(ROOT / "config/cpu.yaml")["agents"]["grid"]
+    config["agents"]["grid"] = grid | {"shares": grid["recompute_ratios"]}
+    del config["agents"]["grid"]["recompute_ratios"]
+    check(config, ROOT / "workflows/schemas/config.schema.yaml")
+    assert config["agents"]["grid"]["recompute_ratios"] == grid["recompute_ratios"]
+    text = (ROOT / "config/serving-smoke.yaml").read_text().replace("recompute_ratios:", "shares:")
+    (tmp_path / "serving.yaml").write_text(text)
+    plan = read_plan(ROOT / "config/serving-smoke.yaml")
+    assert read_plan(tmp_path / "serving.yaml") == plan and plan.recompute_ratios == (0.1, 0.26)
+    (tmp_path / "serving.yaml").write_text(text + "recompute_ratios: [0.5]\n")
+    with pytest.raises(ConfigError, match="shares is the old name of recompute_ratios"):
+        read_plan(tmp_path / "serving.yaml")
 
 
 def test_a_receipt_is_read_by_old_clients_and_by_new_ones():
@@ -100,6 +113,11 @@ def test_other_names_of_records():
     old = {"masses": True, "live_mass_std_by_layer": [1], "ratio_to_stock": 2.0, "stock": {"ms": 1.0}}
     new = {"slot_offsets": True, "live_offset_std_by_layer": [1], "ratio_to_row_attention": 2.0, "stock": {"ms": 1.0}}
     assert renamed.record(old) == new
+    shares = {"cells": [{"share": 0.5, "tau": 0.1}], "shares": [0.5], "taus": [0.1]}
+    ratios = {"cells": [{"recompute_ratio": 0.5, "tau": 0.1}], "recompute_ratios": [0.5], "taus": [0.1]}
+    assert renamed.record(shares) == ratios
+    reused = {"reusable_rows": 4, "share": 0.5}  # of what could be reused
+    assert renamed.record(reused) == reused
     engines = {"stock": {"ttft": [1.0]}, "plugin": {"ttft": [2.0]}}
     assert renamed.record(engines) == {"vanilla": {"ttft": [1.0]}, "plugin": {"ttft": [2.0]}}
 

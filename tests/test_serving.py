@@ -58,7 +58,7 @@ def test_servers_systems_shares_and_loads_follow_from_the_plan(tmp_path):
     found = plan(
         tmp_path,
         systems=["vllm", "vllm_prefix_cache", "prompt_cache", "cacheslide"],
-        shares=[0.1, 1],
+        recompute_ratios=[0.1, 1],
         store_devices=["cpu", "model"],
         rates=[2],
         batches=[1, 4],

@@ -219,9 +219,9 @@ def asked(annotations, ids=(1, 5, 6, 7, 8), text=None, **options):
 
 
 def test_separators_leave_the_prompt_and_become_segments():
-    annotations = {"separator": [6], "roles": ["recompute", "reuse"], "share": 0.5}
+    annotations = {"separator": [6], "roles": ["recompute", "reuse"], "recompute_ratio": 0.5}
     ids, resolved = asked(annotations)
-    assert ids == [1, 5, 7, 8] and resolved == {"segments": [(2, 4)], "share": 0.5}
+    assert ids == [1, 5, 7, 8] and resolved == {"segments": [(2, 4)], "recompute_ratio": 0.5}
     assert annotations["separator"] == [6]  # what the client holds is not written to
     assert asked({"separator": True}, separator="[6]")[1] == {"segments": [(0, 2)]}
     assert asked({"roles": ["recompute", "reuse"]}, separator=[6])[1] == {"segments": [(2, 4)]}

@@ -65,8 +65,8 @@ def test_every_endpoint_refuses_what_is_malformed_with_the_reason(server, path):
     for annotations, said in (
         (SPANS | {"layer": 99}, "selects at layer 99, but the model has layers 0 to 7"),
         (SPANS | {"layer": 2**64}, "layer must be"),
-        (SPANS | {"share": 10**400}, "recompute_ratio must lie in"),
-        (SPANS | {"share": float("nan")}, "recompute_ratio must lie in"),
+        (SPANS | {"recompute_ratio": 10**400}, "recompute_ratio must lie in"),
+        (SPANS | {"recompute_ratio": float("nan")}, "recompute_ratio must lie in"),
         (SPANS | {"note": "\ud800"}, "no text that can be encoded"),
         (SPANS | {"family": {"name": "x", "rows": 3}}, "family is set by beam search alone"),
         ({"messages": {"fixed": 5}}, "messages"),
@@ -90,7 +90,7 @@ def test_bodies_that_no_parser_takes(server):
     for raw in (
         b"[" * 100_000,
         b'{"segments": ' + b"[" * 5000 + b"]" * 5000 + b"}}}",
-        b'{"share": 1e999}}}',
+        b'{"recompute_ratio": 1e999}}}',
         b"\xff}}",
     ):
         assert sent(server, "/v1/completions", open_body + raw)[0] == 400

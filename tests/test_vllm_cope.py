@@ -231,14 +231,14 @@ def test_slots_that_cannot_be_said_are_crossed_live(served, live, monkeypatch, s
     assert receipt(served.one(FIRST))["fallback"] == "no chunk of this prompt is in the store"
 
 
-@pytest.mark.parametrize("share", [None, 1.0])
-def test_beams_cross_their_slots(served, calibrated, share):
+@pytest.mark.parametrize("recompute_ratio", [None, 1.0])
+def test_beams_cross_their_slots(served, calibrated, recompute_ratio):
     """Later requests of a search, whose prompts hold generated rows: all exact, or over reused rows."""
     served.fresh()
     annotations = annotations_of(SECOND, policy="recompute")
-    if share is not None:
+    if recompute_ratio is not None:
         served.one(FIRST)
-        annotations = annotations_of(SECOND, recompute_ratio=share)
+        annotations = annotations_of(SECOND, recompute_ratio=recompute_ratio)
     served.poison()
     params = BeamSearchParams(beam_width=2, max_tokens=5, ignore_eos=True)
     [found] = beam_search(served.llm, [{"prompt_token_ids": list(SECOND.token_ids)}], params, [annotations])

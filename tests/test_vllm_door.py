@@ -183,7 +183,7 @@ def test_a_family_is_of_one_prompt_one_tenant_and_the_same_annotations():
         "other spans": member(ids, {"segments": [[0, 24]]}),
         "another namespace": member(ids, annotations | {"namespace": "n"}),
         "another salt": member(ids, annotations, salt="s"),
-        "another share": member(ids, annotations | {"share": 1.0}),
+        "another share": member(ids, annotations | {"recompute_ratio": 1.0}),
     }
     for who, request in strangers.items():
         tracked = planner.plan(request)

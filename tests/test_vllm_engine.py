@@ -517,7 +517,7 @@ def test_namespaces_and_salts_keep_tenants_apart(served):
         ({"segments": [[0, 10_000]]}, "outside the prompt"),
         ({"segments": [[0, 10]], "policy": "magic"}, "unknown system 'magic'"),
         ({"segments": [[0, 10]], "polcy": "epic"}, "unknown key polcy"),
-        ({"segments": [[0, 10]], "share": 1.5}, "recompute_ratio must lie in"),
+        ({"segments": [[0, 10]], "recompute_ratio": 1.5}, "recompute_ratio must lie in"),
         ({"segments": [[6, 59], [70, 80]], "policy": "window_padding"}, "rewrites prompts"),
     ],
 )

@@ -118,7 +118,7 @@ def test_annotations_round_trip():
         ({"segments": [[0, True]]}, "pair of integers"),
         ({"segments": [[0]]}, "pair of integers"),
         ({"segments": {"0": 5}}, "list of"),
-        ({"segments": [], "share": "0.1"}, "recompute_ratio must be a number"),
+        ({"segments": [], "recompute_ratio": "0.1"}, "recompute_ratio must be a number"),
         ({"segments": [], "layer": 1.5}, "layer must be an integer"),
         ({"segments": [], "policy": 3}, "policy must be a string"),
         ({"segments": [], "namespace": None}, "namespace must be a string"),

@@ -152,8 +152,8 @@ def test_beam_search_with_annotations(server):
     assert status == 200 and "reuses nothing" in receipt(exact)["fallback"]
     apart = {"cache_salt": "beams"}  # the exact search's blocks are not found
     server.complete(joined(0), annotations, **apart)
-    _, every = server.complete(joined(1), annotations | {"share": 1.0}, **search, **apart)
-    _, none = server.complete(joined(1), annotations | {"share": 0.0}, **search, **apart)
+    _, every = server.complete(joined(1), annotations | {"recompute_ratio": 1.0}, **search, **apart)
+    _, none = server.complete(joined(1), annotations | {"recompute_ratio": 0.0}, **search, **apart)
     for answer, used in ((every, "tokens_recomputed"), (none, "tokens_reused")):
         assert receipt(answer)[used] > 100 and not receipt(answer)["fallback"]
         assert receipt(answer)["beams"] == {"requests": 1 + 3 * 3, "completed_by_reuse": 1}
@@ -200,10 +200,10 @@ def test_what_cannot_be_done_is_a_400_with_the_reason(server, annotations, body,
 def test_sixteen_clients_at_once(server):
     """Every way to annotate, streamed and whole, beside plain requests: all are answered, equal ones alike."""
     asked = [
-        (joined(1), {"separator": SEPARATOR, "share": 1.0}, False),
-        (joined(1), {"separator": SEPARATOR, "share": 1.0}, True),
+        (joined(1), {"separator": SEPARATOR, "recompute_ratio": 1.0}, False),
+        (joined(1), {"separator": SEPARATOR, "recompute_ratio": 1.0}, True),
         (joined(1, ""), None, False),
-        (joined(2, ""), {"find": True, "share": 1.0}, False),
+        (joined(2, ""), {"find": True, "recompute_ratio": 1.0}, False),
     ]
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda a: server.complete(a[0], a[1], stream=a[2]), 4 * asked))

@@ -164,7 +164,7 @@ def test_what_was_seen_before_is_found(fresh):
     second = fresh.generate(joined(1, ""), sampling({"find": True}), use_tqdm=False)[0]
     assert "no chunk" in receipt(second)["fallback"] and receipt(second)["chunks"] > 3  # known, but not encoded yet
     assert fresh.reset_prefix_cache()
-    third = fresh.generate(joined(2, ""), sampling({"find": True, "share": 0.3}), use_tqdm=False)[0]
+    third = fresh.generate(joined(2, ""), sampling({"find": True, "recompute_ratio": 0.3}), use_tqdm=False)[0]
     assert receipt(third)["chunks_hit"] > 3 and receipt(third)["tokens_reused"] > 80
     salted = {"prompt": joined(1, ""), "cache_salt": "other tenant"}
     other = fresh.generate(salted, sampling({"find": True}), use_tqdm=False)[0]
@@ -207,7 +207,7 @@ def test_unannotated_beams_are_those_of_an_engine_without_reuse(fresh):
     want = fresh.beam_search([{"prompt": joined(1, "")}], BEAMS)[0].sequences
     by_separator(0)(fresh)
     by_separator(1, recompute_ratio=0.0)(fresh)
-    searched(fresh, (joined(1), {"separator": SEPARATOR, "share": 0.0}))
+    searched(fresh, (joined(1), {"separator": SEPARATOR, "recompute_ratio": 0.0}))
     assert same_beams(fresh.beam_search([{"prompt": joined(1, "")}], BEAMS)[0].sequences, want)
 
 
@@ -223,11 +223,11 @@ def spoil_chunks() -> None:
 def test_annotated_beams_share_the_rows_that_their_first_step_completed(fresh):
     first = by_separator(1)(fresh)
     want = fresh.beam_search([{"prompt_token_ids": first.prompt_token_ids}], BEAMS)[0].sequences
-    for share, same in ((1.0, True), (0.0, False)):
+    for recompute_ratio, same in ((1.0, True), (0.0, False)):
         by_separator(0)(fresh)
         spoil_chunks()
         assert fresh.reset_prefix_cache()
-        [found] = searched(fresh, (joined(1), {"separator": SEPARATOR, "share": share}))
+        [found] = searched(fresh, (joined(1), {"separator": SEPARATOR, "recompute_ratio": recompute_ratio}))
         assert same_beams(found.sequences, want) is same
         assert found.receipt["chunks_hit"] == found.receipt["chunks"] > 5 and found.receipt["measured"]
         assert found.receipt["beams"] == {"requests": 13, "completed_by_reuse": 1}
@@ -237,7 +237,7 @@ def test_annotated_beams_share_the_rows_that_their_first_step_completed(fresh):
 def test_beams_whose_rows_were_given_away_complete_them_again(fresh, monkeypatch):
     first = by_separator(1)(fresh)
     want = fresh.beam_search([{"prompt_token_ids": first.prompt_token_ids}], BEAMS)[0].sequences
-    step, annotations = BeamSearchOfflineMixin._beam_search_step, {"separator": SEPARATOR, "share": 1.0}
+    step, annotations = BeamSearchOfflineMixin._beam_search_step, {"separator": SEPARATOR, "recompute_ratio": 1.0}
 
     def forgetful(self, *args, **kwargs):
         assert self.reset_prefix_cache()
@@ -256,10 +256,10 @@ def test_searches_of_different_prompts_and_annotations_run_together(fresh):
     by_separator(0)(fresh)
     by_separator(0, policy="prompt_cache")(fresh)
     asked = [
-        (joined(1), {"separator": SEPARATOR, "share": 0.3}),
+        (joined(1), {"separator": SEPARATOR, "recompute_ratio": 0.3}),
         (joined(1, ""), None),
         (joined(1), {"separator": SEPARATOR, "policy": "prompt_cache"}),
-        (joined(2), {"separator": SEPARATOR, "share": 0.3, "history": 0, "encode": "off"}),
+        (joined(2), {"separator": SEPARATOR, "recompute_ratio": 0.3, "history": 0, "encode": "off"}),
         (joined(2), {"separator": SEPARATOR, "policy": "recompute"}),
     ]
     for one in asked:
@@ -288,11 +288,11 @@ def test_sixteen_requests_annotated_in_every_way_at_once(fresh):
         fresh.generate(joined(0, ""), sampling({"find": True}), use_tqdm=False)
     jobs = [
         (joined(1), {"separator": True}),
-        (joined(1), {"separator": SEPARATOR, "share": 0.5}),
+        (joined(1), {"separator": SEPARATOR, "recompute_ratio": 0.5}),
         (joined(1), {"roles": ["recompute", "recompute", "reuse", "recompute"], "policy": "epic"}),
         ({"prompt_token_ids": chat[1].token_ids}, chat[1].params()["cacheslide"]),
-        ({"prompt_token_ids": chat[1].token_ids}, chat[1].params(share=0.7)["cacheslide"]),
-        (joined(0, ""), {"find": True, "share": 0.4}),
+        ({"prompt_token_ids": chat[1].token_ids}, chat[1].params(recompute_ratio=0.7)["cacheslide"]),
+        (joined(0, ""), {"find": True, "recompute_ratio": 0.4}),
         (joined(1, ""), None),
         (joined(0, ""), {"find": False}),
     ]

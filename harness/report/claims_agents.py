@@ -169,13 +169,13 @@ def peak(summary: Summary) -> Finding:
     best = max(cells, key=lambda c: c["qps"]["value"])
     if not best["qps"]["value"]:
         raise NotMeasured("the run's model makes no right call in any cell: there is no peak")
-    near = min(cells, key=lambda c: (abs(c["share"] - 0.26), abs(c["tau"] - 0.12)))
+    near = min(cells, key=lambda c: (abs(c["recompute_ratio"] - 0.26), abs(c["tau"] - 0.12)))
     high = near["qps"]["high"]
     touches = high is not None and high >= best["qps"]["value"]
     verdict = Verdict.REPRODUCED if near is best else Verdict.PARTLY if touches else Verdict.NOT_REPRODUCED
 
     def said(c: dict[str, Any]) -> str:
-        return f"{number(c['qps']['value'])} {interval(c['qps'])} at {c['share']:g} / {c['tau']:g}"
+        return f"{number(c['qps']['value'])} {interval(c['qps'])} at {c['recompute_ratio']:g} / {c['tau']:g}"
 
     return Finding(
         verdict, f"best {said(best)}; near the paper's setting {said(near)}; n = {table['episodes']} episodes"

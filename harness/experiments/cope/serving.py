@@ -58,7 +58,7 @@ def decode_step(engine, prompts: list[list[int]], tokens: int) -> float:
 
 def measure(engines: dict[str, Any], args: argparse.Namespace, result: dict[str, Any], write, limit: Limit) -> None:
     """Every length and batch, engines in turns; what was measured is written after every turn."""
-    systems = ["recompute", *(system_name(s) for s in args.shares)]
+    systems = ["recompute", *(system_name(s) for s in args.recompute_ratios)]
     for length in args.lengths:
         drawn = Prompts(length, args.vocabulary, seed=length)
         for engine in engines.values():
@@ -186,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--vocabulary", type=int, default=31000, help="ids are drawn below this")
     p.add_argument("--lengths", type=int, nargs="+", default=[8192])
-    p.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.10, 0.26])
+    p.add_argument("--recompute-ratios", "--shares", type=float, nargs="+", default=[0.05, 0.10, 0.26])
     p.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="requests that decode together")
     p.add_argument("--decode-context", type=int, default=8192)
     p.add_argument("--decode-tokens", type=int, default=64)

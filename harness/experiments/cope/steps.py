@@ -35,7 +35,7 @@ def _variants(config: Config, threads: int) -> dict[str, CopeBackend]:
 def step_cope_accuracy(config: Config, data: str, layer: int, outputs: Sequence[str], threads: int) -> None:
     """Answers on one data set's first `cope.prompts` prompts; `outputs` are the files of `cope_systems`, in order."""
     backend, systems = _backend(config, threads), resolve(cope_systems(config), layer=layer)
-    about = {"dataset": Path(data).stem, "layer": layer, "share": None, "layer_inputs": []}
+    about = {"dataset": Path(data).stem, "layer": layer, "recompute_ratio": None, "layer_inputs": []}
     about |= {"model": backend.model.model_id, "calibrated": backend.model.slot_offsets is not None}
     writers = {
         s.name: RecordWriter(out, header(config, data, system=s.name, title=s.title, **about))

@@ -44,7 +44,7 @@ class Condition:
     tokens: int
     clients: int
     rate: float | None = None
-    share: float | None = None
+    recompute_ratio: float | None = None
     store_device: str | None = None
 
     @property
@@ -70,8 +70,8 @@ def measure(plan: ServingPlan, measured: Measured, logs: Path) -> None:
             measured.servers.append({"systems": systems, "command": server.command[1:], "vllm": server.version()})
             for tokens in plan.tokens:
                 for clients, rate in plan.loads():
-                    for system, share in plan.settings(systems):
-                        condition = Condition(system, tokens, clients, rate, share, device)
+                    for system, recompute_ratio in plan.settings(systems):
+                        condition = Condition(system, tokens, clients, rate, recompute_ratio, device)
                         print(f"serving: {condition.label}", file=sys.stderr, flush=True)
                         _run(plan, condition, server, measured)
 
@@ -121,7 +121,7 @@ def _request(
 ) -> Request:
     prompt, params = conversation.turn(turn), None
     if condition.system not in VANILLA:
-        asked = {"policy": condition.system, "recompute_ratio": condition.share, "layer": plan.layer}
+        asked = {"policy": condition.system, "recompute_ratio": condition.recompute_ratio, "layer": plan.layer}
         prompt = resolve([condition.system])[0].transform(prompt)
         params = annotations_of(prompt, **{name: value for name, value in asked.items() if value is not None})
     labels = asdict(condition) | {"client": client, "turn": turn}

@@ -94,7 +94,12 @@ def measure(args: argparse.Namespace, limit: Limit, write: Callable[[dict[str, A
         }
         options |= ({} if args.model else {"load_format": "dummy"}) | args.engine
         engine = open_engine(model, {"chunk_size": max(args.lengths)}, store=store, **options)
-        settings = {"system": SYSTEM, "share": SHARE, "direct": args.direct, "load_workers": args.load_workers}
+        settings = {
+            "system": SYSTEM,
+            "recompute_ratio": SHARE,
+            "direct": args.direct,
+            "load_workers": args.load_workers,
+        }
         record = {"model": args.model or args.shape, "settings": settings, "complete": False, "machine": machine()}
         record |= {"engine": described(engine), "rows": []}
         try:

@@ -1,4 +1,4 @@
-"""TTFT in one vLLM engine by system, length, batch and share: `python -m harness.experiments.serving.engine_ttft`.
+"""TTFT in a vLLM engine by system, length, batch, recompute ratio: `python -m harness.experiments.serving.engine_ttft`.
 
 Prompts are random ids: 5 % updated text, eight fixed chunks of together 90 %, 5 % updated text. The updated text
 differs from request to request in content and length, so that every chunk slides and no prefix is shared. Systems
@@ -70,9 +70,9 @@ class Prompts:
         return ids + self._ids(self.tokens - len(ids))
 
 
-def system_name(share: float | None) -> str:
-    """What a record calls CacheSlide at a share."""
-    return f"cacheslide@{share:g}"
+def system_name(recompute_ratio: float | None) -> str:
+    """What a record calls CacheSlide at a recompute ratio."""
+    return f"cacheslide@{recompute_ratio:g}"
 
 
 def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> dict[str, Any]:
@@ -94,8 +94,8 @@ def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> 
         if max(a.cached_tokens for a in answers) > 64:
             raise RuntimeError("a recomputed prompt was found in the prefix cache")
         return {"ttft": [a.ttft for a in answers]}
-    share = float(system.split("@")[1])
-    annotations = [{"cacheslide": {"segments": spans, "recompute_ratio": share, "encode": "off"}} for _, spans in turns]
+    ratio = float(system.split("@")[1])
+    annotations = [{"cacheslide": {"segments": spans, "recompute_ratio": ratio, "encode": "off"}} for _, spans in turns]
     answers = ask(engine, [ids for ids, _ in turns], annotations, tokens=tokens)
     for a in answers:
         if not a.receipt["measured"] or a.receipt["chunks_hit"] != a.receipt["chunks"] or a.receipt["fallback"]:
@@ -132,7 +132,7 @@ def cells(engine, args: argparse.Namespace, write) -> None:
     for batch in args.batches:
         for store in args.stores:
             move_store(engine, store)
-            systems = [*(plain if store == args.stores[0] else []), *(system_name(s) for s in args.shares)]
+            systems = [*(plain if store == args.stores[0] else []), *(system_name(s) for s in args.recompute_ratios)]
             for length, prompts in drawn.items():
                 for system, (runs, failed) in _cell(engine, prompts, systems, batch, args).items():
                     write({"kind": "cell", "store": store, "tokens": length, "batch": batch, "system": system,
@@ -261,7 +261,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--vocabulary", type=int, default=31000, help="ids are drawn below this")
     p.add_argument("--lengths", type=_ints, default=[4096, 8192, 16384, 32768])
     p.add_argument("--batches", type=_ints, default=[1, 8])
-    p.add_argument("--shares", type=_floats, default=[0.05, 0.10, 0.26, 1.0])
+    p.add_argument("--recompute-ratios", "--shares", type=_floats, default=[0.05, 0.10, 0.26, 1.0])
     p.add_argument("--stores", type=lambda x: x.split(","), default=["model", "cpu"])
     p.add_argument("--store-gib", type=float, default=8.0)
     p.add_argument("--repeats", type=int, default=6, help="of a cell with one request; half of it with several")
@@ -314,9 +314,9 @@ def summary(record: dict[str, Any]) -> str:
     if record["kind"] != "cell" or record["failed"] or not record["runs"]:
         return json.dumps(record)[:1500]
     last = sorted(max(r["ttft"]) for r in record["runs"])
-    share = record["runs"][0].get("compute_fraction", [1.0])[0]
+    fraction = record["runs"][0].get("compute_fraction", [1.0])[0]
     where = f"{record['store']} {record['tokens']} x{record['batch']} {record['system']}"
-    return f"{where}: {1e3 * last[len(last) // 2]:.1f} ms, share {share:.3f}"
+    return f"{where}: {1e3 * last[len(last) // 2]:.1f} ms, compute fraction {fraction:.3f}"
 
 
 if __name__ == "__main__":

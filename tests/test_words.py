@@ -15,7 +15,7 @@ RETIRED = {
     " backed",
     "vanilla": "Stock STOCK stock_command",
     "retain": "ChunkKeeper keeper Kept keep_history keeps _not_kept",
-    "compute fraction": "row_layer_share",
+    "compute fraction, token": "row_layer_share rows_planned",
 }
 BACKENDS = {f"harness/backends/{name}.py" for name in ("in_process", "scripted", "vllm")}  # still to be renamed
 # Where a word means something else: CUDA events, chart markers, disturbed rounds, files, what was said in a chat.

@@ -43,7 +43,7 @@ class SchedulerSide:
         self.prefilling: dict[str, None] = {}  # tracked requests whose prompt is not complete yet, in order of arrival
         self.stats, self.faults = ReuseStats(), Faults()
         self.claims = Claims(self.block_size)
-        self.rows_planned = 0  # claimed in the step being scheduled
+        self.tokens_planned = 0  # claimed in the step being scheduled
         self.forget = False
         self.off = ""  # why nothing is reused
 
@@ -106,13 +106,13 @@ class SchedulerSide:
         if tracked.follows and want < self.block_size:  # a block that the first member left open
             tracked.reuse = ()
             return 0
-        if self.rows_planned and self.rows_planned + want > self.options.tokens_per_step:
+        if self.tokens_planned and self.tokens_planned + want > self.options.tokens_per_step:
             return None
         if shares_unfilled_blocks(request, computed // self.block_size, self.running.values(), self.block_size):
             return None
         tracked.reason = ""
         tracked.generation = max(self.index.generation(key) for key, _ in reuse)
-        self.rows_planned += want
+        self.tokens_planned += want
         self.index.touch(tracked.plan.keys)
         first, secret = computed // self.block_size, None
         if tracked.family is not None:
@@ -176,7 +176,7 @@ class SchedulerSide:
     def step(self, output, step: StepPlan | None = None) -> StepPlan:
         """What the workers do in the step that `output` describes; planned into `step`, if one is given."""
         step = StepPlan() if step is None else step
-        step.forget, self.forget, self.rows_planned = self.forget, False, 0
+        step.forget, self.forget, self.tokens_planned = self.forget, False, 0
         step.history_saves, self.retention.history_saves = self.retention.history_saves, []
         step.idle = not output.num_scheduled_tokens
         waited = len(self.retention.jobs)

@@ -1,7 +1,8 @@
 """Names of the version before: taken from old clients and old records, and given to old clients, for one version.
 
-`REQUEST`, `SERVER` and `CONFIGURATION` are keys of a request's marks, of a server's options and of the study's
-configurations; `RECEIPT` those of receipts, records and counters.
+`REQUEST`, `SERVER`, `CONFIGURATION`, `CONFIGURED_AGENTS` and `SERVING` are keys of a request's annotations, of a
+server's options and of the study's configurations; `RECEIPT` those of receipts, records and counters; `RECORD` those of
+records alone; `TENSOR` names tensors of an adapter's files.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ from typing import Any
 REQUEST = {"share": "recompute_ratio"}
 SERVER = {"rows_per_step": "tokens_per_step"}
 CONFIGURATION = {"topk": "recompute_ratio"}
+CONFIGURED_AGENTS = {"turns": {"kept": "retained"}, "grid": {"shares": "recompute_ratios"}}
+SERVING = {"shares": "recompute_ratios"}
 RECEIPT = {
     "rows": "tokens",
     "rows_reused": "tokens_reused",
@@ -18,7 +21,27 @@ RECEIPT = {
     "rows_prefix_cached": "tokens_prefix_cached",
     "row_layer_share": "compute_fraction",
 }
-_BESIDE = frozenset(("rows_reused", "rows_recomputed", "tokens_reused", "tokens_recomputed"))
+RECORD = {
+    "share": "recompute_ratio",
+    "shares": "recompute_ratios",
+    "masses": "slot_offsets",
+    "live_mass_std_by_layer": "live_offset_std_by_layer",
+    "stock": "vanilla",
+    "nothing_kept": "nothing_retained",
+    "kept_on_model": "retained_on_model",
+    "kept_on_cpu": "retained_on_cpu",
+    "ratio_to_stock": "ratio_to_row_attention",
+    "cope_decode_vs_stock": "cope_decode_vs_row_attention",
+}
+TENSOR = {"masses": "slot_offsets"}
+_ALL = RECEIPT | RECORD
+# Names that mean something else elsewhere are changed only where one of these stands beside them.
+_BESIDE = {
+    "rows": {"rows_reused", "rows_recomputed", "tokens_reused", "tokens_recomputed"},
+    "stock": {"plugin"},
+    "share": {"layer", "tau", "head_dim", "system"},
+    "shares": {"taus", "warmups"},
+}
 
 
 def options(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -37,16 +60,17 @@ def receipt_for_all(receipt: Mapping[str, Any]) -> dict[str, Any]:
 def record(value: Any) -> Any:
     """A record, or part of one, under the names of today; an old name beside its new one is left out.
 
-    "rows" is a name of receipts only: it is changed where a receipt's other counts stand beside it.
+    "rows" is a name of receipts only: it is changed where a receipt's other counts stand beside it. So is "stock", an
+    engine beside the one with the plugin.
     """
     if isinstance(value, list):
         return [record(inner) for inner in value]
     if not isinstance(value, dict):
         return value
-    counts = bool(_BESIDE & value.keys())
     out = {}
     for name, inner in value.items():
-        new = RECEIPT.get(name) if counts or name != "rows" else None
+        beside = _BESIDE.get(name)
+        new = _ALL.get(name) if beside is None or beside & value.keys() else None
         if new is None:
             out[name] = record(inner)
         elif new not in value:

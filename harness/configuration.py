@@ -13,7 +13,7 @@ from cacheslide import renamed
 from cacheslide.errors import ConfigError
 from cacheslide.plain_values import check_plain
 from cacheslide.policies.registry import policy_names
-from harness.systems import STOCK
+from harness.systems import VANILLA
 
 TIMED = ("latency", "throughput")
 LONGEST = 600  # characters of a reason
@@ -44,9 +44,10 @@ def _check(config: MutableMapping[str, Any], rules: Mapping[str, Any]) -> None:
         config.setdefault("vllm", {})
     elif "vllm" in config:
         raise ConfigError("vllm: these keys need backend: vllm; config/README.md lists every key")
-    for old, new in renamed.CONFIGURATION.items():
-        if old in config:  # from a file, or from Snakemake's --config over a file's new name
-            config[new] = config.pop(old)
+    _rename(config, renamed.CONFIGURATION)
+    if isinstance(agents := config.get("agents"), dict):
+        for section, names in renamed.CONFIGURED_AGENTS.items():
+            _rename(agents.get(section), names)
     if (error := best_match(Draft202012Validator(rules).iter_errors(config))) is not None:
         where = ".".join(str(step) for step in error.absolute_path) or "the file"
         reason = error.message if len(error.message) <= LONGEST // 2 else f"{error.message[: LONGEST // 2]}…"
@@ -69,9 +70,15 @@ def _check(config: MutableMapping[str, Any], rules: Mapping[str, Any]) -> None:
         _check_agents(config["agents"])
 
 
+def _rename(part: Any, names: Mapping[str, str]) -> None:
+    for old, new in names.items():
+        if isinstance(part, dict) and old in part:  # from a file, or from Snakemake's --config over a file's new name
+            part[new] = part.pop(old)
+
+
 def _check_agents(agents: Mapping[str, Any]) -> None:
     for part in (agents, *(v for v in agents.values() if isinstance(v, dict) and "systems" in v)):
-        for system in [*part["systems"], *part.get("kept", ())]:
+        for system in [*part["systems"], *part.get("retained", ())]:
             if system not in policy_names():
                 raise ConfigError(f"agents: unknown system {system!r}; installed are {', '.join(policy_names())}")
 
@@ -90,9 +97,9 @@ def _fill(config: MutableMapping[str, Any], schema: Mapping[str, Any]) -> None:
 
 
 def _check_systems(config: Mapping[str, Any], on_vllm: bool) -> None:
-    known = [*policy_names(), *(STOCK if on_vllm else ())]
+    known = [*policy_names(), *(VANILLA if on_vllm else ())]
     for system in config["systems"]:
-        if system in STOCK and not on_vllm:
+        if system in VANILLA and not on_vllm:
             raise ConfigError(f"systems: {system!r} is vLLM itself and needs backend: vllm")
         if system not in known:
             raise ConfigError(f"systems: unknown system {system!r}; installed are {', '.join(sorted(known))}")

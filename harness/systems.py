@@ -1,4 +1,4 @@
-"""The systems of a run: registered policies with the run's selection layer, share and window applied."""
+"""The systems of a run: registered policies with the run's selection layer, recompute ratio and window applied."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,8 +9,8 @@ from cacheslide.policies.registry import load_policy
 
 
 @dataclass(frozen=True)
-class Stock:
-    """vLLM by itself: no connector, no marks. Only backend: vllm runs it."""
+class Vanilla:
+    """vLLM by itself: no connector, no annotations. Only backend: vllm runs it."""
 
     name: str
     title: str
@@ -22,9 +22,11 @@ class Stock:
         return False
 
 
-System = ReusePolicy | Stock
+System = ReusePolicy | Vanilla
 COPE = "_cope"  # behind a policy's name: the same policy on the model's CoPE adapter
-STOCK = {s.name: s for s in (Stock("vllm", "vLLM", False), Stock("vllm_prefix_cache", "vLLM, prefix cache", True))}
+VANILLA = {
+    s.name: s for s in (Vanilla("vllm", "vLLM", False), Vanilla("vllm_prefix_cache", "vLLM, prefix cache", True))
+}
 
 
 def on_cope(names: Iterable[str]) -> list[str]:
@@ -43,18 +45,18 @@ def policy_of(name: str) -> ReusePolicy:
     return replace(policy, name=name, title=f"{policy.title}, CoPE") if name.endswith(COPE) else policy
 
 
-def resolve(names: Iterable[str], layer: int | None = None, share: float | None = None) -> list[System]:
-    """Load systems by name; `layer` is the common selection layer, `share` an equal share of recomputed rows."""
+def resolve(names: Iterable[str], layer: int | None = None, recompute_ratio: float | None = None) -> list[System]:
+    """Load systems by name; `layer` is the common selection layer, `recompute_ratio` that of every system."""
     out: list[System] = []
     for name in names:
-        if name in STOCK:
-            out.append(STOCK[name])
+        if name in VANILLA:
+            out.append(VANILLA[name])
             continue
         policy = policy_of(name)
         if layer is not None:
             policy = policy.at_layer(first_look(policy, layer))
-        if share is not None:
-            policy = policy.at_ratio(share)
+        if recompute_ratio is not None:
+            policy = policy.at_ratio(recompute_ratio)
         out.append(policy)
     return out
 
@@ -69,17 +71,17 @@ def first_look(policy: ReusePolicy, layer: int) -> int:
 
 
 def scalable(names: Iterable[str]) -> list[str]:
-    """Those systems whose number of recomputed rows can be set: the ones an equal-share comparison is about."""
-    return [n for n in names if n not in STOCK and _rule(n, 0.5) != _rule(n, 0.25)]
+    """Those systems whose number of recomputed rows can be set: the ones that are compared at an equal ratio."""
+    return [n for n in names if n not in VANILLA and _rule(n, 0.5) != _rule(n, 0.25)]
 
 
-def to_scale(names: Iterable[str], share: float) -> list[str]:
-    """The scalable systems that do not recompute `share` by themselves: those worth running again at that share."""
-    return [n for n in scalable(names) if _rule(n, share) != policy_of(n).correction]
+def to_scale(names: Iterable[str], recompute_ratio: float) -> list[str]:
+    """The scalable systems with another recompute ratio of their own: those worth running again at this one."""
+    return [n for n in scalable(names) if _rule(n, recompute_ratio) != policy_of(n).correction]
 
 
-def _rule(name: str, share: float) -> Correction:
-    return policy_of(name).at_ratio(share).correction
+def _rule(name: str, recompute_ratio: float) -> Correction:
+    return policy_of(name).at_ratio(recompute_ratio).correction
 
 
 def recipes(policies: Sequence[System]) -> dict[str, tuple[ReusePolicy, frozenset[int]]]:

@@ -39,7 +39,7 @@ def load_examples(dataset: str, split: str | None, data: str | None, count: int)
 
 
 def tokens(engine: Engine, segments: Sequence[TextSegment], question: str) -> tuple[list[int], dict]:
-    """Token ids and marks; segments are tokenised one by one, so that no token straddles a boundary."""
+    """Token ids and annotations; segments are tokenised one by one, so that no token straddles a boundary."""
     ids, spans = engine.begin(), []
     for number, segment in enumerate(segments):
         start = len(ids) if number else 0
@@ -56,8 +56,8 @@ def answer(engine: Engine, example: TaskExample, max_new_tokens: int) -> list[di
     stops = newline if len(newline) == 1 and example.metric == "f1" else []  # answers are lines, patches are not
     records = []
     for question in example.questions:
-        ids, marks = tokens(engine, example.segments, question.text)
-        got = engine.ask(ids, marks, max_new_tokens, stops)
+        ids, annotations = tokens(engine, example.segments, question.text)
+        got = engine.ask(ids, annotations, max_new_tokens, stops)
         scores = score(got.text, question.answers) | {"compared_as": compared_as(question.answers)}
         record = {"example": example.id, "question": question.id, "prompt_tokens": len(ids), "ttft_s": got.ttft}
         record |= {"seconds": got.seconds, "prediction": got.text.strip(), "answers": list(question.answers)}

@@ -116,8 +116,8 @@ def make_agents(root: Path) -> dict[str, str]:
     kept = {
         f"{s}@{k}": (0.9 - 0.1 * (k > 2), 0.3) for s in ("naive_reuse", "cacheslide_first_turn") for k in (0, 4, 1000)
     }
-    shares, taus = [0, 0.26, 1], [0, 0.12, 1]
-    grid = {f"{s}@{t}": (0.9 if s else 0.4, 0.2 + 0.7 * s - 0.1 * (t == 0.12)) for s in shares for t in taus}
+    ratios, taus = [0, 0.26, 1], [0, 0.12, 1]
+    grid = {f"{s}@{t}": (0.9 if s else 0.4, 0.2 + 0.7 * s - 0.1 * (t == 0.12)) for s in ratios for t in taus}
     agents = ("reflexion", "memgpt", "swe_agent")
     return {
         "replay": replayed(root / "replay.jsonl", SYSTEMS, agents, own=True),
@@ -125,7 +125,7 @@ def make_agents(root: Path) -> dict[str, str]:
         "turns": replayed(root / "turns.jsonl", SYSTEMS | kept, ("memgpt", "function_calling"), own=False),
         "load": loaded(root / "load.jsonl"),
         "series": over_time(root / "series.jsonl"),
-        "grid": replayed(root / "grid.jsonl", grid, ("memgpt",), False, shares=shares, taus=taus, every=1),
+        "grid": replayed(root / "grid.jsonl", grid, ("memgpt",), False, recompute_ratios=ratios, taus=taus, every=1),
     }
 
 

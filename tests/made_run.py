@@ -238,7 +238,11 @@ def make_run(root: Path, changes: dict[str, Any] | None = None, prompts_each: in
         for dataset in datasets:
             for system in systems:
                 settings = {"run": cfg["run"], "dataset": dataset, "system": system, "title": titles[system]}
-                settings |= {"layer": 3, "share": None if stage == "accuracy" else 0.26, "data_hash": "made-up"}
+                settings |= {
+                    "layer": 3,
+                    "recompute_ratio": None if stage == "accuracy" else 0.26,
+                    "data_hash": "made-up",
+                }
                 rng = Random(f"{stage}-{dataset}-{system}")
                 mix = dataset.rpartition("-")[2]
                 records = {f"test-{i}": accuracy_record(system, mix, rng, prompts_each, 4) for i in range(prompts_each)}
@@ -262,5 +266,5 @@ def make_run(root: Path, changes: dict[str, Any] | None = None, prompts_each: in
         for i in range(1, 8)
     }
     f1 = {d: {"recompute": 0.95} | {a: v - 0.03 * d.endswith("deep") for a, v in arms.items()} for d in datasets}
-    write_json(paths["layer"], {"layer": 3, "share": 0.26, "margin": 0.015, "f1": f1})
+    write_json(paths["layer"], {"layer": 3, "recompute_ratio": 0.26, "margin": 0.015, "f1": f1})
     return cfg, paths

@@ -56,8 +56,8 @@ def test_three_wrong_answers_end_a_row_and_every_row_can_be_run(rows):
 def test_a_reader_retrieves_runs_commands_and_answers_last(rows):
     name = next(s.name for s in rows[0].segments if "Mira Tandel was born" in s.text)
     said = [f"open {name}", "I would search optics", "hm", " Veldhaven"]
-    agent, heard = DocumentReader(rows[0], 4), iter(said)
-    episode = run_episode(agent, Scripted("model", lambda r: next(heard)), Stops(turns=4, repeats=4))
+    agent, replies = DocumentReader(rows[0], 4), iter(said)
+    episode = run_episode(agent, Scripted("model", lambda r: next(replies)), Stops(turns=4, repeats=4))
     assert episode.success and [s.call.tool for s in episode.steps] == ["open", "search", "none", "answer"]
     assert "Mira Tandel was born" in episode.steps[1].segments[1].text  # what `open` printed is this turn's observation
     assert "no command understood" in episode.steps[3].segments[1].text
@@ -91,13 +91,13 @@ class FakeEngine:
     def encode(self, text):
         return [1000 + ord(c) for c in text]
 
-    def ask(self, ids, marks, max_new_tokens, stop_ids=()):
-        self.asked.append((list(ids), marks))
+    def ask(self, ids, annotations, max_new_tokens, stop_ids=()):
+        self.asked.append((list(ids), annotations))
         text, ids = next(self.answers)
         return SimpleNamespace(text=text, token_ids=ids, ttft=0.1, seconds=0.2, receipt=None)
 
 
-def test_generated_text_keeps_its_ids_and_is_marked_as_history(rows):
+def test_generated_text_keeps_its_ids_and_is_annotated_as_history(rows):
     """The generated ids (7, 8, 9) are not what encoding the text would give; the next turn must send them again."""
     engine = FakeEngine([("open Mira Tandel", [7, 8, 9]), ("x", [5, 6]), (" Veldhaven", [4])])
     served = OfflineEngine(engine, "cacheslide")
@@ -106,8 +106,10 @@ def test_generated_text_keeps_its_ids_and_is_marked_as_history(rows):
     (first, one), (second, two), (third, three) = engine.asked
     assert second[two["segments"][2][0] : two["segments"][2][1]] == [*first[one["history"] :], 7, 8]
     assert second[two["segments"][3][0] : two["segments"][3][1]] == [9]  # the last one had no KV yet
-    for (before, _), (after, marks) in pairwise(engine.asked):
-        assert marks["segments"][0] == [0, one["segments"][0][1]] and len(after) > 0 and before[0] == after[0] == 1
+    for (before, _), (after, annotations) in pairwise(engine.asked):
+        assert (
+            annotations["segments"][0] == [0, one["segments"][0][1]] and len(after) > 0 and before[0] == after[0] == 1
+        )
     assert three["segments"][: len(two["segments"])] != two["segments"]  # the observation moved them
     kept = [third[a:b] for a, b in three["segments"]]
     assert [second[a:b] for a, b in two["segments"]] == kept[: len(two["segments"])]
@@ -123,14 +125,14 @@ def test_every_agent_is_sent_what_the_in_process_backend_is_sent(name):
     engine.begin, engine.encode = (lambda: [tokens.tokenizer.bos_token_id]), (lambda text: list(tokens.encode(text)))
     again = run_episode(entry(name).agent(task), OfflineEngine(engine, "cacheslide"), Stops(turns=60))
     assert again.success and len(engine.asked) == len(episode.steps)
-    for (ids, marks), step in zip(engine.asked, episode.steps, strict=True):
+    for (ids, annotations), step in zip(engine.asked, episode.steps, strict=True):
         prompt = tokens.prompt(step.segments)
         assert ids == list(prompt.token_ids)
         fixed = [[c.start, c.end] for c in prompt.chunks(10**6)]
-        assert marks["segments"] == fixed
+        assert annotations["segments"] == fixed
 
 
-def test_other_templates_are_marked_only():
+def test_other_templates_are_annotated_only():
     def segments(shape):
         return tuple(TextSegment(f"{i}", f"t{i}", "reuse" if c == "F" else "recompute") for i, c in enumerate(shape))
 

@@ -1,4 +1,4 @@
-"""Serving agents: packed runs, beams, kept KV and teacher-forcing give what serving one by one from scratch gives."""
+"""Serving agents: packed runs, beams, retained KV and teacher-forcing give what serving one by one gives."""
 
 import threading
 from dataclasses import replace
@@ -60,7 +60,7 @@ def test_a_packed_run_gives_what_one_by_one_gives(backend, name):
     assert all(c.receipt["chunks_hit"] > 0 for c in all_)
 
 
-def test_kept_chunks_carry_their_generation_into_the_receipts(backend):
+def test_retained_chunks_carry_their_generation_into_the_receipts(backend):
     _, [episode] = recorded("function_calling", jobs=3)
     served = {k: InProcess(backend, load_policy("naive_reuse"), generations=k) for k in (0, 2)}
     receipts = {k: [c.complete(r).receipt for r in requests_of([episode], (0, 6), 1)] for k, c in served.items()}

@@ -93,7 +93,7 @@ def test_loads_name_the_fastest_rival_and_series_leave_out_the_last_second(files
 
 def test_the_heat_map_divides_right_calls_by_all_seconds(files):
     table = grid_table(files["grid"])
-    [cell] = [c for c in table["cells"] if (c["share"], c["tau"]) == (0.26, 0.12)]
+    [cell] = [c for c in table["cells"] if (c["recompute_ratio"], c["tau"]) == (0.26, 0.12)]
     steps = [s for r in files["grid"].records for s in r["systems"]["0.26@0.12"]]
     assert cell["qps"]["value"] == pytest.approx(sum(s["right"] for s in steps) / sum(s["total_s"] for s in steps))
     assert {r["system"] for r in windows_table(files["windows"])["rows"]} >= {"window@64", "window_recompute@192"}
@@ -111,7 +111,7 @@ def test_verdicts_follow_the_numbers(summary):
     padded = judge(CLAIM["fig04b-agents"], summary)
     assert padded.verdict is Verdict.PARTLY and "192 tokens" in padded.measured  # all apart, none loses 78 %
     late = judge(CLAIM["turns"], summary)
-    assert "KV kept for k generations" in late.measured and late.verdict in (Verdict.REPRODUCED, Verdict.PARTLY)
+    assert "KV retained for k generations" in late.measured and late.verdict in (Verdict.REPRODUCED, Verdict.PARTLY)
 
 
 def test_a_model_that_solves_nothing_gets_no_verdict(files):
@@ -142,8 +142,8 @@ def test_words_and_arithmetic_of_the_rules():
 
 def small(**sections) -> dict:
     found = yaml.safe_load((ROOT / "config/smoke.yaml").read_text())
-    kept = {k: found["agents"][k] for k in ("model", "layer")}
-    found["agents"] = kept | {"systems": ["recompute", "cacheslide"], **sections}
+    same = {k: found["agents"][k] for k in ("model", "layer")}
+    found["agents"] = same | {"systems": ["recompute", "cacheslide"], **sections}
     found["agents"].setdefault("traces", {"function_calling": {"count": 1, "jobs": 1, "steps": 1}})
     found["agents"].setdefault("replay", {"episodes": 1})
     check(found, ROOT / "workflows/schemas/config.schema.yaml")
@@ -154,10 +154,10 @@ def test_every_section_is_measured_for_real(tmp_path):
     tasks = {"function_calling": {"count": 2, "jobs": 1, "steps": 1}}
     config = small(
         windows={"tasks": tasks, "windows": [8]},
-        turns={"tasks": tasks, "kept": ["naive_reuse"], "limits": [2]},
+        turns={"tasks": tasks, "retained": ["naive_reuse"], "limits": [2]},
         load={"tasks": tasks, "parallel": [2], "widths": [2], "repeats": 1},
         series={"tasks": tasks, "concurrent": 2, "slices": 1},
-        grid={"tasks": tasks, "shares": [0, 0.5], "taus": [0.12], "every": 1},
+        grid={"tasks": tasks, "recompute_ratios": [0, 0.5], "taus": [0.12], "every": 1},
     )
     traces = str(tmp_path / "traces.jsonl")
     study_agents.step_traces(config, traces)
@@ -169,14 +169,14 @@ def test_every_section_is_measured_for_real(tmp_path):
         assert file.settings["order"] and len(file.settings["data_hash"]) == 64
     rows = {r["system"]: r for r in quality_table(read_file(tmp_path / "replay.jsonl"))}
     assert rows["cacheslide"]["compute_fraction"] < 1 and rows["cacheslide"]["score"] is not None
-    kept = {r["system"]: r["generation"] for r in turns_table(read_file(tmp_path / "turns.jsonl"))}
-    assert kept["naive_reuse@2"] > 0 == kept["cacheslide"]
+    generations = {r["system"]: r["generation"] for r in turns_table(read_file(tmp_path / "turns.jsonl"))}
+    assert generations["naive_reuse@2"] > 0 == generations["cacheslide"]
     with pytest.raises(ConfigError, match="unknown section"):
         study_agents.step_agents(config, "dreams", str(tmp_path / "x"), 1)
 
 
 def test_configurations_of_agents_are_checked():
     with pytest.raises(ConfigError, match="agents: unknown system 'magic'"):
-        small(turns={"tasks": {"memgpt": {"count": 1}}, "kept": ["magic"]})
+        small(turns={"tasks": {"memgpt": {"count": 1}}, "retained": ["magic"]})
     with pytest.raises(ConfigError, match=r"agents\.traces"):
         small(traces={"autogen": {"count": 1}})

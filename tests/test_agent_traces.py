@@ -155,22 +155,22 @@ def events(*parts, done=True) -> bytes:
     return (out + ("data: [DONE]\n\n" if done else "")).encode()
 
 
-def test_a_server_gets_ids_and_marks_or_plain_text():
+def test_a_server_gets_ids_and_annotations_or_plain_text():
     receipt = {"cacheslide": {"tokens_reused": 3}}
     last = {"choices": [{"text": " x", "finish_reason": "stop"}], "kv_transfer_params": receipt}
     pieces = [{"choices": [{"text": " reply"}]}, last]
     tokenizer = AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
     with server(lambda body: (200, events(*pieces))) as (url, bodies):
-        marked = OpenAIServer(url, "m", tokenizer, policy="cacheslide").complete(Request("s", 0, SEGMENTS, 8))
+        annotated = OpenAIServer(url, "m", tokenizer, policy="cacheslide").complete(Request("s", 0, SEGMENTS, 8))
         plain = OpenAIServer(url, "m", api_key="secret").complete(Request("s", 0, SEGMENTS, 8))
-    assert marked.text == plain.text == " reply x" and len(marked.token_s) == 2
-    assert marked.receipt == receipt["cacheslide"]
+    assert annotated.text == plain.text == " reply x" and len(annotated.token_s) == 2
+    assert annotated.receipt == receipt["cacheslide"]
     (path, first, nobody), (_, second, somebody) = bodies
     assert nobody is None and somebody == "Bearer secret"
     assert path == "/v1/completions" and first["stream"] and first["stop"] == ["\n"] and first["max_tokens"] == 8
     assert tokenizer.decode(first["prompt"], skip_special_tokens=True) == "\nTalk\nCall:" == second["prompt"]
-    assert first["prompt"] == [i for ids in marked.prompt_ids for i in ids] and plain.prompt_ids is None
-    fixed = [0, len(marked.prompt_ids[0])]
+    assert first["prompt"] == [i for ids in annotated.prompt_ids for i in ids] and plain.prompt_ids is None
+    fixed = [0, len(annotated.prompt_ids[0])]
     assert first["kv_transfer_params"] == {"cacheslide": {"segments": [fixed], "policy": "cacheslide"}}
     assert "kv_transfer_params" not in second and "cache_salt" not in second
 
@@ -191,8 +191,8 @@ def test_agents_load_a_server_with_salts_of_their_own(tmp_path):
     assert len(done) == sum(len(e.steps) for e in episodes) and all(d.correct and d.ttft_s > 0 for d in done)
     for _, body, _ in bodies:
         assert body["cache_salt"] == "a-2-0"
-        marks = body["kv_transfer_params"]["cacheslide"]
-        assert (marks["policy"], marks["layer"]) == ("epic", 3)
+        annotations = body["kv_transfer_params"]["cacheslide"]
+        assert (annotations["policy"], annotations["layer"]) == ("epic", 3)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from aiohttp import web
 from cacheslide.errors import ConfigError
 from harness.backends.http import server as client_server
 from harness.backends.http.load import closed_loop, open_loop
-from harness.backends.http.server import Server, ServerError, connector_command, engine_flags, stock_command
+from harness.backends.http.server import Server, ServerError, connector_command, engine_flags, vanilla_command
 from harness.backends.http.stream import Endpoint, Request
 from harness.backends.http.summary import no_speed, summarize_load
 from harness.load import Poisson
@@ -46,7 +46,7 @@ class Served:
         self.bodies.append(body)
         way, asked = body["prompt"][0], body["max_tokens"]
         if way == 1:
-            return web.Response(status=400, text="malformed marks")
+            return web.Response(status=400, text="malformed annotations")
         self.running += 1
         self.most = max(self.most, self.running)
         while self.most < self.least:
@@ -130,10 +130,10 @@ def test_every_token_has_its_time_and_the_receipt_is_kept(served):
 
 
 def test_a_request_says_no_more_than_the_server_understands(served):
-    marks = {"cacheslide": {"segments": [[0, 2]]}}
-    closed_loop(served.endpoint, [[request("a", params=marks, salt="s")]])
+    annotations = {"cacheslide": {"segments": [[0, 2]]}}
+    closed_loop(served.endpoint, [[request("a", params=annotations, salt="s")]])
     body = served.bodies[-1]
-    assert body["prompt"] == [0, 5, 6] and body["kv_transfer_params"] == marks and body["cache_salt"] == "s"
+    assert body["prompt"] == [0, 5, 6] and body["kv_transfer_params"] == annotations and body["cache_salt"] == "s"
     assert body["stream_options"] == {"include_usage": True, "continuous_usage_stats": True} and body["ignore_eos"]
     closed_loop(Endpoint(served.endpoint.url, "m", extensions=False), [[request("b")]])
     plain = {"model": "m", "prompt": [0, 5, 6], "max_tokens": 4, "temperature": 0, "stream": True}
@@ -233,4 +233,4 @@ def test_command_lines():
     assert "--enforce-eager" not in engine_flags(EngineOptions(), "bfloat16")
     line = connector_command("m", {"store_gib": 2, "policy": "epic"}, flags)
     assert line[2:8] == ["cacheslide.cli.serve", "m", "--store-gib", "2", "--policy", "epic"]
-    assert "--no-enable-prefix-caching" in stock_command("m", False, flags)
+    assert "--no-enable-prefix-caching" in vanilla_command("m", False, flags)

@@ -9,12 +9,12 @@ from cacheslide.errors import ConfigError, PolicyError
 from cacheslide.policies.registry import load_policy, policy_names
 from cacheslide.vllm.options import policy_of
 from harness.backends.in_process import EngineOptions
-from harness.backends.vllm import marked_as
+from harness.backends.vllm import annotated_as
 from harness.configuration import check
 from harness.experiments.study import steps as study
 from harness.inventory import FIGURES, data_spec, figures_of, prompt_files
 from harness.plots import render
-from harness.systems import STOCK, recipes, resolve, scalable
+from harness.systems import VANILLA, recipes, resolve, scalable
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = ROOT / "workflows/schemas/config.schema.yaml"
@@ -88,25 +88,25 @@ def test_cksim_and_chunk_files_say_that_they_are_the_reference_backends():
 
 
 @pytest.mark.parametrize("layer", [None, 1, 3])
-@pytest.mark.parametrize("share", [None, 0.26, 1.0])
-def test_marks_ask_for_exactly_the_policy_that_is_meant(layer, share):
-    for policy in resolve(policy_names(), layer=layer, share=share):
-        marks = marked_as(policy)
-        asked = policy_of(marks.pop("policy"), **marks)
+@pytest.mark.parametrize("recompute_ratio", [None, 0.26, 1.0])
+def test_annotations_ask_for_exactly_the_policy_that_is_meant(layer, recompute_ratio):
+    for policy in resolve(policy_names(), layer=layer, recompute_ratio=recompute_ratio):
+        annotations = annotated_as(policy)
+        asked = policy_of(annotations.pop("policy"), **annotations)
         assert (asked.name, asked.correction) == (policy.name, policy.correction)
 
 
-def test_what_marks_cannot_say_is_refused():
+def test_what_annotations_cannot_say_is_refused():
     from dataclasses import replace
 
     policy = load_policy("cacheslide")
     odd = replace(policy, correction=replace(policy.correction, metric="v"))
     with pytest.raises(PolicyError, match="a request cannot ask for"):
-        marked_as(odd)
+        annotated_as(odd)
 
 
 def test_vllm_by_itself_reads_no_chunk_caches_and_scales_with_nothing():
-    systems = resolve(["recompute", *STOCK, "cacheslide"], layer=2, share=0.5)
+    systems = resolve(["recompute", *VANILLA, "cacheslide"], layer=2, recompute_ratio=0.5)
     assert [s.name for s in systems] == ["recompute", "vllm", "vllm_prefix_cache", "cacheslide"]
     assert list(recipes(systems)) == ["fixedchain_fixed_chain"]
-    assert scalable([*STOCK, "cacheslide"]) == ["cacheslide"]
+    assert scalable([*VANILLA, "cacheslide"]) == ["cacheslide"]

@@ -1,4 +1,4 @@
-"""CoPE's plain reference against a direct reading of its definition, and CCPE's canonical masses."""
+"""CoPE's plain reference against a direct reading of its definition, and CCPE's canonical offsets."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from cacheslide.errors import PromptError
 from cacheslide.kernels.cope import api as kernels
 from cacheslide.positions import cope
-from cacheslide.positions.ccpe import SlotMasses
+from cacheslide.positions.ccpe import SlotOffsets
 from cacheslide.positions.cope import cope_attention, query_blocks
 from tests.test_kernels import other_layout, paged, passes_interpreted, scattered
 
@@ -35,16 +35,16 @@ def by_definition(q, k, v, table, rows, slots=None):
                 score = float(q[i, h] @ k[j, kh]) * dim**-0.5
                 for s, (first, end) in reversed(list(enumerate(pairs))):
                     if slots.canonical[i] and row >= end:
-                        mass = float(slots.masses[s, h])
+                        offset = float(slots.offsets[s, h])
                         if j == (end - 1 if first < end else first - 1):
                             entry = position
                         if j == first - 1:
-                            position = entry + mass
+                            position = entry + offset
                 position += 1 / (1 + torch.tensor(-score, dtype=torch.float64).exp().item())
                 at = position
                 for s, (first, end) in enumerate(pairs):
                     if slots.cap and slots.canonical[i] and row >= end and first <= j < end:
-                        at = min(at, entry + float(slots.masses[s, h]))
+                        at = min(at, entry + float(slots.offsets[s, h]))
                 at = min(at, len(table) - 1)
                 low = int(at)
                 a, b = (float(q[i, h] @ table[min(m, len(table) - 1)]) for m in (low, low + 1))
@@ -62,13 +62,13 @@ def test_reference_is_the_definition(heads, kv_heads, dim, p_max):
 
 @pytest.mark.parametrize("cap", [False, True])
 @pytest.mark.parametrize("bounds", [[[3, 7], [11, 14]], [[0, 5], [5, 6]], [[9, 23]], [[0, 0], [4, 4], [9, 12]]])
-def test_slots_are_crossed_by_their_mass(bounds, cap):
+def test_slots_are_crossed_by_their_offset(bounds, cap):
     """Slots at the start, beside each other, and around the last queries; some queries live, some inside a slot."""
     q, k, v, table, rows = made(12, 23, 4, 2, 8, 12, seed=1, dtype=torch.float64)
     g = torch.Generator().manual_seed(2)
-    masses = torch.rand(len(bounds), 4, generator=g) * 4
+    offsets = torch.rand(len(bounds), 4, generator=g) * 4
     canonical = torch.rand(12, generator=g) < 0.7
-    slots = SlotMasses(torch.tensor(bounds).int(), torch.tensor([0, len(bounds)]).int(), masses, canonical, cap)
+    slots = SlotOffsets(torch.tensor(bounds).int(), torch.tensor([0, len(bounds)]).int(), offsets, canonical, cap)
     got = cope_attention(q, k, v, table, rows, slots=slots)
     torch.testing.assert_close(got, by_definition(q, k, v, table, rows, slots), rtol=1e-6, atol=1e-6)
     live = cope_attention(q, k, v, table, rows)
@@ -77,12 +77,12 @@ def test_slots_are_crossed_by_their_mass(bounds, cap):
     assert not (changed & ~may).any() and (changed.any() or len(bounds) == 1)
 
 
-def test_mass_equal_to_the_live_gates_changes_nothing():
+def test_offset_equal_to_the_live_gates_changes_nothing():
     q, k, v, table, _ = made(1, 12, 2, 2, 6, 30, seed=3, dtype=torch.float64)
     rows = torch.tensor([11])
     _, gates = cope.scores_and_gates(q, k[:12], rows, None)
-    masses = gates[:, 0, 4:9].sum(-1)[None]
-    slots = SlotMasses(torch.tensor([[4, 9]]).int(), torch.tensor([0, 1]).int(), masses, torch.tensor([True]))
+    offsets = gates[:, 0, 4:9].sum(-1)[None]
+    slots = SlotOffsets(torch.tensor([[4, 9]]).int(), torch.tensor([0, 1]).int(), offsets, torch.tensor([True]))
     want = cope_attention(q, k, v, table, rows)
     torch.testing.assert_close(cope_attention(q, k, v, table, rows, slots=slots), want)
 
@@ -108,7 +108,7 @@ def test_gradients_go_through_gates_and_table(monkeypatch):
 
 def test_disagreeing_slots_are_refused():
     with pytest.raises(PromptError, match="disagree"):
-        SlotMasses(torch.zeros(2, 2).int(), torch.tensor([0, 2]).int(), torch.zeros(1, 4), torch.ones(3).bool())
+        SlotOffsets(torch.zeros(2, 2).int(), torch.tensor([0, 2]).int(), torch.zeros(1, 4), torch.ones(3).bool())
 
 
 def test_paged_and_ragged_is_the_same_attention():
@@ -116,8 +116,8 @@ def test_paged_and_ragged_is_the_same_attention():
     kv, table, dense = paged(lengths, 2, 6, 16, seed=6)
     rows, cu_rows = scattered(lengths, [0.5, 0.0, 1.0], seed=7)
     q, embedding = torch.randn(len(rows), 4, 6), torch.randn(8, 6)
-    masses, canonical = torch.rand(2, 4), torch.rand(len(rows)) < 0.5
-    slots = SlotMasses(torch.tensor([[3, 9], [2, 5]]).int(), torch.tensor([0, 1, 1, 2]).int(), masses, canonical)
+    offsets, canonical = torch.rand(2, 4), torch.rand(len(rows)) < 0.5
+    slots = SlotOffsets(torch.tensor([[3, 9], [2, 5]]).int(), torch.tensor([0, 1, 1, 2]).int(), offsets, canonical)
     out = kernels.cope_attention(q, rows, cu_rows, table, other_layout(kv), embedding, slots=slots)
     for i in (0, 2):
         begin, end = cu_rows[i : i + 2].tolist()

@@ -37,7 +37,7 @@ def test_one_command_calibrates_and_measures(pair, tmp_path):
         assert table["questions"] == table["f1"]["wca"]["values"] * 8
         assert all(len(x) == 1 and 0 < x[0] <= 1.000001 for x in table["cksim"].values())
     stored = find_calibration(adapter, json.loads((adapter / "cope.json").read_text())["digest"])
-    assert stored.masses.shape == (2, 1, 2) and stored.masses.min() >= 0
+    assert stored.slot_offsets.shape == (2, 1, 2) and stored.slot_offsets.min() >= 0
     assert 0 <= done["calibration"]["unsaturated_share"] <= 1
     assert set(done["gamma_against_live"]) == {"gamma", "gamma_cap"}
 
@@ -58,7 +58,9 @@ def test_gamma_is_held_against_live_gates_prompt_by_prompt():
 def test_the_headline_takes_the_slower_case_and_says_nothing_where_one_is_missing():
     ratios = {"16384_mean_0.5": 1.2, "16384_mean_0.01": 2.0, "16384_never": 3.0}
     prefill = {name: {"ratio_to_sdpa": x} for name, x in ratios.items()}
-    decode = {f"8x16384_{g}": {"ratio_to_stock": x} for g, x in zip(cope_kernels.SHIFTS, (1.1, 1.0, 1.3), strict=True)}
+    decode = {
+        f"8x16384_{g}": {"ratio_to_row_attention": x} for g, x in zip(cope_kernels.SHIFTS, (1.1, 1.0, 1.3), strict=True)
+    }
     found = cope_kernels.headline({"prefill": prefill, "decode": decode})
     assert list(found.values()) == [1.2, 3.0, 1.3]
     del prefill["16384_never"]["ratio_to_sdpa"], decode["8x16384_never"]
@@ -74,7 +76,7 @@ def test_a_machine_without_a_gpu_records_errors_and_goes_on(tmp_path):
 
 
 def test_the_serving_benchmarks_adapter_and_headline(tmp_path):
-    setup = find_cope(cope_serving.random_tables("mistral-7b", tmp_path, 64, masses=True))
+    setup = find_cope(cope_serving.random_tables("mistral-7b", tmp_path, 64, offsets=True))
     layers = SHAPES["mistral-7b"]["num_hidden_layers"]
     assert setup.slots == 1 and not setup.adapter.changes
     tables = [setup.adapter.positions(i) for i in range(layers)]

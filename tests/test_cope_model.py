@@ -40,10 +40,10 @@ def live(checkpoint, adapter):
     return load_cope(checkpoint, adapter, live=True)
 
 
-def with_masses(model, masses):
-    """The same model with slot masses."""
+def with_offsets(model, offsets):
+    """The same model with slot offsets."""
     out = object.__new__(type(model))
-    out.__dict__ |= model.__dict__ | {"masses": masses, "model_id": model.model_id + "masses"}
+    out.__dict__ |= model.__dict__ | {"slot_offsets": offsets, "model_id": model.model_id + "slot_offsets"}
     return out
 
 
@@ -105,7 +105,7 @@ def policy(correction=None, kind="fixed_chain") -> ReusePolicy:
 @pytest.mark.parametrize("kind", ["fixed_chain", "in_prompt"])
 @pytest.mark.parametrize("gamma", [False, True])
 def test_a_hundred_shifted_turns_reuse_every_reusable_row(live, kind, gamma):
-    model = with_masses(live, torch.full((LAYERS, 2, HEADS), 2.5)) if gamma else live
+    model = with_offsets(live, torch.full((LAYERS, 2, HEADS), 2.5)) if gamma else live
     engine, rng = ReuseEngine(model, policy(kind=kind), MemoryChunkStore(), chunk_size=16), Random(0)
     engine.build(prompt(0, 9))
     reusable = reused = 0
@@ -117,8 +117,8 @@ def test_a_hundred_shifted_turns_reuse_every_reusable_row(live, kind, gamma):
 
 
 def test_recomputing_every_reused_row_is_plain_recompute(live):
-    """Also with masses: the same rows cross the same slots by the same Γ in both."""
-    for model in (live, with_masses(live, torch.rand(LAYERS, 2, HEADS) * 4)):
+    """Also with offsets: the same rows cross the same slots by the same Γ in both."""
+    for model in (live, with_offsets(live, torch.rand(LAYERS, 2, HEADS) * 4)):
         engine = ReuseEngine(model, policy(TopDeviation(1.0, layer=2)), MemoryChunkStore(), chunk_size=16)
         engine.build(prompt(0, 9))
         now = prompt(1, 21)
@@ -128,8 +128,8 @@ def test_recomputing_every_reused_row_is_plain_recompute(live):
         torch.testing.assert_close(done.kv.k[:, : len(now)], kv.k, rtol=1e-4, atol=1e-4)
 
 
-def test_masses_change_fixed_chunks_alone_and_the_chain_is_encoded_with_them(live):
-    model, now = with_masses(live, torch.full((LAYERS, 2, HEADS), 3.0)), prompt(1, 21)
+def test_offsets_change_fixed_chunks_alone_and_the_chain_is_encoded_with_them(live):
+    model, now = with_offsets(live, torch.full((LAYERS, 2, HEADS), 3.0)), prompt(1, 21)
     slots = slots_in(now)
     one, two = dense(live, now)[0][1], dense(model, now, slots)[0][1]
     changed = (one - two).abs().amax(1) > 1e-6  # behind the first layer
@@ -147,7 +147,7 @@ def test_masses_change_fixed_chunks_alone_and_the_chain_is_encoded_with_them(liv
 
 
 def test_a_prompt_with_more_slots_than_were_calibrated_is_refused(live):
-    model = with_masses(live, torch.ones(LAYERS, 1, HEADS))
+    model = with_offsets(live, torch.ones(LAYERS, 1, HEADS))
     with pytest.raises(PromptError, match="calibrated for 1"):
         ReuseEngine(model, policy(), MemoryChunkStore()).prefill(prompt(1, 5))
 
@@ -160,7 +160,7 @@ def test_the_mode_of_a_histogram():
 
 def test_calibration_reads_the_gates_of_unsaturated_queries(live):
     prompts = [prompt(i, 4 + i) for i in range(3)]
-    masses, samples = ccpe.calibrate(live, prompts, 2, bin_width=0.25)
+    offsets, samples = ccpe.calibrate(live, prompts, 2, bin_width=0.25)
     values, p_max = [], live.tables[0].shape[0]
     for p in prompts:
         slots, rows = slots_in(p), torch.arange(len(p))
@@ -171,11 +171,11 @@ def test_calibration_reads_the_gates_of_unsaturated_queries(live):
             if gates[2, row, end:].sum() < p_max - 1:
                 values.append(float(gates[2, row, first:end].sum()))
     want = ccpe.mode(torch.tensor(values), 0.25)
-    assert float(masses[0, 1, 2]) == pytest.approx(want, rel=1e-4) and masses.shape == (LAYERS, 2, HEADS)
+    assert float(offsets[0, 1, 2]) == pytest.approx(want, rel=1e-4) and offsets.shape == (LAYERS, 2, HEADS)
     share = samples.unsaturated_share()
     assert 0 < float(share[0, 1, 2]) < 1 and float(share[0, 1, 2]) == pytest.approx(len(values) / 75)
     with pytest.raises(ModelError, match="live"):
-        ccpe.calibrate(with_masses(live, masses), prompts, 2)
+        ccpe.calibrate(with_offsets(live, offsets), prompts, 2)
 
 
 def test_a_calibration_is_bound_to_its_adapter(checkpoint, adapter, live, tmp_path):
@@ -187,20 +187,20 @@ def test_a_calibration_is_bound_to_its_adapter(checkpoint, adapter, live, tmp_pa
     ccpe.save_calibration(made, tmp_path)
     assert ccpe.find_calibration(tmp_path, found.digest).digest == made.digest
     model = load_cope(checkpoint, tmp_path)
-    assert torch.equal(model.masses, made.masses)
+    assert torch.equal(model.slot_offsets, made.slot_offsets)
     ids = {model.model_id, live.model_id, load_cope(checkpoint, tmp_path, cap=True).model_id}
     assert len(ids) == 3 and load_cope(checkpoint, tmp_path, live=True).model_id == live.model_id
     with pytest.raises(ModelError, match="another adapter"):
         ccpe.find_calibration(tmp_path, "other")
-    ccpe.save_calibration(replace(made, masses=torch.rand(LAYERS, 1, HEADS)), tmp_path / "b")
-    save_file({"masses": made.masses + 1}, tmp_path / "b" / ccpe.FILES[0])
+    ccpe.save_calibration(replace(made, slot_offsets=torch.rand(LAYERS, 1, HEADS)), tmp_path / "b")
+    save_file({"slot_offsets": made.slot_offsets + 1}, tmp_path / "b" / ccpe.FILES[0])
     with pytest.raises(ModelError, match="altered"):
         ccpe.find_calibration(tmp_path / "b", found.digest)
     assert ccpe.find_calibration(tmp_path / "nothing", "x") is None
 
 
 def test_the_encoder_needs_no_slots_of_chunks_encoded_alone(live):
-    engine = ReuseEngine(with_masses(live, torch.ones(LAYERS, 2, HEADS)), policy(), MemoryChunkStore())
+    engine = ReuseEngine(with_offsets(live, torch.ones(LAYERS, 2, HEADS)), policy(), MemoryChunkStore())
     assert isinstance(engine.encoder, ChunkEncoder)
     p = prompt(1, 5)
     plan = engine.plan(p)

@@ -90,7 +90,7 @@ def test_cksim_of_cope_follows_its_predictions(config, data, tmp_path):
     assert found[60]["chain_stale"][0] < 0.999 < found[60]["chain_delta"][0]
 
 
-def test_positions_move_with_the_slot_unless_its_mass_is_canonical(config, data, tmp_path):
+def test_positions_move_with_the_slot_unless_its_offset_is_canonical(config, data, tmp_path):
     study_cope.step_cope_prompts(config, [data], str(tmp_path / "p.json"), 1)
     content = json.loads((tmp_path / "p.json").read_text())
     [move] = content["datasets"]["hotpotqa-deep"]["moves"]

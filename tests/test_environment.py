@@ -1,7 +1,6 @@
 """The set-up: pins, pyproject and environment.yml agree, installing says what is wrong, configurations are checked."""
 
 import importlib.metadata
-import json
 import os
 import re
 import subprocess
@@ -17,7 +16,8 @@ from packaging.utils import canonicalize_name
 from cacheslide.errors import CacheSlideError, ConfigError
 from harness.configuration import check
 from harness.inventory import AGENT_FIGURES, read_config
-from harness.systems import STOCK
+from harness.results.runs import read_json
+from harness.systems import VANILLA
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -197,8 +197,8 @@ def test_configuration_is_valid_and_named_after_its_run(path):
     config = yaml.safe_load(path.read_text())
     Draft202012Validator(SCHEMA).validate(config)
     assert config["run"] == path.stem
-    stock = STOCK.keys() if config.get("backend") == "vllm" else set()
-    assert set(config["systems"]) <= POLICIES.keys() | stock
+    vanilla = VANILLA.keys() if config.get("backend") == "vllm" else set()
+    assert set(config["systems"]) <= POLICIES.keys() | vanilla
     assert f"`{path.name}`" in (ROOT / "config/README.md").read_text()
 
 
@@ -284,7 +284,7 @@ def test_install_refuses_an_unknown_list():
 
 HEADLINES = {
     "h200/serving": "executor_efficiency_8k ttft_ratio_8k_topk26 row_attention_vs_flash plugin_overhead_pct",
-    "h200/kernels": "cope_vs_sdpa_16k_saturating cope_vs_sdpa_16k_unsaturated cope_decode_vs_stock",
+    "h200/kernels": "cope_vs_sdpa_16k_saturating cope_vs_sdpa_16k_unsaturated cope_decode_vs_row_attention",
     "slide/summary": "lru_over_clean_first_bytes write_stall_reduction_pct layer_latency_reduction_pct lookup_us_1e6 "
     "startup_s_1e5_pages faults_injected wrong_pages_served",
     "agents/summary": "reflexion_success memgpt_success swe_agent_success function_calling_success",
@@ -294,5 +294,5 @@ HEADLINES = {
 @pytest.mark.parametrize("name", HEADLINES)
 def test_the_committed_results_hold_their_headlines(name):
     """What the documents quote travels with the repository."""
-    headline = json.loads((ROOT / f"results/{name}.json").read_text())["headline"]
+    headline = read_json(ROOT / f"results/{name}.json")["headline"]
     assert all(isinstance(headline[key], int | float) for key in HEADLINES[name].split())

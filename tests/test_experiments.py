@@ -100,7 +100,7 @@ def test_equal_share_holds_only_systems_that_scale(data, accuracy, tmp_path):
         "cacheslide_promote",
     ]
     outputs = [str(tmp_path / f"{name}.jsonl") for name in to_scale(SYSTEMS, 0.26)]
-    study.step_accuracy(CONFIG, data, str(accuracy / "chunks"), 3, outputs, 2, share=0.26)
+    study.step_accuracy(CONFIG, data, str(accuracy / "chunks"), 3, outputs, 2, recompute_ratio=0.26)
     for path in outputs[:1]:
         receipt = next(read_records(path))["receipt"]
         share = receipt["tokens_recomputed"] / (receipt["tokens_reused"] + receipt["tokens_recomputed"])

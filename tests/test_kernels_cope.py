@@ -12,7 +12,7 @@ import torch
 
 from cacheslide.kernels.cope import reference as cope_reference
 from cacheslide.kernels.cope import training as cope_training
-from cacheslide.positions.ccpe import SlotMasses
+from cacheslide.positions.ccpe import SlotOffsets
 from tests.test_kernels import other_layout, paged, scattered
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -122,10 +122,10 @@ def slots_of(bounds, cap):
         g = torch.Generator().manual_seed(len(bounds))
         requests = len(cu_rows) - 1
         every = torch.tensor(bounds * requests).int()
-        masses = torch.rand(len(every), heads, generator=g) * 6
+        offsets = torch.rand(len(every), heads, generator=g) * 6
         canonical = torch.rand(len(rows), generator=g) < 0.67
         cu = torch.arange(requests + 1).int() * len(bounds)
-        return SlotMasses(*(x.to(DEVICE) for x in (every, cu, masses, canonical)), cap)
+        return SlotOffsets(*(x.to(DEVICE) for x in (every, cu, offsets, canonical)), cap)
 
     return made
 
@@ -133,7 +133,7 @@ def slots_of(bounds, cap):
 @pytest.mark.parametrize("cap", [False, True])
 @pytest.mark.parametrize("shift", [SATURATING, SLOW])
 @pytest.mark.parametrize("bounds", [[[3, 40], [41, 60]], [[0, 16], [16, 16], [16, 20], [48, 48], [70, 95]]])
-def test_slots_are_crossed_by_their_mass(bounds, shift, cap):
+def test_slots_are_crossed_by_their_offset(bounds, shift, cap):
     bounds = [[a * SIZE, b * SIZE] for a, b in bounds]
     slots = slots_of(bounds, cap)
     check([100 * SIZE, 50 * SIZE], [0.1, 0.06], 4, 2, 16, 16, DTYPES[0], shift, 24, slots, tiling=tiling(DTYPES[0]))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from harness.experiments.cope import serving as cope_serving
-from harness.experiments.serving import cold_ttft
+from harness.experiments.serving import disk_ttft
 from harness.experiments.serving.client import Condition, table
 from harness.experiments.serving.engine_ttft import _cell, parser
 from harness.report.claims import Verdict, judge
@@ -71,19 +71,19 @@ def test_every_run_of_an_engine_carries_its_turns_reading(monkeypatch):
 def test_a_servers_ratio_needs_two_loads_with_nothing_beside_them():
     base = Condition("vllm", 512, 1)
     ours = Condition("cacheslide", 512, 1, None, 0.26, "cpu")
-    other = replace(ours, share=0.1)
+    other = replace(ours, recompute_ratio=0.1)
     loads = {base: load(0.4, None), ours: load(0.1, 400), other: load(0.1, 400)}
-    rows = {r["share"]: r for r in table(loads, {base: CALM, ours: BUSY, other: CALM})}
+    rows = {r["recompute_ratio"]: r for r in table(loads, {base: CALM, ours: BUSY, other: CALM})}
     assert rows[0.26]["ttft_ratio"] is None and rows[0.26]["ratio_reason"].startswith(FEW)
     assert rows[0.1]["ttft_ratio"]["value"] == pytest.approx(0.25) and rows[0.1]["quiet"] == CALM
-    rows = {r["share"]: r for r in table(loads, {base: BUSY, ours: CALM, other: CALM})}
+    rows = {r["recompute_ratio"]: r for r in table(loads, {base: BUSY, ours: CALM, other: CALM})}
     assert rows[0.1]["ttft_ratio"] is None and rows[0.1]["disturbed"]
 
 
-def test_cold_reads_take_the_median_of_undisturbed_turns():
-    row = cold_ttft._row(64, "file", [[0.1], [9.0], [0.1]], [CALM, BUSY, CALM])
+def test_disk_reads_take_the_median_of_undisturbed_turns():
+    row = disk_ttft._row(64, "file", [[0.1], [9.0], [0.1]], [CALM, BUSY, CALM])
     assert row["ttft_s"]["value"] == 0.1 and not row["disturbed"] and len(row["runs"]) == 3
-    row = cold_ttft._row(64, "file", [[0.1], [9.0]], [BUSY, BUSY])
+    row = disk_ttft._row(64, "file", [[0.1], [9.0]], [BUSY, BUSY])
     assert row["disturbed"].startswith(FEW) and row["ttft_s"]["n"] == 2
 
 

@@ -1,11 +1,11 @@
-"""The rule of what is kept of a served request, as a table."""
+"""The rule of what is retained of a served request, as a table."""
 
 import pytest
 
 from cacheslide.core.retention import generation_of_copy
 from cacheslide.policies.registry import load_policy
 
-ANEW = None  # only an exact encoding may be kept
+ANEW = None  # only an exact encoding may be retained
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ ANEW = None  # only an exact encoding may be kept
     [
         ("naive_reuse", True, 0, 0, True, 0),  # the prompt's own exact prefill
         ("naive_reuse", True, 3, 0, True, 0),  # what it might have reused does not count
-        ("naive_reuse", False, 0, 0, True, ANEW),  # built on reused rows, and nothing corrected may be kept
+        ("naive_reuse", False, 0, 0, True, ANEW),  # built on reused rows, and nothing corrected may be retained
         ("naive_reuse", False, 0, 1, True, 1),
         ("naive_reuse", False, 1, 2, True, 2),
         ("naive_reuse", False, 2, 2, True, ANEW),  # too far from exact
@@ -26,7 +26,7 @@ ANEW = None  # only an exact encoding may be kept
         ("recompute", True, 0, 0, True, 0),
     ],
 )
-def test_what_is_kept_and_at_which_generation(system, exact, oldest, limit, in_place, generation):
+def test_what_is_retained_and_at_which_generation(system, exact, oldest, limit, in_place, generation):
     policy = load_policy(system)
     assert generation_of_copy(policy, exact=exact, oldest=oldest, limit=limit, in_place=in_place) == generation
 

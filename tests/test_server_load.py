@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from cacheslide.policies.registry import load_policy
-from cacheslide.vllm.options import marks_of
+from cacheslide.vllm.options import annotations_of
 from harness.backends.http.load import closed_loop
 from harness.backends.http.server import Server, connector_command, engine_flags
 from harness.backends.http.stream import Request
@@ -30,7 +30,7 @@ def requests(number: int, system: str | None) -> list[Request]:
         prompt, params = conversation.turn(turn), None
         if system is not None:
             prompt = load_policy(system).transform(prompt)
-            params = marks_of(prompt, policy=system)
+            params = annotations_of(prompt, policy=system)
         labels = {"system": system, "turn": turn}
         name = f"{number}-{turn}"
         out.append(Request(name, prompt.token_ids, 12, params, f"salt-{number}", stream=not turn % 2, labels=labels))

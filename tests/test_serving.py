@@ -58,19 +58,19 @@ def test_servers_systems_shares_and_loads_follow_from_the_plan(tmp_path):
     found = plan(
         tmp_path,
         systems=["vllm", "vllm_prefix_cache", "prompt_cache", "cacheslide"],
-        shares=[0.1, 1],
+        recompute_ratios=[0.1, 1],
         store_devices=["cpu", "model"],
         rates=[2],
         batches=[1, 4],
     )
-    marked = ["prompt_cache", "cacheslide"]
+    annotated = ["prompt_cache", "cacheslide"]
     assert list(found.servers()) == [
         (None, ["vllm"]),
         (None, ["vllm_prefix_cache"]),
-        ("cpu", marked),
-        ("model", marked),
+        ("cpu", annotated),
+        ("model", annotated),
     ]
-    assert list(found.settings(marked)) == [("prompt_cache", None), ("cacheslide", 0.1), ("cacheslide", 1)]
+    assert list(found.settings(annotated)) == [("prompt_cache", None), ("cacheslide", 0.1), ("cacheslide", 1)]
     assert list(found.loads()) == [(1, None), (4, None), (4, 2)]
     assert found.options.max_model_len == 520 and replace(found, vllm={"max_model_len": 9}).options.max_model_len == 9
 

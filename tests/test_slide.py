@@ -19,9 +19,9 @@ from harness.results import slide
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def template(seed: int, share=0.26, lengths=(40, 64), turns=3) -> slide_trace.Template:
+def template(seed: int, recompute_ratio=0.26, lengths=(40, 64), turns=3) -> slide_trace.Template:
     rng = np.random.default_rng(seed)
-    masks = tuple(tuple(rng.random(n) < share for n in lengths) for _ in range(turns))
+    masks = tuple(tuple(rng.random(n) < recompute_ratio for n in lengths) for _ in range(turns))
     return slide_trace.Template(lengths, masks, layer=2, layers=4)
 
 
@@ -37,7 +37,7 @@ def test_traces_survive_json_and_say_what_the_model_selected(tmp_path):
 
 def test_a_recorded_turn_selects_the_policys_share():
     backend = ReferenceBackend(ROOT / "models/tiny-llama-12m")
-    [t] = slide_trace.record(backend, "sparse", 1, 2, 400, layer=1, share=0.26, seed=3)
+    [t] = slide_trace.record(backend, "sparse", 1, 2, 400, layer=1, recompute_ratio=0.26, seed=3)
     assert (t.layer, t.layers) == (1, 8) and len(t.turns) == 2
     for turn in t.turns:
         assert sum(int(m.sum()) for m in turn) == pytest.approx(0.26 * sum(t.lengths), abs=1)

@@ -48,7 +48,7 @@ def opened(path, **kw):
 @pytest.mark.parametrize("kind", OTHERS)
 def test_a_record_of_another_shape_is_a_miss_and_is_struck_out(tmp_path, kind):
     store = opened(tmp_path / "s")
-    store.backing.file.write([Encoded.of(name(1), OTHERS[kind], 16), encoded(2)])
+    store.persistent.file.write([Encoded.of(name(1), OTHERS[kind], 16), encoded(2)])
     found = store.fetch(key(1), tokens=40)
     assert found.chunk is None and found.why.startswith("misfit: ") and store.stats.misfits == 1
     assert not store.contains(key(1)) and store.get(key(1)) is None

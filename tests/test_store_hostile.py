@@ -329,7 +329,7 @@ def test_one_folder_that_is_not_the_stores_costs_its_shard_alone(tmp_path):
         store.put(key(i), chunk(i))
     assert store.flush(60)
     kept = [store.contains(key(i)) for i in range(50, 50 + N)]
-    assert sum(kept) > 0 and not store.backing.file_breaker.failures
+    assert sum(kept) > 0 and not store.persistent.file_breaker.failures
     assert store.stats.write_errors > 0 or all(kept)
     store.close()
 
@@ -346,7 +346,7 @@ def test_folders_that_others_may_write_are_refused_unless_asked_for(tmp_path, mo
     with pytest.raises(StoreError, match="written by others"):
         DirectoryChunkStore(folder)
     store = open_store(config | {"shared_folder": True}, 256)
-    assert store.backing.file.contains(name(1))
+    assert store.persistent.file.contains(name(1))
     store.close()
     DirectoryChunkStore(folder, shared=True)
     folder.chmod(0o1777)  # as /tmp: nobody can remove or rename what is not theirs

@@ -10,9 +10,9 @@ import pytest
 
 from cacheslide.errors import StoreError
 from cacheslide.store import open_store
-from cacheslide.store.backing import Backing, TieredStats
 from cacheslide.store.filetier import namespace_id
 from cacheslide.store.mooncake import MooncakeOptions, MooncakeTier
+from cacheslide.store.persistent import PersistentTiers, TieredStats
 from cacheslide.store.record import Encoded, to_bytes
 from cacheslide.store.shape import Wanted
 from tests.test_store_file import assert_same, chunk, encoded, name
@@ -96,17 +96,19 @@ def test_a_server_that_lies_is_a_miss_in_time_and_closes_no_other_tier(tmp_path,
         far = tier(port, timeout_s=0.5, capacity=8 << 20)
         config = {"path": str(tmp_path / "s"), "host_gib": 1e-4, "file_gib": 0.02, "spill_gib": 0}
         store = open_store(config, ROW, shape=SHAPE)
-        store.backing.remote = far
+        store.persistent.remote = far
         for i, ask in enumerate((lambda: store.fetch(key(1), tokens=40), lambda: store.contains(key(1)))):
-            store.backing.remote_breaker.worked()  # ask it anew, breaker or not
+            store.persistent.remote_breaker.worked()  # ask it anew, breaker or not
             begun = time.monotonic()
             found = ask()
             assert time.monotonic() - begun < 20  # the limit is 0.5 s; a machine may be busy
-            assert store.stats.remote_errors == i + 1 and store.backing.remote_breaker.open
+            assert store.stats.remote_errors == i + 1 and store.persistent.remote_breaker.open
             assert found is False or (found.chunk is None and found.why.startswith("remote unavailable"))
-            assert "\n" not in store.backing.remote_breaker.last_error
+            assert "\n" not in store.persistent.remote_breaker.last_error
         store.put(key(2), chunk(2))
-        assert store.flush(60) and store.backing.file.contains(name(2)) and not store.backing.file_breaker.failures
+        assert (
+            store.flush(60) and store.persistent.file.contains(name(2)) and not store.persistent.file_breaker.failures
+        )
         assert_same(store.get(key(2)), chunk(2))
         store.close()
 
@@ -124,8 +126,8 @@ def far(port):
     return t
 
 
-def backing(t) -> Backing:
-    return Backing(None, t, TieredStats())
+def persistent(t) -> PersistentTiers:
+    return PersistentTiers(None, t, TieredStats())
 
 
 WANTED = Wanted(SHAPE, 16, 16 * ROW, 4, tokens=40)
@@ -153,7 +155,7 @@ VALUES = {
 def test_a_value_that_is_no_such_record_is_a_miss_and_is_removed(far, kind):
     far._client.set(far._key(name(1)), VALUES[kind])
     far.write(encoded(3))
-    b = backing(far)
+    b = persistent(far)
     found = b.read(name(1), accept=WANTED)
     assert isinstance(found, str) and found.startswith(("damaged", "misfit"))
     assert b.stats.damaged + b.stats.misfits == 1 and not b.stats.remote_errors and not b.remote_breaker.open
@@ -167,7 +169,7 @@ def test_a_value_of_another_type_is_a_miss_and_closes_nothing(far, kind):
     place, r = far._key(name(1)), far._client
     {"list": lambda: r.rpush(place, "a"), "hash": lambda: r.hset(place, "a", 1), "set": lambda: r.sadd(place, "a"),
      "zset": lambda: r.zadd(place, {"a": 1}), "stream": lambda: r.xadd(place, {"a": 1})}[kind]()  # fmt: skip
-    b = backing(far)
+    b = persistent(far)
     assert b.read(name(1)).startswith("damaged") and not b.remote_breaker.open
     assert b.write([encoded(1)]) == [True] and not isinstance(b.read(name(1)), str)
 
@@ -212,7 +214,7 @@ def test_counters_that_are_broken_or_gone_are_made_anew_and_nothing_foreign_is_r
     for kind in ("order", "sizes", "used", "clock"):
         r.delete(f"cacheslide:{{v1}}:{kind}")
         r.rpush(f"cacheslide:{{v1}}:{kind}", "x") if kind != "order" else r.set("cacheslide:{v1}:order", "x")
-        assert backing(small).write([encoded(50)]) == [True] and backing(small).read(name(50))[2] == "remote"
+        assert persistent(small).write([encoded(50)]) == [True] and persistent(small).read(name(50))[2] == "remote"
         small._client.delete(small._key(name(50)))
     r.delete("cacheslide:{v1}:order")
     r.zadd("cacheslide:{v1}:order", {"foreign": -5, "cacheslide:{v1}:used": -6})
@@ -230,7 +232,7 @@ def test_the_server_is_asked_the_same_for_another_tenants_chunk_and_for_none(far
     far.write(encoded(1))  # of the tenant ""
     stores, asked = [], []
     store = open_store({"path": "", "host_gib": 1e-4, "file_gib": 0, "spill_gib": 0}, ROW, namespace="mine")
-    store.backing.remote = far
+    store.persistent.remote = far
     run = far._client.execute_command
     monkeypatch.setattr(
         far._client, "execute_command", lambda *a, **kw: (asked.append((a[0], len(a))), run(*a, **kw))[1]

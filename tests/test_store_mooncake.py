@@ -18,11 +18,11 @@ import pytest
 from cacheslide.cli import main
 from cacheslide.errors import StoreError
 from cacheslide.store import mooncake, open_store
-from cacheslide.store.backing import Backing, TieredStats
 from cacheslide.store.breaker import Breaker
 from cacheslide.store.files import Files, aligned_buffer
 from cacheslide.store.mooncake import MooncakeOptions, MooncakeTier, why_not
 from cacheslide.store.mooncake_pool import _die_with_parent
+from cacheslide.store.persistent import PersistentTiers, TieredStats
 from cacheslide.store.record import Damaged, NoRoom, chunk_of, to_bytes
 from tests.conftest import eventually
 from tests.test_store_config import ROW
@@ -183,10 +183,10 @@ def test_altered_and_truncated_records_are_found(ports, prefix):
             with pytest.raises(Damaged):
                 t.read(name(1))
             assert not t.contains(name(1)) and t.read(name(1)) is None
-        backing = Backing(None, t, TieredStats())
+        persistent = PersistentTiers(None, t, TieredStats())
         overwrite(t, name(1), wrong[3])
-        assert backing.read(name(1)).startswith("damaged") and backing.read(name(1)) == "absent"
-        assert backing.stats.damaged == 1 and not backing.remote_breaker.open
+        assert persistent.read(name(1)).startswith("damaged") and persistent.read(name(1)) == "absent"
+        assert persistent.stats.damaged == 1 and not persistent.remote_breaker.open
         overwrite(t, name(1), raw)  # and what is right is served
         assert_same(chunk_of(*t.read(name(1))), chunk(1))
 
@@ -201,26 +201,26 @@ def test_a_full_pool_makes_room_or_refuses(prefix):
         opened(tier(ports, segment=capacity), tier(ports, prefix=prefix, capacity=capacity)) as (pool, t),
     ):
         pool.ping()
-        backing = Backing(None, t, TieredStats())
+        persistent = PersistentTiers(None, t, TieredStats())
         n = 2 * capacity // size
         for i in range(n):  # again, should the master not have made room in time
-            assert eventually(lambda i=i: backing.write([large(i)])[0])
+            assert eventually(lambda i=i: persistent.write([large(i)])[0])
         assert capacity // 2 < t.nbytes <= capacity
         here = [i for i in range(n) if t.contains(name(i))]  # which the master takes for a use: an hour's lease
         assert 0 < len(here) < n and not t.contains(name(0))
         for i in here:
             assert_same(chunk_of(*t.read(name(i))), chunk(i, n=1000))
-        refused, fresh = backing.stats.refused, itertools.count(n)
+        refused, fresh = persistent.stats.refused, itertools.count(n)
 
         def none_can_leave() -> bool:  # each is in use at once, if it has not left by then
-            if not backing.write([large(i := next(fresh))])[0]:
+            if not persistent.write([large(i := next(fresh))])[0]:
                 return True
             t.contains(name(i))
             return False
 
         assert eventually(none_can_leave)
-        assert backing.stats.refused == refused + 1 and not t.contains(name(next(fresh) - 1))
-        assert backing.stats.remote_errors == 0 and not backing.remote_breaker.open
+        assert persistent.stats.refused == refused + 1 and not t.contains(name(next(fresh) - 1))
+        assert persistent.stats.remote_errors == 0 and not persistent.remote_breaker.open
         assert all(t.contains(name(j)) for j in here) and t.nbytes <= capacity
         with pytest.raises(NoRoom, match="larger than the remote tier"):
             t.write(encoded(2 * n, n=40000))
@@ -235,7 +235,7 @@ def test_master_gone_and_back(tmp_path):
         patient, impatient = far.options, replace(far.options, timeout_s=SHORT)
         far.options = impatient
         s = store(tmp_path, host=2 * PAGES, remote=far, disk=None, spill=None)
-        s.backing.remote_breaker = Breaker(0.05, 0.1)
+        s.persistent.remote_breaker = Breaker(0.05, 0.1)
         begun = time.monotonic()
         assert s.get(key(1)) is None and s.fetch(key(1)).why.startswith("remote unavailable")
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import pytest
 
 from cacheslide.errors import StoreError
-from cacheslide.store.backing import Backing, TieredStats
 from cacheslide.store.breaker import Breaker
+from cacheslide.store.persistent import PersistentTiers, TieredStats
 from cacheslide.store.record import Damaged, chunk_of
 from cacheslide.store.remote import RemoteOptions, ValkeyTier
 from tests.conftest import eventually
@@ -86,10 +86,10 @@ def test_capacity_is_the_servers_and_the_least_recently_used_leave(port):
     assert clients[0].nbytes == 5 * size and clients[0].contains(name(9))
     with pytest.raises(StoreError, match="larger than the remote tier"):
         tier(port, capacity=size - 1).write(encoded(50))
-    backing = Backing(None, tier(port, capacity=size), TieredStats())
+    persistent = PersistentTiers(None, tier(port, capacity=size), TieredStats())
     records = [encoded(50, n=80), encoded(51)]
-    assert backing.write(records) == [False, True]  # one that cannot be kept keeps no other from it
-    assert backing.stats.refused == 1 and backing.stats.remote_errors == 0
+    assert persistent.write(records) == [False, True]  # one that cannot be kept keeps no other from it
+    assert persistent.stats.refused == 1 and persistent.stats.remote_errors == 0
 
 
 def test_altered_records_are_found(port):
@@ -157,7 +157,7 @@ def test_remote_gone_and_back(tmp_path):
     port = free_port()
     far = tier(port)
     s = store(tmp_path / "a", host=2 * PAGES, remote=far, disk=None)
-    s.backing.remote_breaker = Breaker(0.05, 0.1)
+    s.persistent.remote_breaker = Breaker(0.05, 0.1)
     begun = time.monotonic()
     assert s.get(key(1)) is None and s.fetch(key(1)).why.startswith("remote unavailable")
     with server(tmp_path, port=port):

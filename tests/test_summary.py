@@ -229,7 +229,7 @@ def test_prompts_of_two_data_sets_are_not_one_cluster(tmp_path):
 
 def test_equal_share_table_is_filled_from_accuracy(tmp_path):
     """CacheSlide recomputes 26 % anyway and is not run twice; naive reuse recomputes nothing and has no place there."""
-    settings = {"title": "CacheBlend", "share": 0.26}
+    settings = {"title": "CacheBlend", "recompute_ratio": 0.26}
     record = made_run.accuracy_record("cacheslide", "deep", Random(0), 1, 2)
     path = made_run.write(tmp_path / "equal_share" / "toy-deep" / "cacheblend.jsonl", settings, {"p0": record})
     summary = build_summary(load_run(config(), accuracy=accuracy(tmp_path), equal_share=[path]))

@@ -1,4 +1,4 @@
-"""Async scheduling: a step is planned before the one before it has been heard of. vLLM switches it off on a CPU, for
+"""Async scheduling: a step is planned before the one before it has been reported. vLLM switches it off on a CPU, for
 want of streams and not of meaning; here it is switched on again, with streams that do nothing."""
 
 from contextlib import closing, contextmanager, nullcontext
@@ -14,7 +14,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from cacheslide.core.prompt import Prompt
 from cacheslide.models.reference import ReferenceDecoder
 from tests.conftest import random_ids, save_random
-from tests.test_vllm_engine import FIRST, SECOND, SHAPE, Served, logprobs, marks_of, receipt, tokens
+from tests.test_vllm_engine import FIRST, SECOND, SHAPE, Served, annotations_of, logprobs, receipt, tokens
 from tests.test_vllm_history import BLOCKS, Talk, assert_exact
 from tests.test_vllm_store import life, same
 
@@ -61,18 +61,18 @@ def test_chunks_come_back_from_files(path, tmp_path):  # the first test: a proce
             plain = engine.plain(FIRST, 12)
         with life(path, tmp_path / "s") as engine:
             assert isinstance(engine.core.scheduler, AsyncScheduler) and engine.core.batch_queue is not None
-            cold = engine.one(SECOND)
-            assert same(cold, warm) and set(receipt(cold)["tiers"]) == {"file"}
-            assert receipt(cold)["chunks_hit"] == receipt(cold)["chunks"] and receipt(cold)["measured"]
+            from_disk = engine.one(SECOND)
+            assert same(from_disk, warm) and set(receipt(from_disk)["tiers"]) == {"file"}
+            assert receipt(from_disk)["chunks_hit"] == receipt(from_disk)["chunks"] and receipt(from_disk)["measured"]
             engine.worker.store.drop(engine.scheduler.index.keys())
             engine.scheduler.index.clear()
             engine.poison()
-            marks = [None, marks_of(SECOND), marks_of(SECOND)]
-            beside, *both = engine.ask([FIRST, SECOND, SECOND], marks, 12)
+            annotations = [None, annotations_of(SECOND), annotations_of(SECOND)]
+            beside, *both = engine.ask([FIRST, SECOND, SECOND], annotations, 12)
             assert tokens(beside) == tokens(plain)
             for found in map(receipt, both):
                 assert set(found["tiers"]) == {"file"} and found["chunks_hit"] == found["chunks"]
-            assert not engine.scheduler.cold.coming and not engine.scheduler.index._leases
+            assert not engine.scheduler.storage_tier.coming and not engine.scheduler.index._leases
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,11 @@ def test_a_load_that_fails_starts_its_request_over(served, monkeypatch):
     served.poison()
     with monkeypatch.context() as patch:
         patch.setattr(served.worker, "load", lambda step: None)
-        batch = [marks_of(SECOND, recompute_ratio=1.0), None, marks_of(SECOND, recompute_ratio=1.0, policy="epic")]
+        batch = [
+            annotations_of(SECOND, recompute_ratio=1.0),
+            None,
+            annotations_of(SECOND, recompute_ratio=1.0, policy="epic"),
+        ]
         got = served.ask([SECOND, FIRST, SECOND], batch, 12)
     for output, want in zip(got, (truth[0], truth[1], truth[0]), strict=True):
         assert tokens(output) == tokens(want)
@@ -120,25 +124,25 @@ def test_a_batch_beside_ordinary_requests(served):
     served.fresh()
     served.one(FIRST)
     batch = [
-        (SECOND, marks_of(SECOND, recompute_ratio=0.5)),
+        (SECOND, annotations_of(SECOND, recompute_ratio=0.5)),
         (FIRST, None),
-        (SECOND, marks_of(SECOND, policy="epic")),
+        (SECOND, annotations_of(SECOND, policy="epic")),
         (SECOND, None),
     ]
     alone = []
-    for prompt, marks in batch:
+    for prompt, annotations in batch:
         served.poison()
-        alone += served.ask([prompt], [marks], tokens=12)
+        alone += served.ask([prompt], [annotations], tokens=12)
     served.poison()
     together = served.ask([p for p, _ in batch], [m for _, m in batch], tokens=12)
-    for got, want, (_, marks) in zip(together, alone, batch, strict=True):
+    for got, want, (_, annotations) in zip(together, alone, batch, strict=True):
         assert tokens(got) == tokens(want)
-        if marks is not None and not receipt(got)["tokens_prefix_cached"]:
+        if annotations is not None and not receipt(got)["tokens_prefix_cached"]:
             assert receipt(got)["tokens_reused"] == receipt(want)["tokens_reused"] and receipt(got)["measured"]
     assert not served.scheduler.tracked and not served.scheduler.running
 
 
-def test_history_is_kept_though_the_next_step_was_planned_already(served, path):
+def test_history_is_retained_though_the_next_step_was_planned_already(served, path):
     """The pool holds little more than one request: blocks change hands while the finished one is still in flight."""
     reference = ReferenceDecoder.from_pretrained(path)
     cos, sin = served.worker.model.layers[0].self_attn.rotary_emb.cos_sin_cache.chunk(2, dim=-1)
@@ -150,9 +154,9 @@ def test_history_is_kept_though_the_next_step_was_planned_already(served, path):
     kinds = []
     for turn in range(5):
         got, ids = talk.say(beside=waiting)
-        kept = got["history"]
-        kinds.append(kept["generation"] if kept["from"] == "blocks" else "anew")
+        retained = got["history"]
+        kinds.append(retained["generation"] if retained["from"] == "blocks" else "anew")
         assert got["chunks_hit"] == (got["chunks"] if turn else 0)
         if kinds[-1] in (0, "anew"):
-            assert_exact(served, reference, ids, kept["start"], kept["end"])
+            assert_exact(served, reference, ids, retained["start"], retained["end"])
     assert kinds == [0, 1, 2, "anew", 1]

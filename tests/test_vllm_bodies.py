@@ -1,4 +1,4 @@
-"""Hostile bodies on every endpoint that takes marks, on a running server: 400 with the reason, the engine goes on."""
+"""Hostile bodies on every endpoint of a running server: 400 with the reason, the engine goes on."""
 
 import json
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def plain_answers(server):
-    """What requests without marks are answered, before and after each test."""
+    """What requests without annotations are answered, before and after each test."""
 
     def ask():
         status, answer = server.complete([7] * 70, None, logprobs=1)
@@ -62,11 +62,11 @@ def sent(server, path: str, body: bytes) -> tuple[int, dict]:
 @pytest.mark.fault("malformed_marks")
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_every_endpoint_refuses_what_is_malformed_with_the_reason(server, path):
-    for marks, said in (
+    for annotations, said in (
         (SPANS | {"layer": 99}, "selects at layer 99, but the model has layers 0 to 7"),
         (SPANS | {"layer": 2**64}, "layer must be"),
-        (SPANS | {"share": 10**400}, "recompute_ratio must lie in"),
-        (SPANS | {"share": float("nan")}, "recompute_ratio must lie in"),
+        (SPANS | {"recompute_ratio": 10**400}, "recompute_ratio must lie in"),
+        (SPANS | {"recompute_ratio": float("nan")}, "recompute_ratio must lie in"),
         (SPANS | {"note": "\ud800"}, "no text that can be encoded"),
         (SPANS | {"family": {"name": "x", "rows": 3}}, "family is set by beam search alone"),
         ({"messages": {"fixed": 5}}, "messages"),
@@ -75,10 +75,10 @@ def test_every_endpoint_refuses_what_is_malformed_with_the_reason(server, path):
         (SPANS | {"note": json.loads("[" * 900 + "]" * 900)}, "levels deep"),
     ):
         for stream in ({}, {"stream": True}):
-            body = ENDPOINTS[path] | stream | {"kv_transfer_params": {"cacheslide": marks}}
+            body = ENDPOINTS[path] | stream | {"kv_transfer_params": {"cacheslide": annotations}}
             status, error = server.post(path, **body)
             own = path == "/inference/v1/generate" and error["param"] is None  # vLLM says it first
-            assert status == 400 and (own or said in error["message"]), (path, marks, error)
+            assert status == 400 and (own or said in error["message"]), (path, annotations, error)
     for place in ({"cacheslide": SPANS}, {"kv_transfer_params": {"x": 10**30}}, {"kv_transfer_params": {"share": 1}}):
         status, error = server.post(path, **ENDPOINTS[path], **place)
         assert status == 400 and ("kv_transfer_params" in error["message"] or error["param"] is None)
@@ -90,7 +90,7 @@ def test_bodies_that_no_parser_takes(server):
     for raw in (
         b"[" * 100_000,
         b'{"segments": ' + b"[" * 5000 + b"]" * 5000 + b"}}}",
-        b'{"share": 1e999}}}',
+        b'{"recompute_ratio": 1e999}}}',
         b"\xff}}",
     ):
         assert sent(server, "/v1/completions", open_body + raw)[0] == 400
@@ -140,10 +140,10 @@ def _metrics(server) -> list[str]:
 @pytest.mark.parametrize("by", [SEPARATOR, " "])
 def test_what_is_echoed_is_what_ran(server, by):
     """Text, tokens and offsets are those that vLLM gives for the same token ids."""
-    marks, settings = {"separator": by}, {"echo": True, "logprobs": 1}
-    _, marked = server.complete(joined(0, by), marks, **settings)
-    _, again = server.complete(joined(0, by), marks, return_token_ids=True)
-    choice, ids = marked["choices"][0], again["choices"][0]["prompt_token_ids"]
+    annotations, settings = {"separator": by}, {"echo": True, "logprobs": 1}
+    _, annotated = server.complete(joined(0, by), annotations, **settings)
+    _, again = server.complete(joined(0, by), annotations, return_token_ids=True)
+    choice, ids = annotated["choices"][0], again["choices"][0]["prompt_token_ids"]
     assert by not in choice["text"].removesuffix(_generated(choice, len(ids)))
     _, plain = server.complete(ids, None, **settings)
     same = plain["choices"][0]
@@ -154,7 +154,7 @@ def test_what_is_echoed_is_what_ran(server, by):
         assert choice["logprobs"][name] == same["logprobs"][name]
     for token, offset in zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"], strict=True):
         assert same["text"][offset:].startswith(token) or token == "</s>"
-    events = server.complete(joined(0, by), marks, **settings, stream=True)[1]["events"]
+    events = server.complete(joined(0, by), annotations, **settings, stream=True)[1]["events"]
     parts = [json.loads(e.removeprefix("data: ")) for e in events if e.startswith("data: {")]
     assert "".join(c["text"] for p in parts for c in p["choices"]) == choice["text"]
 
@@ -177,8 +177,8 @@ def test_a_receipt_tells_nothing_of_other_namespaces(server):
     ids = [11 + i % 50 for i in range(200)]
 
     def cached(namespace: str, **body) -> int:
-        marks = {"segments": [[0, 64]], "namespace": namespace, "encode": "off"}
-        status, answer = server.complete(ids, marks, **body)
+        annotations = {"segments": [[0, 64]], "namespace": namespace, "encode": "off"}
+        status, answer = server.complete(ids, annotations, **body)
         assert status == 200
         return receipt(answer)["tokens_prefix_cached"]
 

@@ -19,7 +19,7 @@ from cacheslide.positions.ccpe import slots_in
 from cacheslide.store import MemoryChunkStore
 from cacheslide.training.load import load_cope
 from cacheslide.vllm.offline import beam_search
-from cacheslide.vllm.options import marks_of, policy_of
+from cacheslide.vllm.options import annotations_of, policy_of
 from tests.conftest import VLLM_ENVIRONMENT, random_ids, save_random, save_random_adapter
 from tests.test_model_adapter import check
 from tests.test_vllm_engine import BLOCK, CHUNK, assert_same, logprobs, receipt, tokens
@@ -82,14 +82,14 @@ def live(path, adapter):
 
 
 @pytest.fixture(scope="module")
-def crossing(path, adapter):
-    """The reference model with slot masses."""
+def calibrated(path, adapter):
+    """The reference model with slot offsets."""
     return load_cope(path, adapter)
 
 
-def test_chunk_keys_cover_adapter_and_calibration(served, live, crossing):
+def test_chunk_keys_cover_adapter_and_calibration(served, live, calibrated):
     geometry = served.scheduler.planner.geometry
-    digests = [model.model_id.split(" ", 1)[1] for model in (live, crossing)]  # without the base's part
+    digests = [model.model_id.split(" ", 1)[1] for model in (live, calibrated)]  # without the base's part
     assert geometry.model_id.endswith(digests[1]) and digests[0] != digests[1] and geometry.slots == SLOTS
 
 
@@ -103,7 +103,7 @@ def test_a_plain_request_is_the_reference_model(served, live):
 
 
 @pytest.mark.parametrize("last_row_alone", [False, True])
-def test_a_marked_request_crosses_its_slots_by_their_masses(served, crossing, live, last_row_alone):
+def test_an_annotated_request_crosses_its_slots_by_their_offsets(served, calibrated, live, last_row_alone):
     prompt = turn(3, 53)
     if last_row_alone:  # in steps of 128: the last one, of a fixed chunk near its slot, comes as a decoded one
         last = Segment(random_ids(4, 30), Role.REUSE)
@@ -113,14 +113,14 @@ def test_a_marked_request_crosses_its_slots_by_their_masses(served, crossing, li
     assert len(slots.bounds) == SLOTS
     served.fresh()
     output = served.one(prompt, policy="recompute")
-    assert_follows(output, crossing, prompt, slots, served)
+    assert_follows(output, calibrated, prompt, slots, served)
     assert (logprobs(output) - exact(live, prompt.token_ids)[2]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_every_system_leaves_the_kv_that_the_reference_engine_leaves(served, crossing, system):
+def test_every_system_leaves_the_kv_that_the_reference_engine_leaves(served, calibrated, system):
     policy = policy_of(system, **SYSTEMS[system])
-    engine = ReuseEngine(crossing, policy, MemoryChunkStore(), chunk_size=CHUNK)
+    engine = ReuseEngine(calibrated, policy, MemoryChunkStore(), chunk_size=CHUNK)
     engine.build(FIRST)
     want = engine.prefill(SECOND)
     served.fresh()
@@ -140,30 +140,30 @@ def test_a_mixed_batch_says_what_each_request_says_alone(served):
     served.fresh()
     served.one(FIRST)
     prompts = [SECOND, turn(4, 20), SECOND, turn(5, 70, 3), FIRST]
-    exact = marks_of(prompts[3], policy="recompute"), marks_of(FIRST, recompute_ratio=1.0)
-    marks = [marks_of(SECOND), None, None, *exact]
+    exact = annotations_of(prompts[3], policy="recompute"), annotations_of(FIRST, recompute_ratio=1.0)
+    annotations = [annotations_of(SECOND), None, None, *exact]
     alone = []
-    for prompt, mark in zip(prompts, marks, strict=True):
+    for prompt, annotation in zip(prompts, annotations, strict=True):
         served.poison()
-        alone.append(served.ask([prompt], [mark], 6)[0])
+        alone.append(served.ask([prompt], [annotation], 6)[0])
     served.poison()
-    for got, want in zip(served.ask(prompts, marks, 6), alone, strict=True):
+    for got, want in zip(served.ask(prompts, annotations, 6), alone, strict=True):
         assert tokens(got) == tokens(want)
         for i in range(6):
             torch.testing.assert_close(logprobs(got, i), logprobs(want, i), **CLOSE)
     assert receipt(alone[0])["tokens_reused"] > 0 < receipt(alone[4])["tokens_recomputed"]
 
 
-def test_plain_requests_share_blocks_with_each_other_and_none_behind_a_slot(served, live, crossing):
+def test_plain_requests_share_blocks_with_each_other_and_none_behind_a_slot(served, live, calibrated):
     served.fresh()
     first = served.plain(SECOND)
     again = served.plain(SECOND)
     assert again.num_cached_tokens >= len(SECOND) - 2 * BLOCK
     torch.testing.assert_close(logprobs(again), logprobs(first), **CLOSE)
-    marked = served.one(SECOND, policy="recompute")
+    annotated = served.one(SECOND, policy="recompute")
     # what lies in front of the first slot's end is the same for both
-    assert marked.num_cached_tokens == slots_in(SECOND).bounds[0][1] // BLOCK * BLOCK
-    assert_follows(marked, crossing, SECOND, slots_in(SECOND))
+    assert annotated.num_cached_tokens == slots_in(SECOND).bounds[0][1] // BLOCK * BLOCK
+    assert_follows(annotated, calibrated, SECOND, slots_in(SECOND))
     served.poison()
     served.one(SECOND, policy="recompute")
     plain = served.plain(SECOND)
@@ -171,7 +171,7 @@ def test_plain_requests_share_blocks_with_each_other_and_none_behind_a_slot(serv
     assert_follows(plain, live, SECOND)
 
 
-def test_what_masses_do_not_fit_is_computed_with_live_gates(served, live):
+def test_what_offsets_do_not_fit_is_computed_with_live_gates(served, live):
     served.fresh()
     longer = Prompt((*turn(6, 20).segments, Segment(random_ids(30, 9), Role.REUSE)))
     output = served.one(longer)
@@ -181,15 +181,15 @@ def test_what_masses_do_not_fit_is_computed_with_live_gates(served, live):
     assert "template" in receipt(found)["fallback"]
 
 
-def test_a_preempted_request_crosses_its_slots_again(served, crossing, live):
+def test_a_preempted_request_crosses_its_slots_again(served, calibrated, live):
     served.fresh()
     served.one(FIRST)
     served.poison()
     engine, done = served.llm.llm_engine, []
-    asked = {"exact": marks_of(SECOND, policy="recompute"), "plain": None}
-    asked |= {"reused": marks_of(SECOND, recompute_ratio=1.0)}
-    for name, marks in asked.items():
-        extra = None if marks is None else {"kv_transfer_params": marks}
+    asked = {"exact": annotations_of(SECOND, policy="recompute"), "plain": None}
+    asked |= {"reused": annotations_of(SECOND, recompute_ratio=1.0)}
+    for name, annotations in asked.items():
+        extra = None if annotations is None else {"kv_transfer_params": annotations}
         params = SamplingParams(
             max_tokens=16, temperature=0, logprobs=97, detokenize=False, ignore_eos=True, extra_args=extra
         )
@@ -205,12 +205,12 @@ def test_a_preempted_request_crosses_its_slots_again(served, crossing, live):
         if name == "plain":
             assert_follows(output, live, SECOND)
         else:
-            assert_follows(output, crossing, SECOND, slots_in(SECOND))
+            assert_follows(output, calibrated, SECOND, slots_in(SECOND))
 
 
 @pytest.mark.parametrize("seam", ["_of_batch", "slots"])
 def test_slots_that_cannot_be_said_are_crossed_live(served, live, monkeypatch, seam):
-    """A fault where the forward asks for them, or where the plan names them: the prompt is computed as unmarked."""
+    """A fault where the forward asks for them, or where the plan names them: the prompt is computed as unannotated."""
     served.fresh()
 
     def broken(*args, **kwargs):
@@ -218,10 +218,10 @@ def test_slots_that_cannot_be_said_are_crossed_live(served, live, monkeypatch, s
 
     with monkeypatch.context() as patch:
         if seam == "_of_batch":
-            patch.setattr(served.worker.model.crossing, "_of_batch", broken)
+            patch.setattr(served.worker.model.slot_offsets, "_of_batch", broken)
         else:
             patch.setattr("cacheslide.vllm.scheduler.side.SlotRows", broken)
-        output, beside = served.ask([SECOND, FIRST], [marks_of(SECOND, policy="recompute"), None])
+        output, beside = served.ask([SECOND, FIRST], [annotations_of(SECOND, policy="recompute"), None])
         assert_follows(output, live, SECOND)
         assert_follows(beside, live, FIRST)
         assert receipt(output)["fallback"].startswith("fault at ")
@@ -231,22 +231,22 @@ def test_slots_that_cannot_be_said_are_crossed_live(served, live, monkeypatch, s
     assert receipt(served.one(FIRST))["fallback"] == "no chunk of this prompt is in the store"
 
 
-@pytest.mark.parametrize("share", [None, 1.0])
-def test_beams_cross_their_slots(served, crossing, share):
+@pytest.mark.parametrize("recompute_ratio", [None, 1.0])
+def test_beams_cross_their_slots(served, calibrated, recompute_ratio):
     """Later requests of a search, whose prompts hold generated rows: all exact, or over reused rows."""
     served.fresh()
-    marks = marks_of(SECOND, policy="recompute")
-    if share is not None:
+    annotations = annotations_of(SECOND, policy="recompute")
+    if recompute_ratio is not None:
         served.one(FIRST)
-        marks = marks_of(SECOND, recompute_ratio=share)
+        annotations = annotations_of(SECOND, recompute_ratio=recompute_ratio)
     served.poison()
     params = BeamSearchParams(beam_width=2, max_tokens=5, ignore_eos=True)
-    [found] = beam_search(served.llm, [{"prompt_token_ids": list(SECOND.token_ids)}], params, [marks])
+    [found] = beam_search(served.llm, [{"prompt_token_ids": list(SECOND.token_ids)}], params, [annotations])
     best, total = found.sequences[0], 0.0
     prompt, slots = list(SECOND.token_ids), slots_in(SECOND)
     assert best.tokens[: len(prompt)] == prompt and len(best.tokens) == len(prompt) + 5
     for i in range(5):
-        total += float(exact(crossing, best.tokens[: len(prompt) + i], slots)[2][best.tokens[len(prompt) + i]])
+        total += float(exact(calibrated, best.tokens[: len(prompt) + i], slots)[2][best.tokens[len(prompt) + i]])
     assert best.cum_logprob == pytest.approx(total, abs=2e-4)
     assert not served.scheduler.tracked
 

@@ -13,14 +13,14 @@ from cacheslide.errors import ConfigError, ModelError
 from cacheslide.kernels.cope.reference import cope_attention
 from cacheslide.positions.ccpe import PromptSlots, pack_slots
 from cacheslide.vllm.cope.backend import CopeBackend, CopeImpl, CopeMetadataBuilder
-from cacheslide.vllm.cope.slots import Crossing, SlotRows
+from cacheslide.vllm.cope.slots import LayerOffsets, SlotRows
 
 pytestmark = pytest.mark.vllm
 BLOCK, MANAGER, HEADS, DIM = 16, 32, 4, 8  # a kernel may see the scheduler's block as two
 
 
-def builder(masses=None) -> CopeMetadataBuilder:
-    layer = SimpleNamespace(cope_crossing=Crossing(masses))
+def builder(offsets=None) -> CopeMetadataBuilder:
+    layer = SimpleNamespace(cope_offsets=LayerOffsets(offsets))
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=256, max_num_seqs=8),
         compilation_config=SimpleNamespace(cudagraph_capture_sizes=[1, 8], static_forward_context={"a": layer}),
@@ -62,9 +62,9 @@ def test_rows_are_places_in_the_prompts():
 def test_a_prompts_single_row_is_no_decoded_one_where_slots_are_crossed():
     asked = batch([1, 1, 3], [40, 128, 0], [False, True, True])
     assert builder().build(0, asked).decodes == 2
-    crossing = builder(torch.ones(1, 2, HEADS)).build(0, asked)
-    assert crossing.decodes == 1 and crossing.bounds.tolist() == [0, 1, 4]
-    assert crossing.decoding.tolist() == [40] and crossing.rows.tolist() == [128, 0, 1, 2]
+    built = builder(torch.ones(1, 2, HEADS)).build(0, asked)
+    assert built.decodes == 1 and built.bounds.tolist() == [0, 1, 4]
+    assert built.decoding.tolist() == [40] and built.rows.tolist() == [128, 0, 1, 2]
 
 
 def test_a_captured_graph_finds_new_rows_where_it_looks():
@@ -105,23 +105,23 @@ def test_slots_are_found_by_the_blocks(cap):
     table = (blocks[:, :, None] * (MANAGER // BLOCK) + torch.arange(MANAGER // BLOCK)).flatten(1).int()
     rows = torch.cat([torch.arange(a, a + n) for a, n in zip(first, new, strict=True)])
     bounds = torch.tensor([0, *new]).cumsum(0).int()
-    crossing = Crossing(torch.rand(2, 3, HEADS, generator=g) * 3, cap)
+    offsets = LayerOffsets(torch.rand(2, 3, HEADS, generator=g) * 3, cap)
     step = [SlotRows(tuple(blocks[i].tolist()), first[i], first[i] + new[i], s) for i, s in told.items()]
     absent = SlotRows((99, 99, 99), 0, 20, told[1])  # not in this batch
-    crossing.expect([absent, *step], MANAGER)
-    made = crossing.of_batch(rows.int(), bounds, table, BLOCK)
+    offsets.expect([absent, *step], MANAGER)
+    made = offsets.of_batch(rows.int(), bounds, table, BLOCK)
     kv = torch.randn(128, 2, BLOCK, 2 * DIM, generator=g)
     q, tables = torch.randn(len(rows), HEADS, DIM, generator=g), torch.randn(2, 9, DIM, generator=g)
     parts = [(told.get(i), torch.arange(first[i], first[i] + n)) for i, n in enumerate(new)]
     packed = pack_slots(parts)
     for layer in range(2):
         shared = q, rows, bounds, table, kv, tables[layer]
-        want = cope_attention(*shared, slots=packed.masses(crossing.masses[layer], cap))
+        want = cope_attention(*shared, slots=packed.with_offsets(offsets.offsets[layer], cap))
         torch.testing.assert_close(cope_attention(*shared, slots=made[layer]), want)
         apart = (cope_attention(*shared) - want).abs().amax((1, 2)) > 1e-3
         assert apart[60:].any() and not apart[:60].any()
-    crossing.expect((), MANAGER)
-    assert crossing.of_batch(rows.int(), bounds, table, BLOCK) is None
+    offsets.expect((), MANAGER)
+    assert offsets.of_batch(rows.int(), bounds, table, BLOCK) is None
     assert len(prompts) == len(new)
 
 

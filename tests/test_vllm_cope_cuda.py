@@ -26,7 +26,7 @@ from cacheslide.positions.ccpe import slots_in
 from cacheslide.store import MemoryChunkStore
 from cacheslide.training.load import load_cope
 from cacheslide.vllm.offline import close_engine
-from cacheslide.vllm.options import marks_of, policy_of
+from cacheslide.vllm.options import annotations_of, policy_of
 from tests.conftest import save_random
 from tests.test_vllm_engine import logprobs, receipt, tokens
 from tests.vllm_cope import SHAPE, Cope, exact, save_setup
@@ -139,7 +139,7 @@ def test_a_batch_that_a_graph_pads(cuda):
     assert compiled() == before > 0  # all of it while the engine started
 
 
-def test_a_marked_request_crosses_its_slots_by_their_masses(cuda):
+def test_an_annotated_request_crosses_its_slots_by_their_offsets(cuda):
     prompt = turn(3, 53)
     cuda.fresh()
     output = cuda.one(prompt, policy="recompute")
@@ -174,9 +174,14 @@ def test_a_mixed_batch_says_what_each_request_says_alone(cuda):
     cuda.fresh()
     cuda.one(turn(1, 37))
     prompts = [turn(2, 53), turn(4, 20), turn(5, 70), turn(2, 53)]
-    marks = [marks_of(prompts[0], recompute_ratio=1.0), None, marks_of(prompts[2], policy="recompute"), None]
-    outputs = cuda.ask(prompts, marks, 8)
-    for output, prompt, mark in zip(outputs, prompts, marks, strict=True):
+    annotations = [
+        annotations_of(prompts[0], recompute_ratio=1.0),
+        None,
+        annotations_of(prompts[2], policy="recompute"),
+        None,
+    ]
+    outputs = cuda.ask(prompts, annotations, 8)
+    for output, prompt, mark in zip(outputs, prompts, annotations, strict=True):
         model, slots = (cuda.live, None) if mark is None else (cuda.calibrated, slots_in(prompt))
         cuda.assert_follows(output, model, prompt, slots, check_kv=False)
 
@@ -186,15 +191,15 @@ def test_nothing_waits_for_the_device(cuda):
     cuda.fresh()
     cuda.worker.move_store("model")
     prompts = [turn(2, 53), turn(4, 20), turn(5, 70)]
-    marks = [marks_of(prompts[0]), None, marks_of(prompts[2], policy="recompute")]
+    annotations = [annotations_of(prompts[0]), None, annotations_of(prompts[2], policy="recompute")]
     cuda.one(turn(1, 37))
-    cuda.ask(prompts, marks, 4)  # whatever compiles does so now
+    cuda.ask(prompts, annotations, 4)  # whatever compiles does so now
     cuda.poison()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            outputs = cuda.ask(prompts, marks, 4)
+            outputs = cuda.ask(prompts, annotations, 4)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert receipt(outputs[0])["tokens_reused"] > 0

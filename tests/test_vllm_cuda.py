@@ -19,7 +19,7 @@ os.environ.pop("TORCH_COMPILE_DISABLE", None)
 from cacheslide.core.engine import ReuseEngine
 from cacheslide.store import MemoryChunkStore
 from cacheslide.vllm.offline import ask, close_engine, open_engine, worker_of
-from cacheslide.vllm.options import marks_of, policy_of
+from cacheslide.vllm.options import annotations_of, policy_of
 from cacheslide.vllm.worker.host_copies import HostCopies
 from harness.backends.reference import ReferenceBackend
 from harness.results.provenance import ROOT
@@ -90,8 +90,8 @@ def prompts():
     return list(examples("hotpotqa", "sparse", "test", 3, 10, 1024))
 
 
-def run(cuda, prompt, tokens=8, **marks):
-    return ask(cuda.engine, [prompt.token_ids], [marks_of(prompt, **marks)], tokens)[0]
+def run(cuda, prompt, tokens=8, **annotations):
+    return ask(cuda.engine, [prompt.token_ids], [annotations_of(prompt, **annotations)], tokens)[0]
 
 
 def test_graphs_and_the_second_model_runner_are_on(cuda):
@@ -148,8 +148,8 @@ def test_plain_requests_never_see_approximate_rows(cuda, prompts):
     first = ask(cuda.engine, [now.token_ids], tokens=8, **logprobs)[0]
     cuda.fresh("model")
     run(cuda, before)
-    marked = run(cuda, now, recompute_ratio=0.0)
-    assert marked.receipt["tokens_reused"] > 0
+    annotated = run(cuda, now, recompute_ratio=0.0)
+    assert annotated.receipt["tokens_reused"] > 0
     assert ask(cuda.engine, [now.token_ids], tokens=8, **logprobs)[0].token_ids == first.token_ids
 
 
@@ -158,12 +158,12 @@ def test_a_mixed_batch_of_packed_and_plain_requests(cuda, prompts):
     pairs = [cuda.turns(p, p.questions[0].text) for p in prompts[:8]]
     for before, _ in pairs:
         run(cuda, before)
-    marks = [marks_of(now) if i % 4 else None for i, (_, now) in enumerate(pairs)]
-    alone = [ask(cuda.engine, [now.token_ids], [m], 8)[0] for (_, now), m in zip(pairs, marks, strict=True)]
-    together = ask(cuda.engine, [now.token_ids for _, now in pairs], marks, 8)
+    annotations = [annotations_of(now) if i % 4 else None for i, (_, now) in enumerate(pairs)]
+    alone = [ask(cuda.engine, [now.token_ids], [m], 8)[0] for (_, now), m in zip(pairs, annotations, strict=True)]
+    together = ask(cuda.engine, [now.token_ids for _, now in pairs], annotations, 8)
     # What the model says behind its end token is noise, which another batch size may tip.
     assert [cuda.said(a) for a in together] == [cuda.said(a) for a in alone]
-    assert all((a.receipt is None) == (m is None) for a, m in zip(together, marks, strict=True))
+    assert all((a.receipt is None) == (m is None) for a, m in zip(together, annotations, strict=True))
     assert all(a.receipt["tokens_reused"] > 0 for a in together if a.receipt)
 
 
@@ -226,16 +226,16 @@ def test_copies_to_the_host_hold_no_more_than_they_may(cuda):
     assert copies.held == 0
 
 
-def score(cuda, prompts, **marks) -> float:
+def score(cuda, prompts, **annotations) -> float:
     """Share of first questions answered right, each prompt served from the chunks of the turn before."""
     right = 0
     for example in prompts:
         question = example.questions[0]
         before, now = cuda.turns(example, question.text)
         cuda.fresh("model")
-        run(cuda, before, **marks)
-        answer = run(cuda, now, **marks)
-        assert marks.get("policy") == "recompute" or answer.receipt["tokens_reused"] > 0
+        run(cuda, before, **annotations)
+        answer = run(cuda, now, **annotations)
+        assert annotations.get("policy") == "recompute" or answer.receipt["tokens_reused"] > 0
         right += cuda.said(answer) in question.answers
     return right / len(prompts)
 

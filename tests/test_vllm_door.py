@@ -1,4 +1,4 @@
-"""What a request becomes where vLLM takes it in: the tokens that run fit, and marks at a wrong place are named."""
+"""What a request becomes where vLLM takes it in: the tokens that run fit, misplaced annotations are named."""
 
 import asyncio
 import json
@@ -43,9 +43,9 @@ def config(**options):
     return SimpleNamespace(kv_transfer_config=transfer, model_config=model, parallel_config=None)
 
 
-def entered(prompt, marks, tokenizer=None, **sampling):
+def entered(prompt, annotations, tokenizer=None, **sampling):
     """A rendered prompt and its parameters behind the door."""
-    settings = SamplingParams(**sampling, extra_args={"kv_transfer_params": {"cacheslide": marks}})
+    settings = SamplingParams(**sampling, extra_args={"kv_transfer_params": {"cacheslide": annotations}})
     return taken(config(), SimpleNamespace(tokenizer=tokenizer), {"type": "token", **prompt}, settings, in_place=True)
 
 
@@ -110,8 +110,11 @@ def test_what_is_generated_fits_too():
 def test_what_the_door_has_seen_is_not_read_again():
     prompt, settings = entered({"prompt_token_ids": [1, 5, 7, 8]}, {"separator": [7]}, max_tokens=2)
     assert prompt["prompt_token_ids"] == [1, 5, 8]
-    marks = settings.extra_args["kv_transfer_params"]["cacheslide"]
-    assert type(marks) is Resolved and type(settings.clone().extra_args["kv_transfer_params"]["cacheslide"]) is Resolved
+    annotations = settings.extra_args["kv_transfer_params"]["cacheslide"]
+    assert (
+        type(annotations) is Resolved
+        and type(settings.clone().extra_args["kv_transfer_params"]["cacheslide"]) is Resolved
+    )
     again = taken(config(), SimpleNamespace(tokenizer=None), prompt, settings)
     assert again == (prompt, settings)
 
@@ -143,11 +146,11 @@ def test_the_text_of_ids_is_that_of_what_is_left_of_them(tokenizer):
 # --- families ---------------------------------------------------------------------------------------------------------
 
 
-def member(ids, marks, name="x", rows=None, salt=None):
+def member(ids, annotations, name="x", rows=None, salt=None):
     """A request that names a family, as the scheduler gets it."""
-    marks = {**marks, "family": {"name": name, "rows": rows or len(ids)}}
+    annotations = {**annotations, "family": {"name": name, "rows": rows or len(ids)}}
     return SimpleNamespace(
-        kv_transfer_params={"cacheslide": marks},
+        kv_transfer_params={"cacheslide": annotations},
         sampling_params=SimpleNamespace(prompt_logprobs=None, max_tokens=1, detokenize=False),
         prompt_token_ids=ids,
         num_prompt_tokens=len(ids),
@@ -166,21 +169,21 @@ def test_a_family_cannot_be_joined_from_outside():
 
 
 @pytest.mark.fault("family")
-def test_a_family_is_of_one_prompt_one_tenant_and_the_same_marks():
-    planner, marks = Planner(ServerOptions(chunk_size=8), GEOMETRY), {"segments": [[0, 16]]}
+def test_a_family_is_of_one_prompt_one_tenant_and_the_same_annotations():
+    planner, annotations = Planner(ServerOptions(chunk_size=8), GEOMETRY), {"segments": [[0, 16]]}
     ids = list(range(3, 43))
-    first = planner.plan(member(ids, marks))
+    first = planner.plan(member(ids, annotations))
     first.family.first = 0  # its rows were completed by reuse
-    joined = planner.plan(member([*ids, 9], marks, rows=40))
+    joined = planner.plan(member([*ids, 9], annotations, rows=40))
     assert joined.follows and joined.family is first.family and joined.plan is first.plan
     strangers = {
-        "other tokens": member([*ids[:-1], 7], marks),
-        "shorter": member(ids[:20], marks),
-        "longer": member([*ids, 9], marks),
+        "other tokens": member([*ids[:-1], 7], annotations),
+        "shorter": member(ids[:20], annotations),
+        "longer": member([*ids, 9], annotations),
         "other spans": member(ids, {"segments": [[0, 24]]}),
-        "another namespace": member(ids, marks | {"namespace": "n"}),
-        "another salt": member(ids, marks, salt="s"),
-        "another share": member(ids, marks | {"share": 1.0}),
+        "another namespace": member(ids, annotations | {"namespace": "n"}),
+        "another salt": member(ids, annotations, salt="s"),
+        "another share": member(ids, annotations | {"recompute_ratio": 1.0}),
     }
     for who, request in strangers.items():
         tracked = planner.plan(request)
@@ -188,29 +191,32 @@ def test_a_family_is_of_one_prompt_one_tenant_and_the_same_marks():
         assert tracked.plan.prompt.token_ids == tuple(request.prompt_token_ids) and tracked.family is not first.family
 
 
-# --- marks at other places --------------------------------------------------------------------------------------------
+# --- annotations at other places --------------------------------------------------------------------------------------
 
-MARKS = {"segments": [[0, 3]]}
+ANNOTATIONS = {"segments": [[0, 3]]}
 
 
 @pytest.mark.fault("malformed_marks")
 @pytest.mark.parametrize(
     ("body", "place"),
     [
-        ({"cacheslide": MARKS}, "cacheslide is not"),
-        ({"extra_body": {"kv_transfer_params": {"cacheslide": MARKS}}}, "extra_body.kv_transfer_params.cacheslide"),
+        ({"cacheslide": ANNOTATIONS}, "cacheslide is not"),
+        (
+            {"extra_body": {"kv_transfer_params": {"cacheslide": ANNOTATIONS}}},
+            "extra_body.kv_transfer_params.cacheslide",
+        ),
         ({"vllm_xargs": {"cacheslide": "x"}}, "vllm_xargs.cacheslide"),
-        ({"kv_transfer_params": {"CacheSlide": MARKS}}, "kv_transfer_params.CacheSlide"),
-        ({"kv_transfer_params": {"x": {"cache_slide": MARKS}}}, "kv_transfer_params.x.cache_slide"),
+        ({"kv_transfer_params": {"CacheSlide": ANNOTATIONS}}, "kv_transfer_params.CacheSlide"),
+        ({"kv_transfer_params": {"x": {"cache_slide": ANNOTATIONS}}}, "kv_transfer_params.x.cache_slide"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "cacheslide": {}}]}]}, "messages.0.content.0"),
-        ({"sampling_params": {"cacheslide": MARKS}}, "sampling_params.cacheslide"),
-        ({"input": [{"role": "user", "cacheslide": MARKS}]}, "input.0.cacheslide"),
+        ({"sampling_params": {"cacheslide": ANNOTATIONS}}, "sampling_params.cacheslide"),
+        ({"input": [{"role": "user", "cacheslide": ANNOTATIONS}]}, "input.0.cacheslide"),
         ([{"cacheslide": 1}], "0.cacheslide"),
-        ({"cache__slide": MARKS}, "cache__slide"),
-        ({"kv_transfer_params.cacheslide": MARKS}, "kv_transfer_params.cacheslide is not"),
+        ({"cache__slide": ANNOTATIONS}, "cache__slide"),
+        ({"kv_transfer_params.cacheslide": ANNOTATIONS}, "kv_transfer_params.cacheslide is not"),
     ],
 )
-def test_marks_at_a_wrong_place_are_named(body, place):
+def test_annotations_at_a_wrong_place_are_named(body, place):
     said = misplaced("/v1/completions", body)
     assert place in said and "kv_transfer_params.cacheslide" in said
     assert answer_to(body)[0] == 400
@@ -219,17 +225,17 @@ def test_marks_at_a_wrong_place_are_named(body, place):
 def test_what_is_the_users_own_is_left_alone():
     schema = {"type": "object", "properties": {"cacheslide": {"type": "string"}}}
     for body in (
-        {"kv_transfer_params": {"cacheslide": {**MARKS, "cacheslide": 1}}},  # said where marks are read
+        {"kv_transfer_params": {"cacheslide": {**ANNOTATIONS, "cacheslide": 1}}},  # said where annotations are read
         {"tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}},
         {"metadata": {"cacheslide": "run 5"}, "prompt": 'a text about "cacheslide"'},
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": {"cacheslide": 1}}}]}]},
-        {"sampling_params": {"extra_args": {"kv_transfer_params": {"cacheslide": MARKS}}}},
+        {"sampling_params": {"extra_args": {"kv_transfer_params": {"cacheslide": ANNOTATIONS}}}},
         {"prompt": [5, 6, 7]},
         5,
     ):
         assert misplaced("/v1/completions", body) == "" and answer_to(body) == (200, json.dumps(body).encode())
-    assert "takes no marks" in misplaced("/tokenize", {"kv_transfer_params": {"cacheslide": MARKS}})
+    assert "takes no annotations" in misplaced("/tokenize", {"kv_transfer_params": {"cacheslide": ANNOTATIONS}})
 
 
 @pytest.mark.fault("malformed_marks")
@@ -239,7 +245,7 @@ def test_what_is_the_users_own_is_left_alone():
 )
 def test_a_name_in_any_spelling_of_json_is_found(name, encoding):
     status, body = answer_to(None, f'{{"x": {{"{name}": 1}}}}'.encode(encoding))
-    assert status == 400 and b"is not where marks are read" in body
+    assert status == 400 and b"is not where annotations are read" in body
 
 
 @pytest.mark.fault("malformed_marks")
@@ -258,8 +264,8 @@ def test_what_is_only_handed_on_is_checked_too(body, said):
     assert misplaced("/v1/completions/render", good) == ""
 
 
-def test_marks_in_two_places_are_refused():
-    two = {"kv_transfer_params": {"cacheslide": MARKS}, "sampling_params": {"extra_args": None}}
+def test_annotations_in_two_places_are_refused():
+    two = {"kv_transfer_params": {"cacheslide": ANNOTATIONS}, "sampling_params": {"extra_args": None}}
     assert misplaced("/inference/v1/generate", two) == ""
     two["sampling_params"]["extra_args"] = {"kv_transfer_params": {"cacheslide": {"nonsense": 1}}}
     assert "given twice" in misplaced("/inference/v1/generate", two)

@@ -19,7 +19,7 @@ from cacheslide.models.reference import ReferenceDecoder
 from cacheslide.store import MemoryChunkStore
 from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.offline import close_engine
-from cacheslide.vllm.options import marks_of, policy_of
+from cacheslide.vllm.options import annotations_of, policy_of
 from tests.conftest import save_random
 from tests.late_copies import LateCopies
 from tests.test_model_adapter import check
@@ -68,23 +68,23 @@ class Served:
         """Stop the engine."""
         close_engine(self.llm)
 
-    def ask(self, prompts, marks=None, tokens: int = 4, **sampling):
+    def ask(self, prompts, annotations=None, tokens: int = 4, **sampling):
         """Outputs of a batch: greedy, all log-probabilities."""
-        marks = marks or [None] * len(prompts)
+        annotations = annotations or [None] * len(prompts)
         settings = {"max_tokens": tokens, "temperature": 0, "logprobs": 97, "detokenize": False, "ignore_eos": True}
         params = [
             SamplingParams(**settings | sampling, extra_args=None if m is None else {"kv_transfer_params": m})
-            for m in marks
+            for m in annotations
         ]
         inputs = [{"prompt_token_ids": list(p.token_ids)} for p in prompts]
         return self.llm.generate(inputs, params, use_tqdm=False)
 
-    def one(self, p, tokens: int = 4, **marks):
+    def one(self, p, tokens: int = 4, **annotations):
         """One request under a system."""
-        return self.ask([p], [marks_of(p, **marks)], tokens)[0]
+        return self.ask([p], [annotations_of(p, **annotations)], tokens)[0]
 
     def plain(self, p, tokens: int = 4):
-        """One request without marks."""
+        """One request without annotations."""
         return self.ask([p], None, tokens)[0]
 
     def poison(self) -> None:
@@ -136,14 +136,14 @@ def path(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stock(path):
+def vanilla(path):
     """What vLLM without the connector says to both turns; run first, since a process has one connector."""
     with closing(Served(path, connector=False)) as engine:
         return [*engine.ask([FIRST, SECOND]), engine.plain(SECOND)]
 
 
 @pytest.fixture(scope="module")
-def served(path, stock):
+def served(path, vanilla):
     with closing(Served(path)) as engine:
         yield engine
 
@@ -234,9 +234,9 @@ def test_the_adapter_is_complete(served):
     check(served.worker.model)
 
 
-def test_requests_without_marks_get_the_bits_of_stock_vllm(served, stock):
+def test_requests_without_annotations_get_the_bits_of_vanilla_vllm(served, vanilla):
     served.fresh()
-    for got, want in zip([*served.ask([FIRST, SECOND]), served.plain(SECOND)], stock, strict=True):
+    for got, want in zip([*served.ask([FIRST, SECOND]), served.plain(SECOND)], vanilla, strict=True):
         assert tokens(got) == tokens(want) and got.kv_transfer_params is None
         assert all(torch.equal(logprobs(got, i), logprobs(want, i)) for i in range(4))
 
@@ -279,18 +279,18 @@ def test_a_mixed_batch_equals_its_requests_one_by_one(served):
     third, fourth = prompt(9, 8, question=11, fixed=FIXED[:2]), prompt(44, 21, fixed=FIXED)
     cut = prompt(20, 70, fixed=(40,))  # its last chunk is new
     batch = [
-        (SECOND, marks_of(SECOND)),
+        (SECOND, annotations_of(SECOND)),
         (SECOND, None),
-        (third, marks_of(third, policy="epic", recompute_ratio=0.3)),
-        (third, marks_of(third, policy="cacheslide_first_turn", recompute_ratio=0.5)),
-        (fourth, marks_of(fourth, recompute_ratio=0.7)),
-        (cut, marks_of(cut, encode="off")),
+        (third, annotations_of(third, policy="epic", recompute_ratio=0.3)),
+        (third, annotations_of(third, policy="cacheslide_first_turn", recompute_ratio=0.5)),
+        (fourth, annotations_of(fourth, recompute_ratio=0.7)),
+        (cut, annotations_of(cut, encode="off")),
         (third, None),
     ]
     alone = []
-    for p, marks in batch:
+    for p, annotations in batch:
         served.poison()
-        alone += served.ask([p], [marks])
+        alone += served.ask([p], [annotations])
     served.poison()
     served.plans.clear()
     runs = served.worker.executor.run
@@ -301,10 +301,10 @@ def test_a_mixed_batch_equals_its_requests_one_by_one(served):
     finally:
         served.worker.executor.run = runs
     assert sizes == [1, 4]  # the first step's tokens went to the exact prefill behind its first request
-    for got, want, (_, marks) in zip(together, alone, batch, strict=True):
+    for got, want, (_, annotations) in zip(together, alone, batch, strict=True):
         assert tokens(got) == tokens(want)
         torch.testing.assert_close(logprobs(got), logprobs(want), atol=1e-4, rtol=1e-4)
-        if marks is not None:
+        if annotations is not None:
             for name in ("tokens_reused", "tokens_recomputed", "chunks_hit", "fallback"):
                 assert receipt(got)[name] == receipt(want)[name]
 
@@ -319,7 +319,7 @@ def test_a_prefix_that_is_being_computed_in_the_same_step_is_waited_for(served):
     served.plain(head)
     want = served.one(short, recompute_ratio=0.0)
     served.poison()
-    _, got = served.ask([head, short], [None, marks_of(short, recompute_ratio=0.0)])
+    _, got = served.ask([head, short], [None, annotations_of(short, recompute_ratio=0.0)])
     assert receipt(want)["tokens_prefix_cached"] == receipt(got)["tokens_prefix_cached"] == 64
     torch.testing.assert_close(logprobs(got), logprobs(want), atol=1e-4, rtol=1e-4)
 
@@ -336,7 +336,7 @@ def test_approximate_blocks_serve_no_other_request(served):
     assert plain.num_cached_tokens == 0 and torch.equal(logprobs(plain), logprobs(truth))
     served.poison()
     served.one(SECOND, recompute_ratio=0.0)
-    again = served.one(SECOND, recompute_ratio=1.0)  # nor another marked request
+    again = served.one(SECOND, recompute_ratio=1.0)  # nor another annotated request
     assert receipt(again)["tokens_prefix_cached"] == 0
     torch.testing.assert_close(logprobs(again), logprobs(truth), atol=1e-4, rtol=1e-4)
 
@@ -424,8 +424,8 @@ def test_a_preempted_request_goes_on_where_it_was(served):
     served.poison()
     engine, done = served.llm.llm_engine, []
     settings = {"max_tokens": 24, "temperature": 0, "detokenize": False, "ignore_eos": True}
-    for i, marks in enumerate([marks_of(SECOND, recompute_ratio=0.5), None]):
-        extra = None if marks is None else {"kv_transfer_params": marks}
+    for i, annotations in enumerate([annotations_of(SECOND, recompute_ratio=0.5), None]):
+        extra = None if annotations is None else {"kv_transfer_params": annotations}
         params = SamplingParams(**settings, extra_args=extra)
         engine.add_request(str(i), {"prompt_token_ids": list(SECOND.token_ids)}, params)
     for step in range(60):
@@ -444,7 +444,7 @@ def test_aborted_requests_leave_nothing_behind(served):
     served.fresh()
     served.one(FIRST)
     engine = served.llm.llm_engine
-    params = SamplingParams(max_tokens=50, detokenize=False, extra_args={"kv_transfer_params": marks_of(SECOND)})
+    params = SamplingParams(max_tokens=50, detokenize=False, extra_args={"kv_transfer_params": annotations_of(SECOND)})
     for name, steps in (("waiting", 0), ("running", 2)):
         engine.add_request(name, {"prompt_token_ids": list(SECOND.token_ids)}, params)
         for _ in range(steps):
@@ -475,7 +475,7 @@ def test_several_samples_of_one_prompt(served):
     served.fresh()
     served.one(FIRST)
     served.poison()
-    [output] = served.ask([SECOND], [marks_of(SECOND, recompute_ratio=1.0)], n=3, temperature=1.0, seed=5)
+    [output] = served.ask([SECOND], [annotations_of(SECOND, recompute_ratio=1.0)], n=3, temperature=1.0, seed=5)
     truth = served.plain(SECOND)
     assert len(output.outputs) == 3
     for sample in output.outputs:
@@ -487,7 +487,7 @@ def test_prompt_logprobs_are_computed_exactly(served):
     served.fresh()
     [want] = served.ask([SECOND], prompt_logprobs=0)
     served.one(FIRST)
-    [got] = served.ask([SECOND], [marks_of(SECOND)], prompt_logprobs=0)
+    [got] = served.ask([SECOND], [annotations_of(SECOND)], prompt_logprobs=0)
     assert "prompt_logprobs" in receipt(got)["fallback"] and receipt(got)["chunks_hit"] == 0
     pick = [[next(iter(x.values())).logprob for x in o.prompt_logprobs[1:]] for o in (got, want)]
     assert pick[0] == pick[1] and len(pick[0]) == len(SECOND) - 1
@@ -502,14 +502,14 @@ def test_namespaces_and_salts_keep_tenants_apart(served):
     assert receipt(served.one(SECOND, namespace="a"))["chunks_hit"] > 0
     served.poison()
     inputs = {"prompt_token_ids": list(SECOND.token_ids), "cache_salt": "tenant"}
-    extra = {"kv_transfer_params": marks_of(SECOND, namespace="a")}
+    extra = {"kv_transfer_params": annotations_of(SECOND, namespace="a")}
     params = SamplingParams(max_tokens=2, detokenize=False, extra_args=extra)
     [output] = served.llm.generate([inputs], params, use_tqdm=False)
     assert receipt(output)["chunks_hit"] == 0 and "no chunk" in receipt(output)["fallback"]
 
 
 @pytest.mark.parametrize(
-    ("marks", "reason"),
+    ("annotations", "reason"),
     [
         ([[0, 10]], "must be an object"),
         ({}, "'segments' is missing"),
@@ -517,13 +517,13 @@ def test_namespaces_and_salts_keep_tenants_apart(served):
         ({"segments": [[0, 10_000]]}, "outside the prompt"),
         ({"segments": [[0, 10]], "policy": "magic"}, "unknown system 'magic'"),
         ({"segments": [[0, 10]], "polcy": "epic"}, "unknown key polcy"),
-        ({"segments": [[0, 10]], "share": 1.5}, "recompute_ratio must lie in"),
+        ({"segments": [[0, 10]], "recompute_ratio": 1.5}, "recompute_ratio must lie in"),
         ({"segments": [[6, 59], [70, 80]], "policy": "window_padding"}, "rewrites prompts"),
     ],
 )
-def test_malformed_marks_are_refused_at_the_door(served, marks, reason):
+def test_malformed_annotations_are_refused_at_the_door(served, annotations, reason):
     with pytest.raises(VLLMValidationError, match=reason):
-        served.ask([SECOND], [{"cacheslide": marks}])
+        served.ask([SECOND], [{"cacheslide": annotations}])
     assert not served.scheduler.tracked and not served.llm.llm_engine.has_unfinished_requests()
 
 
@@ -554,8 +554,10 @@ def test_a_small_store_evicts_and_stays_bounded(served, monkeypatch):
 def test_encoding_later_happens_in_a_following_step(served):
     served.fresh()
     served.one(FIRST, 1, encode="later")
-    assert len(served.scheduler.keeper.jobs) == 1 and served.core.scheduler.has_requests()  # a server goes on stepping
+    assert (
+        len(served.scheduler.retention.jobs) == 1 and served.core.scheduler.has_requests()
+    )  # a server goes on stepping
     served.core.step_fn()
-    assert not served.scheduler.keeper.jobs and not served.core.scheduler.has_requests()
+    assert not served.scheduler.retention.jobs and not served.core.scheduler.has_requests()
     served.poison()
     assert receipt(served.one(SECOND))["chunks_hit"] > 0

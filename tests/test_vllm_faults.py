@@ -29,7 +29,7 @@ NOTHING = {"wait_for_layer_load", "save_kv_layer"}  # do nothing
 MADE_OF = {  # guarded in parts
     "build_connector_meta": ("_plan", "_settle"),
     "bind_connector_metadata": ("_begin",),
-    "get_finished": ("_encode", "_land"),
+    "get_finished": ("_encode", "_on_loaded"),
 }
 
 
@@ -64,28 +64,28 @@ def entry_rounds() -> list[tuple[str, str]]:
     return [(seam, "always") for seams in ENTRY_SEAMS.values() for seam in seams]
 
 
-BELOW = [  # a store that lies, a plan that is another's, a run that fails half-way: whatever their own checks say
-    pytest.param("scheduler.cold.backing:where", "always", marks=pytest.mark.fault("lying_store")),
-    pytest.param("worker.below:arrivals", "late", marks=pytest.mark.fault("lying_store")),
-    pytest.param("worker.below.store:fetch", "always", marks=pytest.mark.fault("hostile_store")),
+INNER_ROUNDS = [  # a store that lies, a plan of another, a run that fails half-way: whatever their own checks say
+    pytest.param("scheduler.storage_tier.persistent:where", "always", marks=pytest.mark.fault("lying_store")),
+    pytest.param("worker.storage_tier:arrivals", "late", marks=pytest.mark.fault("lying_store")),
+    pytest.param("worker.storage_tier.store:fetch", "always", marks=pytest.mark.fault("hostile_store")),
     pytest.param("cacheslide.core.placement.PlacedChunks:layer", "always", marks=pytest.mark.fault("forged_record")),
     pytest.param("scheduler.planner:_member", "always", marks=pytest.mark.fault("family")),
     pytest.param("cacheslide.vllm.worker.ranks.TeamPrefill:compute", "once"),
     pytest.param("worker.store:put", "late"),
-    pytest.param("scheduler.keeper:reserve", "late"),
+    pytest.param("scheduler.retention:reserve", "late"),
 ]
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.parametrize(("seam", "mode"), [*entry_rounds(), *BELOW])
+@pytest.mark.parametrize(("seam", "mode"), [*entry_rounds(), *INNER_ROUNDS])
 def test_a_fault_costs_reuse_and_nothing_else(rounds, seam, mode):
-    """Marked, isolated, history, unchanged, plain and preempted requests, from memory and from files."""
+    """Annotated, isolated, history, unchanged, plain and preempted requests, from memory and from files."""
     beams = "_member" in seam
-    heal = seam in ("worker:load", "scheduler:reset", "worker.store:put", "worker.below:arrivals")
+    heal = seam in ("worker:load", "scheduler:reset", "worker.store:put", "worker.storage_tier:arrivals")
     out = rounds.round(seam, mode, RuntimeError, beams=beams, heal=heal)
     assert not out.died and not out.wrong, out
-    assert out.raised and (out.faults or seam.startswith("worker.below.store")), out
+    assert out.raised and (out.faults or seam.startswith("worker.storage_tier.store")), out
 
 
 @pytest.mark.vllm
@@ -107,7 +107,7 @@ def test_a_guard_counts_and_speaks_once(caplog):
     class Guarded:
         faults = Faults()
 
-        @survives("keep", lambda self, x: x[1], last="last")
+        @survives("retain", lambda self, x: x[1], last="last")
         def first(self, x):
             return x[0]
 
@@ -116,12 +116,12 @@ def test_a_guard_counts_and_speaks_once(caplog):
     with caplog.at_level("ERROR", "vllm.cacheslide"):
         assert guarded.first({1: "other"}) == "other"  # KeyError, then what stands in for it
         assert guarded.first({2: 0}) == guarded.first({}) == "last"
-    assert guarded.faults.total == {"keep": 5}
-    assert len(caplog.records) == 1 and "KeyError" in caplog.text and "wait to be kept" in caplog.text
-    assert guarded.faults.take() == {"faults.keep": 5} and guarded.faults.take() == {}
-    stats = ReuseStats(data={"faults.keep": 1})
-    stats.count({"faults.keep": 5})
-    assert stats.reduce() == {"faults.keep": 6}
+    assert guarded.faults.total == {"retain": 5}
+    assert len(caplog.records) == 1 and "KeyError" in caplog.text and "wait to be retained" in caplog.text
+    assert guarded.faults.take() == {"faults.retain": 5} and guarded.faults.take() == {}
+    stats = ReuseStats(data={"faults.retain": 1})
+    stats.count({"faults.retain": 5})
+    assert stats.reduce() == {"faults.retain": 6}
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
@@ -129,7 +129,7 @@ def test_a_guard_does_not_hold_up_the_end(stop):
     class Guarded:
         faults = Faults()
 
-        @survives("keep")
+        @survives("retain")
         def first(self):
             raise stop
 
@@ -243,7 +243,7 @@ def test_a_rank_that_fails_before_the_run_says_so_once():
 def test_a_seam_is_what_it_was_when_the_fault_is_over():
     parts = {"scheduler": side(), "worker": SimpleNamespace()}
     for seam in SEAMS:
-        if seam.startswith(("worker", "scheduler.cold")):
+        if seam.startswith(("worker", "scheduler.storage_tier")):
             continue
         owner, name = owner_of(seam, parts)
         before = vars(owner).get(name)

@@ -1,4 +1,4 @@
-"""Generated text as the next turn's history: kept where its KV lies, or encoded anew; generations rise and fall."""
+"""Generated text as the next turn's history: retained where its KV lies, or encoded anew; generations rise and fall."""
 
 from contextlib import closing
 
@@ -19,7 +19,7 @@ from tests.test_vllm_engine import CHUNK, SHAPE, Served, assert_same, logprobs, 
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_environment")]
 
-LIMIT = 2  # generations kept
+LIMIT = 2  # generations retained
 BLOCKS = 12  # of 32 tokens: what a request leaves is taken by the next ones at once
 
 
@@ -46,8 +46,8 @@ def reference(path, served):
 class Talk:
     """An agent's turns: system | notes, new every turn | one piece of history a turn | question."""
 
-    def __init__(self, served, **marks) -> None:
-        self.served, self.marks = served, marks
+    def __init__(self, served, **annotations) -> None:
+        self.served, self.annotations = served, annotations
         self.pieces: list[tuple[int, ...]] = []
         self.turn, self.open = 0, ()  # what was generated but has no KV yet opens the next question
 
@@ -61,21 +61,21 @@ class Talk:
         start = len(ids)
         return Prompt.from_spans(ids + self.open + random_ids(11, 200 + self.turn), spans), start
 
-    def say(self, beside=(), **marks) -> tuple[dict, tuple[int, ...]]:
+    def say(self, beside=(), **annotations) -> tuple[dict, tuple[int, ...]]:
         """One turn over poisoned blocks; its receipt and all token ids."""
         prompt, start = self.prompt()
         spans = [
             [s, s + len(x.token_ids)] for x, s in zip(prompt.segments, prompt.starts, strict=True) if x.role == "reuse"
         ]
-        asked = {"cacheslide": {"segments": spans, "history": start, **self.marks, **marks}}
+        asked = {"cacheslide": {"segments": spans, "history": start, **self.annotations, **annotations}}
         self.served.poison()
         output, *_ = self.served.ask([prompt, *beside], [asked, *(None for _ in beside)], tokens=9)
         while self.served.core.scheduler.has_requests():
             self.served.core.step_fn()
         got = receipt(output)
         ids = prompt.token_ids + tuple(output.outputs[0].token_ids)
-        kept = got["history"]
-        assert (kept["start"], kept["end"]) == (start, len(ids) - 1)
+        retained = got["history"]
+        assert (retained["start"], retained["end"]) == (start, len(ids) - 1)
         self.pieces.append(ids[start : len(ids) - 1])
         self.open = ids[-1:]
         self.turn += 1
@@ -97,7 +97,7 @@ def assert_exact(served, reference, ids, start: int, end: int) -> None:
 
 
 @pytest.mark.parametrize("system", ["naive_reuse", "cacheslide_first_turn"])
-def test_kept_history_is_hit_and_its_generation_rises_until_it_is_encoded_anew(served, reference, system):
+def test_retained_history_is_hit_and_its_generation_rises_until_it_is_encoded_anew(served, reference, system):
     served.fresh()
     talk = Talk(served, policy=system)
     generations = []
@@ -105,10 +105,10 @@ def test_kept_history_is_hit_and_its_generation_rises_until_it_is_encoded_anew(s
         expected = 1 + sum(-(-len(p) // CHUNK) for p in talk.pieces)
         got, ids = talk.say()
         assert got["chunks"] == expected and got["chunks_hit"] == (expected if turn else 0)
-        kept = got["history"]
-        generations.append(kept["generation"] if kept["from"] == "blocks" else "anew")
+        retained = got["history"]
+        generations.append(retained["generation"] if retained["from"] == "blocks" else "anew")
         if generations[-1] in (0, "anew"):
-            assert_exact(served, reference, ids, kept["start"], kept["end"])
+            assert_exact(served, reference, ids, retained["start"], retained["end"])
         held = {key: served.worker.store.get(key).generation for key in served.scheduler.index._sizes}
         assert held == {key: served.scheduler.index.generation(key) for key in held}
         assert max(held.values()) <= LIMIT and (generations[-1] != "anew" or not any(held.values()))
@@ -167,8 +167,8 @@ def test_every_other_encoding_is_looked_up_where_it_was_left(served, system):
     for turn in range(2):
         prompt, start = talk.prompt()
         if system == "recompute":  # nothing to keep, and nothing to fall over
-            marks = {"cacheslide": {"segments": [[0, 6]], "history": start, "policy": system}}
-            assert receipt(served.ask([prompt], [marks])[0])["history"] is None
+            annotations = {"cacheslide": {"segments": [[0, 6]], "history": start, "policy": system}}
+            assert receipt(served.ask([prompt], [annotations])[0])["history"] is None
             continue
         got, _ = talk.say()
         assert got["history"]["from"] == "encode" and got["chunks_hit"] == (got["chunks"] if turn else 0)
@@ -182,14 +182,17 @@ def test_history_is_copied_before_the_next_step_gives_its_blocks_away(served, re
     waiting = [Prompt.from_spans(random_ids(250, 300 + i), []) for i in range(3)]
     seen = []
     begin = served.worker.begin
-    served.worker.begin = lambda step: (seen.append((step.keeps, served.scheduler.running.copy())), begin(step))[1]
+    served.worker.begin = lambda step: (
+        seen.append((step.history_saves, served.scheduler.running.copy())),
+        begin(step),
+    )[1]
     try:
         got, ids = talk.say(beside=waiting)
     finally:
         del served.worker.begin
-    [(keeps, running)] = [(keeps, running) for keeps, running in seen if keeps]
+    [(saves, running)] = [(saves, running) for saves, running in seen if saves]
     taken = served.core.scheduler.kv_cache_manager
-    assert keeps[0].block_ids and running  # another request was given blocks in the step that copies
+    assert saves[0].block_ids and running  # another request was given blocks in the step that copies
     assert taken.block_pool.num_gpu_blocks == BLOCKS
     assert_exact(served, reference, ids, got["history"]["start"], got["history"]["end"])
 
@@ -197,7 +200,7 @@ def test_history_is_copied_before_the_next_step_gives_its_blocks_away(served, re
 def test_a_limit_of_nought_keeps_no_corrected_kv(served, reference, monkeypatch):
     served.fresh()
     options = type(served.scheduler.options)(**{**vars(served.scheduler.options), "max_generation": 0})
-    monkeypatch.setattr(served.scheduler.keeper, "options", options)
+    monkeypatch.setattr(served.scheduler.retention, "options", options)
     talk = Talk(served, policy="naive_reuse")
     kinds = [talk.say()[0]["history"]["from"] for _ in range(3)]
     assert kinds == ["blocks", "encode", "encode"]
@@ -208,16 +211,16 @@ def test_a_prefix_cache_policy_copies_exact_rows_without_ageing(served, referenc
     """Where only an equal prefix matches, reused KV is exact, and so is what is built on it."""
     served.fresh()
     first = Prompt.from_spans(random_ids(40, 1), [(0, 40)])
-    marks = {"cacheslide": {"segments": [[0, 40]], "history": 40, "policy": "context_cache"}}
-    [one] = served.ask([first], [marks], tokens=20)
+    annotations = {"cacheslide": {"segments": [[0, 40]], "history": 40, "policy": "context_cache"}}
+    [one] = served.ask([first], [annotations], tokens=20)
     ids = first.token_ids + tuple(one.outputs[0].token_ids)
     end = receipt(one)["history"]["end"]
     while served.core.scheduler.has_requests():
         served.core.step_fn()
     served.poison()
     second = Prompt.from_spans(ids + random_ids(9, 2), [(0, 40), (40, end)])
-    marks = {"cacheslide": {"segments": [[0, 40], [40, end]], "history": end, "policy": "context_cache"}}
-    [two] = served.ask([second], [marks], tokens=6)
+    annotations = {"cacheslide": {"segments": [[0, 40], [40, end]], "history": end, "policy": "context_cache"}}
+    [two] = served.ask([second], [annotations], tokens=6)
     assert receipt(two)["chunks_hit"] == receipt(two)["chunks"] == 5 and receipt(two)["history"]["generation"] == 0
     while served.core.scheduler.has_requests():
         served.core.step_fn()
@@ -227,20 +230,24 @@ def test_a_prefix_cache_policy_copies_exact_rows_without_ageing(served, referenc
     torch.testing.assert_close(logprobs(two), logprobs(served.plain(second)), atol=1e-4, rtol=1e-4)
 
 
-def test_nothing_is_kept_of_what_was_not_generated(served):
+def test_nothing_is_retained_of_what_was_not_generated(served):
     served.fresh()
     talk = Talk(served, policy="recompute")
     prompt, start = talk.prompt()
-    marks = {"cacheslide": {"segments": [[0, 6]], "history": start}}
-    [output] = served.ask([prompt], [{"cacheslide": marks["cacheslide"] | {"policy": "recompute"}}])
+    annotations = {"cacheslide": {"segments": [[0, 6]], "history": start}}
+    [output] = served.ask([prompt], [{"cacheslide": annotations["cacheslide"] | {"policy": "recompute"}}])
     assert receipt(output)["history"] is None
-    [output] = served.ask([prompt], [{"cacheslide": marks["cacheslide"] | {"encode": "off"}}])
+    [output] = served.ask([prompt], [{"cacheslide": annotations["cacheslide"] | {"encode": "off"}}])
     assert receipt(output)["history"] is None  # its encoding needs a prefill, which the request forbids
     engine = served.llm.llm_engine
     from vllm import SamplingParams
 
-    params = SamplingParams(max_tokens=50, detokenize=False, extra_args={"kv_transfer_params": marks})
+    params = SamplingParams(max_tokens=50, detokenize=False, extra_args={"kv_transfer_params": annotations})
     engine.add_request("gone", {"prompt_token_ids": list(prompt.token_ids)}, params)
     engine.abort_request(["gone"])
     engine.step()
-    assert not served.scheduler.keeper.keeps and not served.scheduler.keeper.jobs and not served.scheduler.running
+    assert (
+        not served.scheduler.retention.history_saves
+        and not served.scheduler.retention.jobs
+        and not served.scheduler.running
+    )

@@ -1,4 +1,4 @@
-"""The connector's parts without an engine: options and marks, store and index, block hashes, attention, `serve`."""
+"""The connector's parts without an engine: options, annotations, store and index, block hashes, attention, `serve`."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from cacheslide.models.adapter import RowGroup
 from cacheslide.policies.registry import load_policy
 from cacheslide.store.base import ChunkKV
 from cacheslide.vllm.cope.setting import overrides
-from cacheslide.vllm.options import Marks, ServerOptions, marks_of
+from cacheslide.vllm.options import Annotations, ServerOptions, annotations_of
 from cacheslide.vllm.scheduler.chunk_index import ChunkIndex
 from cacheslide.vllm.scheduler.prefix_cache import key_apart
 from cacheslide.vllm.worker.attention import RowKernel, choose, gathered
@@ -62,7 +62,7 @@ def test_chunks_on_their_way_can_be_dropped_and_handed_over():
     assert all(torch.equal(to.get(key).v, chunk_of(i).v) for key, i in (("a", 0), ("c", 2)))
 
 
-# --- options and marks -----------------------------------------------------------------------------------------------
+# --- options and annotations ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -104,21 +104,21 @@ def test_a_separator_that_is_no_json_is_a_text():
     assert ServerOptions.from_extra_config({"separator": "[7, 8]"}).own_separator == [7, 8]
 
 
-def test_marks_round_trip():
-    marks = Marks.parse(marks_of(TURN, policy="epic", recompute_ratio=0.5, namespace="a"))
-    assert marks.prompt(TURN.token_ids).chunks(16) == TURN.chunks(16)
-    assert marks.system("cacheslide") == load_policy("epic").at_ratio(0.5)
-    assert marks.namespace == "a" and Marks.parse(None) is None and Marks.parse({"other": 1}) is None
+def test_annotations_round_trip():
+    annotations = Annotations.parse(annotations_of(TURN, policy="epic", recompute_ratio=0.5, namespace="a"))
+    assert annotations.prompt(TURN.token_ids).chunks(16) == TURN.chunks(16)
+    assert annotations.system("cacheslide") == load_policy("epic").at_ratio(0.5)
+    assert annotations.namespace == "a" and Annotations.parse(None) is None and Annotations.parse({"other": 1}) is None
 
 
 @pytest.mark.parametrize(
-    ("marks", "reason"),
+    ("annotations", "reason"),
     [
         ({"segments": [[0, 5.0]]}, "pair of integers"),
         ({"segments": [[0, True]]}, "pair of integers"),
         ({"segments": [[0]]}, "pair of integers"),
         ({"segments": {"0": 5}}, "list of"),
-        ({"segments": [], "share": "0.1"}, "recompute_ratio must be a number"),
+        ({"segments": [], "recompute_ratio": "0.1"}, "recompute_ratio must be a number"),
         ({"segments": [], "layer": 1.5}, "layer must be an integer"),
         ({"segments": [], "policy": 3}, "policy must be a string"),
         ({"segments": [], "namespace": None}, "namespace must be a string"),
@@ -128,11 +128,11 @@ def test_marks_round_trip():
         ({"segments": [], "family": {"name": "a", "rows": 4}, "history": 2}, "give no history"),
     ],
 )
-def test_malformed_marks_say_what_is_wrong(marks, reason):
+def test_malformed_annotations_say_what_is_wrong(annotations, reason):
     with pytest.raises(PromptError, match=reason):
-        Marks.parse({"cacheslide": marks})
+        Annotations.parse({"cacheslide": annotations})
     with pytest.raises(PromptError, match="kv_transfer_params must be an object"):
-        Marks.parse([marks])
+        Annotations.parse([annotations])
 
 
 # --- index and block hashes ------------------------------------------------------------------------------------------

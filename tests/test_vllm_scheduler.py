@@ -16,7 +16,7 @@ from vllm.v1.request import RequestStatus
 from cacheslide.core.prompt import Prompt
 from cacheslide.vllm.connector import CacheSlideConnector
 from cacheslide.vllm.geometry import Geometry
-from cacheslide.vllm.options import ServerOptions, marks_of
+from cacheslide.vllm.options import ServerOptions, annotations_of
 from cacheslide.vllm.protocol import WorkerReport
 from cacheslide.vllm.scheduler.metrics import ReuseStats
 from cacheslide.vllm.scheduler.receipts import forecast
@@ -36,12 +36,12 @@ def side(**options) -> SchedulerSide:
     return SchedulerSide(config, ServerOptions(chunk_size=16, **options), GEOMETRY)
 
 
-def request(req_id: str = "r", turn=TURN, **marks):
+def request(req_id: str = "r", turn=TURN, **annotations):
     return SimpleNamespace(
         request_id=req_id,
         num_prompt_tokens=len(turn),
         prompt_token_ids=list(turn.token_ids),
-        kv_transfer_params=marks_of(turn, **marks),
+        kv_transfer_params=annotations_of(turn, **annotations),
         cache_salt=None,
         sampling_params=SimpleNamespace(prompt_logprobs=None, max_tokens=8, detokenize=True),
         _block_hasher=None,
@@ -141,7 +141,7 @@ def test_history_leaves_with_the_next_step_that_is_planned():
     scheduler.claim(asked, 0)
     scheduler.allocated(asked, 0)
     scheduler.step(step_output({"r": len(TURN)}, {"r": 0}))
-    assert not scheduler.step(step_output({"r": 1}, {"r": len(TURN)})).keeps
+    assert not scheduler.step(step_output({"r": 1}, {"r": len(TURN)})).history_saves
     receipt = scheduler.finish(finished(asked, 30), [7, 8, 9])
     assert receipt["history"] == {
         "start": len(TURN) - 5,
@@ -149,11 +149,11 @@ def test_history_leaves_with_the_next_step_that_is_planned():
         "generation": 0,
         "from": "blocks",
     }
-    assert all(key in scheduler.index for plan in scheduler.keeper.keeps for key, _ in plan.chunks)
-    [keep] = scheduler.step(step_output({}, {})).keeps
-    rows = [(chunk.start, chunk.end) for _, chunk in keep.chunks]
-    assert keep.block_ids == [7, 8, 9] and rows[0][0] == len(TURN) - 5 and rows[-1][1] == len(TURN) + 29
-    assert not scheduler.step(step_output({}, {})).keeps
+    assert all(key in scheduler.index for plan in scheduler.retention.history_saves for key, _ in plan.chunks)
+    [save] = scheduler.step(step_output({}, {})).history_saves
+    rows = [(chunk.start, chunk.end) for _, chunk in save.chunks]
+    assert save.block_ids == [7, 8, 9] and rows[0][0] == len(TURN) - 5 and rows[-1][1] == len(TURN) + 29
+    assert not scheduler.step(step_output({}, {})).history_saves
 
 
 def test_a_prompt_that_spans_were_found_in_is_planned_with_them():
@@ -170,9 +170,9 @@ def test_a_prompt_that_spans_were_found_in_is_planned_with_them():
     assert sum(len(c) for c in scheduler.tracked["1"].plan.chunks) == len(TURN)
 
 
-def member(scheduler, req_id: str, generated: int, name: str = "search", salt=None, **marks):
+def member(scheduler, req_id: str, generated: int, name: str = "search", salt=None, **annotations):
     """A request of a family, `generated` tokens behind its prompt, as it arrives."""
-    asked = request(req_id, **marks, family={"name": name, "rows": len(TURN)})
+    asked = request(req_id, **annotations, family={"name": name, "rows": len(TURN)})
     asked.prompt_token_ids += range(3, 3 + generated)
     asked.num_prompt_tokens, asked.cache_salt = len(asked.prompt_token_ids), salt
     scheduler.arrive(asked)
@@ -187,7 +187,7 @@ def test_a_family_decides_once_and_later_members_follow():
     scheduler.finish(first)
     follower = member(scheduler, "follower", 3)
     tracked = scheduler.tracked["follower"]
-    assert tracked.follows and not tracked.exact and tracked.kept and tracked.rows == len(TURN)
+    assert tracked.follows and not tracked.exact and tracked.retained and tracked.rows == len(TURN)
     assert scheduler.claim(follower, len(TURN) // 16 * 16) == 0  # its rows are there
     assert scheduler.finish(follower)["chunks_hit"] == 0 and scheduler.stats.data["requests"] == 1
     lost = member(scheduler, "lost", 5)
@@ -219,10 +219,10 @@ def test_a_request_that_cannot_be_planned_is_computed_exactly():
     scheduler.arrive(asked)
     assert scheduler.claim(asked, 0) == 0
     assert "layer 9" in scheduler.finish(asked)["fallback"] and not scheduler.tracked
-    unmarked = request()
-    unmarked.kv_transfer_params = None
-    scheduler.arrive(unmarked)
-    assert scheduler.claim(unmarked, 0) == 0 and scheduler.finish(unmarked) is None
+    unannotated = request()
+    unannotated.kv_transfer_params = None
+    scheduler.arrive(unannotated)
+    assert scheduler.claim(unannotated, 0) == 0 and scheduler.finish(unannotated) is None
 
 
 def test_own_prefills_are_saved_and_other_encodings_become_jobs():
@@ -246,9 +246,9 @@ def test_jobs_wait_for_a_later_step_keep_the_budget_and_are_not_doubled():
         scheduler.claim(r, 0)
     rows = {r.request_id: len(TURN) for r in asked}
     assert not scheduler.step(step_output(rows, dict.fromkeys(rows, 0))).encodes
-    assert len(scheduler.keeper.jobs) == 2
+    assert len(scheduler.retention.jobs) == 2
     kinds = []
-    while scheduler.keeper.jobs:
+    while scheduler.retention.jobs:
         [job] = scheduler.step(step_output({}, {})).encodes
         kinds.append(job.encoding.name)
     assert kinds == ["fixed_chain", "isolated"] and len(scheduler.index) == 2 * len(TURN.chunks(16))
@@ -297,13 +297,13 @@ class Counter:
 def test_receipts_become_counters():
     Counter.made.clear()
     scheduler = side()
-    for i, (marks, heard) in enumerate([({}, None), ({"layer": 9}, None), ({}, 40)]):
-        asked = request(str(i), **marks)
+    for i, (annotations, measured) in enumerate([({}, None), ({"layer": 9}, None), ({}, 40)]):
+        asked = request(str(i), **annotations)
         scheduler.arrive(asked)
         scheduler.claim(asked, 0)
-        if heard:
-            receipt = forecast(scheduler.tracked[str(i)]) | {"tokens_reused": heard, "fallback": ""}
-            scheduler.heard(WorkerReport({str(i): receipt}))
+        if measured:
+            receipt = forecast(scheduler.tracked[str(i)]) | {"tokens_reused": measured, "fallback": ""}
+            scheduler.on_worker_report(WorkerReport({str(i): receipt}))
         scheduler.finish(asked)
     stats = scheduler.take_stats()
     assert scheduler.take_stats().is_empty() and not stats.is_empty()

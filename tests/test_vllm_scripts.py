@@ -28,17 +28,17 @@ def script(monkeypatch, capfd):
 
 def test_turns_lay_pieces_where_the_receipts_end_them():
     talk = Turns([1, 2])
-    ids, marks = talk.prompt([9, 9, 9], [5, 6])
-    assert ids == [1, 2, 9, 9, 9, 5, 6] and marks == {"segments": [[0, 2]], "history": 5}
+    ids, annotations = talk.prompt([9, 9, 9], [5, 6])
+    assert ids == [1, 2, 9, 9, 9, 5, 6] and annotations == {"segments": [[0, 2]], "history": 5}
     talk.answered([7, 8])  # 8 has no KV yet
-    ids, marks = talk.prompt([9], [4], policy="epic")
+    ids, annotations = talk.prompt([9], [4], policy="epic")
     assert ids == [1, 2, 9, 5, 6, 7, 8, 4]
-    assert marks == {"segments": [[0, 2], [3, 6]], "history": 6, "policy": "epic"}
+    assert annotations == {"segments": [[0, 2], [3, 6]], "history": 6, "policy": "epic"}
     talk.answered([])
     talk.add([3, 3])
-    ids, marks = talk.prompt([], [4])
+    ids, annotations = talk.prompt([], [4])
     assert ids == [1, 2, 5, 6, 7, 8, 4, 3, 3, 4]
-    assert marks["segments"] == [[0, 2], [2, 5], [5, 7], [7, 9]] and marks["history"] == 9
+    assert annotations["segments"] == [[0, 2], [2, 5], [5, 7], [7, 9]] and annotations["history"] == 9
 
 
 def test_what_is_missing_is_one_line(script, monkeypatch):
@@ -109,6 +109,6 @@ def test_an_agent_reuses_what_it_retrieved_and_said(script, system):
     for before, now in pairwise(turns):
         assert now["receipt"]["chunks_hit"] > before["receipt"]["chunks_hit"] or not before["turn"]
         assert now["receipt"]["tokens_reused"] > 0 and now["prompt_tokens"] > before["prompt_tokens"]
-    kept = [t["receipt"]["history"] for t in turns]
-    assert {k["from"] for k in kept} == ({"encode"} if system == "cacheslide" else {"blocks"})
+    retained = [t["receipt"]["history"] for t in turns]
+    assert {k["from"] for k in retained} == ({"encode"} if system == "cacheslide" else {"blocks"})
     assert "f1" in turns[-1] and result["summary"]["questions"] == 1 and len(result["summary"]["ttft_s_by_turn"]) == 4

@@ -1,4 +1,4 @@
-"""The OpenAI server as `cacheslide serve` starts it: marks in requests, receipts in answers and streams, refusals."""
+"""The OpenAI server as `cacheslide serve` starts it: annotations, receipts in answers and streams, refusals."""
 
 import json
 import os
@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.conftest import VLLM_ENVIRONMENT
-from tests.test_vllm_ways import CHAT_MARKS, MODEL, SEPARATOR, TEMPLATE, joined, messages
+from tests.test_vllm_ways import CHAT_ANNOTATIONS, MODEL, SEPARATOR, TEMPLATE, joined, messages
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -51,9 +51,9 @@ class Server:
             lines = [line for line in page.read().decode().splitlines() if line.startswith("cacheslide:")]
         return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
 
-    def complete(self, prompt, marks=None, **body) -> tuple[int, dict]:
+    def complete(self, prompt, annotations=None, **body) -> tuple[int, dict]:
         """A completion request."""
-        extra = {} if marks is None else {"kv_transfer_params": {"cacheslide": marks}}
+        extra = {} if annotations is None else {"kv_transfer_params": {"cacheslide": annotations}}
         return self.post("/v1/completions", prompt=prompt, **extra, **body)
 
 
@@ -101,7 +101,7 @@ def receipt(answer: dict) -> dict:
     return answer["kv_transfer_params"]["cacheslide"]
 
 
-def test_marked_turns_over_http(server):
+def test_annotated_turns_over_http(server):
     plain = server.complete(joined(1), None)[1]
     assert plain["kv_transfer_params"] is None
     status, first = server.complete(joined(0), {"separator": SEPARATOR})
@@ -116,11 +116,11 @@ def test_marked_turns_over_http(server):
 
 
 def test_streams_end_with_the_receipt(server):
-    marks = {"separator": SEPARATOR}
-    server.complete(joined(0), marks)
+    annotations = {"separator": SEPARATOR}
+    server.complete(joined(0), annotations)
     for path, body in (
-        ("/v1/completions", {"prompt": joined(2), "kv_transfer_params": {"cacheslide": marks}}),
-        ("/v1/chat/completions", {"messages": messages(2), "kv_transfer_params": {"cacheslide": CHAT_MARKS}}),
+        ("/v1/completions", {"prompt": joined(2), "kv_transfer_params": {"cacheslide": annotations}}),
+        ("/v1/chat/completions", {"messages": messages(2), "kv_transfer_params": {"cacheslide": CHAT_ANNOTATIONS}}),
     ):
         _, whole = server.post(path, **body)
         _, stream = server.post(path, stream=True, stream_options={"include_usage": True}, **body)
@@ -137,7 +137,7 @@ def test_streams_end_with_the_receipt(server):
     assert not any("kv_transfer_params" in e for e in stream["events"])
 
 
-def test_beam_search_with_marks(server):
+def test_beam_search_with_annotations(server):
     """Ratio 1 gives the beams of an exact search, ratio 0 does not: chunks come from another turn."""
     search = {"use_beam_search": True, "n": 3, "logprobs": 1}
 
@@ -147,19 +147,19 @@ def test_beam_search_with_marks(server):
     def likely(answer) -> list[float]:
         return [x for choice in answer["choices"] for x in choice["logprobs"]["token_logprobs"]]
 
-    marks = {"separator": SEPARATOR}
-    status, exact = server.complete(joined(1), marks | {"policy": "recompute"}, **search)
+    annotations = {"separator": SEPARATOR}
+    status, exact = server.complete(joined(1), annotations | {"policy": "recompute"}, **search)
     assert status == 200 and "reuses nothing" in receipt(exact)["fallback"]
     apart = {"cache_salt": "beams"}  # the exact search's blocks are not found
-    server.complete(joined(0), marks, **apart)
-    _, every = server.complete(joined(1), marks | {"share": 1.0}, **search, **apart)
-    _, none = server.complete(joined(1), marks | {"share": 0.0}, **search, **apart)
+    server.complete(joined(0), annotations, **apart)
+    _, every = server.complete(joined(1), annotations | {"recompute_ratio": 1.0}, **search, **apart)
+    _, none = server.complete(joined(1), annotations | {"recompute_ratio": 0.0}, **search, **apart)
     for answer, used in ((every, "tokens_recomputed"), (none, "tokens_reused")):
         assert receipt(answer)[used] > 100 and not receipt(answer)["fallback"]
         assert receipt(answer)["beams"] == {"requests": 1 + 3 * 3, "completed_by_reuse": 1}
     assert beams(every) == beams(exact) and likely(every) == pytest.approx(likely(exact), abs=1e-3)
     assert likely(none) != pytest.approx(likely(exact), abs=1e-3)
-    chat = {"messages": messages(1), "kv_transfer_params": {"cacheslide": CHAT_MARKS}}
+    chat = {"messages": messages(1), "kv_transfer_params": {"cacheslide": CHAT_ANNOTATIONS}}
     server.post("/v1/chat/completions", **chat)
     status, answer = server.post("/v1/chat/completions", use_beam_search=True, n=2, **chat)
     assert status == 200 and receipt(answer)["chunks"] > 5 and receipt(answer)["beams"]["requests"] == 7
@@ -167,19 +167,21 @@ def test_beam_search_with_marks(server):
     assert plain["kv_transfer_params"] is None
 
 
-def test_messages_are_marked_in_chat_requests(server):
-    def ask(turn, marks):
-        return server.post("/v1/chat/completions", messages=messages(turn), kv_transfer_params={"cacheslide": marks})
+def test_messages_are_annotated_in_chat_requests(server):
+    def ask(turn, annotations):
+        return server.post(
+            "/v1/chat/completions", messages=messages(turn), kv_transfer_params={"cacheslide": annotations}
+        )
 
-    ask(0, CHAT_MARKS)
-    status, answer = ask(1, CHAT_MARKS)
+    ask(0, CHAT_ANNOTATIONS)
+    status, answer = ask(1, CHAT_ANNOTATIONS)
     assert status == 200 and receipt(answer)["chunks_hit"] == receipt(answer)["chunks"] > 5
     status, error = ask(1, {"messages": {"updated": [7]}})
     assert status == 400 and "names message 7, but there are 5" in error["message"]
 
 
 @pytest.mark.parametrize(
-    ("marks", "body", "said"),
+    ("annotations", "body", "said"),
     [
         ({"separator": "@@"}, {}, "'@@' is not in the prompt"),
         ({"separator": "##", "roles": ["reuse"]}, {}, "parts, but 1 roles"),
@@ -190,18 +192,18 @@ def test_messages_are_marked_in_chat_requests(server):
         ([], {}, "must be an object"),
     ],
 )
-def test_what_cannot_be_done_is_a_400_with_the_reason(server, marks, body, said):
-    status, error = server.complete(joined(1), marks, **body)
+def test_what_cannot_be_done_is_a_400_with_the_reason(server, annotations, body, said):
+    status, error = server.complete(joined(1), annotations, **body)
     assert status == 400 and said in error["message"]
 
 
 def test_sixteen_clients_at_once(server):
-    """Every way to mark, streamed and whole, beside plain requests: all are answered, equal ones alike."""
+    """Every way to annotate, streamed and whole, beside plain requests: all are answered, equal ones alike."""
     asked = [
-        (joined(1), {"separator": SEPARATOR, "share": 1.0}, False),
-        (joined(1), {"separator": SEPARATOR, "share": 1.0}, True),
+        (joined(1), {"separator": SEPARATOR, "recompute_ratio": 1.0}, False),
+        (joined(1), {"separator": SEPARATOR, "recompute_ratio": 1.0}, True),
         (joined(1, ""), None, False),
-        (joined(2, ""), {"find": True, "share": 1.0}, False),
+        (joined(2, ""), {"find": True, "recompute_ratio": 1.0}, False),
     ]
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda a: server.complete(a[0], a[1], stream=a[2]), 4 * asked))

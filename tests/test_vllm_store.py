@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 
 from vllm import SamplingParams
 
-from cacheslide.vllm.options import marks_of
+from cacheslide.vllm.options import annotations_of
 from tests.conftest import save_random
 from tests.test_store_remote import SERVER, server
 from tests.test_vllm_engine import CHUNK, FIRST, SECOND, SHAPE, Served, logprobs, receipt, tokens
@@ -41,8 +41,8 @@ def same(got, want) -> bool:
     return tokens(got) == tokens(want) and all(torch.equal(logprobs(got, i), logprobs(want, i)) for i in range(4))
 
 
-def marked(p) -> SamplingParams:
-    return SamplingParams(max_tokens=1, temperature=0, extra_args={"kv_transfer_params": marks_of(p)})
+def annotated(p) -> SamplingParams:
+    return SamplingParams(max_tokens=1, temperature=0, extra_args={"kv_transfer_params": annotations_of(p)})
 
 
 def damage(folder) -> int:
@@ -73,8 +73,8 @@ def test_a_second_life_hits_what_the_first_stored(path, tmp_path):
         assert found["tiers"] == {"file": {"chunks": 14, "bytes": found["bytes_loaded"]}}
         engine.poison()
         assert receipt(engine.one(SECOND))["tiers"] == {"host": found["tiers"]["file"]}
-        assert not engine.scheduler.cold.coming and not engine.scheduler.index._leases
-        other = engine.ask([SECOND], [marks_of(SECOND, namespace="somebody else")])[0]
+        assert not engine.scheduler.storage_tier.coming and not engine.scheduler.index._leases
+        other = engine.ask([SECOND], [annotations_of(SECOND, namespace="somebody else")])[0]
         assert receipt(other)["chunks_hit"] == 0
         engine.scheduler.reset()  # new weights under the old name: what is on disk is not theirs
         engine.poison()
@@ -96,42 +96,42 @@ def test_a_flipped_bit_is_computed_again_and_named(path, tmp_path):
         assert tokens(again) == tokens(exact)
         for at in range(4):
             assert (logprobs(again, at) - logprobs(exact, at)).abs().max() < 1e-4
-        engine.worker.below.flush()  # they have been encoded anew, and what lies on disk is sound again
+        engine.worker.storage_tier.flush()  # they have been encoded anew, and what lies on disk is sound again
         for key in found["store_failures"]:
-            assert key in engine.scheduler.index and engine.worker.below.store.fetch(key).chunk is not None
+            assert key in engine.scheduler.index and engine.worker.storage_tier.store.fetch(key).chunk is not None
 
 
 def test_requests_with_warm_chunks_pass_one_that_waits_for_its_own(path, tmp_path):
     with life(path, tmp_path / "s") as engine:
         engine.one(FIRST)
     with life(path, tmp_path / "s", store={"stall_limit_s": 600.0}) as engine:  # nobody gives up before the gate opens
-        gate, read = threading.Event(), engine.worker.below.store.fetch
+        gate, read = threading.Event(), engine.worker.storage_tier.store.fetch
 
         def held_back(key, **wanted):
             assert gate.wait(60)
             return read(key, **wanted)
 
-        engine.worker.below.store.fetch = held_back
+        engine.worker.storage_tier.store.fetch = held_back
         order, llm = [], engine.llm.llm_engine
-        llm.add_request("cold", {"prompt_token_ids": list(SECOND.token_ids)}, marked(SECOND))
+        llm.add_request("on disk", {"prompt_token_ids": list(SECOND.token_ids)}, annotated(SECOND))
         llm.add_request("plain", {"prompt_token_ids": list(FIRST.token_ids)}, SamplingParams(max_tokens=8))
         while llm.has_unfinished_requests():
             order += [o.request_id for o in llm.step() if o.finished]
             if order == ["plain"]:
                 gate.set()
-        assert order == ["plain", "cold"]
+        assert order == ["plain", "on disk"]
         # One that goes away while its chunks are read leaves nothing behind.
         engine.worker.store.clear()
         engine.scheduler.index.clear()
         gate.clear()
-        llm.add_request("gone", {"prompt_token_ids": list(SECOND.token_ids)}, marked(SECOND))
+        llm.add_request("gone", {"prompt_token_ids": list(SECOND.token_ids)}, annotated(SECOND))
         for _ in range(3):
             llm.step()
-        assert engine.scheduler.cold.coming
+        assert engine.scheduler.storage_tier.coming
         llm.abort_request(["gone"])
         gate.set()
         assert receipt(engine.one(SECOND))["chunks_hit"] == 14
-        assert not engine.scheduler.cold.coming and not engine.scheduler.index._leases
+        assert not engine.scheduler.storage_tier.coming and not engine.scheduler.index._leases
 
 
 def test_what_memory_has_no_room_for_is_computed(path, tmp_path):

@@ -17,7 +17,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the test looks into the wo
 
 from cacheslide.store.pages import side_by_side
 from cacheslide.vllm.offline import ask, close_engine, open_engine, worker_of
-from cacheslide.vllm.options import marks_of
+from cacheslide.vllm.options import annotations_of
 from harness.backends.reference import ReferenceBackend
 from harness.results.provenance import ROOT
 from harness.tasks.synthetic import examples
@@ -47,11 +47,11 @@ def life(folder, home):
 
 
 def rows_of(engine, prompt) -> tuple[dict, torch.Tensor]:
-    """The receipt of a marked prompt, and K and V of its rows as they lie in its blocks."""
+    """The receipt of an annotated prompt, and K and V of its rows as they lie in its blocks."""
     worker, plans = worker_of(), []
     load = worker.load
     worker.load = lambda step: (plans.extend(step.loads), load(step))[1]
-    receipt = ask(engine, [prompt.token_ids], [marks_of(prompt, policy="naive_reuse")], 1)[0].receipt
+    receipt = ask(engine, [prompt.token_ids], [annotations_of(prompt, policy="naive_reuse")], 1)[0].receipt
     worker.load = load
     if not plans:
         return receipt, torch.empty(0)
@@ -77,8 +77,8 @@ def test_chunks_come_back_from_files_into_either_home(tmp_path):
         assert warm["chunks_hit"] == warm["chunks"] > 1 and set(warm["tiers"]) == {"host"}
     for home, tier in (("cpu", "host"), ("model", "device")):
         with life(tmp_path / "s", home) as engine:
-            cold, got = rows_of(engine, now)
-            assert cold["tiers"] == {"file": warm["tiers"]["host"]} and "store_failures" not in cold
+            from_disk, got = rows_of(engine, now)
+            assert from_disk["tiers"] == {"file": warm["tiers"]["host"]} and "store_failures" not in from_disk
             assert close(got, want)
             held = list(worker_of().store._chunks.values())
             assert not worker_of().memory.elsewhere

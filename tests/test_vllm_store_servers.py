@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from cacheslide.store import StoreConfig
-from cacheslide.store.config import open_backing
+from cacheslide.store.config import open_persistent
 from tests.conftest import eventually
 from tests.test_store_remote import SERVER
 from tests.test_store_remote import server as valkey
@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.server,
     pytest.mark.skipif(SERVER is None, reason="neither valkey-server nor redis-server is installed"),
 ]
-MARKS = {"separator": SEPARATOR}
+ANNOTATIONS = {"separator": SEPARATOR}
 
 
 def configuration(folder, cache, port) -> str:
@@ -37,9 +37,9 @@ def published(file: str, chunks: int) -> None:
     """Wait until so many chunks are on disk and in the server."""
 
     def there() -> bool:
-        backing = open_backing(StoreConfig.from_file(file))
-        names = list(backing.file.names())
-        return len(names) >= chunks and all(backing.remote.contains(n) for n in names)
+        persistent = open_persistent(StoreConfig.from_file(file))
+        names = list(persistent.file.names())
+        return len(names) >= chunks and all(persistent.remote.contains(n) for n in names)
 
     assert eventually(there, 300)
 
@@ -48,17 +48,19 @@ def test_servers_share_what_one_of_them_built(tmp_path):
     with valkey(tmp_path) as port:
         here = configuration(tmp_path, tmp_path / "here", port)
         with running(tmp_path / "a", "--store", here) as first:
-            first.complete(joined(0), MARKS)
-            _, warm = first.complete(joined(1), MARKS)
+            first.complete(joined(0), ANNOTATIONS)
+            _, warm = first.complete(joined(1), ANNOTATIONS)
             chunks = receipt(warm)["chunks"]
             assert receipt(warm)["chunks_hit"] == chunks > 5 and set(receipt(warm)["tiers"]) == {"host"}
             published(here, chunks)
             with running(tmp_path / "b", "--store", here) as second:
-                _, found = second.complete(joined(1), MARKS)
+                _, found = second.complete(joined(1), ANNOTATIONS)
                 assert receipt(found)["tiers"] == {"file": receipt(warm)["tiers"]["host"]}
                 assert found["choices"][0]["text"] == warm["choices"][0]["text"]
                 for tenant in ({"cache_salt": "key of another"}, {}):
-                    _, other = second.complete(joined(1), MARKS | ({} if tenant else {"namespace": "other"}), **tenant)
+                    _, other = second.complete(
+                        joined(1), ANNOTATIONS | ({} if tenant else {"namespace": "other"}), **tenant
+                    )
                     assert receipt(other)["chunks_hit"] == 0
                 counted = {n.split("{")[0]: v for n, v in second.metrics().items() if 'tier="file"' in n}
                 assert counted["cacheslide:store_chunks_total"] == chunks
@@ -66,9 +68,9 @@ def test_servers_share_what_one_of_them_built(tmp_path):
             os.killpg(first.process.pid, signal.SIGKILL)
             first.process.wait(60)
         with running(tmp_path / "c", "--store", here) as again:
-            assert receipt(again.complete(joined(1), MARKS)[1])["tiers"]["file"]["chunks"] == chunks
+            assert receipt(again.complete(joined(1), ANNOTATIONS)[1])["tiers"]["file"]["chunks"] == chunks
         elsewhere = configuration(tmp_path, tmp_path / "elsewhere", port)
         with running(tmp_path / "d", "--store", elsewhere) as far:
-            _, found = far.complete(joined(1), MARKS)
+            _, found = far.complete(joined(1), ANNOTATIONS)
             assert receipt(found)["tiers"]["remote"]["chunks"] == chunks
             assert found["choices"][0]["text"] == warm["choices"][0]["text"]

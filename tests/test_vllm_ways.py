@@ -1,4 +1,4 @@
-"""Every way to mark, in one running engine with a tokenizer: same spans, same reuse, unmarked requests untouched."""
+"""Every way to annotate, in one running engine with a tokenizer: same spans, same reuse, plain requests untouched."""
 
 from dataclasses import replace
 
@@ -14,9 +14,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
 
 from cacheslide.vllm import CONNECTOR
-from cacheslide.vllm.frontend.chat import mark_messages
+from cacheslide.vllm.frontend.chat import annotate_messages
 from cacheslide.vllm.offline import beam_search, close_engine
-from tests.test_vllm_marks import TEMPLATE
+from tests.test_vllm_annotations import TEMPLATE
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_environment")]
 
@@ -64,8 +64,8 @@ def fresh(engine):
     return engine
 
 
-def sampling(marks=None, tokens: int = 3) -> SamplingParams:
-    extra = None if marks is None else {"kv_transfer_params": {"cacheslide": marks}}
+def sampling(annotations=None, tokens: int = 3) -> SamplingParams:
+    extra = None if annotations is None else {"kv_transfer_params": {"cacheslide": annotations}}
     return SamplingParams(max_tokens=tokens, temperature=0, logprobs=0, ignore_eos=True, extra_args=extra)
 
 
@@ -93,20 +93,20 @@ def joined(turn: int, by: str = SEPARATOR) -> str:
     return by.join([SYSTEM, TURNS[turn], DOCUMENT + HISTORY, QUESTION])
 
 
-CHAT_MARKS = {"messages": {"updated": [1]}}
+CHAT_ANNOTATIONS = {"messages": {"updated": [1]}}
 COUNTED = ("tokens", "tokens_reused", "tokens_recomputed", "chunks", "chunks_hit", "bytes_loaded", "fallback")
 
 
-def by_separator(turn: int, **marks):
-    return lambda llm: llm.generate(joined(turn), sampling({"separator": SEPARATOR, **marks}), use_tqdm=False)[0]
+def by_separator(turn: int, **annotations):
+    return lambda llm: llm.generate(joined(turn), sampling({"separator": SEPARATOR, **annotations}), use_tqdm=False)[0]
 
 
-def by_messages(turn: int, **marks):
-    settings = sampling(CHAT_MARKS | marks)
+def by_messages(turn: int, **annotations):
+    settings = sampling(CHAT_ANNOTATIONS | annotations)
     return lambda llm: llm.chat(messages(turn), settings, chat_template=TEMPLATE, use_tqdm=False)[0]
 
 
-def by_ids(turn: int, **marks):
+def by_ids(turn: int, **annotations):
     """The same prompt as ids with a separator of ids."""
 
     def ask(llm):
@@ -115,17 +115,19 @@ def by_ids(turn: int, **marks):
         ids = [tokenizer.bos_token_id, *parts[0]]
         for part in parts[1:]:
             ids += [3, 3, 4, *part]
-        settings = sampling({"separator": [3, 3, 4], "roles": ["reuse", "recompute", "reuse", "recompute"], **marks})
+        settings = sampling(
+            {"separator": [3, 3, 4], "roles": ["reuse", "recompute", "reuse", "recompute"], **annotations}
+        )
         return llm.generate({"prompt_token_ids": ids}, settings, use_tqdm=False)[0]
 
     return ask
 
 
-def as_segments(output, segments, **marks):
-    """The same tokens, marked by offsets."""
+def as_segments(output, segments, **annotations):
+    """The same tokens, annotated by offsets."""
     return lambda llm: llm.generate(
         {"prompt_token_ids": output.prompt_token_ids},
-        sampling({"segments": [list(s) for s in segments], **marks}),
+        sampling({"segments": [list(s) for s in segments], **annotations}),
         use_tqdm=False,
     )[0]
 
@@ -139,8 +141,8 @@ def test_a_way_to_mark_is_what_its_offsets_are(fresh, way):
     assert not receipt(got)["fallback"]
     tokenizer = fresh.get_tokenizer()
     if way is by_messages:
-        marked = mark_messages(tokenizer, messages(1), {"updated": [1]}, chat_template=TEMPLATE)
-        ids, segments = marked.token_ids, marked.segments
+        annotated = annotate_messages(tokenizer, messages(1), {"updated": [1]}, chat_template=TEMPLATE)
+        ids, segments = annotated.token_ids, annotated.segments
     else:
         parts = [tokenizer.encode(p, add_special_tokens=False) for p in joined(1).split(SEPARATOR)]
         parts[0] = [tokenizer.bos_token_id, *parts[0]]
@@ -162,7 +164,7 @@ def test_what_was_seen_before_is_found(fresh):
     second = fresh.generate(joined(1, ""), sampling({"find": True}), use_tqdm=False)[0]
     assert "no chunk" in receipt(second)["fallback"] and receipt(second)["chunks"] > 3  # known, but not encoded yet
     assert fresh.reset_prefix_cache()
-    third = fresh.generate(joined(2, ""), sampling({"find": True, "share": 0.3}), use_tqdm=False)[0]
+    third = fresh.generate(joined(2, ""), sampling({"find": True, "recompute_ratio": 0.3}), use_tqdm=False)[0]
     assert receipt(third)["chunks_hit"] > 3 and receipt(third)["tokens_reused"] > 80
     salted = {"prompt": joined(1, ""), "cache_salt": "other tenant"}
     other = fresh.generate(salted, sampling({"find": True}), use_tqdm=False)[0]
@@ -189,11 +191,11 @@ BEAMS = BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True)
 
 
 def searched(engine, *asked: tuple, tokens: int = 5):
-    """Marked beam searches, which run together: prompts with marks."""
+    """Annotated beam searches, which run together: prompts with annotations."""
     params = BeamSearchParams(beam_width=3, max_tokens=tokens, ignore_eos=True)
-    marks = [None if m is None else {"cacheslide": m} for _, m in asked]
+    annotations = [None if m is None else {"cacheslide": m} for _, m in asked]
     prompts = [{"prompt": p} if isinstance(p, str) else {"prompt_token_ids": p} for p, _ in asked]
-    return beam_search(engine, prompts, params, marks)
+    return beam_search(engine, prompts, params, annotations)
 
 
 def same_beams(got, want) -> bool:
@@ -201,11 +203,11 @@ def same_beams(got, want) -> bool:
     return all(a.tokens == b.tokens and abs(a.cum_logprob - b.cum_logprob) < 1e-3 for a, b in pairs)
 
 
-def test_unmarked_beams_are_those_of_an_engine_without_reuse(fresh):
+def test_unannotated_beams_are_those_of_an_engine_without_reuse(fresh):
     want = fresh.beam_search([{"prompt": joined(1, "")}], BEAMS)[0].sequences
     by_separator(0)(fresh)
     by_separator(1, recompute_ratio=0.0)(fresh)
-    searched(fresh, (joined(1), {"separator": SEPARATOR, "share": 0.0}))
+    searched(fresh, (joined(1), {"separator": SEPARATOR, "recompute_ratio": 0.0}))
     assert same_beams(fresh.beam_search([{"prompt": joined(1, "")}], BEAMS)[0].sequences, want)
 
 
@@ -218,14 +220,14 @@ def spoil_chunks() -> None:
             x.copy_(torch.randn(x.shape, generator=g))
 
 
-def test_marked_beams_share_the_rows_that_their_first_step_completed(fresh):
+def test_annotated_beams_share_the_rows_that_their_first_step_completed(fresh):
     first = by_separator(1)(fresh)
     want = fresh.beam_search([{"prompt_token_ids": first.prompt_token_ids}], BEAMS)[0].sequences
-    for share, same in ((1.0, True), (0.0, False)):
+    for recompute_ratio, same in ((1.0, True), (0.0, False)):
         by_separator(0)(fresh)
         spoil_chunks()
         assert fresh.reset_prefix_cache()
-        [found] = searched(fresh, (joined(1), {"separator": SEPARATOR, "share": share}))
+        [found] = searched(fresh, (joined(1), {"separator": SEPARATOR, "recompute_ratio": recompute_ratio}))
         assert same_beams(found.sequences, want) is same
         assert found.receipt["chunks_hit"] == found.receipt["chunks"] > 5 and found.receipt["measured"]
         assert found.receipt["beams"] == {"requests": 13, "completed_by_reuse": 1}
@@ -235,7 +237,7 @@ def test_marked_beams_share_the_rows_that_their_first_step_completed(fresh):
 def test_beams_whose_rows_were_given_away_complete_them_again(fresh, monkeypatch):
     first = by_separator(1)(fresh)
     want = fresh.beam_search([{"prompt_token_ids": first.prompt_token_ids}], BEAMS)[0].sequences
-    step, marks = BeamSearchOfflineMixin._beam_search_step, {"separator": SEPARATOR, "share": 1.0}
+    step, annotations = BeamSearchOfflineMixin._beam_search_step, {"separator": SEPARATOR, "recompute_ratio": 1.0}
 
     def forgetful(self, *args, **kwargs):
         assert self.reset_prefix_cache()
@@ -244,20 +246,20 @@ def test_beams_whose_rows_were_given_away_complete_them_again(fresh, monkeypatch
     spoil_chunks()
     assert fresh.reset_prefix_cache()
     monkeypatch.setattr(BeamSearchOfflineMixin, "_beam_search_step", forgetful)
-    [found] = searched(fresh, (joined(1), marks))
+    [found] = searched(fresh, (joined(1), annotations))
     assert same_beams(found.sequences, want)
     assert found.receipt["beams"]["completed_by_reuse"] >= 5
 
 
-def test_searches_of_different_prompts_and_marks_run_together(fresh):
+def test_searches_of_different_prompts_and_annotations_run_together(fresh):
     alone = []
     by_separator(0)(fresh)
     by_separator(0, policy="prompt_cache")(fresh)
     asked = [
-        (joined(1), {"separator": SEPARATOR, "share": 0.3}),
+        (joined(1), {"separator": SEPARATOR, "recompute_ratio": 0.3}),
         (joined(1, ""), None),
         (joined(1), {"separator": SEPARATOR, "policy": "prompt_cache"}),
-        (joined(2), {"separator": SEPARATOR, "share": 0.3, "history": 0, "encode": "off"}),
+        (joined(2), {"separator": SEPARATOR, "recompute_ratio": 0.3, "history": 0, "encode": "off"}),
         (joined(2), {"separator": SEPARATOR, "policy": "recompute"}),
     ]
     for one in asked:
@@ -269,38 +271,38 @@ def test_searches_of_different_prompts_and_marks_run_together(fresh):
         assert got.receipt == want.receipt or got.receipt["tokens_prefix_cached"]
     exact = alone[4].receipt
     assert "reuses nothing" in exact["fallback"] and exact["beams"]["completed_by_reuse"] == 0
-    assert alone[3].receipt["history"] is None and "keeps no history" in alone[3].receipt["note"]
+    assert alone[3].receipt["history"] is None and "retains no history" in alone[3].receipt["note"]
     assert alone[2].receipt["chunks_hit"] > 0 and alone[2].receipt["beams"]["completed_by_reuse"] == 1
     with pytest.raises(VLLMValidationError, match="is not in the prompt"):
         searched(fresh, (joined(1), {"separator": "@@"}))
 
 
-def test_sixteen_requests_marked_in_every_way_at_once(fresh):
+def test_sixteen_requests_annotated_in_every_way_at_once(fresh):
     """In one batch: what each of them says and reports is what it says and reports alone."""
     engine = fresh.llm_engine
     tokenizer = fresh.get_tokenizer()
-    chat = [mark_messages(tokenizer, messages(t), {"updated": [1]}, chat_template=TEMPLATE) for t in range(2)]
+    chat = [annotate_messages(tokenizer, messages(t), {"updated": [1]}, chat_template=TEMPLATE) for t in range(2)]
     for ask in (by_separator(0), by_messages(0), by_ids(0, policy="epic", recompute_ratio=0.3)):
         ask(fresh)
     for _ in range(2):
         fresh.generate(joined(0, ""), sampling({"find": True}), use_tqdm=False)
     jobs = [
         (joined(1), {"separator": True}),
-        (joined(1), {"separator": SEPARATOR, "share": 0.5}),
+        (joined(1), {"separator": SEPARATOR, "recompute_ratio": 0.5}),
         (joined(1), {"roles": ["recompute", "recompute", "reuse", "recompute"], "policy": "epic"}),
         ({"prompt_token_ids": chat[1].token_ids}, chat[1].params()["cacheslide"]),
-        ({"prompt_token_ids": chat[1].token_ids}, chat[1].params(share=0.7)["cacheslide"]),
-        (joined(0, ""), {"find": True, "share": 0.4}),
+        ({"prompt_token_ids": chat[1].token_ids}, chat[1].params(recompute_ratio=0.7)["cacheslide"]),
+        (joined(0, ""), {"find": True, "recompute_ratio": 0.4}),
         (joined(1, ""), None),
         (joined(0, ""), {"find": False}),
     ]
     alone = []
-    for prompt, marks in jobs:
+    for prompt, annotations in jobs:
         assert fresh.reset_prefix_cache()
-        alone.append(fresh.generate(prompt, sampling(marks), use_tqdm=False)[0])
+        alone.append(fresh.generate(prompt, sampling(annotations), use_tqdm=False)[0])
     assert fresh.reset_prefix_cache()
-    for i, (prompt, marks) in enumerate(2 * jobs):
-        engine.add_request(str(i), {"prompt": prompt} if isinstance(prompt, str) else prompt, sampling(marks))
+    for i, (prompt, annotations) in enumerate(2 * jobs):
+        engine.add_request(str(i), {"prompt": prompt} if isinstance(prompt, str) else prompt, sampling(annotations))
     with pytest.raises(VLLMValidationError, match="'##!' is not in the prompt"):
         engine.add_request("bad", {"prompt": joined(1)}, sampling({"separator": "##!"}))
     done = {}
@@ -309,9 +311,11 @@ def test_sixteen_requests_marked_in_every_way_at_once(fresh):
     assert len(done) == 16
     compared = 0
     for i, want in enumerate(2 * alone):
-        got, marks = done[i], jobs[i % 8][1]
+        got, annotations = done[i], jobs[i % 8][1]
         assert (
-            (got.kv_transfer_params is None) is (want.kv_transfer_params is None) is (marks in (None, {"find": False}))
+            (got.kv_transfer_params is None)
+            is (want.kv_transfer_params is None)
+            is (annotations in (None, {"find": False}))
         )
         if got.kv_transfer_params is not None:
             assert receipt(got)["chunks_hit"] > 0 and not receipt(got)["fallback"], jobs[i % 8]

@@ -15,7 +15,7 @@ from cacheslide.training.calibration import Calibration, save_calibration
 from cacheslide.training.load import find_cope
 from cacheslide.vllm.cope.setting import overrides
 from cacheslide.vllm.offline import close_engine
-from cacheslide.vllm.options import marks_of
+from cacheslide.vllm.options import annotations_of
 from harness.results.provenance import ROOT
 from tests.conftest import random_ids, save_random, save_random_adapter
 from tests.test_cope_model import dense
@@ -47,12 +47,12 @@ def save_base(folder):
 
 
 def save_setup(folder, checkpoint):
-    """A random adapter of `checkpoint` with random masses of two slots."""
+    """A random adapter of `checkpoint` with random offsets of two slots."""
     save_random_adapter(folder, checkpoint, p_max=12)
     config = json.loads((checkpoint / "config.json").read_text())
     g = torch.Generator().manual_seed(8)
-    masses = torch.rand(config["num_hidden_layers"], SLOTS, config["num_attention_heads"], generator=g) * 4
-    save_calibration(Calibration(masses, find_cope(folder).adapter.digest, "template", 0.5), folder)
+    offsets = torch.rand(config["num_hidden_layers"], SLOTS, config["num_attention_heads"], generator=g) * 4
+    save_calibration(Calibration(offsets, find_cope(folder).adapter.digest, "template", 0.5), folder)
     return folder
 
 
@@ -94,9 +94,9 @@ def assert_follows(output, model, prompt, slots=None, served=None) -> None:
 
 
 def said(engine) -> list:
-    """Plain and marked requests, in one batch and in turns: tokens and first log-probabilities."""
-    one = engine.ask([FIRST, turn(4, 20)], [marks_of(FIRST), None], 5)
-    two = engine.ask([SECOND, SECOND], [marks_of(SECOND, layer=2, recompute_ratio=0.4), None], 5)
+    """Plain and annotated requests, in one batch and in turns: tokens and first log-probabilities."""
+    one = engine.ask([FIRST, turn(4, 20)], [annotations_of(FIRST), None], 5)
+    two = engine.ask([SECOND, SECOND], [annotations_of(SECOND, layer=2, recompute_ratio=0.4), None], 5)
     assert receipt(two[0])["tokens_reused"] > 0
     return [[tokens(o), logprobs(o, i).tolist()] for o in (*one, *two) for i in (0, 4)]
 

@@ -18,16 +18,22 @@ def answers(ranks: int, store: str = "") -> list[dict]:
     options = ServerOptions(chunk_size=64, encode="now", max_generation=2, store=below)
     engine = Engine("models/tiny-llama-12m", options, dtype="float32", max_model_len=1024, tensor_parallel_size=ranks)
     with closing(engine):
-        return [turn for system, share in SHARES.items() for turn in _turns(engine, system, share, bool(store))]
+        return [
+            turn
+            for system, recompute_ratio in SHARES.items()
+            for turn in _turns(engine, system, recompute_ratio, bool(store))
+        ]
 
 
-def _turns(engine: Engine, system: str, share: float | None, tiers: bool) -> list[dict]:
+def _turns(engine: Engine, system: str, recompute_ratio: float | None, tiers: bool) -> list[dict]:
     found, talk = [], Turns(engine.begin() + engine.encode("Answer each question with the value ."))
     talk.add(engine.encode(DOCUMENT))
     for turn in range(4):
         notes = engine.encode("\nnotes" + " amber falcon is copper seven ." * (turn + 1))
-        ids, marks = talk.prompt(notes, engine.encode("\nQuestion: what is brave ibex ?\nAnswer:"), policy=system)
-        answer = engine.ask(ids, marks if share is None else marks | {"share": share}, 6)
+        ids, annotations = talk.prompt(notes, engine.encode("\nQuestion: what is brave ibex ?\nAnswer:"), policy=system)
+        answer = engine.ask(
+            ids, annotations if recompute_ratio is None else annotations | {"recompute_ratio": recompute_ratio}, 6
+        )
         talk.answered(answer.token_ids)
         counted = ("chunks", "chunks_hit", "tokens_reused", "tokens_recomputed", "generation", "history", "fallback")
         found.append({"said": answer.token_ids, "system": system} | {k: answer.receipt[k] for k in counted})

@@ -41,7 +41,7 @@ rule evaluate:
         exclusive=1,
     params:
         config=native(config),
-        share=None,  # each system recomputes what it recomputes
+        recompute_ratio=None,  # each system recomputes what it recomputes
     script:
         "scripts/evaluate.py"
 
@@ -65,7 +65,7 @@ rule equal_share:
         exclusive=1,
     params:
         config=native(config),
-        share=config["recompute_ratio"],
+        recompute_ratio=config["recompute_ratio"],
     script:
         "scripts/evaluate.py"
 

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, and one flag for every option of the connector."""
     parser.add_argument("model", help="folder or name of a Llama, Mistral, Qwen2 or Qwen3 checkpoint")
     parser.add_argument("--cope", metavar="ADAPTER", help="folder of a CoPE adapter; the model is its base")
-    parser.add_argument("--cope-live", action="store_true", help="leave its calibrated slot masses aside")
+    parser.add_argument("--cope-live", action="store_true", help="leave its calibrated slot offsets aside")
     for option in fields(ServerOptions):
         names = [option.name, *(old for old, new in renamed.SERVER.items() if new == option.name)]
         flags = [f"--{name.replace('_', '-')}" for name in names]

@@ -123,7 +123,7 @@ def prefill_exact(
 ):
     """The KV buffer of `token_ids` prefilled in full at positions `first_position`, `first_position` + 1, ...
 
-    `slots` says where updated slots lie; a model with canonical slot masses (CCPE) crosses them by these.
+    `slots` says where updated slots lie; a model with canonical slot offsets (CCPE) crosses them by these.
     """
     kv, positions = model.new_kv(len(token_ids)), range(first_position, first_position + len(token_ids))
     SelectivePrefill(model).run([RequestBuilder(model).build(token_ids, positions, kv, slots=slots)])

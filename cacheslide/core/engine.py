@@ -37,8 +37,8 @@ class Prefilled:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What `ReuseEngine.keep` did: chunks copied from a request's KV at `generation`, or encoded exactly."""
+class Retained:
+    """What `ReuseEngine.retain` did: chunks copied from a request's KV at `generation`, or encoded exactly."""
 
     copied: int = 0
     encoded: int = 0
@@ -60,7 +60,7 @@ class ReuseEngine:
     namespace : str
         Tenants of different namespaces never see each other's chunks.
     corrected : ChunkStore, optional
-        Where `keep` puts KV that rests on reused KV. It is read where `store` lacks a chunk, so that an exact copy
+        Where `retain` puts KV that rests on reused KV. It is read where `store` lacks a chunk, so that an exact copy
         always comes first and a corrected one is never taken for a chunk's reference copy.
     """
 
@@ -98,8 +98,8 @@ class ReuseEngine:
         return self.encoder.encode(self.policy.encoding, plan)
 
     @torch.inference_mode()
-    def keep(self, state: Prefilled, prompt: Prompt, limit: int) -> Kept:
-        """Keep the chunks of `prompt` that no store has, out of the KV that serving it left in `state`.
+    def retain(self, state: Prefilled, prompt: Prompt, limit: int) -> Retained:
+        """Retain the chunks of `prompt` that no store has, out of the KV that serving it left in `state`.
 
         Copying computes nothing, but KV that was computed over reused rows carries their error on: a copy is one
         generation older than the oldest chunk behind it. Beyond `limit` generations the prompt's corrected chunks are
@@ -117,7 +117,7 @@ class ReuseEngine:
             raise PromptError(f"a limit of generations is at least 0, not {limit}")
         plan = self.plan(prompt)
         if not plan.chunks or all(map(self._has, plan.keys)):
-            return Kept()
+            return Retained()
         generation = generation_of_copy(
             self.policy,
             exact=state.receipt.chunks_hit == 0,
@@ -127,12 +127,12 @@ class ReuseEngine:
         )
         if generation is None:
             encoded = self.encoder.encode(self.policy.encoding, plan)
-            return Kept(encoded=encoded)
+            return Retained(encoded=encoded)
         store = self.corrected if generation else self.store
         missing = [(key, chunk) for key, chunk in plan.keyed if not self._has(key)]
         for key, chunk in missing:
             store.put(key, self.encoder.cut(state.kv, plan.positions, chunk.start, chunk.end, generation))
-        return Kept(len(missing), 0, generation)
+        return Retained(len(missing), 0, generation)
 
     def _has(self, key: ChunkKey) -> bool:
         return self.store.contains(key) or (self.corrected is not None and self.corrected.contains(key))

@@ -97,7 +97,7 @@ class RequestBuilder:
         shift : int
             Positions by which all rows lie further on than `positions` say.
         slots : PromptSlots, optional
-            Of the whole prompt, for models that cross updated slots by their masses.
+            Of the whole prompt, for models that cross updated slots by their offsets.
         """
         model = self.model
         found = Found() if found is None else found

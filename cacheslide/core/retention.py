@@ -1,10 +1,10 @@
-"""The one rule of what is kept of a served request: its KV copied, and at which generation, or chunks encoded anew."""
+"""The rule of what is retained of a served request: its KV copied, and at which generation, or chunks encoded anew."""
 
 from cacheslide.policies.base import ReusePolicy
 
 
 def generation_of_copy(policy: ReusePolicy, *, exact: bool, oldest: int, limit: int, in_place: bool) -> int | None:
-    """The generation at which chunks may be copied out of a request's KV; None where only an encoding may be kept.
+    """The generation at which chunks may be copied out of a request's KV; None where only an encoding may be retained.
 
     KV that was computed over reused rows carries their error on: a copy is one generation older than the oldest chunk
     behind it. Where equal keys mean equal KV nothing was corrected: nothing but the prefix decides it.

@@ -1,7 +1,7 @@
 """The plain-PyTorch Llama with CoPE: the reference model, its LoRA merged, attention by contextual positions.
 
 Keys are not rotated (the rotation's tables are those of angle 0), so cached keys serve wherever their rows move to and
-every policy of the engine runs unchanged. With calibrated slot masses (CCPE) queries of fixed chunks cross updated
+every policy of the engine runs unchanged. With calibrated slot offsets (CCPE) queries of fixed chunks cross updated
 slots by Γ; `describe` tells a KV buffer where its slots are. `cacheslide.training.load` makes one from an adapter.
 """
 
@@ -16,7 +16,7 @@ from cacheslide.models.adapter import RowGroup
 from cacheslide.models.config import DecoderConfig
 from cacheslide.models.dense_kv import DenseKV
 from cacheslide.models.reference import ReferenceDecoder
-from cacheslide.positions.ccpe import PromptSlots, SlotMasses, check_slots, pack_slots
+from cacheslide.positions.ccpe import PromptSlots, SlotOffsets, check_slots, pack_slots
 from cacheslide.positions.cope import cope_attention
 from cacheslide.positions.rope import Rotary
 
@@ -30,10 +30,10 @@ class CopeLlama(ReferenceDecoder):
         As in `ReferenceDecoder`; LoRA merged, `model_id` covering the adapter and the calibration.
     tables : sequence of Tensor [p_max, head_dim]
         Position embeddings, one a layer.
-    masses : Tensor [layers, slots, heads], optional
+    slot_offsets : Tensor [layers, slots, heads], optional
         Calibrated Γ; without it every query crosses slots by live gates.
     cap : bool
-        See `SlotMasses`.
+        See `SlotOffsets`.
     """
 
     rotates = False
@@ -44,7 +44,7 @@ class CopeLlama(ReferenceDecoder):
         weights: dict[str, Tensor],
         model_id: str,
         tables: Sequence[Tensor],
-        masses: Tensor | None = None,
+        slot_offsets: Tensor | None = None,
         cap: bool = False,
     ) -> None:
         limit = min((w for w in config.windows if w is not None), default=config.max_positions)
@@ -57,18 +57,21 @@ class CopeLlama(ReferenceDecoder):
         wanted = (config.num_layers, config.head_dim)
         if (len(tables), *{t.shape[1] for t in tables}) != wanted:
             raise ModelError(f"position tables do not fit {wanted[0]} layers of head_dim {wanted[1]}")
-        if masses is not None and (masses.shape[0], masses.shape[2]) != (config.num_layers, config.num_heads):
-            raise ModelError(f"slot masses {tuple(masses.shape)} do not fit the model's layers and heads")
+        if slot_offsets is not None and (slot_offsets.shape[0], slot_offsets.shape[2]) != (
+            config.num_layers,
+            config.num_heads,
+        ):
+            raise ModelError(f"slot offsets {tuple(slot_offsets.shape)} do not fit the model's layers and heads")
         self.tables = [t.to(self.device, self.dtype) for t in tables]
-        self.masses, self.cap = masses, cap
+        self.slot_offsets, self.cap = slot_offsets, cap
         # Angle 0 everywhere: the engine's moves and turns leave keys as they are.
         unrotated = Rotary(torch.zeros(config.head_dim // 2), config.max_positions, self.device)
         self.rotaries = [unrotated] * config.num_layers
 
     def describe(self, kv: DenseKV, slots: PromptSlots) -> None:
-        """Tell `kv` where its prompt's updated slots lie; needed before attention with canonical masses."""
-        if self.masses is not None:
-            check_slots(slots, self.masses.shape[1])
+        """Tell `kv` where its prompt's updated slots lie; needed before attention with canonical offsets."""
+        if self.slot_offsets is not None:
+            check_slots(slots, self.slot_offsets.shape[1])
         kv.slots = slots
 
     def attend(self, layer: int, q: Tensor, groups: Sequence[RowGroup]) -> Tensor:
@@ -81,7 +84,7 @@ class CopeLlama(ReferenceDecoder):
         ]
         return torch.cat(out) if len(out) > 1 else out[0]
 
-    def crossed(self, layer: int, group: RowGroup) -> SlotMasses | None:
-        """The slot masses that rows of a described prompt meet in `layer`; None where every gate is live."""
-        packed = None if self.masses is None else pack_slots([(group.kv.slots, group.rows)])
-        return None if packed is None else packed.masses(self.masses[layer].to(group.rows.device), self.cap)
+    def crossed(self, layer: int, group: RowGroup) -> SlotOffsets | None:
+        """The slot offsets that rows of a described prompt meet in `layer`; None where every gate is live."""
+        packed = None if self.slot_offsets is None else pack_slots([(group.kv.slots, group.rows)])
+        return None if packed is None else packed.with_offsets(self.slot_offsets[layer].to(group.rows.device), self.cap)

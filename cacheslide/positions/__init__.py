@@ -1,1 +1,1 @@
-"""Position encodings: rotary tables and delta rotation (rope), CoPE (cope) and its canonical slot masses (ccpe)."""
+"""Position encodings: rotary tables and delta rotation (rope), CoPE (cope) and its canonical slot offsets (ccpe)."""

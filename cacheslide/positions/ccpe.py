@@ -1,4 +1,4 @@
-"""CCPE, chunked contextual position encoding (paper section 4.2, Alg. 1): canonical gate masses of updated slots.
+"""CCPE, chunked contextual position encoding (paper section 4.2, Alg. 1): canonical offsets of updated slots.
 
 Under CoPE a fixed chunk's keys lie as many positions away from a query as the gates between them add up to. An
 updated segment in between changes that sum every turn. CCPE fixes it: seen from the fixed chunks behind it, an updated
@@ -18,7 +18,7 @@ from cacheslide.errors import PromptError
 
 
 @dataclass(frozen=True)
-class SlotMasses:
+class SlotOffsets:
     """The updated slots of a call's requests, and what each weighs.
 
     Attributes
@@ -28,7 +28,7 @@ class SlotMasses:
         that is how a chunk is encoded behind the fixed chunks alone.
     cu_slots : Tensor [requests + 1], int32
         Request i owns slots cu_slots[i]..cu_slots[i + 1].
-    masses : Tensor [slots, heads], float32
+    offsets : Tensor [slots, heads], float32
         Γ of every slot for every query head, in positions, at least 0.
     canonical : Tensor [n], bool
         Which query rows cross slots by Γ (those of fixed chunks); a slot counts for rows at or behind its end.
@@ -39,33 +39,33 @@ class SlotMasses:
 
     bounds: Tensor
     cu_slots: Tensor
-    masses: Tensor
+    offsets: Tensor
     canonical: Tensor
     cap: bool = False
 
     def __post_init__(self) -> None:
-        if self.bounds.dim() != 2 or self.bounds.shape[1] != 2 or self.masses.shape[0] != len(self.bounds):
-            raise PromptError(f"slots {tuple(self.bounds.shape)} and masses {tuple(self.masses.shape)} disagree")
+        if self.bounds.dim() != 2 or self.bounds.shape[1] != 2 or self.offsets.shape[0] != len(self.bounds):
+            raise PromptError(f"slots {tuple(self.bounds.shape)} and offsets {tuple(self.offsets.shape)} disagree")
 
-    def of(self, request: int, rows: slice) -> "SlotMasses":
+    def of(self, request: int, rows: slice) -> "SlotOffsets":
         """The slots of one request, for the queries `rows` of the packed call."""
         begin, end = self.cu_slots[request : request + 2].tolist()
         cu = torch.tensor([0, end - begin], dtype=torch.int32)
-        return SlotMasses(self.bounds[begin:end], cu, self.masses[begin:end], self.canonical[rows], self.cap)
+        return SlotOffsets(self.bounds[begin:end], cu, self.offsets[begin:end], self.canonical[rows], self.cap)
 
 
 @dataclass(frozen=True)
 class PackedSlots:
-    """`SlotMasses` of a call without a layer's masses: `which` int64 [slots] names each one's calibrated slot."""
+    """`SlotOffsets` of a call without a layer's offsets: `which` int64 [slots] names each one's calibrated slot."""
 
     bounds: Tensor
     cu_slots: Tensor
     which: Tensor
     canonical: Tensor
 
-    def masses(self, layer: Tensor, cap: bool) -> SlotMasses:
+    def with_offsets(self, layer: Tensor, cap: bool) -> SlotOffsets:
         """With Γ [calibrated slots, heads] of a layer."""
-        return SlotMasses(self.bounds, self.cu_slots, layer[self.which], self.canonical, cap)
+        return SlotOffsets(self.bounds, self.cu_slots, layer[self.which], self.canonical, cap)
 
 
 def pack_slots(parts: "Sequence[tuple[PromptSlots | None, Tensor]]") -> PackedSlots | None:
@@ -99,8 +99,8 @@ def check_slots(slots: "PromptSlots", known: int) -> None:
         raise PromptError(f"the prompt has {len(slots.bounds)} updated slots, but Γ was calibrated for {known}")
 
 
-def crossing_positions(gates: Tensor, rows: Tensor, slots: SlotMasses) -> Tensor:
-    """Contextual positions of keys with canonical masses, not yet clamped.
+def positions_with_offsets(gates: Tensor, rows: Tensor, slots: SlotOffsets) -> Tensor:
+    """Contextual positions of keys with canonical offsets, not yet clamped.
 
     Parameters
     ----------
@@ -108,33 +108,33 @@ def crossing_positions(gates: Tensor, rows: Tensor, slots: SlotMasses) -> Tensor
         0 where the key lies behind the query.
     rows : Tensor [n]
         The queries' rows.
-    slots : SlotMasses
+    slots : SlotOffsets
         Of one request.
 
     Returns
     -------
     Tensor [heads, n, keys]
-        For a crossing query: outside slots the live gates of the keys outside slots plus Γ of every slot passed; inside
-        a slot the live gates of its keys on top of the position at its end.
+        For a query that counts slots by Γ: outside slots the live gates of the keys outside slots plus Γ of every slot
+        passed; inside a slot the live gates of its keys on top of the position at its end.
     """
     live = suffix_sum(gates)
     kept = slots.bounds[:, 1] < gates.shape[2]  # behind the end of any other slot there is no query
     pairs = slots.bounds[kept].tolist()
-    crosses = [(slots.canonical & (rows >= end))[None, :, None] for _, end in pairs]
+    passes = [(slots.canonical & (rows >= end))[None, :, None] for _, end in pairs]
     outer = gates.clone()
-    for (first, end), crossing in zip(pairs, crosses, strict=True):
-        outer[:, :, first:end] = outer[:, :, first:end].masked_fill(crossing, 0)
+    for (first, end), passed in zip(pairs, passes, strict=True):
+        outer[:, :, first:end] = outer[:, :, first:end].masked_fill(passed, 0)
     outer = suffix_sum(outer)
     result, jumps = outer.clone(), torch.zeros_like(outer[:, :, :1])
-    # From right to left: `jumps` are the masses of the slots already crossed.
-    for (first, end), crossing, mass in reversed(list(zip(pairs, crosses, slots.masses[kept], strict=True))):
-        mass = mass.to(gates.dtype)[:, None, None]
+    # From right to left: `jumps` are the offsets of the slots already crossed.
+    for (first, end), passed, offset in reversed(list(zip(pairs, passes, slots.offsets[kept], strict=True))):
+        offset = offset.to(gates.dtype)[:, None, None]
         deep = live[:, :, first:end] - live[:, :, end : end + 1]
-        deep = torch.minimum(deep, mass) if slots.cap else deep
+        deep = torch.minimum(deep, offset) if slots.cap else deep
         entered = outer[:, :, end : end + 1] + jumps + deep
-        result[:, :, first:end] = torch.where(crossing, entered, result[:, :, first:end])
-        jumps = jumps + crossing * mass
-        result[:, :, :first] += crossing * mass
+        result[:, :, first:end] = torch.where(passed, entered, result[:, :, first:end])
+        jumps = jumps + passed * offset
+        result[:, :, :first] += passed * offset
     return result
 
 

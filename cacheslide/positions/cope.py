@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cacheslide.positions.ccpe import SlotMasses, crossing_positions, suffix_sum
+from cacheslide.positions.ccpe import SlotOffsets, positions_with_offsets, suffix_sum
 
 _PAIRS = 1 << 23  # (head, query, key) triples of a block: 32 MiB a float32 tensor
 
@@ -22,7 +22,7 @@ def cope_attention(
     table: Tensor,
     rows: Tensor,
     scale: float | None = None,
-    slots: SlotMasses | None = None,
+    slots: SlotOffsets | None = None,
 ) -> Tensor:
     """Causal CoPE attention of scattered query rows of one request.
 
@@ -37,8 +37,8 @@ def cope_attention(
         Query i sees keys 0..rows[i].
     scale : float, optional
         Factor on q·k, for scores and gates alike; 1 / sqrt(head_dim) by default.
-    slots : SlotMasses, optional
-        Canonical masses of this request's updated slots.
+    slots : SlotOffsets, optional
+        Canonical offsets of this request's updated slots.
 
     Returns
     -------
@@ -75,9 +75,9 @@ def scores_and_gates(q: Tensor, k: Tensor, rows: Tensor, scale: float | None) ->
     return scores, torch.where(seen, scores.sigmoid(), torch.zeros_like(scores))
 
 
-def contextual_positions(gates: Tensor, rows: Tensor, p_max: int, slots: SlotMasses | None = None) -> Tensor:
+def contextual_positions(gates: Tensor, rows: Tensor, p_max: int, slots: SlotOffsets | None = None) -> Tensor:
     """Positions [heads, n, keys] from gates [heads, n, keys], clamped to p_max - 1."""
-    p = suffix_sum(gates) if slots is None else crossing_positions(gates, rows, slots)
+    p = suffix_sum(gates) if slots is None else positions_with_offsets(gates, rows, slots)
     return p.clamp(max=p_max - 1)
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from cacheslide.errors import ConfigError, StoreError
 from cacheslide.store.arena import Arena
-from cacheslide.store.backing import Backing, TieredStats
 from cacheslide.store.base import MAX_GENERATION
 from cacheslide.store.eviction import POLICIES
 from cacheslide.store.files import Files
 from cacheslide.store.filetier import FileOptions, FileTier
 from cacheslide.store.folder import Foreign
 from cacheslide.store.mooncake import MooncakeOptions
+from cacheslide.store.persistent import PersistentTiers, TieredStats
 from cacheslide.store.remote import RemoteOptions
 from cacheslide.store.remotes import RemoteSettings, check_remote, open_remote, remote_options
 from cacheslide.store.shape import ChunkShape
@@ -215,10 +215,12 @@ def _from_crosscache(raw: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def open_backing(config: StoreConfig, stats: TieredStats | None = None, files: Files | None = None) -> Backing:
+def open_persistent(
+    config: StoreConfig, stats: TieredStats | None = None, files: Files | None = None
+) -> PersistentTiers:
     """The file and remote tiers that a configuration describes, without memory above them: enough to look chunks up."""
     options = config.file_options
-    return Backing(
+    return PersistentTiers(
         None if options is None else FileTier(options, files or Files()),
         open_remote(config),
         stats or TieredStats(),
@@ -262,8 +264,8 @@ def open_store(
     where = {"device": device, "host": "cpu"}
     memory = {t: Arena(t, n, page_bytes, where[t], config.policy) for t, n in sizes.items() if n}
     files = files or Files()
-    backing, spill = open_backing(config, files=files), None
-    if backing.file is not None and config.spill_gib:
+    persistent, spill = open_persistent(config, files=files), None
+    if persistent.file is not None and config.spill_gib:
         try:
             spill = SpillFile(
                 Path(config.path) / "spill",
@@ -279,8 +281,8 @@ def open_store(
         config.page_tokens,
         page_bytes,
         **memory,
-        file=backing.file,
-        remote=backing.remote,
+        file=persistent.file,
+        remote=persistent.remote,
         spill=spill,
         namespace=namespace,
         rank=rank,

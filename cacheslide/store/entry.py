@@ -18,7 +18,7 @@ class Entry:
 
     Attributes
     ----------
-    backed : bool
+    persisted : bool
         The reference version is published in the file or remote tier: its pages are clean.
     pending : Tensor or None
         The payload, while it waits to be written.
@@ -40,7 +40,7 @@ class Entry:
     positions: Tensor
     generation: int
     owner: str | None = None
-    backed: bool = False
+    persisted: bool = False
     pending: Tensor | None = None
     incoming: Tensor | None = None
     selected: dict[int, np.ndarray] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Entry:
         """Selected rows of a private page that is not spilled; all rows of a page that was never written; else 0."""
         if self.owner is not None:
             return 0 if page in self.spilled else int(self.selected[page].sum())
-        return 0 if self.backed or self.pending is not None else self.layout.rows_of(page)
+        return 0 if self.persisted or self.pending is not None else self.layout.rows_of(page)
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Which page leaves a full tier first. The policies differ in nothing else: they see the same dirty counts.
 
-A page is clean when a copy of the same version lies in a lower tier, so that dropping it writes nothing. A dirty page
-carries a count: the selected tokens it holds (WCA rewrote their rows), or all its rows while it was never written.
+A page is clean when a copy of the same version lies in a storage tier under it, so that dropping it writes nothing. A
+dirty page carries a count: the selected tokens it holds (WCA rewrote their rows), or all its rows while it was never
+written.
 """
 
 from abc import ABC, abstractmethod

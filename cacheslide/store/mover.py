@@ -81,7 +81,7 @@ class Mover:
         top = arena is self.table.arenas[0]
         if entry.owner is not None:  # from the spill file, or on its way down
             return page in entry.spilled if top else number in self.table.flight
-        return not top or len(self.table.arenas) == 1 or not entry.dirty(page) or not self._below(number)
+        return not top or len(self.table.arenas) == 1 or not entry.dirty(page) or not self._in_lower_arena(number)
 
     def _admitted(self, arena: Arena, pages: Sequence[Page], keep: list[int]) -> list[int]:
         """Without the clean newcomers that would be the first to leave again."""
@@ -95,7 +95,7 @@ class Mover:
         left_out = set(clean[max(0, spare) :])
         return [i for i in keep if i not in left_out]
 
-    def _below(self, number: PageId) -> bool:
+    def _in_lower_arena(self, number: PageId) -> bool:
         return number in self.table.arenas[1].held or number in self.table.flight
 
     def _place(self, arena: Arena, pages: Sequence[Page], content: Tensor) -> None:
@@ -141,13 +141,13 @@ class Mover:
     def _execute(self, arena: Arena, plan: _Plan, forced: bool) -> tuple[tuple[list[Page], Tensor] | None, int]:
         """Carry out a plan whose bytes were reserved; `forced`: nothing can be queued, so dirty pages are lost.
 
-        Returns what has to go to the tier below, and the reserved bytes that were used.
+        Returns what has to go to the next storage tier, and the reserved bytes that were used.
         """
         used = 0
         for entry in plan.publish.values():
             whole = self._resident(entry)
-            if forced or whole is None or not self.table.backing.exists:
-                self.table.forget_entry(entry, "dropped: no lower tier took it in time")
+            if forced or whole is None or not self.table.persistent.exists:
+                self.table.forget_entry(entry, "dropped: no storage tier took it in time")
                 self.stats.dirty_dropped += entry.layout.pages
             else:
                 payload = packed(whole, entry.layout)

@@ -29,7 +29,7 @@ ORDERS = ("locked", "relocate", "disjoint")
 
 
 class LayerSource(Protocol):
-    """Cached KV of a request's reused rows, somewhere below the GPU.
+    """Cached KV of a request's reused rows, in a storage tier under the GPU.
 
     One whose rows lie in host memory already says so by an attribute `resident`: its reads take no time worth holding
     back.

@@ -1,4 +1,4 @@
-"""Finds the current version of pages, wherever they are, and lets what was read from below climb into memory."""
+"""Finds the current version of pages, wherever they are, and lets what was read from storage climb into memory."""
 
 from collections.abc import Sequence
 
@@ -87,15 +87,15 @@ class PageReader:
         return found
 
     def _base_pages(self, entry: Entry, pages: list[int]) -> tuple[Tensor, str]:
-        """Pages of the reference version, from its memory tiers or from below."""
+        """Pages of the reference version, from its memory tiers or from storage."""
         if entry.owner is not None:
             with self.table.lock:
                 base = self.table.places.get((entry.name, None))
             if base is None:
-                base = self.table.entry(entry.name, entry.layout, entry.positions, entry.generation, backed=True)
+                base = self.table.entry(entry.name, entry.layout, entry.positions, entry.generation, persisted=True)
             return self.pages(base, pages)
         wanted: Runs = [(pages[a], pages[b - 1] + 1) for a, b in runs(pages)]
-        found = self.table.backing.read(entry.name, wanted, self.wanted)
+        found = self.table.persistent.read(entry.name, wanted, self.wanted)
         if isinstance(found, str):
             with self.table.lock:
                 if entry.pending is None:
@@ -105,8 +105,8 @@ class PageReader:
         if head.layout != entry.layout:
             raise Gone("another layout: written with other page sizes")
         with self.table.lock:
-            if not entry.backed:  # another thread's copy of the chunk was published meanwhile
-                entry.backed = True
+            if not entry.persisted:  # another thread's copy of the chunk was published meanwhile
+                entry.persisted = True
                 self.table.mark(entry)
         bounds, at, parts = entry.layout.bounds, 0, []
         for p in pages:
@@ -117,15 +117,15 @@ class PageReader:
 
     def load(self, name: bytes, wanted: Wanted) -> tuple[ChunkKV, str]:
         """A chunk that memory knows nothing of."""
-        found = self.table.backing.read(name, accept=wanted)
+        found = self.table.persistent.read(name, accept=wanted)
         if isinstance(found, str):
             raise Gone(found)
         head, payload, tier = found
-        if tier == "remote" and self.table.backing.file is not None:
-            self.table.backing.write([Encoded.of_pages(name, head.layout, payload, head.positions, head.generation)])
+        if tier == "remote" and self.table.persistent.file is not None:
+            self.table.persistent.write([Encoded.of_pages(name, head.layout, payload, head.positions, head.generation)])
         payload = payload.to(self.table.arenas[0].device)
         if head.layout.pages <= len(self.table.arenas[0].slots):
-            entry = self.table.entry(name, head.layout, head.positions, head.generation, backed=True)
+            entry = self.table.entry(name, head.layout, head.positions, head.generation, persisted=True)
             pages = [(entry, p) for p in range(head.layout.pages)]
             self.mover.insert(self.table.arenas[0], pages, paged(payload, head.layout), only_current=True)
         return from_payload(payload, head.layout, head.positions.clone(), head.generation), tier

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cacheslide.errors import ConfigError
-from cacheslide.store.backing import RemoteTier
 from cacheslide.store.mooncake import MooncakeOptions, MooncakeTier
+from cacheslide.store.persistent import RemoteTier
 from cacheslide.store.remote import RemoteOptions, ValkeyTier
 from cacheslide.units import GIB
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from cacheslide.store.arena import Arena
-from cacheslide.store.backing import Backing, TieredStats
 from cacheslide.store.entry import Entry
 from cacheslide.store.eviction import PageId
 from cacheslide.store.pages import PageLayout
+from cacheslide.store.persistent import PersistentTiers, TieredStats
 from cacheslide.store.spill import SpillFile
 
 
@@ -21,7 +21,7 @@ class PageTable:
     ----------
     arenas : list of Arena
         Memory tiers, the fastest first.
-    backing : Backing
+    persistent : PersistentTiers
         The tiers where reference chunks outlive memory.
     spill : SpillFile or None
         Where private pages go.
@@ -35,8 +35,10 @@ class PageTable:
         Pages that left one tier and have not arrived in the next.
     """
 
-    def __init__(self, arenas: list[Arena], backing: Backing, spill: SpillFile | None, stats: TieredStats) -> None:
-        self.arenas, self.backing, self.spill, self.stats = arenas, backing, spill, stats
+    def __init__(
+        self, arenas: list[Arena], persistent: PersistentTiers, spill: SpillFile | None, stats: TieredStats
+    ) -> None:
+        self.arenas, self.persistent, self.spill, self.stats = arenas, persistent, spill, stats
         self.lock = threading.RLock()
         self.places: dict[tuple[bytes, str | None], Entry] = {}
         self.numbers: dict[int, Entry] = {}
@@ -50,13 +52,13 @@ class PageTable:
         positions: Tensor,
         generation: int,
         owner: str | None = None,
-        backed: bool = False,
+        persisted: bool = False,
     ) -> Entry:
         """The entry of a place, made when there is none that can still be completed."""
         with self.lock:
             entry = self.places.get((name, owner))
             if entry is None or entry.lost:
-                entry = Entry(next(self._next), name, layout, positions, generation, owner, backed)
+                entry = Entry(next(self._next), name, layout, positions, generation, owner, persisted)
                 self.add(entry)
             return entry
 

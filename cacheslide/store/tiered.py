@@ -15,12 +15,12 @@ from torch import Tensor
 from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
 from cacheslide.store.arena import Arena
-from cacheslide.store.backing import Backing, RemoteTier, TieredStats
 from cacheslide.store.base import MAX_GENERATION, ChunkKV, ChunkStore, Fetched
 from cacheslide.store.entry import Entry, empty_pages
 from cacheslide.store.filetier import FileTier, chunk_name, namespace_id
 from cacheslide.store.mover import Mover
 from cacheslide.store.pages import PageLayout, as_bytes, from_payload, packed, paged, to_payload
+from cacheslide.store.persistent import PersistentTiers, RemoteTier, TieredStats
 from cacheslide.store.reader import Gone, PageReader
 from cacheslide.store.record import Head
 from cacheslide.store.shape import ChunkShape, Wanted
@@ -89,8 +89,8 @@ class TieredChunkStore(ChunkStore):
         self.wanted = Wanted(shape or ChunkShape(), page_tokens, page_bytes, max_generation)
         self.namespace, self.write_back = namespace_id(namespace, rank, ranks), write_back
         self.stats = TieredStats()
-        self.backing, self.spill = Backing(file, remote, self.stats), spill
-        self.table = PageTable(self.arenas, self.backing, spill, self.stats)
+        self.persistent, self.spill = PersistentTiers(file, remote, self.stats), spill
+        self.table = PageTable(self.arenas, self.persistent, spill, self.stats)
         self.writer = PageWriter(self.table, queue_bytes, batch_bytes, stall_limit_s, workers)
         self.queue = self.writer.queue
         self.mover = Mover(self.table, self.writer)
@@ -116,7 +116,7 @@ class TieredChunkStore(ChunkStore):
                     return "queue"
                 if all(any(i in a.held for a in self.arenas) for i in ids):
                     return self.arenas[-1].name
-        return self.backing.where(name)
+        return self.persistent.where(name)
 
     def get(self, key: ChunkKey, owner: str | None = None) -> ChunkKV | None:
         """The chunk, with the owner's corrections when one is given; None when it must be computed (again)."""
@@ -156,7 +156,7 @@ class TieredChunkStore(ChunkStore):
         self.stats.bytes_read += chunk.nbytes
         setattr(self.stats, f"hits_{tier}", getattr(self.stats, f"hits_{tier}") + 1)
         if tier in ("device", "host"):
-            self.backing.touch(name)
+            self.persistent.touch(name)
         return Fetched(chunk, tier)
 
     def put(self, key: ChunkKey, chunk: ChunkKV) -> None:
@@ -170,15 +170,15 @@ class TieredChunkStore(ChunkStore):
         if self.contains(key):
             return
         fits = layout.pages <= len(self.arenas[0].slots)
-        if not fits and not self.backing.exists:
+        if not fits and not self.persistent.exists:
             raise StoreError(f"a chunk of {layout.pages} pages cannot fit {len(self.arenas[0].slots)} page slots")
         payload = to_payload(chunk, layout).to(self.arenas[0].device)
         with self.table.lock:  # whoever finds the entry finds its pages
             entry = self.table.entry(name, layout, chunk.positions.cpu().clone(), chunk.generation)
-            entry.incoming, entry.backed = payload, False  # no lower tier had it a moment ago
+            entry.incoming, entry.persisted = payload, False  # no storage tier had it a moment ago
             self.stats.puts += 1
         try:
-            if self.backing.exists and (self.write_back == "through" or not fits):
+            if self.persistent.exists and (self.write_back == "through" or not fits):
                 self.writer.publish(entry, payload.cpu())
             if fits:
                 pages = [(entry, p) for p in range(layout.pages)]
@@ -190,16 +190,16 @@ class TieredChunkStore(ChunkStore):
 
     def __len__(self) -> int:
         held = {name for (name, owner), e in self.table.places.items() if owner is None and not e.lost}
-        if self.backing.file is not None:
-            held |= {n for n in self.backing.file.names() if n.startswith(self.namespace)}
+        if self.persistent.file is not None:
+            held |= {n for n in self.persistent.file.names() if n.startswith(self.namespace)}
         return len(held)
 
     @property
     def nbytes(self) -> int:
         """Bytes in memory and on disk together."""
-        file, spill = self.backing.file, self.spill
-        below = (0 if file is None else file.nbytes) + (0 if spill is None else spill.nbytes)
-        return sum(a.nbytes for a in self.arenas) + below
+        file, spill = self.persistent.file, self.spill
+        on_disk = (0 if file is None else file.nbytes) + (0 if spill is None else spill.nbytes)
+        return sum(a.nbytes for a in self.arenas) + on_disk
 
     # --- corrections -----------------------------------------------------------------------------------------------
 
@@ -290,7 +290,7 @@ class TieredChunkStore(ChunkStore):
                 return entry
             base = self.table.places.get((name, None))
         if base is None:
-            found = self.backing.read(name, [(0, 1)], self.wanted)
+            found = self.persistent.read(name, [(0, 1)], self.wanted)
             if isinstance(found, str):
                 raise StoreError(f"chunk {name[16:].hex()} cannot be corrected ({found}): build it again")
             head: Head = found[0]
@@ -320,6 +320,6 @@ class TieredChunkStore(ChunkStore):
         done = self.queue.close(timeout_s)
         if self.spill is not None:
             self.spill.close()
-        if self.backing.remote is not None:
-            self.backing.remote.close()
+        if self.persistent.remote is not None:
+            self.persistent.remote.close()
         return done

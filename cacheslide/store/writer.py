@@ -47,11 +47,11 @@ class PageWriter:
             Encoded.of_pages(j.entry.name, j.entry.layout, j.payload, j.entry.positions, j.entry.generation)
             for j in jobs
         ]
-        kept = self.table.backing.write(encoded)
+        kept = self.table.persistent.write(encoded)
         with self.lock:
             for job, done in zip(jobs, kept, strict=True):
                 entry, entry.pending = job.entry, None
-                entry.backed = done
+                entry.persisted = done
                 ids = entry.ids(range(entry.layout.pages))
                 if not done and not all(any(n in a.held for a in self.table.arenas) for n in ids):
                     self.table.forget_entry(entry, "dropped: it could not be written")

@@ -1,6 +1,6 @@
 """CCPE calibration: Γ of every layer, head and updated slot, the mode over a task's prompts (paper, Alg. 1).
 
-A sample is the live gate mass of a slot as one query sees it: the sum of its gates over the slot's keys. Queries of the
+A sample is the live gate sum of a slot as one query sees it: the sum of its gates over the slot's keys. Queries of the
 fixed chunks behind the slot are pooled, of all prompts alike; a query that has saturated before it reaches the slot is
 left out, since Γ changes nothing for it. The mode is that of a histogram with bins of `bin_width` positions; Γ is the
 mean of the samples in the fullest bin (of equals, the lowest).
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cacheslide import renamed
 from cacheslide.core.prompt import Prompt
 from cacheslide.errors import ModelError, PromptError
 from cacheslide.models.adapter import RowGroup
@@ -32,7 +33,7 @@ FILES = ("ccpe.safetensors", "ccpe.json")
 class Calibration:
     """Γ [layers, slots, heads], float32, for one adapter and one template; `notes` says what it was measured on."""
 
-    masses: Tensor
+    slot_offsets: Tensor
     adapter: str
     template: str
     bin_width: float
@@ -41,13 +42,13 @@ class Calibration:
     @property
     def digest(self) -> str:
         """SHA-256 over what changes KV: the adapter, the template and Γ."""
-        h = hashlib.sha256(json.dumps([self.adapter, self.template, list(self.masses.shape)]).encode())
-        h.update(self.masses.float().contiguous().numpy().tobytes())
+        h = hashlib.sha256(json.dumps([self.adapter, self.template, list(self.slot_offsets.shape)]).encode())
+        h.update(self.slot_offsets.float().contiguous().numpy().tobytes())
         return h.hexdigest()
 
 
 class Samples:
-    """Gate masses of slots, gathered layer by layer: lists of [queries] per (layer, slot, head)."""
+    """Gate sums of slots, gathered layer by layer: lists of [queries] per (layer, slot, head)."""
 
     def __init__(self, layers: int, slots: int, heads: int, p_max: int) -> None:
         self.shape, self.p_max = (layers, slots, heads), p_max
@@ -68,11 +69,11 @@ class Samples:
                 if not len(behind):
                     continue
                 before = gates[:, behind, last:].sum(-1)
-                mass = gates[:, behind, first:last].sum(-1)
+                gate_sum = gates[:, behind, first:last].sum(-1)
                 unsaturated = before < self.p_max - 1
                 self.seen[layer, slot] += len(behind)
                 self.open[layer, slot] += unsaturated.sum(1).cpu()
-                self.values[layer][slot].append(torch.where(unsaturated, mass, float("nan")).cpu())
+                self.values[layer][slot].append(torch.where(unsaturated, gate_sum, float("nan")).cpu())
 
     def modes(self, bin_width: float) -> Tensor:
         """Γ [layers, slots, heads]: by histogram; 0 where no query ever reaches the slot unsaturated."""
@@ -98,8 +99,8 @@ def mode(values: Tensor, bin_width: float) -> float:
 
 
 def calibrate(model, prompts: Iterable[Prompt], slots: int, bin_width: float = 0.5) -> tuple[Tensor, Samples]:
-    """Γ of `model` (a `CopeLlama` without masses) over a task's prompts, and the samples it was read from."""
-    if model.masses is not None:
+    """Γ of `model` (a `CopeLlama` without offsets) over a task's prompts, and the samples it was read from."""
+    if model.slot_offsets is not None:
         raise ModelError("calibrate on live gates: load the adapter with live=True")
     samples = Samples(model.num_layers, slots, model.config.num_heads, model.tables[0].shape[0])
     for prompt in prompts:
@@ -128,7 +129,9 @@ def save_calibration(calibration: Calibration, folder: Path) -> None:
     """Write `ccpe.safetensors` and `ccpe.json` beside the adapter."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({"masses": calibration.masses.float().contiguous()}, folder / FILES[0], metadata={"format": "pt"})
+    save_file(
+        {"slot_offsets": calibration.slot_offsets.float().contiguous()}, folder / FILES[0], metadata={"format": "pt"}
+    )
     (folder / FILES[0]).chmod(0o644)
     record = {"format": FORMAT, "adapter": calibration.adapter, "template": calibration.template}
     record |= {"bin_width": calibration.bin_width, "digest": calibration.digest, "notes": calibration.notes}
@@ -150,8 +153,8 @@ def find_calibration(folder: Path, adapter: str) -> Calibration | None:
         raw = read_json(folder / FILES[1], ModelError)
         if raw["format"] != FORMAT:
             raise ModelError(f"{folder / FILES[1]} is of format {raw['format']}; this version reads {FORMAT}")
-        masses = load_file(folder / FILES[0])["masses"]
-        found = Calibration(masses, raw["adapter"], raw["template"], raw["bin_width"], raw["notes"])
+        offsets = renamed.options(load_file(folder / FILES[0]), renamed.TENSOR)["slot_offsets"]
+        found = Calibration(offsets, raw["adapter"], raw["template"], raw["bin_width"], raw["notes"])
         stated = raw["digest"]
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as broken:
         raise ModelError(f"{folder / FILES[1]} is not a calibration ({broken!r})") from None

@@ -27,18 +27,18 @@ class CopeSetup:
         return " ".join([self.adapter.digest, measured, *(["cap"] if self.cap else [])])
 
     @property
-    def masses(self) -> torch.Tensor | None:
+    def slot_offsets(self) -> torch.Tensor | None:
         """Γ [layers, slots, heads], float32."""
-        return None if self.calibration is None else self.calibration.masses
+        return None if self.calibration is None else self.calibration.slot_offsets
 
     @property
     def slots(self) -> int:
         """How many updated slots Γ was calibrated for."""
-        return 0 if self.calibration is None else self.calibration.masses.shape[1]
+        return 0 if self.calibration is None else self.calibration.slot_offsets.shape[1]
 
 
 def find_cope(adapter: str | Path, model: str | Path | None = None, live: bool = False, cap: bool = False) -> CopeSetup:
-    """The adapter in a folder, and the calibration that lies beside it unless `live`; `cap` is `SlotMasses.cap`.
+    """The adapter in a folder, and the calibration that lies beside it unless `live`; `cap` is `SlotOffsets.cap`.
 
     With `model`, that checkpoint is hashed; ModelError when the adapter was made for another.
     """
@@ -57,8 +57,8 @@ def load_cope(
 ) -> CopeLlama:
     """The checkpoint `path` with the CoPE adapter in the folder `adapter`, and its calibration where it has one.
 
-    LoRA is merged in float32. `live` leaves the calibration aside, `cap` is `SlotMasses.cap`. The model's id, a part of
-    every chunk key, covers base, adapter, calibration and cap. Raises ModelError when adapter and base do not fit.
+    LoRA is merged in float32. `live` leaves the calibration aside, `cap` is `SlotOffsets.cap`. The model's id, a part
+    of every chunk key, covers base, adapter, calibration and cap. Raises ModelError when adapter and base do not fit.
     """
     path = Path(path)
     check_device(device)
@@ -68,4 +68,4 @@ def load_cope(
     weights = {name: x.to(device=device, dtype=dtype) for name, x in weights.items()}
     tables = [setup.adapter.positions(i) for i in range(config.num_layers)]
     model_id = f"{setup.adapter.base} {setup.digest}"  # the base's fingerprint has just been compared
-    return CopeLlama(config, weights, model_id, tables, setup.masses, cap)
+    return CopeLlama(config, weights, model_id, tables, setup.slot_offsets, cap)

@@ -85,13 +85,13 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
     def _settle(self, scheduler_output, step: StepPlan) -> None:
         self.scheduler.settle(scheduler_output, step)
 
-    def _unheard(self, connector_output) -> None:
-        self.scheduler.keeper.unsettled = True
+    def _lost_worker_report(self, connector_output) -> None:
+        self.scheduler.retention.unsettled = True
 
-    @survives("update_connector_output", _unheard)
+    @survives("update_connector_output", _lost_worker_report)
     def update_connector_output(self, connector_output) -> None:
         if (report := connector_output.kv_connector_worker_meta) is not None:
-            self.scheduler.heard(report)
+            self.scheduler.on_worker_report(report)
 
     def _finish_anyhow(self, request, block_ids) -> tuple[bool, dict[str, Any] | None]:
         receipt = finish_anyhow(self.scheduler, request)
@@ -105,7 +105,7 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
     @survives("has_pending_push_work", last=False)
     def has_pending_push_work(self) -> bool:
         """Keeps an idle engine stepping while chunks wait to be encoded or copied."""
-        return self.scheduler.keeper.pending
+        return self.scheduler.retention.pending
 
     @survives("get_kv_connector_stats")
     def get_kv_connector_stats(self) -> ReuseStats | None:
@@ -166,16 +166,16 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[None, None]:
         step = self._get_connector_metadata()  # the one hook that steps without a forward call too
         self._encode(step)
-        self._land(step)
+        self._on_loaded(step)
         return None, None
 
     @survives("encode", lambda self, step: self.worker.encode_nothing(step))
     def _encode(self, step: KVConnectorMetadata) -> None:
         self.worker.encode(step)
 
-    @survives("land", lambda self, step: self.worker.land_nothing(step))
-    def _land(self, step: KVConnectorMetadata) -> None:
-        self.worker.land(step)
+    @survives("on_loaded", lambda self, step: self.worker.on_none_loaded(step))
+    def _on_loaded(self, step: KVConnectorMetadata) -> None:
+        self.worker.on_loaded(step)
         self.worker.compare(step)
 
     def _all_errors(self) -> set[int]:

@@ -54,7 +54,7 @@ class Geometry:
         )
 
     def slots_of(self, prompt: Prompt) -> PromptSlots | None:
-        """The slots that a CoPE model crosses by their calibrated masses; PromptError when Γ has too few."""
+        """The slots that a CoPE model crosses by their calibrated offsets; PromptError when Γ has too few."""
         if not self.slots:
             return None
         slots = slots_in(prompt)

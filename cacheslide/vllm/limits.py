@@ -1,4 +1,4 @@
-"""What marks may be at most, and how a wrong one is shown: a check costs little whatever a client sends."""
+"""What annotations may be at most, and how a wrong one is shown: a check costs little whatever a client sends."""
 
 import reprlib
 from collections.abc import Mapping

@@ -19,7 +19,7 @@ from cacheslide.vllm.options import receipt_in
 
 @dataclass(frozen=True)
 class Answered:
-    """One request: seconds from its arrival to its first token, its output ids, and its receipt if it was marked.
+    """One request: seconds from its arrival to its first token, its output ids, and its receipt if it was annotated.
 
     `step` is seconds a token after the first, 0 where there is none.
     """
@@ -40,7 +40,7 @@ def open_engine(
 ) -> LLM:
     """A vLLM engine over `model`; `connector` holds the connector's options, None leaves it out.
 
-    With `cope`, the folder of a CoPE adapter, `model` is its base. `store` is the configuration of tiers below memory,
+    With `cope`, the folder of a CoPE adapter, `model` is its base. `store` is the configuration of storage tiers,
     as a JSON file or parsed (see `ServerOptions.store`). `options` are `vllm.LLM`'s. Statistics are on: they hold the
     time of the first token.
     """
@@ -82,15 +82,15 @@ def worker_of():
 def ask(
     engine: LLM,
     prompts: Sequence[Sequence[int]],
-    marks: Sequence[Mapping[str, Any] | None] | None = None,
+    annotations: Sequence[Mapping[str, Any] | None] | None = None,
     tokens: int = 1,
     **sampling: Any,
 ) -> list[Answered]:
-    """Greedy continuations of `tokens` ids of all prompts, which arrive together. `marks` as in `marks_of`."""
+    """Greedy continuations of `tokens` ids of prompts that arrive together. `annotations`: see `annotations_of`."""
     settings = {"max_tokens": tokens, "temperature": 0.0, "detokenize": False, "ignore_eos": True} | sampling
     params = [
         SamplingParams(**settings, extra_args=None if m is None else {"kv_transfer_params": dict(m)})
-        for m in marks or [None] * len(prompts)
+        for m in annotations or [None] * len(prompts)
     ]
     outputs = engine.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
     return [
@@ -107,7 +107,7 @@ def ask(
 
 @dataclass(frozen=True)
 class Searched:
-    """One beam search: vLLM's sequences, best first, and its receipt if it was marked."""
+    """One beam search: vLLM's sequences, best first, and its receipt if it was annotated."""
 
     sequences: list[Any]
     receipt: dict[str, Any] | None
@@ -117,30 +117,30 @@ def beam_search(
     engine: LLM,
     prompts: Sequence[Any],
     params: BeamSearchParams,
-    marks: Sequence[Mapping[str, Any] | None],
+    annotations: Sequence[Mapping[str, Any] | None],
     **options: Any,
 ) -> list[Searched]:
-    """`LLM.beam_search` with marks, which has no place for them.
+    """`LLM.beam_search` with annotations, which has no place for them.
 
-    `marks` are the prompts' `kv_transfer_params`, `options` are those of `LLM.beam_search`.
-    VLLMValidationError says what is wrong with marks.
+    `annotations` are the prompts' `kv_transfer_params`, `options` are those of `LLM.beam_search`.
+    VLLMValidationError says what is wrong with annotations.
     """
-    search = _MarkedSearch(engine, marks, params.max_tokens)
+    search = _AnnotatedSearch(engine, annotations, params.max_tokens)
     found = search.beam_search(prompts, params, **options)
     receipts = [None if s is None else receipt_in(s.kv_transfer_params) for s in search.searches]
     return [Searched(f.sequences, r) for f, r in zip(found, receipts, strict=True)]
 
 
-class _MarkedSearch(LLM):
-    """An engine's beam search, whose steps carry marks; everything else is the engine's own."""
+class _AnnotatedSearch(LLM):
+    """An engine's beam search, whose steps carry annotations; everything else is the engine's own."""
 
-    def __init__(self, engine: LLM, marks: Sequence[Mapping[str, Any] | None], tokens: int) -> None:
+    def __init__(self, engine: LLM, annotations: Sequence[Mapping[str, Any] | None], tokens: int) -> None:
         vars(self).update(vars(engine))
-        self.marks, self.searches, self.tokens, self._of = marks, [], tokens, {}
+        self.annotations, self.searches, self.tokens, self._of = annotations, [], tokens, {}
 
     def _preprocess_cmpl(self, prompts: Sequence[Any], *args: Any, **kwargs: Any) -> list[Any]:
         config, rendered = self.llm_engine.vllm_config, super()._preprocess_cmpl(prompts, *args, **kwargs)
-        asked = zip(rendered, self.marks, strict=True)
+        asked = zip(rendered, self.annotations, strict=True)
         self.searches = [start_search(config, self.renderer, p, m, self.tokens) for p, m in asked]
         if short := [s.max_tokens for s in self.searches if s is not None and s.max_tokens != self.tokens]:
             raise VLLMValidationError(f"{self.tokens} tokens do not fit behind a prompt that runs: {min(short)} do")
@@ -159,5 +159,5 @@ class _MarkedSearch(LLM):
         outputs = super()._render_and_run_requests(iter(prompts), params, *args, **kwargs)
         for search, output in zip(searches, outputs, strict=True):
             if search is not None:
-                search.heard(output)
+                search.on_output(output)
         return outputs

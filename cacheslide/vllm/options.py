@@ -1,4 +1,4 @@
-"""What a server and a request may ask for: the connector's options and the marks in `kv_transfer_params`."""
+"""What a server and a request may ask for: the connector's options and the annotations in `kv_transfer_params`."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -45,7 +45,7 @@ class ServerOptions:
     namespace : str
         Part of every chunk key of this server.
     store_gib : float
-        Chunk KV kept per worker; the least recently used chunks leave first.
+        Chunk KV retained per worker; the least recently used chunks leave first.
     store_device : str
         "cpu" (host memory, pinned beside a GPU) or "model" (the model's own device).
     encode : str
@@ -58,14 +58,15 @@ class ServerOptions:
     separator : str or list of int
         The separator of requests that ask for the server's own: a text, or token ids (as JSON where it is a string).
     find_spans : bool
-        Look for spans seen before in requests without marks too.
+        Look for spans seen before in requests without annotations too.
     span_tokens, spans_known : int
         Average size of such a span in tokens, and how many spans are remembered.
     max_generation : int
-        Corrected KV of generated text is kept up to this generation, and encoded exactly beyond it; 0: never kept.
+        Corrected KV of generated text is retained up to this generation, and encoded exactly beyond it; 0: never
+        retained.
     store : str or dict
-        Tiers below the workers' memory: a `StoreConfig` or CrossCache's configuration, as a JSON file's path or parsed.
-        It also gives `chunk_size`, `store_gib` and `store_device` where those are not given themselves.
+        Storage tiers under the workers' memory: a `StoreConfig` or CrossCache's configuration, as a JSON file's path or
+        parsed. It also gives `chunk_size`, `store_gib` and `store_device` where those are not given themselves.
     """
 
     policy: str = "cacheslide"
@@ -128,7 +129,7 @@ class ServerOptions:
 
     @property
     def tiers(self) -> StoreConfig | None:
-        """The tiers below the workers' memory; None without any."""
+        """The storage tiers under the workers' memory; None without any."""
         config = _store_config(self.store) if self.store else None
         lower = config is not None and (config.device_gib or config.file_options or config.remote_host)
         return config if lower else None
@@ -161,7 +162,7 @@ def _store_config(raw: str | Mapping[str, Any]) -> StoreConfig:
 
 
 @dataclass(frozen=True)
-class Marks:
+class Annotations:
     """`kv_transfer_params["cacheslide"]` of one request, as the engine sees it.
 
     `segments` are the fixed spans, half-open in tokens; everything between them is updated text. With `find` they are
@@ -185,26 +186,26 @@ class Marks:
     family: Mapping[str, Any] | None = None
 
     @classmethod
-    def parse(cls, params: Mapping[str, Any] | None) -> "Marks | None":
-        """The marks in a request's `kv_transfer_params`; None without any; PromptError naming what is wrong."""
-        raw = raw_marks(params)
+    def parse(cls, params: Mapping[str, Any] | None) -> "Annotations | None":
+        """The annotations in a request's `kv_transfer_params`; None without any; PromptError naming what is wrong."""
+        raw = raw_annotations(params)
         if raw is None:
             return None
         try:
             raw = renamed.options(raw, renamed.REQUEST)
         except ValueError as wrong:
             raise PromptError(f"{FIELD}: {wrong}") from None
-        if unknown := [name for name in raw if name not in _MARKS]:
-            known = sorted((_MARKS | set(DOOR_KEYS)) - {"family"})
+        if unknown := [name for name in raw if name not in _ANNOTATIONS]:
+            known = sorted((_ANNOTATIONS | set(DOOR_KEYS)) - {"family"})
             raise PromptError(f"{FIELD}: unknown key {_names(unknown)} (known: {', '.join(known)})")
         if "segments" not in raw and raw.get("find") is None:
             raise PromptError(
                 f"{FIELD}: 'segments' is missing; give the fixed spans as [[start, end], ...], "
-                "or mark them by a separator, by messages, or with find"
+                "or annotate them by a separator, by messages, or with find"
             )
-        marks = cls(**{**raw, "segments": _spans(raw.get("segments", []))})
-        marks._check()
-        return marks
+        annotations = cls(**{**raw, "segments": _spans(raw.get("segments", []))})
+        annotations._check()
+        return annotations
 
     def _check(self) -> None:
         for name, most in (("policy", NAME), ("encode", NAME), ("namespace", NAME), ("note", NOTE)):
@@ -236,14 +237,14 @@ class Marks:
         if not fits or not _is_count(family["rows"]) or not 1 <= family["rows"] < ROW:
             raise PromptError(f"{FIELD}: family must be an object of name and rows, not {shown(family)}")
         if self.history is not None:
-            raise PromptError(f"{FIELD}: what a family generates is not kept: give no history")
+            raise PromptError(f"{FIELD}: what a family generates is not retained: give no history")
 
     def system(self, default: str) -> ReusePolicy:
         """The reuse policy asked for, `default` where the request names none."""
         return policy_of(self.policy or default, self.recompute_ratio, self.layer)
 
     def prompt(self, token_ids) -> Prompt:
-        """The marked prompt; PromptError when a span, or the start of the history, does not fit it."""
+        """The annotated prompt; PromptError when a span, or the start of the history, does not fit it."""
         if self.family is not None:
             if self.family["rows"] > len(token_ids):
                 raise PromptError(
@@ -259,7 +260,7 @@ class Marks:
         return Prompt.from_spans(token_ids, self.segments)
 
 
-def raw_marks(params: Any) -> Mapping[str, Any] | None:
+def raw_annotations(params: Any) -> Mapping[str, Any] | None:
     """What a request's `kv_transfer_params` hold for us, unread; None for nothing, PromptError for no object."""
     if params is not None and not isinstance(params, Mapping):
         raise PromptError(f"kv_transfer_params must be an object, not {type(params).__name__}")
@@ -269,7 +270,7 @@ def raw_marks(params: Any) -> Mapping[str, Any] | None:
     return raw
 
 
-def marks_of(prompt: Prompt, **options: Any) -> dict[str, Any]:
+def annotations_of(prompt: Prompt, **options: Any) -> dict[str, Any]:
     """`kv_transfer_params` for `prompt`: what a client sends beside `prompt.token_ids`."""
     spans = [
         [start, start + len(s.token_ids)]
@@ -310,4 +311,4 @@ def _spans(raw: Any) -> tuple[tuple[int, int], ...]:
     return tuple((a, b) for a, b in raw)
 
 
-_MARKS = frozenset(f.name for f in fields(Marks))
+_ANNOTATIONS = frozenset(f.name for f in fields(Annotations))

@@ -1,4 +1,4 @@
-"""`vllm.general_plugins` entry point: connector and CoPE model by name, requests' marks read at the door."""
+"""`vllm.general_plugins` entry point: connector and CoPE model by name, requests' annotations read at the door."""
 
 from cacheslide.vllm import CONNECTOR
 

@@ -52,7 +52,7 @@ class SavePlan:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """Prefill and keep the chunks of a plan that are missing, exactly, in the context of their encoding.
+    """Prefill and retain the chunks of a plan that are missing, exactly, in the context of their encoding.
 
     With `renew` corrected copies of its chunks count as missing.
     """
@@ -76,7 +76,7 @@ class EncodeJob:
 
 @dataclass(frozen=True)
 class FetchPlan:
-    """Start reading a chunk from the tiers below memory; room was made for it by dropping `evict`.
+    """Start reading a chunk from the storage tiers; room was made for it by dropping `evict`.
 
     It has `tokens` tokens, or any number where that is 0. `ticket` tells this attempt from earlier ones, which some
     ranks may still report on.
@@ -90,11 +90,11 @@ class FetchPlan:
 
 @dataclass
 class StepPlan(KVConnectorMetadata):
-    """One step's work, in the order in which it must happen: forget, keep, load, (vLLM's forward), save, encode, land.
+    """One step's work, in the order in which it must happen: forget, save, load, (forward), save, encode, take in.
 
-    `keeps` are chunks of requests that have finished: their blocks may be given away in this very step. Reads of
-    `fetches` start first of all and are taken into memory when they end, after a step's loads: what a fetch evicts may
-    still be loaded in its step. `drops` were read by some ranks and could not be by others. An `idle` step has no
+    `history_saves` are chunks of requests that have finished: their blocks may be given away in this very step. Reads
+    of `fetches` start first of all and are taken into memory when they end, after a step's loads: what a fetch evicts
+    may still be loaded in its step. `drops` were read by some ranks and could not be by others. An `idle` step has no
     forward: the workers may wait a little for reads instead of spinning. `slots` are the rows of the forward that a
     calibrated CoPE model may have to treat in its own way. `failed` are blocks, by request, with rows that were claimed
     and cannot be loaded. `index`, where the workers' chunks may differ from the scheduler's index: all keys it has room
@@ -105,7 +105,7 @@ class StepPlan(KVConnectorMetadata):
     fetches: list[FetchPlan] = field(default_factory=list)
     drops: list[ChunkKey] = field(default_factory=list)
     idle: bool = False
-    keeps: list[SavePlan] = field(default_factory=list)
+    history_saves: list[SavePlan] = field(default_factory=list)
     loads: list[LoadPlan] = field(default_factory=list)
     saves: list[SavePlan] = field(default_factory=list)
     encodes: list[EncodeJob] = field(default_factory=list)
@@ -115,7 +115,7 @@ class StepPlan(KVConnectorMetadata):
 
 
 @dataclass(frozen=True)
-class Landed:
+class ChunkLoaded:
     """A chunk that one rank has read: the lowest tier it came from, its bytes, and its `ChunkKV.generation`."""
 
     ticket: int
@@ -126,25 +126,25 @@ class Landed:
 
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):
-    """Receipts by request, chunks that a worker was asked for but did not hold, and how reads from below ended.
+    """Receipts by request, chunks that a worker was asked for but did not hold, and how reads from storage tiers ended.
 
-    `landed` has one entry a rank, `failed` the ticket and one reason. `unsettled`: the chunks are to be compared with
+    `loaded` has one entry a rank, `failed` the ticket and one reason. `unsettled`: the chunks are to be compared with
     the index once more.
     """
 
     receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
     missing: set[ChunkKey] = field(default_factory=set)
-    landed: dict[ChunkKey, list[Landed]] = field(default_factory=dict)
+    loaded: dict[ChunkKey, list[ChunkLoaded]] = field(default_factory=dict)
     failed: dict[ChunkKey, tuple[int, str]] = field(default_factory=dict)
     unsettled: bool = False
 
     def aggregate(self, other: "WorkerReport") -> "WorkerReport":
         """All ranks do the same work on the same rows: one receipt stands for all."""
-        keys = {*self.landed, *other.landed}
-        landed = {k: self.landed.get(k, []) + other.landed.get(k, []) for k in keys}
+        keys = {*self.loaded, *other.loaded}
+        loaded = {k: self.loaded.get(k, []) + other.loaded.get(k, []) for k in keys}
         missing = self.missing | other.missing
         unsettled = self.unsettled or other.unsettled
-        return WorkerReport(other.receipts | self.receipts, missing, landed, other.failed | self.failed, unsettled)
+        return WorkerReport(other.receipts | self.receipts, missing, loaded, other.failed | self.failed, unsettled)
 
     def __bool__(self) -> bool:
-        return bool(self.receipts or self.missing or self.landed or self.failed or self.unsettled)
+        return bool(self.receipts or self.missing or self.loaded or self.failed or self.unsettled)

@@ -56,12 +56,12 @@ def check_place(vllm_config: Any, checked: bool) -> None:
         holder = own.kv_connector
     if holder is not None:
         raise ConfigError(
-            f"CacheSlide does not work inside {holder}: marks would not be checked, and others would keep what "
+            f"CacheSlide does not work inside {holder}: annotations would not be checked, and others would keep what "
             f"it computes by reuse as if it were exact; make {CONNECTOR} the engine's own kv_connector"
         )
     if not checked:
         raise ConfigError(
-            "CacheSlide's plugin is not loaded (see VLLM_PLUGINS): marks would reach the engine without a check"
+            "CacheSlide's plugin is not loaded (see VLLM_PLUGINS): annotations would reach the engine without a check"
         )
 
 
@@ -151,4 +151,4 @@ def _check_cache(kv_cache_config: Any) -> None:
 def check_spans(find_spans: bool, slots: int) -> None:
     """Raise ConfigError for a server that looks for spans itself with a CoPE model of `slots` calibrated slots."""
     if find_spans and slots:
-        raise ConfigError("found spans follow no template, which calibrated slot masses need: start with --cope-live")
+        raise ConfigError("found spans follow no template, which calibrated slot offsets need: start with --cope-live")

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Turns:
-    """Token ids and marks of every next turn.
+    """Token ids and annotations of every next turn.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ class Turns:
         self.pieces.append(list(token_ids))
 
     def prompt(self, updated: Sequence[int], question: Sequence[int], **options: Any) -> tuple[list[int], dict]:
-        """This turn's token ids and marks; `options` are further keys of the marks."""
+        """This turn's token ids and annotations; `options` are further keys of the annotations."""
         ids, spans = list(self.pieces[0]), [[0, len(self.pieces[0])]]
         ids += updated
         for piece in self.pieces[1:]:

@@ -80,7 +80,7 @@ class TextReflexion(Agent):
         self.reflections: list[str] = []
         self.history: list[str] = []
         self.answered: list[str] = []
-        self.feedback = self._heard = ""
+        self.feedback = self._pending_feedback = ""
 
     def make_tools(self) -> list[Tool]:
         return [
@@ -102,7 +102,7 @@ class TextReflexion(Agent):
         }
 
     def observe(self, call: Call, result: str, failed: bool) -> None:
-        self.feedback, self._heard = self._heard, ""
+        self.feedback, self._pending_feedback = self._pending_feedback, ""
 
     def score(self) -> float:
         return max((score(a, self.question.answers)["em"] for a in self.answered), default=0.0)
@@ -110,7 +110,7 @@ class TextReflexion(Agent):
     def _answer(self, text: str) -> str:
         self.answered.append(text)
         self.finished = bool(self.score()) or len(self.answered) == self.trials
-        self._heard = "" if self.finished else f"\nFeedback: {text} is wrong."
+        self._pending_feedback = "" if self.finished else f"\nFeedback: {text} is wrong."
         self.history.append(f"\nTrial {len(self.answered)}: {text}")
         return "right" if self.score() else "wrong"
 
@@ -124,7 +124,7 @@ class DocumentReader(Agent):
 
     Slots: system, observation (updated: what the last command printed), record (fixed, growing: documents and what was
     asked and written, in order), question (updated). The record holds the model's own words exactly as they were
-    generated, so that their KV can be kept. Tools read the example's own documents; no code is run.
+    generated, so that their KV can be retained. Tools read the example's own documents; no code is run.
 
     Parameters
     ----------

@@ -19,7 +19,7 @@ from harness.backends.reference import EngineSettings, ReferenceBackend
 class InProcess:
     """Serves agents under one policy.
 
-    After each answer the chunks that its prompt lacked are kept, as a server does between requests: the next turn
+    After each answer the chunks that its prompt lacked are retained, as a server does between requests: the next turn
     finds them. That work is not in the request's times; the receipt counts it (`chunks_built`, `chunks_copied`,
     `build_s`, and `build_row_layers`, rows computed once a layer).
 
@@ -31,7 +31,7 @@ class InProcess:
     settings : EngineSettings, optional
     generations : int
         How many generations from exact KV a chunk may be that is copied from the KV that serving left
-        (`ReuseEngine.keep`). With 0 every chunk is exact: copied where nothing was reused, encoded otherwise.
+        (`ReuseEngine.retain`). With 0 every chunk is exact: copied where nothing was reused, encoded otherwise.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class InProcess:
         out = []
         for i, (request, prompt, state) in enumerate(zip(requests, prompts, states, strict=True)):
             text = self._text(ids[i], request)
-            receipt = self._keep(prompt, state)
+            receipt = self._retain(prompt, state)
             sent = tuple(s.token_ids for s in prompt.segments)
             out.append(Completion(text, sent, tuple(ids[i]), tuple(times[i]), times[i][-1], receipt))
         return out
@@ -88,7 +88,7 @@ class InProcess:
         ids, total = found[0].token_ids, time.perf_counter() - begin
         sent = tuple(s.token_ids for s in prompt.segments)
         token_s = tuple(t - begin for t in times)
-        return Completion(self._text(ids, request), sent, tuple(ids), token_s, total, self._keep(prompt, state))
+        return Completion(self._text(ids, request), sent, tuple(ids), token_s, total, self._retain(prompt, state))
 
     def _text(self, ids: Sequence[int], request: Request) -> str:
         text = self.backend.tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -96,11 +96,11 @@ class InProcess:
             text = text.split(mark, 1)[0]
         return text
 
-    def _keep(self, prompt: Prompt, state: Prefilled) -> dict:
+    def _retain(self, prompt: Prompt, state: Prefilled) -> dict:
         """Keep the prompt's chunks for later turns; the request's receipt."""
         receipt, computed, begin = state.receipt.as_dict(), self.engine.encoder.row_layers, time.perf_counter()
-        kept = self.engine.keep(state, prompt, self.generations)
-        receipt |= {"chunks_built": kept.encoded, "chunks_copied": kept.copied}
+        retained = self.engine.retain(state, prompt, self.generations)
+        receipt |= {"chunks_built": retained.encoded, "chunks_copied": retained.copied}
         receipt["build_s"] = time.perf_counter() - begin
         receipt["build_row_layers"] = self.engine.encoder.row_layers - computed
         return receipt

@@ -1,4 +1,4 @@
-"""vLLM in this process as a completer: fixed spans are marked, and what a session generated is kept as history."""
+"""vLLM in this process as a completer: fixed spans are annotated, what a session generated is retained as history."""
 
 import re
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class _Session:
         self.generated = ""  # what was asked and written last: with the ids it was served in, it may become history
 
     def turn(self, updated: str, fixed: list[str], question: str) -> tuple[list[int], dict] | None:
-        """This turn's ids and marks; None when earlier fixed text changed."""
+        """This turn's ids and annotations; None when earlier fixed text changed."""
         if fixed[: len(self.known)] != self.known:
             return None
         new = fixed[len(self.known) :]
@@ -39,7 +39,7 @@ class OfflineEngine:
     """Serves agents on `harness.backends.scripted.Engine`, one request at a time.
 
     Prompts of the shape head, updated text, fixed text, question, whose history is what was asked and generated word
-    for word, have their generated KV kept (`Turns`). Any other template has its fixed segments marked, no more.
+    for word, have their generated KV retained (`Turns`). Any other template has its fixed segments annotated, no more.
     """
 
     def __init__(self, engine: Engine, system: str, stop_ids: Sequence[int] = ()) -> None:
@@ -61,14 +61,14 @@ class OfflineEngine:
             served = session and session.head == head and session.turn(updated, fixed, question)
         if not served:
             self.sessions.pop(request.session, None)
-        ids, marks = served or self._marked(request.segments)
-        got = self.engine.ask(ids, marks, request.max_tokens, self.stop_ids)
+        ids, annotations = served or self._annotated(request.segments)
+        got = self.engine.ask(ids, annotations, request.max_tokens, self.stop_ids)
         if served:
             session.talk.answered(got.token_ids)
             session.generated = question + got.text if got.token_ids else ""
         return Completion(got.text, (tuple(ids),), tuple(got.token_ids), (got.ttft,), got.seconds, got.receipt)
 
-    def _marked(self, segments: tuple[TextSegment, ...]) -> tuple[list[int], dict]:
+    def _annotated(self, segments: tuple[TextSegment, ...]) -> tuple[list[int], dict]:
         ids, spans = list(self.engine.begin()), []
         for number, segment in enumerate(segments):
             start = len(ids) if number else 0

@@ -1,7 +1,7 @@
 """Any OpenAI-compatible server as a completer, over the harness's streaming client.
 
-With a tokenizer the prompt is sent as token ids with the fixed spans marked in `kv_transfer_params` (see
-docs/vllm.md); without one it is sent as text and the server sees no marks.
+With a tokenizer the prompt is sent as token ids with the fixed spans annotated in `kv_transfer_params` (see
+docs/vllm.md); without one it is sent as text and the server sees no annotations.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from cacheslide.errors import ConfigError
-from cacheslide.vllm.options import marks_of
+from cacheslide.vllm.options import annotations_of
 from harness.agents.completer import Completion, CompletionError, Request
 from harness.backends.http import stream
 from harness.backends.tokens import prompt_of
@@ -29,14 +29,14 @@ class OpenAIServer:
     tokenizer : transformers tokenizer or None
         The model's own.
     system : str
-        Name of what is measured. With `policy`, the registered system that marked requests ask the server for.
+        Name of what is measured. With `policy`, the registered system that annotated requests ask the server for.
     api_key : str
     timeout : float
         Seconds without a byte after which a request has failed.
     salt : str, optional
         Requests of different salts share no cached blocks or chunks.
     layer : int, optional
-        Selection layer that marked requests ask for.
+        Selection layer that annotated requests ask for.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class OpenAIServer:
         """Greedy, streamed. CompletionError names the server's status and message."""
         sent, params, prompt = None, None, request.text
         if self.tokenizer is not None:
-            marked = prompt_of(self.tokenizer, request.segments)
-            sent, prompt = tuple(s.token_ids for s in marked.segments), marked.token_ids
-            params = marks_of(marked, **self.options)
+            annotated = prompt_of(self.tokenizer, request.segments)
+            sent, prompt = tuple(s.token_ids for s in annotated.segments), annotated.token_ids
+            params = annotations_of(annotated, **self.options)
         name = f"{request.session}-{request.step}"
         asked = stream.Request(name, prompt, request.max_tokens, params, self.salt, stop=request.stop)
         done = asyncio.run(self._send(asked))

@@ -43,7 +43,7 @@ class Reflexion(Agent):
         self.task, self.trial, self.right = task, 0, 0
         self.reflections: dict[str, str] = {}
         self.history: list[str] = []
-        self.feedback = self._heard = ""
+        self.feedback = self._pending_feedback = ""
         self.trials: list[int] = []
 
     def make_tools(self) -> list[Tool]:
@@ -67,7 +67,7 @@ class Reflexion(Agent):
         }
 
     def observe(self, call: Call, result: str, failed: bool) -> None:
-        self.feedback, self._heard = self._heard, ""
+        self.feedback, self._pending_feedback = self._pending_feedback, ""
         if call.tool == "lookup":
             self.history.append(f"\nLookup: {' '.join(call.args)} : {result}")
 
@@ -81,7 +81,7 @@ class Reflexion(Agent):
         if right:
             self.right += 1
         elif self.trial < TRIALS:
-            self._heard = judged_wrong(given, question.changed, question.now)
+            self._pending_feedback = judged_wrong(given, question.changed, question.now)
             return "wrong"
         self.history.append(f"\nQuestion: what is {question.name} ?\nAnswer: {question.name} is {given} .")
         self.trials.append(self.trial)

@@ -1,7 +1,7 @@
 """The vLLM backend: the study's systems as requests to an in-process vLLM engine.
 
 Every registered system is chosen by the marks of a request to an engine with the connector and without a prefix cache.
-`Stock` systems are unmarked requests to an engine without the connector. Answers are decoded greedily, one request a
+`Vanilla` systems are unmarked requests to an engine without the connector. Answers are decoded greedily, one request a
 question: vLLM shows no KV to decode branches behind.
 """
 
@@ -16,12 +16,12 @@ from cacheslide.core.prompt import Prompt
 from cacheslide.core.receipt import Receipt
 from cacheslide.errors import ModelError, PolicyError
 from cacheslide.policies.base import ReusePolicy
-from cacheslide.vllm.options import marks_of, policy_of
+from cacheslide.vllm.options import annotations_of, policy_of
 from harness.backends.in_process import Answer, Ask, EngineOptions, InProcessEngine
 from harness.backends.reference import EngineSettings
 from harness.backends.responders import Response, load_record
 from harness.backends.tokens import Tokens
-from harness.systems import Stock, System
+from harness.systems import System, Vanilla
 from harness.tasks.example import TaskExample
 
 
@@ -54,8 +54,8 @@ def vllm_sessions(
     backend: VllmBackend, systems: Sequence[System], settings: EngineSettings
 ) -> Iterator[tuple["VllmResponder", Sequence[System]]]:
     """vLLM by itself first, then the engine with the connector; each is freed before the next starts."""
-    stock = [s for s in systems if isinstance(s, Stock)]
-    marked = [s for s in systems if not isinstance(s, Stock)]
+    stock = [s for s in systems if isinstance(s, Vanilla)]
+    marked = [s for s in systems if not isinstance(s, Vanilla)]
     for some, connector in ((stock, False), (marked, True)):
         if some:
             with backend.engine(settings, connector) as engine:
@@ -123,7 +123,7 @@ class VllmResponder:
 
     def _before_stock(self, system: System, examples: Sequence[TaskExample]) -> None:
         """A prefix cache keeps whatever it has seen: only the previous turns may be in it when a request comes."""
-        if isinstance(system, Stock) and system.prefix_caching:
+        if isinstance(system, Vanilla) and system.prefix_caching:
             self.engine.reset()
             self._serve_previous(system, examples)
 
@@ -134,10 +134,10 @@ class VllmResponder:
         return self._request(system, self.backend.prompt(example.segments, question), max_new_tokens)
 
     def _request(self, system: System, prompt: Prompt, max_new_tokens: int) -> Ask:
-        if isinstance(system, Stock):
+        if isinstance(system, Vanilla):
             return Ask(prompt.token_ids, max_new_tokens, None, self.stop, system.prefix_caching)
         prompt = system.transform(prompt)
-        marks = marks_of(prompt, namespace=_namespace(system), **marked_as(system))
+        marks = annotations_of(prompt, namespace=_namespace(system), **annotated_as(system))
         return Ask(prompt.token_ids, max_new_tokens, marks, self.stop)
 
     def _response(self, system: System, asks: list[Ask], answers: list[Answer], seconds: float | None) -> Response:
@@ -149,7 +149,7 @@ class VllmResponder:
         """The connector's receipt; for vLLM by itself one made of what its prefix cache held."""
         if answer.receipt is not None:
             return answer.receipt
-        if not isinstance(system, Stock):
+        if not isinstance(system, Vanilla):
             raise PolicyError(f"{system.name}: vLLM answered a marked request without a receipt")
         rows, cached = len(ask.token_ids), answer.prefix_cached
         receipt = Receipt(system.name, rows, cached).computed([rows - cached] * self.backend.num_layers)
@@ -158,11 +158,11 @@ class VllmResponder:
 
 def _namespace(system: System) -> str:
     """Chunks with layer inputs at other layers are other chunks."""
-    layers = "" if isinstance(system, Stock) else "-".join(map(str, sorted(system.probe_layers)))
+    layers = "" if isinstance(system, Vanilla) else "-".join(map(str, sorted(system.probe_layers)))
     return f"{system.name}@{layers}" if layers else system.name
 
 
-def marked_as(policy: ReusePolicy) -> dict[str, Any]:
+def annotated_as(policy: ReusePolicy) -> dict[str, Any]:
     """The marks that ask for `policy`; PolicyError when name, share and selection layer do not say it all."""
     rule, marks = policy.correction, {"policy": policy.name}
     if rule.selection_layer is not None:

@@ -48,7 +48,7 @@ def _histories(model: ReferenceDecoder, prompts: list) -> dict[str, Any]:
     engine = ReuseEngine(model, policy, MemoryChunkStore(), chunk_size=CHUNK, corrected=MemoryChunkStore())
     for turn, asked in enumerate(prompts):
         state = engine.prefill(asked, room=ANSWER)
-        kept = engine.keep(state, asked, limit=2)
+        retained = engine.retain(state, asked, limit=2)
         done = outcome(engine, state)
-        out[f"history/{turn}"] = done | {"kept": [kept.copied, kept.encoded, kept.generation]}
+        out[f"history/{turn}"] = done | {"kept": [retained.copied, retained.encoded, retained.generation]}
     return out

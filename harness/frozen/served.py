@@ -1,4 +1,4 @@
-"""The fixed request set inside vLLM on the CPU: marked in four ways, batched, preempted, beams, histories, tiers."""
+"""The fixed request set inside vLLM on the CPU: annotated in four ways, batched, preempted, beams, histories, tiers."""
 
 import hashlib
 import json
@@ -73,27 +73,27 @@ class _Asks:
         """As after a start: nothing stored, nothing shared."""
         self.engine.reset_prefix_cache(reset_connector=True)
 
-    def sampling(self, marks: dict[str, Any] | None, tokens: int = ANSWER):
+    def sampling(self, annotations: dict[str, Any] | None, tokens: int = ANSWER):
         from vllm import SamplingParams
 
-        extra = None if marks is None else {"kv_transfer_params": {"cacheslide": marks}}
+        extra = None if annotations is None else {"kv_transfer_params": {"cacheslide": annotations}}
         return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=5, extra_args=extra)
 
-    def marked(self, turn: int, question: int = 0, **marks: Any) -> tuple[list[int], dict[str, Any]]:
-        """A turn's token ids, and the marks of its fixed segments."""
-        from cacheslide.vllm.options import marks_of
+    def annotated(self, turn: int, question: int = 0, **annotations: Any) -> tuple[list[int], dict[str, Any]]:
+        """A turn's token ids, and the annotations of its fixed segments."""
+        from cacheslide.vllm.options import annotations_of
 
         asked = prompt(self.tokenizer, turn, question)
-        return list(asked.token_ids), marks_of(asked, **{"layer": LAYER, **marks})["cacheslide"]
+        return list(asked.token_ids), annotations_of(asked, **{"layer": LAYER, **annotations})["cacheslide"]
 
-    def generate(self, prompts: list, marks: list, tokens: int = ANSWER) -> list[dict[str, Any]]:
+    def generate(self, prompts: list, annotations: list, tokens: int = ANSWER) -> list[dict[str, Any]]:
         """Outcomes of requests that arrive together."""
-        params = [self.sampling(m, tokens) for m in marks]
+        params = [self.sampling(m, tokens) for m in annotations]
         return [outcome(o) for o in self.engine.generate(prompts, params, use_tqdm=False)]
 
-    def segments(self, turn: int, **marks: Any) -> dict[str, Any]:
-        """The outcome of a turn marked by token spans."""
-        ids, given = self.marked(turn, **marks)
+    def segments(self, turn: int, **annotations: Any) -> dict[str, Any]:
+        """The outcome of a turn annotated by token spans."""
+        ids, given = self.annotated(turn, **annotations)
         return self.generate([{"prompt_token_ids": ids}], [given])[0]
 
 
@@ -106,9 +106,9 @@ def outcome(output: Any) -> dict[str, Any]:
 
 
 def _systems(asks: _Asks) -> dict[str, Any]:
-    """Every system turn by turn, then the same prompts without marks."""
+    """Every system turn by turn, then the same prompts without annotations."""
     out = {f"{name}/{t}": asks.segments(t, policy=name, namespace=name) for name in SYSTEMS for t in range(TURNS)}
-    plain = [{"prompt_token_ids": asks.marked(t)[0]} for t in range(TURNS)]
+    plain = [{"prompt_token_ids": asks.annotated(t)[0]} for t in range(TURNS)]
     return out | {f"plain/{t}": o for t, o in enumerate(asks.generate(plain, [None] * TURNS))}
 
 
@@ -118,10 +118,10 @@ def _ways(asks: _Asks) -> dict[str, Any]:
     for turn in range(TURNS):
         texts = [text for _, text in parts(turn)]
         roles = [str(role.value) for role, _ in parts(turn)]
-        marks = {"separator": SEPARATOR, "roles": roles, "layer": LAYER, "namespace": "separator"}
-        out[f"separator/{turn}"] = asks.generate([SEPARATOR.join(texts)], [marks])[0]
+        annotations = {"separator": SEPARATOR, "roles": roles, "layer": LAYER, "namespace": "separator"}
+        out[f"separator/{turn}"] = asks.generate([SEPARATOR.join(texts)], [annotations])[0]
         found = {"find": True, "layer": LAYER, "namespace": "find"}
-        out[f"find/{turn}"] = asks.generate([{"prompt_token_ids": asks.marked(turn)[0]}], [found])[0]
+        out[f"find/{turn}"] = asks.generate([{"prompt_token_ids": asks.annotated(turn)[0]}], [found])[0]
         senders = ("system", "user", "tool", "tool", "user")
         messages = [{"role": sender, "content": text} for sender, text in zip(senders, texts, strict=True)]
         chat = asks.sampling({"messages": {"updated": [1]}, "layer": LAYER, "namespace": "messages"})
@@ -131,11 +131,11 @@ def _ways(asks: _Asks) -> dict[str, Any]:
 
 
 def _batched(asks: _Asks) -> dict[str, Any]:
-    """Marked and unmarked requests that arrive together, behind a turn that filled the store."""
+    """Annotated and unannotated requests that arrive together, behind a turn that filled the store."""
     asks.segments(0)
-    turns = [asks.marked(t, question) for t in range(TURNS) for question in (0, 1)]
-    marks = [m if i % 3 else None for i, (_, m) in enumerate(turns)]
-    found = asks.generate([{"prompt_token_ids": ids} for ids, _ in turns], marks)
+    turns = [asks.annotated(t, question) for t in range(TURNS) for question in (0, 1)]
+    annotations = [m if i % 3 else None for i, (_, m) in enumerate(turns)]
+    found = asks.generate([{"prompt_token_ids": ids} for ids, _ in turns], annotations)
     return {f"batched/{i}": o for i, o in enumerate(found)}
 
 
@@ -143,8 +143,8 @@ def _preempted(asks: _Asks) -> dict[str, Any]:
     """A request whose blocks are taken from it while it decodes."""
     asks.segments(0)
     engine, done = asks.engine.llm_engine, {}
-    ids, marks = asks.marked(1)
-    for name, given in (("marked", marks), ("plain", None)):
+    ids, annotations = asks.annotated(1)
+    for name, given in (("marked", annotations), ("plain", None)):
         engine.add_request(name, {"prompt_token_ids": ids}, asks.sampling(given, 12))
     for step in range(200):
         if step == 5:
@@ -161,9 +161,9 @@ def _beams(asks: _Asks) -> dict[str, Any]:
     from cacheslide.vllm.offline import beam_search
 
     asks.segments(0)
-    ids, marks = asks.marked(1)
+    ids, annotations = asks.annotated(1)
     params = BeamSearchParams(beam_width=3, max_tokens=4)
-    found = beam_search(asks.engine, [{"prompt_token_ids": ids}], params, [{"cacheslide": marks}])[0]
+    found = beam_search(asks.engine, [{"prompt_token_ids": ids}], params, [{"cacheslide": annotations}])[0]
     return {"beams": {"receipt": found.receipt, "tokens": [list(s.tokens)[len(ids) :] for s in found.sequences]}}
 
 
@@ -180,7 +180,7 @@ def _histories(asks: _Asks) -> dict[str, Any]:
         talk.add(encode(parts(0)[2][1]))
         for turn in range(4):
             notes = encode(NOTES[turn % TURNS] * (1 + turn // 2))
-            ids, marks = talk.prompt(notes, encode(parts(0)[-1][1]), policy=system, layer=LAYER, namespace="h")
-            out[f"history/{system}/{turn}"] = asks.generate([{"prompt_token_ids": ids}], [marks])[0]
+            ids, annotations = talk.prompt(notes, encode(parts(0)[-1][1]), policy=system, layer=LAYER, namespace="h")
+            out[f"history/{system}/{turn}"] = asks.generate([{"prompt_token_ids": ids}], [annotations])[0]
             talk.answered(out[f"history/{system}/{turn}"]["tokens"])
     return out

@@ -17,7 +17,7 @@ SERIES = (
     ("stale", VERMILLION, "o", "-", "RoPE, keys left where they were (stale)"),
     ("delta", BLUE, "s", "--", "RoPE, keys re-rotated (delta)"),
     ("cope", GREEN, "^", "-", "CoPE, live gates"),
-    ("ccpe", PURPLE, "D", ":", "CCPE: CoPE, the slot at its calibrated mass"),
+    ("ccpe", PURPLE, "D", ":", "CCPE: CoPE, the slot at its calibrated offset"),
 )
 PANELS = (
     ("position", "Position only: the segment does not see the prefix"),

@@ -10,7 +10,7 @@ from harness.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, V
 from harness.results.runs import read_json
 
 COPE_FILE = "prompts_cope.json"  # beside the native model's
-VARIANTS = {"cope": ("CoPE, live gates", BLACK, "+"), "ccpe": ("CCPE, the slot at its calibrated mass", BLACK, "x")}
+VARIANTS = {"cope": ("CoPE, live gates", BLACK, "+"), "ccpe": ("CCPE, the slot at its calibrated offset", BLACK, "x")}
 COLOURS, MARKERS = (BLUE, ORANGE, PURPLE, SKY, GREEN, VERMILLION), "o^DXvp"
 
 

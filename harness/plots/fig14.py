@@ -35,20 +35,20 @@ def draw(table: dict[str, Any]) -> Figure:
 
 
 def _map(axes: Axes, table: dict[str, Any], value, title: str, form: str) -> None:
-    shares, taus = table["shares"], table["taus"]
-    found = {(c["share"], c["tau"]): value(c) for c in table["cells"]}
-    grid = np.array([[found.get((s, t), np.nan) for s in shares] for t in taus], dtype=float)
+    ratios, taus = table["recompute_ratios"], table["taus"]
+    found = {(c["recompute_ratio"], c["tau"]): value(c) for c in table["cells"]}
+    grid = np.array([[found.get((s, t), np.nan) for s in ratios] for t in taus], dtype=float)
     axes.pcolormesh(grid, cmap="Blues", vmin=0, edgecolors="white", linewidth=0.8)  # vector, unlike an image
     top = np.nanmax(grid)
     for (y, x), v in np.ndenumerate(grid):
         ink = "white" if v > 0.6 * top else "black"
         axes.text(x + 0.5, y + 0.5, form.format(v), ha="center", va="center", fontsize=8, color=ink)
-    near = np.argmin(np.abs(np.array(shares) - 0.26)), np.argmin(np.abs(np.array(taus) - 0.12))
+    near = np.argmin(np.abs(np.array(ratios) - 0.26)), np.argmin(np.abs(np.array(taus) - 0.12))
     axes.plot(near[0] + 0.5, near[1] + 0.5, "o", ms=30, mfc="none", mec="black", mew=1.2)
     if (grid == top).sum() == 1:
         best = np.unravel_index(np.nanargmax(grid), grid.shape)
         axes.annotate("★", (best[1] + 0.5, best[0] + 0.5), (9, 7), textcoords="offset points", fontsize=9)
-    axes.set_xticks(np.arange(len(shares)) + 0.5, [f"{s:g}" for s in shares])
+    axes.set_xticks(np.arange(len(ratios)) + 0.5, [f"{s:g}" for s in ratios])
     axes.set_yticks(np.arange(len(taus)) + 0.5, [f"{t:g}" for t in taus])
     axes.set(xlabel="top-k (share of the reused tokens)", ylabel="threshold τ", title=title)
     axes.grid(visible=False)

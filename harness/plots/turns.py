@@ -12,7 +12,7 @@ from harness.plots.style import BLACK, BLUE, GREY, VERMILLION, error_bar, look, 
 from harness.results.agents import turns_table
 from harness.results.runs import read_file
 
-KEPT = {"naive_reuse": VERMILLION, "cacheslide_first_turn": BLUE}
+RETAINED = {"naive_reuse": VERMILLION, "cacheslide_first_turn": BLUE}
 
 
 def load(path: str | Path) -> list[dict[str, Any]]:
@@ -32,8 +32,8 @@ def draw(table: list[dict[str, Any]]) -> Figure:
     for axes, agent in zip(grid, agents, strict=True):
         own = [r for r in table if r["agent"] == agent]
         _by_turn(axes[0], [r for r in own if "@" not in r["system"]], agent)
-        _kept(axes[1], own)
-    note = "teacher-forced; right: the system makes the recorded call · k: corrected KV is kept for k generations, then"
+        _retained(axes[1], own)
+    note = "teacher-forced; right: the system makes the recorded call · k: corrected KV is retained k generations, then"
     figure.supxlabel(f"{note} encoded exactly (0: always exact, ∞: never)", fontsize=8, color=GREY, x=0.01, ha="left")
     return figure
 
@@ -65,7 +65,7 @@ def _by_turn(axes: Axes, rows: list[dict[str, Any]], agent: str) -> None:
         axes.text(edge + 1.2 * width, at, style.label, color=style.ink, fontsize=7.5, va="center")
 
 
-def _kept(axes: Axes, rows: list[dict[str, Any]]) -> None:
+def _retained(axes: Axes, rows: list[dict[str, Any]]) -> None:
     late = rows[0]["late_from"]
     axes.set_title(f"From turn {late} on, by what is computed")
     axes.set(ylim=(-0.03, 1.1), ylabel="right calls", xlabel="row-layers of serving and encoding / recompute")
@@ -75,7 +75,7 @@ def _kept(axes: Axes, rows: list[dict[str, Any]]) -> None:
     if not any(r["late"] for r in rows):
         nothing(axes, f"no episode has {late} turns")
         return
-    for system, colour in KEPT.items():
+    for system, colour in RETAINED.items():
         own = sorted((r for r in rows if r["system"].startswith(f"{system}@") and r["late"]), key=lambda r: _limit(r))
         if not own:
             continue

@@ -65,17 +65,21 @@ def _hops(depth: int) -> str:
 
 def _panel(axes: Axes, rows: list[dict[str, Any]], depth: int) -> None:
     found = [(r, d["f1"]) for r in rows for d in r["by_depth"] if d["depth"] == depth]
-    for share, style in LINES.items():
-        line = [(r["compute_fraction"], f1, r["layer"]) for r, f1 in found if _default(r) and r["share"] == share]
+    for recompute_ratio, style in LINES.items():
+        line = [
+            (r["compute_fraction"], f1, r["layer"])
+            for r, f1 in found
+            if _default(r) and r["recompute_ratio"] == recompute_ratio
+        ]
         joined = [p for p in line if p[2] > 0]  # layer 0's keys do not depend on context: no part of the trend
         if joined:
             xs, ys = [x for x, _, _ in joined], [f1["value"] for _, f1, _ in joined]
-            label = f"one selection of {share:.0%} (digit: its layer)"
+            label = f"one selection of {recompute_ratio:.0%} (digit: its layer)"
             axes.plot(xs, ys, style, color=BLUE, marker="o", ms=3.5, lw=1.3, zorder=3, label=label)
         for x, f1, layer in line:
             if not layer:
                 axes.plot(x, f1["value"], "o", color=BLUE, mfc="none", ms=4.5, zorder=3)
-            if share == 0.26:
+            if recompute_ratio == 0.26:
                 error_bar(axes, x, f1["value"], BLUE, up=(f1["low"], f1["high"]))
                 axes.annotate(str(layer), (x, f1["value"]), (2, -9), textcoords="offset points", fontsize=7, color=BLUE)
     for i, (factor, (colour, marker, label)) in enumerate(POINTS.items()):

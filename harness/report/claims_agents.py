@@ -169,21 +169,21 @@ def peak(summary: Summary) -> Finding:
     best = max(cells, key=lambda c: c["qps"]["value"])
     if not best["qps"]["value"]:
         raise NotMeasured("the run's model makes no right call in any cell: there is no peak")
-    near = min(cells, key=lambda c: (abs(c["share"] - 0.26), abs(c["tau"] - 0.12)))
+    near = min(cells, key=lambda c: (abs(c["recompute_ratio"] - 0.26), abs(c["tau"] - 0.12)))
     high = near["qps"]["high"]
     touches = high is not None and high >= best["qps"]["value"]
     verdict = Verdict.REPRODUCED if near is best else Verdict.PARTLY if touches else Verdict.NOT_REPRODUCED
 
     def said(c: dict[str, Any]) -> str:
-        return f"{number(c['qps']['value'])} {interval(c['qps'])} at {c['share']:g} / {c['tau']:g}"
+        return f"{number(c['qps']['value'])} {interval(c['qps'])} at {c['recompute_ratio']:g} / {c['tau']:g}"
 
     return Finding(
         verdict, f"best {said(best)}; near the paper's setting {said(near)}; n = {table['episodes']} episodes"
     )
 
 
-def _kept(rows: list[dict[str, Any]]) -> str:
-    """What KV kept for up to k generations loses and costs, a clause a system."""
+def _retained(rows: list[dict[str, Any]]) -> str:
+    """What KV retained for up to k generations loses and costs, a clause a system."""
     said = ""
     for system in dict.fromkeys(r["system"].split("@")[0] for r in rows):
         mine = [r for r in rows if r["system"].split("@")[0] == system]
@@ -192,12 +192,14 @@ def _kept(rows: list[dict[str, Any]]) -> str:
             f"{percent(r['prefill'] + r['encode'], 0)}"
             for r in mine
         )
-        said += f"; {mine[0]['title'].split(', limit')[0]}, KV kept for k generations: {each} of recompute's row-layers"
+        said += (
+            f"; {mine[0]['title'].split(', limit')[0]}, KV retained for k generations: {each} of recompute's row-layers"
+        )
     return said
 
 
 def by_turn(summary: Summary) -> Finding:
-    """Our question: CacheSlide's loss from turn 12 on, and what re-encoding buys where corrected KV is kept."""
+    """Our question: CacheSlide's loss from turn 12 on, and what re-encoding buys where corrected KV is retained."""
     rows = [r for r in section(summary, "turns") if r["loss_points"]]
     ours = [r for r in rows if r["system"] == OURS]
     if not ours:
@@ -210,7 +212,7 @@ def by_turn(summary: Summary) -> Finding:
         e = row["loss_points"]
         inside = e["high"] is not None and e["high"] <= MOST_POINTS
         grades.append(Grade.FULL if inside else Grade.SOME if e["value"] <= MOST_POINTS else Grade.NONE)
-        kept = [r for r in rows if r["agent"] == row["agent"] and "@" in r["system"]]
+        retained = [r for r in rows if r["agent"] == row["agent"] and "@" in r["system"]]
         said = f"CacheSlide {points(e['value'])} {interval(e, lambda x: number(x, 1))}, {episodes(e)}"
-        parts.append(f"{AGENT_NAMES.get(row['agent'], row['agent'])}: {said}{_kept(kept)}")
+        parts.append(f"{AGENT_NAMES.get(row['agent'], row['agent'])}: {said}{_retained(retained)}")
     return Finding(joined(*grades), "; ".join(parts))

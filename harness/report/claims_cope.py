@@ -21,7 +21,7 @@ def fall(summary: Summary) -> Finding:
             ("position_cope", "by position alone"),
             ("context_cope", "behind a real prefix"),
             ("chain_cope", "in a prompt, from the chain of fixed chunks,"),
-            ("chain_ccpe", "the same with the slot at its calibrated mass"),
+            ("chain_ccpe", "the same with the slot at its calibrated offset"),
             ("chain_delta", "the same for re-rotated RoPE keys"),
         )
         if kind in row

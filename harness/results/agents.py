@@ -201,12 +201,12 @@ def grid_table(file: RecordFile) -> dict[str, Any]:
     cells = []
     calm, few = timed(file.records)
     for system in systems_of(file):
-        share, tau = map(float, system.split("@"))
+        ratio, tau = map(float, system.split("@"))
         right, _ = by_step(file.records, system, lambda s: s["right"])
         steps = [(r["systems"][system][k], r["id"]) for r, some in calm for k in some]
         qps = intervals.ratio_of_sums(
             [s["right"] for s, _ in steps], [s["total_s"] for s, _ in steps], [episode for _, episode in steps]
         )
-        cells.append({"share": share, "tau": tau, "qps": qps, "right": float(np.mean(right))})
-    settings = {k: file.settings.get(k) for k in ("shares", "taus", "every")}
+        cells.append({"recompute_ratio": ratio, "tau": tau, "qps": qps, "right": float(np.mean(right))})
+    settings = {k: file.settings.get(k) for k in ("recompute_ratios", "taus", "every")}
     return {"cells": cells, "episodes": len(file.records), "disturbed": few, **settings}

@@ -98,7 +98,7 @@ def layer_sweep(run: Run) -> dict[str, Any] | None:
         row["worst"] = min(row["f1"].values())
     order = {s: i for i, s in enumerate(run.order(s for s, _ in rows))}
     ordered = sorted(rows.values(), key=lambda r: (order[r["system"]], -1 if r["layer"] is None else r["layer"]))
-    return {key: run.layer.get(key) for key in ("layer", "share", "margin")} | {"rows": ordered}
+    return {key: run.layer.get(key) for key in ("layer", "recompute_ratio", "margin")} | {"rows": ordered}
 
 
 def _spread(values: list[float]) -> dict[str, float]:

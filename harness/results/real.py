@@ -129,7 +129,7 @@ def largest_within(rows: Sequence[Row], begins: str, most: float, setting: str, 
 
 
 def comparisons(records: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
-    """Paired ratios: ours over CacheBlend at its best within 33 % of compute, over nothing recomputed; RPDC over PIC."""
+    """Paired ratios: ours over CacheBlend at its best within 33 % of compute, over nothing; RPDC over PIC."""
     out = []
     for setting, dataset in sorted({(r["key"][0], r["key"][1]) for r in rows}):
         ours = largest_within(rows, OURS, 0.33, setting, dataset)

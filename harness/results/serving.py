@@ -99,7 +99,7 @@ def plugin_overhead(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     if few := too_few(quiet):
         return out | {"disturbed": few}
     for what in ("ttft", "decode"):
-        pairs = [pick(found["runs"][engine][what], quiet) for engine in ("plugin", "stock")]
+        pairs = [pick(found["runs"][engine][what], quiet) for engine in ("plugin", "vanilla")]
         ratio = as_json(ratio_of_medians(*pairs))
         scaled = {k: 100 * (ratio[k] - 1) if ratio[k] is not None else None for k in ("value", "low", "high")}
         out[what] = ratio | scaled

@@ -81,17 +81,20 @@ def _with_fitting(run: Run) -> dict[str, BySystem]:
     """
     out: dict[str, BySystem] = {}
     for dataset, files in run.equal_share.items():
-        share = next((f.settings["share"] for f in files.values() if f.settings.get("share") is not None), None)
+        recompute_ratio = next(
+            (f.settings["recompute_ratio"] for f in files.values() if f.settings.get("recompute_ratio") is not None),
+            None,
+        )
         others = {s: f for s, f in run.accuracy.get(dataset, {}).items() if s not in files}
-        out[dataset] = files | {s: f for s, f in others.items() if s == REFERENCE or _recomputes(f, share)}
+        out[dataset] = files | {s: f for s, f in others.items() if s == REFERENCE or _recomputes(f, recompute_ratio)}
     return out
 
 
-def _recomputes(file: RecordFile, share: float | None) -> bool:
-    if share is None or not file.records:
+def _recomputes(file: RecordFile, recompute_ratio: float | None) -> bool:
+    if recompute_ratio is None or not file.records:
         return False
     found = receipt_totals([r["receipt"] for r in file.records])["recomputed_share"]
-    return found is not None and abs(found - share) <= SHARE_TOLERANCE
+    return found is not None and abs(found - recompute_ratio) <= SHARE_TOLERANCE
 
 
 def accuracy_ratios(run: Run) -> list[dict[str, Any]]:
@@ -119,7 +122,9 @@ def _reference(run: Run, stage: str, dataset: str) -> RecordFile | None:
 
 def _settings(files: Mapping[str, RecordFile]) -> dict[str, Any]:
     settings = [f.settings for f in files.values()]
-    return {key: next((s[key] for s in settings if s.get(key) is not None), None) for key in ("layer", "share")}
+    return {
+        key: next((s[key] for s in settings if s.get(key) is not None), None) for key in ("layer", "recompute_ratio")
+    }
 
 
 def _counts(answers: Answers) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from harness.robustness.marks import Marks
+from harness.robustness.annotations import Annotations
 
 PROCESSES = 2
 ROWS, LIMIT, LAYERS = 160, 256, 8
@@ -56,7 +56,7 @@ class Trial:
         from cacheslide.vllm.options import ServerOptions
         from cacheslide.vllm.scheduler.planner import Planner
 
-        self.make = Marks(seed, ROWS, ([7], "|", "##", "[7]"))
+        self.make = Annotations(seed, ROWS, ([7], "|", "##", "[7]"))
         random = self.make.random
         self.ids = [random.randrange(8, 1200) for _ in range(ROWS)]
         self.ids[50] = self.ids[110] = 7
@@ -107,11 +107,11 @@ class Trial:
     def _prompt(self, params: Any) -> tuple[dict[str, Any], list[int]]:
         from cacheslide.vllm.frontend.admission import CHAT
 
-        marks = params.get("cacheslide")
-        if isinstance(marks, dict) and "messages" in marks:
+        annotations = params.get("cacheslide")
+        if isinstance(annotations, dict) and "messages" in annotations:
             _, rendered = self.renderer.render_messages(_CHAT, None)
             return rendered | {CHAT: (_CHAT, Template())}, rendered["prompt_token_ids"]
-        if isinstance(marks, dict) and isinstance(marks.get("separator"), str):
+        if isinstance(annotations, dict) and isinstance(annotations.get("separator"), str):
             ids = self.renderer.encode(self.text)
             return {"prompt": self.text, "prompt_token_ids": ids}, ids
         return {"prompt_token_ids": self.ids}, self.ids
@@ -132,14 +132,14 @@ class Trial:
             )
         )
         self.counts["planned"] += 1
-        marks = asked.get("cacheslide")
-        if isinstance(marks, dict) and "family" in marks:
+        annotations = asked.get("cacheslide")
+        if isinstance(annotations, dict) and "family" in annotations:
             return "wrong_plans: a family was let in"
         if tracked is None or tracked.plan is None:
             return ""
         if tracked.plan.prompt.token_ids != tuple(ids) or tracked.rows != len(ids) or len(ids) >= LIMIT:
             return f"wrong_plans: {tracked.rows} rows for a prompt of {len(ids)}"
-        owner = (marks.get("namespace", ""), salt or "")
+        owner = (annotations.get("namespace", ""), salt or "")
         for key in tracked.plan.keys:
             if len(self.owners) < 200_000 and self.owners.setdefault(key, owner) != owner:
                 return f"wrong_plans: {owner} has a chunk of {self.owners[key]}"

@@ -1,7 +1,7 @@
 """Two ranks, one of which faults: `python -m harness.robustness.faulty_ranks` prints what each seam did, a JSON list.
 
-The answers are compared with those of the same engine without marks. What hangs does not end: whoever runs this sets a
-limit.
+The answers are compared with those of the same engine without annotations. What hangs does not end: whoever runs this
+sets a limit.
 """
 
 import json
@@ -62,7 +62,7 @@ def outcomes(rank: int, names: list[str]) -> list[dict[str, Any]]:
     """Every seam (those of `names`, if any) raised on `rank` of two, once with empty stores and once with full ones."""
     options = {"chunk_size": CHUNK, "encode": "now", "store_gib": 0.25}
     engine = open_engine(MODEL, options, tensor_parallel_size=2, **engine_settings())
-    truth = [_ask(engine, turn, marks=False) for turn in (0, 1)]
+    truth = [_ask(engine, turn, annotations=False) for turn in (0, 1)]
     found = [_outcome(engine, truth, rank, *seam) for seam in SEAMS if not names or seam[0] in names]
     close_engine(engine)
     return found
@@ -83,7 +83,7 @@ def _outcome(engine: LLM, truth: list[dict], rank: int, seam: str, mode: str, sk
     return {"seam": seam, "mode": mode, "skip": skip, "wrong": wrong, "faults": faults, "reused": reused}
 
 
-def _ask(engine: LLM, turn: int, marks: bool = True) -> dict[str, tuple[Any, dict | None]]:
+def _ask(engine: LLM, turn: int, annotations: bool = True) -> dict[str, tuple[Any, dict | None]]:
     assert engine.reset_prefix_cache()
     asked = cases(engine.get_tokenizer(), turn)
     params = [
@@ -93,7 +93,7 @@ def _ask(engine: LLM, turn: int, marks: bool = True) -> dict[str, tuple[Any, dic
             logprobs=1,
             detokenize=False,
             ignore_eos=True,
-            extra_args={"kv_transfer_params": {FIELD: c.marks}} if c.marks and marks else None,
+            extra_args={"kv_transfer_params": {FIELD: c.annotations}} if c.annotations and annotations else None,
         )
         for c in asked
     ]

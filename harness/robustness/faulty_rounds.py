@@ -1,7 +1,7 @@
 """Turns of an agent in an engine that faults, beside other requests, held against plain vLLM.
 
-Every marked request asks for settings whose answers are exact (all reused rows recomputed, or an unchanged prompt), so
-that whatever a fault costs, tokens and log-probabilities must be those of an engine without the connector.
+Every annotated request asks for settings whose answers are exact (all reused rows recomputed, or an unchanged prompt),
+so that whatever a fault costs, tokens and log-probabilities must be those of an engine without the connector.
 """
 
 import time
@@ -33,11 +33,11 @@ Said = tuple[list[int], list[float]]
 
 @dataclass(frozen=True)
 class Case:
-    """One request: its name, token ids, and marks if it has any."""
+    """One request: its name, token ids, and annotations if it has any."""
 
     name: str
     ids: list[int]
-    marks: dict[str, Any] | None = None
+    annotations: dict[str, Any] | None = None
 
 
 @dataclass
@@ -159,7 +159,7 @@ class Rounds:
             said, receipt = found[case.name]
             if not alike(said, self.truth[turn][case.name]):
                 out.wrong.append(f"turn {turn} {case.name}: {said[0]} for {self.truth[turn][case.name][0]}")
-            if case.marks is not None:
+            if case.annotations is not None:
                 hits[case.name] = (receipt or {}).get("chunks_hit", 0)
                 out.fallbacks += (receipt or {}).get("fallback", "").startswith(FAULT)
         if healed and not all(hits.values()):
@@ -184,7 +184,7 @@ class Rounds:
 
     def _to_files(self) -> None:
         """Chunks leave memory: the next turn finds them in files, and has room for half of them."""
-        self.worker.below.flush()
+        self.worker.storage_tier.flush()
         self._idle()
         self.scheduler.index.capacity = self.scheduler.index.nbytes // 2
         self.worker.store.clear()
@@ -201,15 +201,15 @@ class Rounds:
     def _rest(self, out: Outcome) -> None:
         """After the requests nothing of them is left, and the index names what the worker holds."""
         self._idle()
-        self.scheduler.keeper.unsettled = True
+        self.scheduler.retention.unsettled = True
         until = time.monotonic() + LIMIT_S
         ask(self.engine, [Case("last", [5, 6, 7])])
-        while self.scheduler.cold.coming and time.monotonic() < until:
+        while self.scheduler.storage_tier.coming and time.monotonic() < until:
             ask(self.engine, [Case("last", [5, 6, 7])])
         side, store = self.scheduler, self.worker.store
         left = {
             "tracked": side.tracked, "running": side.running, "prefilling": side.prefilling, "box": side.box,
-            "claims": side.claims.blocks, "coming": side.cold.coming, "unsure": self.worker.unsure,
+            "claims": side.claims.blocks, "coming": side.storage_tier.coming, "unsure": self.worker.unsure,
         }  # fmt: skip
         out.wrong += [f"left over: {name}: {list(what)}" for name, what in left.items() if what]
         names = {key for key in side.index.keys() if key in side.index}  # noqa: SIM118
@@ -226,7 +226,7 @@ def ask(engine: LLM, asked: Sequence[Case], preempt: bool = False) -> list[tuple
     """vLLM's outputs by case, of requests that arrive together; those that do not end in time are missing."""
     names, outputs, steps = {}, [], 0
     for case in asked:
-        extra = None if case.marks is None else {"kv_transfer_params": {FIELD: case.marks}}
+        extra = None if case.annotations is None else {"kv_transfer_params": {FIELD: case.annotations}}
         params = SamplingParams(
             max_tokens=TOKENS, temperature=0, logprobs=1, detokenize=False, ignore_eos=True, extra_args=extra
         )
@@ -255,9 +255,9 @@ def alike(got: Said, want: Said) -> bool:
 
 def searched(engine: LLM, case: Case) -> list[list[int]]:
     """The sequences of a beam search over a case's prompt."""
-    marks = None if case.marks is None else {FIELD: case.marks}
+    annotations = None if case.annotations is None else {FIELD: case.annotations}
     params = BeamSearchParams(beam_width=BEAMS, max_tokens=3, ignore_eos=True)
-    [found] = beam_search(engine, [{"prompt_token_ids": list(case.ids)}], params, [marks], use_tqdm=False)
+    [found] = beam_search(engine, [{"prompt_token_ids": list(case.ids)}], params, [annotations], use_tqdm=False)
     return [list(s.tokens) for s in found.sequences]
 
 

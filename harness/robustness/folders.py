@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from cacheslide.errors import StoreError
-from cacheslide.store.backing import Backing, TieredStats
 from cacheslide.store.filetier import OPEN_S, FileOptions, FileTier
+from cacheslide.store.persistent import PersistentTiers, TieredStats
 from cacheslide.store.record import chunk_of
 from cacheslide.store.shape import Wanted
 from harness.robustness.folder_changes import (
@@ -119,11 +119,11 @@ def use(root: Path, counts: Counter) -> None:
         took = time.monotonic() - begun
         counts["slow_openings"] += took > OPEN_S
         counts["slowest_opening_ms"] = max(counts["slowest_opening_ms"], int(1000 * took))
-    backing = Backing(tier, None, TieredStats())
+    persistent = PersistentTiers(tier, None, TieredStats())
     for i in range(CHUNKS):
         begun = time.monotonic()
-        backing.where(made_name(i))
-        found = backing.read(made_name(i), accept=WANTED)
+        persistent.where(made_name(i))
+        found = persistent.read(made_name(i), accept=WANTED)
         took = time.monotonic() - begun
         counts["slow_look_ups"] += took > LOOK_S
         counts["slowest_look_up_ms"] = max(counts["slowest_look_up_ms"], int(1000 * took))
@@ -134,8 +134,8 @@ def use(root: Path, counts: Counter) -> None:
         got, want = chunk_of(found[0], found[1]), WANT[i]
         same = torch.equal(got.k, want.k) and torch.equal(got.v, want.v)
         counts["wrong_pages"] += not (same and torch.equal(got.positions, want.positions))
-    backing.write(RECORDS[:1])
-    counts["tiers_closed"] += backing.file_breaker.open and backing.file_breaker.failures > 3
+    persistent.write(RECORDS[:1])
+    counts["tiers_closed"] += persistent.file_breaker.open and persistent.file_breaker.failures > 3
 
 
 def trial(number: int, seed: int, folder: Path, files: dict[str, bytes], counts: Counter) -> str:

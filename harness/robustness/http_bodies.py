@@ -1,8 +1,8 @@
-"""Hostile bodies over HTTP, on every endpoint that takes marks, beside neighbours whose answers are known.
+"""Hostile bodies over HTTP, on every endpoint that takes annotations, beside neighbours whose answers are known.
 
 A server of the shipped model runs as a process of its own. Counted as faults: answers of 500 and above, none at all, or
 a stream that begins and then says what was wrong (`non_400`); an engine that is not there any more (`engine_deaths`);
-and a neighbour, marked or not, whose answer is not the one that its tokens get alone (`wrong_answers`).
+and a neighbour, annotated or not, whose answer is not the one that its tokens get alone (`wrong_answers`).
 """
 
 import json
@@ -20,7 +20,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
-from harness.robustness.marks import Marks
+from harness.robustness.annotations import Annotations
 
 MODEL, CLIENTS, ROWS, EXAMPLES = "models/tiny-llama-12m", 4, 96, 8
 START, SHORTEST, PATIENCE = 600, 30, 120  # seconds: for the start, of attack at least, for an answer
@@ -65,7 +65,7 @@ class Attack:
     """What one client sends."""
 
     def __init__(self, seed: int) -> None:
-        self.make, self.random = Marks(seed, ROWS, ([7], "|", "##", True)), random.Random(seed + 1)
+        self.make, self.random = Annotations(seed, ROWS, ([7], "|", "##", True)), random.Random(seed + 1)
 
     def body(self) -> tuple[str, bytes]:
         """The next path and body."""
@@ -80,7 +80,7 @@ class Attack:
             }
         elif r.random() < 0.2:
             body["stream"] = True
-        body |= self._marked()
+        body |= self._annotated()
         raw = json.dumps(body).encode()
         return path, self._damaged(raw) if r.random() < 0.08 else raw
 
@@ -99,7 +99,7 @@ class Attack:
             ("/tokenize", {"prompt": _TEXT}),
         ]
 
-    def _marked(self) -> dict[str, Any]:
+    def _annotated(self) -> dict[str, Any]:
         kind, params = self.random.random(), self.make.params()
         if kind < 0.9:
             return {"kv_transfer_params": params}
@@ -120,7 +120,7 @@ class Attack:
 
 
 class Neighbours:
-    """Well-formed requests whose answers are known: unmarked, and marked so that the answer is the exact one."""
+    """Well-formed requests whose answers are known: unannotated, and annotated so that the answer is the exact one."""
 
     def __init__(self, client: Client) -> None:
         self.client, self.asked, self.wrong = client, 0, []
@@ -128,20 +128,20 @@ class Neighbours:
         self.known = [self._ask(prompt, None) for prompt in self.prompts]
         spans = {"segments": [[8, 72]]}
         exact = {"recompute_ratio": 1.0, "layer": 0}
-        self.marks = (None, spans | {"policy": "recompute"}, spans | exact, {"find": False})
+        self.annotations = (None, spans | {"policy": "recompute"}, spans | exact, {"find": False})
 
     def ask(self) -> None:
-        """Every prompt with every kind of marks."""
+        """Every prompt with every kind of annotations."""
         for k, prompt in enumerate(self.prompts):
-            for marks in self.marks:
-                said = self._ask(prompt, marks)
+            for annotations in self.annotations:
+                said = self._ask(prompt, annotations)
                 self.asked += 1
                 if said != self.known[k]:
-                    self.wrong.append(f"{marks} got {said!r}, not {self.known[k]!r}")
+                    self.wrong.append(f"{annotations} got {said!r}, not {self.known[k]!r}")
 
-    def _ask(self, prompt: list[int], marks: Any) -> Any:
+    def _ask(self, prompt: list[int], annotations: Any) -> Any:
         body = {"model": "tiny", "prompt": prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
-        body |= {} if marks is None else {"kv_transfer_params": {"cacheslide": marks}}
+        body |= {} if annotations is None else {"kv_transfer_params": {"cacheslide": annotations}}
         status, answer = self.client.send("/v1/completions", json.dumps(body).encode())
         return json.loads(answer)["choices"][0]["text"] if status == 200 else status
 

@@ -7,7 +7,7 @@ ROWS = {
     "separator_too_long": "text cut at a separator has more tokens than max_model_len",
     "family": "a client sends the field that joins the requests of a beam search",
     "multi_connector": "the connector runs as a child of another connector",
-    "malformed_marks": "a body with malformed marks",
+    "malformed_marks": "a body with malformed annotations",
     "echo_separator": "echo and logprobs of a prompt whose separators were taken out",
     "forged_record": "a stored record with a right checksum and another layout, dtype or length",
     "lying_store": "a server or a folder that answers nonsense to a look-up",

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from cacheslide.store.backing import Backing, TieredStats
 from cacheslide.store.files import Files
 from cacheslide.store.filetier import FileOptions, FileTier
+from cacheslide.store.persistent import PersistentTiers, TieredStats
 from cacheslide.store.record import Encoded, chunk_of
 from harness.experiments.slide.faults import DiesWriting
 from harness.robustness.folder_changes import PAGE_TOKENS, made_chunk, made_name
@@ -58,9 +58,9 @@ def _wait(said: Path, count: int, process) -> None:
 
 def look(root: Path, numbers: list[int]) -> tuple[int, int]:
     """Records of `numbers` that are missing, and that are not what was written."""
-    backing, lost, wrong = Backing(FileTier(_options(root)), None, TieredStats()), 0, 0
+    persistent, lost, wrong = PersistentTiers(FileTier(_options(root)), None, TieredStats()), 0, 0
     for number in numbers:
-        found = backing.read(made_name(number), accept=WANTED)
+        found = persistent.read(made_name(number), accept=WANTED)
         if isinstance(found, str):
             lost += 1
             continue

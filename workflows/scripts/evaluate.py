@@ -6,5 +6,7 @@ from harness.step import step
 s = snakemake
 with step(s.log[0], s.rule):
     layer = selected_layer(s.input.layer)
-    share = s.params.get("share")
-    step_accuracy(s.params.config, s.input.data, s.input.get("chunks"), layer, list(s.output), s.threads, share)
+    recompute_ratio = s.params.get("recompute_ratio")
+    step_accuracy(
+        s.params.config, s.input.data, s.input.get("chunks"), layer, list(s.output), s.threads, recompute_ratio
+    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cacheslide.kernels.cope import reference as cope_reference
-from cacheslide.positions.ccpe import SlotMasses
+from cacheslide.positions.ccpe import SlotOffsets
 
 
 def cope_attention(
@@ -21,7 +21,7 @@ def cope_attention(
     scale: float | None = None,
     out: Tensor | None = None,
     max_row: int | None = None,
-    slots: SlotMasses | None = None,
+    slots: SlotOffsets | None = None,
 ) -> Tensor:
     """Causal CoPE attention of scattered query rows of several requests over their paged KV.
 
@@ -31,8 +31,8 @@ def cope_attention(
         As in `cacheslide.kernels.api.row_attention`; keys are not rotated.
     embedding : Tensor [p_max, head_dim], of q's dtype
         The layer's position embeddings, shared by its heads; p_max at least 2.
-    slots : SlotMasses, optional
-        Updated slots that queries of fixed chunks cross by their canonical mass (CCPE).
+    slots : SlotOffsets, optional
+        Updated slots that queries of fixed chunks cross by their canonical offset (CCPE).
 
     Returns
     -------
@@ -43,9 +43,9 @@ def cope_attention(
     Nothing of the size (queries × keys) is ever held; scratch on CUDA is 4 * p_max bytes a query and head.
     """
     _check(q, kv, embedding, scale, out)
-    if slots is not None and (slots.masses.shape[1] != q.shape[1] or len(slots.canonical) != len(q)):
+    if slots is not None and (slots.offsets.shape[1] != q.shape[1] or len(slots.canonical) != len(q)):
         raise ValueError(
-            f"slot masses {tuple(slots.masses.shape)} or canonical rows do not fit queries {tuple(q.shape)}"
+            f"slot offsets {tuple(slots.offsets.shape)} or canonical rows do not fit queries {tuple(q.shape)}"
         )
     if not q.is_cuda:
         return cope_reference.cope_attention(q, rows, cu_rows, block_table, kv, embedding, scale, out, slots)

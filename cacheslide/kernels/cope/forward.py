@@ -16,7 +16,7 @@ from cacheslide.kernels.cope.tiles import NEVER, block_ids, fetch, gated_tile, k
 @triton.jit(do_not_specialize=["requests", "table_row"])
 def _cope_attention(
     q, rows, cu_rows, table, k, v, embedding, entries, out, lse,
-    slot_bounds, cu_slots, masses, canonical, requests, heads, scale,
+    slot_bounds, cu_slots, slot_offsets, canonical, requests, heads, scale,
     q_row, q_head, out_row, out_head, lse_row, table_row, kv_block, kv_head, kv_slot, e_row,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr,
     P_MAX: tl.constexpr, PAD_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RUN: tl.constexpr,
@@ -89,7 +89,7 @@ def _cope_attention(
     run = 2
     done = False
     if SLOTS:
-        crosses = tl.load(canonical + row) != 0
+        by_offset = tl.load(canonical + row) != 0
         slot_begin = tl.load(cu_slots + request)
         slot = tl.load(cu_slots + request + 1) - 1
         ahead = slot >= slot_begin
@@ -109,13 +109,13 @@ def _cope_attention(
             at_slot = tl.maximum(slot, 0)
             slot_first = tl.where(known, tl.load(slot_bounds + 2 * at_slot), 0)
             slot_end = tl.where(known, tl.load(slot_bounds + 2 * at_slot + 1), 0)
-            mass = tl.load(masses + at_slot * heads + head)
+            jump = tl.load(slot_offsets + at_slot * heads + head)
             entry = fetch(entered, lane, ASM)
             inside = inside | (stop <= slot_end)
-            crossing = crosses & (q_rows >= slot_end)
+            passed = by_offset & (q_rows >= slot_end)
             edge = tl.where(inside, slot_first, slot_end)
             if CAPPED:
-                ceiling = tl.where(inside & crossing, tl.minimum(entry + mass, LAST), LAST)
+                ceiling = tl.where(inside & passed, tl.minimum(entry + jump, LAST), LAST)
         if (stop > free) | (stop % BLOCK_N != 0) | (stop - edge < BLOCK_N):
             first = (stop - 1) // BLOCK_N * BLOCK_N
             low = tl.maximum(first, edge)
@@ -143,7 +143,7 @@ def _cope_attention(
             stop -= count * BLOCK_N
         if SLOTS:
             leaves = inside & (stop == slot_first)
-            carry = tl.where(leaves & crossing, entry + mass, carry)
+            carry = tl.where(leaves & passed, entry + jump, carry)
             base = tl.where(leaves, NEVER, base)  # sums may have fallen
             slot = tl.where(leaves, slot - 1, slot)
             inside = inside & (not leaves)

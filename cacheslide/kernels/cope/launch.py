@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cacheslide.kernels.cope.forward import _cope_attention
 from cacheslide.kernels.row_attention.launch import Work
-from cacheslide.positions.ccpe import SlotMasses
+from cacheslide.positions.ccpe import SlotOffsets
 
 _GATE = {torch.float32: tl.float32, torch.bfloat16: tl.float16, torch.float16: tl.float16}
 _ASM = os.environ.get("TRITON_INTERPRET") != "1"  # the interpreter knows no assembly
@@ -84,7 +84,7 @@ def cope_attention(
     scale: float | None = None,
     out: Tensor | None = None,
     max_row: int | None = None,
-    slots: SlotMasses | None = None,
+    slots: SlotOffsets | None = None,
     lse: Tensor | None = None,
     tiling: CopeTiling | None = None,
 ) -> Tensor:
@@ -104,7 +104,7 @@ def cope_attention(
     p_max = embedding.shape[0]
     padded_p = max(16, triton.next_power_of_2(p_max))
     entries = torch.empty(grid[0] * grid[1], padded_p + 2, tiling.lanes, dtype=torch.float32, device=q.device)
-    given = (out,) * 4 if slots is None else (slots.bounds, slots.cu_slots, slots.masses, slots.canonical)
+    given = (out,) * 4 if slots is None else (slots.bounds, slots.cu_slots, slots.offsets, slots.canonical)
     scale = (dim**-0.5 if scale is None else scale) * math.log2(math.e)
     _cope_attention[grid](
         q, rows, cu_rows, blocks.table, blocks.k, blocks.v, embedding, entries, out, out if lse is None else lse,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cacheslide.kernels.row_attention.reference import paged_rows
 from cacheslide.positions import cope
-from cacheslide.positions.ccpe import SlotMasses
+from cacheslide.positions.ccpe import SlotOffsets
 
 
 def cope_attention(
@@ -19,7 +19,7 @@ def cope_attention(
     embedding: Tensor,
     scale: float | None = None,
     out: Tensor | None = None,
-    slots: SlotMasses | None = None,
+    slots: SlotOffsets | None = None,
 ) -> Tensor:
     """See `cacheslide.kernels.cope.api.cope_attention`."""
     out = torch.empty_like(q) if out is None else out

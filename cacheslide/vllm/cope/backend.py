@@ -26,8 +26,8 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from cacheslide.errors import ConfigError, ModelError
 from cacheslide.kernels.cope.api import cope_attention, cope_decode
-from cacheslide.positions.ccpe import SlotMasses
-from cacheslide.vllm.cope.slots import Crossing
+from cacheslide.positions.ccpe import SlotOffsets
+from cacheslide.vllm.cope.slots import LayerOffsets
 
 
 @dataclass
@@ -47,14 +47,14 @@ class CopeMetadata(AttentionMetadata):
     rows: Tensor | None = None
     bounds: Tensor | None = None
     block_table: Tensor | None = None
-    slots: list[SlotMasses] | None = None  # of the layers
+    slots: list[SlotOffsets] | None = None  # of the layers
     looked: bool = False  # for slots
 
-    def slots_of(self, layer: int, crossing: Crossing, block_size: int) -> SlotMasses | None:
-        """The slots that rows behind the decoding ones cross by their calibrated mass."""
+    def slots_of(self, layer: int, offsets: LayerOffsets, block_size: int) -> SlotOffsets | None:
+        """The slots that rows behind the decoding ones cross by their calibrated offset."""
         if not self.looked:  # made in the forward: the connector speaks between build and forward
             self.looked = True
-            self.slots = crossing.of_batch(self.rows, self.bounds, self.block_table, block_size)
+            self.slots = offsets.of_batch(self.rows, self.bounds, self.block_table, block_size)
         return None if self.slots is None else self.slots[layer]
 
 
@@ -67,7 +67,7 @@ class CopeMetadataBuilder(AttentionMetadataBuilder[CopeMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
         context = vllm_config.compilation_config.static_forward_context
-        self.crosses = context[layer_names[0]].cope_crossing.known > 0
+        self.has_offsets = context[layer_names[0]].cope_offsets.known > 0
         sizes = (
             vllm_config.scheduler_config.max_num_seqs,
             *(vllm_config.compilation_config.cudagraph_capture_sizes or ()),
@@ -81,7 +81,7 @@ class CopeMetadataBuilder(AttentionMetadataBuilder[CopeMetadata]):
         batch = common_attn_metadata
         tokens = batch.num_actual_tokens
         # A prompt's last row alone in a step may be a fixed chunk's, which crosses slots: no row to decode.
-        short = self.crosses and batch.is_prefilling is not None and bool(batch.is_prefilling.any())
+        short = self.has_offsets and batch.is_prefilling is not None and bool(batch.is_prefilling.any())
         decodes, _, decoding, _ = split_decodes_and_prefills(batch, treat_short_extends_as_decodes=not short)
         if decoding != decodes:
             raise RuntimeError(f"{decodes} decoding requests have {decoding} rows")
@@ -111,7 +111,7 @@ class CopeMetadataBuilder(AttentionMetadataBuilder[CopeMetadata]):
 class CopeImpl(AttentionImpl[CopeMetadata]):
     """Attention of one layer: its number is `cope_layer`, its position table [p_max, head_dim] `cope_positions`.
 
-    `cope_crossing`, shared by all layers, says which rows of a batch cross updated slots by their calibrated mass.
+    `cope_offsets`, shared by all layers, says which rows of a batch cross updated slots by their calibrated offset.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class CopeImpl(AttentionImpl[CopeMetadata]):
                 batch.max_row,
             )  # fmt: skip
         if some < tokens:
-            slots = batch.slots_of(layer.cope_layer, layer.cope_crossing, kv_cache.shape[2])
+            slots = batch.slots_of(layer.cope_layer, layer.cope_offsets, kv_cache.shape[2])
             cope_attention(
                 query[some:tokens], batch.rows, batch.bounds, batch.block_table, kv_cache, positions, self.scale,
                 output[some:tokens], batch.max_row, slots,

@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from cacheslide.errors import ConfigError, ModelError
 from cacheslide.vllm.cope.backend import CopeBackend
 from cacheslide.vllm.cope.setting import setup_of
-from cacheslide.vllm.cope.slots import Crossing
+from cacheslide.vllm.cope.slots import LayerOffsets
 from cacheslide.vllm.geometry import fingerprint_of
 from cacheslide.vllm.support import check_cope
 
@@ -67,12 +67,14 @@ class CacheSlideCopeForCausalLM(LlamaForCausalLM):
         model = vllm_config.model_config
         check_cope(vllm_config)
         setup = setup_of(model.hf_config)
-        if setup.masses is not None and current_platform.is_cuda() and not vllm_config.use_v2_model_runner:
+        if setup.slot_offsets is not None and current_platform.is_cuda() and not vllm_config.use_v2_model_runner:
             # Its graphs of decoding batches take a prompt's last row for a decoded one, which crosses no slot.
-            raise ConfigError("calibrated slot masses need vLLM's second model runner on a GPU: start with --cope-live")
+            raise ConfigError(
+                "calibrated slot offsets need vLLM's second model runner on a GPU: start with --cope-live"
+            )
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=CopeDecoderLayer)
         self.setup, self.source = setup, (model.model, model.revision)
-        dtype, crossing = torch.get_default_dtype(), self._crossing()
+        dtype, offsets = torch.get_default_dtype(), self._layer_offsets()
         for i, layer in enumerate(self.model.layers):
             table = setup.adapter.positions(i)
             if table.shape[1] != layer.self_attn.head_dim:
@@ -80,19 +82,19 @@ class CacheSlideCopeForCausalLM(LlamaForCausalLM):
             device = layer.input_layernorm.weight.device
             attention = layer.self_attn.attn
             attention.register_buffer("cope_positions", table.to(device, dtype), persistent=False)
-            attention.cope_layer, attention.cope_crossing = i, crossing
+            attention.cope_layer, attention.cope_offsets = i, offsets
 
-    def _crossing(self) -> Crossing:
+    def _layer_offsets(self) -> LayerOffsets:
         """Γ of this rank's heads."""
-        attention, masses = self.model.layers[0].self_attn, self.setup.masses
-        if masses is None:
-            return Crossing()
-        if (masses.shape[0], masses.shape[2]) != (len(self.model.layers), attention.total_num_heads):
-            raise ModelError(f"slot masses {tuple(masses.shape)} do not fit the model's layers and heads")
+        attention, offsets = self.model.layers[0].self_attn, self.setup.slot_offsets
+        if offsets is None:
+            return LayerOffsets()
+        if (offsets.shape[0], offsets.shape[2]) != (len(self.model.layers), attention.total_num_heads):
+            raise ModelError(f"slot offsets {tuple(offsets.shape)} do not fit the model's layers and heads")
         first = get_tensor_model_parallel_rank() * attention.num_heads
-        mine = masses[:, :, first : first + attention.num_heads]
+        mine = offsets[:, :, first : first + attention.num_heads]
         device = self.model.layers[0].input_layernorm.weight.device
-        return Crossing(mine.to(device, torch.float32).contiguous(), self.setup.cap)
+        return LayerOffsets(mine.to(device, torch.float32).contiguous(), self.setup.cap)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """The base's weights, LoRA added; ModelError unless they are those that the adapter was trained on."""

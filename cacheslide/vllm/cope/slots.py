@@ -1,6 +1,6 @@
-"""CCPE in vLLM's own forward: which rows of a batch cross which updated slots by their calibrated mass.
+"""CCPE in vLLM's own forward: which rows of a batch cross which updated slots by their calibrated offset.
 
-The connector knows the slots of marked requests, the attention backend sees a batch without names. They meet in the
+The connector knows the slots of annotated requests, the attention backend sees a batch without names. They meet in the
 blocks: the block that takes a request's first row of a step is written by that request alone.
 """
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from cacheslide.core.tensors import send
-from cacheslide.positions.ccpe import PromptSlots, SlotMasses
+from cacheslide.positions.ccpe import PromptSlots, SlotOffsets
 
 _NOWHERE = 2**31 - 1  # a slot that lies behind every row
 
 
 @dataclass(frozen=True)
 class SlotRows:
-    """A marked request in the coming step: vLLM computes its rows [first, end), `block_ids` are the scheduler's."""
+    """An annotated request in the coming step: vLLM computes its rows [first, end), `block_ids` are the scheduler's."""
 
     block_ids: tuple[int, ...]
     first: int
@@ -26,20 +26,20 @@ class SlotRows:
     slots: PromptSlots
 
 
-class Crossing:
+class LayerOffsets:
     """Γ of this rank's heads, shared by a model's layers, and what the connector says about the coming step.
 
     Parameters
     ----------
-    masses : Tensor [layers, slots, heads], float32, optional
+    offsets : Tensor [layers, slots, heads], float32, optional
         On the model's device; without it all gates are live.
     cap : bool
-        See `SlotMasses`.
+        See `SlotOffsets`.
     """
 
-    def __init__(self, masses: Tensor | None = None, cap: bool = False) -> None:
-        self.masses, self.cap = masses, cap
-        self.known = 0 if masses is None else masses.shape[1]
+    def __init__(self, offsets: Tensor | None = None, cap: bool = False) -> None:
+        self.offsets, self.cap = offsets, cap
+        self.known = 0 if offsets is None else offsets.shape[1]
         self.fault: Exception | None = None  # why rows of this step crossed slots by live gates
         self._step: Sequence[SlotRows] = ()
         self._manager_block = 1
@@ -48,7 +48,7 @@ class Crossing:
         """The requests of the coming step that have slots; none once it is over."""
         self._step, self._manager_block = step, manager_block
 
-    def of_batch(self, rows: Tensor, bounds: Tensor, table: Tensor, block_size: int) -> list[SlotMasses] | None:
+    def of_batch(self, rows: Tensor, bounds: Tensor, table: Tensor, block_size: int) -> list[SlotOffsets] | None:
         """Slots of a batch for every layer, None where all gates are live. Never waits for the device.
 
         A batch whose slots cannot be said takes live gates, and `fault` holds why: nothing is raised into a forward.
@@ -70,7 +70,7 @@ class Crossing:
             self.fault = error
             return None
 
-    def _of_batch(self, rows: Tensor, bounds: Tensor, table: Tensor, block_size: int) -> list[SlotMasses]:
+    def _of_batch(self, rows: Tensor, bounds: Tensor, table: Tensor, block_size: int) -> list[SlotOffsets]:
         device, requests = rows.device, len(bounds) - 1
         most = max(len(s.slots.bounds) for s in self._step)
         said, lengths, flags = [], [], []
@@ -97,6 +97,6 @@ class Crossing:
         at = every(torch.where(found, starts[where], len(rows)), sizes, output_size=total) + inside
         canonical.index_copy_(0, at, flags)
         cu_slots = torch.arange(requests + 1, dtype=torch.int32, device=device) * most
-        masses = self.masses[:, :most].repeat(1, requests, 1)
+        offsets = self.offsets[:, :most].repeat(1, requests, 1)
         edges, canonical = pairs[:requests].reshape(-1, 2), canonical[: len(rows)]
-        return [SlotMasses(edges, cu_slots, layer, canonical, self.cap) for layer in masses]
+        return [SlotOffsets(edges, cu_slots, layer, canonical, self.cap) for layer in offsets]

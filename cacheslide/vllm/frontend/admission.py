@@ -1,4 +1,4 @@
-"""Marks are checked where vLLM takes requests in (`hooks.py`), and every way to mark becomes token spans there."""
+"""Annotations are checked where vLLM takes requests in (`hooks.py`); all ways to annotate become token spans there."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from cacheslide.vllm.frontend.chat import message_roles, spans_of
 from cacheslide.vllm.frontend.misplaced import check_places
 from cacheslide.vllm.frontend.separators import cut
 from cacheslide.vllm.limits import NOTE, check_depth, check_sendable, check_text, sayable, shown
-from cacheslide.vllm.options import DOOR_KEYS, FIELD, Marks, ServerOptions, raw_marks
+from cacheslide.vllm.options import DOOR_KEYS, FIELD, Annotations, ServerOptions, raw_annotations
 from cacheslide.vllm.tenants import ambiguous, salted
 
 CHAT = "cacheslide_chat"  # beside a rendered prompt: the messages it was rendered from, and how
@@ -21,7 +21,7 @@ _OPTIONS: list[tuple[Any, dict, ServerOptions]] = []  # of the latest engines: w
 
 
 class Resolved(dict):
-    """Marks that the door has checked and turned into spans. No client can send one: parsers make plain objects."""
+    """Annotations that were checked and turned into spans. No client can send one: parsers make plain objects."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Limits:
 
 
 def resolved(params) -> bool:
-    """Whether a request's sampling parameters carry marks that the door has seen."""
+    """Whether a request's sampling parameters carry annotations that the door has seen."""
     given = (getattr(params, "extra_args", None) or {}).get("kv_transfer_params")
     return isinstance(given, Mapping) and isinstance(given.get(FIELD), Resolved)
 
@@ -61,7 +61,7 @@ def options_of(extra_config: Mapping[str, Any]) -> ServerOptions:
 
 
 def admit(request, prompt, renderer, extra_config: Mapping[str, Any], limits: Limits | None = None) -> None:
-    """Resolve and check a request's marks; VLLMValidationError (HTTP 400) says what is wrong with them.
+    """Resolve and check a request's annotations; VLLMValidationError (HTTP 400) says what is wrong with them.
 
     `request` is vLLM's EngineCoreRequest, or has as much of it as is read here; `prompt` is what it was made from.
     Separators leave its token ids, a namespace becomes part of its `cache_salt`, and its `kv_transfer_params` name
@@ -75,42 +75,44 @@ def admit(request, prompt, renderer, extra_config: Mapping[str, Any], limits: Li
     params, limits = extra.get("kv_transfer_params"), limits or Limits()
     salt = getattr(request, "cache_salt", None) or ""
     try:
-        raw, marks = _asked(params, extra), None
+        raw, annotations = _asked(params, extra), None
         if raw is not None:
-            marks, spans = _marks(raw, request, prompt, renderer, options_of(extra_config), limits)
+            annotations, spans = _annotations(raw, request, prompt, renderer, options_of(extra_config), limits)
             check_sendable(params)
     except CacheSlideError as wrong:
         raise VLLMValidationError(sayable(str(wrong)), parameter="kv_transfer_params") from None
-    namespace = marks.namespace if marks is not None else ""
+    namespace = annotations.namespace if annotations is not None else ""
     if namespace or ambiguous(salt):
         request.cache_salt = salted(namespace, salt)
-    if marks is not None:  # a dictionary of its own: requests of one batch may share the client's
+    if annotations is not None:  # a dictionary of its own: requests of one batch may share the client's
         request.sampling_params.extra_args = {**extra, "kv_transfer_params": {**params, FIELD: spans}}
 
 
-def _marks(raw, request, prompt, renderer, options: ServerOptions, limits: Limits) -> tuple[Marks, Resolved]:
-    """A request's marks as spans, parsed and not; takes separators out of the request."""
+def _annotations(
+    raw, request, prompt, renderer, options: ServerOptions, limits: Limits
+) -> tuple[Annotations, Resolved]:
+    """A request's annotations as spans, parsed and not; takes separators out of the request."""
     if getattr(request, "resumable", False):
-        raise PromptError("a prompt that is streamed in pieces cannot be marked: its end is not known")
+        raise PromptError("a prompt that is streamed in pieces cannot be annotated: its end is not known")
     if "family" in raw:
         raise PromptError(f"{FIELD}: family is set by beam search alone; a request cannot send it")
     before = request.prompt_token_ids
     found = Resolved(_resolve(raw, request, prompt, renderer, options))
-    marks = Marks.parse({FIELD: found})
+    annotations = Annotations.parse({FIELD: found})
     if request.prompt_token_ids is not before:  # vLLM has seen, or will see, the others
         _check_length(len(before), len(request.prompt_token_ids), limits)
-    policy = marks.system(options.policy)
+    policy = annotations.system(options.policy)
     if limits.layers is not None:
         policy.check(limits.layers)
-    marked = marks.prompt(request.prompt_token_ids or ())
-    if policy.transform(marked) != marked:
+    annotated = annotations.prompt(request.prompt_token_ids or ())
+    if policy.transform(annotated) != annotated:
         raise PolicyError(f"{policy.name} rewrites prompts: apply its transform before sending")
-    return marks, found
+    return annotations, found
 
 
 def _asked(params: Any, extra: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """A request's marks, unread; PromptError where they, or anything beside them, cannot be meant or sent."""
-    raw = raw_marks(params)
+    """A request's annotations, unread; PromptError where they, or anything beside them, cannot be meant or sent."""
+    raw = raw_annotations(params)
     if params is not None:
         check_depth({name: value for name, value in params.items() if name != FIELD})  # of ours nothing nested passes
     check_places(params, extra)
@@ -128,13 +130,13 @@ def _check_length(came: int, runs: int, limits: Limits) -> None:
 
 
 def _resolve(raw: Mapping[str, Any], request, prompt, renderer, options: ServerOptions) -> Mapping[str, Any]:
-    """The marks with spans in place of a separator or messages; takes separators out of the request."""
+    """The annotations with spans in place of a separator or messages; takes separators out of the request."""
     separator = raw.get("separator") or (True if "roles" in raw else None)
     ways = {"segments": "segments" in raw, "separator": separator, "messages": raw.get("messages")}
     ways["find"] = raw.get("find")
     asked = [name for name, value in ways.items() if value is not None and value is not False]
     if len(asked) > 1:
-        raise PromptError(f"{FIELD}: {' and '.join(asked)} are two ways to mark a request: choose one")
+        raise PromptError(f"{FIELD}: {' and '.join(asked)} are two ways to annotate a request: choose one")
     rest = {key: value for key, value in raw.items() if key not in ("separator", "roles", "messages")}
     for name in DOOR_KEYS:
         if name in raw and (raw[name] is None or raw[name] is False):
@@ -170,14 +172,14 @@ def text_of(prompt: Any) -> str | None:
     return prompt if isinstance(prompt, str) else prompt.get("prompt") if isinstance(prompt, Mapping) else None
 
 
-def _chat_spans(marks: Any, request, prompt, renderer) -> tuple[list[tuple[int, int]], str]:
+def _chat_spans(annotations: Any, request, prompt, renderer) -> tuple[list[tuple[int, int]], str]:
     rendered_from = prompt.get(CHAT) if isinstance(prompt, Mapping) else None
     if rendered_from is None:
-        raise PromptError("messages can be marked in a chat request only")
+        raise PromptError("messages can be annotated in a chat request only")
     if request.mm_features or not request.prompt_token_ids:
-        raise PromptError("messages can be marked in text-only chats")
+        raise PromptError("messages can be annotated in text-only chats")
     messages, chat_params = rendered_from
-    roles = message_roles(marks, messages)
+    roles = message_roles(annotations, messages)
     settings = {**chat_params.chat_template_kwargs, "add_generation_prompt": False, "continue_final_message": False}
     alone = replace(chat_params, chat_template_kwargs=settings, return_assistant_tokens_mask=False)
 

@@ -1,7 +1,7 @@
-"""Marks in beam search, which vLLM makes of many requests: one for every beam and token, each a prompt of its own.
+"""Annotations in beam search, which vLLM makes of many requests: one for every beam and token, each its own prompt.
 
-The marks are resolved once, on the prompt. Every step then carries token spans and the name of the search's family
-(`scheduler/beam_groups.py`), so that the first step completes the prompt by reuse and the others find its KV in
+The annotations are resolved once, on the prompt. Every step then carries token spans and the name of the search's
+family (`scheduler/beam_groups.py`), so that the first step completes the prompt by reuse and the others find its KV in
 vLLM's own prefix cache. A search has one receipt, that of its first step, and says what the others did.
 """
 
@@ -15,16 +15,16 @@ from cacheslide.vllm.frontend.admission import Limits, Resolved, admit, serves
 from cacheslide.vllm.frontend.intake import fitted, retold
 from cacheslide.vllm.options import FIELD
 
-_NO_HISTORY = "a beam search keeps no history"
+_NO_HISTORY = "a beam search retains no history"
 
 
 def start_search(
     vllm_config, renderer, prompt: Mapping[str, Any], params: Any, max_tokens: int | None = None
 ) -> "Search | None":
-    """The search of a rendered `prompt` with these `kv_transfer_params`; None where it is not ours to mark.
+    """The search of a rendered `prompt` with these `kv_transfer_params`; None where it is not ours to annotate.
 
     `max_tokens` are to be generated: with the prompt that runs they must fit the model. VLLMValidationError says what
-    is wrong with the marks.
+    is wrong with the annotations.
     """
     if not serves(vllm_config) or "prompt_token_ids" not in prompt:
         return None
@@ -38,8 +38,8 @@ def start_search(
         cache_salt=prompt.get("cache_salt"),
     )
     admit(asked, prompt, renderer, extra, Limits.of(vllm_config))
-    marks = (asked.sampling_params.extra_args["kv_transfer_params"] or {}).get(FIELD)
-    if marks is None or (marks.get("find") is False and not marks.get("segments")):
+    annotations = (asked.sampling_params.extra_args["kv_transfer_params"] or {}).get(FIELD)
+    if annotations is None or (annotations.get("find") is False and not annotations.get("segments")):
         return None
     if asked.prompt_token_ids is not prompt["prompt_token_ids"]:
         lengths = len(prompt["prompt_token_ids"]), len(asked.prompt_token_ids)
@@ -47,7 +47,7 @@ def start_search(
         prompt = {**prompt, **retold(prompt, asked.prompt_token_ids, renderer.tokenizer)}
     if asked.cache_salt is not None:
         prompt = {**prompt, "cache_salt": asked.cache_salt}
-    return Search(prompt, params, marks, max_tokens)
+    return Search(prompt, params, annotations, max_tokens)
 
 
 class Search:
@@ -56,10 +56,10 @@ class Search:
     Parameters
     ----------
     prompt : mapping
-        What vLLM's beam search is to search from; its token ids are those that `marks` speak of.
+        What vLLM's beam search is to search from; its token ids are those that `annotations` speak of.
     params : mapping
         The request's `kv_transfer_params`.
-    marks : mapping
+    annotations : mapping
         What they hold for us, resolved.
     max_tokens : int, optional
         Tokens to generate, where they are known: no more than fit behind the prompt that runs.
@@ -69,22 +69,22 @@ class Search:
         self,
         prompt: Mapping[str, Any],
         params: Mapping[str, Any],
-        marks: Mapping[str, Any],
+        annotations: Mapping[str, Any],
         max_tokens: int | None = None,
     ) -> None:
         self.prompt, self.max_tokens, self.requests, self.completed = prompt, max_tokens, 0, 0
         self.receipt: dict[str, Any] | None = None
-        self._keeps_history = marks.get("history") is not None
+        self._retains_history = annotations.get("history") is not None
         family = {"name": uuid4().hex, "rows": len(prompt["prompt_token_ids"])}
-        self._params = {**params, FIELD: Resolved({**marks, "history": None, "family": family})}
+        self._params = {**params, FIELD: Resolved({**annotations, "history": None, "family": family})}
 
     def step(self, sampling):
-        """The sampling parameters of one of its requests, with marks."""
+        """The sampling parameters of one of its requests, with annotations."""
         sampling = copy.copy(sampling)
         sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": self._params}
         return sampling
 
-    def heard(self, output) -> None:
+    def on_output(self, output) -> None:
         """What one of its requests gave back."""
         if not output.finished:
             return
@@ -100,6 +100,6 @@ class Search:
         if self.receipt is None:
             return None
         said = self.receipt | {"beams": {"requests": self.requests, "completed_by_reuse": self.completed}}
-        if self._keeps_history:
+        if self._retains_history:
             said |= {"history": None, "note": "; ".join(x for x in (said.get("note"), _NO_HISTORY) if x)}
         return {FIELD: said}

@@ -1,4 +1,4 @@
-"""An HTTP server's JSON bodies are looked at for marks at a place where nothing reads them (`misplaced.py`).
+"""An HTTP server's JSON bodies are looked at for annotations at a place where nothing reads them (`misplaced.py`).
 
 vLLM drops keys that it does not know. Only bodies that hold our name are parsed here: others cost one search of their
 bytes.
@@ -17,7 +17,7 @@ _OURS = re.compile(rb"\0|" + _SIGN.join(_LETTERS), re.IGNORECASE)
 
 
 class MarksInPlace:
-    """ASGI middleware: a 400 with the right place for misplaced marks; everything else goes on as it came."""
+    """ASGI middleware: a 400 with the right place for misplaced annotations; everything else goes on as it came."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

@@ -1,4 +1,4 @@
-"""Marks by chat message: which messages are fixed text, and where they lie in the tokens of the rendered chat.
+"""Annotations by chat message: which messages are fixed text, and where they lie in the tokens of the rendered chat.
 
 A boundary behind message k is taken only where the first k messages, rendered and tokenised alone, are the prompt's
 first tokens; a template that writes a message differently when others follow it has no boundary there.
@@ -18,7 +18,7 @@ _RENDERED = 64  # boundaries that are looked for in one chat: each renders and t
 
 
 @dataclass(frozen=True)
-class MarkedChat:
+class AnnotatedChat:
     """A rendered chat: its tokens, the fixed spans in them, and which boundaries the template did not allow."""
 
     token_ids: list[int]
@@ -27,27 +27,27 @@ class MarkedChat:
 
     def params(self, **options: Any) -> dict[str, Any]:
         """`kv_transfer_params` for a request with these tokens (or with the messages they were rendered from)."""
-        marks = {"segments": [list(s) for s in self.segments], **options}
-        return {FIELD: marks | ({"note": sayable(self.note, NOTE)} if self.note else {})}
+        annotations = {"segments": [list(s) for s in self.segments], **options}
+        return {FIELD: annotations | ({"note": sayable(self.note, NOTE)} if self.note else {})}
 
 
-def message_roles(marks: Any, messages: Sequence[Mapping[str, Any]]) -> list[Role]:
+def message_roles(annotations: Any, messages: Sequence[Mapping[str, Any]]) -> list[Role]:
     """A role for every message.
 
     Parameters
     ----------
-    marks : "auto", list or mapping
+    annotations : "auto", list or mapping
         "auto": everything is fixed but the last user message. A list names one role per message ("reuse" or
         "recompute"). A mapping changes "auto": `roles` gives a role to all messages of a sender ({"tool":
         "recompute"}), then `updated` and `fixed` to single messages by index (-1 is the last one).
     """
-    if isinstance(marks, list | tuple):
-        if len(marks) != len(messages):
-            raise PromptError(f"messages: {len(marks)} roles for {len(messages)} messages")
-        return [_role(m) for m in marks]
-    if marks != "auto" and not isinstance(marks, Mapping):
-        raise PromptError(f"messages must be 'auto', a list of roles or an object, not {shown(marks)}")
-    given = {} if marks == "auto" else marks
+    if isinstance(annotations, list | tuple):
+        if len(annotations) != len(messages):
+            raise PromptError(f"messages: {len(annotations)} roles for {len(messages)} messages")
+        return [_role(m) for m in annotations]
+    if annotations != "auto" and not isinstance(annotations, Mapping):
+        raise PromptError(f"messages must be 'auto', a list of roles or an object, not {shown(annotations)}")
+    given = {} if annotations == "auto" else annotations
     if wrong := [key for key in given if key not in _KEYS]:
         raise PromptError(f"messages: unknown key {sayable(str(wrong[0]), 80)} (known: {', '.join(_KEYS)})")
     senders = given.get("roles", {})
@@ -126,25 +126,25 @@ def _runs(roles: Sequence[Role]) -> list[tuple[int, int]]:
     return runs
 
 
-def mark_messages(
+def annotate_messages(
     tokenizer: Any,
     messages: Sequence[Mapping[str, Any]],
-    marks: Any = "auto",
+    annotations: Any = "auto",
     *,
     add_generation_prompt: bool = True,
     **template: Any,
-) -> MarkedChat:
-    """Render a chat on the client's side and mark it.
+) -> AnnotatedChat:
+    """Render a chat on the client's side and annotate it.
 
     Parameters
     ----------
     tokenizer : Hugging Face tokenizer
-    messages, marks : see `message_roles`
+    messages, annotations : see `message_roles`
     **template
         What else `apply_chat_template` takes: tools, chat_template, variables of the template.
     """
     messages = [dict(m) for m in messages]
-    roles = message_roles(marks, messages)
+    roles = message_roles(annotations, messages)
 
     def tokens(part: Sequence[Mapping[str, Any]], prompted: bool) -> list[int]:
         text = tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=prompted, **template)
@@ -152,4 +152,4 @@ def mark_messages(
 
     ids = tokens(messages, add_generation_prompt)
     spans, why = spans_of(roles, ids, lambda k: tokens(messages[:k], False))
-    return MarkedChat(ids, spans, why)
+    return AnnotatedChat(ids, spans, why)

@@ -1,4 +1,4 @@
-"""Where vLLM takes requests in: marks are checked there, and every way to mark becomes token spans.
+"""Where vLLM takes requests in: annotations are checked there, and every way to annotate becomes token spans.
 
 A connector meets a request only in the engine, where raising would take every other request down with it and where
 neither text nor messages are known any more. A server's requests are checked before anything of them is scheduled or
@@ -35,7 +35,7 @@ def install() -> None:
             admit(request, prompt, self.renderer, extra, Limits.of(self.vllm_config))
         return request
 
-    process_inputs.checks_marks = True
+    process_inputs.checks_annotations = True
     InputProcessor.process_inputs = process_inputs
     _check_early(AsyncLLM)
     _keep_messages(BaseRenderer)
@@ -46,11 +46,11 @@ def is_installed() -> bool:
     """Whether requests that this process takes in are checked."""
     from vllm.v1.engine.input_processor import InputProcessor
 
-    return hasattr(InputProcessor.process_inputs, "checks_marks")
+    return hasattr(InputProcessor.process_inputs, "checks_annotations")
 
 
 def _check_early(engine_class) -> None:
-    """Have a server's engine check marks when it is asked, before what it gives back is awaited."""
+    """Have a server's engine check annotations when it is asked, before what it gives back is awaited."""
     plain, opened = engine_class.generate, engine_class.__init__
 
     @wraps(opened)

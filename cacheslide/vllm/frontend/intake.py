@@ -13,7 +13,7 @@ from cacheslide.vllm.tenants import ambiguous
 
 
 def taken(vllm_config, renderer, prompt: Any, params: Any, in_place: bool = False) -> tuple[Any, Any]:
-    """A rendered prompt and its parameters as they will run; VLLMValidationError says what is wrong with the marks.
+    """A rendered prompt and its parameters as they will run; VLLMValidationError names a fault of the annotations.
 
     `in_place` changes the prompt itself: a server tells its text again (echo). Anything but a rendered prompt of tokens
     comes back as it is.

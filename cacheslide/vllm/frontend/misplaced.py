@@ -1,7 +1,7 @@
-"""Marks at a place where nothing would read them are refused with the place that they belong to, not passed over.
+"""Annotations at a place where nothing would read them are refused with the place that they belong to, not passed over.
 
-A request's marks are the object `cacheslide` in `kv_transfer_params`. The walk over a whole HTTP body leaves out what
-belongs to the user: schemas, arguments of tools, metadata.
+A request's annotations are the object `cacheslide` in `kv_transfer_params`. The walk over a whole HTTP body leaves out
+what belongs to the user: schemas, arguments of tools, metadata.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,23 +10,23 @@ from typing import Any
 from cacheslide.errors import PromptError
 from cacheslide.renamed import REQUEST
 from cacheslide.vllm.limits import DEPTH, check_depth, sayable
-from cacheslide.vllm.options import DOOR_KEYS, FIELD, Marks, raw_marks
+from cacheslide.vllm.options import DOOR_KEYS, FIELD, Annotations, raw_annotations
 
 PARAMS = "kv_transfer_params"
 _PLACES = ((PARAMS, FIELD), ("sampling_params", "extra_args", PARAMS, FIELD))
-_OWN = frozenset(Marks.__dataclass_fields__) | set(DOOR_KEYS) | REQUEST.keys()
+_OWN = frozenset(Annotations.__dataclass_fields__) | set(DOOR_KEYS) | REQUEST.keys()
 _USERS = frozenset(  # keys whose objects are the user's own
     "tools functions response_format structured_outputs guided_json json_schema schema input_schema parameters "
     "arguments input metadata documents chat_template_kwargs default properties".split()
 )
-_NO_MARKS = frozenset(
+_NO_ANNOTATIONS = frozenset(
     "/tokenize /detokenize /generative_scoring /v1/messages/count_tokens /v1/embeddings /v2/embed /pooling /classify "
     "/score /v1/score /rerank /v1/rerank /v2/rerank".split()
 )
 
 
 def check_places(params: Mapping[str, Any] | None, extra: Mapping[str, Any]) -> None:
-    """Raise PromptError for marks beside or below the place where they belong.
+    """Raise PromptError for annotations beside or below the place where they belong.
 
     `params` are a request's `kv_transfer_params`, of bounded depth, `extra` what is beside them (`extra_args`).
     """
@@ -45,9 +45,9 @@ def check_places(params: Mapping[str, Any] | None, extra: Mapping[str, Any]) -> 
 
 
 def misplaced(path: str, body: Any) -> str:
-    """What is wrong with the places of marks in the parsed JSON of a request to `path`; "" for nothing.
+    """What is wrong with the places of annotations in the parsed JSON of a request to `path`; "" for nothing.
 
-    Takes time linear in the body; levels below `DEPTH` are not looked at, but refused where marks are read.
+    Takes time linear in the body; levels below `DEPTH` are not looked at, but refused where annotations are read.
     """
     for name in (PARAMS, "sampling_params"):
         try:
@@ -57,11 +57,11 @@ def misplaced(path: str, body: Any) -> str:
     ways = list(_named(body, (), _USERS))
     here = [way for way in ways if way in _PLACES]
     if len(here) > 1:
-        return f"marks are given twice, in {' and in '.join(map('.'.join, here))}: choose one place"
+        return f"annotations are given twice, in {' and in '.join(map('.'.join, here))}: choose one place"
     for way in ways:
         if way in _PLACES:
-            if path in _NO_MARKS:
-                return f"{path} takes no marks: {'.'.join(way)} would not be read"
+            if path in _NO_ANNOTATIONS:
+                return f"{path} takes no annotations: {'.'.join(way)} would not be read"
             if path.endswith("/render") and (wrong := _malformed(body, way)):
                 return wrong
         elif not any(way[: len(place)] == place for place in _PLACES):
@@ -70,22 +70,22 @@ def misplaced(path: str, body: Any) -> str:
 
 
 def _malformed(body: Mapping[str, Any], way: tuple[str, ...]) -> str:
-    """What is wrong with marks that are only handed on, as far as it shows without the text; "" for nothing."""
-    marks = body
+    """What is wrong with annotations that are only handed on, as far as it shows without the text; "" for nothing."""
+    annotations = body
     for name in way:
-        marks = marks[name]
+        annotations = annotations[name]
     try:
-        raw = raw_marks({FIELD: marks})
+        raw = raw_annotations({FIELD: annotations})
         if raw is not None and any(name in raw for name in DOOR_KEYS):  # the spans come of these and the text
             raw = {name: value for name, value in raw.items() if name not in DOOR_KEYS} | {"segments": []}
-        Marks.parse({FIELD: raw})
+        Annotations.parse({FIELD: raw})
     except PromptError as error:
         return str(error)
     return ""
 
 
 def _belongs(place: str) -> str:
-    return f"{sayable(place, 200)} is not where marks are read: they belong in {PARAMS}.{FIELD}"
+    return f"{sayable(place, 200)} is not where annotations are read: they belong in {PARAMS}.{FIELD}"
 
 
 def _alike(name: Any) -> bool:

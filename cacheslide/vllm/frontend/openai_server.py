@@ -1,4 +1,4 @@
-"""What vLLM's OpenAI servers leave out: receipts in streamed answers, and the marks of a beam search.
+"""What vLLM's OpenAI servers leave out: receipts in streamed answers, and the annotations of a beam search.
 
 vLLM sends `kv_transfer_params` with whole answers only. A stream gets one event more before [DONE]; it has no choices,
 as the event with the usage, so that clients which know only choices pass over it. Beam search drops the parameters on
@@ -58,7 +58,7 @@ def _adapt_loaded() -> None:
     for stream in _STREAMS:
         _adapt(*stream, lambda plain: _with_receipt(plain, _OBJECTS[plain.__name__]))
     for protocol in _PROTOCOLS:
-        _adapt(*protocol, _with_marks)
+        _adapt(*protocol, _with_annotations)
     _adapt(*_BEAMS, _searched)
     _adapt(*_TOOLS, _checked)
 
@@ -74,7 +74,7 @@ def _adapt(module: str, owner: str | None, name: str, wrap: Callable) -> None:
 
 
 def _reading(plain):
-    """Every JSON body is looked at for misplaced marks, behind vLLM's own middleware (which knows who may ask)."""
+    """Every JSON body is searched for misplaced annotations, behind vLLM's own middleware (which knows who may ask)."""
 
     @wraps(plain)
     def init_entrypoints_middleware(args, app, *rest: Any, **kwargs: Any):
@@ -100,7 +100,7 @@ def _checked(plain):
     return _generate_with_builtin_tools
 
 
-def _with_marks(plain):
+def _with_annotations(plain):
     """Beam search parameters that keep the request's `kv_transfer_params`, which vLLM leaves out of them."""
 
     @wraps(plain)
@@ -113,7 +113,7 @@ def _with_marks(plain):
 
 
 def _searched(plain):
-    """Beam search whose steps carry marks, with a receipt for all of them; wrong marks are said before it starts."""
+    """Beam search whose steps carry annotations, with one receipt; wrong annotations are refused before it starts."""
 
     @wraps(plain)
     def beam_search(self, prompt, request_id, params, *args: Any, **kwargs: Any):
@@ -124,19 +124,19 @@ def _searched(plain):
         if search.max_tokens != params.max_tokens:
             params = copy.copy(params)
             params.max_tokens = search.max_tokens
-        return _heard(plain(_Serving(self, search), search.prompt, request_id, params, *args, **kwargs), search)
+        return _observed(plain(_Serving(self, search), search.prompt, request_id, params, *args, **kwargs), search)
 
     return beam_search
 
 
-async def _heard(results: AsyncIterator[Any], search: Search) -> AsyncIterator[Any]:
+async def _observed(results: AsyncIterator[Any], search: Search) -> AsyncIterator[Any]:
     async for output in results:
         output.kv_transfer_params = search.kv_transfer_params
         yield output
 
 
 class _Serving:
-    """As much of a serving object as beam search uses; its engine gets the steps with their marks."""
+    """As much of a serving object as beam search uses; its engine gets the steps with their annotations."""
 
     def __init__(self, serving, search: Search) -> None:
         self.renderer, self.engine_client = serving.renderer, self
@@ -146,7 +146,7 @@ class _Serving:
         """See vLLM's `EngineClient.generate`."""
         async for output in self._engine.generate(prompt, self._search.step(sampling_params), *args, **kwargs):
             try:
-                self._search.heard(output)
+                self._search.on_output(output)
             except Exception as error:
                 SERVER.note("server", error)
             yield output

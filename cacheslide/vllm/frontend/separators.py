@@ -1,4 +1,4 @@
-"""Marks by separator: the prompt is cut where a separator stands, and the separator itself is taken out.
+"""Annotations by separator: the prompt is cut where a separator stands, and the separator itself is taken out.
 
 A separator in a text is found before tokenisation, and the parts are tokenised one by one: whatever stands beside it, a
 part has the same tokens every turn. In a prompt that arrives as ids it is found by its ids.

@@ -8,8 +8,8 @@ nobody else. What the first request's decision was, exact or corrected, holds fo
 from collections import OrderedDict
 from dataclasses import replace
 
-from cacheslide.vllm.options import Marks
-from cacheslide.vllm.scheduler.request_state import Family, FromBelow, Tracked
+from cacheslide.vllm.options import Annotations
+from cacheslide.vllm.scheduler.request_state import Family, FromStorage, Tracked
 
 _KNOWN = 256  # families remembered; a forgotten one plans, and completes its prompt, once more
 
@@ -26,9 +26,11 @@ class Families:
             self._known.move_to_end((tenant, name))
         return self._known.get((tenant, name))
 
-    def add(self, tenant: str, name: str, plan: Tracked, marks: Marks) -> Family:
-        """A new family, whose first member with these `marks` is planned as `plan`."""
-        self._known[tenant, name] = family = Family(replace(plan, below=FromBelow()), marks, reason=plan.reason)
+    def add(self, tenant: str, name: str, plan: Tracked, annotations: Annotations) -> Family:
+        """A new family, whose first member with these `annotations` is planned as `plan`."""
+        self._known[tenant, name] = family = Family(
+            replace(plan, storage=FromStorage()), annotations, reason=plan.reason
+        )
         while len(self._known) > _KNOWN:
             self._known.popitem(last=False)
         return family

@@ -8,9 +8,9 @@ from cacheslide.errors import StoreError
 
 
 class ChunkIndex:
-    """Authoritative: workers keep and drop exactly what it says, in the order it says it.
+    """Authoritative: workers retain and drop exactly what it says, in the order it says it.
 
-    A chunk that is being read from below has its room but is not "in" the index before it has landed. Chunks under a
+    A chunk that is being read from storage has its room but is not "in" the index before it is loaded. Chunks under a
     lease stay until the request that waits with them has used them.
 
     Parameters
@@ -37,7 +37,7 @@ class ChunkIndex:
         return list(self._sizes)
 
     def has_room(self, key: ChunkKey) -> bool:
-        """Whether the workers keep the chunk, or will when it lands."""
+        """Whether the workers hold the chunk, or will when it is loaded."""
         return key in self._sizes
 
     def touch(self, keys) -> None:
@@ -58,7 +58,7 @@ class ChunkIndex:
     def reserve(self, sizes: Mapping[ChunkKey, int], generation: int = 0, pending: bool = False) -> list[ChunkKey]:
         """Make room for chunks of these sizes in bytes; returns the keys to evict first, oldest first.
 
-        `generation` is that of the chunks which are new here; `pending` ones are there only after `landed`.
+        `generation` is that of the chunks which are new here; `pending` ones are there only after `on_loaded`.
         The chunks asked for are never evicted to make room for one another, nor are those under a lease or on their
         way: StoreError when there is no room beside them, and nothing has changed then.
         """
@@ -87,7 +87,7 @@ class ChunkIndex:
             self._pending.difference_update(sizes)
         return evicted
 
-    def landed(self, key: ChunkKey, generation: int) -> None:
+    def on_loaded(self, key: ChunkKey, generation: int) -> None:
         """A pending chunk is in all workers' memory; one that was stored anew meanwhile stays as it is."""
         if key in self._pending:
             self._pending.remove(key)

@@ -1,6 +1,6 @@
-"""Generated text becomes the next turn's history: its KV is kept under the keys that the next turn will look up.
+"""Generated text becomes the next turn's history: its KV is retained under the keys that the next turn will look up.
 
-The last generated token has no KV yet, so a history ends before it; the receipt names the rows that were kept. KV
+The last generated token has no KV yet, so a history ends before it; the receipt names the rows that were retained. KV
 encoded in the prompt is copied out of the finished request's blocks before the next step can give them away. Where
 rows of the request were corrected, the copy is one generation older than the oldest chunk it was built on, and beyond
 the server's limit all corrected chunks of the prompt are encoded anew, exactly. Other encodings always get an exact
@@ -18,12 +18,12 @@ from cacheslide.vllm.scheduler.request_state import Tracked
 from cacheslide.vllm.scheduler.retention import job_of
 
 
-def keep_history(keeper, request, tracked: Tracked, block_ids: list[int]) -> dict[str, Any] | None:
-    """Keep a finished request's rows from `tracked.history` on.
+def retain_history(retention, request, tracked: Tracked, block_ids: list[int]) -> dict[str, Any] | None:
+    """Retain a finished request's rows from `tracked.history` on.
 
     Parameters
     ----------
-    keeper : ChunkKeeper
+    retention : ChunkRetention
     request : vLLM's Request
     tracked : what the scheduler's half knows about it, with a plan
     block_ids : list of int
@@ -32,8 +32,8 @@ def keep_history(keeper, request, tracked: Tracked, block_ids: list[int]) -> dic
     Returns
     -------
     dict or None
-        For the receipt: `start` and `end` of the rows kept, their `generation`, and whether they were copied "blocks"
-        or will be prefilled ("encode"). None where nothing was generated or nothing can be kept.
+        For the receipt: `start` and `end` of the rows retained, their `generation`, and whether they were copied
+        "blocks" or will be prefilled ("encode"). None where nothing was generated or nothing can be retained.
     """
     ids, policy = list(request.all_token_ids), tracked.policy
     start, end = tracked.history, len(ids) - 1
@@ -42,29 +42,31 @@ def keep_history(keeper, request, tracked: Tracked, block_ids: list[int]) -> dic
     spans = [span for span in tracked.spans if span[1] <= start]
     prompt = Prompt.from_spans(ids[:end], [*spans, (start, end)])
     try:
-        plan = make_plan(policy, tracked.identity, prompt, keeper.options.chunk_size, keeper.geometry.max_positions)
-        keeper.geometry.slots_of(prompt)
-    except PromptError:  # a schema has no slot left for it, or a CoPE model no mass
+        plan = make_plan(
+            policy, tracked.identity, prompt, retention.options.chunk_size, retention.geometry.max_positions
+        )
+        retention.geometry.slots_of(prompt)
+    except PromptError:  # a schema has no slot left for it, or a CoPE model no offset
         return None
     last = len(plan.prompt.segments) - 1
-    missing = {k: c for k, c in plan.keyed if c.segment == last and k not in keeper.index}
-    keeper.index.touch(plan.keys)
-    kept = {"start": start, "end": end, "generation": 0}
+    missing = {k: c for k, c in plan.keyed if c.segment == last and k not in retention.index}
+    retention.index.touch(plan.keys)
+    retained = {"start": start, "end": end, "generation": 0}
     generation = generation_of_copy(
         policy,
         exact=tracked.exact,
         oldest=tracked.generation,
-        limit=keeper.options.max_generation,
+        limit=retention.options.max_generation,
         in_place=not tracked.schema,
     )
     if generation is not None:
-        evict = keeper.reserve(missing, 0, generation)
+        evict = retention.reserve(missing, 0, generation)
         if evict is None:
             return None
         if missing:
-            keeper.keeps.append(SavePlan(block_ids, tuple(missing.items()), evict, generation))
-        return kept | {"generation": generation, "from": "blocks"}
+            retention.history_saves.append(SavePlan(block_ids, tuple(missing.items()), evict, generation))
+        return retained | {"generation": generation, "from": "blocks"}
     if tracked.encode == "off":
         return None
-    keeper.enqueue(job_of(policy, plan, renew=True), tracked.encode)
-    return kept | {"from": "encode"}
+    retention.enqueue(job_of(policy, plan, renew=True), tracked.encode)
+    return retained | {"from": "encode"}

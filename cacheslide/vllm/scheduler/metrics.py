@@ -12,12 +12,12 @@ from cacheslide.vllm.guard import ENTRIES, SERVER, survives
 from cacheslide.vllm.scheduler.reasons import FAILURES, KINDS, TIERS, failure_of, kind_of
 
 COUNTERS = {
-    "requests": "Marked requests that finished",
-    "tokens": "Prompt tokens of marked requests",
+    "requests": "Annotated requests that finished",
+    "tokens": "Prompt tokens of annotated requests",
     "tokens_reused": "Prompt tokens whose cached KV was used",
     "tokens_recomputed": "Prompt tokens with cached KV that was recomputed",
-    "tokens_prefix_cached": "Prompt tokens of marked requests found in vLLM's prefix cache",
-    "chunks": "Chunks of marked requests",
+    "tokens_prefix_cached": "Prompt tokens of annotated requests found in vLLM's prefix cache",
+    "chunks": "Chunks of annotated requests",
     "chunks_hit": "Chunks found in the store",
     "bytes_loaded": "Bytes of chunk KV read",
 }
@@ -27,7 +27,7 @@ OLD_COUNTERS = {old: new for old, new in RECEIPT.items() if new in COUNTERS}
 
 # Counters with one label more: its name, its values, and what is counted.
 LABELLED = {
-    "fallbacks": ("reason", KINDS, "Marked requests computed exactly, in part or whole, by reason"),
+    "fallbacks": ("reason", KINDS, "Annotated requests computed exactly, in part or whole, by reason"),
     "store_chunks": ("tier", TIERS, "Chunks used, by the tier that had them when the request came"),
     "store_bytes": ("tier", TIERS, "Bytes of those chunks, of one rank"),
     "store_failures": ("reason", FAILURES, "Chunks computed again because a tier could not give them"),

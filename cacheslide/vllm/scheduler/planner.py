@@ -1,4 +1,4 @@
-"""What a request may reuse, decided when it arrives: its marks, its policy, spans found in it, its prompt's chunks."""
+"""What a request may reuse, decided when it arrives: annotations, policy, spans found in it, its prompt's chunks."""
 
 import secrets
 from dataclasses import replace
@@ -7,7 +7,7 @@ from cacheslide.core.keys import CacheIdentity
 from cacheslide.core.plan import make_plan
 from cacheslide.errors import CacheSlideError, PolicyError, PromptError
 from cacheslide.vllm.geometry import Geometry
-from cacheslide.vllm.options import Marks, ServerOptions
+from cacheslide.vllm.options import Annotations, ServerOptions
 from cacheslide.vllm.scheduler import reasons
 from cacheslide.vllm.scheduler.beam_groups import Families
 from cacheslide.vllm.scheduler.request_state import Tracked
@@ -26,15 +26,17 @@ class Planner:
     def plan(self, request) -> Tracked | None:
         """What is tracked of vLLM's `request`; None where it is like any request of an engine without reuse.
 
-        Whatever is wrong with its marks makes it exact, never fails the engine.
+        Whatever is wrong with its annotations makes it exact, never fails the engine.
         """
         try:
-            marks = Marks.parse(request.kv_transfer_params) or self._unmarked(request)
-            if marks is None or (marks.find is False and not marks.segments):
+            annotations = Annotations.parse(request.kv_transfer_params) or self._unannotated(request)
+            if annotations is None or (annotations.find is False and not annotations.segments):
                 return None
-            return self._plan(request, marks) if marks.family is None else self._member(request, marks)
+            return (
+                self._plan(request, annotations) if annotations.family is None else self._member(request, annotations)
+            )
         except CacheSlideError as wrong:
-            return Tracked(request.num_prompt_tokens, "", reason=str(wrong), kept=True)
+            return Tracked(request.num_prompt_tokens, "", reason=str(wrong), retained=True)
 
     def clear(self) -> None:
         """Forget what earlier requests held."""
@@ -45,60 +47,62 @@ class Planner:
         """The same text has chunks of other names from here on."""
         self.geometry = replace(self.geometry, model_id=f"{self.geometry.model_id} {secrets.token_hex(16)}")
 
-    def _unmarked(self, request) -> Marks | None:
-        """Marks of a request without any, where the server looks for spans by itself."""
+    def _unannotated(self, request) -> Annotations | None:
+        """Annotations of a request without any, where the server looks for spans by itself."""
         sampling = request.sampling_params
         if not self.options.find_spans or sampling is None or request.prompt_token_ids is None:
             return None
         one_beam = (
             sampling.max_tokens == 1 and not sampling.detokenize
         )  # a new request each token: see openai_server.py
-        return None if one_beam else Marks(find=True)
+        return None if one_beam else Annotations(find=True)
 
-    def _member(self, request, marks: Marks) -> Tracked | None:
+    def _member(self, request, annotations: Annotations) -> Tracked | None:
         """A family's first member is planned as any request; a later one follows it (None: exactly, as all of it).
 
-        A family is of one tenant and one prompt: a request with other tokens, marks or another tenant under its name is
-        planned alone.
+        A family is of one tenant and one prompt: a request with other tokens, annotations or another tenant under its
+        name is planned alone.
         """
-        tenant, name = self._tenant(request, marks), marks.family["name"]
+        tenant, name = self._tenant(request, annotations), annotations.family["name"]
         family = self.families.get(tenant, name)
-        if family is not None and not family.fits(marks, request.prompt_token_ids):
-            return self._plan(request, marks)
+        if family is not None and not family.fits(annotations, request.prompt_token_ids):
+            return self._plan(request, annotations)
         if family is None or not (family.reason or family.first is not None):
-            tracked = self._plan(request, marks)
-            tracked.family = family or self.families.add(tenant, name, tracked, marks)
+            tracked = self._plan(request, annotations)
+            tracked.family = family or self.families.add(tenant, name, tracked, annotations)
             return tracked
         return family.exactly() if family.reason else family.join(request)
 
-    def _tenant(self, request, marks: Marks) -> str:
-        return tenant_of(self.options.namespace, marks.namespace, unsalted(request.cache_salt or ""))
+    def _tenant(self, request, annotations: Annotations) -> str:
+        return tenant_of(self.options.namespace, annotations.namespace, unsalted(request.cache_salt or ""))
 
-    def _plan(self, request, marks: Marks) -> Tracked:
-        if marks.find and self.geometry.slots:
-            raise PromptError("spans that are looked for follow no template, which calibrated slot masses (CCPE) need")
-        policy = marks.system(self.options.policy)
+    def _plan(self, request, annotations: Annotations) -> Tracked:
+        if annotations.find and self.geometry.slots:
+            raise PromptError("spans that are looked for follow no template, which calibrated slot offsets (CCPE) need")
+        policy = annotations.system(self.options.policy)
         policy.check(self.geometry.num_layers)
-        tenant = self._tenant(request, marks)
-        if marks.find:
-            rows = marks.family and marks.family["rows"]
-            marks = replace(marks, segments=tuple(self.memory.meet(tenant, request.prompt_token_ids[:rows])))
-        prompt = marks.prompt(request.prompt_token_ids)
+        tenant = self._tenant(request, annotations)
+        if annotations.find:
+            rows = annotations.family and annotations.family["rows"]
+            annotations = replace(
+                annotations, segments=tuple(self.memory.match(tenant, request.prompt_token_ids[:rows]))
+            )
+        prompt = annotations.prompt(request.prompt_token_ids)
         if policy.transform(prompt) != prompt:
             raise PolicyError(f"{policy.name} rewrites prompts: apply its transform before sending")
         identity = CacheIdentity(self.geometry.model_id, self.geometry.dtype, namespace=tenant)
         plan = make_plan(policy, identity, prompt, self.options.chunk_size, self.geometry.max_positions)
         tracked = Tracked(len(prompt), policy.name, policy=policy, plan=plan, identity=identity)
         tracked.slots = self.geometry.slots_of(prompt)
-        tracked.encode = marks.encode or self.options.encode
-        tracked.spans, tracked.history, tracked.note = marks.segments, marks.history, marks.note
+        tracked.encode = annotations.encode or self.options.encode
+        tracked.spans, tracked.history, tracked.note = annotations.segments, annotations.history, annotations.note
         tracked.schema = plan.schema
         sampling = request.sampling_params
         if sampling is not None and sampling.prompt_logprobs is not None:
             tracked.reason = reasons.PROMPT_LOGPROBS
         elif not plan.chunks:
             nothing = f"{policy.name} reuses nothing of this prompt"
-            tracked.reason = reasons.NOT_SEEN if marks.find and policy.reuses else marks.note or nothing
+            tracked.reason = reasons.NOT_SEEN if annotations.find and policy.reuses else annotations.note or nothing
         elif tracked.schema:
             request.skip_reading_prefix_cache = True  # shared blocks hold keys at other positions than the schema's
         return tracked

@@ -1,4 +1,4 @@
-"""Why a marked request was computed exactly, in words for its receipt and as a few kinds for the counters."""
+"""Why an annotated request was computed exactly, in words for its receipt and as a few kinds for the counters."""
 
 NOT_STORED = "no chunk of this prompt is in the store"
 NOT_STORED_BEYOND = "no chunk of this prompt beyond vLLM's prefix cache is in the store"
@@ -24,7 +24,7 @@ KINDS = (*dict.fromkeys(_KINDS.values()), "fault", "refused")
 RETRY = ("", NOT_STORED, NOT_STORED_BEYOND, COVERED)  # may be different when the request is scheduled again
 
 
-FAILURES = ("damaged", "read error", "remote unavailable", "no room", "other")  # of reads below memory
+FAILURES = ("damaged", "read error", "remote unavailable", "no room", "other")  # of reads in storage tiers
 
 
 def failure_of(why: str) -> str:

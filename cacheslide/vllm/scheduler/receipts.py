@@ -1,4 +1,4 @@
-"""What a marked request's receipt says that no worker measures."""
+"""What an annotated request's receipt says that no worker measures."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,7 +34,7 @@ def tiers_of(
     probes = len(tracked.policy.probe_layers)
     for key, chunk in tracked.reuse:
         in_memory = MEMORY[store_device], geometry.chunk_bytes(len(chunk), probes)
-        tier, nbytes = tracked.below.tiers.get(key, in_memory)
+        tier, nbytes = tracked.storage.tiers.get(key, in_memory)
         found = out.setdefault(tier, {"chunks": 0, "bytes": 0})
         found["chunks"] += 1
         found["bytes"] += nbytes

@@ -10,14 +10,14 @@ from cacheslide.core.plan import Plan
 from cacheslide.core.prompt import Chunk
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.positions.ccpe import PromptSlots
-from cacheslide.vllm.options import Marks
+from cacheslide.vllm.options import Annotations
 from cacheslide.vllm.scheduler.prefix_cache import key_apart, new_secret
 from cacheslide.vllm.scheduler.reasons import AS_FAMILY
 
 
 @dataclass
-class FromBelow:
-    """What a request has to do with chunks below memory (`storage.py`).
+class FromStorage:
+    """What a request has to do with chunks in storage tiers (`storage.py`).
 
     The look-up under way, where each chunk lies ("" for nowhere), which reads were asked for, the chunks that wait with
     it, the tier and bytes of those that came, why others did not, and whether a fault has ended all this.
@@ -35,7 +35,7 @@ class FromBelow:
 
 @dataclass
 class Tracked:
-    """A marked request from its arrival to its end."""
+    """An annotated request from its arrival to its end."""
 
     rows: int
     system: str
@@ -51,7 +51,7 @@ class Tracked:
     history: int | None = None  # rows from here on are fixed text of the next turn
     generation: int = 0  # the highest one of the chunks it reuses
     note: str = ""
-    kept: bool = False
+    retained: bool = False
     start: int = 0  # rows before it come from vLLM's prefix cache
     reuse: tuple[tuple[ChunkKey, Chunk], ...] = ()
     loading: bool = False
@@ -59,27 +59,31 @@ class Tracked:
     receipt: dict[str, Any] | None = None
     family: "Family | None" = None
     follows: bool = False  # an earlier member of its family has completed the prompt
-    below: FromBelow = field(default_factory=FromBelow)
+    storage: FromStorage = field(default_factory=FromStorage)
 
 
 @dataclass
 class Family:
     """What the scheduler's half keeps of a family.
 
-    `marks` are those of its first member, whose prompt all members have. `first` is the block from which on its KV is
-    its own, None before a member was corrected; `reason` says why its first member was computed exactly.
+    `annotations` are those of its first member, whose prompt all members have. `first` is the block from which on its
+    KV is its own, None before a member was corrected; `reason` says why its first member was computed exactly.
     """
 
     plan: Tracked
-    marks: Marks
+    annotations: Annotations
     first: int | None = None
     reason: str = ""
     secret: bytes = field(default_factory=new_secret)
 
-    def fits(self, marks: Marks, token_ids: Sequence[int]) -> bool:
-        """Whether a request with these marks and tokens continues the family's prompt."""
+    def fits(self, annotations: Annotations, token_ids: Sequence[int]) -> bool:
+        """Whether a request with these annotations and tokens continues the family's prompt."""
         plan = self.plan.plan
-        return marks == self.marks and plan is not None and plan.prompt.token_ids == tuple(token_ids[: self.plan.rows])
+        return (
+            annotations == self.annotations
+            and plan is not None
+            and plan.prompt.token_ids == tuple(token_ids[: self.plan.rows])
+        )
 
     def corrected_from(self, first: int) -> None:
         """A member's rows from block `first` on are completed by reuse."""
@@ -92,12 +96,14 @@ class Family:
         if self.plan.slots is None:
             return None
         return replace(
-            self.plan, block_ids=[], kept=True, follows=True, family=self, reason=AS_FAMILY, below=FromBelow()
+            self.plan, block_ids=[], retained=True, follows=True, family=self, reason=AS_FAMILY, storage=FromStorage()
         )
 
     def join(self, request) -> Tracked:
         """What is tracked of a later member, whose vLLM `request` looks up the family's blocks from now on."""
-        member = replace(self.plan, block_ids=[], exact=False, kept=True, follows=True, family=self, below=FromBelow())
+        member = replace(
+            self.plan, block_ids=[], exact=False, retained=True, follows=True, family=self, storage=FromStorage()
+        )
         if member.schema:
             request.skip_reading_prefix_cache = False  # all its blocks are the family's, at the schema's positions
         key_apart(request, self.first, self.secret)

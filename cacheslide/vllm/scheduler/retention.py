@@ -1,4 +1,4 @@
-"""What is kept of prompts: the index of chunks, their copies out of the paged cache, and the prefills they wait for."""
+"""What is retained of prompts: the index of chunks, their copies out of the paged cache, prefills they wait for."""
 
 import logging
 from collections import deque
@@ -17,7 +17,7 @@ from cacheslide.vllm.options import ServerOptions
 from cacheslide.vllm.protocol import EncodeJob, SavePlan, StepPlan
 from cacheslide.vllm.scheduler.chunk_index import ChunkIndex
 from cacheslide.vllm.scheduler.request_state import Tracked
-from cacheslide.vllm.scheduler.storage import ColdChunks
+from cacheslide.vllm.scheduler.storage import StorageTierView
 
 logger = logging.getLogger("vllm.cacheslide")  # below vLLM's logger, so that its handler prints it
 
@@ -27,30 +27,30 @@ def job_of(policy: ReusePolicy, plan: Plan, renew: bool = False) -> EncodeJob:
     return EncodeJob(policy.encoding, policy.probe_layers, plan, renew=renew)
 
 
-class ChunkKeeper:
+class ChunkRetention:
     """The scheduler's index and the work that fills it."""
 
     def __init__(self, options: ServerOptions, geometry: Geometry) -> None:
         self.options, self.geometry = options, geometry
         self.index = ChunkIndex(int(options.store_gib * GIB))
         self.jobs: deque[tuple[EncodeJob, bool]] = deque()  # and whether it may not wait
-        self.keeps: list[SavePlan] = []  # of requests that finished since the last step
-        self.cold: ColdChunks | None = None  # what lies below memory
+        self.history_saves: list[SavePlan] = []  # of requests that finished since the last step
+        self.storage_tier: StorageTierView | None = None  # the tiers under memory
         self.unsettled = False  # the workers may hold others than the index says
 
     @property
     def pending(self) -> bool:
         """Whether chunks wait to be encoded or copied."""
-        return bool(self.jobs or self.keeps)
+        return bool(self.jobs or self.history_saves)
 
     def drop_work(self) -> None:
         """After a fault: what waits is not done, lest an idle engine step for it for ever; the index is in doubt."""
         self.jobs.clear()
-        self.keeps.clear()
+        self.history_saves.clear()
         self.unsettled = True
 
-    def keep(self, tracked: Tracked, step: StepPlan) -> None:
-        """The request's prompt is complete in this step: keep its chunks, or have them encoded."""
+    def retain(self, tracked: Tracked, step: StepPlan) -> None:
+        """The request's prompt is complete in this step: retain its chunks, or have them encoded."""
         plan, policy = tracked.plan, tracked.policy
         missing = {k: c for k, c in plan.keyed if k not in self.index}
         if not missing or tracked.encode == "off":
@@ -78,10 +78,10 @@ class ChunkKeeper:
         try:
             evict = tuple(self.index.reserve(sizes, generation))
         except StoreError as full:
-            logger.warning("CacheSlide keeps nothing of a prompt: %s", full)
+            logger.warning("CacheSlide retains nothing of a prompt: %s", full)
             return None
-        if self.cold is not None:
-            self.cold.evicted(evict)
+        if self.storage_tier is not None:
+            self.storage_tier.evicted(evict)
         return evict
 
     def hand_out(self, step: StepPlan, waited: int, idle: bool) -> None:
@@ -108,4 +108,4 @@ class ChunkKeeper:
         """Forget everything."""
         self.index.clear()
         self.jobs.clear()
-        self.keeps.clear()
+        self.history_saves.clear()

@@ -15,12 +15,12 @@ class Half(Protocol):
     tracked: dict[str, Tracked]
     prefilling: dict[str, Any]
     box: dict[str, Any]
-    keeper: Any
-    rows_planned: int
+    retention: Any
+    tokens_planned: int
     block_size: int
 
     def release(self, tracked: Tracked) -> None:
-        """End what a request waits for below memory."""
+        """End what a request waits for in storage."""
         ...
 
     def forget_request(self, req_id: str) -> tuple[Tracked | None, Any]:
@@ -28,7 +28,7 @@ class Half(Protocol):
         ...
 
 
-def marked(request: Any) -> bool:
+def annotated(request: Any) -> bool:
     """Whether vLLM's `request` asked for reuse."""
     return (getattr(request, "kv_transfer_params", None) or {}).get(FIELD) is not None
 
@@ -39,13 +39,13 @@ def give_up(side: Half, request: Any, entry: str) -> None:
     tracked = side.tracked.get(req_id)
     side.box.pop(req_id, None)
     if tracked is None:
-        if marked(request):
-            side.tracked[req_id] = Tracked(request.num_prompt_tokens, "", reason=reason(entry), kept=True)
+        if annotated(request):
+            side.tracked[req_id] = Tracked(request.num_prompt_tokens, "", reason=reason(entry), retained=True)
         return
     tracked.reason, tracked.receipt, tracked.reuse, tracked.loading = reason(entry), None, (), False
     tracked.exact = not tracked.follows
     if tracked.slots is not None:  # live gates: what it computes is not what the keys of its chunks say
-        tracked.slots, tracked.kept = None, True
+        tracked.slots, tracked.retained = None, True
     if tracked.family is not None:
         tracked.family.reason = tracked.reason
     side.release(tracked)
@@ -66,19 +66,19 @@ def check_claim(side: Half, request: Any, computed: int, rows: int | None) -> No
 
 
 def finish_anyhow(side: Half, request: Any) -> dict[str, Any] | None:
-    """In place of `SchedulerSide.finish`: forget the request; a bare receipt for one with marks."""
+    """In place of `SchedulerSide.finish`: forget the request; a bare receipt for one with annotations."""
     tracked, _ = side.forget_request(request.request_id)
     if tracked is not None:
         side.release(tracked)
-    if tracked is None and not marked(request):
+    if tracked is None and not annotated(request):
         return None
     return bare(request.num_prompt_tokens, reason("request_finished"))
 
 
 def unplanned(side: Half, output: Any, step: StepPlan) -> None:
     """`step` broke off: requests whose rows need slots and are not in it have failed; all else can wait."""
-    side.rows_planned = 0
-    side.keeper.drop_work()
+    side.tokens_planned = 0
+    side.retention.drop_work()
     done, state = {rows.block_ids for rows in step.slots}, output.kv_connector_block_state
     for req_id in [r for r in side.prefilling if r in output.num_scheduled_tokens]:
         tracked = side.tracked.get(req_id)
@@ -97,6 +97,6 @@ def cannot(side: Half, req_id: str, step: StepPlan) -> None:
     tracked = side.tracked.get(req_id)
     if tracked is None:
         return
-    tracked.loading, tracked.kept = False, True
+    tracked.loading, tracked.retained = False, True
     if tracked.slots is not None:
         step.failed[req_id] = tracked.block_ids[tracked.slots.bounds[0][1] // side.block_size :]

@@ -1,4 +1,4 @@
-"""The scheduler's half: what each marked request reuses, what is kept of it, and what its receipt says."""
+"""The scheduler's half: what each annotated request reuses, what is retained of it, and what its receipt says."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,16 +11,16 @@ from cacheslide.vllm.options import ServerOptions
 from cacheslide.vllm.protocol import StepPlan, WorkerReport
 from cacheslide.vllm.receipt_channel import close_box, open_box
 from cacheslide.vllm.scheduler import reasons
-from cacheslide.vllm.scheduler.history import keep_history
+from cacheslide.vllm.scheduler.history import retain_history
 from cacheslide.vllm.scheduler.load_plans import computed_rows, load_plan
 from cacheslide.vllm.scheduler.metrics import ReuseStats
 from cacheslide.vllm.scheduler.planner import Planner
 from cacheslide.vllm.scheduler.prefix_cache import key_apart, shares_unfilled_blocks
 from cacheslide.vllm.scheduler.receipts import forecast, tiers_of
 from cacheslide.vllm.scheduler.request_state import Tracked
-from cacheslide.vllm.scheduler.retention import ChunkKeeper
+from cacheslide.vllm.scheduler.retention import ChunkRetention
 from cacheslide.vllm.scheduler.setbacks import cannot, give_up
-from cacheslide.vllm.scheduler.storage import ColdChunks
+from cacheslide.vllm.scheduler.storage import StorageTierView
 
 
 class SchedulerSide:
@@ -31,24 +31,26 @@ class SchedulerSide:
         self.block_size = vllm_config.cache_config.block_size
         self.engine_id = vllm_config.kv_transfer_config.engine_id
         self.box = open_box(self.engine_id)
-        self.keeper = ChunkKeeper(options, geometry)
-        self.index, self.cold = self.keeper.index, None
+        self.retention = ChunkRetention(options, geometry)
+        self.index, self.storage_tier = self.retention.index, None
         if (tiers := options.tiers) is not None:
             ranks = vllm_config.parallel_config.tensor_parallel_size
-            self.cold = self.keeper.cold = ColdChunks(tiers, options.namespace, ranks, self.index, geometry)
+            self.storage_tier = self.retention.storage_tier = StorageTierView(
+                tiers, options.namespace, ranks, self.index, geometry
+            )
         self.tracked: dict[str, Tracked] = {}
-        self.running: dict[str, Any] = {}  # vLLM's requests that have blocks, marked or not
+        self.running: dict[str, Any] = {}  # vLLM's requests that have blocks, annotated or not
         self.prefilling: dict[str, None] = {}  # tracked requests whose prompt is not complete yet, in order of arrival
         self.stats, self.faults = ReuseStats(), Faults()
         self.claims = Claims(self.block_size)
-        self.rows_planned = 0  # claimed in the step being scheduled
+        self.tokens_planned = 0  # claimed in the step being scheduled
         self.forget = False
         self.off = ""  # why nothing is reused
 
     # --- a request's way -------------------------------------------------------------------------------------------
 
     def arrive(self, request) -> None:
-        """Track a request that may reuse something; its chunks are looked for below memory at once."""
+        """Track a request that may reuse something; its chunks are looked up in the storage tier at once."""
         tracked = self.planner.plan(request)
         if tracked is None:
             return
@@ -57,12 +59,12 @@ class SchedulerSide:
             return
         self.tracked[request.request_id] = tracked
         self.prefilling[request.request_id] = None
-        if self.cold is not None and not tracked.reason:
+        if self.storage_tier is not None and not tracked.reason:
             try:
-                self.cold.look(tracked, tracked.plan.keys)
+                self.storage_tier.look(tracked, tracked.plan.keys)
             except Exception as error:
                 self.faults.note("look_up", error)
-        if tracked.slots is not None:  # the rows behind the first slot are not those of a request without marks
+        if tracked.slots is not None:  # the rows behind the first slot are not those of a request without annotations
             secret = tracked.family.secret if tracked.family is not None else None
             key_apart(request, tracked.slots.bounds[0][1] // self.block_size, secret)
 
@@ -104,13 +106,13 @@ class SchedulerSide:
         if tracked.follows and want < self.block_size:  # a block that the first member left open
             tracked.reuse = ()
             return 0
-        if self.rows_planned and self.rows_planned + want > self.options.tokens_per_step:
+        if self.tokens_planned and self.tokens_planned + want > self.options.tokens_per_step:
             return None
         if shares_unfilled_blocks(request, computed // self.block_size, self.running.values(), self.block_size):
             return None
         tracked.reason = ""
         tracked.generation = max(self.index.generation(key) for key, _ in reuse)
-        self.rows_planned += want
+        self.tokens_planned += want
         self.index.touch(tracked.plan.keys)
         first, secret = computed // self.block_size, None
         if tracked.family is not None:
@@ -120,20 +122,20 @@ class SchedulerSide:
         return want
 
     def _waits(self, tracked: Tracked, wanted) -> bool:
-        """Whether chunks below memory are worth waiting for; a fault among them means those in memory only."""
-        if self.cold is None or tracked.below.faulty:
+        """Whether chunks in storage are worth waiting for; a fault among them means those in memory only."""
+        if self.storage_tier is None or tracked.storage.faulty:
             return False
         try:
-            return self.cold.waits(tracked, wanted)
+            return self.storage_tier.waits(tracked, wanted)
         except Exception as error:
-            tracked.below.faulty = True
+            tracked.storage.faulty = True
             self.faults.note("look_up", error)
             return False
 
     def release(self, tracked: Tracked) -> None:
         """Whatever the request waited for is loaded in this step, or not needed."""
-        if self.cold is not None:
-            self.cold.release(tracked)
+        if self.storage_tier is not None:
+            self.storage_tier.release(tracked)
 
     def allocated(self, request, external: int) -> None:
         """vLLM gave the request its blocks; `external` of its rows are ours to complete."""
@@ -144,7 +146,7 @@ class SchedulerSide:
             self.prefilling[request.request_id] = None  # again, when it comes back from a preemption
 
     def finish(self, request, block_ids: Sequence[int] = ()) -> dict[str, Any] | None:
-        """Forget the request, whose rows lie in `block_ids`; returns its receipt, None for one without marks."""
+        """Forget the request, whose rows lie in `block_ids`; returns its receipt, None for one without annotations."""
         tracked, measured = self.forget_request(request.request_id)
         if tracked is None:
             return None
@@ -152,11 +154,11 @@ class SchedulerSide:
         receipt = measured or tracked.receipt or forecast(tracked)
         receipt |= {"generation": 0 if tracked.exact else tracked.generation}
         receipt |= {"tiers": tiers_of(tracked, receipt, self.planner.geometry, self.options.store_device)}
-        receipt |= {"store_failures": tracked.below.failures} if tracked.below.failures else {}
+        receipt |= {"store_failures": tracked.storage.failures} if tracked.storage.failures else {}
         receipt |= {"note": tracked.note} if tracked.note else {}
         if tracked.history is not None and tracked.plan is not None:
-            kept = self._survive("keep", keep_history, self.keeper, request, tracked, list(block_ids))
-            receipt |= {"history": kept}
+            retained = self._survive("retain", retain_history, self.retention, request, tracked, list(block_ids))
+            receipt |= {"history": retained}
         # A family is one request while its blocks last.
         if not tracked.follows or tracked.reuse or tracked.reason not in ("", reasons.AS_FAMILY):
             self.stats.record(receipt)
@@ -174,10 +176,10 @@ class SchedulerSide:
     def step(self, output, step: StepPlan | None = None) -> StepPlan:
         """What the workers do in the step that `output` describes; planned into `step`, if one is given."""
         step = StepPlan() if step is None else step
-        step.forget, self.forget, self.rows_planned = self.forget, False, 0
-        step.keeps, self.keeper.keeps = self.keeper.keeps, []
+        step.forget, self.forget, self.tokens_planned = self.forget, False, 0
+        step.history_saves, self.retention.history_saves = self.retention.history_saves, []
         step.idle = not output.num_scheduled_tokens
-        waited = len(self.keeper.jobs)
+        waited = len(self.retention.jobs)
         for req_id in [r for r in self.prefilling if r in output.num_scheduled_tokens]:
             try:
                 self._plan(req_id, output, step)
@@ -185,12 +187,12 @@ class SchedulerSide:
                 self.faults.note("build_connector_meta", error)
                 cannot(self, req_id, step)
         try:
-            self.keeper.hand_out(step, waited, step.idle)
+            self.retention.hand_out(step, waited, step.idle)
         except Exception as error:
-            self.faults.note("keep", error)
-            self.keeper.drop_work()
-        if self.cold is not None:
-            step.fetches, step.drops = self.cold.take()
+            self.faults.note("retain", error)
+            self.retention.drop_work()
+        if self.storage_tier is not None:
+            step.fetches, step.drops = self.storage_tier.take()
         return step
 
     def _survive(self, entry: str, does: Callable[..., Any], *args: Any) -> Any:
@@ -198,16 +200,16 @@ class SchedulerSide:
         try:
             return does(*args)
         except Exception as error:
-            self.keeper.unsettled = True
+            self.retention.unsettled = True
             self.faults.note(entry, error)
             return None
 
     def settle(self, output, step: StepPlan) -> None:
         """The plan is made: what was claimed for it and is not in it has failed; the index, where it is in doubt."""
         self.claims.settle(step, output)
-        if self.keeper.unsettled:
+        if self.retention.unsettled:
             step.index = {key: key in self.index for key in self.index.keys()}  # noqa: SIM118
-            self.keeper.unsettled = False
+            self.retention.unsettled = False
 
     def _plan(self, req_id: str, output, step: StepPlan) -> None:
         """One request's part of a step that computes rows of its prompt."""
@@ -223,24 +225,24 @@ class SchedulerSide:
             step.slots.append(SlotRows(tuple(tracked.block_ids), computed, end, tracked.slots))
         if end >= tracked.rows:
             del self.prefilling[req_id]
-            if not tracked.kept:
-                tracked.kept = True
-                self._survive("keep", self.keeper.keep, tracked, step)
+            if not tracked.retained:
+                tracked.retained = True
+                self._survive("retain", self.retention.retain, tracked, step)
 
     # --- what comes back -------------------------------------------------------------------------------------------
 
-    def heard(self, report: WorkerReport) -> None:
+    def on_worker_report(self, report: WorkerReport) -> None:
         """Receipts of this step's loads, and chunks to strike off the index."""
         for req_id, receipt in report.receipts.items():
             if req_id in self.tracked:
                 self.tracked[req_id].receipt = receipt
             self.box.pop(req_id, None)
-        self.keeper.unsettled |= report.unsettled
+        self.retention.unsettled |= report.unsettled
         for key in report.missing:
             self.index.discard(key)
-            self.keeper.unsettled = True  # other ranks may hold it
-        if self.cold is not None:
-            self._survive("look_up", self.cold.heard, report)
+            self.retention.unsettled = True  # other ranks may hold it
+        if self.storage_tier is not None:
+            self._survive("look_up", self.storage_tier.on_worker_report, report)
 
     def take_stats(self) -> ReuseStats:
         """Counts since the last call."""
@@ -251,12 +253,12 @@ class SchedulerSide:
     def reset(self) -> None:
         """Forget every chunk, here and in the workers (the weights have changed).
 
-        What lies below memory belongs to the weights that were loaded at first: keys of another name from here on.
+        What the storage tier holds belongs to the weights that were loaded at first: keys of another name from here on.
         """
         self.forget, self.off = True, "reset_cache"
-        self.keeper.clear()
-        if self.cold is not None:
-            self.cold.forget()
+        self.retention.clear()
+        if self.storage_tier is not None:
+            self.storage_tier.forget()
             self.planner.rename_model()
         self.planner.clear()
         self.off = ""
@@ -264,5 +266,5 @@ class SchedulerSide:
     def close(self) -> None:
         """The engine stops."""
         close_box(self.engine_id)
-        if self.cold is not None:
-            self.cold.close()
+        if self.storage_tier is not None:
+            self.storage_tier.close()

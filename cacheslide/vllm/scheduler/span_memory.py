@@ -1,4 +1,4 @@
-"""Finds what a prompt shares with earlier ones, without marks: content-defined spans, matched in order.
+"""Finds what a prompt shares with earlier ones, without annotations: content-defined spans, matched in order.
 
 A prompt is cut where a rolling hash over its last tokens says so, so that an insertion moves the cuts around it but not
 those behind it. The order of the matches is that of the earlier prompt: RPDC (section 3) holds for what is found.
@@ -20,19 +20,19 @@ _NOWHERE: OrderedDict[int, None] = OrderedDict()
 
 def content_cuts(token_ids: Sequence[int], least: int, average: int, most: int) -> list[tuple[int, int]]:
     """Half-open spans that cover `token_ids`, each of `least` to `most` tokens (the last one may be shorter)."""
-    marks = _marks(token_ids, max(1, average - least))
+    cuts = _cuts(token_ids, max(1, average - least))
     spans, start, total = [], 0, len(token_ids)
     while start < total:
         end = min(start + most, total)
-        first = bisect_left(marks, start + least)
-        if first < len(marks) and marks[first] < end:
-            end = marks[first]
+        first = bisect_left(cuts, start + least)
+        if first < len(cuts) and cuts[first] < end:
+            end = cuts[first]
         spans.append((start, end))
         start = end
     return spans
 
 
-def _marks(token_ids: Sequence[int], rate: int) -> list[int]:
+def _cuts(token_ids: Sequence[int], rate: int) -> list[int]:
     """Rows before which the tokens say: cut here; on average one in `rate`."""
     x = np.asarray(token_ids, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
@@ -70,7 +70,7 @@ class SpanMemory:
         self._where: dict[tuple[str, bytes], OrderedDict[int, None]] = {}
         self._next = 0
 
-    def meet(self, tenant: str, token_ids: Sequence[int]) -> list[tuple[int, int]]:
+    def match(self, tenant: str, token_ids: Sequence[int]) -> list[tuple[int, int]]:
         """Spans of `token_ids` that an earlier prompt of `tenant` had, in its order; learns the prompt."""
         cuts = content_cuts(token_ids, *self.sizes)
         names = [_name(token_ids[a:b]) for a, b in cuts]

@@ -1,7 +1,7 @@
-"""The scheduler's view of what lies below the workers' memory: looked up, read while its request waits, and leased.
+"""The scheduler's view of the storage tier under its workers' memory: looked up, read while a request waits, leased.
 
 A request whose chunks lie in files or on a server is put off, step by step, while the workers' threads read them; other
-requests go on. Chunks land in the index only when every rank has its share, so that all ranks do the same work. What
+requests go on. Chunks enter the index only when every rank has its share, so that all ranks do the same work. What
 cannot be read is computed, and the receipt says why.
 """
 
@@ -16,31 +16,31 @@ from dataclasses import dataclass, field, replace
 from cacheslide.core.keys import ChunkKey
 from cacheslide.core.prompt import Chunk
 from cacheslide.errors import StoreError
-from cacheslide.store.config import StoreConfig, open_backing
+from cacheslide.store.config import StoreConfig, open_persistent
 from cacheslide.store.filetier import chunk_name, namespace_id
 from cacheslide.vllm.geometry import Geometry
-from cacheslide.vllm.protocol import FetchPlan, Landed, WorkerReport
+from cacheslide.vllm.protocol import ChunkLoaded, FetchPlan, WorkerReport
 from cacheslide.vllm.scheduler.chunk_index import ChunkIndex
 from cacheslide.vllm.scheduler.request_state import Tracked
 
 logger = logging.getLogger("vllm.cacheslide")
 
 _PATIENCE_S = 0.002  # a claim waits so long for a look-up that a thread has under way
-_EVICTED = 100_000  # keys remembered that left memory: the workers' lower tiers may have them though no file does yet
+_EVICTED = 100_000  # keys remembered that left memory: the workers' storage tiers may have them though no file does yet
 
 
 @dataclass
 class _Coming:
-    """A chunk that the workers read: what has landed, a rank each, and the requests that wait for it."""
+    """A chunk that the workers read: what was loaded, a rank each, and the requests that wait for it."""
 
     ticket: int
     waiters: list[Tracked]
     since: float  # monotonic seconds
-    landed: list[Landed] = field(default_factory=list)
+    loaded: list[ChunkLoaded] = field(default_factory=list)
 
 
-class ColdChunks:
-    """Look-ups and reads below memory, for one scheduler.
+class StorageTierView:
+    """Look-ups and reads in storage tiers, for one scheduler.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ class ColdChunks:
 
     def __init__(self, config: StoreConfig, namespace: str, ranks: int, index: ChunkIndex, geometry: Geometry) -> None:
         self.index, self.geometry, self.ranks, self.limit_s = index, geometry, ranks, config.stall_limit_s
-        self.backing = open_backing(config)
+        self.persistent = open_persistent(config)
         self.namespace = namespace_id(namespace, 0, ranks)  # what one rank has, all have, as a rule
         self.coming: dict[ChunkKey, _Coming] = {}
         self.fetches: list[FetchPlan] = []
@@ -68,34 +68,34 @@ class ColdChunks:
 
     def look(self, tracked: Tracked, keys: Iterable[ChunkKey]) -> None:
         """Start to look up those of `keys` that memory does not have."""
-        unknown = [k for k in keys if k not in self.index and k not in tracked.below.places]
+        unknown = [k for k in keys if k not in self.index and k not in tracked.storage.places]
         if unknown:
-            tracked.below.lookup, tracked.below.since = self._pool.submit(self._where, unknown), time.monotonic()
+            tracked.storage.lookup, tracked.storage.since = self._pool.submit(self._where, unknown), time.monotonic()
 
     def _where(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, str]:
-        places = {k: self.backing.where(chunk_name(self.namespace, k)) for k in keys}
+        places = {k: self.persistent.where(chunk_name(self.namespace, k)) for k in keys}
         return {k: place or ("memory" if k in self._evicted else "") for k, place in places.items()}
 
     def waits(self, tracked: Tracked, wanted: Sequence[tuple[ChunkKey, Chunk]]) -> bool:
         """Whether a request had better wait: its chunks are being looked up, or read. Starts what is needed."""
-        if tracked.below.lookup is None:
+        if tracked.storage.lookup is None:
             self.look(tracked, [key for key, _ in wanted])
-        if tracked.below.lookup is not None:
+        if tracked.storage.lookup is not None:
             try:
-                tracked.below.places |= tracked.below.lookup.result(timeout=_PATIENCE_S)
+                tracked.storage.places |= tracked.storage.lookup.result(timeout=_PATIENCE_S)
             except TimeoutError:
-                if time.monotonic() - tracked.below.since < self.limit_s:
+                if time.monotonic() - tracked.storage.since < self.limit_s:
                     return True
-                tracked.below.places |= dict.fromkeys((key for key, _ in wanted), "")  # a tier that hangs has nothing
-            tracked.below.lookup = None
+                tracked.storage.places |= dict.fromkeys((key for key, _ in wanted), "")  # a tier that hangs has nothing
+            tracked.storage.lookup = None
         for key, chunk in wanted:
-            if key in self.index or key in tracked.below.tried:
+            if key in self.index or key in tracked.storage.tried:
                 continue
             if key in self.coming:
                 self.coming[key].waiters.append(tracked)
-            elif not tracked.below.places.get(key) or not self._start(tracked, key, chunk):
+            elif not tracked.storage.places.get(key) or not self._start(tracked, key, chunk):
                 continue
-            tracked.below.tried.add(key)
+            tracked.storage.tried.add(key)
         waiting = [key for key, _ in wanted if key in self.coming]
         for key in waiting:
             if time.monotonic() - self.coming[key].since >= self.limit_s:
@@ -110,7 +110,7 @@ class ColdChunks:
         try:
             evict = self.index.reserve({key: size}, pending=True)
         except StoreError:
-            tracked.below.failures[key] = "no room: memory is full of chunks that requests wait with"
+            tracked.storage.failures[key] = "no room: memory is full of chunks that requests wait with"
             return False
         self.evicted(evict)
         self.coming[key] = _Coming(next(self._tickets), [tracked], time.monotonic())
@@ -119,15 +119,15 @@ class ColdChunks:
         return True
 
     def _lease(self, tracked: Tracked, keys: Iterable[ChunkKey]) -> None:
-        new = set(keys) - tracked.below.leased
-        tracked.below.leased |= new
+        new = set(keys) - tracked.storage.leased
+        tracked.storage.leased |= new
         self.index.lease(new)
 
     def release(self, tracked: Tracked) -> None:
         """The request loads its chunks in this step, or needs them no more."""
-        self.index.release(tracked.below.leased)
-        tracked.below.leased = set()
-        tracked.below.tried.clear()  # after a preemption it asks anew
+        self.index.release(tracked.storage.leased)
+        tracked.storage.leased = set()
+        tracked.storage.tried.clear()  # after a preemption it asks anew
 
     def evicted(self, keys: Iterable[ChunkKey]) -> None:
         """These have left the workers' memory."""
@@ -149,19 +149,19 @@ class ColdChunks:
         self.fetches, self.drops = [], []
         return fetches, drops
 
-    def heard(self, report: WorkerReport) -> None:
+    def on_worker_report(self, report: WorkerReport) -> None:
         """How reads have ended."""
-        for key, parts in report.landed.items():
+        for key, parts in report.loaded.items():
             coming = self.coming.get(key)
             if coming is None:
                 continue
-            coming.landed += [p for p in parts if p.ticket == coming.ticket]
-            if len(coming.landed) == self.ranks:
+            coming.loaded += [p for p in parts if p.ticket == coming.ticket]
+            if len(coming.loaded) == self.ranks:
                 del self.coming[key]
-                self.index.landed(key, max(p.generation for p in coming.landed))
-                lowest = max(coming.landed, key=lambda p: ("host", "file", "remote").index(p.tier))
+                self.index.on_loaded(key, max(p.generation for p in coming.loaded))
+                lowest = max(coming.loaded, key=lambda p: ("host", "file", "remote").index(p.tier))
                 for waiter in coming.waiters:
-                    waiter.below.tiers[key] = lowest.tier, coming.landed[0].nbytes
+                    waiter.storage.tiers[key] = lowest.tier, coming.loaded[0].nbytes
         for key, (ticket, why) in report.failed.items():
             coming = self.coming.get(key)
             if coming is None or coming.ticket != ticket:
@@ -175,17 +175,17 @@ class ColdChunks:
         if self.index.failed(key) and everywhere:
             self.drops.append(key)
         for waiter in coming.waiters:
-            waiter.below.places[key] = ""
+            waiter.storage.places[key] = ""
             if why != "absent":
                 # Receipts go to clients: no path of a file, no address of a server.
-                waiter.below.failures[key] = why if why.startswith("damaged") else why.split(":")[0]
+                waiter.storage.failures[key] = why if why.startswith("damaged") else why.split(":")[0]
                 logger.warning("CacheSlide computes chunk %s again: %s", key, why)
 
     def forget(self) -> None:
         """The weights have changed: nothing that is read now is wanted."""
         for coming in self.coming.values():
             for waiter in coming.waiters:
-                waiter.below.places.clear()
+                waiter.storage.places.clear()
         self.coming.clear()
         self.fetches.clear()
         self._evicted.clear()

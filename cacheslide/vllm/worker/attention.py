@@ -60,19 +60,19 @@ class RowKernel:
 
 
 class CopeRows(RowKernel):
-    """The same with CoPE attention, over position tables and slot masses that lie in the layers."""
+    """The same with CoPE attention, over position tables and slot offsets that lie in the layers."""
 
     def __init__(self, paged: Sequence[PagedLayer]) -> None:
         super().__init__()
         self.tables = [p.attention.cope_positions for p in paged]
-        self.crossing = paged[0].attention.cope_crossing
+        self.slot_offsets = paged[0].attention.cope_offsets
 
     def _make(self, groups: Sequence[RowGroup], device: torch.device) -> tuple:
-        packed = pack_slots([(g.kv.updated, g.rows) for g in groups]) if self.crossing.known else None
+        packed = pack_slots([(g.kv.updated, g.rows) for g in groups]) if self.slot_offsets.known else None
         return *super()._make(groups, device), packed
 
     def _launch(self, layer: int, q: Tensor, cache: Tensor, scale: float, rows, cu_rows, table, packed) -> Tensor:
-        slots = None if packed is None else packed.masses(self.crossing.masses[layer], self.crossing.cap)
+        slots = None if packed is None else packed.with_offsets(self.slot_offsets.offsets[layer], self.slot_offsets.cap)
         return cope_attention(q, rows, cu_rows, table, cache, self.tables[layer], scale, slots=slots)
 
 

@@ -1,4 +1,4 @@
-"""A worker's chunks: an in-memory store that keeps and drops what the scheduler's index says."""
+"""A worker's chunks: an in-memory store that retains and drops what the scheduler's index says."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from cacheslide.store.base import ChunkKV
 from cacheslide.store.memory import MemoryChunkStore
 from cacheslide.store.pages import side_by_side
 from cacheslide.vllm.worker.host_copies import HostCopies
-from cacheslide.vllm.worker.storage import Below
+from cacheslide.vllm.worker.storage import StorageTier
 
 
 class WorkerStore(MemoryChunkStore):
@@ -19,12 +19,14 @@ class WorkerStore(MemoryChunkStore):
 
     With `copies` the device is the host beside a GPU. A chunk is then here as soon as its copy has been issued, and
     whoever reads it waits for the copy: the host in `get`, streams in `lend`. New chunks are written through to the
-    tiers `below`, if there are any.
+    `storage_tier`, if there is one.
     """
 
-    def __init__(self, device: torch.device, copies: HostCopies | None = None, below: Below | None = None) -> None:
+    def __init__(
+        self, device: torch.device, copies: HostCopies | None = None, storage_tier: StorageTier | None = None
+    ) -> None:
         super().__init__()
-        self.device, self.copies, self.below = device, copies, below
+        self.device, self.copies, self.storage_tier = device, copies, storage_tier
         self._arriving: dict[ChunkKey, torch.cuda.Event] = {}
 
     def put(self, key: ChunkKey, chunk: ChunkKV) -> None:
@@ -38,11 +40,11 @@ class WorkerStore(MemoryChunkStore):
         else:
             (k, v, *inputs), self._arriving[key] = self.copies.send(tensors)
         self._hold(key, chunk, k, v, inputs)
-        if self.below is not None:
-            self.below.write(key, self._chunks[key], self._arriving.get(key))
+        if self.storage_tier is not None:
+            self.storage_tier.write(key, self._chunks[key], self._arriving.get(key))
 
-    def land(self, key: ChunkKey, chunk: ChunkKV) -> None:
-        """`put` of a chunk that came from below, in the kind of host memory that `Below` was asked for."""
+    def put_loaded(self, key: ChunkKey, chunk: ChunkKV) -> None:
+        """`put` of a chunk read from the storage tier, in the kind of host memory that `StorageTier` was asked for."""
         if not self.contains(key):
             both = side_by_side(chunk.k, chunk.v)
             pair = (chunk.k, chunk.v) if both is None else (both,)

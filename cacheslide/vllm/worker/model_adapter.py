@@ -17,7 +17,7 @@ from cacheslide.models.dense_kv import DenseKV
 from cacheslide.positions.ccpe import PromptSlots, check_slots
 from cacheslide.positions.rope import Rotary, inverse_frequencies
 from cacheslide.vllm.cope.setting import is_cope
-from cacheslide.vllm.cope.slots import Crossing
+from cacheslide.vllm.cope.slots import LayerOffsets
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.worker.attention import RowKernel, choose
 from cacheslide.vllm.worker.kv_layout import PagedKV, PagedLayer, scratch_kv
@@ -96,7 +96,7 @@ class VllmModel:
         self.caches = Caches(self.paged)
         self.attend_paged = choose(self.paged)
         first = self.layers[0].self_attn
-        self.crossing: Crossing | None = getattr(first.attn, "cope_crossing", None)
+        self.slot_offsets: LayerOffsets | None = getattr(first.attn, "cope_offsets", None)
         self.num_kv_heads, self.head_dim = first.num_kv_heads, first.head_dim
         self.hidden_size = config.hidden_size
         self.scale = float(first.attn.impl.scale)
@@ -126,9 +126,9 @@ class VllmModel:
                 self.attend_paged.forget()
 
     def describe(self, kv: PagedKV, slots: PromptSlots) -> None:
-        """See `ModelAdapter.describe`; nothing to say to a model without calibrated slot masses."""
-        if self.crossing is not None and self.crossing.known:
-            check_slots(slots, self.crossing.known)
+        """See `ModelAdapter.describe`; nothing to say to a model without calibrated slot offsets."""
+        if self.slot_offsets is not None and self.slot_offsets.known:
+            check_slots(slots, self.slot_offsets.known)
             kv.updated = PromptSlots(slots.bounds, send(slots.canonical, self.device))
 
     def paged_kv(self, block_ids: Sequence[int], manager_block: int) -> PagedKV:

@@ -15,7 +15,7 @@ from cacheslide.vllm.claims import Loads
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.guard import Faults, reason
 from cacheslide.vllm.options import ServerOptions
-from cacheslide.vllm.protocol import EncodeJob, Landed, SavePlan, StepPlan, WorkerReport
+from cacheslide.vllm.protocol import ChunkLoaded, EncodeJob, SavePlan, StepPlan, WorkerReport
 from cacheslide.vllm.worker.chunk_store import WorkerStore
 from cacheslide.vllm.worker.host_copies import HostCopies
 from cacheslide.vllm.worker.loading import Loading
@@ -23,7 +23,7 @@ from cacheslide.vllm.worker.model_adapter import MLP_ROWS, VllmModel, find_model
 from cacheslide.vllm.worker.pinned import PinnedMemory, pin
 from cacheslide.vllm.worker.prefetch import Rings
 from cacheslide.vllm.worker.ranks import Team, TeamPrefill
-from cacheslide.vllm.worker.storage import Below
+from cacheslide.vllm.worker.storage import StorageTier
 
 
 class WorkerSide:
@@ -45,7 +45,7 @@ class WorkerSide:
         found = find_model(config.compilation_config.static_forward_context)
         self.model = VllmModel(found, config.model_config.hf_text_config, Geometry.of(config))
         self.memory = self._pinned_memory()
-        self.below = self._open_below()
+        self.storage_tier = self._open_storage_tier()
         self.store = self._open_store(self.options.store_device)
         self.team = Team(get_tp_group() if self.model.ranks > 1 else None)
         self.executor = TeamPrefill(self.model, self.team, MLP_ROWS)
@@ -59,8 +59,8 @@ class WorkerSide:
         """Beside a GPU: the host memory that chunks may take, pinned now rather than while requests wait."""
         if self.model.device.type != "cuda":
             return None
-        keeps = self.options.store_device == "cpu"
-        return PinnedMemory(pin(int(self.options.store_gib * GIB)) if keeps else None, self._stamp)
+        on_host = self.options.store_device == "cpu"
+        return PinnedMemory(pin(int(self.options.store_gib * GIB)) if on_host else None, self._stamp)
 
     def _stamp(self) -> "list[torch.cuda.Event]":
         """Events behind all work that may use chunks in host memory."""
@@ -68,14 +68,14 @@ class WorkerSide:
         streams = [torch.cuda.current_stream(self.model.device), self.stream, None if copies is None else copies.stream]
         return [stream.record_event() for stream in streams if stream is not None]
 
-    def _open_below(self) -> Below | None:
-        """This rank's share of the tiers below memory."""
+    def _open_storage_tier(self) -> StorageTier | None:
+        """This rank's share of the storage tiers."""
         if (tiers := self.options.tiers) is None:
             return None
         model, rank = self.model, get_tensor_model_parallel_rank()
         row_bytes = 2 * model.num_kv_heads * model.head_dim * model.dtype.itemsize
         shape = shape_of(model, model.dtype)
-        return Below(tiers, row_bytes, self.options.namespace, rank, model.ranks, self.memory, shape)
+        return StorageTier(tiers, row_bytes, self.options.namespace, rank, model.ranks, self.memory, shape)
 
     def _open_store(self, where: str) -> WorkerStore:
         """An empty store; one in host memory beside a GPU is pinned, and read and written on streams of its own."""
@@ -84,7 +84,7 @@ class WorkerSide:
         self.stream = torch.cuda.Stream(self.model.device) if pinned else None
         self.rings = Rings(self.model.device, self.stream)
         copies = HostCopies(self.model.device, memory=self.memory) if pinned else None
-        return WorkerStore(device, copies, self.below)
+        return WorkerStore(device, copies, self.storage_tier)
 
     def move_store(self, where: str) -> None:
         """Move all chunks to the host ("cpu") or to the model's device ("model")."""
@@ -95,33 +95,33 @@ class WorkerSide:
 
     @torch.inference_mode()
     def begin(self, step: StepPlan) -> None:
-        """Before anything writes to the cache in this step: keep what finished requests leave in their old blocks."""
+        """Before anything writes to the cache in this step: save what finished requests leave in their old blocks."""
         self.joined, self.encoded = False, 0
-        crossing = self.model.crossing
-        if crossing is not None:
-            crossing.expect(step.slots, self.block_size)
+        offsets = self.model.slot_offsets
+        if offsets is not None:
+            offsets.expect(step.slots, self.block_size)
         if step.forget:
             self._forget()
         for settle in (self.store.settle, *(() if self.memory is None else (self.memory.settle,))):
             self._survive("bind_connector_metadata", settle)
         self.drop([*self.unsure, *step.drops])
-        if self.below is not None:
-            self._survive("land", self.below.drop, step.drops)
+        if self.storage_tier is not None:
+            self._survive("on_loaded", self.storage_tier.drop, step.drops)
             for fetch in step.fetches:
-                if not self._survive("land", self.below.fetch, fetch.key, fetch.ticket, fetch.tokens):
-                    self.report.failed[fetch.key] = fetch.ticket, reason("land")
-        for plan in step.keeps:
+                if not self._survive("on_loaded", self.storage_tier.fetch, fetch.key, fetch.ticket, fetch.tokens):
+                    self.report.failed[fetch.key] = fetch.ticket, reason("on_loaded")
+        for plan in step.history_saves:
             self._save(plan)
 
     def begin_nothing(self, step: StepPlan) -> None:
-        """In place of `begin`: what was to be kept or read is not here."""
+        """In place of `begin`: what was to be saved or read is not here."""
         self.joined, self.encoded, self.report.unsettled = False, 0, True
         if step.forget:
             self._forget()
-        if self.model.crossing is not None:
-            self.model.crossing.expect(step.slots, self.block_size)
-        self._not_saved(step.keeps)
-        self.report.failed |= {fetch.key: (fetch.ticket, reason("land")) for fetch in step.fetches}
+        if self.model.slot_offsets is not None:
+            self.model.slot_offsets.expect(step.slots, self.block_size)
+        self._not_saved(step.history_saves)
+        self.report.failed |= {fetch.key: (fetch.ticket, reason("on_loaded")) for fetch in step.fetches}
 
     def _survive(self, entry: str, does: Callable[..., Any], *args: Any) -> bool:
         """Do something whose failure is a fault at `entry` and nothing else; whether it was done."""
@@ -137,8 +137,8 @@ class WorkerSide:
         held = list(self.store._chunks)
         self._survive("reset_cache", self.store.clear)
         self.drop(held)
-        if self.below is not None:
-            self._survive("reset_cache", self.below.forget)
+        if self.storage_tier is not None:
+            self._survive("reset_cache", self.storage_tier.forget)
 
     def drop(self, keys: Iterable[ChunkKey]) -> None:
         """Let go of chunks; what stays in spite of that counts as gone, and is dropped another time."""
@@ -164,10 +164,10 @@ class WorkerSide:
 
         Nothing here waits for the device: rows are gathered behind the forward, and leave it on a stream of their own.
         """
-        crossing = self.model.crossing
-        if crossing is not None and crossing.fault is not None:  # its rows are not what their keys say
-            self.faults.note("slots", crossing.fault)
-            crossing.fault = None
+        offsets = self.model.slot_offsets
+        if offsets is not None and offsets.fault is not None:  # its rows are not what their keys say
+            self.faults.note("slots", offsets.fault)
+            offsets.fault = None
             for rows in step.slots:
                 first = rows.slots.bounds[0][1] // self.block_size
                 self.loads.spoil("", rows.block_ids[first:])
@@ -186,7 +186,7 @@ class WorkerSide:
             self.report.missing.update(key for key, _ in plan.chunks)
 
     def _save(self, plan: SavePlan) -> None:
-        """Copy a plan's chunks, one by one: those that cannot be kept leave the index."""
+        """Copy a plan's chunks, one by one: those that cannot be retained leave the index."""
         self.drop(plan.evict)
         for key, chunk in plan.chunks:
             if key in self.unsure or not self._survive("wait_for_save", self._copy, plan, key, chunk):
@@ -200,21 +200,21 @@ class WorkerSide:
     @torch.inference_mode()
     def encode(self, step: StepPlan) -> None:
         """The forward is over: prefill chunks that no request's own prefill provides."""
-        if self.model.crossing is not None:
-            self.model.crossing.expect((), self.block_size)
+        if self.model.slot_offsets is not None:
+            self.model.slot_offsets.expect((), self.block_size)
         for job in step.encodes:
             self.drop(job.evict)
             self.encoded += 1
             held = [key not in self.unsure and self.store.contains(key) for key in job.plan.keys]
             together, *everywhere = self.team.agree([True, *held])
             if not together:
-                self._not_kept(job)
+                self._not_encoded(job)
                 continue
             missing = {key for key, there in zip(job.plan.keys, everywhere, strict=True) if not there}
             self.drop(missing)
             for part in job.parts():
                 if not missing.isdisjoint(part.plan.keys) and not self._survive("encode", self._encode, part):
-                    self._not_kept(part)
+                    self._not_encoded(part)
 
     def encode_nothing(self, step: StepPlan) -> None:
         """In place of `encode`: other ranks do not wait for this one, and what the index names is not here."""
@@ -222,7 +222,7 @@ class WorkerSide:
             self.encoded += 1
             self.drop(job.evict)
             self.team.agree([False] * (1 + len(job.plan.keys)))
-            self._not_kept(job)
+            self._not_encoded(job)
 
     def _encode(self, job: EncodeJob) -> None:
         encoder = ChunkEncoder(self.model, self.store, self.model.dtype, job.capture)
@@ -230,26 +230,26 @@ class WorkerSide:
         with self.team.unit(), self.model.running():
             encoder.encode(job.encoding, job.plan)
 
-    def _not_kept(self, job: EncodeJob) -> None:
+    def _not_encoded(self, job: EncodeJob) -> None:
         self.report.missing.update(k for k in job.plan.keys if k in self.unsure or not self.store.contains(k))
 
-    def land(self, step: StepPlan) -> None:
-        """Take in chunks that were read from below."""
-        if self.below is None:
+    def on_loaded(self, step: StepPlan) -> None:
+        """Take in chunks that were read from the storage tier."""
+        if self.storage_tier is None:
             return
         for fetch in step.fetches:
             self.drop(fetch.evict)
-        for key, ticket, found in self.below.arrivals(step.idle):
+        for key, ticket, found in self.storage_tier.arrivals(step.idle):
             if found.chunk is None:
                 self.report.failed[key] = ticket, found.why
-            elif key in self.unsure or not self._survive("land", self.store.land, key, found.chunk):
+            elif key in self.unsure or not self._survive("on_loaded", self.store.put_loaded, key, found.chunk):
                 self.drop([key])
-                self.report.failed[key] = ticket, reason("land")
+                self.report.failed[key] = ticket, reason("on_loaded")
             else:
-                self.report.landed[key] = [Landed(ticket, found.tier, found.chunk.nbytes, found.chunk.generation)]
+                self.report.loaded[key] = [ChunkLoaded(ticket, found.tier, found.chunk.nbytes, found.chunk.generation)]
 
-    def land_nothing(self, step: StepPlan) -> None:
-        """In place of `land`: what has been read waits for the next step."""
+    def on_none_loaded(self, step: StepPlan) -> None:
+        """In place of `on_loaded`: what has been read waits for the next step."""
         self.report.unsettled = True
         for fetch in step.fetches:
             self.drop(fetch.evict)
@@ -271,10 +271,10 @@ class WorkerSide:
     def close(self) -> None:
         """The engine stops: nothing of ours is on its way any more, and nothing holds its model or its memory.
 
-        What is queued for the tiers below is written first.
+        What is queued for the storage tier is written first.
         """
         if self.model is not None:
-            if self.below is not None:
-                self.below.close()
+            if self.storage_tier is not None:
+                self.storage_tier.close()
             self.store.close()
-            self.model = self.executor = self.rings = self.stream = self.below = self.memory = None
+            self.model = self.executor = self.rings = self.stream = self.storage_tier = self.memory = None

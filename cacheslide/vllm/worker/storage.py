@@ -1,4 +1,4 @@
-"""A worker's tiers below its memory: new chunks are written through to them, waiting requests' chunks read by threads.
+"""A worker's storage tier: new chunks are written through to it, waiting requests' chunks read by threads.
 
 Nothing here makes a step wait: writing happens behind it, a bounded number of bytes at a time (what is too much is not
 written), and a read that fails is a reason for the scheduler, never an exception.
@@ -30,10 +30,11 @@ _IDLE_S = 0.002  # an idle step waits so long for a read: shorter than a step, l
 _PASSAGE = 16  # pages of memory that the tiered store gets where the worker's own memory is the host tier
 
 
-def lower_tiers(config: StoreConfig, row_bytes: int) -> StoreConfig:
-    """What of a configuration lies below the workers' own memory, which is its first tier.
+def storage_tier_config(config: StoreConfig, row_bytes: int) -> StoreConfig:
+    """The storage tier of a configuration; the workers' own memory is its first tier.
 
-    With a device tier the host tier is below, else a worker's memory is the host tier. Corrected pages never come here.
+    With a device tier the host tier is part of it, else a worker's memory is the host tier. Corrected pages never come
+    here.
     """
     host = config.host_gib if config.device_gib else 0.0
     changes = {} if host else {"write_back": "through"}
@@ -61,8 +62,8 @@ class PinnedFiles(Files):
         return super().buffer(nbytes) if room.data_ptr() % BLOCK else room
 
 
-class Below:
-    """A rank's lower tiers.
+class StorageTier:
+    """A rank's storage tiers under memory (host under a GPU, files, server).
 
     Parameters
     ----------
@@ -76,7 +77,7 @@ class Below:
     memory : PinnedMemory, optional
         Where chunks are wanted; without it in any memory.
     shape : ChunkShape, optional
-        Of this rank's chunks: what others left below and looks otherwise is not read.
+        Of this rank's chunks: what others stored and looks otherwise is not read.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Below:
         shape: ChunkShape | None = None,
     ) -> None:
         self.store = open_store(
-            lower_tiers(config, row_bytes),
+            storage_tier_config(config, row_bytes),
             row_bytes,
             namespace=namespace,
             rank=rank,
@@ -130,7 +131,7 @@ class Below:
                 done.synchronize()
             self.store.put(key, chunk)
         except (CacheSlideError, OSError, RuntimeError) as error:
-            logger.warning("CacheSlide could not write a chunk below memory: %s", error)
+            logger.warning("CacheSlide could not write a chunk to the storage tier: %s", error)
         finally:
             with self._guard:
                 self._queued -= chunk.nbytes
@@ -151,7 +152,7 @@ class Below:
             return Fetched(None, why=f"read error: {error}")
 
     def _settled(self, chunk: ChunkKV) -> ChunkKV:
-        """The chunk in pinned memory, if that is wanted: a server's, or one that memory below still had, is not."""
+        """The chunk in pinned memory, if that is wanted: a server's, or one that the host tier still had, is not."""
         if self.memory is None or chunk.k.is_pinned():
             return chunk
         both = side_by_side(chunk.k, chunk.v)

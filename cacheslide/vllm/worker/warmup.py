@@ -26,7 +26,7 @@ def warm_up(model: VllmModel, max_tokens: int) -> None:
     q = torch.zeros(count, heads, dim, dtype=model.dtype, device=device)
     rows, bounds = torch.arange(count, dtype=torch.int32, device=device), torch.tensor([0, count], dtype=torch.int32)
     table = torch.zeros(1, -(-max_tokens // size), dtype=torch.int32, device=device)
-    cope = model.crossing is not None
+    cope = model.slot_offsets is not None
     found = set()
     for span in _SPANS:
         for n in _ROWS:
@@ -59,13 +59,13 @@ def _launch_cope(
     blocks: cope_launch.Blocks,
     tiling: cope_launch.CopeTiling,
 ) -> None:
-    """CoPE attention without slots, and with them where the model has masses."""
-    table, crossing = model.layers[0].self_attn.attn.cope_positions, model.crossing
+    """CoPE attention without slots, and with them where the model has offsets."""
+    table, offsets = model.layers[0].self_attn.attn.cope_positions, model.slot_offsets
     rows = shared[1]
     kinds = [None]
-    if crossing.known:
+    if offsets.known:
         packed = pack_slots([(PromptSlots(((1, 2),), torch.ones(len(rows), dtype=torch.bool)), rows.long())])
-        kinds.append(packed.masses(crossing.masses[0], crossing.cap))
+        kinds.append(packed.with_offsets(offsets.offsets[0], offsets.cap))
     for slots in kinds:
         cope_launch.cope_attention(
             *shared, blocks, table, model.scale, max_row=len(rows) - 1, slots=slots, tiling=tiling

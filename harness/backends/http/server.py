@@ -24,7 +24,7 @@ class ServerError(CacheSlideError):
     """A server did not start, or ended by itself."""
 
 
-def stock_command(model: str, prefix_caching: bool, arguments: Sequence[str]) -> list[str]:
+def vanilla_command(model: str, prefix_caching: bool, arguments: Sequence[str]) -> list[str]:
     """vLLM's OpenAI server by itself."""
     switch = "--enable-prefix-caching" if prefix_caching else "--no-enable-prefix-caching"
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, switch, *arguments]
@@ -52,7 +52,7 @@ class Server:
     Parameters
     ----------
     command : list of str
-        Its command line, without host and port; see `stock_command` and `connector_command`.
+        Its command line, without host and port; see `vanilla_command` and `connector_command`.
     model : str
         The model's name in requests (the folder it was started with).
     log : Path

@@ -36,8 +36,8 @@ class Endpoint:
 class Request:
     """A greedy completion of `max_tokens` tokens; `prompt` is token ids, or a text. It ends before a text in `stop`.
 
-    `params` is its `kv_transfer_params` (see `cacheslide.vllm.options.marks_of`); `salt` keeps it from reading what
-    requests of another salt left in the server's caches; `labels` are copied into its outcome.
+    `params` is its `kv_transfer_params` (see `cacheslide.vllm.options.annotations_of`); `salt` keeps it from reading
+    what requests of another salt left in the server's caches; `labels` are copied into its outcome.
     """
 
     id: str

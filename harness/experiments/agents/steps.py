@@ -39,20 +39,26 @@ def variants_of(config: Config, section: str) -> list[Variant]:
     if section == "windows":
         return plain + [v for w in own["windows"] for v in _padded(w)]
     if section == "turns":
-        kept = resolve(own["kept"], layer=agents["layer"])
-        return plain + [Variant(f"{p.name}@{k}", f"{p.title}, limit {k}", p, k) for p in kept for k in own["limits"]]
+        retained = resolve(own["retained"], layer=agents["layer"])
+        return plain + [
+            Variant(f"{p.name}@{k}", f"{p.title}, limit {k}", p, k) for p in retained for k in own["limits"]
+        ]
     if section == "grid":
         [policy] = resolve(["cacheslide"], layer=agents["layer"])
         return [
-            Variant(f"{share}@{tau}", policy.title, replace(policy, correction=_rule(policy, share, tau, own["every"])))
-            for share in own["shares"]
+            Variant(
+                f"{recompute_ratio}@{tau}",
+                policy.title,
+                replace(policy, correction=_rule(policy, recompute_ratio, tau, own["every"])),
+            )
+            for recompute_ratio in own["recompute_ratios"]
             for tau in own["taus"]
         ]
     return plain
 
 
-def _rule(policy, share: float, tau: float, every: int) -> TopDeviation:
-    return replace(policy.correction, recompute_ratio=share, swap=Swap(tau, every), promote=())
+def _rule(policy, recompute_ratio: float, tau: float, every: int) -> TopDeviation:
+    return replace(policy.correction, recompute_ratio=recompute_ratio, swap=Swap(tau, every), promote=())
 
 
 def _padded(window: int) -> list[Variant]:

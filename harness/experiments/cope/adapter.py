@@ -92,11 +92,11 @@ def prompts_of(split: str, count: int, tokens: int) -> list[TaskExample]:
 def calibrate(backend: CopeBackend, adapter: Path, given: list[TaskExample], bin_width: float) -> dict[str, Any]:
     """Γ from live gates over `given`, stored with the adapter; returns what it was read from."""
     prompts = [backend.prompt(x.segments) for x in given]
-    masses, samples = ccpe.calibrate(backend.model, prompts, 1, bin_width)
+    offsets, samples = ccpe.calibrate(backend.model, prompts, 1, bin_width)
     notes = {"prompts": len(prompts), "tokens": sum(map(len, prompts)) // len(prompts), "split": "validation"}
     digest = json.loads((adapter / "cope.json").read_text())["digest"]
     name = ccpe.template_id(["reuse:system", "recompute:notes", "reuse:documents"])
-    ccpe.save_calibration(ccpe.Calibration(masses, digest, name, bin_width, notes), adapter)
+    ccpe.save_calibration(ccpe.Calibration(offsets, digest, name, bin_width, notes), adapter)
     share = samples.unsaturated_share()
     spread = []  # of queries and prompts together, in positions
     for slots in samples.values:
@@ -104,10 +104,10 @@ def calibrate(backend: CopeBackend, adapter: Path, given: list[TaskExample], bin
         spread.append(sum(float(x.std()) if len(x) > 1 else 0.0 for x in kept) / len(kept))
     return notes | {
         "bin_width": bin_width,
-        "gamma_by_layer": masses.mean((1, 2)).tolist(),
+        "gamma_by_layer": offsets.mean((1, 2)).tolist(),
         "unsaturated_share_by_layer": share.mean((1, 2)).tolist(),
         "unsaturated_share": float(share.mean()),
-        "live_mass_std_by_layer": spread,
+        "live_offset_std_by_layer": spread,
     }
 
 

@@ -1,6 +1,6 @@
 """CoPE inside vLLM against the same model with rotation: `python -m harness.experiments.cope.serving --out FILE`.
 
-Two engines of one shape, random weights, stand side by side and take turns: stock attention, and CoPE with random
+Two engines of one shape, random weights, stand side by side and take turns: vanilla attention, and CoPE with random
 position tables (the base's projections as they are). Measured are the time to first token of a prompt computed in full
 and of one completed by CacheSlide, and the time of a decoding step. With such weights gates are about 0.5, so that rows
 saturate after some 2 * p_max keys: a CoPE model whose gates are smaller is slower (`cope_kernels` has those times).
@@ -31,15 +31,15 @@ from harness.results.undisturbed import pick, too_few
 from harness.step import command
 
 
-def random_tables(shape: str, folder: Path, p_max: int, masses: bool) -> Path:
-    """An adapter without LoRA and with random position tables for a shape; with `masses` random Γ of one slot."""
+def random_tables(shape: str, folder: Path, p_max: int, offsets: bool) -> Path:
+    """An adapter without LoRA and with random position tables for a shape; with `offsets` random Γ of one slot."""
     sizes = SHAPES[shape]
     layers, heads, dim = (sizes[k] for k in ("num_hidden_layers", "num_attention_heads", "head_dim"))
     g = torch.Generator().manual_seed(0)
     tables = {f"layers.{i}.positions": torch.randn(p_max, dim, generator=g) * 0.1 for i in range(layers)}
     adapter = CopeAdapter(AdapterSettings(p_max=p_max, projections=()), "random weights", tables)
     save_adapter(adapter, folder)
-    if masses:
+    if offsets:
         drawn = torch.rand(layers, 1, heads, generator=g) * 8
         save_calibration(Calibration(drawn, adapter.digest, "random", 0.5), folder)
     return folder
@@ -58,7 +58,7 @@ def decode_step(engine, prompts: list[list[int]], tokens: int) -> float:
 
 def measure(engines: dict[str, Any], args: argparse.Namespace, result: dict[str, Any], write, limit: Limit) -> None:
     """Every length and batch, engines in turns; what was measured is written after every turn."""
-    systems = ["recompute", *(system_name(s) for s in args.shares)]
+    systems = ["recompute", *(system_name(s) for s in args.recompute_ratios)]
     for length in args.lengths:
         drawn = Prompts(length, args.vocabulary, seed=length)
         for engine in engines.values():
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace, result: dict[str, Any], write, limit: Limit) -
 
     folder = Path(tempfile.mkdtemp())
     model, adapter = shaped(args.shape, folder / args.shape), folder / "adapter"
-    random_tables(args.shape, adapter, args.p_max, args.masses)
+    random_tables(args.shape, adapter, args.p_max, args.slot_offsets)
     connector = {"store_device": "model", "store_gib": args.store_gib, "chunk_size": max(args.lengths)}
     options = {
         "load_format": "dummy",
@@ -181,10 +181,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--shape", choices=SHAPES, default="mistral-7b")
     p.add_argument("--p-max", type=int, default=64)
-    p.add_argument("--masses", action="store_true", help="random calibrated masses of the updated slot (CCPE)")
+    p.add_argument(
+        "--slot-offsets", "--masses", action="store_true", help="random calibrated offset of the slot (CCPE)"
+    )
     p.add_argument("--vocabulary", type=int, default=31000, help="ids are drawn below this")
     p.add_argument("--lengths", type=int, nargs="+", default=[8192])
-    p.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.10, 0.26])
+    p.add_argument("--recompute-ratios", "--shares", type=float, nargs="+", default=[0.05, 0.10, 0.26])
     p.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="requests that decode together")
     p.add_argument("--decode-context", type=int, default=8192)
     p.add_argument("--decode-tokens", type=int, default=64)

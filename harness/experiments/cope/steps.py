@@ -27,16 +27,16 @@ def _backend(config: Config, threads: int, live: bool = False) -> CopeBackend:
 
 
 def _variants(config: Config, threads: int) -> dict[str, CopeBackend]:
-    """Live gates, and calibrated slot masses where the adapter was calibrated."""
+    """Live gates, and calibrated slot offsets where the adapter was calibrated."""
     found = {"cope": _backend(config, threads, live=True), "ccpe": _backend(config, threads)}
-    return found if found["ccpe"].model.masses is not None else {"cope": found["cope"]}
+    return found if found["ccpe"].model.slot_offsets is not None else {"cope": found["cope"]}
 
 
 def step_cope_accuracy(config: Config, data: str, layer: int, outputs: Sequence[str], threads: int) -> None:
     """Answers on one data set's first `cope.prompts` prompts; `outputs` are the files of `cope_systems`, in order."""
     backend, systems = _backend(config, threads), resolve(cope_systems(config), layer=layer)
-    about = {"dataset": Path(data).stem, "layer": layer, "share": None, "layer_inputs": []}
-    about |= {"model": backend.model.model_id, "calibrated": backend.model.masses is not None}
+    about = {"dataset": Path(data).stem, "layer": layer, "recompute_ratio": None, "layer_inputs": []}
+    about |= {"model": backend.model.model_id, "calibrated": backend.model.slot_offsets is not None}
     writers = {
         s.name: RecordWriter(out, header(config, data, system=s.name, title=s.title, **about))
         for s, out in zip(systems, outputs, strict=True)

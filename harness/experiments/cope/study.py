@@ -2,7 +2,7 @@
 
 `measure_similarity` adds a third protocol to those of `similarity.py`, which CCPE needs: [system] [updated text]
 [segment], with the segment cached in the chain behind the system prompt, as CacheSlide caches it. Live gates are called
-"cope", calibrated slot masses "ccpe".
+"cope", calibrated slot offsets "ccpe".
 """
 
 from collections.abc import Callable, Mapping, Sequence

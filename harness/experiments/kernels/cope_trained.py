@@ -82,15 +82,15 @@ def layer_case(q: Tensor, k: Tensor, v: Tensor, table: Tensor, tools: Tools, rep
     runs = {"cope": ours}
     for name, backend in tools.backends.items():
 
-        def stock(backend=backend) -> None:
+        def sdpa(backend=backend) -> None:
             with sdpa_kernel(backend):
                 F.scaled_dot_product_attention(*flat, is_causal=True)
 
         try:
-            stock()
+            sdpa()
         except RuntimeError:
             continue  # not built for this device
-        runs[name] = stock
+        runs[name] = sdpa
     ms = median_ms(runs, repeats)
     fastest = min(t for name, t in ms.items() if name != "cope")
     seen = tools.gates_seen(packed[pick][::8], k[0], rows[pick][::8])

@@ -1,7 +1,7 @@
 """Histories that grow for twelve turns: the KV of each turn is kept as that turn left it, errors included.
 
 Every turn has other notes and one passage more. A passage is computed in the turn in which it appears, over whatever
-the system reused before it, and its KV is copied out of that turn (`ReuseEngine.keep`), so that errors may pile up.
+the system reused before it, and its KV is copied out of that turn (`ReuseEngine.retain`), so that errors may pile up.
 Systems of isolated chunks encode each passage alone, once.
 """
 
@@ -100,7 +100,7 @@ class Turns:
         """Serve a turn, compare it, and keep what it left; without `reference` nothing is compared."""
         state = self.engine.prefill(prompt, room=0 if reference is None else reference.room)
         out = {} if reference is None else receipt_of(state, len(prompt)) | reference.compare(self.engine, state)
-        self.engine.keep(state, prompt, ENDLESS)
+        self.engine.retain(state, prompt, ENDLESS)
         return out
 
 

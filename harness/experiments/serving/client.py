@@ -16,9 +16,9 @@ from typing import Any
 
 from cacheslide.errors import CacheSlideError, ModelError
 from cacheslide.models.weights import fingerprint
-from cacheslide.vllm.options import marks_of
+from cacheslide.vllm.options import annotations_of
 from harness.backends.http.load import Load, closed_loop, open_loop
-from harness.backends.http.server import Server, connector_command, engine_flags, stock_command
+from harness.backends.http.server import Server, connector_command, engine_flags, vanilla_command
 from harness.backends.http.stream import Request
 from harness.backends.http.summary import no_speed, summarize_load
 from harness.backends.http.workload import Conversation, Shape
@@ -29,7 +29,7 @@ from harness.results.intervals import as_json
 from harness.results.provenance import file_hash, provenance
 from harness.results.records import write_json
 from harness.results.undisturbed import too_few
-from harness.systems import STOCK, resolve
+from harness.systems import VANILLA, resolve
 
 SCHEMA = "cacheslide.serving/1"
 BASELINE = "vllm"
@@ -44,7 +44,7 @@ class Condition:
     tokens: int
     clients: int
     rate: float | None = None
-    share: float | None = None
+    recompute_ratio: float | None = None
     store_device: str | None = None
 
     @property
@@ -70,8 +70,8 @@ def measure(plan: ServingPlan, measured: Measured, logs: Path) -> None:
             measured.servers.append({"systems": systems, "command": server.command[1:], "vllm": server.version()})
             for tokens in plan.tokens:
                 for clients, rate in plan.loads():
-                    for system, share in plan.settings(systems):
-                        condition = Condition(system, tokens, clients, rate, share, device)
+                    for system, recompute_ratio in plan.settings(systems):
+                        condition = Condition(system, tokens, clients, rate, recompute_ratio, device)
                         print(f"serving: {condition.label}", file=sys.stderr, flush=True)
                         _run(plan, condition, server, measured)
 
@@ -83,7 +83,7 @@ def _server(plan: ServingPlan, device: str | None, system: str, log: Path) -> It
     if not list(Path(plan.model).glob("tokenizer*")):
         flags.append("--skip-tokenizer-init")
     if device is None:
-        command = stock_command(plan.model, STOCK[system].prefix_caching, flags)
+        command = vanilla_command(plan.model, VANILLA[system].prefix_caching, flags)
     else:
         store = {"store_gib": options.store_gib, "store_device": device, "encode": "now"}
         cut = {"chunk_size": plan.chunk_size, "suffix_len": plan.suffix_len}
@@ -120,10 +120,10 @@ def _request(
     plan: ServingPlan, condition: Condition, conversation: Conversation, client: int, turn: int, output: int
 ) -> Request:
     prompt, params = conversation.turn(turn), None
-    if condition.system not in STOCK:
-        asked = {"policy": condition.system, "recompute_ratio": condition.share, "layer": plan.layer}
+    if condition.system not in VANILLA:
+        asked = {"policy": condition.system, "recompute_ratio": condition.recompute_ratio, "layer": plan.layer}
         prompt = resolve([condition.system])[0].transform(prompt)
-        params = marks_of(prompt, **{name: value for name, value in asked.items() if value is not None})
+        params = annotations_of(prompt, **{name: value for name, value in asked.items() if value is not None})
     labels = asdict(condition) | {"client": client, "turn": turn}
     return Request(f"{client}-{turn}", prompt.token_ids, output, params, condition.label, labels=labels)
 

@@ -1,7 +1,7 @@
 """Where a request's time goes inside vLLM: `python -m harness.experiments.serving.engine_profile --out FILE`.
 
-Profiles one plain and one marked request of the same length with PyTorch's profiler, in a process of its own with the
-engine inside, and writes kernels by device time, operators by host time, and the host time of the worker's call.
+Profiles one plain and one annotated request of the same length with PyTorch's profiler, in a process of its own with
+the engine inside, and writes kernels by device time, operators by host time, and the host time of the worker's call.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--shape", choices=SHAPES, default="mistral-7b")
     p.add_argument("--tokens", type=int, default=8192)
-    p.add_argument("--shares", type=lambda x: [float(s) for s in x.split(",")], default=[0.26])
+    p.add_argument("--recompute-ratios", "--shares", type=lambda x: [float(s) for s in x.split(",")], default=[0.26])
     p.add_argument("--store", choices=["model", "cpu"], default="model")
     p.add_argument("--eager", action="store_true")
     args = p.parse_args(argv)
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = Prompts(args.tokens, 31000)
     fill(engine, prompts)
     found = {}
-    for system in ("recompute", *(system_name(s) for s in args.shares)):
+    for system in ("recompute", *(system_name(s) for s in args.recompute_ratios)):
         for _ in range(3):
             once(engine, prompts, system, 1)
         ttft, parts, watch = [], [], Watch()

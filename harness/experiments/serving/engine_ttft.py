@@ -1,8 +1,8 @@
-"""TTFT in one vLLM engine by system, length, batch and share: `python -m harness.experiments.serving.engine_ttft`.
+"""TTFT in a vLLM engine by system, length, batch, recompute ratio: `python -m harness.experiments.serving.engine_ttft`.
 
 Prompts are random ids: 5 % updated text, eight fixed chunks of together 90 %, 5 % updated text. The updated text
 differs from request to request in content and length, so that every chunk slides and no prefix is shared. Systems
-take turns; a marked request whose receipt misses a chunk stops its cell: nothing is timed that did not happen.
+take turns; an annotated request whose receipt misses a chunk stops its cell: nothing is timed that did not happen.
 One JSON line a cell goes to --out as soon as it is measured; `harness.results.serving` makes the tables.
 """
 
@@ -70,9 +70,9 @@ class Prompts:
         return ids + self._ids(self.tokens - len(ids))
 
 
-def system_name(share: float | None) -> str:
-    """What a record calls CacheSlide at a share."""
-    return f"cacheslide@{share:g}"
+def system_name(recompute_ratio: float | None) -> str:
+    """What a record calls CacheSlide at a recompute ratio."""
+    return f"cacheslide@{recompute_ratio:g}"
 
 
 def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> dict[str, Any]:
@@ -94,9 +94,9 @@ def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> 
         if max(a.cached_tokens for a in answers) > 64:
             raise RuntimeError("a recomputed prompt was found in the prefix cache")
         return {"ttft": [a.ttft for a in answers]}
-    share = float(system.split("@")[1])
-    marks = [{"cacheslide": {"segments": spans, "recompute_ratio": share, "encode": "off"}} for _, spans in turns]
-    answers = ask(engine, [ids for ids, _ in turns], marks, tokens=tokens)
+    ratio = float(system.split("@")[1])
+    annotations = [{"cacheslide": {"segments": spans, "recompute_ratio": ratio, "encode": "off"}} for _, spans in turns]
+    answers = ask(engine, [ids for ids, _ in turns], annotations, tokens=tokens)
     for a in answers:
         if not a.receipt["measured"] or a.receipt["chunks_hit"] != a.receipt["chunks"] or a.receipt["fallback"]:
             raise RuntimeError(f"reuse did not happen: {a.receipt}")
@@ -132,7 +132,7 @@ def cells(engine, args: argparse.Namespace, write) -> None:
     for batch in args.batches:
         for store in args.stores:
             move_store(engine, store)
-            systems = [*(plain if store == args.stores[0] else []), *(system_name(s) for s in args.shares)]
+            systems = [*(plain if store == args.stores[0] else []), *(system_name(s) for s in args.recompute_ratios)]
             for length, prompts in drawn.items():
                 for system, (runs, failed) in _cell(engine, prompts, systems, batch, args).items():
                     write({"kind": "cell", "store": store, "tokens": length, "batch": batch, "system": system,
@@ -168,12 +168,12 @@ def _cell(engine, prompts: Prompts, systems: list[str], batch: int, args: argpar
     return {s: (found[s], failed.get(s)) for s in systems}
 
 
-def overhead(stock, plugged, args: argparse.Namespace, write) -> None:
+def overhead(vanilla, plugged, args: argparse.Namespace, write) -> None:
     """Plain requests on an engine without and one with the connector, in turns: TTFT, and time of a decode batch."""
     from cacheslide.vllm.offline import ask
 
     prompts = Prompts(args.plain_tokens, args.vocabulary, seed=7)
-    engines = {"stock": stock, "plugin": plugged}
+    engines = {"vanilla": vanilla, "plugin": plugged}
     runs: dict[str, dict[str, list[float]]] = {name: {"ttft": [], "decode": []} for name in engines}
     quiet, watch = [], None
     for turn in range(args.warmups + args.plain_repeats):
@@ -224,7 +224,7 @@ def measure(args: argparse.Namespace, write) -> None:
         plugged = open_engine(model, connector, **options)
         opened.append(plugged)
         write({"kind": "engine"} | described(plugged))
-        if args.stock:
+        if args.vanilla:
             opened.append(open_engine(model, None, **options))
             overhead(opened[1], plugged, args, write)
             close_engine(opened.pop())
@@ -261,14 +261,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--vocabulary", type=int, default=31000, help="ids are drawn below this")
     p.add_argument("--lengths", type=_ints, default=[4096, 8192, 16384, 32768])
     p.add_argument("--batches", type=_ints, default=[1, 8])
-    p.add_argument("--shares", type=_floats, default=[0.05, 0.10, 0.26, 1.0])
+    p.add_argument("--recompute-ratios", "--shares", type=_floats, default=[0.05, 0.10, 0.26, 1.0])
     p.add_argument("--stores", type=lambda x: x.split(","), default=["model", "cpu"])
     p.add_argument("--store-gib", type=float, default=8.0)
     p.add_argument("--repeats", type=int, default=6, help="of a cell with one request; half of it with several")
     p.add_argument("--warmups", type=int, default=1)
     p.add_argument("--warm-tokens", type=int, default=150_000, help="no warm-ups in cells of more prompt tokens")
     p.add_argument("--answer-tokens", type=int, default=1, help="2 under tensor parallelism")
-    p.add_argument("--stock", action="store_true", help="compare plain requests with an engine without the connector")
+    p.add_argument("--vanilla", "--stock", action="store_true", help="time plain requests without the connector too")
     p.add_argument("--plain-tokens", type=int, default=8192)
     p.add_argument("--plain-decode", type=int, default=64)
     p.add_argument("--plain-repeats", type=int, default=10)
@@ -314,9 +314,9 @@ def summary(record: dict[str, Any]) -> str:
     if record["kind"] != "cell" or record["failed"] or not record["runs"]:
         return json.dumps(record)[:1500]
     last = sorted(max(r["ttft"]) for r in record["runs"])
-    share = record["runs"][0].get("compute_fraction", [1.0])[0]
+    fraction = record["runs"][0].get("compute_fraction", [1.0])[0]
     where = f"{record['store']} {record['tokens']} x{record['batch']} {record['system']}"
-    return f"{where}: {1e3 * last[len(last) // 2]:.1f} ms, share {share:.3f}"
+    return f"{where}: {1e3 * last[len(last) // 2]:.1f} ms, compute fraction {fraction:.3f}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What keeping chunks costs the turn that fills them: `python -m harness.experiments.serving.first_turn --out FILE`.
 
 TTFT of prompts whose chunks are copied out of their own blocks (system `naive_reuse`, whose encoding is the prompt's),
-on the model's device and in host memory, beside the same request with nothing kept and a plain one. A plain request
+on the model's device and in host memory, beside the same request with nothing retained and a plain one. A plain request
 follows each of them, since it waits for whatever is still on its way. The conditions take turns.
 """
 
@@ -22,7 +22,7 @@ from harness.results.records import write_json
 from harness.results.undisturbed import pick, too_few
 from harness.step import command
 
-CONDITIONS = ("plain", "nothing_kept", "kept_on_model", "kept_on_cpu")
+CONDITIONS = ("plain", "nothing_retained", "retained_on_model", "retained_on_cpu")
 
 
 def turn(engine, prompts: Prompts, condition: str, number: int) -> dict[str, float]:
@@ -30,9 +30,9 @@ def turn(engine, prompts: Prompts, condition: str, number: int) -> dict[str, flo
     from cacheslide.vllm.offline import ask
 
     ids, spans = prompts.turn()
-    marks = {"segments": spans, "policy": "naive_reuse", "namespace": f"{condition}-{number}"}
-    marks["encode"] = "off" if condition == "nothing_kept" else "now"
-    [first] = ask(engine, [ids], [None if condition == "plain" else {"cacheslide": marks}])
+    annotations = {"segments": spans, "policy": "naive_reuse", "namespace": f"{condition}-{number}"}
+    annotations["encode"] = "off" if condition == "nothing_retained" else "now"
+    [first] = ask(engine, [ids], [None if condition == "plain" else {"cacheslide": annotations}])
     if condition != "plain" and not first.receipt["fallback"]:
         raise RuntimeError(f"a first turn was not computed exactly: {first.receipt}")
     [behind] = ask(engine, [prompts.turn()[0]])
@@ -87,11 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not number:
                 watch = Watch()
             for condition in CONDITIONS:
-                if condition.startswith("kept_on"):
-                    worker.move_store(condition.removeprefix("kept_on_"))
+                if condition.startswith("retained_on"):
+                    worker.move_store(condition.removeprefix("retained_on_"))
                 spent.clear()
                 measured = turn(engine, prompts, condition, number) | {"save_host_ms": sum(spent)}
-                if condition.startswith("kept_on") is not bool(spent):
+                if condition.startswith("retained_on") is not bool(spent):
                     raise RuntimeError(f"{condition}: {len(spent)} saves")
                 (cold if number < 0 else found)[condition].append(measured)
                 worker.store.clear()

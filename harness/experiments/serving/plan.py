@@ -6,12 +6,20 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from cacheslide import renamed
 from cacheslide.errors import ConfigError, ModelError
 from harness.backends.in_process import EngineOptions
 from harness.inventory import read_config
-from harness.systems import STOCK, resolve, scalable
+from harness.systems import VANILLA, resolve, scalable
 
-_LISTS = {"systems": str, "tokens": int, "batches": int, "shares": float, "store_devices": str, "rates": float}
+_LISTS = {
+    "systems": str,
+    "tokens": int,
+    "batches": int,
+    "recompute_ratios": float,
+    "store_devices": str,
+    "rates": float,
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class ServingPlan:
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
-    shares: tuple[float, ...] = ()
+    recompute_ratios: tuple[float, ...] = ()
     store_devices: tuple[str, ...] = ("cpu",)
     rates: tuple[float, ...] = ()
     chunk_size: int = 4096
@@ -81,17 +89,17 @@ class ServingPlan:
     def servers(self) -> Iterator[tuple[str | None, list[str]]]:
         """Every server to start: the device of its chunk store (None: vLLM by itself), and its systems."""
         for name in self.systems:
-            if name in STOCK:
+            if name in VANILLA:
                 yield None, [name]
-        marked = [name for name in self.systems if name not in STOCK]
-        for device in self.store_devices if marked else ():
-            yield device, marked
+        annotated = [name for name in self.systems if name not in VANILLA]
+        for device in self.store_devices if annotated else ():
+            yield device, annotated
 
     def settings(self, systems: list[str]) -> Iterator[tuple[str, float | None]]:
-        """System and share of the reused rows it recomputes; systems that do not scale have none."""
+        """System and recompute ratio; systems that do not scale have none."""
         for name in systems:
-            for share in self.shares if self.shares and scalable([name]) else (None,):
-                yield name, share
+            for recompute_ratio in self.recompute_ratios if self.recompute_ratios and scalable([name]) else (None,):
+                yield name, recompute_ratio
 
     def loads(self) -> Iterator[tuple[int, float | None]]:
         """Clients, and for an open loop its arrivals a second."""
@@ -101,7 +109,10 @@ class ServingPlan:
 
 def read_plan(path: str | Path) -> ServingPlan:
     """The plan in a YAML file; ConfigError naming an unknown or missing key."""
-    raw = read_config(path)
+    try:
+        raw = renamed.options(read_config(path), renamed.SERVING)
+    except ValueError as wrong:
+        raise ConfigError(f"{path}: {wrong}") from None
     known = {f.name for f in fields(ServingPlan)}
     if unknown := sorted(set(raw) - known):
         raise ConfigError(f"{path}: unknown key {', '.join(unknown)}; config/README.md lists every key")

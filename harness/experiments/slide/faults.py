@@ -149,7 +149,7 @@ def kill_9(path: Path, points: int, seed: int = 0) -> Verdict:
         verdict.look(store, range(64))
         churn(store, seed + point, 3)  # the folder can be written again
         store.close()
-        note(verdict, "recovered", sum(s.stats.recovered for s in store.backing.file.shards))
+        note(verdict, "recovered", sum(s.stats.recovered for s in store.persistent.file.shards))
     return verdict
 
 
@@ -214,7 +214,7 @@ def failing_disk(path: Path, files: Fails, kind: str) -> Verdict:
     """Work while the disk fails (or crawls), then while it works again."""
     verdict = Verdict(kind)
     store = small_store(path, files)
-    store.backing.file_breaker = Breaker(0.01, 0.02)
+    store.persistent.file_breaker = Breaker(0.01, 0.02)
     churn(store, 1, 60)
     store.flush(30)
     files.armed = True
@@ -258,7 +258,7 @@ def full_disk(path: Path) -> Verdict:
             return failing_disk(path, Fails(errno.ENOSPC, writes=True), "no space left (injected)")
         verdict = Verdict("no space left (tmpfs)")
         store = small_store(folder)
-        store.backing.file_breaker = Breaker(0.01, 0.02)
+        store.persistent.file_breaker = Breaker(0.01, 0.02)
         for seed in range(4):
             churn(store, seed, 60)
             verdict.look(store, range(64))

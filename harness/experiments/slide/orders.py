@@ -37,7 +37,7 @@ _SAME = 2e-2  # relative error up to which outputs on a GPU count as the same; a
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's layer and a request: sizes in elements and tokens; `share` of the `tokens` cached rows is selected."""
+    """A model's layer and a request: sizes in elements and tokens; this ratio of cached tokens is selected."""
 
     layers: int = 32
     hidden: int = 4096
@@ -46,7 +46,7 @@ class Shape:
     kv_heads: int = 8
     head_dim: int = 128
     tokens: int = 4096
-    share: float = 0.26
+    recompute_ratio: float = 0.26
     dtype: str = "bfloat16"
 
 
@@ -168,7 +168,7 @@ def measure(
             break
         chunks = _chunks(shape, batch, device)
         g = torch.Generator().manual_seed(8)
-        count = int(shape.share * shape.tokens)
+        count = int(shape.recompute_ratio * shape.tokens)
         picks = [
             torch.randperm(shape.tokens, generator=g)[:count].sort().values + b * shape.tokens for b in range(batch)
         ]

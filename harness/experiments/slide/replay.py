@@ -194,7 +194,7 @@ def _counts(store: TieredChunkStore) -> dict[str, float]:
     }  # fmt: skip
     own |= {"stall_s": store.queue.stall_s, "stalls": store.queue.stalls, "extents": extents}
     own |= {"seconds": time.monotonic(), "cpu_seconds": time.process_time()}
-    return own | kernel_counts(store.backing.file.options.path)
+    return own | kernel_counts(store.persistent.file.options.path)
 
 
 def kernel_counts(path: Path) -> dict[str, int]:

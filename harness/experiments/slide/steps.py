@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from cacheslide import renamed
 from harness.experiments.slide import faults as slide_faults
 from harness.experiments.slide import index as slide_index
 from harness.experiments.slide import orders as slide_orders
@@ -121,7 +122,7 @@ def orders(out: Path, work: Path, model: str, limit: Limit) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name().split()[-1].lower() if device == "cuda" else "cpu"
     file, where = out / f"orders_{name}.json", machine()
-    known = json.loads(file.read_text()) if file.exists() else None
+    known = renamed.record(json.loads(file.read_text())) if file.exists() else None
     if known is not None and known["machine"]["git_commit"] != where["git_commit"]:
         where["begun_at_commit"] = known["machine"].get("begun_at_commit", known["machine"]["git_commit"])
 

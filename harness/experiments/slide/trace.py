@@ -60,10 +60,17 @@ class Template:
 
 
 def record(
-    backend: ReferenceBackend, mix: str, templates: int, turns: int, tokens: int, layer: int, share: float, seed: int
+    backend: ReferenceBackend,
+    mix: str,
+    templates: int,
+    turns: int,
+    tokens: int,
+    layer: int,
+    recompute_ratio: float,
+    seed: int,
 ) -> list[Template]:
-    """Run the turns of `templates` SWE-style templates under CacheSlide with this selection layer and share."""
-    policy = load_policy("cacheslide").at_layer(layer).at_ratio(share)
+    """Run the turns of `templates` SWE-style templates under CacheSlide with this layer and recompute ratio."""
+    policy = load_policy("cacheslide").at_layer(layer).at_ratio(recompute_ratio)
     out = []
     for prompt in prompts.prompts("swebench", mix, "test", seed, templates, tokens):
         rng = Random(f"{prompt.id}-{seed}-turns")

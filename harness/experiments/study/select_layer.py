@@ -16,13 +16,13 @@ def select_layer(
     sessions: Iterable[tuple[Responder, Sequence[System]]],
     num_layers: int,
     data: Mapping[str, Sequence[TaskExample]],
-    share: float,
+    recompute_ratio: float,
     systems: Sequence[str] = ("cacheslide", "cacheblend"),
     max_new_tokens: int = 8,
 ) -> dict:
     """Sweep the selection layer over `layers_to_try`.
 
-    The choice is the smallest layer at which the first of `systems`, at `share` of the reused rows, is within
+    The choice is the smallest layer at which the first of `systems`, at `recompute_ratio` of the reused rows, is within
     `MARGIN` F1 of recompute on every data set; where none is, the layer with the highest worst-case F1.
     `sessions` is one responder that serves them all.
     """
@@ -30,7 +30,7 @@ def select_layer(
     arms = {"recompute": resolve(["recompute"])[0]}
     for name in systems:
         arms |= {f"{name}@{i}": resolve([name], layer=i)[0] for i in layers}
-    arms |= {f"{systems[0]}@{i}": arms[f"{systems[0]}@{i}"].at_ratio(share) for i in layers}
+    arms |= {f"{systems[0]}@{i}": arms[f"{systems[0]}@{i}"].at_ratio(recompute_ratio) for i in layers}
     table: dict[str, dict[str, float]] = {}
     for responder, _ in sessions:
         for dataset, examples in data.items():
@@ -42,7 +42,12 @@ def select_layer(
                     totals[name] += sum(q["f1"] for q in found)
             count = sum(len(e.questions) for e in examples)
             table[dataset] = {name: total / count for name, total in totals.items()}
-    return {"layer": choose(table, systems[0], layers), "share": share, "margin": MARGIN, "f1": table}
+    return {
+        "layer": choose(table, systems[0], layers),
+        "recompute_ratio": recompute_ratio,
+        "margin": MARGIN,
+        "f1": table,
+    }
 
 
 def layers_to_try(num_layers: int) -> range:

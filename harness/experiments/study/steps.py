@@ -64,10 +64,10 @@ def settings_of(config: Config) -> EngineSettings:
     return EngineSettings(config["chunk_size"], config["suffix_len"], config["store_dtype"])
 
 
-def policies_of(config: Config, layer: int, share: float | None = None, part: str = "") -> list[System]:
+def policies_of(config: Config, layer: int, recompute_ratio: float | None = None, part: str = "") -> list[System]:
     """The systems of a configuration, or of one `part` of it that names its own, at the common selection layer."""
     names = config.get(part, {}).get("systems") or config["systems"]
-    return resolve(names, layer=layer, share=share)
+    return resolve(names, layer=layer, recompute_ratio=recompute_ratio)
 
 
 def selected_layer(path: str | Path) -> int:
@@ -98,27 +98,35 @@ def step_accuracy(
     layer: int,
     outputs: Sequence[str],
     threads: int,
-    share: float | None = None,
+    recompute_ratio: float | None = None,
 ) -> None:
     """Every system's answers on one data set; `outputs` are the systems' files, in the configuration's order.
 
-    With `share`, only systems that do not recompute that share by themselves are run. `chunks` is the folder that
-    `step_chunks` filled; the vLLM backend needs none.
+    With `recompute_ratio`, only systems that do not recompute that share by themselves are run. `chunks` is the folder
+    that `step_chunks` filled; the vLLM backend needs none.
     """
-    backend, policies = backend_of(config, threads), policies_of(config, layer, share)
-    if share is not None:
-        policies = [p for p in policies if p.name in to_scale(config["systems"], share)]
+    backend, policies = backend_of(config, threads), policies_of(config, layer, recompute_ratio)
+    if recompute_ratio is not None:
+        policies = [p for p in policies if p.name in to_scale(config["systems"], recompute_ratio)]
     by_recipe = recipes(policies)
     dataset = Path(data).stem
     writers = {
         p.name: RecordWriter(
             out,
-            header(config, data, dataset=dataset, system=p.name, title=p.title, layer=layer, share=share)
+            header(
+                config,
+                data,
+                dataset=dataset,
+                system=p.name,
+                title=p.title,
+                layer=layer,
+                recompute_ratio=recompute_ratio,
+            )
             | {"layer_inputs": sorted(by_recipe[p.recipe][1]) if p.reuses else []},
         )
         for p, out in zip(policies, outputs, strict=True)
     }
-    label = f"accuracy, {dataset}" if share is None else f"equal share, {dataset}"
+    label = f"accuracy, {dataset}" if recompute_ratio is None else f"equal share, {dataset}"
     examples = read_examples(data, questions=config["accuracy"]["questions"])
     evaluate(sessions_of(config, backend, policies, chunks, similarity=True), examples, writers, progress=label)
     for writer in writers.values():

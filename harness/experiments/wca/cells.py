@@ -39,7 +39,7 @@ class Cell:
         """For a table."""
         rule = self.policy.correction
         selects = rule.selection_layer is not None
-        about = {"layer": rule.selection_layer, "share": rule.total_ratio} if selects else {}
+        about = {"layer": rule.selection_layer, "recompute_ratio": rule.total_ratio} if selects else {}
         return {"factor": self.factor, "option": self.option, "base": self.base, **about}
 
 
@@ -50,9 +50,9 @@ def cells(num_layers: int) -> list[Cell]:
     return [c if c.base in names else replace(c, base=None) for c in found]
 
 
-def default(layer: int, share: float) -> str:
-    """The name of the default cell at a layer and share."""
-    return f"layer {layer}, {share:.0%}"
+def default(layer: int, recompute_ratio: float) -> str:
+    """The name of the default cell at a layer and recompute ratio."""
+    return f"layer {layer}, {recompute_ratio:.0%}"
 
 
 def contexts() -> dict[str, ReusePolicy]:
@@ -66,14 +66,14 @@ def contexts() -> dict[str, ReusePolicy]:
 
 
 def _changes(layers: int) -> Iterator[Cell]:
-    base, share = load_policy("cacheslide"), load_policy("cacheslide").correction.recompute_ratio
+    base, recompute_ratio = load_policy("cacheslide"), load_policy("cacheslide").correction.recompute_ratio
 
     def cell(factor: str, option: str, layer: int, policy: ReusePolicy = base, inputs: bool = False, **change) -> Cell:
-        rule = TopDeviation(**{"recompute_ratio": share, "layer": layer} | change)
+        rule = TopDeviation(**{"recompute_ratio": recompute_ratio, "layer": layer} | change)
         kept = {p.layer for p in rule.promote} | (set(range(layer, layers)) if inputs else set())
         name = f"{factor}: {option}, layer {layer}"
         done = replace(policy, name=name, correction=rule)
-        return Cell(name, factor, option, done, default(layer, share), frozenset(kept))
+        return Cell(name, factor, option, done, default(layer, recompute_ratio), frozenset(kept))
 
     for context, policy in contexts().items():
         plain = replace(policy, name=f"no correction, {context}", correction=NoCorrection())
@@ -111,5 +111,5 @@ def _changes(layers: int) -> Iterator[Cell]:
         yield cell("promotion", "26 % + 3 × 5 %", EARLY, promote=_steps(EARLY, 3, 0.05, layers))
 
 
-def _steps(first: int, count: int, share: float, layers: int) -> tuple[Promotion, ...]:
-    return tuple(Promotion(i, share) for i in range(first, min(first + count, layers - 1)))
+def _steps(first: int, count: int, recompute_ratio: float, layers: int) -> tuple[Promotion, ...]:
+    return tuple(Promotion(i, recompute_ratio) for i in range(first, min(first + count, layers - 1)))

@@ -1,8 +1,8 @@
-"""TTFT with chunks below the engine's memory: `python -m harness.experiments.serving.cold_ttft --out FILE.json`.
+"""TTFT with chunks on disk: `python -m harness.experiments.serving.disk_ttft --out FILE.json`.
 
 One engine over a file tier, prompts as in `engine_ttft`. What is timed, in turns, at every length:
 
-recompute         without marks
+recompute         without annotations
 memory            chunks in the engine's memory
 file              chunks in files only: looked up, read, checked and laid into memory while the request waits
 memory beside file  a request whose chunks are in memory, sent together with one whose chunks are in files
@@ -42,15 +42,15 @@ class Measured:
 
         self.engine, self.worker = engine, worker_of()
         self.scheduler = engine.llm_engine.engine_core.engine_core.scheduler.connector.scheduler
-        self.warm, self.cold = (Prompts(tokens, vocabulary, seed=tokens + i) for i in range(2))
-        fill(engine, self.warm)
+        self.in_memory, self.on_disk = (Prompts(tokens, vocabulary, seed=tokens + i) for i in range(2))
+        fill(engine, self.in_memory)
         known = set(self.scheduler.index.keys())
-        fill(engine, self.cold)
+        fill(engine, self.on_disk)
         self.chunks = set(self.scheduler.index.keys()) - known
-        self.worker.below.flush()
+        self.worker.storage_tier.flush()
 
     def forget(self) -> None:
-        """Drop the cold prompts' chunks from memory; their files stay."""
+        """Drop the chunks of prompts on disk from memory; their files stay."""
         for key in self.chunks:
             self.scheduler.index.discard(key)
         self.worker.store.drop(self.chunks)
@@ -60,16 +60,18 @@ class Measured:
         from cacheslide.vllm.offline import ask
 
         if row == "recompute":
-            return [ask(self.engine, [self.warm.turn()[0]])[0].ttft]
+            return [ask(self.engine, [self.in_memory.turn()[0]])[0].ttft]
         if "file" in row:
             self.forget()
-        asked = {"memory": [self.warm], "file": [self.cold]}.get(row, [self.warm, self.cold])
+        asked = {"memory": [self.in_memory], "file": [self.on_disk]}.get(row, [self.in_memory, self.on_disk])
         turns = [prompts.turn() for prompts in asked]
-        marks = [{"cacheslide": {"segments": spans, "recompute_ratio": SHARE, "encode": "off"}} for _, spans in turns]
-        answers = ask(self.engine, [ids for ids, _ in turns], marks)
+        annotations = [
+            {"cacheslide": {"segments": spans, "recompute_ratio": SHARE, "encode": "off"}} for _, spans in turns
+        ]
+        answers = ask(self.engine, [ids for ids, _ in turns], annotations)
         for prompts, answer in zip(asked, answers, strict=True):
             tiers = set(answer.receipt["tiers"])
-            wanted = {"file"} if prompts is self.cold else {"host", "device"} & tiers
+            wanted = {"file"} if prompts is self.on_disk else {"host", "device"} & tiers
             if tiers != wanted or answer.receipt["chunks_hit"] != answer.receipt["chunks"]:
                 raise RuntimeError(f"not what {row!r} says: {answer.receipt}")
         return [a.ttft for a in answers]
@@ -92,7 +94,12 @@ def measure(args: argparse.Namespace, limit: Limit, write: Callable[[dict[str, A
         }
         options |= ({} if args.model else {"load_format": "dummy"}) | args.engine
         engine = open_engine(model, {"chunk_size": max(args.lengths)}, store=store, **options)
-        settings = {"system": SYSTEM, "share": SHARE, "direct": args.direct, "load_workers": args.load_workers}
+        settings = {
+            "system": SYSTEM,
+            "recompute_ratio": SHARE,
+            "direct": args.direct,
+            "load_workers": args.load_workers,
+        }
         record = {"model": args.model or args.shape, "settings": settings, "complete": False, "machine": machine()}
         record |= {"engine": described(engine), "rows": []}
         try:

@@ -1,4 +1,4 @@
-"""Corrected KV kept as chunks: exact when nothing was reused, counted when it was, encoded anew beyond the limit."""
+"""Corrected KV retained as chunks: exact without reuse, counted with it, encoded anew beyond the limit."""
 
 import pytest
 import torch
@@ -21,18 +21,18 @@ def turn(i: int) -> Prompt:
 
 def serve(engine: ReuseEngine, i: int, limit: int):
     state = engine.prefill(turn(i))
-    return state, engine.keep(state, turn(i), limit)
+    return state, engine.retain(state, turn(i), limit)
 
 
 def test_the_first_turn_is_copied_exactly_and_costs_nothing(model):
-    kept, built = engine_of(model, "cacheslide_first_turn"), engine_of(model, "cacheslide_first_turn")
-    _, did = serve(kept, 2, limit=0)
+    retained, built = engine_of(model, "cacheslide_first_turn"), engine_of(model, "cacheslide_first_turn")
+    _, did = serve(retained, 2, limit=0)
     chunks = built.build(turn(2))
-    assert (did.copied, did.encoded, did.generation) == (chunks, 0, 0) and kept.encoder.row_layers == 0
+    assert (did.copied, did.encoded, did.generation) == (chunks, 0, 0) and retained.encoder.row_layers == 0
     assert built.encoder.row_layers > 0
     for key in built.plan(turn(2)).keys:
-        torch.testing.assert_close(kept.store.get(key).k, built.store.get(key).k, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(kept.store.get(key).v, built.store.get(key).v, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(retained.store.get(key).k, built.store.get(key).k, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(retained.store.get(key).v, built.store.get(key).v, atol=1e-5, rtol=1e-5)
 
 
 def test_generations_are_counted_and_stop_at_the_limit(model):
@@ -71,28 +71,28 @@ def test_other_encodings_stay_exact(model, name):
     assert bool(engine.encoder.row_layers) is (name != "context_cache")
 
 
-def test_generated_text_is_kept_for_the_next_turn(model):
+def test_generated_text_is_retained_for_the_next_turn(model):
     engine = engine_of(model, "cacheslide_first_turn")
     serve(engine, 0, limit=1)
     served = turn(1)
     state = engine.prefill(served, room=9)
     ids = engine.generate(state, state.logits, 9, frozenset())
     said = Segment(tuple(ids[:-1]), Role.REUSE)  # the last token has no KV yet
-    did = engine.keep(state, Prompt((*served.segments, said)), limit=1)
+    did = engine.retain(state, Prompt((*served.segments, said)), limit=1)
     assert did.generation == 1 and did.copied > 0 and did.encoded == 0
     after = Prompt((*turn(2).segments[:4], said, Segment(random_ids(4, 9), Role.RECOMPUTE)))
     key = engine.plan(after).keys[-1]
     assert engine.corrected.get(key).positions.tolist() == list(range(len(served), len(served) + len(ids) - 1))
     too_far = Prompt((*served.segments, Segment(tuple(ids), Role.REUSE)))
-    assert engine.keep(state, too_far, limit=9).encoded > 0  # a row without KV is never copied
+    assert engine.retain(state, too_far, limit=9).encoded > 0  # a row without KV is never copied
 
 
 def test_another_text_than_the_one_served_is_never_copied(model):
     engine = engine_of(model, "naive_reuse")
     state = engine.prefill(turn(1))
-    assert engine.keep(state, prompt(8, 999, fixed=(23, 17)), limit=9).encoded > 0
+    assert engine.retain(state, prompt(8, 999, fixed=(23, 17)), limit=9).encoded > 0
     with pytest.raises(PromptError, match="limit"):
-        engine.keep(state, turn(1), limit=-1)
+        engine.retain(state, turn(1), limit=-1)
 
 
 def test_packed_decoding_gives_what_one_by_one_gives(model):

@@ -83,7 +83,7 @@ class TieredStats(StoreStats):
 
 
 @dataclass
-class Backing:
+class PersistentTiers:
     """File and remote tier, either may be None."""
 
     file: FileTier | None
@@ -94,7 +94,7 @@ class Backing:
 
     @property
     def exists(self) -> bool:
-        """Whether anything lies below memory."""
+        """Whether there is a tier under memory."""
         return self.file is not None or self.remote is not None
 
     def where(self, name: bytes) -> str | None:
@@ -166,7 +166,7 @@ class Backing:
         return f"damaged: {damage}"
 
     def write(self, records: Sequence[Encoded]) -> list[bool]:
-        """Publish records; which of them are now in a tier below memory."""
+        """Publish records; which of them are now in a storage tier."""
         kept = [False] * len(records)
         if self.file is not None and not self.file_breaker.open:
             fitting = [r for r in records if r.size <= self.file.largest]

@@ -1,4 +1,4 @@
-"""Whatever stands in a request's marks: spans of its own tokens or one refusal, and nobody else's keys."""
+"""Whatever stands in a request's annotations: spans of its own tokens or one refusal, and nobody else's keys."""
 
 import json
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from cacheslide.errors import PromptError
 from cacheslide.vllm.frontend.admission import CHAT, Limits, Resolved, admit
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.limits import DEPTH, NOTE, SEGMENTS, sayable, shown
-from cacheslide.vllm.options import Marks, ServerOptions
+from cacheslide.vllm.options import Annotations, ServerOptions
 from cacheslide.vllm.scheduler.planner import Planner
 from cacheslide.vllm.tenants import salted, tenant_of, unsalted
 
@@ -55,8 +55,8 @@ near = {
 
 
 @st.composite
-def marks(draw):
-    """An object that looks like marks: most of its values could be meant, some are anything."""
+def annotations(draw):
+    """An object that looks like annotations: most of its values could be meant, some are anything."""
     way = draw(st.sampled_from(["segments", "separator", "messages", "find"]))
     names = [way, *draw(st.lists(st.sampled_from(KEYS), max_size=3))]
     return {name: draw(near.get(name, anything) if draw(st.integers(0, 5)) else anything) for name in names}
@@ -78,7 +78,7 @@ def chat_params():
 
 
 def taken(said, salt=None, params=None):
-    """A chat request with these marks behind the door."""
+    """A chat request with these annotations behind the door."""
     extra = {"kv_transfer_params": {"cacheslide": said} if params is None else params}
     request = SimpleNamespace(
         prompt_token_ids=IDS, mm_features=None, sampling_params=SimpleNamespace(extra_args=extra), cache_salt=salt
@@ -110,15 +110,15 @@ def at_engine(request, planner):
 
 @pytest.mark.fault("malformed_marks")
 @settings(max_examples=120, deadline=None)
-@given(anything | marks())
-def test_marks_are_parsed_or_refused(said):
+@given(anything | annotations())
+def test_annotations_are_parsed_or_refused(said):
     try:
-        parsed = Marks.parse({"cacheslide": said})
+        parsed = Annotations.parse({"cacheslide": said})
     except PromptError as error:
         str(error).encode()
         assert len(str(error)) < 4000
     else:
-        assert parsed is None or isinstance(parsed, Marks)
+        assert parsed is None or isinstance(parsed, Annotations)
 
 
 PLANNER = Planner(ServerOptions(chunk_size=8), GEOMETRY)
@@ -126,7 +126,7 @@ PLANNER = Planner(ServerOptions(chunk_size=8), GEOMETRY)
 
 @pytest.mark.fault("malformed_marks")
 @settings(max_examples=250, deadline=None)
-@given(marks() | anything)
+@given(annotations() | anything)
 @example({"segments": [[0, 4]], "share": 10**400})
 @example({"segments": [[0, 4]], "layer": 2**64})
 @example({"segments": [[0, 4]], "layer": 99})
@@ -152,7 +152,7 @@ def test_a_request_is_refused_or_planned_on_its_own_tokens(said):
 @pytest.mark.fault("malformed_marks")
 @settings(max_examples=80, deadline=None)
 @given(st.dictionaries(texts | st.sampled_from(KEYS), anything, max_size=3))
-def test_parameters_beside_the_marks_are_passed_on_or_refused(params):
+def test_parameters_beside_the_annotations_are_passed_on_or_refused(params):
     try:
         request = taken(None, params=params)
     except VLLMValidationError as error:
@@ -203,8 +203,8 @@ def test_whatever_is_wrong_can_be_said(value):
     assert sayable("\ud800é" * 2000).encode()
 
 
-def test_marks_of_the_door_cannot_be_sent():
-    """JSON makes plain objects: what a client writes never passes for marks that were checked."""
+def test_annotations_of_the_door_cannot_be_sent():
+    """JSON makes plain objects: what a client writes never passes for annotations that were checked."""
     assert type(json.loads('{"segments": []}')) is dict
     assert isinstance(
         taken({"segments": [[0, 4]]}).sampling_params.extra_args["kv_transfer_params"]["cacheslide"], Resolved

@@ -1,4 +1,4 @@
-"""Chunks below memory as the scheduler sees them, without an engine: leases, ranks that disagree, late reports."""
+"""Chunks in storage tiers as the scheduler sees them, without an engine: leases, ranks that disagree, late reports."""
 
 import argparse
 import json
@@ -15,11 +15,11 @@ from cacheslide.errors import ConfigError, StoreError
 from cacheslide.store.base import ChunkKV
 from cacheslide.vllm.geometry import content_id
 from cacheslide.vllm.options import ServerOptions
-from cacheslide.vllm.protocol import FetchPlan, Landed, WorkerReport
+from cacheslide.vllm.protocol import ChunkLoaded, FetchPlan, WorkerReport
 from cacheslide.vllm.scheduler.chunk_index import ChunkIndex
 from cacheslide.vllm.scheduler.side import SchedulerSide
 from cacheslide.vllm.worker.chunk_store import WorkerStore
-from cacheslide.vllm.worker.storage import Below, copied, lower_tiers
+from cacheslide.vllm.worker.storage import StorageTier, copied, storage_tier_config
 from tests.conftest import eventually, save_random
 from tests.test_vllm_scheduler import GEOMETRY, TURN, request, step_output
 
@@ -45,8 +45,8 @@ def side(folder, ranks=1, **options) -> SchedulerSide:
     return planner(ServerOptions(chunk_size=16, store={"path": str(folder)} | CONFIG, **options), ranks)
 
 
-def rank(folder, number=0, ranks=1) -> Below:
-    return Below(ServerOptions(store={"path": str(folder)} | CONFIG).tiers, ROW, "", number, ranks)
+def rank(folder, number=0, ranks=1) -> StorageTier:
+    return StorageTier(ServerOptions(store={"path": str(folder)} | CONFIG).tiers, ROW, "", number, ranks)
 
 
 def chunk_kv(n: int, seed: int) -> ChunkKV:
@@ -61,18 +61,18 @@ def filled(folder, ranks=1) -> tuple:
     scheduler.arrive(request())
     plan = scheduler.tracked["r"].plan
     for number in range(ranks):
-        below = rank(folder, number, ranks)
-        store = WorkerStore(torch.device("cpu"), below=below)
+        tier = rank(folder, number, ranks)
+        store = WorkerStore(torch.device("cpu"), storage_tier=tier)
         for i, (key, chunk) in enumerate(zip(plan.keys, plan.chunks, strict=True)):
             store.put(key, chunk_kv(len(chunk), 100 * number + i))
-        below.flush()
-        below.close()
+        tier.flush()
+        tier.close()
     return plan.keys, [len(c) for c in plan.chunks]
 
 
 def claimed(scheduler, asked):
     """The claim, once look-ups are over."""
-    lookup = scheduler.tracked[asked.request_id].below.lookup
+    lookup = scheduler.tracked[asked.request_id].storage.lookup
     if lookup is not None:
         lookup.result(60)
     return scheduler.claim(asked, 0)
@@ -88,16 +88,16 @@ def served(scheduler, asked) -> dict:
     return scheduler.finish(asked)
 
 
-def arrived(below, count: int) -> list:
+def arrived(tier, count: int) -> list:
     """What `count` reads brought."""
     found = []
-    assert eventually(lambda: found.extend(below.arrivals(idle=True)) or len(found) >= count)
+    assert eventually(lambda: found.extend(tier.arrivals(idle=True)) or len(found) >= count)
     return found
 
 
-def landed(fetch) -> WorkerReport:
+def loaded(fetch) -> WorkerReport:
     """One rank's."""
-    return WorkerReport(landed={fetch.key: [Landed(fetch.ticket, "file", 64, 0)]})
+    return WorkerReport(loaded={fetch.key: [ChunkLoaded(fetch.ticket, "file", 64, 0)]})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
@@ -110,7 +110,7 @@ def test_a_copy_is_contiguous_and_its_own(dtype):
         assert out.data_ptr() == room.data_ptr()
 
 
-def test_a_request_waits_for_its_chunks_and_claims_what_landed(tmp_path):
+def test_a_request_waits_for_its_chunks_and_claims_what_was_loaded(tmp_path):
     keys, lengths = filled(tmp_path / "s")
     scheduler, asked = side(tmp_path / "s"), request()
     scheduler.arrive(asked)
@@ -118,21 +118,21 @@ def test_a_request_waits_for_its_chunks_and_claims_what_landed(tmp_path):
     step = scheduler.step(step_output({}, {}))
     assert step.idle and {f.key for f in step.fetches} == set(keys) and not step.loads
     assert len(scheduler.index) == len(keys) and not any(k in scheduler.index for k in keys)
-    below, store = rank(tmp_path / "s"), WorkerStore(torch.device("cpu"))
+    tier, store = rank(tmp_path / "s"), WorkerStore(torch.device("cpu"))
     for fetch in step.fetches:
-        below.fetch(fetch.key, fetch.ticket)
+        tier.fetch(fetch.key, fetch.ticket)
     report = WorkerReport()
-    for key, ticket, found in arrived(below, len(keys)):
-        store.land(key, found.chunk)
-        report.landed[key] = [Landed(ticket, found.tier, found.chunk.nbytes, found.chunk.generation)]
+    for key, ticket, found in arrived(tier, len(keys)):
+        store.put_loaded(key, found.chunk)
+        report.loaded[key] = [ChunkLoaded(ticket, found.tier, found.chunk.nbytes, found.chunk.generation)]
     for i, (key, n) in enumerate(zip(keys, lengths, strict=True)):
         got, want = store.get(key), chunk_kv(n, i)
         assert torch.equal(got.k, want.k) and torch.equal(got.v, want.v)
-    scheduler.heard(report)
+    scheduler.on_worker_report(report)
     receipt = served(scheduler, asked)
     assert receipt["chunks_hit"] == len(keys)
     assert receipt["tiers"] == {"file": {"chunks": len(keys), "bytes": store.nbytes}}
-    below.close()
+    tier.close()
 
 
 def test_a_chunk_is_there_when_every_rank_has_it_and_gone_when_one_has_not(tmp_path):
@@ -143,15 +143,16 @@ def test_a_chunk_is_there_when_every_rank_has_it_and_gone_when_one_has_not(tmp_p
     fetches = scheduler.step(step_output({}, {})).fetches
     lame, late, fine = fetches[0], fetches[1], fetches[2:]
     for fetch in fine:
-        scheduler.heard(landed(fetch).aggregate(landed(fetch)))
+        scheduler.on_worker_report(loaded(fetch).aggregate(loaded(fetch)))
         assert fetch.key in scheduler.index
-    scheduler.heard(landed(late))
-    scheduler.heard(landed(lame).aggregate(WorkerReport(failed={lame.key: (lame.ticket, "damaged: page 3")})))
+    scheduler.on_worker_report(loaded(late))
+    failed = WorkerReport(failed={lame.key: (lame.ticket, "damaged: page 3")})
+    scheduler.on_worker_report(loaded(lame).aggregate(failed))
     assert late.key not in scheduler.index and lame.key not in scheduler.index
     assert scheduler.claim(asked, 0) is None  # one rank is late
     step = scheduler.step(step_output({}, {}))
     assert step.drops == [lame.key] and not step.fetches  # the other rank lets go of it; nobody asks twice
-    scheduler.heard(landed(late))
+    scheduler.on_worker_report(loaded(late))
     receipt = served(scheduler, asked)
     assert receipt["store_failures"] == {lame.key: "damaged: page 3"}
     assert receipt["chunks_hit"] == len(keys) - 1 == receipt["tiers"]["file"]["chunks"]
@@ -162,10 +163,10 @@ def test_a_chunk_is_there_when_every_rank_has_it_and_gone_when_one_has_not(tmp_p
     scheduler.arrive(again)
     assert claimed(scheduler, again) is None
     [fetch] = scheduler.step(step_output({}, {})).fetches
-    scheduler.heard(landed(lame))  # a report of the first attempt
-    scheduler.heard(landed(fetch))
+    scheduler.on_worker_report(loaded(lame))  # a report of the first attempt
+    scheduler.on_worker_report(loaded(fetch))
     assert fetch.key not in scheduler.index
-    scheduler.heard(landed(fetch))
+    scheduler.on_worker_report(loaded(fetch))
     assert fetch.key in scheduler.index
 
 
@@ -175,17 +176,17 @@ def test_a_tier_that_hangs_holds_nobody_up(tmp_path):
     scheduler.arrive(asked)
     assert claimed(scheduler, asked) is None and scheduler.claim(asked, 0) is None
     late = scheduler.step(step_output({}, {})).fetches[0]
-    scheduler.cold.limit_s = 0.0
+    scheduler.storage_tier.limit_s = 0.0
     assert scheduler.claim(asked, 0) == 0
     assert set(scheduler.step(step_output({}, {})).drops) == set(keys)
-    scheduler.heard(landed(late))  # too late
+    scheduler.on_worker_report(loaded(late))  # too late
     assert len(scheduler.index) == 0 and not scheduler.index._leases
     assert set(scheduler.finish(asked)["store_failures"].values()) == {"read error"}
     hung, again = Future(), request("again")
-    scheduler.cold._pool.submit = lambda *_: hung
+    scheduler.storage_tier._pool.submit = lambda *_: hung
     scheduler.arrive(again)
     assert scheduler.claim(again, 0) == 0  # nor does a look-up
-    scheduler.cold.limit_s = 10.0
+    scheduler.storage_tier.limit_s = 10.0
     more = request("more")
     scheduler.arrive(more)
     assert scheduler.claim(more, 0) is None
@@ -194,16 +195,16 @@ def test_a_tier_that_hangs_holds_nobody_up(tmp_path):
 def test_the_hosts_memory_below_a_gpu_takes_what_leaves_it():
     options = ServerOptions(chunk_size=16, store={"device_gib": 0.01, "host_gib": 0.01}, store_device="model")
     scheduler, asked = planner(options), request()
-    below = Below(options.tiers, ROW)
-    store = WorkerStore(torch.device("cpu"), below=below)
+    tier = StorageTier(options.tiers, ROW)
+    store = WorkerStore(torch.device("cpu"), storage_tier=tier)
     scheduler.arrive(asked)
     plan = scheduler.tracked["r"].plan
     for i, (key, chunk) in enumerate(zip(plan.keys, plan.chunks, strict=True)):
         store.put(key, chunk_kv(len(chunk), i))
-    below.flush()
+    tier.flush()
     gone, never = plan.keys[1:], plan.keys[0]
     store.clear()
-    scheduler.cold.evicted(gone)
+    scheduler.storage_tier.evicted(gone)
     assert claimed(scheduler, asked) == 0  # looked up when it came: nothing had left by then
     scheduler.finish(asked)
     asked = request("again")
@@ -212,20 +213,20 @@ def test_the_hosts_memory_below_a_gpu_takes_what_leaves_it():
     fetches = scheduler.step(step_output({}, {})).fetches
     assert {f.key for f in fetches} == set(gone) and never not in scheduler.index
     for fetch in fetches:
-        below.fetch(fetch.key, fetch.ticket)
+        tier.fetch(fetch.key, fetch.ticket)
     report = WorkerReport()
-    for key, ticket, found in arrived(below, len(gone)):
-        report.landed[key] = [Landed(ticket, found.tier, found.chunk.nbytes, 0)]
-    scheduler.heard(report)
+    for key, ticket, found in arrived(tier, len(gone)):
+        report.loaded[key] = [ChunkLoaded(ticket, found.tier, found.chunk.nbytes, 0)]
+    scheduler.on_worker_report(report)
     assert served(scheduler, asked)["tiers"].keys() == {"host"}
-    below.close()
+    tier.close()
 
 
 def test_a_chunk_that_was_stored_anew_is_not_dropped_at_the_steps_end(tmp_path):
     scheduler = side(tmp_path / "s")
     scheduler.index.reserve({"a": 1})
-    scheduler.cold.fetches = [FetchPlan("c", ("a", "b"), 0)]
-    scheduler.cold.drops = ["a", "d"]
+    scheduler.storage_tier.fetches = [FetchPlan("c", ("a", "b"), 0)]
+    scheduler.storage_tier.drops = ["a", "d"]
     step = scheduler.step(step_output({}, {}))
     assert step.fetches == [FetchPlan("c", ("b",), 0)] and step.drops == ["d"]
 
@@ -238,7 +239,7 @@ def test_chunks_on_their_way_and_under_a_lease_do_not_leave():
     with pytest.raises(StoreError, match="requests wait"):
         index.reserve({"d": 10})
     assert index.nbytes == 100 and "d" not in index
-    index.landed("c", 2)
+    index.on_loaded("c", 2)
     assert "c" in index and index.generation("c") == 2
     index.release(["a"])
     assert index.reserve({"d": 40}) == ["a"]
@@ -259,17 +260,17 @@ def test_new_weights_never_meet_old_chunks(tmp_path):
 
 
 def test_corrected_chunks_and_too_many_at_once_stay_in_memory(tmp_path):
-    below = rank(tmp_path / "s")
-    store = WorkerStore(torch.device("cpu"), below=below)
+    tier = rank(tmp_path / "s")
+    store = WorkerStore(torch.device("cpu"), storage_tier=tier)
     store.put("ab" * 20, chunk_kv(8, 1))
     corrected = chunk_kv(8, 2)
     store.put("cd" * 20, ChunkKV(corrected.k, corrected.v, corrected.positions, generation=1))
-    below.flush()
-    assert below.store.contains("ab" * 20) and not below.store.contains("cd" * 20)
-    below.limit, below._queued = 1, 1
+    tier.flush()
+    assert tier.store.contains("ab" * 20) and not tier.store.contains("cd" * 20)
+    tier.limit, tier._queued = 1, 1
     store.put("ef" * 20, chunk_kv(8, 3))
-    assert below.unwritten == 1 and store.contains("ef" * 20)
-    below.close()
+    assert tier.unwritten == 1 and store.contains("ef" * 20)
+    tier.close()
 
 
 def test_crosscache_files_and_connector_options_open_the_store(tmp_path):
@@ -284,13 +285,16 @@ def test_crosscache_files_and_connector_options_open_the_store(tmp_path):
     assert alone.tiers.remote_port == 5555 and not alone.tiers.path
     on_device = ServerOptions.from_extra_config({"store": {"device_gib": 2, "host_gib": 8, "path": "x"}})
     assert (on_device.store_device, on_device.store_gib) == ("model", 2)
-    assert lower_tiers(on_device.tiers, ROW).host_gib == 8 and lower_tiers(options.tiers, ROW).host_gib < 0.01
+    assert (
+        storage_tier_config(on_device.tiers, ROW).host_gib == 8
+        and storage_tier_config(options.tiers, ROW).host_gib < 0.01
+    )
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
     line = serve.command(parser.parse_args(["model", "--store", str(file)]), [])
     sent = json.loads(line[line.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
     assert sent == {"store": str(file)} and ServerOptions.from_extra_config(sent).chunk_size == 256
-    assert ServerOptions.from_extra_config({"store": {"host_gib": 3}}).tiers is None  # memory alone is no tier below
+    assert ServerOptions.from_extra_config({"store": {"host_gib": 3}}).tiers is None  # memory alone is no storage tier
     for wrong, said in (({"store": {"hots_gib": 1}}, "unknown store option"), ({"store": "/nowhere"}, "cannot read")):
         with pytest.raises(ConfigError, match=said):
             ServerOptions.from_extra_config(wrong)
@@ -311,7 +315,7 @@ def test_weights_are_named_by_content(tmp_path):
         content_id(str(tmp_path / "none"), None, config, None, False)
 
 
-def test_prompts_without_cold_chunks_do_not_wait(tmp_path):
+def test_prompts_without_chunks_on_disk_do_not_wait(tmp_path):
     scheduler, asked = side(tmp_path / "s"), request()
     scheduler.arrive(asked)
     assert claimed(scheduler, asked) == 0

@@ -1,4 +1,4 @@
-"""Hostile marks for the campaigns: objects that could be meant, and every kind of value where none belongs."""
+"""Hostile annotations for the campaigns: objects that could be meant, and every kind of value where none belongs."""
 
 import random
 from typing import Any
@@ -52,8 +52,8 @@ VALUES = (
 )
 
 
-class Marks:
-    """Makes marks for a prompt of `rows` tokens, from a seed.
+class Annotations:
+    """Makes annotations for a prompt of `rows` tokens, from a seed.
 
     `separators` are what may stand in the prompt, as text or ids.
     """
@@ -129,7 +129,7 @@ class Marks:
         }
         return given[name]() if name in given else self.value()
 
-    def marks(self) -> Any:
+    def annotations(self) -> Any:
         """What stands under `cacheslide`."""
         r = self.random
         if r.random() < 0.02:
@@ -144,10 +144,10 @@ class Marks:
         r = self.random
         kind = r.random()
         if kind < 0.92:
-            return {"cacheslide": self.marks()}
+            return {"cacheslide": self.annotations()}
         if kind < 0.96:
             return {r.choice(("x", "CacheSlide", "cache_slide", "share", "segments", "do_remote_decode")): self.value()}
-        return {"x": self.value(), "cacheslide": self.marks()}
+        return {"x": self.value(), "cacheslide": self.annotations()}
 
     def salt(self) -> str | None:
         """A request's `cache_salt`."""

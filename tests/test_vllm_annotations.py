@@ -14,9 +14,9 @@ from vllm.exceptions import VLLMValidationError
 
 from cacheslide.errors import ConfigError, PromptError
 from cacheslide.vllm.frontend.admission import admit
-from cacheslide.vllm.frontend.chat import mark_messages, message_roles
+from cacheslide.vllm.frontend.chat import annotate_messages, message_roles
 from cacheslide.vllm.frontend.separators import cut, split_ids
-from cacheslide.vllm.options import Marks, ServerOptions
+from cacheslide.vllm.options import Annotations, ServerOptions
 from cacheslide.vllm.scheduler.span_memory import SpanMemory, content_cuts
 
 MODEL = "models/tiny-llama-12m"
@@ -93,8 +93,8 @@ def test_a_separator_that_cannot_be_found_says_so(tokenizer):
 
 
 def test_roles_of_messages():
-    def short(marks):
-        return "".join(r[2] for r in message_roles(marks, CHAT))  # u: reuse, c: recompute
+    def short(annotations):
+        return "".join(r[2] for r in message_roles(annotations, CHAT))  # u: reuse, c: recompute
 
     assert short("auto") == "uuuuc"
     assert short({"roles": {"tool": "recompute"}}) == "uuucc"
@@ -115,22 +115,22 @@ def test_roles_of_messages():
 
 
 def test_messages_lie_where_the_template_put_them(tokenizer):
-    marked = mark_messages(tokenizer, CHAT, {"updated": [1]}, chat_template=TEMPLATE)
+    annotated = annotate_messages(tokenizer, CHAT, {"updated": [1]}, chat_template=TEMPLATE)
     whole = tokenizer.apply_chat_template(
         CHAT, tokenize=True, return_dict=False, add_generation_prompt=True, chat_template=TEMPLATE
     )
-    assert marked.token_ids == whole and not marked.note
-    said = [tokenizer.decode(whole[a:b]) for a, b in marked.segments]
+    assert annotated.token_ids == whole and not annotated.note
+    said = [tokenizer.decode(whole[a:b]) for a, b in annotated.segments]
     assert [text.count("<s>") for text in said] == [1, 2]
     assert "Answer with" in said[0] and "copper seven" in said[1] and "bone ten" in said[1]
     assert not any("what is" in text for text in said)
     grown = [*CHAT, {"role": "assistant", "content": "bone ten ."}, {"role": "user", "content": "what is amber ?"}]
-    longer = mark_messages(tokenizer, grown, chat_template=TEMPLATE)
+    longer = annotate_messages(tokenizer, grown, chat_template=TEMPLATE)
     [(start, end)] = longer.segments
     assert start == 0 and longer.token_ids[:end][: len(whole)] == whole
     assert "bone ten" in tokenizer.decode(longer.token_ids[len(whole) : end])
-    params = marked.params(policy="epic")["cacheslide"]
-    assert Marks.parse({"cacheslide": json.loads(json.dumps(params))}).segments == tuple(marked.segments)
+    params = annotated.params(policy="epic")["cacheslide"]
+    assert Annotations.parse({"cacheslide": json.loads(json.dumps(params))}).segments == tuple(annotated.segments)
 
 
 def test_a_boundary_that_the_template_does_not_allow_is_given_up(tokenizer):
@@ -139,15 +139,15 @@ def test_a_boundary_that_the_template_does_not_allow_is_given_up(tokenizer):
         "{% for m in messages %}{% if m['role'] != 'system' %}{{ '<s>' + m['role'] + '\n' }}"
         "{% if loop.last %}{{ messages[0]['content'] }}{% endif %}{{ m['content'] + '</s>\n' }}{% endif %}{% endfor %}"
     )
-    marked = mark_messages(tokenizer, CHAT, {"updated": [2]}, chat_template=late)
-    assert "differently when others follow" in marked.note
-    assert marked.segments == [(0, 0)] or not marked.segments
+    annotated = annotate_messages(tokenizer, CHAT, {"updated": [2]}, chat_template=late)
+    assert "differently when others follow" in annotated.note
+    assert annotated.segments == [(0, 0)] or not annotated.segments
     strict = "{% if messages|length < 2 %}{{ raise_exception('too short') }}{% endif %}" + TEMPLATE
-    marked = mark_messages(tokenizer, CHAT, {"updated": [1, 3]}, chat_template=strict)
-    assert "does not render the first 1 messages alone (too short)" in marked.note
-    [(start, end)] = marked.segments
-    assert "copper seven" in tokenizer.decode(marked.token_ids[start:end])
-    assert marked.params()["cacheslide"]["note"] == marked.note
+    annotated = annotate_messages(tokenizer, CHAT, {"updated": [1, 3]}, chat_template=strict)
+    assert "does not render the first 1 messages alone (too short)" in annotated.note
+    [(start, end)] = annotated.segments
+    assert "copper seven" in tokenizer.decode(annotated.token_ids[start:end])
+    assert annotated.params()["cacheslide"]["note"] == annotated.note
 
 
 # --- spans seen before --------------------------------------------------------------------------------------------
@@ -174,19 +174,19 @@ def test_found_spans_keep_the_order_of_the_earlier_prompt():
     memory = SpanMemory(32, 10_000)
     a, b, c = (tokens(300, seed) for seed in (1, 2, 3))
     first = tokens(40, 10) + a + tokens(60, 11) + b + c
-    assert memory.meet("t", first) == []
+    assert memory.match("t", first) == []
     second = tokens(90, 12) + a + tokens(20, 13) + b + c
-    found = memory.meet("t", second)
+    found = memory.match("t", second)
     covered = sum(end - start for start, end in found)
     assert 0.8 * 900 < covered <= 900
     assert all(second[s:e] == a[s - 90 : e - 90] for s, e in found if e <= 390)
     assert all(x[1] <= y[0] for x, y in pairwise(found))
     stuck = tokens(90, 12) + a + tokens(20, 15) + b + c  # the first update has stayed: the fixed spans are the same
-    assert [(s, e) for s, e in memory.meet("t", stuck) if s >= 100] == [(s, e) for s, e in found if s >= 100]
-    assert memory.meet("t", stuck)[0] == found[0]
+    assert [(s, e) for s, e in memory.match("t", stuck) if s >= 100] == [(s, e) for s, e in found if s >= 100]
+    assert memory.match("t", stuck)[0] == found[0]
     swapped = SpanMemory(32, 10_000)
-    swapped.meet("t", first)
-    rows = [row for s, e in swapped.meet("t", c + tokens(50, 14) + a) for row in range(s, e)]
+    swapped.match("t", first)
+    rows = [row for s, e in swapped.match("t", c + tokens(50, 14) + a) for row in range(s, e)]
     assert rows and (max(rows) < 300 or min(rows) >= 350)  # one of the two, never both: their order changed
 
 
@@ -194,24 +194,24 @@ def test_memory_is_bounded_forgets_the_oldest_and_keeps_tenants_apart():
     memory = SpanMemory(32, 60)
     prompts = [tokens(600, seed) for seed in range(6)]
     for p in prompts:
-        memory.meet("t", p)
+        memory.match("t", p)
         assert memory.held <= 60
-    assert memory.meet("t", prompts[0]) == [] and memory.meet("u", prompts[-1]) == []
-    assert sum(e - s for s, e in memory.meet("t", prompts[0])) == 600
+    assert memory.match("t", prompts[0]) == [] and memory.match("u", prompts[-1]) == []
+    assert sum(e - s for s, e in memory.match("t", prompts[0])) == 600
     grown = prompts[0] + tokens(100, 9)
     before = memory.held
-    assert len(memory.meet("t", grown)) >= 5 and memory.held < before + len(content_cuts(grown, *memory.sizes))
-    memory.meet("t", tokens(20_000, 50))  # longer than what may be known: not learnt
+    assert len(memory.match("t", grown)) >= 5 and memory.held < before + len(content_cuts(grown, *memory.sizes))
+    memory.match("t", tokens(20_000, 50))  # longer than what may be known: not learnt
     memory.clear()
-    assert memory.held == 0 and not memory._where and memory.meet("t", grown) == []
+    assert memory.held == 0 and not memory._where and memory.match("t", grown) == []
 
 
 # --- at the door --------------------------------------------------------------------------------------------------
 
 
-def asked(marks, ids=(1, 5, 6, 7, 8), text=None, **options):
+def asked(annotations, ids=(1, 5, 6, 7, 8), text=None, **options):
     """A request as vLLM's input processor made it, after `admit`."""
-    sampling = SimpleNamespace(extra_args={"kv_transfer_params": {"cacheslide": marks}})
+    sampling = SimpleNamespace(extra_args={"kv_transfer_params": {"cacheslide": annotations}})
     request = SimpleNamespace(prompt_token_ids=list(ids), sampling_params=sampling, mm_features=None)
     prompt = {"prompt_token_ids": list(ids)} | ({"prompt": text} if text else {})
     admit(request, prompt, SimpleNamespace(tokenizer=None), options)
@@ -219,17 +219,17 @@ def asked(marks, ids=(1, 5, 6, 7, 8), text=None, **options):
 
 
 def test_separators_leave_the_prompt_and_become_segments():
-    marks = {"separator": [6], "roles": ["recompute", "reuse"], "share": 0.5}
-    ids, resolved = asked(marks)
-    assert ids == [1, 5, 7, 8] and resolved == {"segments": [(2, 4)], "share": 0.5}
-    assert marks["separator"] == [6]  # what the client holds is not written to
+    annotations = {"separator": [6], "roles": ["recompute", "reuse"], "recompute_ratio": 0.5}
+    ids, resolved = asked(annotations)
+    assert ids == [1, 5, 7, 8] and resolved == {"segments": [(2, 4)], "recompute_ratio": 0.5}
+    assert annotations["separator"] == [6]  # what the client holds is not written to
     assert asked({"separator": True}, separator="[6]")[1] == {"segments": [(0, 2)]}
     assert asked({"roles": ["recompute", "reuse"]}, separator=[6])[1] == {"segments": [(2, 4)]}
     assert asked({"find": True}) == ([1, 5, 6, 7, 8], {"find": True})
 
 
 @pytest.mark.parametrize(
-    ("marks", "said"),
+    ("annotations", "said"),
     [
         ({"separator": True}, "no separator of its own"),
         ({"separator": [6], "segments": [[0, 1]]}, "segments and separator are two ways"),
@@ -246,9 +246,9 @@ def test_separators_leave_the_prompt_and_become_segments():
         ({"segments": [], "history": 0, "note": 3}, "note must be a string"),
     ],
 )
-def test_marks_that_make_no_sense_are_refused(marks, said):
+def test_annotations_that_make_no_sense_are_refused(annotations, said):
     with pytest.raises(VLLMValidationError, match=said):
-        asked(marks)
+        asked(annotations)
 
 
 @pytest.mark.parametrize(

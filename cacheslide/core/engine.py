@@ -222,8 +222,11 @@ class ReuseEngine:
     def score(self, state: Prefilled, token_ids: Sequence[int]) -> Tensor:
         """Logits [n, vocab_size] that predict each of `token_ids` [n] behind `state`, which stays as it was.
 
-        Rows of the KV buffer behind `state.length` are overwritten; it needs room for n - 1 of them.
+        Rows of the KV buffer behind `state.length` are overwritten; it needs room for n - 1 of them. PromptError
+        without tokens.
         """
+        if not token_ids:
+            raise PromptError("there are no tokens to score")
         ahead, parts = token_ids[:-1], [state.logits[None]]
         if ahead:
             positions = range(state.next_position, state.next_position + len(ahead))

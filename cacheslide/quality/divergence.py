@@ -1,5 +1,6 @@
 """How far a prefill with reused KV is from full recompute: next-token distributions over the same target tokens."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,7 +53,7 @@ def divergence(recomputed: Tensor, logits: Tensor, targets: Sequence[int]) -> Di
     Raises
     ------
     PromptError
-        Without targets, or where the shapes differ.
+        Without targets, where the shapes differ, or where logits are no numbers: there is no distribution then.
     """
     if not targets or recomputed.shape != logits.shape or len(targets) != len(logits):
         shapes = f"{tuple(recomputed.shape)} and {tuple(logits.shape)}"
@@ -60,10 +61,12 @@ def divergence(recomputed: Tensor, logits: Tensor, targets: Sequence[int]) -> Di
     ids = torch.tensor(list(targets), device=logits.device)[:, None]
     exact, other = recomputed.float().log_softmax(-1), logits.float().log_softmax(-1)
     kl = (exact.exp() * (exact - other)).sum(-1).clamp_min(0)
-    best = other.argmax(-1)
-    agree = (exact.argmax(-1) == best).float()
+    best = logits.argmax(-1)  # as decoding takes it: normalised, two near logits may round to one
+    agree = (recomputed.argmax(-1) == best).float()
     nll = -other.gather(1, ids)[:, 0]
     change = nll + exact.gather(1, ids)[:, 0]
     same = (best == ids[:, 0]).all()
     figures = torch.stack((kl.mean(), kl.max(), agree.mean(), nll.mean(), change.mean(), same.float())).tolist()
+    if not all(map(math.isfinite, figures)):
+        raise PromptError("logits that are not finite have no distribution to compare")
     return Divergence(len(targets), *figures[:5], bool(figures[5]))

@@ -67,7 +67,10 @@ class Builder:
         self._ids: dict[str, tuple[int, ...]] = {}
 
     def trial(self, setting: str, index: int) -> Trial | None:
-        """The trial of row `index`; None where the row does not suit the setting (no passage holds its answer)."""
+        """The trial of row `index`; None where the row does not suit the setting.
+
+        That is where no passage holds its answer, or where no row has another answer to say instead.
+        """
         if setting not in SETTINGS:
             raise DataError(f"unknown setting {setting!r} (known: {', '.join(SETTINGS)})")
         row = self.rows[index]
@@ -87,7 +90,11 @@ class Builder:
         elif moved is not None:
             now = self.encode(row.passages[moved].strip() + "\n\n")
         elif setting == "contradict":
-            other = rng.choice([r for r in self.rows if r.answers[0] != row.answers[0]]).answers[0]
+            accepted = {a.lower() for a in row.answers}
+            others = [r.answers[0] for r in self.rows if r.answers[0].lower() not in accepted]
+            if not others:
+                return None
+            other = rng.choice(others)
             text = CORRECTION.format(old=row.answers[0], new=other)
             now, answer = now + self.encode(text), self.encode(" " + other)[:ANSWER]
         question = self.encode(f"Question: {row.question}\nAnswer:")
@@ -124,11 +131,12 @@ class Builder:
         return out[: count - len(newline)] + newline
 
     def _other(self, row: PassageRow, rng: random.Random) -> str:
-        """A passage of another row that does not hold this row's answer."""
+        """A passage of another row that neither is one of this row's nor holds its answer."""
         for _ in range(1000):
             other = rng.choice(self.rows)
             text = rng.choice(other.passages)
-            if other.sha256 != row.sha256 and row.answers[0].lower() not in text.lower():
+            fresh = other.sha256 != row.sha256 and text not in row.passages
+            if fresh and row.answers[0].lower() not in text.lower():
                 return text
         raise DataError(f"row {row.id}: no other row has a passage without its answer")
 

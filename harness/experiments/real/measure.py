@@ -26,7 +26,7 @@ class Reference:
         self.room = max(len(answer), GREEDY)
         self.engine = exact_engine(backend)
         state = self.engine.prefill(prompt, room=self.room)
-        self.state, where = state, (state.length, state.next_position)
+        where = state.length, state.next_position
         self.on_answer = self.engine.score(state, self.answer) if self.answer else None
         self.greedy = tuple(self.engine.generate(state, state.logits, GREEDY, frozenset()))
         state.length, state.next_position = where

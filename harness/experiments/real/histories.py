@@ -8,15 +8,15 @@ Systems of isolated chunks encode each passage alone, once.
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from cacheslide.core.engine import ReuseEngine
 from cacheslide.core.prompt import Prompt
-from cacheslide.errors import CacheSlideError
 from cacheslide.store import MemoryChunkStore
 from harness.backends.reference import ReferenceBackend
 from harness.experiments.real.arms import Arm
-from harness.experiments.real.measure import Reference, engine_of, receipt_of
+from harness.experiments.real.measure import Attempts, Reference, engine_of, receipt_of
 from harness.experiments.real.trials import ANSWER, NOTES, Builder
 from harness.tasks.passages import PassageRow, answer_passages
 
@@ -65,20 +65,17 @@ def measure_history(
     """
     last = len(session.prompts) - 1
     turns = [t for t in range(1, last + 1) if t == last or t % every == 0]
-    todo = [a for a in arms if any(turn_id(session, a, t) not in done for t in turns)]
+    missing = {(a.name, t) for a in arms for t in turns if turn_id(session, a, t) not in done}
+    todo = [a for a in arms if any((a.name, t) in missing for t in turns)]
     runs = {a.name: None if a.policy is None else Turns(backend, a) for a in todo}
-    if not todo:
-        return
-    for turn, prompt in enumerate(session.prompts):
-        reference = Reference(backend, prompt, session.answer) if turn in turns else None
+    attempts = Attempts()
+    for turn, prompt in enumerate(session.prompts if todo else ()):
+        wanted = any((a.name, turn) in missing for a in todo)
+        reference = Reference(backend, prompt, session.answer) if wanted else None
         for one in todo:
-            identity = turn_id(session, one, turn)
-            about = {"id": identity, "trial": session.id, "arm": one.name, "turn": turn}
-            try:
-                figures = _turn(runs[one.name], prompt, reference)
-            except CacheSlideError as refused:
-                figures = {"failure": str(refused)}
-            if reference is not None and identity not in done:
+            about = {"id": turn_id(session, one, turn), "trial": session.id, "arm": one.name, "turn": turn}
+            figures = attempts.figures(one, partial(_turn, runs[one.name], prompt, reference))
+            if (one.name, turn) in missing:
                 yield about | figures
 
 

@@ -1,6 +1,6 @@
 """One trial under every arm: logits of the targets beside recompute's, with the caches of the turn before."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -98,6 +98,23 @@ def receipt_of(state: Prefilled | None, tokens: int) -> dict[str, Any]:
         "tokens_recomputed": r.tokens_recomputed,
         "compute_fraction": r.compute_fraction,
     }
+
+
+class Attempts:
+    """Arms over the turns of one session: one that fails has no caches to go on with, and fails from then on."""
+
+    def __init__(self) -> None:
+        self._why: dict[str, str] = {}
+
+    def figures(self, one: Arm, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `work` gives for a turn of `one`, or the reason why there is nothing."""
+        if one.name in self._why:
+            return {"failure": f"an earlier turn failed: {self._why[one.name]}"}
+        try:
+            return work()
+        except CacheSlideError as refused:
+            self._why[one.name] = str(refused)
+            return {"failure": str(refused)}
 
 
 def record_id(trial: Trial, one: Arm) -> str:

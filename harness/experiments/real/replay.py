@@ -7,6 +7,7 @@ alone. The targets are recompute's own next 32 tokens. Prompts beyond the length
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,11 @@ from cacheslide.core.placement import Piece
 from cacheslide.core.prompt import Prompt
 from cacheslide.core.receipt import Receipt
 from cacheslide.core.request_builder import Found
-from cacheslide.errors import CacheSlideError
 from cacheslide.store import MemoryChunkStore
 from cacheslide.store.base import ChunkKV
 from harness.backends.reference import ReferenceBackend
 from harness.experiments.real.arms import Arm
-from harness.experiments.real.measure import Reference, engine_of, receipt_of
+from harness.experiments.real.measure import Attempts, Reference, engine_of, receipt_of
 from harness.experiments.real.sessions import find_sessions, group_of
 
 SHORTEST = 64  # tokens of a prompt below which a turn says nothing about reuse
@@ -75,20 +75,25 @@ def measure_session(
 ) -> Iterator[dict[str, Any]]:
     """One record an arm and turn from the second on; an arm is run anew unless all of its turns are done."""
     later = range(1, len(session.prompts))
-    todo = [a for a in arms if any(_turn_id(session, a, t) not in done for t in later)]
-    runs = {a.name: Replayed(backend, a) for a in todo if a.policy is not None}
+    missing = {(a.name, t) for a in arms for t in later if _turn_id(session, a, t) not in done}
+    todo = [a for a in arms if any((a.name, t) in missing for t in later)]
+    runs = {a.name: None if a.policy is None else Replayed(backend, a) for a in todo}
+    attempts = Attempts()
     for turn, ids in enumerate(session.prompts if todo else ()):
-        reference = Reference(backend, Prompt.from_spans(ids, []), ()) if turn else None
+        wanted = any((a.name, turn) in missing for a in todo)
+        reference = Reference(backend, Prompt.from_spans(ids, []), ()) if wanted else None
         for one in todo:
-            identity = _turn_id(session, one, turn)
-            about = {"id": identity, "trial": session.id, "arm": one.name, "turn": turn}
-            try:
-                state = runs[one.name].serve(ids, session.kinds[turn]) if one.name in runs else None
-                figures = _compared(reference, state)
-            except CacheSlideError as refused:
-                figures = {"failure": str(refused)}
-            if reference is not None and identity not in done:
+            about = {"id": _turn_id(session, one, turn), "trial": session.id, "arm": one.name, "turn": turn}
+            figures = attempts.figures(one, partial(_turn, runs[one.name], ids, session.kinds[turn], reference))
+            if (one.name, turn) in missing:
                 yield about | figures
+
+
+def _turn(
+    run: "Replayed | None", ids: tuple[int, ...], kinds: TurnKinds, reference: Reference | None
+) -> dict[str, Any]:
+    state = None if run is None else run.serve(ids, kinds)
+    return _compared(reference, state)
 
 
 def _compared(reference: Reference | None, state: Prefilled | None) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def reopened(output: str | Path, settings: dict[str, Any]) -> RecordWriter:
     """A writer that goes on where a finished file of the same settings ended; DataError as for `RecordWriter`."""
     output = Path(output)
     part = output.with_name(f".{output.name}.part")
-    if output.is_file() and read_settings(output) == settings:
+    if output.is_file() and read_settings(output) == json.loads(json.dumps(settings)):  # a tuple is read as a list
         if part.exists():
             with LineFile(part):  # nobody is writing it
                 set_aside(part)

@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import ConfigError
+from cacheslide.plain_values import shown
 from harness.backends.reference import dtype_of
 from harness.experiments.real.trials import LENGTHS, SETTINGS
 from harness.inventory import read_config
 
 COUNTS = ("prompts", "validation", "sessions", "every_turn", "turns", "longest")
+TEXTS = ("model", "dtype", "recordings")
+LISTS = {"data": str, "settings": str, "layers_on": str, "lengths": int}
+SHORTEST = 200  # tokens of fixed text at least
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,23 @@ class RealPlan:
     longest: int = 8192
 
     def __post_init__(self) -> None:
-        dtype_of(self.dtype)
-        for name in COUNTS:
+        for name in TEXTS:
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be a text, not {shown(getattr(self, name))}")
+        for name, kind in LISTS.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if not self.data or not self.lengths or min(self.lengths) < 200:
-            raise ConfigError("data names at least one file, and lengths are 200 tokens or more")
+            if not isinstance(value, tuple) or not value or any(type(x) is not kind or not x for x in value):
+                what = "texts" if kind is str else "whole numbers"
+                raise ConfigError(f"{name} must be a list of {what}, not {shown(value)}")
+        for name, least in dict.fromkeys(COUNTS, 1).items() | {("seed", 0)}:
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ConfigError(f"{name} must be a whole number of at least {least}, not {shown(value)}")
+        if not self.model:
+            raise ConfigError("model names a checkpoint")
+        if min(self.lengths) < SHORTEST:
+            raise ConfigError(f"lengths are {SHORTEST} tokens or more")
+        dtype_of(self.dtype)
         if unknown := {*self.settings, *self.layers_on} - set(SETTINGS):
             raise ConfigError(f"unknown setting {sorted(unknown)[0]!r} (known: {', '.join(SETTINGS)})")
 

@@ -9,6 +9,7 @@ I on into a file of its own, so that several processes share a device. Finished 
 import argparse
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 from tqdm import tqdm
 
 from cacheslide.errors import ConfigError, DataError
+from cacheslide.plain_values import at_least, read_json, shown
+from harness.backends.checkpoints import find_checkpoint
 from harness.backends.reference import ReferenceBackend
 from harness.experiments.real import arms as systems
 from harness.experiments.real.histories import history, measure_history
@@ -27,7 +30,6 @@ from harness.experiments.real.replay import measure_session, recorded
 from harness.experiments.real.trials import Builder, Trial
 from harness.results.provenance import file_hash, provenance
 from harness.results.records import reopened
-from harness.results.runs import read_json
 from harness.step import command
 from harness.tasks.passages import read_passages
 
@@ -65,27 +67,33 @@ def run(
     stage: str, plan: RealPlan, out: Path, shard: tuple[int, int], device: str, best: dict | None, minutes: float
 ) -> None:
     """Measure one stage; the time limit ends it between two prompts."""
-    backend = ReferenceBackend(plan.model, plan.dtype, device)
+    if stage == "replay" and not plan.recordings:
+        raise ConfigError("replay reads recorded sessions: recordings names no folder")
+    backend = ReferenceBackend(plan.model, plan.dtype, device_of(device))
     made = builders(plan, backend)
     settings = asdict(plan) | {"stage": stage, "best": best}
     settings |= {"model": Path(plan.model).name, "data": [Path(p).name for p in plan.data]}
     settings["recordings"] = Path(plan.recordings).name
     data = {name: file_hash(path) for name, path in zip(made, plan.data, strict=True)}
     header = settings | {"shard": list(shard), "provenance": provenance(settings, data, backend.model.model_id)}
-    writer = reopened(out / f"{stage}-{shard[0]}of{shard[1]}.jsonl", header)
+    work = list(_work(stage, plan, made))
+    if not work:
+        raise DataError(f"{stage}: no row of {', '.join(settings['data'])} and no session suits any of its settings")
     ends = time.monotonic() + minutes * 60
-    for one in tqdm(list(_work(stage, plan, made))[shard[0] :: shard[1]], desc=stage, mininterval=2):
-        if time.monotonic() > ends:
-            raise ConfigError(f"{stage}: out of time; start again to go on")
-        for record in _measured(stage, plan, backend, one, best, writer.done):
-            writer.add(_rounded(record))
-    writer.finish()
+    with closing(reopened(out / f"{stage}-{shard[0]}of{shard[1]}.jsonl", header)) as writer:
+        for one in tqdm(work[shard[0] :: shard[1]], desc=stage, mininterval=2):
+            if time.monotonic() > ends:
+                raise ConfigError(f"{stage}: out of time; start again to go on")
+            for record in _measured(stage, plan, backend, one, best, writer.done):
+                writer.add(_rounded(record))
+        writer.finish()
 
 
 def _work(stage: str, plan: RealPlan, made: dict[str, Builder]) -> Iterator[Any]:
     """The prompts of a stage, data sets and settings taking turns, so that an early end leaves something of each."""
     if stage == "replay":
-        yield from recorded(Path(plan.recordings), plan.model, plan.longest, plan.sessions, plan.turns)
+        model = find_checkpoint(plan.model)
+        yield from recorded(Path(plan.recordings), model, plan.longest, plan.sessions, plan.turns)
         return
     columns = []
     for builder in made.values():
@@ -144,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, default=1e6, help="stop after this many; what is finished stays")
     p.add_argument("--shard", default="0/1", help="I/N: every N-th prompt from I on")
     p.add_argument("--best", type=Path, help="layers by system, as `harness.results.real layers` writes them")
-    p.add_argument("--threads", type=int)
+    p.add_argument("--threads", type=at_least(1), help="of the CPU")
     return p
 
 
@@ -159,6 +167,26 @@ def shard_of(text: str) -> tuple[int, int]:
     return at, count
 
 
+def device_of(name: str) -> str:
+    """The name of a device that torch has."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as missing:
+        raise ConfigError(f"no device {name!r} here: {str(missing).splitlines()[0]}") from None
+    return name
+
+
+def read_layers(path: Path) -> dict[str, int]:
+    """Selection layers by system."""
+    found = read_json(path, DataError)
+    layers = found.get("layers") if isinstance(found, dict) else None
+    if not isinstance(layers, dict) or any(type(n) is not int or n < 0 for n in layers.values()):
+        raise DataError(
+            f"{path} holds no layers by system, as `harness.results.real layers` writes them: {shown(found)}"
+        )
+    return layers
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one stage."""
     args = parser().parse_args(argv)
@@ -166,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = read_plan(args.config, **{name: getattr(args, name) for name in names})
     if args.threads:
         torch.set_num_threads(args.threads)
-    best = read_json(args.best)["layers"] if args.best else None
+    best = read_layers(args.best) if args.best else None
     run(args.stage, plan, args.out, shard_of(args.shard), args.device, best, args.minutes)
 
 

@@ -1,0 +1,151 @@
+"""Runs of the study on a real model: stages, shards, and what goes on where a run was cut."""
+
+import json
+import os
+
+import pytest
+import yaml
+
+from cacheslide.errors import ConfigError
+from harness.experiments.real import histories, measure, study
+from harness.experiments.real.arms import NOISE, history_arms, slice_arms
+from harness.results.records import read_file
+from tests.made_passages import LAYERS, save_gemma, write_musique
+from tests.made_sessions import WORDS, trajectory, write_trajectory
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(histories, "TURNS", 4)
+    monkeypatch.setattr(histories, "PASSAGE", 60)
+    monkeypatch.setattr(measure, "GREEDY", 4)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    model, data = save_gemma(folder / "model"), write_musique(folder / "made.json", 6)
+    write_trajectory(folder / "logs" / "issue__a.traj", trajectory(turns=3))
+    plan = {"model": str(model), "data": [str(data)], "dtype": "float32", "lengths": [200], "longest": 4000}
+    plan |= {"validation": 1, "prompts": 3, "sessions": 1, "settings": ["unrelated", "matter"]}
+    plan |= {"recordings": str(folder / "logs")}
+    (folder / "real.yaml").write_text(yaml.safe_dump(plan))
+    return folder / "real.yaml"
+
+
+def start(config, out, stage="slice", *more):
+    study.main([stage, "--config", str(config), "--out", str(out), "--device", "cpu", *more])
+
+
+def by_id(file):
+    return {r["id"]: r for r in read_file(file).records}
+
+
+def test_a_slice_has_each_arm_on_each_prompt_and_no_text(config, tmp_path):
+    start(config, tmp_path)
+    assert os.listdir(tmp_path) == ["slice-0of1.jsonl"]
+    file = read_file(tmp_path / "slice-0of1.jsonl")
+    assert len(file.records) == 2 * 3 * len(slice_arms()) and not file.failures
+    order = [r["trial"].split()[0] for r in file.records[:: len(slice_arms())]]
+    assert order == ["unrelated", "matter"] * 3  # settings take turns
+    assert file.settings["model"] == "model" and file.settings["data"] == ["made.json"]
+    assert file.settings["stage"] == "slice" and len(file.settings["provenance"]["data_hashes"]["musique"]) == 64
+    text = (tmp_path / "slice-0of1.jsonl").read_text()
+    assert str(config.parent) not in text and not [word for word in WORDS if word in text]
+    numbers = [v for r in file.records for part in ("answer", "greedy") for v in r[part].values()]
+    assert all(v == float(f"{v:.6g}") for v in numbers)
+
+
+def test_validation_rows_choose_layers_and_give_no_results(config, tmp_path):
+    start(config, tmp_path, "layers")
+    start(config, tmp_path, "slice", "--prompts", "99")
+    chosen = {r["about"]["row"] for r in read_file(tmp_path / "layers-0of1.jsonl").records}
+    results = {r["about"]["row"] for r in read_file(tmp_path / "slice-0of1.jsonl").records}
+    assert chosen == {"id-5"} and results == {f"id-{i}" for i in range(5)}
+    arms = {r["arm"] for r in by_id(tmp_path / "layers-0of1.jsonl").values()}
+    assert {a.rpartition(" ")[2] for a in arms} == {str(n) for n in range(1, LAYERS // 2 + 1)}
+
+
+def test_histories_and_recorded_sessions_give_every_arm_at_their_turns(config, tmp_path):
+    start(config, tmp_path, "histories")
+    start(config, tmp_path, "replay")
+    arms = {a.name for a in history_arms()}
+    for stage, turns in (("histories", {3}), ("replay", {1, 2})):
+        file = read_file(tmp_path / f"{stage}-0of1.jsonl")
+        assert not file.failures and {(r["arm"], r["turn"]) for r in file.records} == {
+            (a, t) for a in arms for t in turns
+        }
+        assert len({r["trial"] for r in file.records}) == 1
+        floor = [r["greedy"]["kl_max"] for r in file.records if r["arm"] == NOISE]
+        assert max(floor) < 1e-5
+    assert file.records[0]["dataset"] == "swe-agent-full" and len(file.records[0]["about"]["sha256"]) == 64
+
+
+def test_the_layers_that_were_chosen_are_swept(config, tmp_path):
+    (tmp_path / "best.json").write_text(json.dumps({"layers": {"CacheBlend, by V": 2}, "prompts": 1}))
+    start(config, tmp_path, "frontier", "--best", str(tmp_path / "best.json"), "--prompts", "1", "--settings", "matter")
+    file = read_file(tmp_path / "frontier-0of1.jsonl")
+    assert "CacheBlend, by V 15 % at layer 2" in {r["arm"] for r in file.records}
+    assert file.failures and all(f["arm"].endswith("at layer 8") for f in file.failures)
+    assert file.settings["best"] == {"CacheBlend, by V": 2}
+
+
+def test_shards_are_parts_of_the_whole(config, tmp_path):
+    start(config, tmp_path)
+    whole, parts = by_id(tmp_path / "slice-0of1.jsonl"), []
+    for i in range(4):
+        start(config, tmp_path, "slice", "--shard", f"{i}/4")
+        parts.append(by_id(tmp_path / f"slice-{i}of4.jsonl"))
+    assert sum(map(len, parts)) == len(whole) and {k: v for part in parts for k, v in part.items()} == whole
+    assert all(parts)
+
+
+def test_a_run_that_was_cut_goes_on(config, tmp_path, monkeypatch):
+    start(config, tmp_path / "whole")
+    ran, wanted, run_arm = [], by_id(tmp_path / "whole" / "slice-0of1.jsonl"), measure.run_arm
+
+    def cut(*args):
+        if len(ran) == 6:
+            raise KeyboardInterrupt
+        ran.append(args[3].name)
+        return run_arm(*args)
+
+    monkeypatch.setattr(measure, "run_arm", cut)
+    with pytest.raises(KeyboardInterrupt):
+        start(config, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".slice-0of1.jsonl.part", "whole"]
+    assert len(by_id(tmp_path / ".slice-0of1.jsonl.part")) == 6
+    monkeypatch.setattr(measure, "run_arm", lambda *args: ran.append(args[3].name) or run_arm(*args))
+    start(config, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["slice-0of1.jsonl", "whole"]
+    assert by_id(tmp_path / "slice-0of1.jsonl") == wanted and len(ran) == len(wanted)
+
+
+def test_what_is_finished_is_never_measured_again(config, tmp_path, monkeypatch):
+    start(config, tmp_path)
+    before = (tmp_path / "slice-0of1.jsonl").read_bytes()
+    monkeypatch.setattr(measure, "Reference", None)
+    start(config, tmp_path)
+    assert os.listdir(tmp_path) == ["slice-0of1.jsonl"] and (tmp_path / "slice-0of1.jsonl").read_bytes() == before
+
+
+def test_out_of_time_keeps_what_is_finished(config, tmp_path, monkeypatch):
+    ran, run_arm = [], measure.run_arm
+    clock = iter([0.0, 1.0, 59.0, 61.0])  # at the start, and before each prompt
+    monkeypatch.setattr(study.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(study, "tqdm", lambda work, **about: work)
+    with pytest.raises(ConfigError, match="slice: out of time; start again to go on"):
+        start(config, tmp_path, "slice", "--minutes", "1")
+    assert len(by_id(tmp_path / ".slice-0of1.jsonl.part")) == 2 * len(slice_arms())
+    monkeypatch.undo()
+    monkeypatch.setattr(measure, "GREEDY", 4)
+    monkeypatch.setattr(measure, "run_arm", lambda *args: ran.append(args) or run_arm(*args))
+    start(config, tmp_path)  # nobody holds the part
+    assert len(ran) == 4 * len(slice_arms())
+
+
+def test_records_of_other_settings_are_kept_apart(config, tmp_path, capsys):
+    start(config, tmp_path, "slice", "--prompts", "1")
+    start(config, tmp_path, "slice", "--prompts", "1", "--settings", "matter")
+    assert len(by_id(tmp_path / "slice-0of1.jsonl")) == len(slice_arms())
+    assert sorted(os.listdir(tmp_path)) == [".slice-0of1.jsonl.old", "slice-0of1.jsonl"]

@@ -237,8 +237,27 @@ def guarded(writer: RecordWriter, record_id: str, work: Callable[[], dict[str, A
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON under a temporary name and rename it into place."""
-    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+    """Write JSON under a temporary name and rename it into place: see `pretty`."""
+    write_text(path, pretty(content) + "\n")
+
+
+def pretty(content: Any) -> str:
+    """JSON with a value a line, without indentation; lists one level down have an item a line.
+
+    Two versions can be compared line by line, and a table is not mostly blanks.
+    """
+    if not isinstance(content, dict) or not content:
+        return json.dumps(content, indent=0, sort_keys=True)
+
+    def line(value: Any) -> str:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+    def shown(value: Any) -> str:
+        if isinstance(value, list) and value:
+            return "[\n" + ",\n".join(map(line, value)) + "\n]"
+        return json.dumps(value, indent=0, sort_keys=True)
+
+    return "{\n" + ",\n".join(f"{json.dumps(str(key))}: {shown(content[key])}" for key in sorted(content)) + "\n}"
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """Divergence against compute on a real model: every system of the study, its interval, and the noise floor."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -33,13 +34,13 @@ NOISE = "recompute in pieces"
 CURVES = {
     "Nothing recomputed": (BLUE, "o", "context kept (RPDC), nothing recomputed"),
     "First tokens": (BLUE, "s", "CacheSlide, first tokens"),
-    "CacheSlide, by K": (SKY, "v", "CacheSlide, by K at a layer"),
+    "CacheSlide, by K": (SKY, "v", "CacheSlide, by K (layer 1, chosen layer)"),
     "CacheSlide as printed": (VERMILLION, "*", "CacheSlide as printed"),
     "Random tokens": (GREY, "x", "control: random tokens"),
     "Canonical": (PURPLE, "D", "canonical chain (our default)"),
     "Isolated": (ORANGE, "o", "isolated chunks (PIC), nothing or random"),
-    "CacheBlend, by V": (ORANGE, "^", "CacheBlend, by V"),
-    "CacheBlend, by K": (ORANGE, "<", "CacheBlend, by K²"),
+    "CacheBlend, by V": (ORANGE, "^", "CacheBlend, by V (layer 1, chosen layer)"),
+    "CacheBlend, by K": (ORANGE, "<", "CacheBlend, by K² (likewise)"),
     "EPIC": (GREEN, "P", "EPIC"),
     "PromptCache": (BLACK, "d", "PromptCache"),
     "Chain, stale": (GREY, "1", "stale positions"),
@@ -56,8 +57,9 @@ def draw(summary: dict[str, Any]) -> Figure:
         return figure
     grid = figure.subplots(2, 2, sharex=True, sharey=True, squeeze=False)
     handles: dict[str, Any] = {}
+    best = summary["conditions"]["frontier"].get("best") or {}
     for axes, name in zip(grid.flat, names, strict=False):
-        rows = [r for r in summary["frontier"] if r["key"][:2] == [name, "both"]]
+        rows = [r for r in summary["frontier"] if r["key"][:2] == [name, "both"] and shown(r["key"][2], best)]
         handles |= _panel(axes, name, rows)
     for axes in grid.flat[len(names) :]:
         axes.set_axis_off()
@@ -71,6 +73,12 @@ def draw(summary: dict[str, Any]) -> Figure:
     title = f"Divergence from recompute on real text: {what}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return figure
+
+
+def shown(arm: str, best: Mapping[str, int]) -> bool:
+    """Whether a point is drawn: of layers that were swept, the first and the one that the validation part chose."""
+    line, at, layer = arm.partition(" at layer ")
+    return not at or int(layer) in (1, best.get(line.rsplit(" ", 2)[0]))
 
 
 def curve_of(arm: str) -> str | None:

@@ -242,22 +242,20 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def pretty(content: Any) -> str:
-    """JSON with a value a line, without indentation; lists one level down have an item a line.
+    """JSON with a field a line, and an item of a list of objects a line, without indentation.
 
     Two versions can be compared line by line, and a table is not mostly blanks.
     """
-    if not isinstance(content, dict) or not content:
-        return json.dumps(content, indent=0, sort_keys=True)
+    if isinstance(content, dict) and content:
+        fields = (f"{json.dumps(str(key))}: {pretty(content[key])}" for key in sorted(content))
+        return "{\n" + ",\n".join(fields) + "\n}"
+    if isinstance(content, list) and any(isinstance(item, dict | list) for item in content):
+        return "[\n" + ",\n".join(map(_line, content)) + "\n]"
+    return _line(content)
 
-    def line(value: Any) -> str:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
-    def shown(value: Any) -> str:
-        if isinstance(value, list) and value:
-            return "[\n" + ",\n".join(map(line, value)) + "\n]"
-        return json.dumps(value, indent=0, sort_keys=True)
-
-    return "{\n" + ",\n".join(f"{json.dumps(str(key))}: {shown(content[key])}" for key in sorted(content)) + "\n}"
+def _line(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -28,9 +28,9 @@ def _turns(engine: Engine, system: str, share: float | None, tiers: bool) -> lis
         notes = engine.encode("\nnotes" + " amber falcon is copper seven ." * (turn + 1))
         ids, marks = talk.prompt(notes, engine.encode("\nQuestion: what is brave ibex ?\nAnswer:"), policy=system)
         answer = engine.ask(ids, marks if share is None else marks | {"share": share}, 6)
-        talk.answered(answer.token_ids)
+        talk.answered(answer.generated)
         counted = ("chunks", "chunks_hit", "tokens_reused", "tokens_recomputed", "generation", "history", "fallback")
-        found.append({"said": answer.token_ids, "system": system} | {k: answer.receipt[k] for k in counted})
+        found.append({"said": answer.generated, "system": system} | {k: answer.receipt[k] for k in counted})
         if tiers:
             found[-1]["tiers"] = {tier: n["chunks"] for tier, n in answer.receipt["tiers"].items()}
     return found

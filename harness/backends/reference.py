@@ -60,6 +60,11 @@ class ReferenceBackend(Tokens):
         """Layers of the model."""
         return self.model.num_layers
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's embedding."""
+        return self.model.embedding.shape[0]
+
     def engine(
         self,
         policy: ReusePolicy,
@@ -67,6 +72,7 @@ class ReferenceBackend(Tokens):
         settings: EngineSettings,
         capture: frozenset[int] = frozenset(),
         corrected: ChunkStore | None = None,
+        namespace: str = "",
     ) -> ReuseEngine:
         """An engine for `policy` over this model; `corrected` holds what `ReuseEngine.keep` copies."""
         return ReuseEngine(
@@ -78,6 +84,7 @@ class ReferenceBackend(Tokens):
             store_dtype=dtype_of(settings.store_dtype),
             capture=capture,
             corrected=corrected,
+            namespace=namespace,
         )
 
     def answers(self, state: Prefilled, example: TaskExample, max_new_tokens: int) -> list[str]:

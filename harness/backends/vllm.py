@@ -1,8 +1,8 @@
 """The vLLM backend: the study's systems as requests to an in-process vLLM engine.
 
-Every registered system is chosen by the annotations of a request to an engine with the connector and without a prefix cache.
-`Vanilla` systems are unmarked requests to an engine without the connector. Answers are decoded greedily, one request a
-question: vLLM shows no KV to decode branches behind.
+A request to an engine with the connector and without a prefix cache names its registered system in its annotations.
+`Vanilla` systems are requests without any to an engine without the connector. Answers are decoded greedily, one request
+a question: vLLM shows no KV to decode branches behind.
 """
 
 import gc

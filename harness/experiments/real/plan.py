@@ -9,7 +9,7 @@ from harness.backends.reference import dtype_of
 from harness.experiments.real.trials import LENGTHS, SETTINGS
 from harness.inventory import read_config
 
-COUNTS = ("prompts", "validation", "sessions", "every_turn", "turns", "longest")
+COUNTS = ("prompts", "swept", "validation", "sessions", "every_turn", "turns", "longest")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class RealPlan:
         Of `trials.SETTINGS`.
     prompts : int
         Prompts a data set and setting at most.
+    swept : int
+        How many of them are measured under every arm; the others under `arms.core`.
     validation : int
         Rows at the end of each data set that choose layers and give no results.
     sessions, every_turn : int
@@ -49,6 +51,7 @@ class RealPlan:
     lengths: tuple[int, ...] = LENGTHS
     settings: tuple[str, ...] = SETTINGS
     prompts: int = 60
+    swept: int = 10
     validation: int = 10
     sessions: int = 30
     every_turn: int = 3

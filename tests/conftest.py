@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -115,6 +116,15 @@ def vllm_environment() -> Iterator[None]:
         for name, value in VLLM_ENVIRONMENT.items():
             patch.setenv(name, value)
         yield
+
+
+@pytest.fixture(scope="module")
+def environment_after() -> Iterator[None]:
+    """What an engine sets up in its process does not reach servers that later tests start."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def eventually(holds: Callable[[], bool], seconds: float = 60.0) -> bool:

@@ -2,7 +2,6 @@
 
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +14,7 @@ from harness.agents.offline_engine import OfflineEngine, split
 from harness.agents.oracle import oracle
 from harness.agents.registry import entry
 from harness.agents.trace import Recorded, prompt_digest, read_episodes, write_episodes
+from harness.backends.client import Result
 from harness.backends.tokens import Tokens
 from harness.tasks import registry
 from harness.tasks.example import TextSegment
@@ -94,7 +94,7 @@ class FakeEngine:
     def ask(self, ids, annotations, max_new_tokens, stop_ids=()):
         self.asked.append((list(ids), annotations))
         text, ids = next(self.answers)
-        return SimpleNamespace(text=text, token_ids=ids, ttft=0.1, seconds=0.2, receipt=None)
+        return Result("", 0.0, 0.2, [0.1], len(ids), text, token_ids=ids)
 
 
 def test_generated_text_keeps_its_ids_and_is_annotated_as_history(rows):

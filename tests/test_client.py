@@ -1,236 +1,230 @@
-"""The client against a small server of its own: times, receipts, failures, loads; and a server that does not start."""
+"""One client protocol: the same tests over the reference engine, vLLM in this process, and a real server."""
 
-import asyncio
-import json
-import sys
-import threading
-import time
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
-from aiohttp import web
 
-from cacheslide.errors import ConfigError
-from harness.backends.http import server as client_server
-from harness.backends.http.load import closed_loop, open_loop
-from harness.backends.http.server import Server, ServerError, connector_command, engine_flags, vanilla_command
-from harness.backends.http.stream import Endpoint, Request
-from harness.backends.http.summary import no_speed, summarize_load
-from harness.load import Poisson
-from tests.conftest import eventually, released
+from cacheslide import ReuseEngine, load_policy
+from cacheslide.core.prompt import Prompt
+from cacheslide.errors import ConfigError, PromptError
+from cacheslide.store import MemoryChunkStore
+from cacheslide.vllm.options import annotations_of
+from harness.backends.client import Client, Request, Result
+from harness.backends.http.client import HttpClient
+from harness.backends.http.load import closed_loop
+from harness.backends.http.server import Server, connector_command, engine_flags
+from harness.backends.http.summary import no_speed
+from harness.backends.http.workload import Conversation, Shape
+from harness.backends.in_process import EngineOptions, InProcessEngine
+from harness.backends.reference import ReferenceBackend
+from harness.backends.reference_client import ReferenceClient
 
-GAP = 0.02
-RECEIPT = {"tokens_reused": 7, "tokens_recomputed": 2, "compute_fraction": 0.5, "fallback": ""}
+pytestmark = pytest.mark.usefixtures("environment_after")
 
-
-def chunk(tokens: int, text: str = "x", finish: str | None = None) -> dict:
-    usage = {"prompt_tokens": 9, "completion_tokens": tokens}
-    return {"choices": [{"index": 0, "text": text, "finish_reason": finish}], "usage": usage}
-
-
-def event(content) -> bytes:
-    return f"data: {content if isinstance(content, str) else json.dumps(content)}\n\n".encode()
-
-
-class Served:
-    """Streams `max_tokens` tokens, two in the second piece; the first id of the prompt chooses how it goes wrong."""
-
-    def __init__(self) -> None:
-        self.bodies, self.running, self.most = [], 0, 0
-        self.least = 0  # answers wait until so many requests have been at work at once
-
-    async def completions(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
-        self.bodies.append(body)
-        way, asked = body["prompt"][0], body["max_tokens"]
-        if way == 1:
-            return web.Response(status=400, text="malformed annotations")
-        self.running += 1
-        self.most = max(self.most, self.running)
-        while self.most < self.least:
-            await asyncio.sleep(0.001)
-        try:
-            return await self._stream(request, way, asked)
-        finally:
-            self.running -= 1
-
-    async def _stream(self, request: web.Request, way: int, asked: int) -> web.StreamResponse:
-        response = web.StreamResponse()
-        await response.prepare(request)
-        sent, pieces = 0, [1, 2] + [1] * asked
-        while sent < asked:
-            await asyncio.sleep(GAP)
-            sent = min(asked, sent + pieces.pop(0))
-            data = event(chunk(sent, finish="length" if sent == asked else None))
-            await response.write(data[:9])  # torn on its way
-            await asyncio.sleep(0.001)
-            await response.write(data[9:])
-            if way == 2 and sent > 1:
-                await response.write(event({"error": {"message": "the engine died"}}))
-            if way == 3 and sent > 1:
-                return response
-        if way == 4:
-            last = {"choices": [], "kv_transfer_params": {"cacheslide": RECEIPT}}
-            await response.write(event(last) + event({"choices": [], "usage": chunk(asked)["usage"]}))
-        await response.write(event("[DONE]"))
-        return response
+MODEL = "models/tiny-llama-12m"
+SERVED = [pytest.mark.vllm, pytest.mark.slow]
+KINDS = [
+    "reference",
+    pytest.param("vllm", marks=SERVED),
+    pytest.param("http", marks=[*SERVED, pytest.mark.server]),
+]
+OPTIONS = EngineOptions(kv_cache_gib=0.25, max_model_len=1024, enforce_eager=True, store_gib=0.5)
+LONG = 9000  # tokens: more than any of the three takes
+TEXT = "the painter found the new door . brave ibex follows amber falcon ."
 
 
 @pytest.fixture(scope="module")
-def served():
-    served, loop, ready = Served(), asyncio.new_event_loop(), threading.Event()
-    found = {}
-
-    async def start() -> None:
-        app = web.Application(client_max_size=2**26)
-        app.router.add_post("/v1/completions", served.completions)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        found.update(port=site._server.sockets[0].getsockname()[1], runner=runner)
-        ready.set()
-
-    thread = threading.Thread(target=lambda: (loop.run_until_complete(start()), loop.run_forever()), daemon=True)
-    thread.start()
-    assert ready.wait(60)
-    served.endpoint = Endpoint(f"http://127.0.0.1:{found['port']}", "m")
-    yield served
-    asyncio.run_coroutine_threadsafe(found["runner"].cleanup(), loop).result(10)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
+def backend() -> ReferenceBackend:
+    return ReferenceBackend(MODEL)
 
 
 @contextmanager
-def meeting(served: Served, n: int):
-    """No request is answered before `n` of them are there; one that an earlier test gave up has gone."""
-    assert eventually(lambda: not served.running)
-    served.most, served.least = 0, n
-    try:
-        yield
-    finally:
-        served.least = 0
+def opened(kind: str, backend: ReferenceBackend, folder: Path):
+    """A client of that kind over the same checkpoint, with the connector and its default system."""
+    if kind == "reference":
+        with ReferenceClient(backend, load_policy("cacheslide")) as client:
+            yield client
+        return
+    pytest.importorskip("vllm")
+    connector = {"encode": "now"}
+    if kind == "vllm":
+        with InProcessEngine(MODEL, "float32", "cpu", OPTIONS, connector, texts=True) as client:
+            yield client
+        return
+    command = connector_command(MODEL, {"store_gib": 0.5, **connector}, engine_flags(OPTIONS, "float32"))
+    server = Server(command, MODEL, folder / "server.log", eager=True)
+    with server, HttpClient(replace(server.endpoint, token_ids=True)) as client:
+        yield client
 
 
-def request(name: str, way: int = 0, tokens: int = 4, **more) -> Request:
-    return Request(name, (way, 5, 6), tokens, **more)
+@pytest.fixture(scope="module", params=KINDS)
+def client(request, backend, tmp_path_factory):
+    with opened(request.param, backend, tmp_path_factory.mktemp("client")) as client:
+        yield client
 
 
-def test_every_token_has_its_time_and_the_receipt_is_kept(served):
-    load = closed_loop(served.endpoint, [[request("a", 4, labels={"system": "x"})]])
-    [out] = load.outcomes
-    assert not out.failure and out.receipt == RECEIPT and out.text == "xxx" and out.finish_reason == "length"
-    assert len(out.token_times) == out.tokens == 4 and out.token_times[1] == out.token_times[2]
-    assert out.ttft >= GAP and out.token_times == sorted(out.token_times) and out.finished >= out.token_times[-1]
-    assert out.tpot == pytest.approx((out.token_times[3] - out.token_times[0]) / 3)
-    record = json.loads(json.dumps(out.as_record(load.started)))
-    assert record["system"] == "x" and 0 <= record["sent"] < record["token_times"][0] < record["finished"]
+def conversation(number: int, tokens: int = 400) -> Conversation:
+    return Conversation(Shape(tokens, 1280, chunks=3), 5, number)
 
 
-def test_a_request_says_no_more_than_the_server_understands(served):
-    annotations = {"cacheslide": {"segments": [[0, 2]]}}
-    closed_loop(served.endpoint, [[request("a", params=annotations, salt="s")]])
-    body = served.bodies[-1]
-    assert body["prompt"] == [0, 5, 6] and body["kv_transfer_params"] == annotations and body["cache_salt"] == "s"
-    assert body["stream_options"] == {"include_usage": True, "continuous_usage_stats": True} and body["ignore_eos"]
-    closed_loop(Endpoint(served.endpoint.url, "m", extensions=False), [[request("b")]])
-    plain = {"model": "m", "prompt": [0, 5, 6], "max_tokens": 4, "temperature": 0, "stream": True}
-    assert served.bodies[-1] == plain | {"stream_options": {"include_usage": True}}
+def prompts(count: int) -> list[tuple[int, ...]]:
+    """Different prompts of different lengths."""
+    return [conversation(n, 150 + 17 * n).turn(0).token_ids for n in range(count)]
 
 
-@pytest.mark.parametrize(("way", "reason"), [(1, "HTTP 400: malformed"), (2, "engine died"), (3, "broke off")])
-def test_failures_are_kept_apart_with_their_reason(served, way, reason):
-    load = closed_loop(served.endpoint, [[request("bad", way), request("good", 4)]])
-    bad, good = load.outcomes
-    assert reason in bad.failure and not good.failure
-    summary = summarize_load(load)
-    assert (summary["requests"], summary["failures"], summary["ttft_median"]["n"]) == (2, 1, 1)
-    assert "1 of 2 requests failed" in no_speed(load)
+def greedy(backend: ReferenceBackend, ids, tokens: int) -> list[int]:
+    """What the model says, by the engine itself."""
+    engine = ReuseEngine(backend.model, load_policy("recompute"), MemoryChunkStore())
+    state = engine.prefill(Prompt.from_spans(ids, ()), room=tokens)
+    return engine.generate(state, state.logits, tokens, frozenset())
 
 
-def test_a_timeout_is_a_failure(served):
-    impatient = Endpoint(served.endpoint.url, "m", timeout=2 * GAP)
-    [out] = closed_loop(impatient, [[request("slow", tokens=9)]]).outcomes
-    assert "Timeout" in out.failure and len(out.token_times) < 9
+def marked(number: int, turn: int, salt: str, tokens: int = 5, **marks) -> Request:
+    prompt = conversation(number).turn(turn)
+    return Request(f"{number}-{turn}", prompt, tokens, annotations_of(prompt, **marks), salt)
 
 
-def test_nothing_listens():
-    [out] = closed_loop(Endpoint("http://127.0.0.1:9", "m"), [[request("lost")]]).outcomes
-    assert "Cannot connect" in out.failure and out.ttft is None
+def one(client: Client, request: Request) -> Result:
+    [result] = client.run([request])
+    return result.checked()
 
 
-def test_a_closed_loop_waits_for_its_answers(served):
-    with meeting(served, 2):
-        load = closed_loop(served.endpoint, [[request(f"{c}-{i}", 4) for i in range(3)] for c in range(2)])
-    assert served.most == 2 and len(load.outcomes) == 6
-    for client in "01":
-        own = [o for o in load.outcomes if o.id.startswith(client)]
-        assert all(a.finished <= b.sent for a, b in pairwise(own))
-    summary = summarize_load(load)
-    assert summary["failures"] == 0 and summary["tokens_reused"] == 7 and summary["compute_fraction"] == 0.5
-    assert summary["ttft_median"]["low"] <= summary["ttft_median"]["value"] <= summary["ttft_median"]["high"]
-    assert summary["requests_per_second"] == pytest.approx(6 / load.seconds) and not no_speed(load)
+def test_every_client_gives_the_models_own_greedy_answer(client, backend):
+    asked = prompts(3)
+    results = client.run([Request(str(i), ids, 6, labels={"i": i}) for i, ids in enumerate(asked)])
+    for i, (ids, result) in enumerate(zip(asked, results, strict=True)):
+        assert (result.id, result.labels, result.failure) == (str(i), {"i": i}, "")
+        assert result.token_ids == greedy(backend, ids, 6) and result.stop_id is None
+        assert result.finish_reason == "length" and result.tokens == len(result.token_times) == 6
+        assert result.prompt_tokens == len(ids) and result.receipt is None
+        assert result.text == backend.tokenizer.decode(result.token_ids, skip_special_tokens=True)
+        assert result.sent < result.token_times[0] and result.token_times == sorted(result.token_times)
+        assert result.finished >= result.token_times[-1] and 0 < result.ttft <= result.seconds
 
 
-def test_an_open_loop_does_not_wait(served):
-    with meeting(served, 6):
-        load = open_loop(served.endpoint, [request(str(i), 4, tokens=12) for i in range(6)], rate=200)
-    assert served.most == 6 and [o.id for o in load.outcomes] == [*"012345"] and not no_speed(load)
+def test_a_text_is_the_prompt_of_its_tokens(client, backend):
+    ids = [backend.tokenizer.bos_token_id, *backend.encode(TEXT)]
+    by_ids, by_text = client.run([Request("ids", ids, 5), Request("text", TEXT, 5)])
+    assert by_text.checked().token_ids == by_ids.checked().token_ids and by_text.prompt_tokens == len(ids)
 
 
-def test_arrivals_are_a_poisson_process_of_the_seed():
-    times = Poisson(40.0, 3).times(4000)
-    gaps = [b - a for a, b in pairwise([0.0, *times])]
-    assert times == Poisson(40.0, 3).times(4000) != Poisson(40.0, 4).times(4000)
-    mean = sum(gaps) / len(gaps)
-    spread = (sum((g - mean) ** 2 for g in gaps) / len(gaps)) ** 0.5
-    assert mean == pytest.approx(1 / 40, rel=0.06) and spread == pytest.approx(mean, rel=0.1)  # exponential: equal
-    with pytest.raises(ConfigError, match="rate is above 0"):
-        Poisson(0)
+@pytest.mark.parametrize("system", ["cacheslide", "epic"])
+def test_a_second_turn_reuses_what_the_first_left_and_the_receipt_says_so(client, backend, system):
+    salt = f"turns-{system}"
+    first, second = (one(client, marked(1, turn, salt, policy=system)) for turn in range(2))
+    engine = ReuseEngine(backend.model, load_policy(system), MemoryChunkStore())
+    engine.build(conversation(1).turn(0))
+    state = engine.prefill(conversation(1).turn(1), room=5)
+    assert second.token_ids == engine.generate(state, state.logits, 5, frozenset())
+    want = state.receipt.as_dict()
+    for name in ("system", "tokens", "tokens_reused", "tokens_recomputed", "chunks", "chunks_hit"):
+        assert second.receipt[name] == want[name], name
+    assert first.receipt["chunks_hit"] == 0 and "no chunk" in first.receipt["fallback"]
+    assert want["chunks_hit"] == 3 and want["tokens_reused"] > 0 and not second.receipt["fallback"]
 
 
-def test_no_speed_without_reuse(served):
-    assert "nothing was reused in 1 of 2" in no_speed(closed_loop(served.endpoint, [[request("a"), request("b", 4)]]))
+def test_salts_keep_requests_apart(client):
+    one(client, marked(2, 0, "mine"))
+    assert one(client, marked(2, 1, "other")).receipt["chunks_hit"] == 0
+    assert one(client, marked(2, 1, "mine")).receipt["chunks_hit"] == 3
 
 
-def test_a_server_that_dies_is_told_with_its_last_words(tmp_path):
-    command = [sys.executable, "-c", "import sys; print('no such model'); sys.exit(3)"]
-    with (
-        pytest.raises(ServerError, match=r"status 3 before it answered:\nno such model"),
-        Server(command, "m", tmp_path / "log"),
-    ):
-        pass
+def test_an_answer_ends_before_its_stop_id(client, backend):
+    [ids] = prompts(1)
+    whole = greedy(backend, ids, 8)
+    at = next(i for i in range(1, 8) if whole[i] not in whole[:i])
+    result = one(client, Request("stop", ids, 8, stop_ids=frozenset({whole[at]})))
+    assert result.token_ids == whole[:at] and result.stop_id == whole[at] and result.generated == whole[: at + 1]
+    assert result.finish_reason == "stop" and result.tokens == len(result.token_times) == at + 1
 
 
-def test_a_server_that_never_answers_is_ended_with_its_children(tmp_path, monkeypatch):
-    log, held = tmp_path / "log", tmp_path / "held"
-    child = f"""
-import fcntl, time
-held = open({str(held)!r}, 'w')
-fcntl.flock(held, fcntl.LOCK_EX)
-print('waiting', flush=True)
-time.sleep(600)"""
-    command = [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"]
-
-    def patience() -> float:  # begins to end when the child is there
-        return time.monotonic() if log.stat().st_size else 0.0
-
-    monkeypatch.setattr(client_server, "time", SimpleNamespace(monotonic=patience, sleep=time.sleep))
-    server = Server(command, "m", log, timeout=2)
-    with pytest.raises(ServerError, match=r"did not answer within 2 s:\nwaiting"), server:
-        pass
-    assert server.process is None and eventually(lambda: released(held))
+def test_an_answer_ends_before_its_stop_text(client, backend):
+    ids = [backend.tokenizer.bos_token_id, *backend.encode(TEXT)]
+    whole = one(client, Request("whole", ids, 8))
+    word = whole.text.split()[1]
+    result = one(client, Request("stop", ids, 8, stop=[word]))
+    assert result.text == whole.text.split(word, 1)[0] and result.finish_reason == "stop"
+    assert result.token_ids == whole.token_ids[: result.tokens] and len(result.token_times) == result.tokens < 8
+    assert word in backend.tokenizer.decode(result.token_ids) and result.stop_id is None
 
 
-def test_command_lines():
-    from harness.backends.in_process import EngineOptions
+def test_a_request_that_is_refused_fails_alone_in_one_line(client, backend):
+    [ids] = prompts(1)
+    bad = {"cacheslide": {"segments": [[0, 10**6]]}}
+    asked = [
+        Request("good", ids, 3),
+        Request("long", (ids * LONG)[:LONG], 3, labels={"why": "long"}),
+        Request("marks", ids, 3, bad),
+        Request("empty", [], 3),
+        Request("foreign", [*ids, 10**6], 3),
+        Request("last", ids, 3),
+    ]
+    for clients in (None, 1):
+        results = client.run(asked, clients)
+        assert [r.id for r in results] == [r.id for r in asked] and results[1].labels == {"why": "long"}
+        good, *refused, last = results
+        assert good.checked().token_ids == last.checked().token_ids == greedy(backend, ids, 3)
+        for result in refused:
+            assert result.failure and "\n" not in result.failure and "Traceback" not in result.failure
+            assert not result.token_ids and result.ttft is None and result.finished >= result.sent
+            with pytest.raises(PromptError) as told:
+                result.checked()
+            assert str(told.value) == result.failure
+        assert "1024" in refused[0].failure or "positions" in refused[0].failure
+        assert "10" in refused[1].failure and "span" in refused[1].failure
 
-    flags = engine_flags(EngineOptions(max_model_len=64, enforce_eager=True, kv_cache_gib=0.5), "bfloat16")
-    assert flags[:2] == ["--dtype", "bfloat16"] and "--enforce-eager" in flags and "--store-gib" not in flags
-    assert flags[flags.index("--kv-cache-memory-bytes") + 1] == str(2**29)
-    assert "--enforce-eager" not in engine_flags(EngineOptions(), "bfloat16")
-    line = connector_command("m", {"store_gib": 2, "policy": "epic"}, flags)
-    assert line[2:8] == ["cacheslide.cli.serve", "m", "--store-gib", "2", "--policy", "epic"]
-    assert "--no-enable-prefix-caching" in vanilla_command("m", False, flags)
+
+def test_four_clients_get_the_answers_that_one_gets(client, backend):
+    lengths = [5, 1, 3, 2, 6, 1, 4, 2]
+    asked = [Request(str(i), ids, n) for i, (ids, n) in enumerate(zip(prompts(8), lengths, strict=True))]
+    alone, together = client.run(asked, 1), client.run(asked, 4)
+    assert [r.checked().token_ids for r in alone] == [r.checked().token_ids for r in together]
+    assert [r.id for r in together] == [r.id for r in asked] and [r.tokens for r in together] == lengths
+    assert all(a.finished <= b.sent for a, b in pairwise(alone))
+    for number in range(4):  # each waits for its answer
+        assert together[number].finished <= together[number + 4].sent
+    assert max(sum(p.sent <= r.sent < p.finished for p in together) for r in together) == 4
+    assert client.run([], 3) == []
+    with pytest.raises(ConfigError, match="at least 1 client"):
+        client.run(asked, 0)
+
+
+def test_any_client_bears_a_closed_loop(client):
+    turns = [[marked(n, turn, "loop") for n in (3, 4)] for turn in range(3)]
+    assert no_speed(closed_loop(client, turns[0], 2)) == "nothing was reused in 2 of 2 requests"
+    load = closed_loop(client, [*turns[1], *turns[2]], 2)
+    assert not no_speed(load) and len(load.results) == 4
+    assert load.seconds >= max(r.seconds for r in load.results) and load.started == load.results[0].sent
+
+
+def test_reset_forgets_every_chunk_where_a_client_may(client):
+    if isinstance(client, HttpClient):
+        with pytest.raises(ConfigError, match="salt of their own"):
+            client.reset()
+        return
+    one(client, marked(6, 0, "reset"))
+    assert one(client, marked(6, 1, "reset")).receipt["chunks_hit"] == 3
+    client.reset()
+    assert one(client, marked(6, 1, "reset")).receipt["chunks_hit"] == 0
+
+
+def test_a_record_has_the_columns_that_files_have():
+    result = Result("a", 10.0, 12.5, [11.0, 12.0], 2, "x y", labels={"system": "s"}, token_ids=[3, 4], stop_id=1)
+    assert list(result.as_record(9.0).items()) == [
+        ("system", "s"),
+        ("id", "a"),
+        ("sent", 1.0),
+        ("finished", 3.5),
+        ("token_times", [2.0, 3.0]),
+        ("tokens", 2),
+        ("finish_reason", None),
+        ("prompt_tokens", None),
+        ("cached_tokens", None),
+        ("receipt", None),
+        ("failure", ""),
+        ("ttft", 1.0),
+        ("tpot", 1.0),
+    ]

@@ -6,9 +6,10 @@ pytest.importorskip("vllm")
 
 from cacheslide.policies.registry import load_policy
 from cacheslide.vllm.options import annotations_of
+from harness.backends.client import Request
+from harness.backends.http.client import HttpClient
 from harness.backends.http.load import closed_loop
 from harness.backends.http.server import Server, connector_command, engine_flags
-from harness.backends.http.stream import Request
 from harness.backends.http.workload import Conversation, Shape
 from harness.backends.in_process import EngineOptions
 
@@ -44,11 +45,12 @@ def test_sixteen_mixed_clients_get_every_answer_and_every_receipt(tmp_path):
     clients = [requests(i, system) for i, system in enumerate(SYSTEMS)]
     assert len(clients) == 16
     with Server(command, MODEL, tmp_path / "server.log", eager=True, timeout=900) as server:
-        load = closed_loop(server.endpoint, clients)
-        again = closed_loop(server.endpoint, [c[-1:] for c in clients[-4:]])  # plain ones, now with nothing beside them
-    assert len(load.outcomes) == 16 * TURNS and not [o.failure for o in load.outcomes if o.failure]
-    assert max(sum(p.sent <= o.sent < p.finished for p in load.outcomes) for o in load.outcomes) == 16
-    for o in load.outcomes:
+        client = HttpClient(server.endpoint)
+        load = closed_loop(client, [request for turn in zip(*clients, strict=True) for request in turn], 16)
+        again = client.run([c[-1] for c in clients[-4:]])  # plain ones, now with nothing beside them
+    assert len(load.results) == 16 * TURNS and not [o.failure for o in load.results if o.failure]
+    assert max(sum(p.sent <= o.sent < p.finished for p in load.results) for o in load.results) == 16
+    for o in load.results:
         system, turn = o.labels["system"], o.labels["turn"]
         assert o.tokens == 12 and (len(o.token_times) == 12) is (turn % 2 == 0)
         assert (o.receipt is None) is (system is None), o.id
@@ -57,6 +59,6 @@ def test_sixteen_mixed_clients_get_every_answer_and_every_receipt(tmp_path):
         assert o.receipt["system"] == system and o.receipt["measured"]
         if turn:  # what the turn before left is used
             assert o.receipt["tokens_reused"] > 0 and not o.receipt["fallback"], (system, o.receipt)
-    alone = {o.id: o.text for o in again.outcomes}
-    beside = {o.id: o.text for o in load.outcomes if o.id in alone}
+    alone = {o.id: o.text for o in again}
+    beside = {o.id: o.text for o in load.results if o.id in alone}
     assert alone == beside

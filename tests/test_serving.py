@@ -9,8 +9,8 @@ import yaml
 
 from cacheslide.core.prompt import Role
 from cacheslide.errors import CacheSlideError, DataError
+from harness.backends.client import Result
 from harness.backends.http.load import Load
-from harness.backends.http.stream import Outcome
 from harness.backends.http.workload import Conversation, Shape
 from harness.experiments.serving.client import Condition, main, table
 from harness.experiments.serving.plan import ServingPlan, read_plan
@@ -102,15 +102,15 @@ def test_conversations_keep_their_chunks_and_move_them(tokens, chunks, reused):
 
 
 def load(ttft: float, reused: int | None, failure: str = "") -> Load:
-    outcomes = []
+    results = []
     for i in range(3):
         at = i * 1.0
-        out = Outcome(f"0-{i}", at, at + ttft + 0.1, [at + ttft * (1 + i / 10), at + ttft + 0.1], 2, prompt_tokens=512)
+        out = Result(f"0-{i}", at, at + ttft + 0.1, [at + ttft * (1 + i / 10), at + ttft + 0.1], 2, prompt_tokens=512)
         if reused is not None:
             out.receipt = {"tokens_reused": reused, "tokens_recomputed": 5, "compute_fraction": 0.25, "fallback": ""}
-        outcomes.append(out)
-    outcomes[-1].failure = failure
-    return Load(outcomes, 0.0, 3.0)
+        results.append(out)
+    results[-1].failure = failure
+    return Load(results, 0.0, 3.0)
 
 
 def test_a_ratio_needs_reuse_answers_and_a_baseline():

@@ -1,13 +1,11 @@
 """The study inside vLLM: the same answers and the same rows reused as on the reference backend."""
 
-import os
-
 import pytest
 
 pytest.importorskip("vllm")
 
 from cacheslide.errors import PromptError
-from harness.backends.in_process import Ask
+from harness.backends.client import Request
 from harness.backends.reference import EngineSettings
 from harness.backends.responders import ReferenceResponder
 from harness.backends.vllm import vllm_sessions
@@ -17,7 +15,7 @@ from harness.results.timing import gate
 from harness.systems import resolve
 from harness.tasks.data import read_examples, write_dataset
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("environment_after")]
 
 SYSTEMS = ["recompute", "vllm", "vllm_prefix_cache", "context_cache", "epic", "window_padding", "cacheslide"]
 CONFIG = {
@@ -44,15 +42,6 @@ CONFIG = {
     "throughput": {"systems": ["cacheslide"], "batches": [2]},
 }
 LAYER = 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _environment():
-    """What an engine sets up in its process must not reach servers that other tests start."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
@@ -113,20 +102,22 @@ def test_vllm_by_itself_shares_a_prefix_only_where_it_may(data):
     for responder, _ in vllm_sessions(backend, [off, on], EngineSettings()):
         engine, ids = responder.engine, backend.prompt(example.segments).token_ids
         blocks = len(ids) // 32 * 32
-        engine.run([Ask(ids)])
-        [again] = engine.run([Ask(ids)])
-        assert again.prefix_cached in (blocks, blocks - 32) and again.receipt is None
-        receipt = responder._receipt(on, Ask(ids), again)
-        assert receipt["tokens_reused"] == again.prefix_cached > 0 and receipt["compute_fraction"] < 0.2
-        [declined] = engine.run([Ask(ids, read_prefix_cache=False)])
-        assert declined.prefix_cached == 0
+        engine.run([Request("first", ids, 1)])
+        [again] = engine.run([Request("again", ids, 1)])
+        assert again.cached_tokens in (blocks, blocks - 32) and again.receipt is None
+        receipt = responder._receipt(on, again)
+        assert receipt["tokens_reused"] == again.cached_tokens > 0 and receipt["compute_fraction"] < 0.2
+        [declined] = engine.run([Request("declined", ids, 1, read_prefix_cache=False)])
+        assert declined.cached_tokens == 0
         # a response sees the turn before and nothing else, however often it is asked for
         first, second = (responder.respond(on, example, 1).receipts[0] for _ in range(2))
         assert first == second and first["tokens_reused"] < blocks - 32
         engine.reset()
-        assert engine.run([Ask(ids)])[0].prefix_cached == 0
-        many = [Ask(backend.prompt(e.segments).token_ids, n) for e, n in ((example, 3), (other, 1), (example, 2))]
-        assert [len(a.times) for a in engine.run(many, clients=2)] == [3, 1, 2]
+        assert engine.run([Request("anew", ids, 1)])[0].cached_tokens == 0
+        many = [Request("", backend.prompt(e.segments), n) for e, n in ((example, 3), (other, 1), (example, 2))]
+        assert [len(r.token_times) for r in engine.run(many, clients=2)] == [3, 1, 2]
+        whole, refused = engine.run([Request("whole", ids, 4), Request("long", ids * 9, 1)])
+        assert whole.checked().tokens == 4
         with pytest.raises(PromptError, match="vLLM refuses the request"):
-            engine.run([Ask(ids, 4), Ask(ids * 9)])
+            refused.checked()
         assert not engine.llm.llm_engine.has_unfinished_requests()

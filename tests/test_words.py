@@ -17,7 +17,6 @@ RETIRED = {
     "retain": "ChunkKeeper keeper Kept keep_history keeps _not_kept",
     "compute fraction, token": "row_layer_share rows_planned",
 }
-BACKENDS = {f"harness/backends/{name}.py" for name in ("in_process", "scripted", "vllm")}  # still to be renamed
 # Where a word means something else: CUDA events, chart markers, disturbed rounds, files, what was said in a chat.
 ELSEWHERE = {
     "marks": {
@@ -25,10 +24,8 @@ ELSEWHERE = {
         "harness/plots/fig04a.py",
         "harness/plots/labels.py",
         "harness/plots/wca.py",
-        *BACKENDS,
     },
     "marked": {
-        "harness/backends/vllm.py",
         "harness/experiments/serving/ttft_ratio.py",
         "harness/results/undisturbed.py",
         "harness/robustness/folders.py",

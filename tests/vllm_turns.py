@@ -34,9 +34,9 @@ def _turns(engine: Engine, system: str, recompute_ratio: float | None, tiers: bo
         answer = engine.ask(
             ids, annotations if recompute_ratio is None else annotations | {"recompute_ratio": recompute_ratio}, 6
         )
-        talk.answered(answer.token_ids)
+        talk.answered(answer.generated)
         counted = ("chunks", "chunks_hit", "tokens_reused", "tokens_recomputed", "generation", "history", "fallback")
-        found.append({"said": answer.token_ids, "system": system} | {k: answer.receipt[k] for k in counted})
+        found.append({"said": answer.generated, "system": system} | {k: answer.receipt[k] for k in counted})
         if tiers:
             found[-1]["tiers"] = {tier: n["chunks"] for tier, n in answer.receipt["tiers"].items()}
     return found

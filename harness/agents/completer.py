@@ -5,7 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from cacheslide.core.prompt import Prompt
 from cacheslide.errors import CacheSlideError
+from harness.backends.client import Result
 from harness.tasks.example import TextSegment
 
 
@@ -22,6 +24,11 @@ class Request:
     segments: tuple[TextSegment, ...]
     max_tokens: int
     stop: tuple[str, ...] = ("\n",)
+
+    @property
+    def id(self) -> str:
+        """Names it within a run."""
+        return f"{self.session}-{self.step}"
 
     @property
     def text(self) -> str:
@@ -53,6 +60,18 @@ class Completion:
     token_s: tuple[float, ...] = ()
     total_s: float = 0.0
     receipt: dict[str, Any] | None = field(default=None)
+
+    @classmethod
+    def of(cls, result: Result, prompt: Prompt | None = None) -> "Completion":
+        """An answered request as an agent sees it; `prompt` is what was sent, where the tokenizer is known."""
+        return cls(
+            result.text or "",
+            None if prompt is None else tuple(s.token_ids for s in prompt.segments),
+            None if result.token_ids is None else tuple(result.token_ids),
+            tuple(t - result.sent for t in result.token_times),
+            result.seconds,
+            result.receipt,
+        )
 
     @property
     def ttft_s(self) -> float | None:

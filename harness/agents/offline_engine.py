@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from cacheslide.core.prompt import Prompt
 from cacheslide.vllm.turns import Turns
 from harness.agents.completer import Completion, Request
 from harness.backends.scripted import Engine
@@ -64,9 +65,9 @@ class OfflineEngine:
         ids, annotations = served or self._annotated(request.segments)
         got = self.engine.ask(ids, annotations, request.max_tokens, self.stop_ids)
         if served:
-            session.talk.answered(got.token_ids)
-            session.generated = question + got.text if got.token_ids else ""
-        return Completion(got.text, (tuple(ids),), tuple(got.token_ids), (got.ttft,), got.seconds, got.receipt)
+            session.talk.answered(got.generated)
+            session.generated = question + got.text if got.generated else ""
+        return Completion.of(got, Prompt.from_spans(ids, ()))
 
     def _annotated(self, segments: tuple[TextSegment, ...]) -> tuple[list[int], dict]:
         ids, spans = list(self.engine.begin()), []

@@ -4,16 +4,15 @@ With a tokenizer the prompt is sent as token ids with the fixed spans annotated 
 docs/vllm.md); without one it is sent as text and the server sees no annotations.
 """
 
-import asyncio
 from typing import Any
 from urllib.parse import urlsplit
-
-import aiohttp
 
 from cacheslide.errors import ConfigError
 from cacheslide.vllm.options import annotations_of
 from harness.agents.completer import Completion, CompletionError, Request
-from harness.backends.http import stream
+from harness.backends import client
+from harness.backends.http.client import HttpClient
+from harness.backends.http.stream import Endpoint
 from harness.backends.tokens import prompt_of
 
 
@@ -56,7 +55,7 @@ class OpenAIServer:
             raise ConfigError(f"a server's address looks like http://localhost:8000/v1, not {url!r}")
         if policy is not None and tokenizer is None:
             raise ConfigError("a policy is asked for by marking token spans: give the model's tokenizer too")
-        self.endpoint = stream.Endpoint(
+        endpoint = Endpoint(
             f"{parts.scheme}://{parts.netloc}",
             model,
             extensions=False,
@@ -65,25 +64,20 @@ class OpenAIServer:
             api_key=api_key,
             path=f"{parts.path.rstrip('/')}/completions",
         )
+        self.client = HttpClient(endpoint)
         self.tokenizer, self.system, self.salt = tokenizer, system, salt
         asked = {"policy": policy, "layer": layer}
         self.options = {name: value for name, value in asked.items() if value is not None}
 
     def complete(self, request: Request) -> Completion:
         """Greedy, streamed. CompletionError names the server's status and message."""
-        sent, params, prompt = None, None, request.text
+        prompt, params = None, None
         if self.tokenizer is not None:
-            annotated = prompt_of(self.tokenizer, request.segments)
-            sent, prompt = tuple(s.token_ids for s in annotated.segments), annotated.token_ids
-            params = annotations_of(annotated, **self.options)
-        name = f"{request.session}-{request.step}"
-        asked = stream.Request(name, prompt, request.max_tokens, params, self.salt, stop=request.stop)
-        done = asyncio.run(self._send(asked))
+            prompt = prompt_of(self.tokenizer, request.segments)
+            params = annotations_of(prompt, **self.options)
+        sent = request.text if prompt is None else prompt
+        asked = client.Request(request.id, sent, request.max_tokens, params, self.salt, stop=request.stop)
+        [done] = self.client.run([asked])
         if done.failure:
-            raise CompletionError(f"no completion from {self.endpoint.url}: {done.failure}")
-        times = tuple(t - done.sent for t in done.token_times)
-        return Completion(done.text, sent, None, times, done.finished - done.sent, done.receipt)
-
-    async def _send(self, request: stream.Request) -> stream.Outcome:
-        async with aiohttp.ClientSession() as session:
-            return await stream.send(session, self.endpoint, request)
+            raise CompletionError(f"no completion from {self.client.endpoint.url}: {done.failure}")
+        return Completion.of(done, prompt)

@@ -63,6 +63,11 @@ class ReferenceBackend(Tokens):
         """Layers of the model."""
         return self.model.num_layers
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's embedding."""
+        return self.model.embedding.shape[0]
+
     def engine(
         self,
         policy: ReusePolicy,
@@ -70,8 +75,9 @@ class ReferenceBackend(Tokens):
         settings: EngineSettings,
         capture: frozenset[int] = frozenset(),
         corrected: ChunkStore | None = None,
+        namespace: str = "",
     ) -> ReuseEngine:
-        """An engine for `policy` over this model; `corrected` holds what `ReuseEngine.keep` copies."""
+        """An engine for `policy` over this model; `corrected` holds what `ReuseEngine.retain` copies."""
         return ReuseEngine(
             self.model,
             policy,
@@ -81,6 +87,7 @@ class ReferenceBackend(Tokens):
             store_dtype=dtype_of(settings.store_dtype),
             capture=capture,
             corrected=corrected,
+            namespace=namespace,
         )
 
     def answers(self, state: Prefilled, example: TaskExample, max_new_tokens: int) -> list[str]:

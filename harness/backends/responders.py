@@ -17,7 +17,9 @@ from cacheslide.core.prompt import Prompt, Role
 from cacheslide.policies.base import ReusePolicy, unchanged
 from cacheslide.quality.similarity import cksim
 from cacheslide.store import DirectoryChunkStore, MemoryChunkStore
+from harness.backends.client import Request, Result
 from harness.backends.reference import EngineSettings, ReferenceBackend
+from harness.backends.reference_client import ReferenceClient
 from harness.backends.tokens import Tokens
 from harness.experiments.study.chunks import build_chunks
 from harness.scoring import question_record
@@ -135,37 +137,40 @@ class ReferenceResponder:
         self, system: ReusePolicy, examples: Sequence[TaskExample], clients: int, max_new_tokens: int
     ) -> tuple[list[dict[str, Any]], float]:
         """See `Responder.closed_loop`. Served in rounds: all waiting clients are prefilled in one packed run and
-        their answers decoded; then every client sends its next request."""
-        backend, engine = self.backend, self._engine(system)
+        their answers decoded in packed steps; then every client sends its next request."""
+        backend, stop = self.backend, self.backend.stop_ids()
+        client = ReferenceClient(backend, system, self.store, self.settings, generations=None)
         prompts = [backend.prompt(e.segments, e.questions[0].text) for e in examples]
-        engine.prefill_batch(prompts[:1])  # warm-up, not counted
-        requests, started = [], time.perf_counter()
-        for at in range(0, len(prompts), clients):
-            sent = time.perf_counter()
-            states = engine.prefill_batch(prompts[at : at + clients], room=max_new_tokens)
-            for state in states:
-                int(state.logits.argmax())  # the first token exists only once the device has finished
-            first = time.perf_counter()
-            for example, state in zip(examples[at : at + clients], states, strict=True):
-                ids = engine.generate(state, state.logits, max_new_tokens, backend.stop_ids())
-                receipt, finished = state.receipt.as_dict(), time.perf_counter() - started
-                requests.append(load_record(example, backend.decode(ids), receipt, len(ids), first - sent, finished))
-        return requests, time.perf_counter() - started
+        client.engine.prefill_batch(prompts[:1])  # warm-up, not counted
+        requests = [
+            Request(e.id, prompt, max_new_tokens, stop_ids=stop) for e, prompt in zip(examples, prompts, strict=True)
+        ]
+        started = time.perf_counter()
+        results = client.run(requests, clients)
+        seconds = time.perf_counter() - started
+        return load_records(backend, examples, results, started), seconds
 
     def _engine(self, system: ReusePolicy):
         return self.backend.engine(system, self.store, self.settings)
 
 
-def load_record(
-    example: TaskExample, text: str, receipt: dict[str, Any], tokens: int, ttft: float, finished: float
-) -> dict[str, Any]:
-    """One request of a load: `ttft` from its sending, `finished` from the start of the load, in seconds."""
-    return {
-        "example": example.id,
-        "ttft_seconds": ttft,
-        "finished_seconds": finished,
-        "decode_tokens": tokens,
-        "tokens_reused": receipt["tokens_reused"],
-        "receipt": receipt,
-        "question": question_record(example, example.questions[0], text),
-    }
+def load_records(
+    tokens: Tokens, examples: Sequence[TaskExample], results: Sequence[Result], started: float
+) -> list[dict[str, Any]]:
+    """A record a request of a load, in the order of their ends; PromptError for one with a failure.
+
+    In seconds: `ttft_seconds` from its sending, `finished_seconds` from the start of the load.
+    """
+    records = [
+        {
+            "example": example.id,
+            "ttft_seconds": result.checked().ttft,
+            "finished_seconds": result.finished - started,
+            "decode_tokens": len(result.token_ids),
+            "tokens_reused": result.receipt["tokens_reused"],
+            "receipt": result.receipt,
+            "question": question_record(example, example.questions[0], tokens.decode(result.token_ids)),
+        }
+        for example, result in zip(examples, results, strict=True)
+    ]
+    return sorted(records, key=lambda r: r["finished_seconds"])

@@ -2,25 +2,14 @@
 
 import argparse
 import os
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from cacheslide.core.tokenizing import encode, opening
 from cacheslide.plain_values import at_least
 from cacheslide.vllm.options import CPU_BLOCK, CPU_CACHE_GIB, FIELD, ServerOptions
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one request gave; `ttft` in seconds by the engine's clock, `seconds` by the caller's."""
-
-    text: str
-    token_ids: list[int]
-    ttft: float
-    seconds: float
-    receipt: dict[str, Any] | None
+from harness.backends.client import Request, Result
+from harness.backends.vllm_client import VllmClient
 
 
 class Engine:
@@ -50,8 +39,9 @@ class Engine:
             if "gpu_memory_utilization" not in engine:
                 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
         self.options = options
-        self.llm = open_engine(model, None if options is None else vars(options), **engine)
-        self.tokenizer = self.llm.get_tokenizer()
+        llm = open_engine(model, None if options is None else vars(options), **engine)
+        self.tokenizer = llm.get_tokenizer()
+        self.client = VllmClient(llm)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` alone, without special tokens."""
@@ -62,30 +52,33 @@ class Engine:
         return list(opening(self.tokenizer))
 
     def ask(
-        self, token_ids: Sequence[int], marks: dict[str, Any] | None, max_new_tokens: int, stop_ids: Sequence[int] = ()
-    ) -> Answer:
-        """Complete a prompt greedily. `marks` is the object inside `cacheslide`; dropped without connector."""
-        from cacheslide.vllm.offline import ask
+        self,
+        token_ids: Sequence[int],
+        annotations: dict[str, Any] | None,
+        max_new_tokens: int,
+        stop_ids: Sequence[int] = (),
+    ) -> Result:
+        """Complete a prompt greedily. `annotations` is the object inside `cacheslide`; dropped without connector.
 
-        params = None if marks is None or self.options is None else {FIELD: marks}
-        began = time.perf_counter()
-        [got] = ask(self.llm, [token_ids], [params], max_new_tokens, ignore_eos=False, stop_token_ids=list(stop_ids))
-        seconds = time.perf_counter() - began
+        The text is that of all generated ids, the last one's too: of what becomes history. PromptError when vLLM
+        refuses the prompt.
+        """
+        params = None if annotations is None or self.options is None else {FIELD: annotations}
+        request = Request("", token_ids, max_new_tokens, params, stop_ids=frozenset(stop_ids), ignore_eos=False)
+        [result] = self.client.run([request])
         self._settle()
-        text = self.tokenizer.decode(got.token_ids, skip_special_tokens=True)
-        return Answer(text, got.token_ids, got.ttft, seconds, got.receipt)
+        result.text = self.tokenizer.decode(result.checked().generated, skip_special_tokens=True)
+        return result
 
     def _settle(self) -> None:
         """Have waiting chunks encoded: an engine in this process rests where one of its own would go on stepping."""
-        core = getattr(self.llm.llm_engine.engine_core, "engine_core", None)
+        core = getattr(self.client.llm.llm_engine.engine_core, "engine_core", None)
         while core is not None and core.scheduler.has_requests():
             core.step_fn()
 
     def close(self) -> None:
         """Stop the engine."""
-        from cacheslide.vllm.offline import close_engine
-
-        close_engine(self.llm)
+        self.client.close()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -40,8 +40,11 @@ class Tokens:
         """Token ids of every question of `example`."""
         return [self.encode(q.text) for q in example.questions]
 
+    def eos_ids(self) -> frozenset[int]:
+        """The id that ends a sequence, where the tokenizer has one."""
+        return frozenset() if self.tokenizer.eos_token_id is None else frozenset({self.tokenizer.eos_token_id})
+
     def stop_ids(self) -> frozenset[int]:
         """Ids that end an answer: end of sequence and the newline."""
         newline = self.encode("\n")
-        ids = {self.tokenizer.eos_token_id, newline[-1] if len(newline) == 1 else None}
-        return frozenset(i for i in ids if i is not None)
+        return self.eos_ids() | (frozenset(newline) if len(newline) == 1 else frozenset())

@@ -1,8 +1,8 @@
 """The vLLM backend: the study's systems as requests to an in-process vLLM engine.
 
-Every registered system is chosen by the marks of a request to an engine with the connector and without a prefix cache.
-`Vanilla` systems are unmarked requests to an engine without the connector. Answers are decoded greedily, one request a
-question: vLLM shows no KV to decode branches behind.
+A request to an engine with the connector and without a prefix cache names its registered system in its annotations.
+`Vanilla` systems are requests without any to an engine without the connector. Answers are decoded greedily, one request
+a question: vLLM shows no KV to decode branches behind.
 """
 
 import gc
@@ -17,12 +17,13 @@ from cacheslide.core.receipt import Receipt
 from cacheslide.errors import ModelError, PolicyError
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.vllm.options import annotations_of, policy_of
-from harness.backends.in_process import Answer, Ask, EngineOptions, InProcessEngine
+from harness.backends.client import Request, Result
+from harness.backends.in_process import EngineOptions, InProcessEngine
 from harness.backends.reference import EngineSettings
-from harness.backends.responders import Response, load_record
+from harness.backends.responders import Response, load_records
 from harness.backends.tokens import Tokens
 from harness.systems import System, Vanilla
-from harness.tasks.example import TaskExample
+from harness.tasks.example import Question, TaskExample
 
 
 class VllmBackend(Tokens):
@@ -54,9 +55,9 @@ def vllm_sessions(
     backend: VllmBackend, systems: Sequence[System], settings: EngineSettings
 ) -> Iterator[tuple["VllmResponder", Sequence[System]]]:
     """vLLM by itself first, then the engine with the connector; each is freed before the next starts."""
-    stock = [s for s in systems if isinstance(s, Vanilla)]
-    marked = [s for s in systems if not isinstance(s, Vanilla)]
-    for some, connector in ((stock, False), (marked, True)):
+    vanilla = [s for s in systems if isinstance(s, Vanilla)]
+    annotated = [s for s in systems if not isinstance(s, Vanilla)]
+    for some, connector in ((vanilla, False), (annotated, True)):
         if some:
             with backend.engine(settings, connector) as engine:
                 yield VllmResponder(backend, engine), some
@@ -80,21 +81,19 @@ class VllmResponder:
 
     def respond(self, system: System, example: TaskExample, max_new_tokens: int) -> Response:
         """See `Responder.respond`: all questions are one batch of requests, each of which completes the context."""
-        self._before_stock(system, [example])
-        asks = [self._ask(system, example, q.text, max_new_tokens) for q in example.questions]
-        return self._response(system, asks, self.engine.run(asks), None)
+        self._before_vanilla(system, [example])
+        requests = [self._ask(system, example, q, max_new_tokens) for q in example.questions]
+        return self._response(system, self._run(requests), None)
 
     def first_token(self, system: System, example: TaskExample, max_new_tokens: int, answer: bool) -> Response:
         """See `Responder.first_token`. From handing the token ids to vLLM to its first token."""
-        self._before_stock(system, [example])
-        first = self._ask(system, example, example.questions[0].text, max_new_tokens if answer else 1)
+        self._before_vanilla(system, [example])
+        first = self._ask(system, example, example.questions[0], max_new_tokens if answer else 1)
         gc.collect()
-        [timed] = self.engine.run([first])
-        rest = []
-        if answer:
-            rest = [self._ask(system, example, q.text, max_new_tokens) for q in example.questions[1:]]
-        answers = [timed, *self.engine.run(rest)]
-        response = self._response(system, [first, *rest], answers, timed.ttft)
+        [timed] = self._run([first])
+        rest = example.questions[1:] if answer else ()
+        others = self._run([self._ask(system, example, q, max_new_tokens) for q in rest])
+        response = self._response(system, [timed, *others], timed.ttft)
         return response if answer else Response(timed.ttft, response.receipts)
 
     def closed_loop(
@@ -102,56 +101,53 @@ class VllmResponder:
     ) -> tuple[list[dict[str, Any]], float]:
         """See `Responder.closed_loop`. vLLM batches continuously: a client's next request joins as its last one ends,
         so requests stand in the order in which they ended."""
-        asks = [self._ask(system, e, e.questions[0].text, max_new_tokens) for e in examples]
-        self.engine.run(asks[:clients])  # warm-up, not counted
-        self._before_stock(system, examples)
+        requests = [self._ask(system, e, e.questions[0], max_new_tokens) for e in examples]
+        self._run(requests[:clients])  # warm-up, not counted
+        self._before_vanilla(system, examples)
         started = time.perf_counter()
-        answers = self.engine.run(asks, clients)
+        results = self._run(requests, clients)
         seconds = time.perf_counter() - started
-        requests = [
-            load_record(
-                example,
-                self.backend.decode(a.token_ids),
-                self._receipt(system, ask, a),
-                len(a.token_ids),
-                a.ttft,
-                a.times[-1] - started,
-            )
-            for example, ask, a in zip(examples, asks, answers, strict=True)
-        ]
-        return sorted(requests, key=lambda r: r["finished_seconds"]), seconds
+        for result in results:
+            result.receipt = self._receipt(system, result)
+        return load_records(self.backend, examples, results, started), seconds
 
-    def _before_stock(self, system: System, examples: Sequence[TaskExample]) -> None:
+    def _before_vanilla(self, system: System, examples: Sequence[TaskExample]) -> None:
         """A prefix cache keeps whatever it has seen: only the previous turns may be in it when a request comes."""
         if isinstance(system, Vanilla) and system.prefix_caching:
             self.engine.reset()
             self._serve_previous(system, examples)
 
     def _serve_previous(self, system: System, examples: Sequence[TaskExample]) -> None:
-        self.engine.run([self._request(system, self.backend.prompt(e.previous), 1) for e in examples])
+        self._run([self._request(e.id, system, self.backend.prompt(e.previous), 1) for e in examples])
 
-    def _ask(self, system: System, example: TaskExample, question: str, max_new_tokens: int) -> Ask:
-        return self._request(system, self.backend.prompt(example.segments, question), max_new_tokens)
+    def _run(self, requests: Sequence[Request], clients: int | None = None) -> list[Result]:
+        """The results; PromptError for the first that has a failure."""
+        return [result.checked() for result in self.engine.run(requests, clients)]
 
-    def _request(self, system: System, prompt: Prompt, max_new_tokens: int) -> Ask:
+    def _ask(self, system: System, example: TaskExample, question: Question, max_new_tokens: int) -> Request:
+        prompt = self.backend.prompt(example.segments, question.text)
+        return self._request(f"{example.id}/{question.id}", system, prompt, max_new_tokens)
+
+    def _request(self, name: str, system: System, prompt: Prompt, max_new_tokens: int) -> Request:
+        how: dict[str, Any] = {"stop_ids": self.stop, "ignore_eos": False}
         if isinstance(system, Vanilla):
-            return Ask(prompt.token_ids, max_new_tokens, None, self.stop, system.prefix_caching)
-        prompt = system.transform(prompt)
-        marks = annotations_of(prompt, namespace=_namespace(system), **annotated_as(system))
-        return Ask(prompt.token_ids, max_new_tokens, marks, self.stop)
+            how["read_prefix_cache"] = system.prefix_caching
+        else:
+            prompt = system.transform(prompt)
+            how["params"] = annotations_of(prompt, namespace=_namespace(system), **annotated_as(system))
+        return Request(name, prompt, max_new_tokens, **how)
 
-    def _response(self, system: System, asks: list[Ask], answers: list[Answer], seconds: float | None) -> Response:
-        receipts = [self._receipt(system, ask, answer) for ask, answer in zip(asks, answers, strict=True)]
-        texts = [self.backend.decode(a.token_ids) for a in answers]
-        return Response(seconds, receipts, texts)
+    def _response(self, system: System, results: Sequence[Result], seconds: float | None) -> Response:
+        texts = [self.backend.decode(r.token_ids) for r in results]
+        return Response(seconds, [self._receipt(system, r) for r in results], texts)
 
-    def _receipt(self, system: System, ask: Ask, answer: Answer) -> dict[str, Any]:
+    def _receipt(self, system: System, result: Result) -> dict[str, Any]:
         """The connector's receipt; for vLLM by itself one made of what its prefix cache held."""
-        if answer.receipt is not None:
-            return answer.receipt
+        if result.receipt is not None:
+            return result.receipt
         if not isinstance(system, Vanilla):
-            raise PolicyError(f"{system.name}: vLLM answered a marked request without a receipt")
-        rows, cached = len(ask.token_ids), answer.prefix_cached
+            raise PolicyError(f"{system.name}: vLLM answered an annotated request without a receipt")
+        rows, cached = result.prompt_tokens, result.cached_tokens
         receipt = Receipt(system.name, rows, cached).computed([rows - cached] * self.backend.num_layers)
         return receipt.as_dict() | {"tokens_prefix_cached": cached, "measured": True}
 
@@ -163,18 +159,18 @@ def _namespace(system: System) -> str:
 
 
 def annotated_as(policy: ReusePolicy) -> dict[str, Any]:
-    """The marks that ask for `policy`; PolicyError when name, share and selection layer do not say it all."""
-    rule, marks = policy.correction, {"policy": policy.name}
+    """The annotations that ask for `policy`; PolicyError when name, share and selection layer do not say it all."""
+    rule, annotations = policy.correction, {"policy": policy.name}
     if rule.selection_layer is not None:
-        marks["layer"] = rule.selection_layer
-    if policy_of(policy.name, None, marks.get("layer")).correction == rule:
-        return marks
+        annotations["layer"] = rule.selection_layer
+    if policy_of(policy.name, None, annotations.get("layer")).correction == rule:
+        return annotations
     if rule.total_ratio is not None:
-        marks["recompute_ratio"] = round(rule.total_ratio, 9)
-    if policy_of(**_named(marks)).correction != rule:
+        annotations["recompute_ratio"] = round(rule.total_ratio, 9)
+    if policy_of(**_named(annotations)).correction != rule:
         raise PolicyError(f"{policy.name}: a request cannot ask for the correction {rule}")
-    return marks
+    return annotations
 
 
-def _named(marks: dict[str, Any]) -> dict[str, Any]:
-    return {"name": marks["policy"]} | {k: v for k, v in marks.items() if k != "policy"}
+def _named(annotations: dict[str, Any]) -> dict[str, Any]:
+    return {"name": annotations["policy"]} | {k: v for k, v in annotations.items() if k != "policy"}

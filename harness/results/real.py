@@ -64,12 +64,25 @@ def _figures(members: Sequence[Row]) -> Row:
     for name in ("answer", "greedy"):
         if all(name in r for r in members):
             out[name] = {
-                "kl": mean([r[name]["kl"] for r in members], clusters),
-                "agreement": mean([r[name]["agreement"] for r in members], clusters),
-                "nll_change": mean([r[name]["nll_change"] for r in members], clusters),
+                "kl": _estimate([r[name]["kl"] for r in members], clusters),
+                "agreement": _estimate([r[name]["agreement"] for r in members], clusters),
+                "nll_change": _estimate([r[name]["nll_change"] for r in members], clusters),
             }
-    out["flips"] = mean([float(not r["greedy"]["greedy_equal"]) for r in members], clusters)
-    return out
+    # Where the most likely token differs first, greedy decoding takes another way. Both runs are scored alike, so that
+    # decoding token by token, which rounds otherwise, flips nothing by itself.
+    out["flips"] = _estimate([float(r["greedy"]["agreement"] < 1) for r in members], clusters)
+    return {k: _short(v) for k, v in out.items()}
+
+
+def _estimate(values: Sequence[float], clusters: Sequence[str]) -> Row:
+    """A mean with its interval; the row says of how many trials."""
+    found = mean(values, clusters)
+    return {k: _short(found[k]) for k in ("value", "low", "high")}
+
+
+def _short(value: Any) -> Any:
+    """A number to four significant digits: a table has hundreds of them, and intervals are far wider."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def by_setting(record: Row) -> Iterable[tuple]:
@@ -197,12 +210,17 @@ def summarise(folder: Path, sessions: Mapping[str, Any] | None = None) -> dict[s
         "headline": headline(rows, ratios, len({r["trial"] for r in replay})),
         "conditions": {name: {k: s[0].get(k) for k in keep} for name, s in stages.items() if s},
         "provenance": {name: s[0]["provenance"] for name, s in stages.items() if s} | {"tables": machine()},
-        "frontier": rows,
+        "frontier": [row if row["key"][1] == POOLED else _of_one_set(row) for row in rows],
         "comparisons": ratios,
         "histories": tabulate(turns, by_turn) if turns else [],
         "replay": tabulate(replay, by_agent) if replay else [],
         "failures": len(failures) + len(turn_failures) + len(replay_failures),
     }
+
+
+def _of_one_set(row: Row) -> Row:
+    """What the file keeps of a row of one data set."""
+    return {k: row[k] for k in ("key", "n", "compute_fraction", "flips")} | {"answer": {"kl": row["answer"]["kl"]}}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -237,8 +237,25 @@ def guarded(writer: RecordWriter, record_id: str, work: Callable[[], dict[str, A
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON under a temporary name and rename it into place."""
-    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+    """Write JSON under a temporary name and rename it into place: see `pretty`."""
+    write_text(path, pretty(content) + "\n")
+
+
+def pretty(content: Any) -> str:
+    """JSON with a field a line, and an item of a list of objects a line, without indentation.
+
+    Two versions can be compared line by line, and a table is not mostly blanks.
+    """
+    if isinstance(content, dict) and content:
+        fields = (f"{json.dumps(str(key))}: {pretty(content[key])}" for key in sorted(content))
+        return "{\n" + ",\n".join(fields) + "\n}"
+    if isinstance(content, list) and any(isinstance(item, dict | list) for item in content):
+        return "[\n" + ",\n".join(map(_line, content)) + "\n]"
+    return _line(content)
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def write_text(path: str | Path, text: str) -> None:

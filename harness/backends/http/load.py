@@ -5,57 +5,50 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import aiohttp
-
-from harness.backends.http.stream import Endpoint, Outcome, Request, send
+from harness.backends.client import Client, Request, Result
+from harness.backends.http.client import HttpClient, Send
 from harness.load.arrivals import Poisson
 
 
 @dataclass(frozen=True)
 class Load:
-    """A load that has run: outcomes in order of sending, its start (`time.perf_counter`) and its seconds."""
+    """A load that has run: results in order of sending, its start (`time.perf_counter`) and its seconds."""
 
-    outcomes: list[Outcome]
+    results: list[Result]
     started: float
     seconds: float
 
 
-def closed_loop(endpoint: Endpoint, clients: Sequence[Sequence[Request]]) -> Load:
-    """One client a list: it sends a request, waits for the end of its answer, then sends the next."""
+def closed_loop(client: Client, requests: Sequence[Request], clients: int) -> Load:
+    """`clients` clients, of which each waits for the end of an answer before it sends its next request.
 
-    async def run(session: aiohttp.ClientSession) -> list[Outcome]:
-        async def client(requests: Sequence[Request]) -> list[Outcome]:
-            return [await send(session, endpoint, r) for r in requests]
+    See `Client.run`: `requests` holds the first of every client, then the second of every client, and so on. The load
+    lasts from the first request sent to the end of the last answer.
+    """
+    results = _by_sending(client.run(requests, clients))
+    if not results:
+        return Load([], time.perf_counter(), 0.0)
+    return Load(results, results[0].sent, max(r.finished for r in results) - results[0].sent)
 
-        return [o for done in await asyncio.gather(*map(client, clients)) for o in done]
 
-    return _timed(run)
-
-
-def open_loop(endpoint: Endpoint, requests: Sequence[Request], rate: float, seed: int = 0) -> Load:
+def open_loop(client: HttpClient, requests: Sequence[Request], rate: float, seed: int = 0) -> Load:
     """Requests arrive as a Poisson process of `rate` a second, whatever becomes of those before them.
 
-    The gaps between arrivals are exponential and drawn from `seed`.
+    The gaps between arrivals are exponential and drawn from `seed`; the load begins with the first gap.
     """
-    times = Poisson(rate, seed).times(len(requests))
+    times, started = Poisson(rate, seed).times(len(requests)), 0.0
 
-    async def run(session: aiohttp.ClientSession) -> list[Outcome]:
+    async def work(send: Send) -> list[Result]:
+        nonlocal started
         started, tasks = time.perf_counter(), []
         for request, due in zip(requests, times, strict=True):
             await asyncio.sleep(max(0.0, started + due - time.perf_counter()))
-            tasks.append(asyncio.create_task(send(session, endpoint, request)))
+            tasks.append(asyncio.create_task(send(request)))
         return await asyncio.gather(*tasks)
 
-    return _timed(run)
+    results = _by_sending(client.with_session(work))
+    return Load(results, started, max(r.finished for r in results) - started)
 
 
-def _timed(run) -> Load:
-    async def main() -> Load:
-        connector = aiohttp.TCPConnector(limit=0)  # aiohttp's own limit would hold requests back unseen
-        async with aiohttp.ClientSession(connector=connector) as session:
-            started = time.perf_counter()
-            outcomes = await run(session)
-            seconds = time.perf_counter() - started
-        return Load(sorted(outcomes, key=lambda o: o.sent), started, seconds)
-
-    return asyncio.run(main())
+def _by_sending(results: Sequence[Result]) -> list[Result]:
+    return sorted(results, key=lambda r: r.sent)

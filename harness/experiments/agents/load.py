@@ -55,7 +55,7 @@ def closed_loop(
     settings: EngineSettings,
 ) -> list[Done]:
     """The requests of `episodes` with `concurrent` agents at work, in the order of their ends."""
-    inner = variant.serve(backend, settings, {})
+    inner = variant.serve(backend, settings)
     for episode in episodes:
         inner.engine.build(backend.prompt(episode.steps[0].segments))
     return loop_on(Together(inner), backend, tasks, episodes, concurrent)
@@ -79,7 +79,7 @@ def beams(
     With `branch`, a beam search over one prefill (`backends.beams`). Without, `width` copies of the request in one
     packed run: the reading in which the beam width is the batch size.
     """
-    inner: InProcess = variant.serve(backend, settings, {})
+    inner: InProcess = variant.serve(backend, settings)
     inner.engine.build(backend.prompt(episode.steps[0].segments))
     out, begin = [], time.perf_counter()
     for step in episode.steps:

@@ -1,8 +1,8 @@
 """Teacher-forced replay: every variant serves the same recorded turns, taking turns within each step.
 
 A variant is a system, or a system with one setting changed. Each keeps chunks of its own, from the episode's first
-turn on, so that whatever its reuse does wrong is there for its later turns. Variants that read the same exact chunks
-share them: encoding them once is enough.
+turn on, so that whatever its reuse does wrong is there for its later turns, and that no variant finds what another one
+kept of the same turn.
 """
 
 import random
@@ -15,7 +15,6 @@ from typing import Any
 from tqdm import tqdm
 
 from cacheslide.policies.base import ReusePolicy
-from cacheslide.store.memory import MemoryChunkStore
 from harness.agents.completer import Completion, Request
 from harness.agents.in_process import InProcess
 from harness.agents.loop import Episode, Step, Stops, run_episode
@@ -40,11 +39,9 @@ class Variant:
     policy: ReusePolicy
     generations: int = 0
 
-    def serve(self, backend: ReferenceBackend, settings: EngineSettings, stores: dict) -> InProcess:
-        """A completer with this episode's chunks; `stores` shares exact ones between variants."""
-        shared = self.policy.recipe, self.policy.probe_layers
-        store = stores.setdefault(shared, MemoryChunkStore()) if not self.generations else MemoryChunkStore()
-        return InProcess(backend, self.policy, store, settings, self.generations)
+    def serve(self, backend: ReferenceBackend, settings: EngineSettings) -> InProcess:
+        """A completer with chunks of its own: none yet."""
+        return InProcess(backend, self.policy, settings=settings, generations=self.generations)
 
 
 def record(agent: str, count: int, seed: int, **options: Any) -> tuple[list[Any], list[Episode]]:
@@ -106,8 +103,7 @@ def replay_variants(
 
 
 def _one(backend, variants, episode, settings, seed, task) -> dict[str, Any]:
-    stores: dict = {}
-    served = {v.name: v.serve(backend, settings, stores) for v in variants}
+    served = {v.name: v.serve(backend, settings) for v in variants}
     rows: dict[str, list] = {v.name: [] for v in variants}
     order, rng, quiet = list(served), random.Random(f"{seed}-{episode.task_id}"), []
     watch = Watch()
@@ -124,9 +120,9 @@ def _one(backend, variants, episode, settings, seed, task) -> dict[str, Any]:
 
 def _own(backend, variants, agent, task, settings, rng) -> dict[str, Any]:
     """Every variant's own episode: chunks from nothing again, its own outputs, tools at work."""
-    out, stores = {}, {}
+    out = {}
     for v in rng.sample(list(variants), len(variants)):
         with closing(entry(agent).agent(task)) as at_work:
-            done = run_episode(at_work, v.serve(backend, settings, stores))
+            done = run_episode(at_work, v.serve(backend, settings))
         out[v.name] = {"score": done.score, "success": done.success, "steps": len(done.steps), "stop": done.stop}
     return out

@@ -95,6 +95,27 @@ def frontier(best: Mapping[str, int] | None = None) -> list[Arm]:
     ]  # fmt: skip
 
 
+def core(best: Mapping[str, int] | None = None) -> list[Arm]:
+    """The arms that every prompt is measured under: what claims and the headline rest on."""
+    wanted = {
+        NOISE,
+        "Nothing recomputed",
+        *(f"First tokens {n} %" for n in (2, 5, 10, 15, 20, 26)),
+        "Random tokens 10 %",
+        "Random tokens 26 %",
+        *(f"CacheSlide, by K {n} % at layer 1" for n in (5, 10, 26)),
+        "Canonical, nothing recomputed",
+        "Canonical, first tokens 10 %",
+        "Isolated, nothing recomputed",
+        *(f"CacheBlend, by V {n} % at layer {layer}" for n in (5, 15, 30) for layer in (1, 3)),
+        *(f"CacheBlend, by K {n} % at layer 1" for n in (15, 30)),
+        "EPIC 8",
+        "EPIC 32",
+        "Chain, stale positions",
+    }
+    return [one for one in frontier(best) if one.name in wanted or one.line == "CacheSlide as printed"]
+
+
 def others() -> list[Arm]:
     """Systems with keys or positions of their own, and stale positions."""
     stale = Placement("stored")

@@ -10,7 +10,7 @@ from harness.backends.reference import dtype_of
 from harness.experiments.real.trials import LENGTHS, SETTINGS
 from harness.inventory import read_config
 
-COUNTS = ("prompts", "validation", "sessions", "every_turn", "turns", "longest")
+COUNTS = ("prompts", "swept", "validation", "sessions", "every_turn", "turns", "longest")
 TEXTS = ("model", "dtype", "recordings")
 LISTS = {"data": str, "settings": str, "layers_on": str, "lengths": int}
 SHORTEST = 200  # tokens of fixed text at least
@@ -34,6 +34,8 @@ class RealPlan:
         Of `trials.SETTINGS`.
     prompts : int
         Prompts a data set and setting at most.
+    swept : int
+        How many of them are measured under every arm; the others under `arms.core`.
     validation : int
         Rows at the end of each data set that choose layers and give no results.
     sessions, every_turn : int
@@ -53,6 +55,7 @@ class RealPlan:
     lengths: tuple[int, ...] = LENGTHS
     settings: tuple[str, ...] = SETTINGS
     prompts: int = 60
+    swept: int = 10
     validation: int = 10
     sessions: int = 30
     every_turn: int = 3

@@ -4,7 +4,6 @@ Every file under DIR that is a log (`harness.agents.sessions`) is read; the reco
 """
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from cacheslide.plain_values import at_least
 from harness.agents.sessions.registry import format_of, read_sessions, read_text
 from harness.agents.sessions.swe_agent import FULL
 from harness.results.provenance import file_hash, provenance
-from harness.results.records import write_text
+from harness.results.records import write_json
 from harness.step import command
 
 SCHEMA = "cacheslide.sessions/1"
@@ -121,14 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.data.is_dir():
         raise DataError(f"{args.data} is no folder")
-    write(args.out, measure_folder(args.data, args.model, args.min_tokens))
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """The record as JSON, a session a line."""
-    head = json.dumps({k: v for k, v in content.items() if k != "sessions"}, indent=1, sort_keys=True)
-    lines = ",\n".join(f"  {json.dumps(session, sort_keys=True)}" for session in content["sessions"])
-    write_text(path, f'{head[:-2]},\n "sessions": [\n{lines}\n ]\n}}\n')
+    write_json(args.out, measure_folder(args.data, args.model, args.min_tokens))
 
 
 if __name__ == "__main__":

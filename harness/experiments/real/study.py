@@ -10,7 +10,7 @@ import argparse
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,8 @@ def trials(builder: Builder, setting: str, indices: Iterable[int], limit: int) -
     for index in indices:
         trial = builder.trial(setting, index) if made < limit else None
         if trial is not None:
+            yield replace(trial, about=trial.about | {"number": made})
             made += 1
-            yield trial
 
 
 def run(
@@ -119,7 +119,8 @@ def _measured(
     elif stage == "layers":
         records = measure(backend, one, systems.candidates(backend.num_layers), done)
     else:
-        arms = systems.frontier(best) if stage == "frontier" else systems.slice_arms()
+        whole = one.about["number"] < plan.swept
+        arms = systems.slice_arms() if stage == "slice" else systems.frontier(best) if whole else systems.core(best)
         records = measure(backend, one, systems.unique(arms), done)
     for record in records:
         yield {"dataset": one.dataset, "about": one.about} | record

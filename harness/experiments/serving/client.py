@@ -17,9 +17,10 @@ from typing import Any
 from cacheslide.errors import CacheSlideError, ModelError
 from cacheslide.models.weights import fingerprint
 from cacheslide.vllm.options import annotations_of
+from harness.backends.client import Request
+from harness.backends.http.client import HttpClient
 from harness.backends.http.load import Load, closed_loop, open_loop
 from harness.backends.http.server import Server, connector_command, engine_flags, vanilla_command
-from harness.backends.http.stream import Request
 from harness.backends.http.summary import no_speed, summarize_load
 from harness.backends.http.workload import Conversation, Shape
 from harness.experiments.serving.plan import ServingPlan, read_plan
@@ -96,23 +97,25 @@ def _run(plan: ServingPlan, condition: Condition, server: Server, measured: Meas
     shape = Shape(condition.tokens, plan.vocab, plan.reused, plan.chunks)
     conversations = [Conversation(shape, plan.seed, c) for c in range(condition.clients)]
 
-    def turns(first: int, last: int, output: int) -> list[list[Request]]:
+    client, first = HttpClient(server.endpoint), 1 + plan.warmups
+
+    def turns(first: int, last: int, output: int) -> list[Request]:
+        """Turn by turn, one request a client in each."""
         return [
-            [_request(plan, condition, conversation, c, turn, output) for turn in range(first, last)]
+            _request(plan, condition, conversation, c, turn, output)
+            for turn in range(first, last)
             for c, conversation in enumerate(conversations)
         ]
 
-    first = 1 + plan.warmups
-    cold = closed_loop(server.endpoint, turns(0, 1, 1))
-    warm = closed_loop(server.endpoint, turns(1, first, plan.output_tokens))
-    measured.warmups[condition] = [o.failure for load in (cold, warm) for o in load.outcomes if o.failure]
-    clients = turns(first, first + plan.turns, plan.output_tokens)
+    cold = closed_loop(client, turns(0, 1, 1), condition.clients)
+    warm = closed_loop(client, turns(1, first, plan.output_tokens), condition.clients)
+    measured.warmups[condition] = [r.failure for load in (cold, warm) for r in load.results if r.failure]
+    requests = turns(first, first + plan.turns, plan.output_tokens)
     with watched() as measured.quiet[condition]:
         if condition.rate is None:
-            load = closed_loop(server.endpoint, clients)
+            load = closed_loop(client, requests, condition.clients)
         else:
-            arriving = [request for turn in zip(*clients, strict=True) for request in turn]
-            load = open_loop(server.endpoint, arriving, condition.rate, plan.seed)
+            load = open_loop(client, requests, condition.rate, plan.seed)
     measured.loads[condition] = load
 
 
@@ -138,7 +141,7 @@ def table(loads: dict[Condition, Load], quiet: Mapping[Condition, Reading] | Non
         reason = "the reference of the comparison" if condition.system == BASELINE else no_speed(load)
         if not reason and base is None:
             reason = f"{BASELINE} was not measured under this load"
-        if not reason and any(o.failure for o in loads[base].outcomes):
+        if not reason and any(r.failure for r in loads[base].results):
             reason = f"requests of {BASELINE} failed"
         few = next((why for c in (condition, base) if c and (why := too_few([quiet.get(c)]))), "")
         reason = reason or few
@@ -156,14 +159,14 @@ def _compares(base: Condition, other: Condition) -> bool:
 
 
 def _ratio(load: Load, base: Load) -> dict[str, Any]:
-    ttft = {o.id: o.ttft for o in base.outcomes}
-    pairs = [(o.ttft, ttft[o.id]) for o in load.outcomes]
+    ttft = {r.id: r.ttft for r in base.results}
+    pairs = [(r.ttft, ttft[r.id]) for r in load.results]
     return as_json(bootstrap.ratio_of_medians([a for a, _ in pairs], [b for _, b in pairs]))
 
 
 def result(plan: ServingPlan, measured: Measured, complete: bool) -> dict[str, Any]:
     """The file's content."""
-    records = [o.as_record(load.started) for load in measured.loads.values() for o in load.outcomes]
+    records = [r.as_record(load.started) for load in measured.loads.values() for r in load.results]
     config = json.loads(json.dumps(asdict(plan)))
     return {
         "schema_version": SCHEMA,

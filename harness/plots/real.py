@@ -1,0 +1,115 @@
+"""Divergence against compute on a real model: every system of the study, its interval, and the noise floor."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from harness.plots.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    error_bar,
+    new_figure,
+    nothing,
+)
+from harness.results.runs import read_json
+
+load = read_json
+SETTINGS = {
+    "unrelated": "notes about something else",
+    "matter": "notes hold a needed passage",
+    "shift": "notes grow by 0.1k to 2k tokens",
+    "contradict": "notes contradict the passages",
+}
+NOISE = "recompute in pieces"
+# Curves: what the arm's name begins with, up to its ratio; colour, marker, label.
+CURVES = {
+    "Nothing recomputed": (BLUE, "o", "context kept (RPDC), nothing recomputed"),
+    "First tokens": (BLUE, "s", "CacheSlide, first tokens"),
+    "CacheSlide, by K": (SKY, "v", "CacheSlide, by K (layer 1, chosen layer)"),
+    "CacheSlide as printed": (VERMILLION, "*", "CacheSlide as printed"),
+    "Random tokens": (GREY, "x", "control: random tokens"),
+    "Canonical": (PURPLE, "D", "canonical chain (our default)"),
+    "Isolated": (ORANGE, "o", "isolated chunks (PIC), nothing or random"),
+    "CacheBlend, by V": (ORANGE, "^", "CacheBlend, by V (layer 1, chosen layer)"),
+    "CacheBlend, by K": (ORANGE, "<", "CacheBlend, by K² (likewise)"),
+    "EPIC": (GREEN, "P", "EPIC"),
+    "PromptCache": (BLACK, "d", "PromptCache"),
+    "Chain, stale": (GREY, "1", "stale positions"),
+    "CacheBlend, stale": (GREY, "2", "CacheBlend, stale positions"),
+}
+
+
+def draw(summary: dict[str, Any]) -> Figure:
+    """A panel a setting: mean KL on the answer (log scale) against the mean share of compute."""
+    figure = new_figure(11.0, 8.6)
+    names = [s for s in SETTINGS if any(r["key"][0] == s for r in summary["frontier"])]
+    if not names:
+        nothing(figure.add_subplot(), "no setting was measured")
+        return figure
+    grid = figure.subplots(2, 2, sharex=True, sharey=True, squeeze=False)
+    handles: dict[str, Any] = {}
+    best = summary["conditions"]["frontier"].get("best") or {}
+    for axes, name in zip(grid.flat, names, strict=False):
+        rows = [r for r in summary["frontier"] if r["key"][:2] == [name, "both"] and shown(r["key"][2], best)]
+        handles |= _panel(axes, name, rows)
+    for axes in grid.flat[len(names) :]:
+        axes.set_axis_off()
+    for axes in grid[-1]:
+        axes.set_xlabel("share of the prompt's tokens × layers computed")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("KL from recompute, nats a token")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    about = summary["conditions"]["frontier"]
+    what = f"{about['model']}, {about['dtype']}; means over prompts with 95 % intervals"
+    title = f"Divergence from recompute on real text: {what}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    return figure
+
+
+def shown(arm: str, best: Mapping[str, int]) -> bool:
+    """Whether a point is drawn: of layers that were swept, the first and the one that the validation part chose."""
+    line, at, layer = arm.partition(" at layer ")
+    return not at or int(layer) in (1, best.get(line.rsplit(" ", 2)[0]))
+
+
+def curve_of(arm: str) -> str | None:
+    """The curve that an arm is a point of; the longest name that it begins with."""
+    return max((c for c in CURVES if arm.startswith(c)), key=len, default=None)
+
+
+def lines_of(arm: str) -> str:
+    """Points of one rule at one layer are joined: the arm's name without its ratio."""
+    words = arm.split()
+    return " ".join(w for i, w in enumerate(words) if w != "%" and (i + 1 >= len(words) or words[i + 1] != "%"))
+
+
+def _panel(axes: Axes, setting: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    handles: dict[str, Any] = {}
+    n = max(r["n"] for r in rows)
+    axes.set(yscale="log", xlim=(0, 1.02), title=f"{setting}: {SETTINGS[setting]} (n = {n})")
+    lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        arm = row["key"][2]
+        if arm == NOISE:
+            floor = row["answer"]["kl"]["value"]
+            handles["noise floor: exact, other batching"] = axes.axhline(floor, color=BLACK, lw=1.2, ls=":")
+        elif curve_of(arm) is not None:
+            lines[lines_of(arm)].append(row)
+    for members in lines.values():
+        members.sort(key=lambda r: r["compute_fraction"])
+        colour, marker, label = CURVES[curve_of(members[0]["key"][2])]
+        for r in members:
+            kl = r["answer"]["kl"]
+            error_bar(axes, r["compute_fraction"], kl["value"], colour, up=(kl["low"], kl["high"]))
+        xs, ys = [r["compute_fraction"] for r in members], [r["answer"]["kl"]["value"] for r in members]
+        [handles[label]] = axes.plot(xs, ys, color=colour, marker=marker, ms=5, lw=0.9, alpha=0.9, zorder=3)
+    return handles

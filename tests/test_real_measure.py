@@ -11,7 +11,7 @@ from cacheslide.policies.none import NoCorrection
 from cacheslide.store import MemoryChunkStore
 from harness.experiments.real import arms as systems
 from harness.experiments.real import measure as measuring
-from harness.experiments.real.arms import NOISE, Arm, arm, candidates, frontier, history_arms, slice_arms, unique
+from harness.experiments.real.arms import NOISE, Arm, arm, candidates, core, frontier, history_arms, slice_arms, unique
 from harness.experiments.real.measure import GREEDY, Reference, measure, run_arm
 from harness.experiments.real.trials import Builder
 from tests.made_passages import LAYERS, gemma, passage_rows
@@ -40,6 +40,19 @@ def test_names_are_unique_and_begin_with_their_line():
         for a in (a for a in made if a.layer is not None):
             assert a.name.endswith(f" {100 * a.ratio:g} % at layer {a.layer}")
             assert a.family == "stale" or a.policy.correction.layer == a.layer
+
+
+def test_the_core_has_every_arm_that_it_names():
+    """A name that the frontier no longer has would go missing without a word."""
+    best = {"CacheSlide as printed": 6}
+    names = {a.name for a in core(best)}
+    assert (
+        len(names) == 28
+        and names < {a.name for a in frontier(best)}
+        and "CacheSlide as printed 26 % at layer 6" in names
+    )
+    for begins in ("First tokens", "CacheBlend, by V", "CacheBlend, by K"):  # what comparisons choose from
+        assert sum(name.startswith(begins) for name in names) > 1
 
 
 def test_the_layer_that_was_chosen_is_swept_beside_the_others():

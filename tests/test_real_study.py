@@ -8,7 +8,7 @@ import yaml
 
 from cacheslide.errors import ConfigError
 from harness.experiments.real import histories, measure, study
-from harness.experiments.real.arms import NOISE, history_arms, slice_arms
+from harness.experiments.real.arms import NOISE, core, frontier, history_arms, slice_arms
 from harness.results.records import read_file
 from tests.made_passages import LAYERS, save_gemma, write_musique
 from tests.made_sessions import WORDS, trajectory, write_trajectory
@@ -88,6 +88,17 @@ def test_the_layers_that_were_chosen_are_swept(config, tmp_path):
     assert "CacheBlend, by V 15 % at layer 2" in {r["arm"] for r in file.records}
     assert file.failures and all(f["arm"].endswith("at layer 8") for f in file.failures)
     assert file.settings["best"] == {"CacheBlend, by V": 2}
+
+
+def test_prompts_behind_the_swept_ones_have_the_core_arms(config, tmp_path):
+    swept = config.with_name("swept.yaml")
+    swept.write_text(config.read_text() + "swept: 1\n")
+    start(swept, tmp_path, "frontier", "--prompts", "2", "--settings", "matter")
+    arms = {}
+    file = read_file(tmp_path / "frontier-0of1.jsonl")
+    for r in [*file.records, *file.failures]:
+        arms.setdefault(r["about"]["number"], set()).add(r["arm"])
+    assert arms == {0: {a.name for a in frontier()}, 1: {a.name for a in core()}} and len(arms[0]) > 2 * len(arms[1])
 
 
 def test_shards_are_parts_of_the_whole(config, tmp_path):

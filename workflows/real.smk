@@ -102,7 +102,7 @@ rule real:
 
 
 rule real_slice_records:
-    """A few arms on at most 20 prompts of about 1,300 tokens: what two cores measure in 20 minutes."""
+    """Four arms on 16 prompts of about 1,300 tokens: what two cores that are free measure in 20 minutes."""
     input:
         files=real_inputs("slice", REAL_SLICE),
     output:
@@ -116,7 +116,7 @@ rule real_slice_records:
         given=real_given("slice"),
         plan=real_plan,
     shell:
-        "python -m harness.experiments.real.study slice {params.given:q} --prompts 10 --settings matter --lengths 1000 "
+        "python -m harness.experiments.real.study slice {params.given:q} --prompts 8 --settings matter --lengths 1000 "
         "--threads {threads} --out results/real/slice > {log:q} 2>&1"
 
 

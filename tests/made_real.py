@@ -16,6 +16,7 @@ ARMS: dict[str, tuple[float, float, float]] = {
     "First tokens 10 %": (0.012, 0.15, 0.2),
     "First tokens 20 %": (0.010, 0.25, 0.2),
     "CacheSlide as printed 26 % at layer 3": (0.03, 0.6, 0.4),
+    "CacheSlide, by K 26 % at layer 5": (0.008, 0.5, 0.2),
     "Canonical, nothing recomputed": (0.022, 0.05, 0.4),
     "Canonical, first tokens 10 %": (0.013, 0.15, 0.2),
     "Isolated, nothing recomputed": (0.5, 0.05, 0.8),
@@ -68,7 +69,7 @@ def summary(factors: dict[str, dict[str, float]] | None = None) -> dict[str, Any
         "dtype": "bfloat16",
         "seed": 0,
         "data": ["a.jsonl", "b.json"],
-        "best": {"CacheBlend, by V": 6},
+        "best": {"CacheBlend, by V": 6, "CacheSlide, by K": 5},
     }
     return {
         "schema": SCHEMA,

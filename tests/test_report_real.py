@@ -69,6 +69,7 @@ def test_rows_take_the_arms_that_they_name(made):
     assert cells["CacheSlide as printed"]["arm"] == "CacheSlide as printed 26 % at layer 3"
     assert cells["CacheBlend, best within 33 %"]["arm"] == "CacheBlend, by V 15 % at layer 1"
     assert cells["CacheBlend, by V 15 %, layer chosen for it"]["arm"] == "CacheBlend, by V 15 % at layer 6"
+    assert cells["CacheSlide, by K 26 %"]["arm"] == "CacheSlide, by K 26 % at layer 5"
     assert cells["CacheBlend, stale positions"]["kl"].startswith("4.00 [")
     assert cells["First tokens 10 %"]["arm"] == ""
 

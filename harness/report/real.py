@@ -12,7 +12,7 @@ from harness.results.real import ISOLATED, NOTHING, OURS, POOLED, RIVAL, SCHEMA,
 
 Real = Mapping[str, Any]
 Row = dict[str, Any]
-PRINTED, BY_V = "CacheSlide as printed", "CacheBlend, by V"
+PRINTED, BY_K, BY_V = "CacheSlide as printed", "CacheSlide, by K", "CacheBlend, by V"
 MOST, FEW = 0.33, 0.20  # compute fractions of the choices, as in the file's headline
 FIGURES = ("real", "fig03_real")
 MAIN = "matter"
@@ -27,6 +27,7 @@ NOTES = {
     NOISE: "exact arithmetic in another batching: the noise floor",
     NOTHING: "caches as the turn before left them, keys moved (RPDC)",
     PRINTED: "alpha fusion, swap, 26 %; all keys are attended to, where the paper attends to updated ones only",
+    f"{BY_K} 26 %": "this project's form: fresh KV instead of fusion, no swap",
     ISOLATED: "every passage encoded alone, keys moved (PIC)",
 }
 COMPARED = {
@@ -54,10 +55,14 @@ def blend(real: Real, setting: str = MAIN) -> Row | None:
     return best_within(real["frontier"], RIVAL, MOST, setting, POOLED)
 
 
-def chosen(real: Real, setting: str = MAIN) -> Row | None:
-    """CacheBlend at the ratio of its artifact and the layer that the validation part chose for it alone."""
-    layer = (_first(real).get("best") or {}).get(BY_V, 1)
-    return row(real, f"{BY_V} 15 % at layer {layer}", setting)
+def chosen(rule: str, ratio: str) -> Callable[[Real, str], Row | None]:
+    """Finds a rule at `ratio` and the layer that the validation part chose for it alone."""
+
+    def find(real: Real, setting: str) -> Row | None:
+        layer = (_first(real).get("best") or {}).get(rule, 1)
+        return row(real, f"{rule} {ratio} at layer {layer}", setting)
+
+    return find
 
 
 def _named(arm: str) -> Callable[[Real, str], Row | None]:
@@ -66,10 +71,11 @@ def _named(arm: str) -> Callable[[Real, str], Row | None]:
 
 ROWS: tuple[tuple[str, Callable[[Real, str], Row | None]], ...] = (
     *((name, _named(name)) for name in (NOISE, NOTHING, f"{OURS} 10 %", f"{OURS} 20 %", PRINTED)),
+    (f"{BY_K} 26 %", chosen(BY_K, "26 %")),
     *((name, _named(name)) for name in ("Canonical, nothing recomputed", "Canonical, first tokens 10 %")),
     *((name, _named(name)) for name in (ISOLATED, "EPIC 32 + 32")),
     (f"CacheBlend, best within {100 * MOST:.0f} %", blend),
-    (f"{BY_V} 15 %, layer chosen for it", chosen),
+    (f"{BY_V} 15 %, layer chosen for it", chosen(BY_V, "15 %")),
     ("Chain, stale positions", _named("Chain, stale positions")),
     ("CacheBlend, stale positions", _named("CacheBlend, stale positions")),
 )  # fmt: skip

@@ -32,7 +32,7 @@ NOTES = {
 }
 COMPARED = {
     "rpdc over pic": "order-preserving reuse over passages encoded alone, nothing recomputed in either",
-    "ours over nothing recomputed": "the first tokens of every passage recomputed, over nothing recomputed",
+    "ours over nothing recomputed": "the first tokens of the fixed text recomputed, over nothing recomputed",
     "ours over the best CacheBlend": f"the same over CacheBlend's best arm within {100 * MOST:.0f} % of compute",
 }
 
@@ -125,7 +125,7 @@ def opening(real: Real) -> list[str]:
         out.append(f"CacheBlend's best arm within {percent(MOST, 0)} of the compute is {kl(best)} away.")
     if (ours := largest_within(real["frontier"], OURS, FEW, MAIN, POOLED)) is not None:
         out.append(
-            f"With the first tokens of every passage recomputed ({percent(ours['compute_fraction'])} of the compute) "
+            f"With the first tokens of the fixed text recomputed ({percent(ours['compute_fraction'])} of the compute) "
             f"it is {kl(ours)}."
         )
     if (printed := row(real, PRINTED)) is not None:

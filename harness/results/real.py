@@ -1,4 +1,4 @@
-"""Tables of the study on a real model: `python -m harness.results.real RECORDS --out results/real/summary.json`.
+"""Tables of the study on a real model: `python -m harness.results.real summary RECORDS --out FILE`.
 
 Every mean has a percentile bootstrap interval over prompts (over sessions where turns belong to one); comparisons are
 paired. KL is that of recompute's next-token distribution, in nats a token.
@@ -8,6 +8,7 @@ validation part: the one of the lowest mean KL on the answer.
 """
 
 import argparse
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,19 +24,31 @@ from harness.step import command
 SCHEMA = "cacheslide.real/1"
 POOLED = "both"
 NOTHING, ISOLATED, OURS, RIVAL = "Nothing recomputed", "Isolated, nothing recomputed", "First tokens", "CacheBlend"
+STUDY = ("model", "dtype", "seed", "lengths")  # what all records of a stage have in common
+CONDITIONS = (*STUDY, "prompts", "swept", "validation", "sessions", "turns", "longest", "data", "best")
 Row = dict[str, Any]
 
 
 def read_stage(folder: Path, stage: str) -> tuple[list[Row], list[Row], list[Mapping[str, Any]]]:
-    """Records, failures and settings of all shards of a stage, finished or not."""
-    records, failures, settings = {}, [], []
-    files = {p.name.removeprefix(".").removesuffix(".part"): p for p in sorted(folder.glob(f"*{stage}-*"))}
+    """Records, failures and settings of all shards of a stage, finished or not.
+
+    An id counts once, and as failed only where no shard measured it. Files that a run has set aside are not read.
+    DataError where two shards are of different studies.
+    """
+    name = re.compile(rf"\.?({re.escape(stage)}-\d+of\d+\.jsonl)(\.part)?")
+    named = {path: name.fullmatch(path.name) for path in sorted(folder.glob("*"))}
+    files = {found[1]: path for path, found in named.items() if found}  # a finished file behind its part
+    records, failures, settings = {}, {}, []
     for path in files.values():
         file = read_file(path)
         settings.append(file.settings)
-        failures += file.failures
+        for key in STUDY:
+            one, other = settings[0].get(key), file.settings.get(key)
+            if one != other:
+                raise DataError(f"{path}: {key} is {other!r}, and {one!r} in other shards: a folder holds one study")
+        failures |= {r["id"]: r for r in file.failures}
         records |= {r["id"]: r for r in file.records}
-    return list(records.values()), failures, settings
+    return list(records.values()), [f for i, f in failures.items() if i not in records], settings
 
 
 def setting_of(record: Row) -> str:
@@ -49,7 +62,7 @@ def tabulate(records: Iterable[Row], keys: Callable[[Row], Iterable[tuple]]) -> 
     for record in records:
         for key in keys(record):
             groups[key].append(record)
-    return [_figures(members) | {"key": list(key)} for key, members in sorted(groups.items(), key=lambda i: str(i[0]))]
+    return [_figures(members) | {"key": list(key)} for key, members in sorted(groups.items())]
 
 
 def _figures(members: Sequence[Row]) -> Row:
@@ -128,17 +141,26 @@ def choose_layers(records: Sequence[Row]) -> dict[str, int]:
     return out
 
 
+def _within(rows: Sequence[Row], begins: str, most: float, setting: str, dataset: str) -> list[Row]:
+    """The rows of a setting whose arm's name begins so and whose mean compute fraction is at most `most`.
+
+    Arms that ran on fewer than half of the setting's prompts are swept for a figure: other prompts, no comparison.
+    """
+    here = [r for r in rows if r["key"][:2] == [setting, dataset]]
+    prompts = max((r["n"] for r in here), default=0)
+    named = [r for r in here if r["key"][2].startswith(begins) and 2 * r["n"] >= prompts]
+    return [r for r in named if r["compute_fraction"] <= most]
+
+
 def best_within(rows: Sequence[Row], begins: str, most: float, setting: str, dataset: str) -> Row | None:
     """The row of the lowest KL among arms whose name begins so and whose mean compute fraction is at most `most`."""
-    fitting = [r for r in rows if r["key"][:2] == [setting, dataset] and r["key"][2].startswith(begins)]
-    fitting = [r for r in fitting if r["compute_fraction"] <= most and "stale" not in r["key"][2]]
+    fitting = [r for r in _within(rows, begins, most, setting, dataset) if "stale" not in r["key"][2]]
     return min(fitting, key=lambda r: r["answer"]["kl"]["value"], default=None)
 
 
 def largest_within(rows: Sequence[Row], begins: str, most: float, setting: str, dataset: str) -> Row | None:
     """The row of the highest compute fraction up to `most` among arms whose name begins so: no choice by outcome."""
-    fitting = [r for r in rows if r["key"][:2] == [setting, dataset] and r["key"][2].startswith(begins)]
-    return max((r for r in fitting if r["compute_fraction"] <= most), key=lambda r: r["compute_fraction"], default=None)
+    return max(_within(rows, begins, most, setting, dataset), key=lambda r: r["compute_fraction"], default=None)
 
 
 def comparisons(records: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
@@ -182,7 +204,7 @@ def headline(rows: Sequence[Row], ratios: Sequence[Row], replayed: int) -> dict[
     }
 
 
-def summarise(folder: Path, sessions: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def summarise(folder: Path) -> dict[str, Any]:
     """Everything that the records of `folder` say; DataError without records of the frontier."""
     records, failures, settings = read_stage(folder, "frontier")
     if not records:
@@ -191,24 +213,11 @@ def summarise(folder: Path, sessions: Mapping[str, Any] | None = None) -> dict[s
     turns, turn_failures, turn_settings = read_stage(folder, "histories")
     replay, replay_failures, replay_settings = read_stage(folder, "replay")
     ratios = comparisons(records, rows)
-    keep = (
-        "model",
-        "dtype",
-        "seed",
-        "lengths",
-        "prompts",
-        "validation",
-        "sessions",
-        "turns",
-        "longest",
-        "data",
-        "best",
-    )
     stages = {"frontier": settings, "histories": turn_settings, "replay": replay_settings}
     return {
         "schema": SCHEMA,
         "headline": headline(rows, ratios, len({r["trial"] for r in replay})),
-        "conditions": {name: {k: s[0].get(k) for k in keep} for name, s in stages.items() if s},
+        "conditions": {name: {k: s[0].get(k) for k in CONDITIONS} for name, s in stages.items() if s},
         "provenance": {name: s[0]["provenance"] for name, s in stages.items() if s} | {"tables": machine()},
         "frontier": [row if row["key"][1] == POOLED else _of_one_set(row) for row in rows],
         "comparisons": ratios,

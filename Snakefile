@@ -12,6 +12,7 @@ if not workflow.overwrite_configfiles:
 include: "workflows/common.smk"
 
 
+REAL_CONFIG, REAL_SHARDS = real_options(config)
 check_config(config)
 
 
@@ -29,6 +30,7 @@ include: "workflows/figures.smk"
 include: "workflows/slide.smk"
 include: "workflows/wca.smk"
 include: "workflows/agents.smk"
+include: "workflows/real.smk"
 
 
 rule all:

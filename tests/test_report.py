@@ -37,7 +37,7 @@ def page(summary, tmp_path_factory):
         (root / f"{name}.svg").write_text(f"<svg xmlns='http://www.w3.org/2000/svg'><text>{name}</text></svg>")
         (root / f"{name}.png").write_bytes(b"not used")
     figures = [root / f"{name}.{kind}" for name in FIGURES for kind in ("svg", "pdf", "png")]
-    build_report(root / "summary.json", figures, root / "report.html")
+    build_report(root / "summary.json", figures, root / "report.html", real=root / "no-real.json")
     return (root / "report.html").read_text()
 
 

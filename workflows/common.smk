@@ -1,9 +1,11 @@
 # Names and helper functions of the workflow; the rules are in the other files.
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from cacheslide.errors import CacheSlideError
 from harness.configuration import check, native
+from harness.experiments.real.plan import read_plan
 from harness.inventory import (
     AGENT_FIGURES,
     FIGURES,
@@ -15,7 +17,9 @@ from harness.inventory import (
     has_agents,
     has_cksim,
     has_chunk_files,
+    read_config,
 )
+from harness.real_model.inputs import required
 from harness.systems import cope_systems, to_scale
 
 SCHEMA = Path(workflow.basedir, "workflows", "schemas", "config.schema.yaml")
@@ -40,6 +44,78 @@ def check_config(config):
         print("config: cope is left out with backend: vllm", file=sys.stderr)
     if "agents" in config and not has_agents(config):
         print(f"config: agents are left out: {NO_AGENTS}", file=sys.stderr)
+
+
+def real_options(config):
+    """File and shards of the study on a real model, taken out of `config`: no run of another study depends on them."""
+    file, shards = config.pop("real", "config/real.yaml"), config.pop("real_shards", 1)
+    if "data" in config and "run" not in config:
+        # --configfile config/real.yaml: the other rules keep the default's keys.
+        file = workflow.overwrite_configfiles[-1]
+        if config != read_config(file):
+            stop("--config changes no key of a study on a real model: write a file")
+        config.clear()
+        config.update(read_config("config/smoke.yaml"))
+    if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
+        stop(f"real_shards: {shards!r} is no count of at least 1")
+    return str(file), shards
+
+
+def real_plan(wildcards):
+    """The plan of the study on a real model, as plain values."""
+    try:
+        return asdict(read_plan(REAL_CONFIG))
+    except CacheSlideError as wrong:
+        stop(wrong)
+
+
+def real_inputs(stage, table):
+    """What a stage reads, for its rule. What is missing stops here, unless `table` is there and drawing needs no more.
+
+    Records name model and data by their hashes, so a newer time of a file alone makes nothing out of date.
+    """
+
+    def files(wildcards):
+        plan = real_plan(wildcards)
+        recordings = plan["recordings"] if stage == "replay" else ""
+        try:
+            found = required(plan["model"], plan["data"], recordings)
+        except CacheSlideError as missing:
+            if not Path(table).is_file():
+                stop(missing)
+            return []
+        return [ancient(str(path)) for path in found]
+
+    return files
+
+
+def real_given(stage):
+    """A stage's options, whole words with "=" so that a name that begins with "-" is no option."""
+
+    def given(wildcards):
+        shard = wildcards.get("shard", "0of1").replace("of", "/")
+        chosen = stage in ("frontier", "histories", "replay")
+        best = ["--best=results/real/best.json"] if chosen else []
+        return [f"--config={REAL_CONFIG}", f"--shard={shard}", *best]
+
+    return given
+
+
+def real_sessions_given(wildcards):
+    """Where recorded sessions and the tokenizer are."""
+    plan = real_plan(wildcards)
+    return [f"--data={plan['recordings']}", f"--model={plan['model']}"]
+
+
+def real_records(stage):
+    """The shards of a stage."""
+    shards = range(REAL_SHARDS)
+    return [f"results/real/records/{stage}-{i}of{REAL_SHARDS}.jsonl" for i in shards]
+
+
+def real_threads(wildcards):
+    """Shards share the cores."""
+    return max(1, (workflow.cores or 1) // REAL_SHARDS)
 
 
 def result(path):

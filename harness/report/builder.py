@@ -9,7 +9,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cacheslide.errors import DataError
 from harness.report import prose, words
+from harness.report import real as real_model
 from harness.report.claims import judge
+from harness.report.claims_real import beside
 from harness.report.paper import CLAIMS
 from harness.results.headline import KEYS
 from harness.results.provenance import ROOT
@@ -17,31 +19,46 @@ from harness.results.runs import read_json
 from harness.results.summary import SCHEMA
 
 HERE = Path(__file__).parent
-SLIDE = ROOT / "results/slide/summary.json"  # committed: SLIDE's experiments are no part of a configuration's run
+# Committed: neither SLIDE's experiments nor the study on a real model are part of a configuration's run.
+SLIDE = ROOT / "results/slide/summary.json"
+REAL = ROOT / "results/real/summary.json"
 MEDIA = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
 def build_report(
-    summary_path: str | Path, figures: Iterable[str | Path], output: str | Path, slide: Path = SLIDE
+    summary_path: str | Path,
+    figures: Iterable[str | Path],
+    output: str | Path,
+    slide: Path = SLIDE,
+    real: Path = REAL,
 ) -> None:
     """Write the report of a run.
 
     Parameters
     ----------
     summary_path : path
-        summary.json; every number in the text comes from it, those of SLIDE excepted.
+        summary.json; every number in the text comes from it, those of SLIDE and of the real model excepted.
     figures : iterable of path
         Figure files; of each name the vector form is embedded, PNG where there is none.
     output : path
     slide : path
         Summary of SLIDE's experiments; without the file their claims are "not run".
+    real : path
+        Summary of the study on a real model, which leads the report; without the file there is no such section. Its
+        figures lie in figures/real beside that results folder.
     """
     summary = read_json(summary_path)
     if summary.get("schema") != SCHEMA:
         raise DataError(f"{summary_path}: schema {summary.get('schema')!r}, expected {SCHEMA!r}")
     if slide.is_file():
         summary = summary | {"slide": read_json(slide)}
-    html = render(summary, embed(figures))
+    own: dict[str, str] = {}
+    if real.is_file():
+        summary = summary | {"real": read_json(real)}
+        real_model.check(summary["real"], real)
+        folder = real.parents[2] / "figures" / real.parent.name
+        own = embed(path for name in real_model.FIGURES if (path := folder / f"{name}.svg").is_file())
+    html = render(summary, embed(figures), own)
     output = Path(output)
     part = output.with_name(f".{output.name}.part")
     try:
@@ -67,8 +84,10 @@ def embed(figures: Iterable[str | Path]) -> dict[str, str]:
     return out
 
 
-def render(summary: Mapping[str, Any], images: Mapping[str, str]) -> str:
-    """The report as HTML."""
+def render(summary: Mapping[str, Any], images: Mapping[str, str], of_real: Mapping[str, str] | None = None) -> str:
+    """The report as HTML; `of_real` holds the figures of the study on a real model."""
+    of_real = of_real or {}
+    images = {name: image for name, image in images.items() if name not in of_real}
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -81,13 +100,23 @@ def render(summary: Mapping[str, Any], images: Mapping[str, str]) -> str:
         opening=prose.opening(summary, findings),
         headline={key: summary["headline"][key] for key in KEYS},
         requirements=prose.requirements(summary),
-        claims=[(c, f, command(c.target, summary["run"])) for c, f in zip(CLAIMS, findings, strict=True)],
-        figures=[(name, images[name], prose.CAPTIONS.get(name, name)) for name in images],
+        real=real_model.section(summary["real"]) if "real" in summary else None,
+        real_figures=captioned(of_real),
+        claims=[
+            (c, f, command(c.target, summary["run"]), beside(c.key, summary))
+            for c, f in zip(CLAIMS, findings, strict=True)
+        ],
+        figures=captioned(images),
         reruns=[(name, command(name, summary["run"])) for name in (*images, f"results/{summary['run']}/summary.json")],
         everything=command("reproduce-all", summary["run"]),
         accuracy=by_system(summary["accuracy"]),
         equal_share=by_system(summary["equal_share"]),
     )
+
+
+def captioned(images: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Name, image and caption of each figure."""
+    return [(name, image, prose.CAPTIONS.get(name, name)) for name, image in images.items()]
 
 
 def command(target: str, run: str) -> str:

@@ -62,6 +62,14 @@ CAPTIONS = {
         "Right, calls from turn 12 on when chunks are copied from corrected KV for k generations and then encoded "
         "exactly, against all row-layers computed, for serving and for encoding."
     ),
+    "real": (
+        "Divergence against compute on a real model and real text: KL of the next-token distribution to recompute's "
+        "over the answer's tokens, against the share of row-layers computed."
+    ),
+    "fig03_real": (
+        "Figure 3 from recorded agents: tokens of a prompt by kind, turn by turn, and how far text reused in order "
+        "moved. These sessions are what could be had, not a sample (docs/real.md)."
+    ),
     "throughput": (
         "Throughput in a closed loop by number of concurrent requests: all requests, and correctly answered ones. "
         "Bars are 95 % intervals over the loop's rounds. The reference backend serves in rounds, so its numbers are "

@@ -1,5 +1,6 @@
 """Numbers as the report prints them."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,13 @@ def number(x: float | None, digits: int = 2) -> str:
         return "–"
     shown = f"{x:.{digits}f}"
     return shown.removeprefix("-") if float(shown) == 0 else shown.replace("-", "−")
+
+
+def significant(x: float | None, digits: int = 3) -> str:
+    """A number over many orders of magnitude, to `digits` significant digits."""
+    if x is None or x == 0:
+        return number(x, 0)
+    return number(x, max(0, digits - 1 - math.floor(math.log10(abs(x)))))
 
 
 def percent(x: float | None, digits: int = 1) -> str:

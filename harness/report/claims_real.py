@@ -1,0 +1,45 @@
+"""What the study on a real model says about the paper's claims: a rule of its own, and numbers beside others' verdicts.
+
+Numbers stand beside a verdict and do not change it: the rules of those claims are about answers and times, which this
+study does not measure.
+"""
+
+from harness.report.claims import Finding, Grade, NotMeasured, Summary, joined
+from harness.report.real import MAIN, PRINTED, blend, estimate, kl, row
+from harness.results.real import NOTHING, POOLED
+
+BESIDE = {  # claim: arms whose distance from recompute speaks to it
+    "fig04a-rope": (NOTHING, "Chain, stale positions"),
+    "fig04b": (NOTHING, "Window padding"),
+    "fig10-contextcache": (PRINTED, "ContextCache"),
+    "fig10-cacheblend-stale": (PRINTED, "CacheBlend, stale positions"),
+    "fig10-cacheblend": (PRINTED, "CacheBlend, best"),
+    "fig10-promptcache": (PRINTED, "PromptCache"),
+}
+
+
+def rpdc_over_pic(summary: Summary) -> Finding:
+    """Paired ratio of KL by setting, nothing recomputed on either side; below 1 order-preserving reuse is closer."""
+    real = summary.get("real")
+    if not real:
+        raise NotMeasured("results/real/summary.json is not there: snakemake real makes it")
+    ratios = [r for r in real["comparisons"] if (r["comparison"], r["dataset"]) == ("rpdc over pic", POOLED)]
+    if not ratios:
+        raise NotMeasured("the study on a real model has not both arms on the same prompts")
+    grades = [Grade.FULL if r["high"] is not None and r["high"] < 1 else Grade.NONE for r in ratios]
+    parts = [f"{r['setting']} {estimate(r)} (n = {r['n']} prompts)" for r in ratios]
+    return Finding(joined(*grades), f"KL of RPDC over PIC's, nothing recomputed: {'; '.join(parts)}")
+
+
+def beside(key: str, summary: Summary) -> str:
+    """The real model's numbers on a claim of that key; "" without any."""
+    real = summary.get("real")
+    if not real or key not in BESIDE:
+        return ""
+    rows = {arm: blend(real) if arm == "CacheBlend, best" else row(real, arm) for arm in BESIDE[key]}
+    if not all(rows.values()):
+        return ""
+    parts = [f"{found['key'][2]} {kl(found)}" for found in rows.values() if found]
+    model = real["conditions"].get("frontier", {}).get("model")
+    n = min(found["n"] for found in rows.values() if found)
+    return f"{model}, KL to recompute in setting {MAIN}: {'; '.join(parts)}; n = {n} prompts"

@@ -45,7 +45,7 @@ def record(trial: str, dataset: str, arm: str, at: int, factor: float = 1.0, **m
         "tokens_reused": 900,
         "compute_fraction": compute,
         "answer": scores,
-        "greedy": scores | {"greedy_equal": at >= flips * PROMPTS},
+        "greedy": scores | {"agreement": 1.0 if (same := at >= flips * PROMPTS) else 0.9, "greedy_equal": same},
     } | more
 
 

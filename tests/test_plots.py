@@ -39,6 +39,7 @@ def sources(tmp_path_factory):
         "fig05": prompts,
         "fig10": str(root / "summary.json"),
         "throughput": paths["throughput"],
+        "real": str(ROOT / "results/real/summary.json"),
         "fig03_real": str(ROOT / "results/real/sessions.json"),
         "serving": str(ROOT / "results/h200/serving.json"),
         "wca": made_run.wca_summary(root / "wca.json"),

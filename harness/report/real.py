@@ -146,7 +146,7 @@ def headline(real: Real) -> list[dict[str, str]]:
         "greedy_flip_share_cacheslide": (
             "prompts whose greedy continuation of 32 tokens changes; the noise floor: "
             + ("–" if (floor := row(real, NOISE)) is None else percent(floor["flips"]["value"])),
-            ours and ours["flips"],
+            ours and ours["flips"] | {"n": ours["n"]},
         ),
         "rpdc_over_pic_kl_ratio": (COMPARED["rpdc over pic"], ratio),
         "real_sessions_replayed": ("recorded sessions of agents", None),
@@ -186,7 +186,9 @@ def limits(real: Real) -> list[str]:
 
 
 def _of(found: Row | None) -> tuple[str, Mapping[str, Any] | None]:
-    return ("", None) if found is None else (f"{found['key'][2]}, setting {MAIN}", found["answer"]["kl"])
+    if found is None:
+        return "", None
+    return f"{found['key'][2]}, setting {MAIN}", found["answer"]["kl"] | {"n": found["n"]}
 
 
 def _n(measured: Mapping[str, Any] | None) -> str:
@@ -261,7 +263,7 @@ def _replayed(found: Row) -> dict[str, Any]:
         "flips": percent(found["flips"]["value"], 0),
         "compute": percent(found["compute_fraction"], 0),
         "n": found["n"],
-        "turns": kept["values"],
+        "turns": found["measured"],
     }
 
 

@@ -70,6 +70,7 @@ def _figures(members: Sequence[Row]) -> Row:
     clusters = [r["trial"] for r in members]
     out: Row = {
         "n": len(set(clusters)),
+        "measured": len(members),
         "compute_fraction": sum(r["compute_fraction"] for r in members) / len(members),
         "tokens": sum(r["tokens"] for r in members) / len(members),
         "tokens_reused": sum(r["tokens_reused"] for r in members) / len(members),

@@ -230,7 +230,7 @@ def summarise(folder: Path) -> dict[str, Any]:
 
 def _of_one_set(row: Row) -> Row:
     """What the file keeps of a row of one data set."""
-    return {k: row[k] for k in ("key", "n", "compute_fraction", "flips")} | {"answer": {"kl": row["answer"]["kl"]}}
+    return {k: row[k] for k in ("key", "n", "compute_fraction")} | {"answer": {"kl": row["answer"]["kl"]}}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -93,6 +93,6 @@ def read_plan(path: str | Path, **changes: Any) -> RealPlan:
         raise ConfigError(f"{path}: unknown key {', '.join(unknown)}; config/README.md lists every key")
     if missing := [name for name in ("model", "data") if name not in raw]:
         raise ConfigError(f"{path}: {', '.join(missing)} is missing")
-    if isinstance(raw["model"], str) and raw["model"].startswith("~"):
+    if isinstance(raw["model"], str) and raw["model"]:  # an empty path would be the current folder
         raw["model"] = str(Path(raw["model"]).expanduser())
     return RealPlan(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})

@@ -49,27 +49,35 @@ def kl(record):
 
 
 def run(one, made):
-    """Every turn served; what was to be reused in each, and its state."""
+    """Every turn served: the pieces that were reused with their rows in the prompt, and its state."""
     runs, out = Replayed(gemma(), one), []
     for ids, kinds in zip(made.prompts, made.kinds, strict=True):
-        found = runs._found(ids, kinds)
-        out.append((found, runs.serve(ids, kinds)))
+        pieces = runs._prefix(ids, kinds)
+        start = sum(p.length for p in pieces)
+        found = runs._found(ids, kinds, start)
+        reused = [(p, range(p.length)) for p in pieces]
+        reused += [(p, range(s.start + start, s.stop + start)) for p, s in zip(found.pieces, found.spans, strict=True)]
+        out.append((reused, runs.serve(ids, kinds)))
     return runs, out
+
+
+def rows_of(reused):
+    return [row for _, span in reused for row in span]
 
 
 def test_pieces_are_the_same_text_of_the_turn_that_left_them():
     made = session()
     runs, turns = run(NOTHING, made)
-    assert [sorted(map(len, found.spans)) for found, _ in turns] == [[], [40, 155], [40, 50, 94], [40, 95]]
+    assert [[len(span) for _, span in reused] for reused, _ in turns] == [[], [40, 155], [40, 50, 94], [40, 95]]
     seen = set()
-    for turn, (found, state) in enumerate(turns):
-        ids = made.prompts[turn]
-        for piece, span in zip(found.pieces, found.spans, strict=True):
+    for turn, (reused, state) in enumerate(turns):
+        ids, rows = made.prompts[turn], rows_of(reused)
+        for piece, span in reused:
             [source] = [q for q, left in enumerate(runs.left) if left is piece.chunk]
             assert source < turn and made.prompts[source][piece.rows] == ids[span.start : span.stop]
             seen.add((turn, source, span.start - piece.first))
-        assert found.rows.tolist() == sorted(set(found.rows.tolist())) and len(ids) - 1 not in found.rows
-        assert state.receipt.tokens_reused == len(found.rows) and state.length == state.next_position == len(ids)
+        assert rows == sorted(set(rows)) and len(ids) - 1 not in rows
+        assert state.receipt.tokens_reused == len(rows) and state.length == state.next_position == len(ids)
         assert torch.equal(runs.left[turn].k, state.kv.k[:, : len(ids)])
         assert runs.left[turn].positions.tolist() == list(range(len(ids)))
     assert {(1, 0, 0), (1, 0, 11)} <= seen and (2, 1, 0) in seen and {shift for t, _, shift in seen if t == 2} > {0}
@@ -78,9 +86,9 @@ def test_pieces_are_the_same_text_of_the_turn_that_left_them():
 def test_keys_that_moved_are_turned_to_where_they_stand_now():
     """Values stay; keys of the first layer, which know nothing of their context, are those of recompute."""
     _, turns = run(NOTHING, session())
-    found, state = turns[1]
+    reused, state = turns[1]
     exact = replay.prefill_exact(gemma().model, MOVED[1])
-    rows, n = found.rows, len(MOVED[1])
+    rows, n = rows_of(reused), len(MOVED[1])
     torch.testing.assert_close(state.kv.k[0, :n][rows], exact.k[0, :n][rows], atol=1e-4, rtol=1e-3)
     assert (state.kv.v[-1, :n][rows] - exact.v[-1, :n][rows]).abs().max() > 1e-3
 
@@ -92,7 +100,19 @@ def test_everything_recomputed_is_recompute_and_nothing_recomputed_is_not():
         exact = r["arm"] in (NOISE, *(a.name for a in WHOLE.values()))
         assert kl(r) < 1e-5 if exact else kl(r) > 1e-4, r
         assert r["tokens"] == len(MOVED[r["turn"]]) and r["trial"] == "replay made s" and "answer" not in r
-        assert (r["tokens_reused"] == 0) is exact and (r["compute_fraction"] == 1.0) is exact
+        prefix = 0 if r["arm"] == NOISE else len(HEAD)  # it stands where it stood: no share of it is recomputed
+        assert (r["tokens_reused"] == prefix) is exact
+        assert (r["compute_fraction"] == pytest.approx(1 - prefix / r["tokens"])) is exact
+
+
+def test_a_share_is_one_of_the_text_behind_the_prefix():
+    """The first tokens of the whole prompt are its prefix: to recompute them would change nothing."""
+    arms = [NOTHING, *(arm("First tokens", "chain", FirstTokens(r)) for r in (0.1, 0.5))]
+    nothing, few, half = list(measure_session(gemma(), session(), arms, set()))[:3]
+    assert [r["tokens_recomputed"] for r in (nothing, few, half)] == [0, 16, 78]  # of 155
+    assert [r["tokens_reused"] for r in (nothing, few, half)] == [195, 179, 117]
+    assert nothing["compute_fraction"] == pytest.approx(66 / 261) and few["compute_fraction"] == pytest.approx(82 / 261)
+    assert kl(half) < kl(nothing) and abs(kl(few) - kl(nothing)) > 1e-5
 
 
 def test_a_prompt_that_only_grows_is_exact_with_nothing_recomputed():
@@ -110,8 +130,8 @@ def test_the_last_token_is_computed_even_where_the_prompt_is_the_same():
 
 def test_an_isolated_span_is_encoded_alone():
     _, turns = run(ISOLATED, session())
-    for turn, (found, _) in enumerate(turns):
-        for piece, span in zip(found.pieces, found.spans, strict=True):
+    for turn, (reused, _) in enumerate(turns):
+        for piece, span in reused:
             ids = MOVED[turn][span.start : span.stop]
             alone = replay.prefill_exact(gemma().model, ids)
             assert piece.first == 0 and torch.equal(piece.chunk.k, alone.k[:, : len(ids)])

@@ -70,13 +70,8 @@ class ChunkEncoder:
         slots: PromptSlots | None = None,
     ) -> "ExactKV":
         """Exact KV of `token_ids`; `known` pieces are its first rows, already exact at these positions."""
-        model = self.model
-        kv, done = model.new_kv(len(token_ids)), sum(p.length for p in known)
-        if known:
-            rows = torch.arange(done, device=model.device)
-            source = PlacedChunks(known, rows, Placement("stored"), model.rotaries, model.dtype)
-            for layer in range(model.num_layers):
-                kv.write(layer, rows, *source.layer(layer))
+        kv = self.model.new_kv(len(token_ids))
+        done = write_known(self.model, kv, known)
         request = self.builder.build(token_ids[done:], positions[done:], kv, start=done, slots=slots)
         [out] = self.executor.run([request], capture=self.capture)
         self.row_layers += sum(out.tokens_computed)
@@ -100,6 +95,17 @@ class ChunkEncoder:
         """Rows [start, end) of a KV buffer as a chunk; `where` are the positions of all of its rows."""
         chunk = read_chunk(self.model, kv, where, start, end, generation, layer_inputs)
         return chunk.to(self.store_dtype)
+
+
+def write_known(model: ModelAdapter, kv: KVBuffer, known: Sequence[Piece]) -> int:
+    """Write pieces, already at these positions, as the first rows of a KV buffer; how many rows they are."""
+    done = sum(p.length for p in known)
+    if known:
+        rows = torch.arange(done, device=model.device)
+        source = PlacedChunks(known, rows, Placement("stored"), model.rotaries, model.dtype)
+        for layer in range(model.num_layers):
+            kv.write(layer, rows, *source.layer(layer))
+    return done
 
 
 def read_chunk(

@@ -1,8 +1,10 @@
 """Recorded sessions replayed: every turn reuses what its earlier prompts left, where `cacheslide.analysis` finds it.
 
 The spans are those that figure 3 counts: the prefix shared with the prompt before, and text that occurred before in the
-same order. A chain arm takes their KV as the earlier turn left it, errors included; an isolated arm encodes each span
-alone. The targets are recompute's own next 32 tokens. Prompts beyond the length limit end a session's replay.
+same order. The prefix is served as a prefix cache does; what is recomputed is a share of the spans behind it, since a
+rule that begins with the first tokens would spend itself on text that stands where it stood. A chain arm takes their KV
+as the earlier turn left it, errors included; an isolated arm encodes each span alone. The targets are recompute's own
+next 32 tokens. Prompts beyond the length limit end a session's replay.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +17,7 @@ from typing import Any
 from cacheslide.analysis.counting import ModelCounter
 from cacheslide.analysis.kinds import TurnKinds, session_kinds
 from cacheslide.analysis.session import Session
-from cacheslide.core.encoder import prefill_exact, read_chunk
+from cacheslide.core.encoder import prefill_exact, read_chunk, write_known
 from cacheslide.core.engine import Prefilled
 from cacheslide.core.placement import Piece
 from cacheslide.core.prompt import Prompt
@@ -116,34 +118,45 @@ class Replayed:
     def serve(self, ids: tuple[int, ...], kinds: TurnKinds, room: int = 64) -> Prefilled:
         """Prefill a turn over what earlier ones left, and keep what it leaves."""
         engine, n, policy = self.engine, len(ids), self.policy
+        kv, prefix = self.model.new_kv(n + room), self._prefix(ids, kinds)
+        start = write_known(self.model, kv, prefix)
         request = engine.builder.build(
-            ids,
-            range(n),
-            self.model.new_kv(n + room),
-            found=self._found(ids, kinds),
+            ids[start:],
+            range(start, n),
+            kv,
+            found=self._found(ids, kinds, start),
             placement=policy.placement,
             correction=policy.correction,
+            start=start,
         )
         [output] = engine.executor.run([request])
         receipt = Receipt(policy.name, n).complete(output, len(request.reused))
+        receipt.tokens_reused += start
         self.left.append(read_chunk(self.model, request.kv, range(n), 0, n))
         logits = self.model.logits(output.hidden[None])[0]
         return Prefilled(request.kv, n, n, logits, receipt, output, plan=None)
 
-    def _found(self, ids: tuple[int, ...], kinds: TurnKinds) -> Found:
-        """The prefix and the spans in order, without the prompt's last token, which is always computed."""
-        spans = [(0, kinds.prefix, len(self.left) - 1, 0)] if kinds.prefix else []
-        spans += [(s.start, s.length, s.source, s.place) for s in kinds.spans if s.in_order]
+    def _prefix(self, ids: tuple[int, ...], kinds: TurnKinds) -> list[Piece]:
+        """The rows that stand where they stood in the prompt before, without this one's last token."""
+        length = min(kinds.prefix, len(ids) - 1)
+        return [self._piece(ids[:length], len(self.left) - 1, 0)] if length else []
+
+    def _found(self, ids: tuple[int, ...], kinds: TurnKinds, start: int) -> Found:
+        """The spans in order, as rows from `start` on, without the last token, which is always computed."""
         found = Found()
-        for start, length, source, place in spans:
-            length = min(length, len(ids) - 1 - start)
-            if length > 0:
-                piece = Piece(self.left[source], length, place)
-                if self.family == "iso":
-                    piece = Piece(self._encoded(ids[start : start + length]), length)
-                found.pieces.append(piece)
-                found.spans.append(range(start, start + length))
+        for span in kinds.spans:
+            length = min(span.length, len(ids) - 1 - span.start)
+            if span.in_order and length > 0:
+                text = ids[span.start : span.start + length]
+                found.pieces.append(self._piece(text, span.source, span.place))
+                found.spans.append(range(span.start - start, span.start - start + length))
         return found
+
+    def _piece(self, ids: tuple[int, ...], source: int, place: int) -> Piece:
+        """The rows of `ids` that turn `source` left at `place`; of isolated text, its own."""
+        if self.family == "iso":
+            return Piece(self._encoded(ids), len(ids))
+        return Piece(self.left[source], len(ids), place)
 
     def _encoded(self, ids: tuple[int, ...]) -> ChunkKV:
         if ids not in self._alone:

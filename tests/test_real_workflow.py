@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 
 from cacheslide.errors import DataError
 from harness.experiments.real.arms import slice_arms
-from harness.experiments.real.plan import read_plan
+from harness.experiments.real.plan import RealPlan, read_plan
 from harness.real_model.inputs import required
 from harness.results import real_slice
 from harness.results.records import RecordWriter
@@ -104,6 +105,17 @@ def test_required_names_what_it_needs(tmp_path):
         required(str(tmp_path / "x"), plan.data)
     with pytest.raises(DataError, match="is no folder"):
         required(plan.model, plan.data, str(tmp_path / "x"))
+
+
+def test_every_key_of_a_plan_is_documented_and_no_other():
+    part = (ROOT / "config/README.md").read_text().split("\n## The study on a real model")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| .+ \| (.+) \|$", part, re.MULTILINE))
+    assert set(rows) == {f.name for f in fields(RealPlan)}
+    for one in fields(RealPlan):
+        shown = rows[one.name].strip("`")
+        if isinstance(one.default, int):
+            assert shown == str(one.default)
+        assert (shown == "required") == (one.default is MISSING)
 
 
 def test_the_model_may_lie_in_the_home_folder(tmp_path, monkeypatch):

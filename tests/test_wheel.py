@@ -132,7 +132,10 @@ def entry_points(wheel: Path) -> dict[str, dict[str, str]]:
 
 @pytest.mark.parametrize(
     ("name", "tops", "data"),
-    [("cacheslide", ["cacheslide"], set()), ("cacheslide_bench", ["baselines", "harness"], {"report.html.j2"})],
+    [
+        ("cacheslide", ["cacheslide"], set()),
+        ("cacheslide_bench", ["baselines", "harness"], {"report.html.j2", "real.html.j2"}),
+    ],
 )
 def test_a_wheel_holds_its_packages_and_no_other(wheels, name, tops, data):
     with zipfile.ZipFile(wheels[name]) as archive:

@@ -108,10 +108,11 @@ def test_the_headline_has_the_intervals_of_its_rows(made):
 
 def test_limits_follow_the_file(made):
     said = " ".join(real.limits(made))
-    assert "270 million" in said and "10 prompts a setting" in said and "bfloat16" in said and "failed" not in said
+    assert "270 million" in said and "bfloat16" in said and "failed" not in said
+    assert "Prompts a setting: 10, of a.jsonl, b.json" in said
     other = made | {"failures": 3, "conditions": {"frontier": {"model": "other", "dtype": "float32", "data": ["a"]}}}
     said = " ".join(real.limits(other))
-    assert "270 million" not in said and "3 measurements failed" in said and "1 data sets" in said
+    assert "270 million" not in said and "3 measurements failed" in said and "of a; intervals" in said
 
 
 def test_histories_count_turns_from_one(made):
@@ -125,6 +126,8 @@ def test_the_claim_of_rpdc_over_pic_follows_the_intervals(made, empty):
     assert judge(RPDC, empty).verdict is Verdict.NOT_RUN
     finding = judge(RPDC, empty | {"real": made})
     assert finding.verdict is Verdict.REPRODUCED and "matter 0.0400 [" in finding.measured
+    single = made | {"comparisons": [r | {"low": None, "high": None} for r in made["comparisons"]]}
+    assert judge(RPDC, empty | {"real": single}).verdict is Verdict.NOT_JUDGED
     worse = made_real.summary({"shift": {"Nothing recomputed": 100.0}})
     assert judge(RPDC, empty | {"real": worse}).verdict is Verdict.PARTLY
     worst = made_real.summary(

@@ -4,7 +4,7 @@ Numbers stand beside a verdict and do not change it: the rules of those claims a
 study does not measure.
 """
 
-from harness.report.claims import Finding, Grade, NotMeasured, Summary, joined
+from harness.report.claims import Finding, Grade, NotMeasured, Summary, Verdict, joined
 from harness.report.real import MAIN, PRINTED, blend, estimate, kl, row
 from harness.results.real import NOTHING, POOLED
 
@@ -26,9 +26,11 @@ def rpdc_over_pic(summary: Summary) -> Finding:
     ratios = [r for r in real["comparisons"] if (r["comparison"], r["dataset"]) == ("rpdc over pic", POOLED)]
     if not ratios:
         raise NotMeasured("the study on a real model has not both arms on the same prompts")
-    grades = [Grade.FULL if r["high"] is not None and r["high"] < 1 else Grade.NONE for r in ratios]
     parts = [f"{r['setting']} {estimate(r)} (n = {r['n']} prompts)" for r in ratios]
-    return Finding(joined(*grades), f"KL of RPDC over PIC's, nothing recomputed: {'; '.join(parts)}")
+    text = f"KL of RPDC over PIC's, nothing recomputed: {'; '.join(parts)}"
+    if any(r["high"] is None for r in ratios):
+        return Finding(Verdict.NOT_JUDGED, f"values without the intervals that a verdict needs: {text}")
+    return Finding(joined(*(Grade.FULL if r["high"] < 1 else Grade.NONE for r in ratios)), text)
 
 
 def beside(key: str, summary: Summary) -> str:

@@ -169,9 +169,10 @@ def limits(real: Real) -> list[str]:
     if conditions.get("model") == FOLDER:
         model += ": a base model of 270 million parameters, its weights dequantised from 4-bit ones (Q4_K_M)"
     n = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
+    data = ", ".join(conditions.get("data") or ["unnamed data"])
     out = [
         f"{model}. Larger models, and those tuned for instructions, may differ.",
-        f"{n} prompts a setting, of {len(conditions.get('data') or [])} data sets; intervals are over prompts.",
+        f"Prompts a setting: {n}, of {data}; intervals are over prompts.",
         "KL is over the answer's tokens, teacher-forced: it says how far predictions move, not how many answers go "
         "wrong, and no time was measured.",
     ]

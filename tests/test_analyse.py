@@ -1,6 +1,7 @@
 """`cacheslide analyse` on recorded requests: sessions, counts, verdicts, and bad input in one line with status 2."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -157,3 +158,22 @@ def test_bad_input_is_one_line_and_status_2(capsys, tmp_path, content, says):
 def test_a_folder_without_a_tokenizer_is_one_line(capsys, tmp_path):
     code, _, err = run(capsys, write(tmp_path / "r.jsonl", [chat("s", "q")]), "--model", str(tmp_path))
     assert code == 2 and err.count("\n") == 1 and "no tokenizer in" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer.json", "{}"), ("tokenizer.json", "x"), ("tokenizer_config.json", "[]"), ("config.json", "[]")],
+)
+def test_a_damaged_tokenizer_is_one_line(capsys, tmp_path, name, content):
+    for file in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (tmp_path / file).write_text(content if file == name else Path(MODEL, file).read_text())
+    code, _, err = run(capsys, write(tmp_path / "r.jsonl", [chat("s", "q")]), "--model", str(tmp_path))
+    assert code == 2 and err.count("\n") == 1 and "no tokenizer in" in err
+
+
+def test_a_name_in_the_table_says_nothing_to_the_terminal(capsys, tmp_path):
+    """Traffic is written by others: a model's name may hold line breaks and escape sequences."""
+    rows = [chat(f"{name} {SYSTEM}", "q", model=name) for name in ("a\nall requests: 9\x1b[2J", "café", "")]
+    code, out, _ = run(capsys, write(tmp_path / "r.jsonl", rows))
+    assert code == 0 and "\x1b" not in out and r"'a\nall requests: 9\x1b[2J': 1 requests" in out
+    assert "\ncafé: 1 requests" in out and "\n(no agent or model named): 1 requests" in out

@@ -177,6 +177,23 @@ def test_a_request_that_is_refused_fails_alone_in_one_line(client, backend):
         assert "10" in refused[1].failure and "span" in refused[1].failure
 
 
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be a count of at least 1, not 0"),
+        ({"max_tokens": 1.5}, "max_tokens must be a count"),
+        ({"stop": [""]}, "stop must be texts of at least one character"),
+        ({"stop": "ab"}, "stop must be texts"),
+        ({"prompt": "\ud800"}, "half of a surrogate pair"),
+    ],
+)
+def test_a_wrong_value_fails_its_own_request_only(backend, wrong, why):
+    good = Request("good", prompts(1)[0], 2)
+    with ReferenceClient(backend, load_policy("cacheslide")) as client:
+        failed, done = client.run([replace(good, id="wrong", **wrong), good])
+    assert why in failed.failure and failed.tokens == 0 and not done.failure and done.tokens == 2
+
+
 def test_four_clients_get_the_answers_that_one_gets(client, backend):
     lengths = [5, 1, 3, 2, 6, 1, 4, 2]
     asked = [Request(str(i), ids, n) for i, (ids, n) in enumerate(zip(prompts(8), lengths, strict=True))]

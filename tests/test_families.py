@@ -22,6 +22,7 @@ from cacheslide.policies.base import ReusePolicy
 from cacheslide.policies.encodings import ENCODINGS, Isolated
 from cacheslide.policies.none import NoCorrection
 from cacheslide.policies.top_deviation import TopDeviation
+from cacheslide.positions.rope import inverse_frequencies
 from cacheslide.store import MemoryChunkStore
 from harness.backends.answering import answer_branches, branch_room
 from tests.conftest import SHAPE, random_ids
@@ -94,12 +95,37 @@ def test_bfloat16_stays_beside_transformers(tmp_path):
         ("LlamaForCausalLM", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial rotation"),
         ("LlamaForCausalLM", {"hidden_size": "40"}, "hidden_size must be a count"),
         ("LlamaForCausalLM", {"num_attention_heads": 0}, "count of at least 1|wrong kind"),
+        ("LlamaForCausalLM", {"architectures": True}, "architectures must be a list"),
+        ("LlamaForCausalLM", {"num_hidden_layers": 10**30}, "num_layers must be at most 4096"),
+        ("LlamaForCausalLM", {"max_position_embeddings": 10**12}, "max_positions must be at most 4194304"),
+        ("LlamaForCausalLM", {"rope_parameters": True}, "rope_parameters must be an object"),
+        ("LlamaForCausalLM", {"rope_scaling": [1]}, "rope_scaling must be an object"),
+        ("LlamaForCausalLM", {"rope_theta": 0}, "base of a rotation"),
+        ("LlamaForCausalLM", {"rope_parameters": {"rope_theta": float("nan")}}, "base of a rotation"),
+        ("LlamaForCausalLM", {"rms_norm_eps": -1}, "rms_norm_eps"),
+        ("Gemma3ForCausalLM", {"query_pre_attn_scalar": -1}, "factor of the scores"),
     ],
 )
 def test_what_a_checkpoint_asks_for_in_vain_is_named_in_one_line(kind, change, named):
     with pytest.raises(ModelError, match=named) as refused:
         parse_config({**SHAPE, "architectures": [kind], **change})
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"factor": 0}, "needs factor, a number above 0, not 0"),
+        ({"factor": None}, "needs factor"),
+        ({"original_max_position_embeddings": "8192"}, "needs original_max_position_embeddings"),
+        ({"low_freq_factor": 4.0}, "low_freq_factor must be below"),
+    ],
+)
+def test_a_scaled_rotation_without_its_numbers_is_refused(change, named):
+    whole = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    assert inverse_frequencies(16, 1e4, {"rope_type": "llama3", **whole}).isfinite().all()
+    with pytest.raises(ModelError, match=named):
+        inverse_frequencies(16, 1e4, {"rope_type": "llama3", **whole, **change})
 
 
 def test_what_config_json_leaves_out_is_what_transformers_takes():

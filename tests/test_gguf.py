@@ -128,6 +128,9 @@ NUMBER, TEXT = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.STRING
         ("llama", {"expert_count": (8, NUMBER)}, "mixture of experts"),
         ("llama", {"rope__dimension_count": (8, NUMBER)}, "partial rotation"),
         ("llama", {"rope__scaling__type": ("yarn", TEXT)}, "yarn"),
+        ("llama", {"block_count": (2**28, NUMBER)}, "num_layers must be at most"),
+        ("gemma3", {"context_length": (2**31, NUMBER)}, "max_positions must be at most"),
+        ("llama", {"rope__freq_base": (float("nan"), gguf.GGUFValueType.FLOAT32)}, "base of a rotation"),
         ("gemma3", {"final_logit_softcapping": (30.0, gguf.GGUFValueType.FLOAT32)}, "soft-capped logits"),
     ],
 )

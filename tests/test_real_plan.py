@@ -51,6 +51,7 @@ def test_the_command_line_goes_before_the_file(tmp_path):
         ({"model": ["a", "b"]}, r"model must be a text, not \('a', 'b'\)"),
         ({"model": {"a": 1}}, "model must be a text"),
         ({"model": ""}, "model names a checkpoint"),
+        ({"model": "~no-such-user/model"}, "names the home of no user here"),
         ({"data": "one.json"}, "data must be a list of texts, not 'one.json'"),
         ({"data": []}, "data must be a list of texts"),
         ({"data": [["one.json"]]}, "data must be a list of texts"),

@@ -207,6 +207,29 @@ def test_the_commands_write_json(folder):
     assert written["headline"] == summarise(folder)["headline"] and str(folder) not in json.dumps(written)
 
 
+def test_a_record_that_lacks_what_the_tables_read_is_named(tmp_path):
+    """A line may be whole and still be of another version, or hold what another program wrote."""
+    good = record("matter hotpotqa 0", NOTHING, 0.1, turn=1)
+    scores = good["answer"]
+    cases = [
+        ("frontier", {"trial": None}, "trial must be a text, not None"),
+        ("frontier", {"dataset": [1]}, "dataset must be a text"),
+        ("frontier", {"compute_fraction": "0.5"}, "compute_fraction must be a number, not '0.5'"),
+        ("frontier", {"tokens": float("nan")}, "tokens must be a number, not nan"),
+        ("frontier", {"answer": scores | {"kl": 1e300}}, "answer.kl must be a number"),
+        ("frontier", {"greedy": {}}, "greedy.kl must be a number, not None"),
+        ("replay", {"greedy": 3}, "greedy must be an object, not 3"),
+        ("histories", {"turn": "1"}, "turn must be a count, not '1'"),
+        ("layers", {"arm": "CacheBlend at layer x"}, "the arm's layer must be a count, not 'x'"),
+        ("layers", {"answer": None}, "answer must be an object, not None"),
+    ]
+    for number, (stage, change, why) in enumerate(cases):
+        folder = tmp_path / str(number)
+        write(folder, f"{stage}-0of1", [good | change])
+        with pytest.raises(DataError, match=f"{stage}-0of1.jsonl: record 'matter hotpotqa 0 .*{why}"):
+            real.read_stage(folder, stage)
+
+
 @pytest.mark.parametrize("what", ["layers", "summary"])
 @pytest.mark.parametrize("where", ["", "none"])
 def test_a_folder_without_records_is_one_line_and_status_2(tmp_path, capsys, what, where):

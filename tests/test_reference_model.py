@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cacheslide.core.engine import ReuseEngine
@@ -91,6 +92,37 @@ def test_missing_pieces_are_named(checkpoint, tmp_path):
         ReferenceDecoder.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:-5000])
     with pytest.raises(ModelError, match=r"model\.safetensors"):
+        ReferenceDecoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"x", "not valid JSON"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[]", "no weight_map"),
+        (b"{}", "no weight_map"),
+        (b'{"weight_map": ["model.safetensors"]}', "no weight_map"),
+        (b'{"weight_map": {"lm_head.weight": 1}}', "a file's name is expected, not 1"),
+        (b'{"weight_map": {"lm_head.weight": "../model.safetensors"}}', "a file's name is expected"),
+        (b'{"weight_map": {"lm_head.weight": "\\u0000"}}', "a file's name is expected"),
+    ],
+)
+def test_a_damaged_index_of_weights_is_one_line(checkpoint, tmp_path, content, named):
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    (tmp_path / "model.safetensors.index.json").write_bytes(content)
+    with pytest.raises(ModelError, match=named) as refused:
+        ReferenceDecoder.from_pretrained(tmp_path)
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_want_scales_are_not_read_as_numbers(checkpoint, tmp_path, dtype):
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    weights, name = load_file(checkpoint / "model.safetensors"), "model.layers.1.self_attn.q_proj.weight"
+    save_file(weights | {name: weights[name].to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"{name} is of type \w+: quantised"):
         ReferenceDecoder.from_pretrained(tmp_path)
 
 

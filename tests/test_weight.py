@@ -52,4 +52,5 @@ def test_report_is_rebuilt_from_summary_and_figures(tmp_path, capsys):
     assert main(["r", "--root", str(tmp_path)]) == 0
     page = (tmp_path / "results/r/report.html").read_text()
     assert page.count("data:image/svg+xml") == 1 and "recompute" in page
+    assert "Nothing recomputed" not in page  # the study on a real model is of this repository, not of that root
     assert main(["absent", "--root", str(tmp_path)]) == 2 and capsys.readouterr().err.startswith("report: ")

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cacheslide.plain_values import at_least
+from cacheslide.plain_values import at_least, shown
 
 ROWS = {  # key of a row: what it says
     "cached": "a prefix cache over all requests serves",
@@ -80,7 +80,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines += ["", *_table("all requests", total)]
     if len(found["by"]) > 1:
         for label, own in found["by"].items():
-            lines += ["", *_table(label or "(no agent or model named)", own)]
+            title = label if label.isprintable() else shown(label)
+            lines += ["", *_table(title or "(no agent or model named)", own)]
     return [*lines, "", *found["verdict"]]
 
 

@@ -14,8 +14,8 @@ def load_tokenizer(folder: str | Path):
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as missing:
-        why = str(missing).strip().splitlines()[0]
+    except Exception as broken:  # transformers checks little of these files: damage shows as whatever Python raises
+        why = (str(broken).strip() or type(broken).__name__).splitlines()[0]
         raise ModelError(
             f"no tokenizer in {folder} ({why}): tokenizer.json and tokenizer_config.json belong there"
         ) from None

@@ -1,10 +1,25 @@
 """The shape of a decoder: all that tells one family of models from another, as data."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from cacheslide.errors import ModelError
+from cacheslide.plain_values import shown
+
+# Above what a model has: a damaged count must neither fill memory nor run for hours before something is missed.
+MOST = {"num_layers": 4096, "max_positions": 2**22}
+MOST_OTHERWISE = 2**31 - 1
+
+
+def check_count(name: str, count: Any) -> int:
+    """The size `name` of a model; ModelError unless it is a count of at least 1 that a model can have."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ModelError(f"{name} must be a count of at least 1, not {shown(count)}")
+    if count > (most := MOST.get(name, MOST_OTHERWISE)):
+        raise ModelError(f"{name} must be at most {most}, not {shown(count)}")
+    return count
 
 
 @dataclass(frozen=True)
@@ -13,6 +28,10 @@ class Rope:
 
     theta: float
     scaling: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.theta < math.inf:
+            raise ModelError(f"the base of a rotation must be a number above 0, not {self.theta!r}")
 
 
 @dataclass(frozen=True)
@@ -65,8 +84,12 @@ class DecoderConfig:
         counts = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int" or f.type is int}
         counts |= {f"window of layer {i}": window for i, window in enumerate(self.windows) if window is not None}
         for name, count in counts.items():
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ModelError(f"{name} must be a count of at least 1, not {count!r}")
+            check_count(name, count)
+        if not 0 <= self.rms_norm_eps < math.inf:
+            raise ModelError(f"rms_norm_eps must be a number of at least 0, not {self.rms_norm_eps!r}")
+        scale = self.attention_scale
+        if scale is not None and not (isinstance(scale, float) and 0 < scale < math.inf):
+            raise ModelError(f"the factor of the scores must be a number above 0, not {scale!r}")
         if self.num_heads % self.num_kv_heads:
             raise ModelError(f"{self.num_heads} heads cannot share {self.num_kv_heads} KV heads evenly")
         if not len(self.ropes) == len(self.windows) == self.num_layers:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import ModelError
-from cacheslide.models.config import DecoderConfig, Rope
-from cacheslide.plain_values import read_json
+from cacheslide.models.config import DecoderConfig, Rope, check_count
+from cacheslide.plain_values import read_json, shown
 
 Raw = Mapping[str, Any]
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -121,6 +121,8 @@ def parse_config(raw: Raw) -> DecoderConfig:
     if not isinstance(raw, dict):
         raise ModelError(f"config.json holds no object but {type(raw).__name__}")
     kinds = raw.get("architectures") or [raw.get("model_type", "unknown")]
+    if not isinstance(kinds, list):
+        raise ModelError(f"architectures must be a list of names, not {shown(kinds)}")
     family = FAMILIES.get(str(kinds[0]))
     if family is None:
         raise ModelError(f"model kind {kinds[0]} is not supported (known: {', '.join(FAMILIES)})")
@@ -131,7 +133,8 @@ def parse_config(raw: Raw) -> DecoderConfig:
     }
     raw = {**raw, **silent}
     try:
-        heads, hidden, layers = raw["num_attention_heads"], raw["hidden_size"], raw["num_hidden_layers"]
+        heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
+        layers = check_count("num_layers", raw["num_hidden_layers"])
         types = _layer_types(raw, family, layers)
         off = "use_sliding_window" in family.defaults and not raw["use_sliding_window"]
         window = None if off else raw.get("sliding_window")
@@ -201,6 +204,9 @@ def _layer_types(raw: Raw, family: Family, layers: int) -> list[str]:
 def _rope(raw: Raw, family: Family, kind: str) -> Rope:
     """The rotation of layers of a type, in the spelling of transformers 4 (rope_theta) or 5 (rope_parameters)."""
     given, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    for key, value in {"rope_parameters": given, "rope_scaling": old}.items():
+        if not isinstance(value, dict):
+            raise ModelError(f"{key} must be an object, not {shown(value)}")
     two = family.thetas[FULL] != family.thetas[SLIDING]
     if any(isinstance(value, dict) for value in given.values()):
         given = dict(given.get(kind) or {})
@@ -209,5 +215,6 @@ def _rope(raw: Raw, family: Family, kind: str) -> Rope:
     theta = raw.get("rope_local_base_freq" if two and kind == SLIDING else "rope_theta")
     rope = {**(old if kind == FULL or not two else {}), **given} if two else dict(given or old)
     _refuse_partial(rope)
-    theta = float(rope.pop("rope_theta", None) or theta or family.thetas[kind])
+    thetas = (rope.pop("rope_theta", None), theta, family.thetas[kind])
+    theta = float(next(base for base in thetas if base is not None))
     return Rope(theta, rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None)

@@ -1,7 +1,6 @@
 """Reads checkpoints: safetensors, in one file or in shards with an index, or GGUF; and names what is missing."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,32 @@ from cacheslide.errors import ConfigError, ModelError
 from cacheslide.models.config import DecoderConfig
 from cacheslide.models.families import parse_config, read_config
 from cacheslide.models.gguf_file import GgufFile, is_gguf
+from cacheslide.plain_values import read_json, shown
 
 
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of the checkpoint folder `path`."""
     path = Path(path)
     index = path / "model.safetensors.index.json"
-    if index.is_file():
-        files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    else:
-        files = sorted(path.glob("*.safetensors"))
+    files = [path / name for name in _indexed(index)] if index.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
         raise ModelError(f"no weights in {path}: expected model.safetensors or model.safetensors.index.json")
     for file in files:
         if not file.is_file():
             raise ModelError(f"weights are incomplete: {file.name} is missing from {path}")
     return files
+
+
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names, which lie beside it."""
+    raw = read_json(index, ModelError)
+    files = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(files, dict):
+        raise ModelError(f"{index} has no weight_map: an object of a file's name by tensor is expected")
+    for name in files.values():
+        if not isinstance(name, str) or not name.isprintable() or Path(name).name != name:
+            raise ModelError(f"{index}: a file's name is expected, not {shown(name)}")
+    return sorted(set(files.values()))
 
 
 def check_device(device: str) -> None:
@@ -55,10 +64,19 @@ def load_weights(path: Path, dtype: torch.dtype, device: str) -> dict[str, Tenso
     for file in weight_files(path):
         try:
             with safe_open(file, framework="pt", device="cpu") as f:
-                out.update({name: f.get_tensor(name).to(device=device, dtype=dtype) for name in f.keys()})  # noqa: SIM118 (safe_open is no mapping)
+                for name in f.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    out[name] = _plain(f.get_tensor(name), name, file).to(device=device, dtype=dtype)
         except SafetensorError as broken:
             raise ModelError(f"{file.name} cannot be read: {broken}") from None
     return out
+
+
+def _plain(tensor: Tensor, name: str, file: Path) -> Tensor:
+    """The tensor; ModelError where its numbers mean something only with scales that stand elsewhere."""
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ModelError(f"{file.name}: {name} is of type {kind}: quantised weights are not supported")
+    return tensor
 
 
 def fingerprint(path: Path) -> str:

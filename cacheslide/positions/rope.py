@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cacheslide.errors import ModelError
+from cacheslide.plain_values import shown
 
 KNOWN_ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -30,19 +31,28 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] 
     if kind == "default":
         return inv
     if kind == "linear":
-        return inv / float(scaling["factor"])
+        return inv / _number(scaling, "factor")
     if kind == "llama3":
         return _llama3(inv, scaling)
     raise ModelError(f"rope_scaling type {kind!r} is not supported (known: {', '.join(KNOWN_ROPE_TYPES)})")
 
 
 def _llama3(inv: Tensor, scaling: Mapping[str, Any]) -> Tensor:
-    factor, old = float(scaling["factor"]), float(scaling["original_max_position_embeddings"])
-    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    factor, old = _number(scaling, "factor"), _number(scaling, "original_max_position_embeddings")
+    low, high = _number(scaling, "low_freq_factor"), _number(scaling, "high_freq_factor")
+    if low >= high:
+        raise ModelError(f"rope_scaling's low_freq_factor must be below its high_freq_factor, not {low} and {high}")
     wavelength = 2 * math.pi / inv
     smooth = ((old / wavelength - low) / (high - low)).clamp(0, 1)
     blended = (1 - smooth) * inv / factor + smooth * inv
     return torch.where(wavelength > old / low, inv / factor, torch.where(wavelength < old / high, inv, blended))
+
+
+def _number(scaling: Mapping[str, Any], key: str) -> float:
+    value = scaling.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ModelError(f"rope_scaling needs {key}, a number above 0, not {shown(value)}")
+    return float(value)
 
 
 class Rotary:

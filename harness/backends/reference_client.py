@@ -12,6 +12,7 @@ from cacheslide.core.greedy import greedy
 from cacheslide.core.prompt import Prompt
 from cacheslide.core.tokenizing import opening
 from cacheslide.errors import CacheSlideError, ConfigError, PromptError
+from cacheslide.plain_values import check_plain, shown
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.store.base import ChunkStore
 from cacheslide.store.memory import MemoryChunkStore
@@ -101,11 +102,17 @@ class ReferenceClient(Client):
 
     def _resolve(self, request: Request) -> "_Served":
         """What a request asks of the engine; PromptError where this host cannot do it."""
+        most, stops = request.max_tokens, request.stop
+        if type(most) is not int or most < 1:
+            raise PromptError(f"max_tokens must be a count of at least 1, not {shown(most)}")
+        if isinstance(stops, str) or not all(isinstance(stop, str) and stop for stop in stops):
+            raise PromptError(f"stop must be texts of at least one character, not {shown(stops)}")
         annotations, prompt = Annotations.parse(request.params), request.prompt
         if annotations is not None and annotations.find:
             raise PromptError("the reference engine looks for no spans: give them as segments")
         annotated = annotations is not None or isinstance(prompt, Prompt)
         if isinstance(prompt, str):
+            check_plain(prompt, PromptError, "prompt", text=True)
             prompt = [*opening(self.backend.tokenizer), *self.backend.encode(prompt)]
         if not isinstance(prompt, Prompt):
             prompt = Prompt.from_spans(prompt, ()) if annotations is None else annotations.prompt(prompt)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cacheslide.errors import CacheSlideError
 from harness.inventory import AGENT_FIGURES, FIGURES
-from harness.report.builder import build_report
+from harness.report.builder import REAL, SLIDE, build_report
 from harness.results.provenance import ROOT
 
 
@@ -19,7 +19,13 @@ def main(args: list[str] | None = None) -> int:
     results, figures = given.root / "results" / given.run, given.root / "figures" / given.run
     drawn = [figures / f"{name}.svg" for name in (*FIGURES, *AGENT_FIGURES.values())]
     try:
-        build_report(results / "summary.json", [path for path in drawn if path.is_file()], results / "report.html")
+        build_report(
+            results / "summary.json",
+            [path for path in drawn if path.is_file()],
+            results / "report.html",
+            slide=given.root / SLIDE.relative_to(ROOT),
+            real=given.root / REAL.relative_to(ROOT),
+        )
     except (CacheSlideError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2

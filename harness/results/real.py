@@ -18,6 +18,7 @@ from cacheslide.errors import DataError
 from harness.experiments.real.arms import NOISE
 from harness.results.intervals import mean, ratio_of_sums
 from harness.results.provenance import machine
+from harness.results.real_records import LAYER, check_record
 from harness.results.records import read_file, write_json
 from harness.step import command
 
@@ -33,7 +34,7 @@ def read_stage(folder: Path, stage: str) -> tuple[list[Row], list[Row], list[Map
     """Records, failures and settings of all shards of a stage, finished or not.
 
     An id counts once, and as failed only where no shard measured it. Files that a run has set aside are not read.
-    DataError where two shards are of different studies.
+    DataError where two shards are of different studies, or a record is none of this stage.
     """
     name = re.compile(rf"\.?({re.escape(stage)}-\d+of\d+\.jsonl)(\.part)?")
     named = {path: name.fullmatch(path.name) for path in sorted(folder.glob("*"))}
@@ -46,6 +47,8 @@ def read_stage(folder: Path, stage: str) -> tuple[list[Row], list[Row], list[Map
             one, other = settings[0].get(key), file.settings.get(key)
             if one != other:
                 raise DataError(f"{path}: {key} is {other!r}, and {one!r} in other shards: a folder holds one study")
+        for record in file.records:
+            check_record(record, stage, path)
         failures |= {r["id"]: r for r in file.failures}
         records |= {r["id"]: r for r in file.records}
     return list(records.values()), [f for i, f in failures.items() if i not in records], settings
@@ -132,7 +135,7 @@ def choose_layers(records: Sequence[Row]) -> dict[str, int]:
     """By rule: the layer of the lowest mean KL on the answers of the validation part."""
     kl: dict[tuple[str, int], list[float]] = defaultdict(list)
     for r in records:
-        line, _, layer = r["arm"].partition(" at layer ")
+        line, _, layer = r["arm"].partition(LAYER)
         if layer:
             kl[line.rsplit(" ", 2)[0], int(layer)].append(r["answer"]["kl"])
     out: dict[str, int] = {}
@@ -219,7 +222,7 @@ def summarise(folder: Path) -> dict[str, Any]:
         "schema": SCHEMA,
         "headline": headline(rows, ratios, len({r["trial"] for r in replay})),
         "conditions": {name: {k: s[0].get(k) for k in CONDITIONS} for name, s in stages.items() if s},
-        "provenance": {name: s[0]["provenance"] for name, s in stages.items() if s} | {"tables": machine()},
+        "provenance": {name: s[0].get("provenance") for name, s in stages.items() if s} | {"tables": machine()},
         "frontier": [row if row["key"][1] == POOLED else _of_one_set(row) for row in rows],
         "comparisons": ratios,
         "histories": tabulate(turns, by_turn) if turns else [],

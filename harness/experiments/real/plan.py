@@ -94,5 +94,8 @@ def read_plan(path: str | Path, **changes: Any) -> RealPlan:
     if missing := [name for name in ("model", "data") if name not in raw]:
         raise ConfigError(f"{path}: {', '.join(missing)} is missing")
     if isinstance(raw["model"], str) and raw["model"]:  # an empty path would be the current folder
-        raw["model"] = str(Path(raw["model"]).expanduser())
+        try:
+            raw["model"] = str(Path(raw["model"]).expanduser())
+        except RuntimeError:
+            raise ConfigError(f"{path}: model: {shown(raw['model'])} names the home of no user here") from None
     return RealPlan(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})

@@ -1,0 +1,47 @@
+"""What a record of the study on a real model must hold before the tables count it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cacheslide.errors import DataError
+from cacheslide.plain_values import shown
+
+TEXTS = ("trial", "dataset", "arm")
+NUMBERS = ("compute_fraction", "tokens", "tokens_reused")
+SCORES = ("kl", "agreement", "nll_change")
+ANSWERED = ("frontier", "layers")  # stages whose every prompt has an answer
+LAYER = " at layer "
+LARGEST = 1e15  # sums of such numbers stay finite
+
+
+def check_record(record: Mapping[str, Any], stage: str, path: Path) -> None:
+    """DataError, naming file and record, for one that lacks what the tables of `stage` read or holds another kind."""
+
+    def wrong(key: str, what: str, value: Any) -> DataError:
+        return DataError(f"{path}: record {shown(record['id'])}: {key} must be {what}, not {shown(value)}")
+
+    for key in TEXTS:
+        if not isinstance(record.get(key), str):
+            raise wrong(key, "a text", record.get(key))
+    _, behind, layer = record["arm"].partition(LAYER)
+    if behind and not (layer.isascii() and layer.isdecimal()):
+        raise wrong("the arm's layer", "a count", layer)
+    for key in NUMBERS:
+        if not _is_number(record.get(key)):
+            raise wrong(key, "a number", record.get(key))
+    if stage == "histories" and type(record.get("turn")) is not int:
+        raise wrong("turn", "a count", record.get("turn"))
+    for name in ("greedy", "answer"):
+        if name == "answer" and stage not in ANSWERED and name not in record:
+            continue
+        scores = record.get(name)
+        if not isinstance(scores, dict):
+            raise wrong(name, "an object", scores)
+        for key in SCORES:
+            if not _is_number(scores.get(key)):
+                raise wrong(f"{name}.{key}", "a number", scores.get(key))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < LARGEST

@@ -63,6 +63,11 @@ class ActiveTokens:
         self.resting = _where(~self.mask, len(self.mask) - count)  # likewise
         self.resting_rows = self.reused[self.resting] + self.request.start
 
+    def narrow_chosen(self) -> None:
+        """Recomputed tokens attend to the computed ones (updated text) and themselves alone, until the set changes."""
+        computed = _where(self.live, len(self.live) - len(self.reused)) + self.request.start
+        self.group = RowGroup(self.request.kv, self.group.rows, ~self.live[self.active], computed)
+
     def enter(self, layer: int, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Let the correction act, write this layer's KV; returns hidden and q of the rows that go on."""
         if self.run is not None:

@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from cacheslide.errors import PolicyError
 from cacheslide.positions.ccpe import PromptSlots
 from cacheslide.positions.rope import Rotary
 
@@ -30,15 +31,27 @@ class KVBuffer(Protocol):
 
 @dataclass(frozen=True)
 class RowGroup:
-    """The rows [n] of one request (ascending) that take part in a packed call, and that request's KV."""
+    """The rows [n] of one request (ascending) that take part in a packed call, and that request's KV.
+
+    With `narrow` [n] (bool), those that are set attend to the rows `open` [m] (ascending) up to their own, and to
+    themselves, alone. A model that cannot do that refuses it.
+    """
 
     kv: KVBuffer
     rows: Tensor
+    narrow: Tensor | None = None
+    open: Tensor | None = None
 
     @cached_property
     def rows_on_host(self) -> Tensor:
         """`rows` in host memory: attention that plans by them waits for the device once, not in every layer."""
         return self.rows.cpu()
+
+
+def refuse_narrow(groups: Sequence[RowGroup]) -> None:
+    """For models whose attention cannot narrow a query's keys: PolicyError where a group asks for it."""
+    if any(g.narrow is not None for g in groups):
+        raise PolicyError("attention to updated text alone (attends='updated') runs in the reference host only")
 
 
 class DecoderSteps(Protocol):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cacheslide.kernels.row_attention.reference import by_blocks
+from cacheslide.kernels.row_attention.reference import by_blocks, masked_attention
 
 
 def row_attention(
@@ -46,3 +46,34 @@ def row_attention(
         out = F.scaled_dot_product_attention(queries, keys, values, is_causal=last > 1, scale=scale, enable_gqa=grouped)
         return out[0, :, missing:].transpose(0, 1)
     return torch.cat([attended for _, attended in by_blocks(q, k, v, rows, scale, window, on_host)])
+
+
+def narrow_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    open: Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Attention of each row to those of `open` up to its own, and to itself.
+
+    Parameters
+    ----------
+    q : Tensor [n, heads, head_dim]
+    k, v : Tensor [keys, kv_heads, head_dim]
+        As in `row_attention`; only `rows` and `open` are read.
+    rows : Tensor [n]
+    open : Tensor [m]
+        Without any of `rows`.
+
+    Returns
+    -------
+    Tensor [n, heads, head_dim]
+    """
+    own, keys = rows[:, None], torch.cat((open, rows))
+    mask = torch.cat((open <= own, rows == own), dim=1)
+    if window is not None:
+        mask &= keys > own - window
+    return masked_attention(q, k[keys], v[keys], mask, scale)

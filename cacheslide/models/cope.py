@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cacheslide.errors import ModelError
-from cacheslide.models.adapter import RowGroup
+from cacheslide.models.adapter import RowGroup, refuse_narrow
 from cacheslide.models.config import DecoderConfig
 from cacheslide.models.dense_kv import DenseKV
 from cacheslide.models.reference import ReferenceDecoder
@@ -76,6 +76,7 @@ class CopeLlama(ReferenceDecoder):
 
     def attend(self, layer: int, q: Tensor, groups: Sequence[RowGroup]) -> Tensor:
         """See `ModelAdapter.attend`."""
+        refuse_narrow(groups)
         parts = q.split([len(g.rows) for g in groups])
         out = [
             cope_attention(part, g.kv.k[layer], g.kv.v[layer], self.tables[layer], g.rows, None, self.crossed(layer, g))

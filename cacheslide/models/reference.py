@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cacheslide.errors import ModelError
 from cacheslide.models.adapter import RowGroup
-from cacheslide.models.attention import row_attention
+from cacheslide.models.attention import narrow_attention, row_attention
 from cacheslide.models.config import DecoderConfig
 from cacheslide.models.decoder_layer import DecoderLayer, fitting, norm_weight
 from cacheslide.models.dense_kv import DenseKV
@@ -94,7 +94,7 @@ class ReferenceDecoder:
         scale, window = self.config.attention_scale, self.config.windows[layer]
         parts = q.split([len(g.rows) for g in groups])
         out = [
-            row_attention(part, g.kv.k[layer], g.kv.v[layer], g.rows, scale, window, g.rows_on_host)
+            _group_attention(part, g.kv.k[layer], g.kv.v[layer], g, scale, window)
             for part, g in zip(parts, groups, strict=True)
             if len(g.rows)
         ]
@@ -123,6 +123,14 @@ class ReferenceDecoder:
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
         """In the weight's dtype, which is wider than `x` where transformers norms in float32 and rounds last."""
         return F.rms_norm(x.to(weight.dtype), (x.shape[-1],), weight, self.config.rms_norm_eps).to(x.dtype)
+
+
+def _group_attention(q: Tensor, k: Tensor, v: Tensor, group: RowGroup, scale: float, window: int | None) -> Tensor:
+    out = row_attention(q, k, v, group.rows, scale, window, group.rows_on_host)
+    if group.narrow is not None and bool(group.narrow.any()):
+        out = out.clone()
+        out[group.narrow] = narrow_attention(q[group.narrow], k, v, group.rows[group.narrow], group.open, scale, window)
+    return out
 
 
 def _rotaries(config: DecoderConfig, device: str) -> list[Rotary]:

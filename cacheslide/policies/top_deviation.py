@@ -55,7 +55,8 @@ class TopDeviation:
     """WCA and CacheBlend: recompute the reused rows whose KV deviates most at layer `layer`.
 
     Layers below `layer` (0-based) are computed in full. `recompute_ratio` is of the reused rows. `constant` is the
-    weight of the "constant" fusion. `promote` adds rows at later layers and needs cached layer inputs.
+    weight of the "constant" fusion. `promote` adds rows at later layers and needs cached layer inputs. A recomputed row
+    `attends` to "all" rows before it or, as section 4.3 prints it, to "updated" text (and itself) alone.
     """
 
     recompute_ratio: float
@@ -65,6 +66,7 @@ class TopDeviation:
     constant: float = 1.0
     swap: Swap | None = None
     promote: tuple[Promotion, ...] = ()
+    attends: Literal["all", "updated"] = "all"
 
     def __post_init__(self) -> None:
         check_ratio("recompute_ratio", self.recompute_ratio)
@@ -76,6 +78,10 @@ class TopDeviation:
             raise PolicyError("promotion layers must be increasing and not lie below the selection layer")
         if self.swap and self.promote:
             raise PolicyError("swap and promotion are two answers to one question: choose one")
+        if self.attends not in ("all", "updated"):
+            raise PolicyError(f"attends must be 'all' or 'updated', not {self.attends!r}")
+        if self.promote and self.attends == "updated":
+            raise PolicyError("promoted rows attend to all text: attends='updated' goes without promotion")
 
     def at_ratio(self, ratio: float) -> "TopDeviation":
         """The same rule recomputing `ratio` of the reused rows in the end, its promotions scaled along."""

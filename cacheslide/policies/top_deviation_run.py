@@ -57,8 +57,13 @@ class TopDeviationRun:
         if self.rule.swap:
             self.stopped = hidden[reused].clone()
             self.left = torch.zeros_like(tokens.mask)
-        tokens.activate_chosen(count)
+        self._activate(count)
         return tuple(t[tokens.active] for t in (hidden, *qkv))
+
+    def _activate(self, count: int) -> None:
+        self.tokens.activate_chosen(count)
+        if self.rule.attends == "updated":
+            self.tokens.narrow_chosen()
 
     def _swap(self, layer: int, hidden: Tensor, *qkv: Tensor) -> tuple[Tensor, ...]:
         tokens, reused, chosen = self.tokens, self.tokens.reused, self.tokens.chosen
@@ -82,7 +87,7 @@ class TopDeviationRun:
         stays[at[leaves]] = False
         order = torch.cat((tokens.active[stays], reused[entering])).argsort()
         tokens.mask[leaving], tokens.mask[entering], self.left[leaving] = False, True, True
-        tokens.activate_chosen(len(chosen) - len(leaving) + len(entering))
+        self._activate(len(chosen) - len(leaving) + len(entering))
         pairs = zip((hidden, *qkv), (fresh, *added), strict=True)
         return tuple(torch.cat((old[stays], new))[order] for old, new in pairs)
 

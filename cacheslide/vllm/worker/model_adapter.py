@@ -11,7 +11,7 @@ from vllm.model_executor.models.interfaces_base import is_text_generation_model
 
 from cacheslide.core.tensors import send
 from cacheslide.errors import ModelError
-from cacheslide.models.adapter import RowGroup
+from cacheslide.models.adapter import RowGroup, refuse_narrow
 from cacheslide.models.attention import row_attention
 from cacheslide.models.dense_kv import DenseKV
 from cacheslide.positions.ccpe import PromptSlots, check_slots
@@ -161,6 +161,7 @@ class VllmModel:
 
     def attend(self, layer: int, q: Tensor, groups: Sequence[RowGroup]) -> Tensor:
         """See `ModelAdapter.attend`. Groups are all in the paged cache, or all scratch."""
+        refuse_narrow(groups)
         if all(isinstance(g.kv, PagedKV) for g in groups):
             return self.attend_paged(layer, q, groups, self.scale)
         parts = zip(q.split([len(g.rows) for g in groups]), groups, strict=True)

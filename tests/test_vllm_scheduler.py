@@ -16,6 +16,7 @@ from vllm.v1.request import RequestStatus
 from cacheslide.core.prompt import Prompt
 from cacheslide.vllm.connector import CacheSlideConnector
 from cacheslide.vllm.geometry import Geometry
+from cacheslide.vllm.guard import SERVER
 from cacheslide.vllm.options import ServerOptions, annotations_of
 from cacheslide.vllm.protocol import WorkerReport
 from cacheslide.vllm.scheduler.metrics import ReuseStats
@@ -296,6 +297,7 @@ class Counter:
 
 def test_receipts_become_counters():
     Counter.made.clear()
+    SERVER.take()  # of the process: an earlier test may have raised a fault in it
     scheduler = side()
     for i, (annotations, measured) in enumerate([({}, None), ({"layer": 9}, None), ({}, 40)]):
         asked = request(str(i), **annotations)

@@ -20,6 +20,8 @@ from harness.plots.style import (
     new_figure,
     nothing,
 )
+from harness.results.real import NOISE
+from harness.results.real_records import rule_and_layer
 from harness.results.runs import read_json
 
 load = read_json
@@ -29,13 +31,13 @@ SETTINGS = {
     "shift": "notes grow by 0.1k to 2k tokens",
     "contradict": "notes contradict the passages",
 }
-NOISE = "recompute in pieces"
 # Curves: what the arm's name begins with, up to its ratio; colour, marker, label.
 CURVES = {
     "Nothing recomputed": (BLUE, "o", "context kept (RPDC), nothing recomputed"),
     "First tokens": (BLUE, "s", "CacheSlide, first tokens"),
     "CacheSlide, by K": (SKY, "v", "CacheSlide, by K (layer 1, chosen layer)"),
     "CacheSlide as printed": (VERMILLION, "*", "CacheSlide as printed"),
+    "CacheSlide as printed, updated": (VERMILLION, "P", "CacheSlide as printed, updated keys only"),
     "Random tokens": (GREY, "x", "control: random tokens"),
     "Canonical": (PURPLE, "D", "canonical chain (our default)"),
     "Isolated": (ORANGE, "o", "isolated chunks (PIC), nothing or random"),
@@ -77,8 +79,8 @@ def draw(summary: dict[str, Any]) -> Figure:
 
 def shown(arm: str, best: Mapping[str, int]) -> bool:
     """Whether a point is drawn: of layers that were swept, the first and the one that the validation part chose."""
-    line, at, layer = arm.partition(" at layer ")
-    return not at or int(layer) in (1, best.get(line.rsplit(" ", 2)[0]))
+    rule, layer = rule_and_layer(arm)
+    return layer in (None, 1, best.get(rule))
 
 
 def curve_of(arm: str) -> str | None:
@@ -86,24 +88,18 @@ def curve_of(arm: str) -> str | None:
     return max((c for c in CURVES if arm.startswith(c)), key=len, default=None)
 
 
-def lines_of(arm: str) -> str:
-    """Points of one rule at one layer are joined: the arm's name without its ratio."""
-    words = arm.split()
-    return " ".join(w for i, w in enumerate(words) if w != "%" and (i + 1 >= len(words) or words[i + 1] != "%"))
-
-
 def _panel(axes: Axes, setting: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     handles: dict[str, Any] = {}
     n = max(r["n"] for r in rows)
     axes.set(yscale="log", xlim=(0, 1.02), title=f"{setting}: {SETTINGS[setting]} (n = {n})")
-    lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    lines: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         arm = row["key"][2]
         if arm == NOISE:
             floor = row["answer"]["kl"]["value"]
             handles["noise floor: exact, other batching"] = axes.axhline(floor, color=BLACK, lw=1.2, ls=":")
         elif curve_of(arm) is not None:
-            lines[lines_of(arm)].append(row)
+            lines[rule_and_layer(arm)].append(row)
     for members in lines.values():
         members.sort(key=lambda r: r["compute_fraction"])
         colour, marker, label = CURVES[curve_of(members[0]["key"][2])]

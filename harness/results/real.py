@@ -18,7 +18,7 @@ from cacheslide.errors import DataError
 from harness.experiments.real.arms import NOISE
 from harness.results.intervals import mean, ratio_of_sums
 from harness.results.provenance import machine
-from harness.results.real_records import LAYER, check_record
+from harness.results.real_records import check_record, rule_and_layer
 from harness.results.records import read_file, write_json
 from harness.step import command
 
@@ -135,9 +135,9 @@ def choose_layers(records: Sequence[Row]) -> dict[str, int]:
     """By rule: the layer of the lowest mean KL on the answers of the validation part."""
     kl: dict[tuple[str, int], list[float]] = defaultdict(list)
     for r in records:
-        line, _, layer = r["arm"].partition(LAYER)
-        if layer:
-            kl[line.rsplit(" ", 2)[0], int(layer)].append(r["answer"]["kl"])
+        line, layer = rule_and_layer(r["arm"])
+        if layer is not None:
+            kl[line, layer].append(r["answer"]["kl"])
     out: dict[str, int] = {}
     for line in {name for name, _ in kl}:
         scores = {layer: sum(v) / len(v) for (name, layer), v in kl.items() if name == line}

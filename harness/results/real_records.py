@@ -15,6 +15,12 @@ LAYER = " at layer "
 LARGEST = 1e15  # sums of such numbers stay finite
 
 
+def rule_and_layer(arm: str) -> tuple[str, int | None]:
+    """An arm's name without its ratio and layer, and the layer."""
+    name, _, layer = arm.partition(LAYER)
+    return name.rsplit(" ", 2)[0] if name.endswith(" %") else name, int(layer) if layer else None
+
+
 def check_record(record: Mapping[str, Any], stage: str, path: Path) -> None:
     """DataError, naming file and record, for one that lacks what the tables of `stage` read or holds another kind."""
 

@@ -8,7 +8,6 @@ Systems of isolated chunks encode each passage alone, once.
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from cacheslide.core.engine import ReuseEngine
@@ -16,7 +15,7 @@ from cacheslide.core.prompt import Prompt
 from cacheslide.store import MemoryChunkStore
 from harness.backends.reference import ReferenceBackend
 from harness.experiments.real.arms import Arm
-from harness.experiments.real.measure import Attempts, Reference, engine_of, receipt_of
+from harness.experiments.real.measure import Reference, engine_of, measure_turns
 from harness.experiments.real.trials import ANSWER, NOTES, Builder
 from harness.tasks.passages import PassageRow, answer_passages
 
@@ -59,32 +58,22 @@ def history(builder: Builder, row: PassageRow) -> History | None:
 def measure_history(
     backend: ReferenceBackend, session: History, arms: Sequence[Arm], done: set[str], every: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """One record an arm and turn from the second turn on, every `every`-th of them and the last.
-
-    An arm is run anew unless all of its turns are done: its caches are what its earlier turns left.
-    """
+    """One record an arm and turn from the second turn on, every `every`-th of them and the last."""
     last = len(session.prompts) - 1
     turns = [t for t in range(1, last + 1) if t == last or t % every == 0]
-    missing = {(a.name, t) for a in arms for t in turns if turn_id(session, a, t) not in done}
-    todo = [a for a in arms if any((a.name, t) in missing for t in turns)]
-    runs = {a.name: None if a.policy is None else Turns(backend, a) for a in todo}
-    attempts = Attempts()
-    for turn, prompt in enumerate(session.prompts if todo else ()):
-        wanted = any((a.name, turn) in missing for a in todo)
-        reference = Reference(backend, prompt, session.answer) if wanted else None
-        for one in todo:
-            about = {"id": turn_id(session, one, turn), "trial": session.id, "arm": one.name, "turn": turn}
-            figures = attempts.figures(one, partial(_turn, runs[one.name], prompt, reference))
-            if (one.name, turn) in missing:
-                yield about | figures
 
+    def start(one: Arm) -> "Turns | None":
+        return None if one.policy is None else Turns(backend, one)
 
-def _turn(run: "Turns | None", prompt: Prompt, reference: Reference | None) -> dict[str, Any]:
-    if run is not None:
-        return run.serve(prompt, reference)
-    if reference is None:
-        return {}
-    return receipt_of(None, len(prompt)) | reference.compare(reference.engine, reference.in_pieces())
+    def reference(turn: int) -> "Reference":
+        return Reference(backend, session.prompts[turn], session.answer)
+
+    def serve(run: "Turns | None", turn: int, exact: "Reference | None") -> dict[str, Any]:
+        if run is not None:
+            return run.serve(session.prompts[turn], exact)
+        return {} if exact is None else exact.noise()
+
+    yield from measure_turns(session, arms, turns, done, start, reference, serve)
 
 
 class Turns:
@@ -96,11 +85,6 @@ class Turns:
     def serve(self, prompt: Prompt, reference: Reference | None) -> dict[str, Any]:
         """Serve a turn, compare it, and keep what it left; without `reference` nothing is compared."""
         state = self.engine.prefill(prompt, room=0 if reference is None else reference.room)
-        out = {} if reference is None else receipt_of(state, len(prompt)) | reference.compare(self.engine, state)
+        out = {} if reference is None else reference.figures(state)
         self.engine.retain(state, prompt, ENDLESS)
         return out
-
-
-def turn_id(session: History, one: Arm, turn: int) -> str:
-    """One arm at one turn."""
-    return f"{session.id} | {one.name} | turn {turn}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from cacheslide.core.engine import Prefilled, ReuseEngine
@@ -22,7 +23,7 @@ class Reference:
     """Full recompute of one prompt: its logits over the answer, if it has one, and over its own greedy continuation."""
 
     def __init__(self, backend: ReferenceBackend, prompt: Prompt, answer: Sequence[int]) -> None:
-        self.backend, self.prompt, self.answer = backend, prompt, tuple(answer)
+        self.prompt, self.answer = prompt, tuple(answer)
         self.room = max(len(answer), GREEDY)
         self.engine = exact_engine(backend)
         state = self.engine.prefill(prompt, room=self.room)
@@ -38,6 +39,15 @@ class Reference:
         if self.answer:
             pairs["answer"] = self.on_answer, self.answer
         return {n: asdict(divergence(exact, engine.score(state, ids), ids)) for n, (exact, ids) in pairs.items()}
+
+    def figures(self, state: Prefilled) -> dict[str, Any]:
+        """What a record says of another prefill of the prompt: its receipt and its divergence."""
+        # Scoring computes exactly over the KV that is there: it is the same under every policy.
+        return receipt_of(state, len(self.prompt)) | self.compare(self.engine, state)
+
+    def noise(self) -> dict[str, Any]:
+        """The same of recompute by another batching."""
+        return receipt_of(None, len(self.prompt)) | self.compare(self.engine, self.in_pieces())
 
     def in_pieces(self) -> Prefilled:
         """The same prefill, a piece at a time: what another batching of exact arithmetic changes."""
@@ -80,11 +90,10 @@ def run_arm(
 ) -> dict[str, Any]:
     """Divergence and receipt of one arm; `store` is shared by the arms of a trial, whose keys tell encodings apart."""
     if one.policy is None:
-        return receipt_of(None, len(trial.prompt)) | reference.compare(reference.engine, reference.in_pieces())
+        return reference.noise()
     engine = engine_of(backend, one.policy, store)
     engine.build(trial.previous)
-    state = engine.prefill(trial.prompt, room=reference.room)
-    return receipt_of(state, len(trial.prompt)) | reference.compare(engine, state)
+    return reference.figures(engine.prefill(trial.prompt, room=reference.room))
 
 
 def receipt_of(state: Prefilled | None, tokens: int) -> dict[str, Any]:
@@ -115,6 +124,47 @@ class Attempts:
         except CacheSlideError as refused:
             self._why[one.name] = str(refused)
             return {"failure": str(refused)}
+
+
+def measure_turns(
+    session: Any,
+    arms: Sequence[Arm],
+    turns: Sequence[int],
+    done: set[str],
+    start: Callable[[Arm], Any],
+    reference: Callable[[int], Reference],
+    serve: Callable[[Any, int, Reference | None], dict[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    """One record an arm and turn of `turns` that is not in `done`.
+
+    An arm is run anew unless all of its turns are done: its caches are what its earlier turns left.
+
+    Parameters
+    ----------
+    session : object
+        With an `id` and `prompts`.
+    start : callable
+        An arm's caches, before its first turn.
+    reference : callable
+        Full recompute of a turn's prompt.
+    serve : callable
+        Serves a turn with an arm's caches; its figures, empty without a reference.
+    """
+    missing = {(a.name, t) for a in arms for t in turns if turn_id(session, a, t) not in done}
+    todo = [a for a in arms if any((a.name, t) in missing for t in turns)]
+    runs, attempts = {a.name: start(a) for a in todo}, Attempts()
+    for turn in range(len(session.prompts) if todo else 0):
+        exact = reference(turn) if any((a.name, turn) in missing for a in todo) else None
+        for one in todo:
+            about = {"id": turn_id(session, one, turn), "trial": session.id, "arm": one.name, "turn": turn}
+            figures = attempts.figures(one, partial(serve, runs[one.name], turn, exact))
+            if (one.name, turn) in missing:
+                yield about | figures
+
+
+def turn_id(session: Any, one: Arm, turn: int) -> str:
+    """One arm at one turn of a session."""
+    return f"{session.id} | {one.name} | turn {turn}"
 
 
 def record_id(trial: Trial, one: Arm) -> str:

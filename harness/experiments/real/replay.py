@@ -9,7 +9,6 @@ next 32 tokens. Prompts beyond the length limit end a session's replay.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from cacheslide.store import MemoryChunkStore
 from cacheslide.store.base import ChunkKV
 from harness.backends.reference import ReferenceBackend
 from harness.experiments.real.arms import Arm
-from harness.experiments.real.measure import Attempts, Reference, engine_of, receipt_of
+from harness.experiments.real.measure import Reference, engine_of, measure_turns
 from harness.experiments.real.sessions import find_sessions, group_of
 
 SHORTEST = 64  # tokens of a prompt below which a turn says nothing about reuse
@@ -75,35 +74,21 @@ def _recorded(session: Session, group: str, prompts: list[tuple[int, ...]]) -> R
 def measure_session(
     backend: ReferenceBackend, session: Recorded, arms: Sequence[Arm], done: set[str]
 ) -> Iterator[dict[str, Any]]:
-    """One record an arm and turn from the second on; an arm is run anew unless all of its turns are done."""
-    later = range(1, len(session.prompts))
-    missing = {(a.name, t) for a in arms for t in later if _turn_id(session, a, t) not in done}
-    todo = [a for a in arms if any((a.name, t) in missing for t in later)]
-    runs = {a.name: None if a.policy is None else Replayed(backend, a) for a in todo}
-    attempts = Attempts()
-    for turn, ids in enumerate(session.prompts if todo else ()):
-        wanted = any((a.name, turn) in missing for a in todo)
-        reference = Reference(backend, Prompt.from_spans(ids, []), ()) if wanted else None
-        for one in todo:
-            about = {"id": _turn_id(session, one, turn), "trial": session.id, "arm": one.name, "turn": turn}
-            figures = attempts.figures(one, partial(_turn, runs[one.name], ids, session.kinds[turn], reference))
-            if (one.name, turn) in missing:
-                yield about | figures
+    """One record an arm and turn from the second on."""
 
+    def start(one: Arm) -> "Replayed | None":
+        return None if one.policy is None else Replayed(backend, one)
 
-def _turn(
-    run: "Replayed | None", ids: tuple[int, ...], kinds: TurnKinds, reference: Reference | None
-) -> dict[str, Any]:
-    state = None if run is None else run.serve(ids, kinds)
-    return _compared(reference, state)
+    def reference(turn: int) -> "Reference":
+        return Reference(backend, Prompt.from_spans(session.prompts[turn], []), ())
 
+    def serve(run: "Replayed | None", turn: int, exact: "Reference | None") -> dict[str, Any]:
+        state = None if run is None else run.serve(session.prompts[turn], session.kinds[turn])
+        if exact is None:
+            return {}
+        return exact.noise() if state is None else exact.figures(state)
 
-def _compared(reference: Reference | None, state: Prefilled | None) -> dict[str, Any]:
-    if reference is None:
-        return {}
-    if state is None:
-        return receipt_of(None, len(reference.prompt)) | reference.compare(reference.engine, reference.in_pieces())
-    return receipt_of(state, len(reference.prompt)) | reference.compare(reference.engine, state)
+    yield from measure_turns(session, arms, range(1, len(session.prompts)), done, start, reference, serve)
 
 
 class Replayed:
@@ -163,7 +148,3 @@ class Replayed:
             kv = prefill_exact(self.model, ids)
             self._alone[ids] = read_chunk(self.model, kv, range(len(ids)), 0, len(ids))
         return self._alone[ids]
-
-
-def _turn_id(session: Recorded, one: Arm, turn: int) -> str:
-    return f"{session.id} | {one.name} | turn {turn}"

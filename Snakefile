@@ -1,6 +1,12 @@
+import os
+import sys
+
 from snakemake.utils import min_version
 
 min_version("9.20")
+
+# Rules call `python`: the one beside Snakemake, also where its environment is not activated.
+os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
 
 
 # Only when none is given: Snakemake merges files, and the keys of this one would show through in another.

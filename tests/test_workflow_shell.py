@@ -89,15 +89,17 @@ def checkpoint(folder: Path) -> None:
 
 
 def run(folder: Path, config: dict, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Snakemake in `folder`; the command `python` of its rules records its words, NUL behind each."""
+    """Snakemake in `folder`, its environment not on the PATH; its rules' `python` records its words, NUL behind each."""
     (folder / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))
     (folder / "bin").mkdir(exist_ok=True)
     (folder / "bin/python").write_text(f'#!/bin/sh\nfor x in "$@"; do printf "%s\\0" "$x"; done >> {folder}/called\n')
     (folder / "bin/python").chmod(0o755)
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder)]
-    command += ["--cores", "1", "--workflow-profile", "none", "--nolock", "-p", "results/wca/summary.json"]
+    installed = f"import sys; sys.executable = {str(folder / 'bin/python')!r}"
+    command = [sys.executable, "-c", f"{installed}; from snakemake.cli import main; main()"]
+    command += ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder), "--cores", "1"]
+    command += ["--workflow-profile", "none", "--nolock", "-p", "results/wca/summary.json"]
     command += [*arguments, "--configfile", str(folder / "config.yaml")]
-    environment = os.environ | {"PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PATH": os.defpath, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=300)
 
 

@@ -1,11 +1,11 @@
 """Control: tokens recomputed at random, from layer 0. A rule that is no better chooses nothing."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from cacheslide.core.reused import ReusedTokens
 from cacheslide.policies.deviation import check_ratio, tokens_of_ratio
 from cacheslide.policies.static import StaticCorrection
 
@@ -24,9 +24,9 @@ class RandomTokens(StaticCorrection):
         """The same rule recomputing `ratio` of the reused tokens."""
         return replace(self, recompute_ratio=ratio)
 
-    def known_before_start(self, chunk_lengths: Sequence[int]) -> Tensor:
-        """Bool [sum of lengths]."""
-        count = sum(chunk_lengths)
+    def known_before_start(self, reused: ReusedTokens) -> Tensor:
+        """Bool [R]."""
+        count = reused.count
         order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
         return order < tokens_of_ratio(self.recompute_ratio, count)
 

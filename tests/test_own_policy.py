@@ -11,6 +11,7 @@ from torch import Tensor
 from cacheslide.core.engine import ReuseEngine
 from cacheslide.core.keys import FixedChainKeying
 from cacheslide.core.prompt import Prompt
+from cacheslide.core.reused import ReusedTokens
 from cacheslide.models.reference import ReferenceDecoder
 from cacheslide.policies import registry
 from cacheslide.policies.base import ReusePolicy
@@ -29,8 +30,8 @@ class EveryNth(StaticCorrection):
 
     recompute_ratio: float = 0.5
 
-    def known_before_start(self, chunk_lengths: Sequence[int]) -> Tensor:
-        rows = sum(chunk_lengths)
+    def known_before_start(self, reused: ReusedTokens) -> Tensor:
+        rows = reused.count
         count = tokens_of_ratio(self.recompute_ratio, rows)
         mask = torch.zeros(rows, dtype=torch.bool)
         mask[torch.arange(count) * rows // max(count, 1)] = True

@@ -43,7 +43,7 @@ def find(model, start: int, limit: int, lacks=(), receipt: Receipt | None = None
 def test_pieces_are_the_rows_between_start_and_limit(model, start, limit, lacks, pieces, rows):
     found, asked, receipt = find(model, start, limit, lacks)
     assert [(p.first, p.length) for p in found.pieces] == pieces and found.rows.tolist() == rows
-    assert found.lengths == tuple(n for _, n in pieces) and found.rows.dtype == torch.int64
+    assert found.runs.lengths == tuple(n for _, n in pieces) and found.rows.dtype == torch.int64
     assert asked == [(i, key) for i, (key, c) in enumerate(CHUNKS) if max(c.start, start) < min(c.end, limit)]
     assert receipt.chunks_hit == len(pieces)
     assert receipt.generation == max((p.chunk.generation for p in found.pieces), default=0)
@@ -64,7 +64,7 @@ def test_a_request_places_what_was_found(model):
     )
     assert said == [([11, 12, 16, 17, 18, 19], Placement("delta"), 7, rule)]
     assert request.token_ids.tolist() == list(range(50, 66)) and request.positions.tolist() == list(range(11, 27))
-    assert (request.start, request.chunk_lengths, request.reused.tolist()) == (4, (2, 3, 1), found.rows.tolist())
+    assert (request.start, request.runs.lengths, request.reused.tolist()) == (4, (2, 3, 1), found.rows.tolist())
     assert request.kv is kv and request.correction is rule
     k, v = request.source.layer(2)
     stored = torch.cat([p.chunk.k[2, p.rows] for p in found.pieces])
@@ -84,5 +84,5 @@ def test_keys_that_do_not_rotate_are_never_turned(model, monkeypatch):
 def test_without_anything_cached_every_row_is_computed(model):
     for found in (None, Found()):
         request = RequestBuilder(model).build([5, 6], range(8, 10), model.new_kv(10), found=found, start=8)
-        assert request.source is None and len(request.reused) == 0 and request.chunk_lengths == ()
+        assert request.source is None and len(request.reused) == 0 and request.runs.count == 0
         assert request.reused.dtype == torch.int64 and request.positions.tolist() == [8, 9] and request.start == 8

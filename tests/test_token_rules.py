@@ -7,6 +7,7 @@ import torch
 
 from baselines.random_tokens import RandomTokens
 from cacheslide.core.engine import ReuseEngine
+from cacheslide.core.reused import ReusedTokens
 from cacheslide.errors import PolicyError
 from cacheslide.policies.deviation import tokens_of_ratio
 from cacheslide.policies.first_tokens import FirstTokens
@@ -21,8 +22,8 @@ FIXED = 6 + 23 + 31 + 17
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("ratio", "rows", "count"), [(0, 9, 0), (0.5, 9, 5), (0.1, 25, 3), (0.1, 24, 2), (1, 9, 9)])
 def test_counts_are_rounded_half_up(rule, ratio, rows, count):
-    assert int(rule(ratio).known_before_start((rows,)).sum()) == count == tokens_of_ratio(ratio, rows)
-    split = rule(ratio).known_before_start((rows - 4, 3, 1))
+    assert int(rule(ratio).known_before_start(ReusedTokens.of(rows)).sum()) == count == tokens_of_ratio(ratio, rows)
+    split = rule(ratio).known_before_start(ReusedTokens.of(rows - 4, 3, 1))
     assert split.shape == (rows,) and split.dtype == torch.bool and int(split.sum()) == count  # over all chunks at once
 
 
@@ -43,21 +44,22 @@ def test_a_ratio_outside_of_0_to_1_is_refused(rule, ratio):
 
 
 def test_first_tokens_are_the_first_over_all_chunks_together():
-    assert FirstTokens(0.5).known_before_start((2, 4)).tolist() == [True] * 3 + [False] * 3
+    assert FirstTokens(0.5).known_before_start(ReusedTokens.of(2, 4)).tolist() == [True] * 3 + [False] * 3
 
 
 def test_random_tokens_are_the_same_for_equal_lengths_and_others_for_another_seed():
     rule = RandomTokens(0.3)
-    chosen = rule.known_before_start((40, 60))
-    assert torch.equal(chosen, rule.known_before_start((60, 40))) and torch.equal(
-        chosen, RandomTokens(0.3).known_before_start((100,))
+    chosen = rule.known_before_start(ReusedTokens.of(40, 60))
+    assert torch.equal(chosen, rule.known_before_start(ReusedTokens.of(60, 40))) and torch.equal(
+        chosen, RandomTokens(0.3).known_before_start(ReusedTokens.of(100))
     )
-    other = replace(rule, seed=1).known_before_start((40, 60))
+    other = replace(rule, seed=1).known_before_start(ReusedTokens.of(40, 60))
     assert not torch.equal(chosen, other) and int(other.sum()) == 30
     assert replace(rule, seed=1).at_ratio(0.4).seed == 1
     place = chosen.nonzero()[:, 0]
     assert place.min() < 20 and place.max() >= 80 and not chosen[:30].all()
-    assert (rule.at_ratio(0.6).known_before_start((100,)) | ~chosen).all()  # more of them contain the fewer
+    more = rule.at_ratio(0.6).known_before_start(ReusedTokens.of(100))
+    assert (more | ~chosen).all()  # more of them contain the fewer
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -89,7 +89,7 @@ def checkpoint(folder: Path) -> None:
 
 
 def run(folder: Path, config: dict, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Snakemake in `folder`, its environment not on the PATH; its rules' `python` records its words, NUL behind each."""
+    """Snakemake in `folder`, off the PATH; the `python` of its rules records its words, NUL behind each."""
     (folder / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))
     (folder / "bin").mkdir(exist_ok=True)
     (folder / "bin/python").write_text(f'#!/bin/sh\nfor x in "$@"; do printf "%s\\0" "$x"; done >> {folder}/called\n')

@@ -37,7 +37,7 @@ class ActiveTokens:
         rule, known = request.correction, None
         if len(self.reused):
             rule.check("the correction", model.num_layers)
-            known = rule.known_before_start(request.chunk_lengths)
+            known = rule.known_before_start(request.runs)
         self.selecting = len(self.reused) > 0 and known is None
         if self.selecting:
             self._activate(torch.arange(rows, device=device))

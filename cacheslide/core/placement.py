@@ -60,6 +60,12 @@ class Piece:
         """Its rows in the chunk."""
         return slice(self.first, self.first + self.length)
 
+    @property
+    def scores(self) -> Tensor:
+        """Remembered deviation of its rows, float32 [length], on the host; NaN where nothing is remembered."""
+        scores = self.chunk.scores
+        return torch.full((self.length,), torch.nan) if scores is None else scores[self.rows]
+
 
 class PlacedChunks:
     """A `KVSource` over cached chunks, in prompt order.

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from cacheslide.core.reused import ReusedTokens
 from cacheslide.models.adapter import KVBuffer
 from cacheslide.policies.base import Correction
 from cacheslide.policies.none import NoCorrection
@@ -42,8 +43,8 @@ class PrefillRequest:
         Receives every row's KV. Rows below `start` must already be there.
     reused : Tensor [R], int64
         Ascending local rows (0-based from `start`) with cached KV in `source`.
-    chunk_lengths : tuple of int
-        Lengths of the reused runs in order; they add up to R (EPIC's edges need them).
+    runs : ReusedTokens
+        The reused runs and what is remembered of their tokens; R tokens in all.
     """
 
     token_ids: Tensor
@@ -52,7 +53,7 @@ class PrefillRequest:
     reused: Tensor
     source: KVSource | None = None
     correction: Correction = field(default_factory=NoCorrection)
-    chunk_lengths: tuple[int, ...] = ()
+    runs: ReusedTokens = field(default_factory=ReusedTokens)
     start: int = 0
 
 

@@ -11,6 +11,7 @@ from cacheslide.core.placement import Piece, PlacedChunks, Placement
 from cacheslide.core.prefill_request import KVSource, PrefillRequest
 from cacheslide.core.prompt import Chunk
 from cacheslide.core.receipt import Receipt
+from cacheslide.core.reused import ReusedTokens
 from cacheslide.core.tensors import send, tensor_of
 from cacheslide.models.adapter import KVBuffer, ModelAdapter
 from cacheslide.policies.base import Correction
@@ -29,9 +30,12 @@ class Found:
     spans: list[range] = field(default_factory=list)
 
     @property
-    def lengths(self) -> tuple[int, ...]:
-        """Rows of each piece."""
-        return tuple(p.length for p in self.pieces)
+    def runs(self) -> ReusedTokens:
+        """The pieces' rows, and what their chunks remember of them."""
+        scores = None
+        if any(p.chunk.scores is not None for p in self.pieces):
+            scores = torch.cat([p.scores for p in self.pieces])
+        return ReusedTokens(tuple(s.start for s in self.spans), tuple(p.length for p in self.pieces), scores)
 
     @property
     def rows(self) -> Tensor:
@@ -112,7 +116,7 @@ class RequestBuilder:
                 placement, shift = Placement("stored"), 0
             source = self.source(found.pieces, where[rows], placement, shift, correction)
         ids, where, rows = (send(x, model.device) for x in (tensor_of(token_ids), where, rows))
-        return PrefillRequest(ids, where, kv, rows, source, correction, found.lengths, start)
+        return PrefillRequest(ids, where, kv, rows, source, correction, found.runs, start)
 
     def source(
         self, pieces: Sequence[Piece], target: Tensor, placement: Placement, shift: int, correction: Correction

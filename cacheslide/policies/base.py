@@ -12,6 +12,7 @@ from torch import Tensor
 from cacheslide.core.keys import ChunkKey, Keying, NoKeying
 from cacheslide.core.placement import Placement
 from cacheslide.core.prompt import Chunk, Prompt
+from cacheslide.core.reused import ReusedTokens
 from cacheslide.errors import PolicyError
 from cacheslide.policies.encodings import InPrompt
 from cacheslide.policies.none import NoCorrection
@@ -108,8 +109,8 @@ class Correction(Protocol):
         """The same rule recomputing `ratio` of the reused tokens (itself where it recomputes none)."""
         ...
 
-    def known_before_start(self, chunk_lengths: Sequence[int]) -> Tensor | None:
-        """Bool [sum of lengths], on the host: the reused tokens recomputed from layer 0; None where a layer decides."""
+    def known_before_start(self, reused: ReusedTokens) -> Tensor | None:
+        """Bool [R], on the host: the reused tokens recomputed from layer 0; None where a layer decides."""
         ...
 
     def begin(self, tokens: Any) -> CorrectionRun:

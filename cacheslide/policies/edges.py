@@ -1,11 +1,11 @@
 """EPIC's rule: the edges of every chunk are recomputed (arXiv 2410.15332)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from cacheslide.core.reused import ReusedTokens
 from cacheslide.errors import PolicyError
 from cacheslide.policies.deviation import check_ratio
 from cacheslide.policies.static import StaticCorrection
@@ -36,10 +36,10 @@ class EdgeTokens(StaticCorrection):
         """The same rule recomputing `ratio` of every chunk."""
         return replace(self, recompute_ratio=ratio)
 
-    def known_before_start(self, chunk_lengths: Sequence[int]) -> Tensor:
-        """Bool [sum of lengths]: the head and tail rows of every run."""
+    def known_before_start(self, reused: ReusedTokens) -> Tensor:
+        """Bool [R]: the head and tail rows of every run."""
         parts = [torch.zeros(0, dtype=torch.bool)]
-        for length in chunk_lengths:
+        for length in reused.lengths:
             head, tail = self.edges(length)
             at = torch.arange(length)
             parts.append((at < head) | (at >= length - tail))

@@ -4,12 +4,12 @@ What stands right behind an updated segment has that segment closest in its cont
 kind and the control that a rule with a selection layer has to beat.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from cacheslide.core.reused import ReusedTokens
 from cacheslide.policies.deviation import check_ratio, tokens_of_ratio
 from cacheslide.policies.static import StaticCorrection
 
@@ -27,10 +27,9 @@ class FirstTokens(StaticCorrection):
         """The same rule recomputing `ratio` of the reused tokens."""
         return replace(self, recompute_ratio=ratio)
 
-    def known_before_start(self, chunk_lengths: Sequence[int]) -> Tensor:
-        """Bool [sum of lengths]."""
-        count = sum(chunk_lengths)
-        return torch.arange(count) < tokens_of_ratio(self.recompute_ratio, count)
+    def known_before_start(self, reused: ReusedTokens) -> Tensor:
+        """Bool [R]."""
+        return torch.arange(reused.count) < tokens_of_ratio(self.recompute_ratio, reused.count)
 
     @property
     def total_ratio(self) -> float:

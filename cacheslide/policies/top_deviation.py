@@ -4,12 +4,12 @@ WCA is the paper's section 4.3, Alg. 2. Its ambiguous points are options here, s
 rule, the reading of "converged", the layer whose keys are compared, and what a token that enters late starts from.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
 
+from cacheslide.core.reused import ReusedTokens
 from cacheslide.errors import PolicyError
 from cacheslide.policies.deviation import Fusion, check_ratio
 from cacheslide.policies.top_deviation_run import TopDeviationRun
@@ -128,7 +128,7 @@ class TopDeviation:
         if last >= layers:
             raise PolicyError(f"{name} selects at layer {last}, but the model has layers 0 to {layers - 1}")
 
-    def known_before_start(self, chunk_lengths: Sequence[int]) -> None:
+    def known_before_start(self, reused: ReusedTokens) -> None:
         """Nothing is known before the selection layer: every token passes the layers up to it."""
 
     def begin(self, tokens) -> TopDeviationRun:

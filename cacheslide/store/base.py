@@ -27,6 +27,8 @@ class ChunkKV:
         Inputs of the probe layers, where a promoting policy asked for them.
     generation : int
         0 for exactly computed KV; corrected KV that is kept counts how often it was built on corrected KV.
+    scores : Tensor [n], float32, on the host, optional
+        Remembered deviation: how far each token's KV was from that of another context, summed over layers.
     """
 
     k: Tensor
@@ -34,6 +36,7 @@ class ChunkKV:
     positions: Tensor
     layer_inputs: dict[int, Tensor] = field(default_factory=dict)
     generation: int = 0
+    scores: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = len(self.positions)
@@ -41,11 +44,14 @@ class ChunkKV:
             raise StoreError(f"chunk shapes disagree: k {tuple(self.k.shape)}, v {tuple(self.v.shape)}, {n} positions")
         if any(len(x) != n for x in self.layer_inputs.values()):
             raise StoreError(f"layer inputs must hold {n} rows each")
+        if self.scores is not None and (self.scores.shape != (n,) or self.scores.dtype != torch.float32):
+            raise StoreError(f"scores must be float32 [{n}], not {self.scores.dtype} {tuple(self.scores.shape)}")
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = (self.k, self.v, self.positions, *self.layer_inputs.values())
+        tensors = [self.k, self.v, self.positions, *self.layer_inputs.values()]
+        tensors += [] if self.scores is None else [self.scores]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def to(self, dtype: torch.dtype) -> "ChunkKV":
@@ -56,6 +62,7 @@ class ChunkKV:
             self.positions.clone(),
             {layer: x.to(dtype, copy=True) for layer, x in self.layer_inputs.items()},
             self.generation,
+            self.scores,
         )
 
 

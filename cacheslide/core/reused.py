@@ -1,0 +1,42 @@
+"""What a rule knows of a request's reused tokens before the request starts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ReusedTokens:
+    """The runs of a prompt that have cached KV, in prompt order. R is the sum of `lengths`.
+
+    Attributes
+    ----------
+    starts, lengths : tuple of int
+        Of each run: its first local row, and its tokens. A run is (part of) one chunk.
+    scores : Tensor [R], float32, on the host, optional
+        Remembered deviation of each token's KV (`ChunkKV.scores`), NaN where nothing is remembered; None where
+        nothing is remembered of any.
+    """
+
+    starts: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
+    scores: Tensor | None = None
+
+    @classmethod
+    def of(cls, *lengths: int, scores: Sequence[float] | None = None) -> "ReusedTokens":
+        """Runs of these lengths, one behind the other from row 0."""
+        starts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
+        return cls(starts, lengths, None if scores is None else torch.tensor(scores, dtype=torch.float32))
+
+    @property
+    def count(self) -> int:
+        """R."""
+        return sum(self.lengths)
+
+    @property
+    def behind_updates(self) -> tuple[bool, ...]:
+        """Of each run: whether a token that is not reused stands right in front of it."""
+        ends = (0, *(start + n for start, n in zip(self.starts, self.lengths, strict=True)))
+        return tuple(start > end for start, end in zip(self.starts, ends, strict=False))

@@ -71,16 +71,20 @@ def draw(summary: dict[str, Any]) -> Figure:
         axes.set_ylabel("KL from recompute, nats a token")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
     about = summary["conditions"]["frontier"]
-    what = f"{about['model']}, {about['dtype']}; means over prompts with 95 % intervals"
+    what = f"{about['model']}, {about['dtype']}; means over prompts with 95 % intervals; hollow: over fewer prompts than n"
     title = f"Divergence from recompute on real text: {what}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return figure
 
 
 def shown(arm: str, best: Mapping[str, int]) -> bool:
-    """Whether a point is drawn: of layers that were swept, the first and the one that the validation part chose."""
+    """Whether a point is drawn: of layers that were swept, the first and the one that the validation part chose.
+
+    A variant ("as printed, updated keys only") has the layer of the rule that its name begins with.
+    """
     rule, layer = rule_and_layer(arm)
-    return layer in (None, 1, best.get(rule))
+    chosen = max((name for name in best if rule.startswith(name)), key=len, default=None)
+    return layer in (None, 1, best.get(chosen))
 
 
 def curve_of(arm: str) -> str | None:
@@ -107,5 +111,9 @@ def _panel(axes: Axes, setting: str, rows: list[dict[str, Any]]) -> dict[str, An
             kl = r["answer"]["kl"]
             error_bar(axes, r["compute_fraction"], kl["value"], colour, up=(kl["low"], kl["high"]))
         xs, ys = [r["compute_fraction"] for r in members], [r["answer"]["kl"]["value"] for r in members]
-        [handles[label]] = axes.plot(xs, ys, color=colour, marker=marker, ms=5, lw=0.9, alpha=0.9, zorder=3)
+        style = {"color": colour, "marker": marker, "ms": 5, "lw": 0.9, "alpha": 0.9, "zorder": 3}
+        [handles[label]] = axes.plot(xs, ys, **style)
+        few = [(x, y) for x, y, r in zip(xs, ys, members, strict=True) if 2 * r["n"] < n]
+        if few:  # hollow: other means than those over all prompts
+            axes.plot(*zip(*few, strict=True), **style | {"lw": 0, "mfc": "white", "alpha": 1})
     return handles

@@ -71,7 +71,9 @@ def draw(summary: dict[str, Any]) -> Figure:
         axes.set_ylabel("KL from recompute, nats a token")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
     about = summary["conditions"]["frontier"]
-    what = f"{about['model']}, {about['dtype']}; means over prompts with 95 % intervals; hollow: over fewer prompts than n"
+    what = (
+        f"{about['model']}, {about['dtype']}; means over prompts with 95 % intervals; hollow: over fewer prompts than n"
+    )
     title = f"Divergence from recompute on real text: {what}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return figure

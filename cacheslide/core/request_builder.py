@@ -1,7 +1,7 @@
 """Builds the prefill request of a prompt out of what is cached for it: both hosts build theirs with this."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -115,8 +115,9 @@ class RequestBuilder:
             if not model.rotates:  # unrotated keys serve wherever they are
                 placement, shift = Placement("stored"), 0
             source = self.source(found.pieces, where[rows], placement, shift, correction)
+        runs = replace(found.runs, token_ids=token_ids)
         ids, where, rows = (send(x, model.device) for x in (tensor_of(token_ids), where, rows))
-        return PrefillRequest(ids, where, kv, rows, source, correction, found.runs, start)
+        return PrefillRequest(ids, where, kv, rows, source, correction, runs, start)
 
     def source(
         self, pieces: Sequence[Piece], target: Tensor, placement: Placement, shift: int, correction: Correction

@@ -18,11 +18,14 @@ class ReusedTokens:
     scores : Tensor [R], float32, on the host, optional
         Remembered deviation of each token's KV (`ChunkKV.scores`), NaN where nothing is remembered; None where
         nothing is remembered of any.
+    token_ids : sequence of int
+        The ids of all local rows, reused or not; empty where a host does not say.
     """
 
     starts: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
     scores: Tensor | None = None
+    token_ids: Sequence[int] = ()
 
     @classmethod
     def of(cls, *lengths: int, scores: Sequence[float] | None = None) -> "ReusedTokens":

@@ -1,7 +1,7 @@
 """One engine for every system: plan what a prompt can reuse, fill the store, prefill, and say what happened."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from cacheslide.core.plan import Plan, make_plan
 from cacheslide.core.prefill_request import PrefillOutput, PrefillRequest
 from cacheslide.core.prompt import Prompt
 from cacheslide.core.receipt import Receipt
+from cacheslide.core.remembering import TokenKV
 from cacheslide.core.request_builder import RequestBuilder, find_pieces
 from cacheslide.core.retention import generation_of_copy
 from cacheslide.core.selective_prefill import SelectivePrefill
@@ -83,7 +84,7 @@ class ReuseEngine:
         self.chunk_size, self.suffix_len = chunk_size, suffix_len
         store_dtype = store_dtype or model.dtype
         self.identity = CacheIdentity(model.model_id, str(store_dtype), namespace=namespace)
-        self.encoder = ChunkEncoder(model, store, store_dtype, capture | policy.probe_layers)
+        self.encoder = ChunkEncoder(model, store, store_dtype, capture | policy.probe_layers, policy.needs_scores)
         self.builder, self.executor = RequestBuilder(model), SelectivePrefill(model)
 
     def plan(self, prompt: Prompt) -> Plan:
@@ -123,26 +124,32 @@ class ReuseEngine:
             exact=state.receipt.chunks_hit == 0,
             oldest=state.receipt.generation,
             limit=limit if self.corrected is not None else 0,
-            in_place=self._holds(state, plan),
+            in_place=not self.encoder.capture and self._holds(state, plan),
         )
         if generation is None:
-            encoded = self.encoder.encode(self.policy.encoding, plan)
-            return Retained(encoded=encoded)
+            served = state.kv if state.receipt.chunks_hit == 0 and self._holds(state, plan) else None
+            return Retained(encoded=self.encoder.encode(self.policy.encoding, plan, served))
         store = self.corrected if generation else self.store
-        missing = [(key, chunk) for key, chunk in plan.keyed if not self._has(key)]
-        for key, chunk in missing:
-            store.put(key, self.encoder.cut(state.kv, plan.positions, chunk.start, chunk.end, generation))
+        contrast = self.encoder.contrast(self.policy.encoding, plan) if self.policy.needs_scores else None
+        missing = [i for i, key in enumerate(plan.keys) if not self._has(key)]
+        for number in missing:
+            chunk, scores = plan.chunks[number], None
+            if contrast is not None and not generation:
+                own = TokenKV.of_rows(state.kv, plan.positions, chunk.start, chunk.end, self.model.device)
+                scores = contrast.scores(number, own)
+            copy = self.encoder.cut(state.kv, plan.positions, chunk.start, chunk.end, generation)
+            store.put(plan.keys[number], replace(copy, scores=scores))
         return Retained(len(missing), 0, generation)
 
     def _has(self, key: ChunkKey) -> bool:
         return self.store.contains(key) or (self.corrected is not None and self.corrected.contains(key))
 
     def _holds(self, state: Prefilled, plan: Plan) -> bool:
-        """Whether the KV of `state` is that of the plan's chunks, without layer inputs that they would need."""
+        """Whether the KV of `state` is that of the plan's chunks in this prompt."""
         served, rows = state.plan, len(state.plan.prompt)
         same = plan.prompt.token_ids[:rows] == served.prompt.token_ids[: len(plan.prompt)]
         same = same and plan.positions[:rows] == served.positions[: len(plan.prompt)]
-        return same and not self.encoder.capture and plan.chunks[-1].end <= state.length
+        return same and plan.chunks[-1].end <= state.length
 
     def prefill(self, prompt: Prompt, following: int = 0, room: int = 0) -> Prefilled:
         """Complete the KV of `prompt`, reusing what the store holds. See `prefill_batch`."""

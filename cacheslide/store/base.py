@@ -28,7 +28,8 @@ class ChunkKV:
     generation : int
         0 for exactly computed KV; corrected KV that is kept counts how often it was built on corrected KV.
     scores : Tensor [n], float32, on the host, optional
-        Remembered deviation: how far each token's KV was from that of another context, summed over layers.
+        Remembered deviation: how far each token's KV was from that of another context, summed over layers
+        (`core/remembering.py`); finite and at least 0.
     """
 
     k: Tensor
@@ -46,6 +47,8 @@ class ChunkKV:
             raise StoreError(f"layer inputs must hold {n} rows each")
         if self.scores is not None and (self.scores.shape != (n,) or self.scores.dtype != torch.float32):
             raise StoreError(f"scores must be float32 [{n}], not {self.scores.dtype} {tuple(self.scores.shape)}")
+        if self.scores is not None and not bool((self.scores.isfinite() & (self.scores >= 0)).all()):
+            raise StoreError("scores must be finite and at least 0")
 
     @property
     def nbytes(self) -> int:

@@ -47,8 +47,8 @@ class ChunkKV:
             raise StoreError(f"layer inputs must hold {n} rows each")
         if self.scores is not None and (self.scores.shape != (n,) or self.scores.dtype != torch.float32):
             raise StoreError(f"scores must be float32 [{n}], not {self.scores.dtype} {tuple(self.scores.shape)}")
-        if self.scores is not None and not bool((self.scores.isfinite() & (self.scores >= 0)).all()):
-            raise StoreError("scores must be finite and at least 0")
+        if self.scores is not None and (why := bad_scores(self.scores)):
+            raise StoreError(why)
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +67,11 @@ class ChunkKV:
             self.generation,
             self.scores,
         )
+
+
+def bad_scores(scores: Tensor) -> str:
+    """Why scores [n] are none, in one line; empty when they are."""
+    return "" if bool((scores.isfinite() & (scores >= 0)).all()) else "scores must be finite and at least 0"
 
 
 @dataclass(frozen=True)

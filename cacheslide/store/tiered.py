@@ -146,7 +146,8 @@ class TieredChunkStore(ChunkStore):
                 content, tier = self.reader.pages(entry, range(entry.layout.pages))
                 payload = packed(content, entry.layout)
                 generation = entry.generation + (entry.owner is not None)
-                found = from_payload(payload, entry.layout, entry.positions.clone(), generation), tier
+                positions = entry.positions.clone()
+                found = from_payload(payload, entry.layout, positions, generation, entry.scores), tier
         except Gone as gone:
             self.stats.misses += 1
             self.stats.note(str(gone))
@@ -176,6 +177,7 @@ class TieredChunkStore(ChunkStore):
         with self.table.lock:  # whoever finds the entry finds its pages
             entry = self.table.entry(name, layout, chunk.positions.cpu().clone(), chunk.generation)
             entry.incoming, entry.persisted = payload, False  # no storage tier had it a moment ago
+            entry.scores = chunk.scores
             self.stats.puts += 1
         try:
             if self.persistent.exists and (self.write_back == "through" or not fits):
@@ -294,12 +296,12 @@ class TieredChunkStore(ChunkStore):
             if isinstance(found, str):
                 raise StoreError(f"chunk {name[16:].hex()} cannot be corrected ({found}): build it again")
             head: Head = found[0]
-            layout, positions, generation = head.layout, head.positions, head.generation
+            layout, positions, generation, scores = head.layout, head.positions, head.generation, head.scores
         else:
-            layout, positions, generation = base.layout, base.positions, base.generation
+            layout, positions, generation, scores = base.layout, base.positions, base.generation, base.scores
         with self.table.lock:
             self._owned.setdefault(owner, set()).add(name)
-            return self.table.entry(name, layout, positions, generation, owner)
+            return self.table.entry(name, layout, positions, generation, owner, scores=scores)
 
     # --- housekeeping ----------------------------------------------------------------------------------------------
 

@@ -63,12 +63,18 @@ class ChunkEncoder:
         self.builder, self.executor = RequestBuilder(model), SelectivePrefill(model)
         self.row_layers = 0
 
-    def encode(self, encoding: Encoding, plan: Plan, served: KVBuffer | None = None) -> int:
-        """Compute and store the chunks of `plan` that are missing; returns how many.
+    def encode(
+        self,
+        encoding: Encoding,
+        plan: Plan,
+        served: KVBuffer | None = None,
+        anew: frozenset[ChunkKey] = frozenset(),
+    ) -> int:
+        """Compute and store the chunks of `plan` that are missing or named by `anew`; returns how many.
 
         `served` is exact KV of the plan's prompt, if there is any: scores then need no prefill of it.
         """
-        missing = [not self.store.contains(key) for key in plan.keys]
+        missing = [key in anew or not self.store.contains(key) for key in plan.keys]
         if any(missing):
             contrast = self.contrast(encoding, plan, served) if self.scores else None
             parts = encoding.encode(self, plan.prompt, plan.positions, plan.chunks, plan.keys, missing)
@@ -109,11 +115,12 @@ class ChunkEncoder:
         return ExactKV(kv, positions, out.layer_inputs, done)
 
     def store_chunk(self, key: ChunkKey, exact: "ExactKV", start: int, end: int, scores: Tensor | None = None) -> None:
-        """Store rows [start, end) of an exact prefill as the chunk `key`."""
+        """Store rows [start, end) of an exact prefill as the chunk `key`, in place of what can be replaced."""
         offset = exact.first_input
         layers = {layer: x[start - offset : end - offset] for layer, x in exact.layer_inputs.items()}
-        chunk = self.cut(exact.kv, exact.positions, start, end, layer_inputs=layers)
-        self.store.put(key, replace(chunk, scores=scores))
+        chunk = replace(self.cut(exact.kv, exact.positions, start, end, layer_inputs=layers), scores=scores)
+        if not self.store.replace(key, chunk):
+            self.store.put(key, chunk)
 
     def cut(
         self,

@@ -222,7 +222,7 @@ class Head:
         if "whole" in header:
             whole = int(header["whole"], 16) if isinstance(header["whole"], str) else -1
         scores = torch.frombuffer(bytearray(raw[behind:]), dtype=torch.float32) if scored else None
-        if scores is not None and (why := bad_scores(scores)):
+        if scores is not None and (why := bad_scores(scores, layout.tokens)):
             raise Damaged(why)
         return cls(layout, generation, sums, rows, len(raw), whole, scores)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
 from cacheslide.store.arena import Arena
-from cacheslide.store.base import MAX_GENERATION, ChunkKV, ChunkStore, Fetched
+from cacheslide.store.base import MAX_GENERATION, ChunkKV, ChunkStore, Fetched, bad_scores
 from cacheslide.store.entry import Entry, empty_pages
 from cacheslide.store.filetier import FileTier, chunk_name, namespace_id
 from cacheslide.store.mover import Mover
@@ -189,6 +189,16 @@ class TieredChunkStore(ChunkStore):
             with self.table.lock:
                 entry.incoming = None
                 self.table.retire(entry)
+
+    def rescore(self, key: ChunkKey, scores: Tensor) -> bool:
+        with self.table.lock:
+            entry = self.table.places.get((chunk_name(self.namespace, key), None))
+            if entry is None or entry.lost:
+                return False
+            if why := bad_scores(scores, entry.layout.tokens):
+                raise StoreError(why)
+            entry.scores = scores.clone()
+            return True
 
     def __len__(self) -> int:
         held = {name for (name, owner), e in self.table.places.items() if owner is None and not e.lost}

@@ -1,6 +1,6 @@
 """A system that only this file knows: its correction and its encoding run in the reference host and in vLLM."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -16,6 +16,7 @@ from cacheslide.models.reference import ReferenceDecoder
 from cacheslide.policies import registry
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.policies.deviation import tokens_of_ratio
+from cacheslide.policies.encodings import Encoded
 from cacheslide.policies.registry import load_policy, policy_names
 from cacheslide.policies.static import StaticCorrection
 from cacheslide.store import MemoryChunkStore
@@ -62,14 +63,14 @@ class BehindTheFirst:
         first = len(chunks[0])
         return sum(len(c) + (first if i else 0) for i, (c, m) in enumerate(zip(chunks, missing, strict=True)) if m)
 
-    def encode(self, encoder, prompt, positions, chunks, keys, missing) -> None:
+    def encode(self, encoder, prompt, positions, chunks, keys, missing) -> Iterator[Encoded]:
         ids, first = prompt.token_ids, chunks[0]
         head = ids[first.start : first.end]
-        for i, (chunk, key, new) in enumerate(zip(chunks, keys, missing, strict=True)):
+        for i, (chunk, new) in enumerate(zip(chunks, missing, strict=True)):
             if new:
                 before = head if i else ()
                 text = (*before, *ids[chunk.start : chunk.end])
-                encoder.store_chunk(key, encoder.prefill(text, range(len(text))), len(before), len(text))
+                yield i, encoder.prefill(text, range(len(text))), len(before), len(text)
 
 
 def make() -> ReusePolicy:

@@ -46,6 +46,8 @@ def assert_same(got: ChunkKV, want: ChunkKV) -> None:
     assert got.layer_inputs.keys() == want.layer_inputs.keys()
     assert all(torch.equal(got.layer_inputs[i], x) for i, x in want.layer_inputs.items())
     assert got.generation == want.generation
+    assert (got.scores is None) == (want.scores is None)
+    assert want.scores is None or torch.equal(got.scores, want.scores)
 
 
 def read(store: FileTier, i: int) -> ChunkKV | None:

@@ -1,7 +1,7 @@
 """Computes the KV that a policy caches for a prompt's chunks, exactly, in the context its encoding names."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from cacheslide.core.keys import ChunkKey
 from cacheslide.core.placement import Piece, PlacedChunks, Placement
 from cacheslide.core.plan import Plan
+from cacheslide.core.remembering import Contrast, TokenKV
 from cacheslide.core.request_builder import RequestBuilder
 from cacheslide.core.selective_prefill import SelectivePrefill
 from cacheslide.core.tensors import tensor_of
@@ -40,6 +41,8 @@ class ChunkEncoder:
         What K, V and layer inputs are kept in.
     capture : frozenset of int
         Layers whose inputs are kept with every chunk.
+    scores : bool
+        Keep every chunk with its remembered deviation, which takes a prefill of its other context (`Contrast`).
 
     Attributes
     ----------
@@ -48,19 +51,49 @@ class ChunkEncoder:
     """
 
     def __init__(
-        self, model: ModelAdapter, store: ChunkStore, store_dtype: torch.dtype, capture: frozenset[int] = frozenset()
+        self,
+        model: ModelAdapter,
+        store: ChunkStore,
+        store_dtype: torch.dtype,
+        capture: frozenset[int] = frozenset(),
+        scores: bool = False,
     ) -> None:
-        self.model, self.store, self.store_dtype, self.capture = model, store, store_dtype, capture
+        self.model, self.store, self.store_dtype, self.capture, self.scores = model, store, store_dtype, capture, scores
         self.shape = shape_of(model, store_dtype)
         self.builder, self.executor = RequestBuilder(model), SelectivePrefill(model)
         self.row_layers = 0
 
-    def encode(self, encoding: Encoding, plan: Plan) -> int:
-        """Compute and store the chunks of `plan` that are missing; returns how many."""
-        missing = [not self.store.contains(key) for key in plan.keys]
+    def encode(
+        self,
+        encoding: Encoding,
+        plan: Plan,
+        served: KVBuffer | None = None,
+        anew: frozenset[ChunkKey] = frozenset(),
+    ) -> int:
+        """Compute and store the chunks of `plan` that are missing or named by `anew`; returns how many.
+
+        `served` is exact KV of the plan's prompt, if there is any: scores then need no prefill of it.
+        """
+        missing = [key in anew or not self.store.contains(key) for key in plan.keys]
         if any(missing):
-            encoding.encode(self, plan.prompt, plan.positions, plan.chunks, plan.keys, missing)
+            contrast = self.contrast(encoding, plan, served) if self.scores else None
+            parts = encoding.encode(self, plan.prompt, plan.positions, plan.chunks, plan.keys, missing)
+            for number, exact, start, end in parts:
+                scores = None
+                if contrast is not None:
+                    own = TokenKV.of_rows(exact.kv, exact.positions, start, end, self.model.device)
+                    scores = contrast.scores(number, own)
+                self.store_chunk(plan.keys[number], exact, start, end, scores)
         return sum(missing)
+
+    def contrast(self, encoding: Encoding, plan: Plan, served: KVBuffer | None = None) -> Contrast:
+        """What scores of the plan's chunks compare with; see `encode`."""
+        known = None if served is None else (served, plan.positions)
+        return Contrast(self.model, plan, encoding.in_prompt, self._prefill_other, known)
+
+    def _prefill_other(self, *prompt) -> tuple[KVBuffer, Sequence[int]]:
+        exact = self.prefill(*prompt, inputs=False)
+        return exact.kv, exact.positions
 
     def prefill(
         self,
@@ -68,20 +101,26 @@ class ChunkEncoder:
         positions: Sequence[int],
         known: Sequence[Piece] = (),
         slots: PromptSlots | None = None,
+        inputs: bool = True,
     ) -> "ExactKV":
-        """Exact KV of `token_ids`; `known` pieces are its first rows, already exact at these positions."""
+        """Exact KV of `token_ids`; `known` pieces are its first rows, already exact at these positions.
+
+        With `inputs`, also what `capture` asks for.
+        """
         kv = self.model.new_kv(len(token_ids))
         done = write_known(self.model, kv, known)
         request = self.builder.build(token_ids[done:], positions[done:], kv, start=done, slots=slots)
-        [out] = self.executor.run([request], capture=self.capture)
+        [out] = self.executor.run([request], capture=self.capture if inputs else frozenset())
         self.row_layers += sum(out.tokens_computed)
         return ExactKV(kv, positions, out.layer_inputs, done)
 
-    def store_chunk(self, key: ChunkKey, exact: "ExactKV", start: int, end: int) -> None:
-        """Store rows [start, end) of an exact prefill as the chunk `key`."""
+    def store_chunk(self, key: ChunkKey, exact: "ExactKV", start: int, end: int, scores: Tensor | None = None) -> None:
+        """Store rows [start, end) of an exact prefill as the chunk `key`, in place of what can be replaced."""
         offset = exact.first_input
         layers = {layer: x[start - offset : end - offset] for layer, x in exact.layer_inputs.items()}
-        self.store.put(key, self.cut(exact.kv, exact.positions, start, end, layer_inputs=layers))
+        chunk = replace(self.cut(exact.kv, exact.positions, start, end, layer_inputs=layers), scores=scores)
+        if not self.store.replace(key, chunk):
+            self.store.put(key, chunk)
 
     def cut(
         self,

@@ -1,7 +1,8 @@
 """One engine for every system: plan what a prompt can reuse, fill the store, prefill, and say what happened."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from cacheslide.core.plan import Plan, make_plan
 from cacheslide.core.prefill_request import PrefillOutput, PrefillRequest
 from cacheslide.core.prompt import Prompt
 from cacheslide.core.receipt import Receipt
-from cacheslide.core.request_builder import RequestBuilder, find_pieces
+from cacheslide.core.refreshing import refreshed
+from cacheslide.core.remembering import TokenKV
+from cacheslide.core.request_builder import Found, RequestBuilder, find_pieces
 from cacheslide.core.retention import generation_of_copy
 from cacheslide.core.selective_prefill import SelectivePrefill
 from cacheslide.errors import PromptError, StoreError
@@ -34,15 +37,20 @@ class Prefilled:
     receipt: Receipt
     output: PrefillOutput
     plan: Plan
+    found: Found | None = None  # what was reused, where its scores are refreshed
 
 
 @dataclass(frozen=True)
 class Retained:
-    """What `ReuseEngine.retain` did: chunks copied from a request's KV at `generation`, or encoded exactly."""
+    """What `ReuseEngine.retain` did: chunks copied from a request's KV at `generation`, or encoded exactly.
+
+    `refreshed` chunks, which were there, have new scores.
+    """
 
     copied: int = 0
     encoded: int = 0
     generation: int = 0
+    refreshed: int = 0
 
 
 class ReuseEngine:
@@ -62,6 +70,9 @@ class ReuseEngine:
     corrected : ChunkStore, optional
         Where `retain` puts KV that rests on reused KV. It is read where `store` lacks a chunk, so that an exact copy
         always comes first and a corrected one is never taken for a chunk's reference copy.
+    max_deviation : float
+        Under a rule that needs scores: where a chunk's recomputed tokens deviate by more than this in the mean,
+        `retain` encodes the chunk anew. Infinite, which is never, by default.
     """
 
     def __init__(
@@ -76,14 +87,17 @@ class ReuseEngine:
         store_dtype: torch.dtype | None = None,
         capture: frozenset[int] = frozenset(),
         corrected: ChunkStore | None = None,
+        max_deviation: float = math.inf,
     ) -> None:
         if suffix_len < 1:
             raise PromptError(f"suffix_len must be at least 1, not {suffix_len}")
         self.model, self.policy, self.store, self.corrected = model, policy, store, corrected
-        self.chunk_size, self.suffix_len = chunk_size, suffix_len
+        if not max_deviation >= 0:
+            raise PromptError(f"max_deviation must be at least 0, not {max_deviation}")
+        self.chunk_size, self.suffix_len, self.max_deviation = chunk_size, suffix_len, max_deviation
         store_dtype = store_dtype or model.dtype
         self.identity = CacheIdentity(model.model_id, str(store_dtype), namespace=namespace)
-        self.encoder = ChunkEncoder(model, store, store_dtype, capture | policy.probe_layers)
+        self.encoder = ChunkEncoder(model, store, store_dtype, capture | policy.probe_layers, policy.needs_scores)
         self.builder, self.executor = RequestBuilder(model), SelectivePrefill(model)
 
     def plan(self, prompt: Prompt) -> Plan:
@@ -105,6 +119,12 @@ class ReuseEngine:
         generation older than the oldest chunk behind it. Beyond `limit` generations the prompt's corrected chunks are
         encoded anew, exactly, and so are those of encodings other than "in_prompt". Prefix caching stays exact.
 
+        Under a rule that needs scores, chunks that were reused are refreshed first (`refresh`), and those past
+        `max_deviation` are encoded anew in this prompt, with everything else that is missing, and replace what was kept
+        (in a store that can `replace`). That is so for encodings "in_prompt" alone: in any other context the same KV
+        would come out again. Exact chunks get scores by a prefill of their other context (`Contrast`); a corrected copy
+        has those of the chunk that its rows were reused from, which has left the store meanwhile, or none.
+
         Parameters
         ----------
         prompt : Prompt
@@ -116,33 +136,67 @@ class ReuseEngine:
         if limit < 0:
             raise PromptError(f"a limit of generations is at least 0, not {limit}")
         plan = self.plan(prompt)
-        if not plan.chunks or all(map(self._has, plan.keys)):
-            return Retained()
+        count, past = self._refresh(state)
+        anew = past & set(plan.keys) if self.policy.encoding.in_prompt else frozenset()
+        if not plan.chunks or (not anew and all(map(self._has, plan.keys))):
+            return Retained(refreshed=count)
         generation = generation_of_copy(
             self.policy,
             exact=state.receipt.chunks_hit == 0,
             oldest=state.receipt.generation,
             limit=limit if self.corrected is not None else 0,
-            in_place=self._holds(state, plan),
+            in_place=not self.encoder.capture and self._holds(state, plan),
         )
-        if generation is None:
-            encoded = self.encoder.encode(self.policy.encoding, plan)
-            return Retained(encoded=encoded)
+        if generation is None or anew:
+            served = state.kv if state.receipt.chunks_hit == 0 and self._holds(state, plan) else None
+            encoded = self.encoder.encode(self.policy.encoding, plan, served, anew)
+            return Retained(encoded=encoded, refreshed=count)
         store = self.corrected if generation else self.store
-        missing = [(key, chunk) for key, chunk in plan.keyed if not self._has(key)]
-        for key, chunk in missing:
-            store.put(key, self.encoder.cut(state.kv, plan.positions, chunk.start, chunk.end, generation))
-        return Retained(len(missing), 0, generation)
+        contrast = self.encoder.contrast(self.policy.encoding, plan) if self.policy.needs_scores else None
+        missing = [i for i, key in enumerate(plan.keys) if not self._has(key)]
+        for number in missing:
+            chunk, scores = plan.chunks[number], None
+            if contrast is not None and not generation:
+                own = TokenKV.of_rows(state.kv, plan.positions, chunk.start, chunk.end, self.model.device)
+                scores = contrast.scores(number, own)
+            elif generation and state.found is not None:
+                scores = state.found.scores_of(chunk.start, chunk.end)
+            copy = self.encoder.cut(state.kv, plan.positions, chunk.start, chunk.end, generation)
+            store.put(plan.keys[number], replace(copy, scores=scores))
+        return Retained(len(missing), 0, generation, count)
+
+    @torch.inference_mode()
+    def refresh(self, state: Prefilled) -> int:
+        """Give the chunks that serving `state` reused new scores for the tokens it recomputed; returns how many.
+
+        Nothing is computed but the deviation of what was recomputed anyway from what was kept: no KV. Under a rule that
+        needs no scores nothing is done. Chunks in memory get the new scores; files and servers keep those that they
+        were written with.
+        """
+        return self._refresh(state)[0]
+
+    def _refresh(self, state: Prefilled) -> tuple[int, frozenset[ChunkKey]]:
+        """How many chunks have new scores, and which of them deviate by more than `max_deviation`."""
+        if state.found is None:
+            return 0, frozenset()
+        keys, count, past = {c.start: key for key, c in state.plan.keyed}, 0, set()
+        for new in refreshed(self.model, state.found, state.output.selected, state.kv, state.plan.positions):
+            key = keys[new.start]
+            store = self.corrected if new.chunk.generation and self.corrected is not None else self.store
+            count += store.rescore(key, new.scores)
+            if new.mean > self.max_deviation:
+                past.add(key)
+        return count, frozenset(past)
 
     def _has(self, key: ChunkKey) -> bool:
         return self.store.contains(key) or (self.corrected is not None and self.corrected.contains(key))
 
     def _holds(self, state: Prefilled, plan: Plan) -> bool:
-        """Whether the KV of `state` is that of the plan's chunks, without layer inputs that they would need."""
+        """Whether the KV of `state` is that of the plan's chunks in this prompt."""
         served, rows = state.plan, len(state.plan.prompt)
         same = plan.prompt.token_ids[:rows] == served.prompt.token_ids[: len(plan.prompt)]
         same = same and plan.positions[:rows] == served.positions[: len(plan.prompt)]
-        return same and not self.encoder.capture and plan.chunks[-1].end <= state.length
+        return same and plan.chunks[-1].end <= state.length
 
     def prefill(self, prompt: Prompt, following: int = 0, room: int = 0) -> Prefilled:
         """Complete the KV of `prompt`, reusing what the store holds. See `prefill_batch`."""
@@ -195,8 +249,9 @@ class ReuseEngine:
 
     def _finish(self, request: PrefillRequest, plan: Plan, receipt: Receipt, output: PrefillOutput) -> Prefilled:
         receipt.complete(output, len(request.reused))
+        found = Found.of(request) if self.policy.needs_scores else None
         logits = None if output.hidden is None else self.model.logits(output.hidden[None])[0]
-        return Prefilled(request.kv, receipt.tokens, plan.positions[-1] + 1, logits, receipt, output, plan)
+        return Prefilled(request.kv, receipt.tokens, plan.positions[-1] + 1, logits, receipt, output, plan, found)
 
     def extend(self, state: Prefilled, token_ids: Sequence[int]) -> Tensor:
         """Append tokens behind `state`; returns the last one's logits [vocab_size]. See `extend_batch`."""

@@ -29,6 +29,12 @@ class Found:
     pieces: list[Piece] = field(default_factory=list)
     spans: list[range] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, request: PrefillRequest) -> "Found":
+        """What a request that a `RequestBuilder` has built reuses."""
+        spans = [range(a, a + n) for a, n in zip(request.runs.starts, request.runs.lengths, strict=True)]
+        return cls(list(request.source.pieces) if spans else [], spans)
+
     @property
     def runs(self) -> ReusedTokens:
         """The pieces' rows, and what their chunks remember of them."""
@@ -36,6 +42,15 @@ class Found:
         if any(p.chunk.scores is not None for p in self.pieces):
             scores = torch.cat([p.scores for p in self.pieces])
         return ReusedTokens(tuple(s.start for s in self.spans), tuple(p.length for p in self.pieces), scores)
+
+    def scores_of(self, start: int, end: int) -> Tensor | None:
+        """Scores of rows [start, end), float32 [end - start]; None where one of them is not known."""
+        out = torch.full((end - start,), torch.nan)
+        for piece, span in zip(self.pieces, self.spans, strict=True):
+            first, last = max(span.start, start), min(span.stop, end)
+            if first < last:
+                out[first - start : last - start] = piece.scores[first - span.start : last - span.start]
+        return None if bool(out.isnan().any()) else out
 
     @property
     def rows(self) -> Tensor:

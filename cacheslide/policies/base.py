@@ -3,7 +3,7 @@
 A new rule is one file with a class that answers a protocol's questions; nothing else asks for its type.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from cacheslide.core.placement import Placement
 from cacheslide.core.prompt import Chunk, Prompt
 from cacheslide.core.reused import ReusedTokens
 from cacheslide.errors import PolicyError
-from cacheslide.policies.encodings import InPrompt
+from cacheslide.policies.encodings import Encoded, InPrompt
 from cacheslide.policies.none import NoCorrection
 
 
@@ -57,8 +57,11 @@ class Encoding(Protocol):
         chunks: Sequence[Chunk],
         keys: Sequence[ChunkKey],
         missing: Sequence[bool],
-    ) -> None:
-        """Compute the missing chunks with `encoder` (a `ChunkEncoder`) and store them."""
+    ) -> Iterator[Encoded]:
+        """Compute the missing chunks with `encoder.prefill` (a `ChunkEncoder`), which stores each as it comes.
+
+        Yields the chunk's number in `chunks`, the `ExactKV` that holds it, and its first row and end row there.
+        """
         ...
 
 
@@ -90,12 +93,15 @@ class Correction(Protocol):
         Layers whose inputs the chunks must hold.
     total_ratio : float or None
         Share of the reused tokens recomputed in the end; None where the rule names no share.
+    needs_scores : bool
+        Whether the rule reads `ReusedTokens.scores`, so that chunks are kept with their remembered deviation.
     """
 
     first_layer: int
     selection_layer: int | None
     probe_layers: frozenset[int]
     total_ratio: float | None
+    needs_scores: bool
 
     def check(self, name: str, layers: int) -> None:
         """Raise PolicyError, naming the system `name`, where a model of `layers` layers cannot run the rule."""
@@ -164,6 +170,11 @@ class ReusePolicy:
     def probe_layers(self) -> frozenset[int]:
         """Layers whose inputs its chunks must hold."""
         return self.correction.probe_layers
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether its chunks are kept with their remembered deviation."""
+        return self.correction.needs_scores
 
     @property
     def copyable(self) -> bool:

@@ -1,6 +1,6 @@
 """In what context a chunk's KV is computed: in its prompt, in the chain of fixed chunks, or alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,8 @@ from cacheslide.core.placement import Piece
 from cacheslide.core.prompt import Chunk, Prompt
 from cacheslide.errors import PolicyError
 from cacheslide.positions.ccpe import slots_between, slots_in
+
+Encoded = tuple[int, Any, int, int]  # see `Encoding.encode`
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,13 @@ class InPrompt:
         chunks: Sequence[Chunk],
         keys: Sequence[ChunkKey],
         missing: Sequence[bool],
-    ) -> None:
+    ) -> Iterator[Encoded]:
         """See `Encoding.encode`."""
         end = chunks[-1].end
         exact = encoder.prefill(prompt.token_ids[:end], positions[:end], slots=slots_in(prompt))
-        for chunk, key, new in zip(chunks, keys, missing, strict=True):
+        for number, (chunk, new) in enumerate(zip(chunks, missing, strict=True)):
             if new:
-                encoder.store_chunk(key, exact, chunk.start, chunk.end)
+                yield number, exact, chunk.start, chunk.end
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class FixedChain:
         chunks: Sequence[Chunk],
         keys: Sequence[ChunkKey],
         missing: Sequence[bool],
-    ) -> None:
+    ) -> Iterator[Encoded]:
         """See `Encoding.encode`."""
         text = fixed_text(prompt)
         ends = [sum(len(c) for c in chunks[: i + 1]) for i in range(len(chunks))]
@@ -90,9 +92,9 @@ class FixedChain:
                 break
             pieces.append(Piece(found, len(chunk)))
         exact = encoder.prefill(text, range(len(text)), pieces, slots_between(prompt))
-        for chunk, key, end, new in zip(chunks, keys, ends, missing, strict=True):
+        for number, (chunk, end, new) in enumerate(zip(chunks, ends, missing, strict=True)):
             if new:
-                encoder.store_chunk(key, exact, end - len(chunk), end)
+                yield number, exact, end - len(chunk), end
 
 
 @dataclass(frozen=True)
@@ -128,14 +130,14 @@ class Isolated:
         chunks: Sequence[Chunk],
         keys: Sequence[ChunkKey],
         missing: Sequence[bool],
-    ) -> None:
+    ) -> Iterator[Encoded]:
         """See `Encoding.encode`."""
-        for chunk, key, new in zip(chunks, keys, missing, strict=True):
+        for number, (chunk, new) in enumerate(zip(chunks, missing, strict=True)):
             if new:
                 first = positions[chunk.start] if self.at_slot else 0
                 span = range(first, first + len(chunk))
                 exact = encoder.prefill(prompt.token_ids[chunk.start : chunk.end], span)
-                encoder.store_chunk(key, exact, 0, len(chunk))
+                yield number, exact, 0, len(chunk)
 
 
 ENCODINGS = {encoding.name: encoding for encoding in (InPrompt(), FixedChain(), Isolated(), Isolated(at_slot=True))}

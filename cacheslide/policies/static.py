@@ -42,6 +42,11 @@ class StaticCorrection:
         """The rule names no share."""
         return None
 
+    @property
+    def needs_scores(self) -> bool:
+        """No score is read."""
+        return False
+
     def check(self, name: str, layers: int) -> None:
         """Every model can run it."""
 

@@ -115,6 +115,11 @@ class TopDeviation:
         """See `Correction.total_ratio`: the selection and its promotions."""
         return self.recompute_ratio + sum(p.recompute_ratio for p in self.promote)
 
+    @property
+    def needs_scores(self) -> bool:
+        """See `Correction.needs_scores`: the selection layer's own deviation decides."""
+        return False
+
     def at_layer(self, layer: int) -> "TopDeviation":
         """The same rule selecting at `layer`; promotion layers below it move up to it."""
         first = self.promote[0].layer if self.promote else layer

@@ -28,7 +28,8 @@ class ChunkKV:
     generation : int
         0 for exactly computed KV; corrected KV that is kept counts how often it was built on corrected KV.
     scores : Tensor [n], float32, on the host, optional
-        Remembered deviation: how far each token's KV was from that of another context, summed over layers.
+        Remembered deviation: how far each token's KV was from that of another context, summed over layers
+        (`core/remembering.py`); finite and at least 0.
     """
 
     k: Tensor
@@ -44,8 +45,8 @@ class ChunkKV:
             raise StoreError(f"chunk shapes disagree: k {tuple(self.k.shape)}, v {tuple(self.v.shape)}, {n} positions")
         if any(len(x) != n for x in self.layer_inputs.values()):
             raise StoreError(f"layer inputs must hold {n} rows each")
-        if self.scores is not None and (self.scores.shape != (n,) or self.scores.dtype != torch.float32):
-            raise StoreError(f"scores must be float32 [{n}], not {self.scores.dtype} {tuple(self.scores.shape)}")
+        if self.scores is not None and (why := bad_scores(self.scores, n)):
+            raise StoreError(why)
 
     @property
     def nbytes(self) -> int:
@@ -64,6 +65,13 @@ class ChunkKV:
             self.generation,
             self.scores,
         )
+
+
+def bad_scores(scores: Tensor, tokens: int) -> str:
+    """Why these are not the scores of a chunk of `tokens` tokens, in one line; empty when they are."""
+    if scores.shape != (tokens,) or scores.dtype != torch.float32:
+        return f"scores must be float32 [{tokens}], not {scores.dtype} {tuple(scores.shape)}"
+    return "" if bool((scores.isfinite() & (scores >= 0)).all()) else "scores must be finite and at least 0"
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,20 @@ class ChunkStore(ABC):
     @abstractmethod
     def put(self, key: ChunkKey, chunk: ChunkKV) -> None:
         """Keep the chunk; StoreError when it can never fit."""
+
+    def rescore(self, key: ChunkKey, scores: Tensor) -> bool:
+        """Give a chunk in memory other scores, float32 [n], on the host; whether it has them now.
+
+        Files and servers keep the scores that a chunk was written with. StoreError for scores that are not the chunk's.
+        """
+        return False
+
+    def replace(self, key: ChunkKey, chunk: ChunkKV) -> bool:
+        """Keep `chunk` in place of what is here under its key; whether that was done.
+
+        False where nothing is here under the key, and of stores that write a chunk once: they keep what they have.
+        """
+        return False
 
     @abstractmethod
     def __len__(self) -> int:

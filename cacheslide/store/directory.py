@@ -17,7 +17,7 @@ from cacheslide.store.folder import Folder, Foreign
 from cacheslide.store.shape import ChunkShape
 from cacheslide.store.tensorfile import TensorFile
 
-_FORMAT = "1"
+_FORMAT, _SCORED = "1", "2"  # of a file without scores, and of one with them
 _KEY = re.compile(r"[0-9a-f]{1,128}")
 _FILE = re.compile(r"[0-9a-f]{1,128}\.safetensors")
 _INPUT = re.compile(r"layer_input\.(0|[1-9][0-9]{0,8})")
@@ -107,12 +107,13 @@ class DirectoryChunkStore(ChunkStore):
         if self.contains(key):
             return
         tensors = {"k": chunk.k, "v": chunk.v, "positions": chunk.positions}
+        tensors |= {} if chunk.scores is None else {"scores": chunk.scores}
         tensors |= {f"layer_input.{layer}": x for layer, x in chunk.layer_inputs.items()}
         part = f"{uuid.uuid4().hex}.tmp"
         try:
             raw = save(
                 {n: t.contiguous() for n, t in tensors.items()},
-                metadata={"format": _FORMAT, "generation": str(chunk.generation)},
+                metadata={"format": _FORMAT if chunk.scores is None else _SCORED, "generation": str(chunk.generation)},
             )
             self._write(part, raw)
             kept = self.folder.settle(part, name)  # nothing that has the name already is replaced
@@ -149,24 +150,25 @@ def _written(fd: int) -> tuple[int, int] | None:
     except OSError:
         return None
     status = os.fstat(fd)
-    ours = head.startswith(b'{"__metadata__":{') and all(
-        part in head for part in (b'"format":"' + _FORMAT.encode() + b'"', b'"generation":"', b'"positions":{')
-    )
+    formats = (b'"format":"' + number.encode() + b'"' for number in (_FORMAT, _SCORED))
+    ours = head.startswith(b'{"__metadata__":{') and any(part in head for part in formats)
+    ours = ours and all(part in head for part in (b'"generation":"', b'"positions":{'))
     return (status.st_ino, status.st_mtime_ns) if ours else None
 
 
 def _chunk(fd: int, files: Files) -> ChunkKV:
     """The chunk in a file; ValueError, KeyError or StoreError when there is none."""
     file = TensorFile.of(fd)
-    if file.metadata.get("format") != _FORMAT:
+    if file.metadata.get("format") not in (_FORMAT, _SCORED):
         raise ValueError(f"it has chunk format {str(file.metadata.get('format'))[:20]!r}, expected {_FORMAT!r}")
+    beside = {"positions", "scores"} if file.metadata["format"] == _SCORED else {"positions"}
     generation = file.metadata["generation"]
     if not re.fullmatch(r"[0-9]{1,9}", generation):
         raise ValueError("its generation is no count")
-    layers = {name: _INPUT.fullmatch(name) for name in file.places.keys() - {"k", "v", "positions"}}
+    layers = {name: _INPUT.fullmatch(name) for name in file.places.keys() - {"k", "v"} - beside}
     if not all(layers.values()):
         raise ValueError("it holds tensors that no chunk has")
-    kinds = {place.dtype for name, place in file.places.items() if name != "positions"}
+    kinds = {place.dtype for name, place in file.places.items() if name not in beside}
     if len(kinds) != 1 or file.places["positions"].dtype.is_floating_point or not kinds.pop().is_floating_point:
         raise ValueError("its tensors have other dtypes than a chunk's")
     shapes = [file.places[name].shape for name in layers] + [file.places["positions"].shape]
@@ -174,4 +176,5 @@ def _chunk(fd: int, files: Files) -> ChunkKV:
         raise ValueError("its tensors have other shapes than a chunk's")
     held = file.read(fd, files)
     inputs = {int(match[1]): held[name] for name, match in sorted(layers.items())}
-    return ChunkKV(held["k"], held["v"], held["positions"], inputs, int(generation))
+    scores = held["scores"] if "scores" in beside else None
+    return ChunkKV(held["k"], held["v"], held["positions"], inputs, int(generation), scores)

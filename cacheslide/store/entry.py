@@ -20,6 +20,8 @@ class Entry:
     ----------
     persisted : bool
         The reference version is published in the file or remote tier: its pages are clean.
+    scores : Tensor [tokens], float32, on the CPU, or None
+        What is remembered of the chunk's tokens; an owner's version has its reference version's.
     pending : Tensor or None
         The payload, while it waits to be written.
     incoming : Tensor or None
@@ -41,6 +43,7 @@ class Entry:
     generation: int
     owner: str | None = None
     persisted: bool = False
+    scores: Tensor | None = None
     pending: Tensor | None = None
     incoming: Tensor | None = None
     selected: dict[int, np.ndarray] = field(default_factory=dict)

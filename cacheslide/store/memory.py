@@ -1,6 +1,9 @@
 """A bounded in-memory store with least-recently-used eviction."""
 
 from collections import OrderedDict
+from dataclasses import replace
+
+from torch import Tensor
 
 from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
@@ -46,6 +49,19 @@ class MemoryChunkStore(ChunkStore):
         self._bytes += chunk.nbytes
         self.stats.puts += 1
         self.stats.bytes_written += chunk.nbytes
+
+    def rescore(self, key: ChunkKey, scores: Tensor) -> bool:
+        return key in self._chunks and self._swap(key, replace(self._chunks[key], scores=scores))
+
+    def replace(self, key: ChunkKey, chunk: ChunkKV) -> bool:
+        return key in self._chunks and self._swap(key, chunk)
+
+    def _swap(self, key: ChunkKey, chunk: ChunkKV) -> bool:
+        if self.capacity is not None and chunk.nbytes > self.capacity:
+            return False
+        self._bytes -= self._chunks.pop(key).nbytes
+        MemoryChunkStore.put(self, key, chunk)  # where it lies: a subclass may move what is put
+        return True
 
     def __len__(self) -> int:
         return len(self._chunks)

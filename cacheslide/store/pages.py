@@ -2,7 +2,8 @@
 
 A chunk of n tokens is kept token by token: row t of layer l is its key and value, [2, kv_heads, head_dim]. A page is
 `page_tokens` rows of one layer; a chunk's last page is shorter. Layer inputs of probe layers are cut into pages of at
-most the same number of bytes, after the K/V pages. Positions are not paged: 8 bytes a token beside the index.
+most the same number of bytes, after the K/V pages. Positions and scores are not paged: 8 and 4 bytes a token beside the
+index.
 """
 
 from dataclasses import asdict, dataclass
@@ -184,14 +185,16 @@ def side_by_side(k: Tensor, v: Tensor) -> Tensor | None:
     return k.as_strided((layers, tokens, 2, heads, dim), (2 * row * tokens, 2 * row, row, dim, 1))
 
 
-def from_payload(payload: Tensor, layout: PageLayout, positions: Tensor, generation: int) -> ChunkKV:
+def from_payload(
+    payload: Tensor, layout: PageLayout, positions: Tensor, generation: int, scores: Tensor | None = None
+) -> ChunkKV:
     """The chunk whose pages are `payload`, as views of it."""
     kv, at, inputs = kv_views(payload, layout), layout.kv_bytes, {}
     for layer in layout.inputs:
         end = at + layout.tokens * layout.input_row_bytes
         inputs[layer] = payload[at:end].view(layout.torch_dtype).view(layout.tokens, layout.hidden)
         at = end
-    return ChunkKV(kv[:, :, 0], kv[:, :, 1], positions, inputs, generation)
+    return ChunkKV(kv[:, :, 0], kv[:, :, 1], positions, inputs, generation, scores)
 
 
 def paged(payload: Tensor, layout: PageLayout) -> Tensor:

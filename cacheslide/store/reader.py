@@ -92,7 +92,9 @@ class PageReader:
             with self.table.lock:
                 base = self.table.places.get((entry.name, None))
             if base is None:
-                base = self.table.entry(entry.name, entry.layout, entry.positions, entry.generation, persisted=True)
+                base = self.table.entry(
+                    entry.name, entry.layout, entry.positions, entry.generation, persisted=True, scores=entry.scores
+                )
             return self.pages(base, pages)
         wanted: Runs = [(pages[a], pages[b - 1] + 1) for a, b in runs(pages)]
         found = self.table.persistent.read(entry.name, wanted, self.wanted)
@@ -122,10 +124,12 @@ class PageReader:
             raise Gone(found)
         head, payload, tier = found
         if tier == "remote" and self.table.persistent.file is not None:
-            self.table.persistent.write([Encoded.of_pages(name, head.layout, payload, head.positions, head.generation)])
+            self.table.persistent.write([Encoded.of_head(name, head, payload)])
         payload = payload.to(self.table.arenas[0].device)
         if head.layout.pages <= len(self.table.arenas[0].slots):
-            entry = self.table.entry(name, head.layout, head.positions, head.generation, persisted=True)
+            entry = self.table.entry(
+                name, head.layout, head.positions, head.generation, persisted=True, scores=head.scores
+            )
             pages = [(entry, p) for p in range(head.layout.pages)]
             self.mover.insert(self.table.arenas[0], pages, paged(payload, head.layout), only_current=True)
-        return from_payload(payload, head.layout, head.positions.clone(), head.generation), tier
+        return from_payload(payload, head.layout, head.positions.clone(), head.generation, head.scores), tier

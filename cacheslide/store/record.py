@@ -1,12 +1,17 @@
-"""The on-disk record: one chunk, checksummed and bound to its key. Format 1; little-endian.
+"""The on-disk record: one chunk, checksummed and bound to its key. Little-endian.
 
     preamble   128 bytes: magic, version, sizes, sequence number, shard salt, namespace, key, checksums
     header     JSON: page layout, generation, XXH3-64 of the whole payload
     checksums  one XXH3-64 a page, and one of the positions
     positions  int64 a token
+    scores     float32 a token, in a record of version 2
     padding    to a block
     payload    the pages, in order
     padding    to a block
+
+A record of version 2 is that of a chunk with scores, and is otherwise one of version 1, as which every other chunk is
+written: what wrote and read version 1 alone skips it. The head's checksum covers the scores. Scores that are not finite
+or below 0 are damage like any other: whoever wrote them wrote no chunk.
 
 Reading some pages checks theirs; reading all takes the whole payload's checksum, since a call a page would hold
 Python's lock so often that whoever launches kernels beside it waits. Records from before it was written have none.
@@ -30,12 +35,12 @@ import xxhash
 from torch import Tensor
 
 from cacheslide.errors import StoreError
-from cacheslide.store.base import ChunkKV
+from cacheslide.store.base import ChunkKV, bad_scores
 from cacheslide.store.files import align, aligned_buffer, tensor_view
 from cacheslide.store.pages import MOST_BYTES, MOST_PAGES, MOST_TOKENS, PageLayout, from_payload, to_payload
 from cacheslide.store.strict import is_count, parse_object
 
-MAGIC, FORMAT = b"CSLDPAGE", 1
+MAGIC, FORMAT, SCORED = b"CSLDPAGE", 1, 2  # the version of a record without scores, and of one with them
 _PREAMBLE = struct.Struct(
     "<8sIIQQ16s16s20sIQQ"
 )  # magic, format, head bytes, payload bytes, seq, salt, ns, key, -, sums
@@ -45,7 +50,7 @@ CUT_OFF = "the record ends before its pages do"
 NOBODY = bytes(36)  # the name of a record that was struck out
 _HEADER_BYTES = 1 << 16  # of JSON at most
 MOST_BYTES_BESIDE = 1 << 18  # of a record, beside what grows with its pages and tokens: its JSON and paddings
-_MOST_HEAD = 8 + _HEADER_BYTES + 8 * (MOST_PAGES + 1) + 8 * MOST_TOKENS
+_MOST_HEAD = 8 + _HEADER_BYTES + 8 * (MOST_PAGES + 1) + (8 + 4) * MOST_TOKENS
 _MOST_COUNT = 1 << 62
 
 
@@ -62,13 +67,14 @@ class NoRoom(StoreError):
 
 
 class Preamble(NamedTuple):
-    """Head (JSON, checksums and positions) and payload sizes in bytes; `name` is namespace and key, 36 bytes."""
+    """Head (JSON, checksums, positions, scores) and payload sizes in bytes; `name` is namespace and key, 36 bytes."""
 
     name: bytes
     seq: int
     head: int
     payload: int
     head_sum: int
+    version: int = FORMAT
 
     @property
     def payload_at(self) -> int:
@@ -82,7 +88,7 @@ class Preamble(NamedTuple):
 
     def pack(self, salt: bytes, offset: int) -> bytes:
         """The 128 bytes, for a record at `offset` of its file."""
-        fixed = (MAGIC, FORMAT, self.head, self.payload, self.seq, salt, self.name[:16], self.name[16:], 0)
+        fixed = (MAGIC, self.version, self.head, self.payload, self.seq, salt, self.name[:16], self.name[16:], 0)
         raw = _PREAMBLE.pack(*fixed, self.head_sum, offset).ljust(PREAMBLE_BYTES - 8, b"\0")
         return raw + _SUM.pack(xxhash.xxh3_64_intdigest(raw))
 
@@ -94,11 +100,11 @@ class Preamble(NamedTuple):
         if _SUM.unpack_from(raw, PREAMBLE_BYTES - 8)[0] != xxhash.xxh3_64_intdigest(raw[: PREAMBLE_BYTES - 8]):
             return None
         _, version, head, payload, seq, own_salt, ns, key, _, head_sum, at = _PREAMBLE.unpack_from(raw)
-        if version != FORMAT or own_salt != salt or at != offset:
+        if version not in (FORMAT, SCORED) or own_salt != salt or at != offset:
             return None
         if head > _MOST_HEAD or payload > MOST_BYTES or seq > _MOST_COUNT:
             return None
-        return cls(ns + key, seq, head, payload, head_sum)
+        return cls(ns + key, seq, head, payload, head_sum, version)
 
 
 @dataclass(frozen=True)
@@ -110,28 +116,44 @@ class Encoded:
     generation: int
     head: bytes
     payload: Tensor
+    version: int = FORMAT
 
     @classmethod
     def of(cls, name: bytes, chunk: ChunkKV, page_tokens: int) -> "Encoded":
         """Pages and checksums of `chunk`."""
         layout = PageLayout.of(chunk, page_tokens)
         payload = to_payload(chunk, layout).cpu()
-        return cls.of_pages(name, layout, payload, chunk.positions, chunk.generation)
+        return cls.of_pages(name, layout, payload, chunk.positions, chunk.generation, chunk.scores)
 
     @classmethod
-    def of_pages(cls, name: bytes, layout: PageLayout, payload: Tensor, positions: Tensor, generation: int):
+    def of_pages(
+        cls,
+        name: bytes,
+        layout: PageLayout,
+        payload: Tensor,
+        positions: Tensor,
+        generation: int,
+        scores: Tensor | None = None,
+    ) -> "Encoded":
         """The same from pages in order."""
         place = positions.cpu().to(torch.int64).contiguous().numpy().tobytes()
+        behind = b"" if scores is None else scores.contiguous().numpy().tobytes()
         sums = [*page_sums(payload.numpy(), layout, 0, layout.pages), xxhash.xxh3_64_intdigest(place)]
         whole = f"{xxhash.xxh3_64_intdigest(payload.numpy()):016x}"
         about = {"layout": layout.as_dict(), "generation": generation, "whole": whole}
         header = json.dumps(about, separators=(",", ":")).encode()
-        head = _SUM.pack(len(header)) + header + np.array(sums, dtype="<u8").tobytes() + place
-        return cls(name, layout, generation, head, payload)
+        head = _SUM.pack(len(header)) + header + np.array(sums, dtype="<u8").tobytes() + place + behind
+        return cls(name, layout, generation, head, payload, FORMAT if scores is None else SCORED)
+
+    @classmethod
+    def of_head(cls, name: bytes, head: "Head", payload: Tensor) -> "Encoded":
+        """A record that was read, to be written once more."""
+        return cls.of_pages(name, head.layout, payload, head.positions, head.generation, head.scores)
 
     def preamble(self, seq: int) -> Preamble:
         """Its preamble under sequence number `seq`."""
-        return Preamble(self.name, seq, len(self.head), len(self.payload), xxhash.xxh3_64_intdigest(self.head))
+        digest = xxhash.xxh3_64_intdigest(self.head)
+        return Preamble(self.name, seq, len(self.head), len(self.payload), digest, self.version)
 
     @property
     def size(self) -> int:
@@ -164,6 +186,7 @@ class Head:
     positions: Tensor
     nbytes: int
     whole: int | None = None
+    scores: Tensor | None = None
 
     @classmethod
     def parse(cls, raw: memoryview, preamble: Preamble) -> "Head":
@@ -187,16 +210,21 @@ class Head:
         if not is_count(generation):
             raise Damaged("a generation that is no count")
         end = at + 8 * (layout.pages + 1)
-        if len(raw) != end + 8 * layout.tokens:
+        scored = preamble.version == SCORED
+        if len(raw) != end + (8 + 4 * scored) * layout.tokens:
             raise Damaged("the header is not as long as its layout says")
-        sums, place = np.frombuffer(raw[at:end], dtype="<u8"), bytes(raw[end:])
+        sums, behind = np.frombuffer(raw[at:end], dtype="<u8"), end + 8 * layout.tokens
+        place = bytes(raw[end:behind])
         if xxhash.xxh3_64_intdigest(place) != int(sums[-1]):
             raise Damaged("the positions do not match their checksum")
         rows = torch.frombuffer(bytearray(place), dtype=torch.int64)
         whole = None
         if "whole" in header:
             whole = int(header["whole"], 16) if isinstance(header["whole"], str) else -1
-        return cls(layout, generation, sums, rows, len(raw), whole)
+        scores = torch.frombuffer(bytearray(raw[behind:]), dtype=torch.float32) if scored else None
+        if scores is not None and (why := bad_scores(scores, layout.tokens)):
+            raise Damaged(why)
+        return cls(layout, generation, sums, rows, len(raw), whole, scores)
 
     def check(self, payload: np.ndarray, first: int, last: int) -> None:
         """Damaged unless `payload` holds pages [first, last) as they were written."""
@@ -254,4 +282,4 @@ def to_bytes(record: Encoded, seq: int = 0, salt: bytes = bytes(16)) -> memoryvi
 
 def chunk_of(head: Head, payload: Tensor) -> ChunkKV:
     """The chunk of a verified record, as views of `payload`."""
-    return from_payload(payload, head.layout, head.positions, head.generation)
+    return from_payload(payload, head.layout, head.positions, head.generation, head.scores)

@@ -90,7 +90,7 @@ class Wanted(Accept):
             return Accept.most
         width = self.shape.hidden * DTYPES[self.shape.dtype].itemsize if self.shape.dtype in DTYPES else 0
         rows = -(-self.tokens // self.page_tokens) * self.page_tokens
-        return MOST_BYTES_BESIDE + align(self.shape.layers * rows * (self.page_bytes // self.page_tokens + width + 24))
+        return MOST_BYTES_BESIDE + align(self.shape.layers * rows * (self.page_bytes // self.page_tokens + width + 28))
 
     def __call__(self, head: Head) -> None:
         layout = head.layout

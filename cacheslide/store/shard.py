@@ -318,7 +318,7 @@ class Shard:
                 except (Damaged, Foreign, FileNotFoundError):
                     self.stats.damaged += 1
                     continue
-                sound.append(Encoded.of_pages(name, head.layout, payload, head.positions, head.generation))
+                sound.append(Encoded.of_head(name, head, payload))
                 hits[name] = place.hits
         return sound, hits
 

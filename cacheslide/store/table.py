@@ -53,12 +53,13 @@ class PageTable:
         generation: int,
         owner: str | None = None,
         persisted: bool = False,
+        scores: Tensor | None = None,
     ) -> Entry:
         """The entry of a place, made when there is none that can still be completed."""
         with self.lock:
             entry = self.places.get((name, owner))
             if entry is None or entry.lost:
-                entry = Entry(next(self._next), name, layout, positions, generation, owner, persisted)
+                entry = Entry(next(self._next), name, layout, positions, generation, owner, persisted, scores)
                 self.add(entry)
             return entry
 

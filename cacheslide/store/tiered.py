@@ -15,7 +15,7 @@ from torch import Tensor
 from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
 from cacheslide.store.arena import Arena
-from cacheslide.store.base import MAX_GENERATION, ChunkKV, ChunkStore, Fetched
+from cacheslide.store.base import MAX_GENERATION, ChunkKV, ChunkStore, Fetched, bad_scores
 from cacheslide.store.entry import Entry, empty_pages
 from cacheslide.store.filetier import FileTier, chunk_name, namespace_id
 from cacheslide.store.mover import Mover
@@ -146,7 +146,8 @@ class TieredChunkStore(ChunkStore):
                 content, tier = self.reader.pages(entry, range(entry.layout.pages))
                 payload = packed(content, entry.layout)
                 generation = entry.generation + (entry.owner is not None)
-                found = from_payload(payload, entry.layout, entry.positions.clone(), generation), tier
+                positions = entry.positions.clone()
+                found = from_payload(payload, entry.layout, positions, generation, entry.scores), tier
         except Gone as gone:
             self.stats.misses += 1
             self.stats.note(str(gone))
@@ -176,6 +177,7 @@ class TieredChunkStore(ChunkStore):
         with self.table.lock:  # whoever finds the entry finds its pages
             entry = self.table.entry(name, layout, chunk.positions.cpu().clone(), chunk.generation)
             entry.incoming, entry.persisted = payload, False  # no storage tier had it a moment ago
+            entry.scores = chunk.scores
             self.stats.puts += 1
         try:
             if self.persistent.exists and (self.write_back == "through" or not fits):
@@ -187,6 +189,16 @@ class TieredChunkStore(ChunkStore):
             with self.table.lock:
                 entry.incoming = None
                 self.table.retire(entry)
+
+    def rescore(self, key: ChunkKey, scores: Tensor) -> bool:
+        with self.table.lock:
+            entry = self.table.places.get((chunk_name(self.namespace, key), None))
+            if entry is None or entry.lost:
+                return False
+            if why := bad_scores(scores, entry.layout.tokens):
+                raise StoreError(why)
+            entry.scores = scores.clone()
+            return True
 
     def __len__(self) -> int:
         held = {name for (name, owner), e in self.table.places.items() if owner is None and not e.lost}
@@ -294,12 +306,12 @@ class TieredChunkStore(ChunkStore):
             if isinstance(found, str):
                 raise StoreError(f"chunk {name[16:].hex()} cannot be corrected ({found}): build it again")
             head: Head = found[0]
-            layout, positions, generation = head.layout, head.positions, head.generation
+            layout, positions, generation, scores = head.layout, head.positions, head.generation, head.scores
         else:
-            layout, positions, generation = base.layout, base.positions, base.generation
+            layout, positions, generation, scores = base.layout, base.positions, base.generation, base.scores
         with self.table.lock:
             self._owned.setdefault(owner, set()).add(name)
-            return self.table.entry(name, layout, positions, generation, owner)
+            return self.table.entry(name, layout, positions, generation, owner, scores=scores)
 
     # --- housekeeping ----------------------------------------------------------------------------------------------
 

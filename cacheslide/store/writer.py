@@ -44,7 +44,9 @@ class PageWriter:
 
     def _write_records(self, jobs: list[RecordJob]) -> None:
         encoded = [
-            Encoded.of_pages(j.entry.name, j.entry.layout, j.payload, j.entry.positions, j.entry.generation)
+            Encoded.of_pages(
+                j.entry.name, j.entry.layout, j.payload, j.entry.positions, j.entry.generation, j.entry.scores
+            )
             for j in jobs
         ]
         kept = self.table.persistent.write(encoded)

@@ -90,12 +90,15 @@ class Correction(Protocol):
         Layers whose inputs the chunks must hold.
     total_ratio : float or None
         Share of the reused tokens recomputed in the end; None where the rule names no share.
+    needs_scores : bool
+        Whether chunks must remember the deviation of their tokens (`ChunkKV.scores`).
     """
 
     first_layer: int
     selection_layer: int | None
     probe_layers: frozenset[int]
     total_ratio: float | None
+    needs_scores: bool
 
     def check(self, name: str, layers: int) -> None:
         """Raise PolicyError, naming the system `name`, where a model of `layers` layers cannot run the rule."""
@@ -110,7 +113,15 @@ class Correction(Protocol):
         ...
 
     def known_before_start(self, reused: ReusedTokens) -> Tensor | None:
-        """Bool [R], on the host: the reused tokens recomputed from layer 0; None where a layer decides."""
+        """Bool [R], on the host: the reused tokens recomputed from layer 0; None where more than this must be known."""
+        ...
+
+    def choose(self, request: Any, model: Any) -> Tensor | None:
+        """Indices [C], int64, ascending: the reused tokens recomputed from layer 0; None where a layer decides.
+
+        Asked where `known_before_start` gives None, with the `PrefillRequest` and the `DecoderSteps` it runs on: a rule
+        may look into the cached KV, and compute, before any layer of the request runs. It writes no KV of the request.
+        """
         ...
 
     def begin(self, tokens: Any) -> CorrectionRun:

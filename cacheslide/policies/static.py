@@ -42,12 +42,21 @@ class StaticCorrection:
         """The rule names no share."""
         return None
 
+    @property
+    def needs_scores(self) -> bool:
+        """Whether chunks must remember the deviation of their tokens (`ChunkKV.scores`): no."""
+        return False
+
     def check(self, name: str, layers: int) -> None:
         """Every model can run it."""
 
     def at_layer(self, layer: int):
         """See `Correction.at_layer`."""
         return self
+
+    def choose(self, request: Any, model: Any) -> Tensor | None:
+        """Nothing more is asked: the tokens are known before the start."""
+        return None
 
     def begin(self, tokens: Any) -> StaticRun:
         """See `Correction.begin`."""

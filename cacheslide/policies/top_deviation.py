@@ -5,7 +5,7 @@ rule, the reading of "converged", the layer whose keys are compared, and what a 
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -128,8 +128,16 @@ class TopDeviation:
         if last >= layers:
             raise PolicyError(f"{name} selects at layer {last}, but the model has layers 0 to {layers - 1}")
 
+    @property
+    def needs_scores(self) -> bool:
+        """See `Correction.needs_scores`: deviation is measured, not remembered."""
+        return False
+
     def known_before_start(self, reused: ReusedTokens) -> None:
         """Nothing is known before the selection layer: every token passes the layers up to it."""
+
+    def choose(self, request: Any, model: Any) -> None:
+        """See `Correction.choose`."""
 
     def begin(self, tokens) -> TopDeviationRun:
         """See `Correction.begin`."""

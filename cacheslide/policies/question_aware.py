@@ -132,8 +132,8 @@ def weights_of(model: Any, layer: int, q: Tensor, keys: Tensor, rows: Tensor) ->
     out = torch.empty(0, device=keys.device)
     for first in range(0, total, dim):
         count = min(dim, total - first)
-        marks = torch.eye(count, dim, dtype=keys.dtype, device=keys.device)
-        values = F.pad(marks, (0, 0, first, total - first - count))[:, None].expand(total, heads, dim).contiguous()
+        ones = torch.eye(count, dim, dtype=keys.dtype, device=keys.device)
+        values = F.pad(ones, (0, 0, first, total - first - count))[:, None].expand(total, heads, dim).contiguous()
         attended = model.attend(layer, q, [RowGroup(OneLayerKV(layer, keys, values), rows)])
         out = torch.cat((out, attended.float().sum(dim=(0, 1))[:count]))
     return out

@@ -28,6 +28,8 @@ SYSTEMS = [
     "cacheslide",
     "cacheslide_first_turn",
     "cacheslide_promote",
+    "cacheslide_first",
+    "cacheslide_remember",
     "naive_reuse",
 ]
 

@@ -193,6 +193,8 @@ SYSTEMS = {
     "cacheslide": {},
     "cacheslide_first_turn": {"layer": 3},
     "cacheslide_promote": {},
+    "cacheslide_first": {},
+    "cacheslide_remember": {"recompute_ratio": 0.4},
 }
 
 

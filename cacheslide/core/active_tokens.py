@@ -34,17 +34,21 @@ class ActiveTokens:
         self.live.index_fill_(0, self.reused, False)  # assigning a number would wait for the device
         self.mask = torch.zeros(len(self.reused), dtype=torch.bool, device=device)
         self.chosen = self.reused[:0]
-        rule, known = request.correction, None
+        rule, count = request.correction, 0
+        self.selecting = False
         if len(self.reused):
             rule.check("the correction", model.num_layers)
-            known = rule.known_before_start(request.runs)
-        self.selecting = len(self.reused) > 0 and known is None
+            if (known := rule.known_before_start(request.runs)) is not None:
+                self.mask, count = known.to(device), int(known.sum())
+            elif (chosen := rule.choose(request, model)) is not None:
+                self.mask.index_fill_(0, chosen, True)
+                count = len(chosen)
+            else:
+                self.selecting = True
         if self.selecting:
             self._activate(torch.arange(rows, device=device))
         else:
-            if known is not None:
-                self.mask = known.to(device)
-            self.activate_chosen(0 if known is None else int(known.sum()))
+            self.activate_chosen(count)
         self.output = PrefillOutput(rows, [], self.reused[:0], {}, {}, self.active)
         self.run = rule.begin(self) if len(self.reused) else None
 

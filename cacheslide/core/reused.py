@@ -43,3 +43,24 @@ class ReusedTokens:
         """Of each run: whether a token that is not reused stands right in front of it."""
         ends = (0, *(start + n for start, n in zip(self.starts, self.lengths, strict=True)))
         return tuple(start > end for start, end in zip(self.starts, ends, strict=False))
+
+    @property
+    def remembered(self) -> Tensor:
+        """Scores, float32 [R], on the host: NaN for every token where nothing is remembered of any."""
+        return torch.full((self.count,), torch.nan) if self.scores is None else self.scores
+
+    @property
+    def stretches(self) -> tuple[range, ...]:
+        """Reused text behind each update: indices, into the R tokens, from one update up to the next.
+
+        However many chunks such text is cut into, it is one stretch. What stands in front of every update is in none.
+        """
+        out: list[range] = []
+        at = 0
+        for length, behind in zip(self.lengths, self.behind_updates, strict=True):
+            if behind:
+                out.append(range(at, at + length))
+            elif out:
+                out[-1] = range(out[-1].start, at + length)
+            at += length
+        return tuple(out)

@@ -116,7 +116,15 @@ class Correction(Protocol):
         ...
 
     def known_before_start(self, reused: ReusedTokens) -> Tensor | None:
-        """Bool [R], on the host: the reused tokens recomputed from layer 0; None where a layer decides."""
+        """Bool [R], on the host: the reused tokens recomputed from layer 0; None where more than this must be known."""
+        ...
+
+    def choose(self, request: Any, model: Any) -> Tensor | None:
+        """Indices [C], int64, ascending: the reused tokens recomputed from layer 0; None where a layer decides.
+
+        Asked where `known_before_start` gives None, with the `PrefillRequest` and the `DecoderSteps` it runs on: a rule
+        may look into the cached KV, and compute, before any layer of the request runs. It writes no KV of the request.
+        """
         ...
 
     def begin(self, tokens: Any) -> CorrectionRun:

@@ -4,6 +4,8 @@ from cacheslide.core.keys import FixedChainKeying
 from cacheslide.core.placement import Placement
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.policies.encodings import FixedChain, InPrompt
+from cacheslide.policies.first_tokens import FirstTokens
+from cacheslide.policies.remembered import RememberedDeviation
 from cacheslide.policies.top_deviation import Promotion, TopDeviation
 
 SHARE = 0.26  # the paper's recommendation, Fig. 14
@@ -45,4 +47,28 @@ def promoting() -> ReusePolicy:
         encoding=FixedChain(),
         placement=Placement("delta"),
         correction=TopDeviation(0.10, promote=(Promotion(1, SHARE - 0.10),)),
+    )
+
+
+def first_tokens() -> ReusePolicy:
+    """First-turn encoding; the first tenth of the reused text is recomputed from layer 0, without a selection layer."""
+    return ReusePolicy(
+        "cacheslide_first",
+        "CacheSlide, first tokens",
+        keying=FixedChainKeying(),
+        encoding=InPrompt(),
+        placement=Placement("delta"),
+        correction=FirstTokens(0.10),
+    )
+
+
+def remembering() -> ReusePolicy:
+    """First-turn encoding; the tenth of the reused text that was remembered to deviate most is recomputed."""
+    return ReusePolicy(
+        "cacheslide_remember",
+        "CacheSlide, remembered deviation",
+        keying=FixedChainKeying(),
+        encoding=InPrompt(),
+        placement=Placement("delta"),
+        correction=RememberedDeviation(0.10),
     )

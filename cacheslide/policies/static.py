@@ -54,6 +54,10 @@ class StaticCorrection:
         """See `Correction.at_layer`."""
         return self
 
+    def choose(self, request: Any, model: Any) -> Tensor | None:
+        """Nothing more is asked: the tokens are known before the start."""
+        return None
+
     def begin(self, tokens: Any) -> StaticRun:
         """See `Correction.begin`."""
         return StaticRun()

@@ -5,7 +5,7 @@ rule, the reading of "converged", the layer whose keys are compared, and what a 
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -135,6 +135,9 @@ class TopDeviation:
 
     def known_before_start(self, reused: ReusedTokens) -> None:
         """Nothing is known before the selection layer: every token passes the layers up to it."""
+
+    def choose(self, request: Any, model: Any) -> None:
+        """See `Correction.choose`."""
 
     def begin(self, tokens) -> TopDeviationRun:
         """See `Correction.begin`."""

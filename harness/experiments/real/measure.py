@@ -77,6 +77,9 @@ def measure(backend: ReferenceBackend, trial: Trial, arms: Iterable[Arm], done: 
     if not todo:
         return
     reference, store = Reference(backend, trial.prompt, trial.answer), MemoryChunkStore()
+    for one in todo:  # a chunk that is there without scores would be kept for the arms that need them
+        if one.policy is not None and one.policy.needs_scores:
+            engine_of(backend, one.policy, store).build(trial.previous)
     for one in todo:
         about = {"id": record_id(trial, one), "trial": trial.id, "arm": one.name}
         try:

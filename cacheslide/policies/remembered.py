@@ -1,0 +1,72 @@
+"""The tokens whose KV was remembered to depend most on updated text are recomputed, from layer 0.
+
+Whoever computed a chunk's KV a second time, in another turn, has seen how far each token moved. Remembering that number
+makes the choice free: no layer is computed in full only to compare.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cacheslide.core.reused import ReusedTokens
+from cacheslide.errors import PolicyError
+from cacheslide.policies.deviation import check_ratio, tokens_of_ratio, top_rows
+from cacheslide.policies.static import StaticCorrection
+
+
+def choose_by_score(scores: Tensor, count: int) -> Tensor:
+    """Bool [n]: `count` of n tokens, those of the highest `scores` [n]; NaN where a token's is unknown.
+
+    Known and unknown tokens get places in proportion to their numbers, unknown ones from the first on: such a token may
+    be anything, so it deserves a token's average chance. Ranked above all known ones, a long unknown chunk would take
+    every place; ranked below, it would never be recomputed. Ties go to the earlier token.
+    """
+    known, unknown = (x.nonzero()[:, 0] for x in (~scores.isnan(), scores.isnan()))
+    by_score = tokens_of_ratio(count / max(len(scores), 1), len(known))
+    by_score = max(by_score, count - len(unknown))
+    chosen = torch.zeros(len(scores), dtype=torch.bool)
+    chosen[known[top_rows(scores[known], by_score)]] = True
+    chosen[unknown[: count - by_score]] = True
+    return chosen
+
+
+@dataclass(frozen=True)
+class RememberedDeviation(StaticCorrection):
+    """The `recompute_ratio` of a prompt's reused tokens of the highest remembered deviation.
+
+    Inside the ratio, the first `boundary` tokens behind each update come before all others, those closest to their
+    update first. Where no chunk remembers anything, the rule is `FirstTokens`.
+    """
+
+    recompute_ratio: float = 0.1
+    boundary: int = 0
+
+    def __post_init__(self) -> None:
+        check_ratio("recompute_ratio", self.recompute_ratio)
+        if self.boundary < 0:
+            raise PolicyError(f"boundary must be at least 0 tokens, not {self.boundary}")
+
+    def at_ratio(self, ratio: float) -> "RememberedDeviation":
+        """The same rule recomputing `ratio` of the reused tokens."""
+        return replace(self, recompute_ratio=ratio)
+
+    def known_before_start(self, reused: ReusedTokens) -> Tensor:
+        """Bool [R]."""
+        count = tokens_of_ratio(self.recompute_ratio, reused.count)
+        chosen = torch.zeros(reused.count, dtype=torch.bool)
+        closest = sorted((n, at) for s in reused.stretches for n, at in enumerate(s[: self.boundary]))[:count]
+        chosen[[at for _, at in closest]] = True
+        others = (~chosen).nonzero()[:, 0]
+        chosen[others] = choose_by_score(reused.remembered[others], count - len(closest))
+        return chosen
+
+    @property
+    def total_ratio(self) -> float:
+        """See `Correction.total_ratio`."""
+        return self.recompute_ratio
+
+    @property
+    def needs_scores(self) -> bool:
+        """See `Correction.needs_scores`."""
+        return True

@@ -24,7 +24,9 @@ class Scorer:
     def run(self, job: ScoreJob) -> None:
         """Score the chunks of a job that all ranks hold."""
         worker, keys = self.worker, job.plan.keys
-        together, *everywhere = self.team.agree([True, *(worker.holds(key) for key in keys)])
+        held = [worker.holds(key) for key in keys]
+        worker.scored += 1  # from here on this rank meets the others by itself
+        together, *everywhere = self.team.agree([True, *held])
         here = {key for key, there in zip(keys, everywhere, strict=True) if there}
         if together and here:
             worker.survive("score", self._score, job.of(here))
@@ -32,6 +34,7 @@ class Scorer:
 
     def skip(self, job: ScoreJob) -> None:
         """In place of `run`: other ranks do not wait for this one."""
+        self.worker.scored += 1
         self.team.agree([False] * (1 + len(job.plan.keys)))
         self.store.await_no_more(job.plan.keys)
 

@@ -222,7 +222,6 @@ class WorkerSide:
                 if not missing.isdisjoint(part.plan.keys) and not self.survive("encode", self._encode, part):
                     self._not_encoded(part)
         for job in step.scores:
-            self.scored += 1
             Scorer(self).run(job)
 
     def encode_nothing(self, step: StepPlan) -> None:
@@ -233,7 +232,6 @@ class WorkerSide:
             self.team.agree([False] * (1 + len(job.plan.keys)))
             self._not_encoded(job)
         for job in step.scores[self.scored :]:
-            self.scored += 1
             Scorer(self).skip(job)
 
     def holds(self, key: ChunkKey) -> bool:

@@ -1,7 +1,7 @@
 """Two turns under rules that read scores, on so many ranks, as JSON: `python -m tests.vllm_scores 2`.
 
-On two ranks the same again for each of `FAULTS`, raised on the second rank while the first turn's chunks are made. Every
-rank's scores are among what is printed. The systems have to be installed, since the engine is a process of its own.
+On two ranks the same again for each of `FAULTS`, raised on the second rank while the first turn's chunks are made.
+Every rank's scores are among what is printed. The systems have to be installed: the engine is a process of its own.
 """
 
 import json

@@ -45,13 +45,13 @@ class Team:
     def summing(self, reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """`reduce` for one sum in a unit of its own: it is done on all ranks, or raises on all of them."""
 
-        def meet(sums: Tensor) -> Tensor:
+        def summed(sums: Tensor) -> Tensor:
             self.entered = True
             if not self.agree([True])[0]:
                 raise PeerFault("another rank has nothing to add to the sum")
             return reduce(sums)
 
-        return meet
+        return summed
 
     @contextmanager
     def unit(self) -> Iterator[None]:

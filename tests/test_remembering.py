@@ -55,6 +55,11 @@ def policy_of(encoding: str = "in_prompt", correction=None) -> ReusePolicy:
     return ReusePolicy("remembering", "Remembering", keying, ENCODINGS[encoding], placement, correction)
 
 
+def chain_policy() -> ReusePolicy:
+    """For an entry point: `policy_of` is one as well."""
+    return policy_of("fixed_chain")
+
+
 def engine_of(model, encoding: str = "in_prompt", correction=None, **options) -> ReuseEngine:
     return ReuseEngine(model, policy_of(encoding, correction), MemoryChunkStore(), chunk_size=CHUNK, **options)
 

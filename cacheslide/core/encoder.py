@@ -9,7 +9,7 @@ from torch import Tensor
 from cacheslide.core.keys import ChunkKey
 from cacheslide.core.placement import Piece, PlacedChunks, Placement
 from cacheslide.core.plan import Plan
-from cacheslide.core.remembering import Contrast, TokenKV
+from cacheslide.core.remembering import Contrast, Reduce, TokenKV
 from cacheslide.core.request_builder import RequestBuilder
 from cacheslide.core.selective_prefill import SelectivePrefill
 from cacheslide.core.tensors import tensor_of
@@ -86,10 +86,12 @@ class ChunkEncoder:
                 self.store_chunk(plan.keys[number], exact, start, end, scores)
         return sum(missing)
 
-    def contrast(self, encoding: Encoding, plan: Plan, served: KVBuffer | None = None) -> Contrast:
-        """What scores of the plan's chunks compare with; see `encode`."""
+    def contrast(
+        self, encoding: Encoding, plan: Plan, served: KVBuffer | None = None, reduce: Reduce | None = None
+    ) -> Contrast:
+        """What scores of the plan's chunks compare with; see `encode` and `Contrast`."""
         known = None if served is None else (served, plan.positions)
-        return Contrast(self.model, plan, encoding.in_prompt, self._prefill_other, known)
+        return Contrast(self.model, plan, encoding.in_prompt, self._prefill_other, known, reduce)
 
     def _prefill_other(self, *prompt) -> tuple[KVBuffer, Sequence[int]]:
         exact = self.prefill(*prompt, inputs=False)

@@ -23,6 +23,7 @@ from cacheslide.positions.ccpe import slots_between, slots_in
 from cacheslide.store.base import ChunkKV
 
 Context = tuple[KVBuffer, Sequence[int]]  # KV and the positions of its rows
+Reduce = Callable[[Tensor], Tensor]
 _LEAST = 1e-30  # of a mean square: a layer that is zero in both contexts scores 0
 
 
@@ -53,7 +54,13 @@ class TokenKV:
         return cls(lambda layer: (chunk.k[layer].to(device), chunk.v[layer].to(device)), chunk.positions.cpu())
 
 
-def remembered_deviation(model: ModelAdapter, here: TokenKV, reference: TokenKV, of: Tensor | None = None) -> Tensor:
+def remembered_deviation(
+    model: ModelAdapter,
+    here: TokenKV,
+    reference: TokenKV,
+    of: Tensor | None = None,
+    reduce: Reduce | None = None,
+) -> Tensor:
     """Scores, float32 [m], on the host, at least 0; not finite where the KV is not. Waits for the device.
 
     Parameters
@@ -64,10 +71,13 @@ def remembered_deviation(model: ModelAdapter, here: TokenKV, reference: TokenKV,
         In the context that is compared with: of all n tokens of the chunk.
     of : Tensor [m], int64, optional
         Which tokens of the chunk are scored, ascending; all of them by default.
+    reduce : callable, optional
+        Sums over tensor-parallel ranks, float32 [x] -> [x]; the model's `reduce_scores` by default.
 
     Notes
     -----
-    All ranks of tensor parallelism must call this together: it sums over their heads once.
+    All ranks of tensor parallelism must call this together: `reduce` is called once, when all of a rank's own work is
+    done.
     """
     n = len(reference.positions)
     of = torch.arange(n) if of is None else of
@@ -75,7 +85,7 @@ def remembered_deviation(model: ModelAdapter, here: TokenKV, reference: TokenKV,
     by = send(turn, model.device) if model.rotates and bool(turn.any()) else None
     index = send(of, model.device) if len(of) < n else None
     sums = torch.cat([_sums(model, layer, here, reference, index, by) for layer in range(model.num_layers)])
-    totals = model.reduce_scores(sums).view(2 * model.num_layers, -1)
+    totals = (reduce or model.reduce_scores)(sums).view(2 * model.num_layers, -1)
     return (n * totals[:, :-1] / totals[:, -1:].clamp_min(_LEAST)).sum(0).cpu()
 
 
@@ -112,6 +122,8 @@ class Contrast:
         Token ids, positions, known pieces and slots -> exact KV and the positions of its rows.
     served : (KVBuffer, sequence of int), optional
         Exact KV of the prompt and the positions of its rows, where there is some already.
+    reduce : callable, optional
+        See `remembered_deviation`.
     """
 
     def __init__(
@@ -121,11 +133,12 @@ class Contrast:
         in_prompt: bool,
         prefill: Callable[..., Context],
         served: Context | None = None,
+        reduce: Reduce | None = None,
     ) -> None:
-        self.model, self.plan, self.in_prompt, self.prefill = model, plan, in_prompt, prefill
+        self.model, self.plan, self.in_prompt, self.prefill, self.reduce = model, plan, in_prompt, prefill, reduce
         self.context = None if in_prompt else served
         starts = [c.start for c in plan.chunks]
-        starts = _fixed_before(plan.prompt, starts) if in_prompt else starts
+        starts = fixed_before(plan.prompt, starts) if in_prompt else starts
         self.rows = [(start, start + len(c)) for start, c in zip(starts, plan.chunks, strict=True)]
 
     def scores(self, number: int, own: TokenKV) -> Tensor | None:
@@ -133,14 +146,23 @@ class Contrast:
 
         None where KV is not finite: no token can be ranked by it.
         """
-        chunk, (start, end) = self.plan.chunks[number], self.rows[number]
-        if self.in_prompt and chunk.start == start:  # no updated text before it: its two contexts are one
-            return torch.zeros(len(chunk))
+        start, end = self.rows[number]
+        if self._same(number):
+            return torch.zeros(end - start)
         kv, positions = self._other()
         other = TokenKV.of_rows(kv, positions, start, end, self.model.device)
         here, reference = (own, other) if self.in_prompt else (other, own)
-        scores = remembered_deviation(self.model, here, reference)
+        scores = remembered_deviation(self.model, here, reference, reduce=self.reduce)
         return scores if bool(scores.isfinite().all()) else None
+
+    def prepare(self) -> None:
+        """Prefill the other context now, if one of the plan's chunks is compared with it."""
+        if not all(map(self._same, range(len(self.rows)))):
+            self._other()
+
+    def _same(self, number: int) -> bool:
+        """Whether the two contexts of a chunk are one: no updated text stands before it."""
+        return self.in_prompt and self.plan.chunks[number].start == self.rows[number][0]
 
     def _other(self) -> Context:
         if self.context is None:
@@ -153,7 +175,7 @@ class Contrast:
         return self.context
 
 
-def _fixed_before(prompt: Prompt, rows: Sequence[int]) -> list[int]:
+def fixed_before(prompt: Prompt, rows: Sequence[int]) -> list[int]:
     """How many fixed tokens stand before each of `rows`: where it lies in the chain of fixed text."""
     parts = [torch.full((len(s.token_ids),), s.role is Role.REUSE) for s in prompt.segments]
     count = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(parts).cumsum(0)])

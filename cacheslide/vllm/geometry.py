@@ -61,10 +61,11 @@ class Geometry:
         check_slots(slots, self.slots)
         return slots if slots.bounds else None
 
-    def chunk_bytes(self, rows: int, probes: int) -> int:
-        """Bytes of one rank's chunk of `rows` rows with the inputs of `probes` layers."""
+    def chunk_bytes(self, rows: int, probes: int, scores: bool = False) -> int:
+        """Bytes of one rank's chunk of `rows` rows with the inputs of `probes` layers, and with `scores`."""
         kv = 2 * self.num_layers * self.kv_heads * self.head_dim
-        return rows * ((kv + probes * self.hidden_size) * self.itemsize + torch.int64.itemsize)
+        beside = torch.int64.itemsize + scores * torch.float32.itemsize
+        return rows * ((kv + probes * self.hidden_size) * self.itemsize + beside)
 
 
 def weights_id(path: str, revision: str | None, config: str) -> str:

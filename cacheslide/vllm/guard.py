@@ -34,6 +34,7 @@ ENTRIES = {
     "start_load_kv": "rows are computed instead, by us or by vLLM",
     "wait_for_save": "the chunk is not retained, and leaves the index",
     "encode": "the chunk is not retained, and leaves the index",
+    "score": "the chunk stays without scores",
     "on_loaded": "the chunk is computed instead",
     "get_finished": "the next step does it",
     "get_block_ids_with_load_errors": "every row that was to be loaded in this step is computed by vLLM",

@@ -1,5 +1,6 @@
 """What the scheduler tells the workers in a step, and what they report back. Plain data: it crosses processes."""
 
+from collections.abc import Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from cacheslide.core.keys import ChunkKey
 from cacheslide.core.placement import Placement
 from cacheslide.core.plan import Plan
 from cacheslide.core.prompt import Chunk
+from cacheslide.core.remembering import fixed_before
 from cacheslide.policies.base import Correction, Encoding
 from cacheslide.positions.ccpe import PromptSlots
 from cacheslide.vllm.cope.slots import SlotRows
@@ -42,19 +44,23 @@ class LoadPlan:
 
 @dataclass(frozen=True)
 class SavePlan:
-    """Copy chunks out of a request's blocks, after dropping `evict`; `generation` is 0 where vLLM computed them."""
+    """Copy chunks out of a request's blocks, after dropping `evict`; `generation` is 0 where vLLM computed them.
+
+    With `scored` a `ScoreJob` of theirs follows.
+    """
 
     block_ids: list[int]
     chunks: tuple[tuple[ChunkKey, Chunk], ...]
     evict: tuple[ChunkKey, ...]
     generation: int = 0
+    scored: bool = False
 
 
 @dataclass(frozen=True)
 class EncodeJob:
     """Prefill and retain the chunks of a plan that are missing, exactly, in the context of their encoding.
 
-    With `renew` corrected copies of its chunks count as missing.
+    With `renew` corrected copies of its chunks count as missing. With `scored` a `ScoreJob` of them follows.
     """
 
     encoding: Encoding
@@ -62,6 +68,7 @@ class EncodeJob:
     plan: Plan
     evict: tuple[ChunkKey, ...] = ()
     renew: bool = False
+    scored: bool = False
 
     def parts(self) -> "list[EncodeJob]":
         """The same job as prefills: one for each of its chunks where they are isolated, else one."""
@@ -72,6 +79,30 @@ class EncodeJob:
     def tokens(self, missing: list[bool]) -> int:
         """Tokens this job will prefill, given which of its chunks are missing."""
         return self.encoding.tokens(self.plan.chunks, missing)
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """Give the chunks of a plan their remembered deviation: nothing is stored but scores.
+
+    Their KV, as it is held, is compared with that of their other context (`Contrast`), prefilled in scratch KV: the
+    chain of fixed text for an encoding in the prompt, else the prompt.
+    """
+
+    encoding: Encoding
+    plan: Plan
+
+    @property
+    def tokens(self) -> int:
+        """Tokens this job will prefill, at most."""
+        end = self.plan.chunks[-1].end
+        return fixed_before(self.plan.prompt, [end])[0] if self.encoding.in_prompt else end
+
+    def of(self, keys: Set[ChunkKey]) -> "ScoreJob":
+        """The same for these of its chunks."""
+        kept = [(key, chunk) for key, chunk in self.plan.keyed if key in keys]
+        plan = replace(self.plan, keys=tuple(k for k, _ in kept), chunks=tuple(c for _, c in kept))
+        return replace(self, plan=plan)
 
 
 @dataclass(frozen=True)
@@ -90,7 +121,7 @@ class FetchPlan:
 
 @dataclass
 class StepPlan(KVConnectorMetadata):
-    """One step's work, in the order in which it must happen: forget, save, load, (forward), save, encode, take in.
+    """One step's work, in this order: forget, save, load, (forward), save, encode, score, take in.
 
     `history_saves` are chunks of requests that have finished: their blocks may be given away in this very step. Reads
     of `fetches` start first of all and are taken into memory when they end, after a step's loads: what a fetch evicts
@@ -109,6 +140,7 @@ class StepPlan(KVConnectorMetadata):
     loads: list[LoadPlan] = field(default_factory=list)
     saves: list[SavePlan] = field(default_factory=list)
     encodes: list[EncodeJob] = field(default_factory=list)
+    scores: list[ScoreJob] = field(default_factory=list)
     slots: list[SlotRows] = field(default_factory=list)
     failed: dict[str, list[int]] = field(default_factory=dict)
     index: dict[ChunkKey, bool] | None = None
@@ -116,12 +148,13 @@ class StepPlan(KVConnectorMetadata):
 
 @dataclass(frozen=True)
 class ChunkLoaded:
-    """A chunk that one rank has read: the lowest tier it came from, its bytes, and its `ChunkKV.generation`."""
+    """A chunk that one rank has read: the lowest tier it came from, its bytes and generation, whether it has scores."""
 
     ticket: int
     tier: str
     nbytes: int
     generation: int
+    scored: bool = False
 
 
 @dataclass

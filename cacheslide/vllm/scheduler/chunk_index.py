@@ -17,6 +17,12 @@ class ChunkIndex:
     ----------
     capacity : int
         Bytes of chunk KV a worker may hold.
+
+    Attributes
+    ----------
+    scored : set of ChunkKey
+        Chunks that have scores, or will have when the step is over that was planned last. One whose scores could not be
+        made counts as well: it is not tried again.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -24,6 +30,7 @@ class ChunkIndex:
         self._sizes: OrderedDict[ChunkKey, int] = OrderedDict()
         self._generations: dict[ChunkKey, int] = {}  # of corrected chunks only
         self._pending: set[ChunkKey] = set()
+        self.scored: set[ChunkKey] = set()
         self._leases: Counter[ChunkKey] = Counter()
 
     def __contains__(self, key: ChunkKey) -> bool:
@@ -87,12 +94,14 @@ class ChunkIndex:
             self._pending.difference_update(sizes)
         return evicted
 
-    def on_loaded(self, key: ChunkKey, generation: int) -> None:
+    def on_loaded(self, key: ChunkKey, generation: int, scored: bool = False) -> None:
         """A pending chunk is in all workers' memory; one that was stored anew meanwhile stays as it is."""
         if key in self._pending:
             self._pending.remove(key)
             if generation:
                 self._generations[key] = generation
+            if scored:
+                self.scored.add(key)
 
     def failed(self, key: ChunkKey) -> bool:
         """A pending chunk could not be read: its room is free again; False where it was stored anew meanwhile."""
@@ -115,10 +124,12 @@ class ChunkIndex:
         self.nbytes -= self._sizes.pop(key, 0)
         self._generations.pop(key, None)
         self._pending.discard(key)
+        self.scored.discard(key)
 
     def clear(self) -> None:
         """Forget everything; leases stay with those who took them."""
         self._sizes.clear()
         self._generations.clear()
         self._pending.clear()
+        self.scored.clear()
         self.nbytes = 0

@@ -60,13 +60,16 @@ def retain_history(retention, request, tracked: Tracked, block_ids: list[int]) -
         in_place=not tracked.schema,
     )
     if generation is not None:
-        evict = retention.reserve(missing, 0, generation)
+        scored = policy.needs_scores and not generation
+        evict = retention.reserve(missing, 0, generation, scored)
         if evict is None:
             return None
         if missing:
-            retention.history_saves.append(SavePlan(block_ids, tuple(missing.items()), evict, generation))
+            retention.history_saves.append(SavePlan(block_ids, tuple(missing.items()), evict, generation, scored))
+            retention.score(policy, plan, tracked.encode)
         return retained | {"generation": generation, "from": "blocks"}
     if tracked.encode == "off":
         return None
     retention.enqueue(job_of(policy, plan, renew=True), tracked.encode)
+    retention.score(policy, plan, tracked.encode)
     return retained | {"from": "encode"}

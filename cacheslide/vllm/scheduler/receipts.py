@@ -31,9 +31,9 @@ def tiers_of(
     out: dict[str, dict[str, int]] = {}
     if not receipt["chunks_hit"]:
         return out
-    probes = len(tracked.policy.probe_layers)
+    probes, scores = len(tracked.policy.probe_layers), tracked.policy.needs_scores
     for key, chunk in tracked.reuse:
-        in_memory = MEMORY[store_device], geometry.chunk_bytes(len(chunk), probes)
+        in_memory = MEMORY[store_device], geometry.chunk_bytes(len(chunk), probes, scores)
         tier, nbytes = tracked.storage.tiers.get(key, in_memory)
         found = out.setdefault(tier, {"chunks": 0, "bytes": 0})
         found["chunks"] += 1

@@ -106,7 +106,7 @@ class StorageTierView:
         return waiting
 
     def _start(self, tracked: Tracked, key: ChunkKey, chunk: Chunk) -> bool:
-        size = self.geometry.chunk_bytes(len(chunk), len(tracked.policy.probe_layers))
+        size = self.geometry.chunk_bytes(len(chunk), len(tracked.policy.probe_layers), tracked.policy.needs_scores)
         try:
             evict = self.index.reserve({key: size}, pending=True)
         except StoreError:
@@ -158,7 +158,8 @@ class StorageTierView:
             coming.loaded += [p for p in parts if p.ticket == coming.ticket]
             if len(coming.loaded) == self.ranks:
                 del self.coming[key]
-                self.index.on_loaded(key, max(p.generation for p in coming.loaded))
+                scored = all(p.scored for p in coming.loaded)
+                self.index.on_loaded(key, max(p.generation for p in coming.loaded), scored)
                 lowest = max(coming.loaded, key=lambda p: ("host", "file", "remote").index(p.tier))
                 for waiter in coming.waiters:
                     waiter.storage.tiers[key] = lowest.tier, coming.loaded[0].nbytes

@@ -1,6 +1,6 @@
 """A worker's chunks: an in-memory store that retains and drops what the scheduler's index says."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,6 +28,7 @@ class WorkerStore(MemoryChunkStore):
         super().__init__()
         self.device, self.copies, self.storage_tier = device, copies, storage_tier
         self._arriving: dict[ChunkKey, torch.cuda.Event] = {}
+        self.awaiting: set[ChunkKey] = set()  # chunks that are written through when they have got their scores
 
     def put(self, key: ChunkKey, chunk: ChunkKV) -> None:
         """See `ChunkStore.put`. The chunk's tensors must not be written to afterwards."""
@@ -40,8 +41,20 @@ class WorkerStore(MemoryChunkStore):
         else:
             (k, v, *inputs), self._arriving[key] = self.copies.send(tensors)
         self._hold(key, chunk, k, v, inputs)
+        if key not in self.awaiting:
+            self._write(key)
+
+    def _write(self, key: ChunkKey) -> None:
+        """Write a chunk through."""
         if self.storage_tier is not None:
             self.storage_tier.write(key, self._chunks[key], self._arriving.get(key))
+
+    def await_no_more(self, keys: Iterable[ChunkKey]) -> None:
+        """Write chunks through that have waited for scores, with those that they have got."""
+        for key in self.awaiting.intersection(keys):
+            self.awaiting.discard(key)
+            if key in self._chunks:
+                self._write(key)
 
     def put_loaded(self, key: ChunkKey, chunk: ChunkKV) -> None:
         """`put` of a chunk read from the storage tier, in the kind of host memory that `StorageTier` was asked for."""
@@ -82,6 +95,7 @@ class WorkerStore(MemoryChunkStore):
     def drop(self, keys) -> None:
         """Forget `keys`; those that are not here are none of its business."""
         for key in keys:
+            self.await_no_more([key])
             self._arriving.pop(key, None)  # pinned memory is given away only once the copies into it are done
             if (chunk := self._chunks.pop(key, None)) is not None:
                 self._bytes -= chunk.nbytes
@@ -89,12 +103,14 @@ class WorkerStore(MemoryChunkStore):
 
     def hand_over(self, to: "WorkerStore") -> None:
         """Give every chunk to another store and forget it."""
+        to.awaiting, self.awaiting = self.awaiting, set()
         for key in list(self._chunks):
             to.put(key, self.get(key))
             self.drop([key])
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything; what waits for scores is not written."""
+        self.awaiting.clear()
         self.drop(list(self._chunks))
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ Inside a run every layer sums its output over the ranks. A rank that fails there
 the rest of the run with zeros, so that the others' sums end, and then all of them throw the run away.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import SimpleNamespace
@@ -41,6 +41,17 @@ class Team:
         said = torch.tensor([int(f) for f in flags], dtype=torch.int32)
         torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MIN, group=self.group.cpu_group)
         return [bool(x) for x in said.tolist()]
+
+    def summing(self, reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """`reduce` for one sum in a unit of its own: it is done on all ranks, or raises on all of them."""
+
+        def summed(sums: Tensor) -> Tensor:
+            self.entered = True
+            if not self.agree([True])[0]:
+                raise PeerFault("another rank has nothing to add to the sum")
+            return reduce(sums)
+
+        return summed
 
     @contextmanager
     def unit(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from cacheslide.vllm.worker.model_adapter import MLP_ROWS, VllmModel, find_model
 from cacheslide.vllm.worker.pinned import PinnedMemory, pin
 from cacheslide.vllm.worker.prefetch import Rings
 from cacheslide.vllm.worker.ranks import Team, TeamPrefill
+from cacheslide.vllm.worker.scoring import Scorer
 from cacheslide.vllm.worker.storage import StorageTier
 
 
@@ -37,7 +38,7 @@ class WorkerSide:
         self.report, self.faults = WorkerReport(), Faults()
         self.loads = Loads(self.block_size)
         self.unsure: set[ChunkKey] = set()  # chunks that could not be dropped
-        self.joined, self.encoded = False, 0  # how far this rank has come with the others in this step
+        self.joined, self.encoded, self.scored = False, 0, 0  # how far this rank has come with the others in this step
 
     def attach(self) -> None:
         """Find the loaded model; the paged cache exists by now."""
@@ -48,12 +49,16 @@ class WorkerSide:
         self.storage_tier = self._open_storage_tier()
         self.store = self._open_store(self.options.store_device)
         self.team = Team(get_tp_group() if self.model.ranks > 1 else None)
-        self.executor = TeamPrefill(self.model, self.team, MLP_ROWS)
+        self.executor = self.new_executor()
         self.faults.device = self.model.device
         if self.model.device.type == "cuda":
             from cacheslide.vllm.worker.warmup import warm_up  # Triton is there only with a GPU
 
             warm_up(self.model, config.model_config.max_model_len)
+
+    def new_executor(self) -> TeamPrefill:
+        """Runs requests on all ranks together."""
+        return TeamPrefill(self.model, self.team, MLP_ROWS)
 
     def _pinned_memory(self) -> PinnedMemory | None:
         """Beside a GPU: the host memory that chunks may take, pinned now rather than while requests wait."""
@@ -96,26 +101,26 @@ class WorkerSide:
     @torch.inference_mode()
     def begin(self, step: StepPlan) -> None:
         """Before anything writes to the cache in this step: save what finished requests leave in their old blocks."""
-        self.joined, self.encoded = False, 0
+        self.joined, self.encoded, self.scored = False, 0, 0
         offsets = self.model.slot_offsets
         if offsets is not None:
             offsets.expect(step.slots, self.block_size)
         if step.forget:
             self._forget()
         for settle in (self.store.settle, *(() if self.memory is None else (self.memory.settle,))):
-            self._survive("bind_connector_metadata", settle)
+            self.survive("bind_connector_metadata", settle)
         self.drop([*self.unsure, *step.drops])
         if self.storage_tier is not None:
-            self._survive("on_loaded", self.storage_tier.drop, step.drops)
+            self.survive("on_loaded", self.storage_tier.drop, step.drops)
             for fetch in step.fetches:
-                if not self._survive("on_loaded", self.storage_tier.fetch, fetch.key, fetch.ticket, fetch.tokens):
+                if not self.survive("on_loaded", self.storage_tier.fetch, fetch.key, fetch.ticket, fetch.tokens):
                     self.report.failed[fetch.key] = fetch.ticket, reason("on_loaded")
         for plan in step.history_saves:
             self._save(plan)
 
     def begin_nothing(self, step: StepPlan) -> None:
         """In place of `begin`: what was to be saved or read is not here."""
-        self.joined, self.encoded, self.report.unsettled = False, 0, True
+        self.joined, self.encoded, self.scored, self.report.unsettled = False, 0, 0, True
         if step.forget:
             self._forget()
         if self.model.slot_offsets is not None:
@@ -123,7 +128,7 @@ class WorkerSide:
         self._not_saved(step.history_saves)
         self.report.failed |= {fetch.key: (fetch.ticket, reason("on_loaded")) for fetch in step.fetches}
 
-    def _survive(self, entry: str, does: Callable[..., Any], *args: Any) -> bool:
+    def survive(self, entry: str, does: Callable[..., Any], *args: Any) -> bool:
         """Do something whose failure is a fault at `entry` and nothing else; whether it was done."""
         try:
             does(*args)
@@ -135,15 +140,15 @@ class WorkerSide:
     def _forget(self) -> None:
         """The weights have changed: no chunk is what its key says. One that cannot be dropped is never lent."""
         held = list(self.store._chunks)
-        self._survive("reset_cache", self.store.clear)
+        self.survive("reset_cache", self.store.clear)
         self.drop(held)
         if self.storage_tier is not None:
-            self._survive("reset_cache", self.storage_tier.forget)
+            self.survive("reset_cache", self.storage_tier.forget)
 
     def drop(self, keys: Iterable[ChunkKey]) -> None:
         """Let go of chunks; what stays in spite of that counts as gone, and is dropped another time."""
         for key in keys:
-            gone = self._survive("bind_connector_metadata", self.store.drop, [key])
+            gone = self.survive("bind_connector_metadata", self.store.drop, [key])
             (self.unsure.discard if gone else self.unsure.add)(key)
 
     @torch.inference_mode()
@@ -188,8 +193,9 @@ class WorkerSide:
     def _save(self, plan: SavePlan) -> None:
         """Copy a plan's chunks, one by one: those that cannot be retained leave the index."""
         self.drop(plan.evict)
+        self.store.awaiting.update(key for key, _ in plan.chunks if plan.scored)
         for key, chunk in plan.chunks:
-            if key in self.unsure or not self._survive("wait_for_save", self._copy, plan, key, chunk):
+            if key in self.unsure or not self.survive("wait_for_save", self._copy, plan, key, chunk):
                 self.drop([key])
                 self.report.missing.add(key)
 
@@ -205,16 +211,18 @@ class WorkerSide:
         for job in step.encodes:
             self.drop(job.evict)
             self.encoded += 1
-            held = [key not in self.unsure and self.store.contains(key) for key in job.plan.keys]
-            together, *everywhere = self.team.agree([True, *held])
+            together, *everywhere = self.team.agree([True, *map(self.holds, job.plan.keys)])
             if not together:
                 self._not_encoded(job)
                 continue
             missing = {key for key, there in zip(job.plan.keys, everywhere, strict=True) if not there}
             self.drop(missing)
+            self.store.awaiting.update(missing if job.scored else ())
             for part in job.parts():
-                if not missing.isdisjoint(part.plan.keys) and not self._survive("encode", self._encode, part):
+                if not missing.isdisjoint(part.plan.keys) and not self.survive("encode", self._encode, part):
                     self._not_encoded(part)
+        for job in step.scores:
+            Scorer(self).run(job)
 
     def encode_nothing(self, step: StepPlan) -> None:
         """In place of `encode`: other ranks do not wait for this one, and what the index names is not here."""
@@ -223,15 +231,21 @@ class WorkerSide:
             self.drop(job.evict)
             self.team.agree([False] * (1 + len(job.plan.keys)))
             self._not_encoded(job)
+        for job in step.scores[self.scored :]:
+            Scorer(self).skip(job)
+
+    def holds(self, key: ChunkKey) -> bool:
+        """Whether a chunk is here and may be used."""
+        return key not in self.unsure and self.store.contains(key)
 
     def _encode(self, job: EncodeJob) -> None:
         encoder = ChunkEncoder(self.model, self.store, self.model.dtype, job.capture)
-        encoder.executor = TeamPrefill(self.model, self.team, MLP_ROWS)
+        encoder.executor = self.new_executor()
         with self.team.unit(), self.model.running():
             encoder.encode(job.encoding, job.plan)
 
     def _not_encoded(self, job: EncodeJob) -> None:
-        self.report.missing.update(k for k in job.plan.keys if k in self.unsure or not self.store.contains(k))
+        self.report.missing.update(k for k in job.plan.keys if not self.holds(k))
 
     def on_loaded(self, step: StepPlan) -> None:
         """Take in chunks that were read from the storage tier."""
@@ -242,11 +256,12 @@ class WorkerSide:
         for key, ticket, found in self.storage_tier.arrivals(step.idle):
             if found.chunk is None:
                 self.report.failed[key] = ticket, found.why
-            elif key in self.unsure or not self._survive("on_loaded", self.store.put_loaded, key, found.chunk):
+            elif key in self.unsure or not self.survive("on_loaded", self.store.put_loaded, key, found.chunk):
                 self.drop([key])
                 self.report.failed[key] = ticket, reason("on_loaded")
             else:
-                self.report.loaded[key] = [ChunkLoaded(ticket, found.tier, found.chunk.nbytes, found.chunk.generation)]
+                chunk, scored = found.chunk, found.chunk.scores is not None
+                self.report.loaded[key] = [ChunkLoaded(ticket, found.tier, chunk.nbytes, chunk.generation, scored)]
 
     def on_none_loaded(self, step: StepPlan) -> None:
         """In place of `on_loaded`: what has been read waits for the next step."""
@@ -259,9 +274,7 @@ class WorkerSide:
         if step.index is None:
             return
         self.drop([key for key in self.store._chunks if key not in step.index])
-        self.report.missing.update(
-            key for key, due in step.index.items() if due and (key in self.unsure or not self.store.contains(key))
-        )
+        self.report.missing.update(key for key, due in step.index.items() if due and not self.holds(key))
 
     def take_report(self) -> WorkerReport | None:
         """What happened since the last call."""
@@ -275,6 +288,7 @@ class WorkerSide:
         """
         if self.model is not None:
             if self.storage_tier is not None:
+                self.store.await_no_more(set(self.store.awaiting))
                 self.storage_tier.close()
             self.store.close()
             self.model = self.executor = self.rings = self.stream = self.storage_tier = self.memory = None

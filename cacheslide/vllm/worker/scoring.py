@@ -1,0 +1,55 @@
+"""A worker's score jobs: remembered deviation of chunks that it holds, against their other context in scratch KV.
+
+Nothing is stored but scores. All ranks have the same ones: what a rank's heads add up to is summed over all of them. A
+chunk whose scores cannot be made stays without, and is written through to the storage tier as it is.
+"""
+
+from cacheslide.core.encoder import ChunkEncoder
+from cacheslide.core.keys import ChunkKey
+from cacheslide.core.remembering import Contrast, TokenKV
+from cacheslide.vllm.protocol import ScoreJob
+
+
+class Scorer:
+    """Does the score jobs of one worker.
+
+    Parameters
+    ----------
+    worker : WorkerSide
+    """
+
+    def __init__(self, worker) -> None:
+        self.worker, self.model, self.team, self.store = worker, worker.model, worker.team, worker.store
+
+    def run(self, job: ScoreJob) -> None:
+        """Score the chunks of a job that all ranks hold."""
+        worker, keys = self.worker, job.plan.keys
+        held = [worker.holds(key) for key in keys]
+        worker.scored += 1  # from here on this rank meets the others by itself
+        together, *everywhere = self.team.agree([True, *held])
+        here = {key for key, there in zip(keys, everywhere, strict=True) if there}
+        if together and here:
+            worker.survive("score", self._score, job.of(here))
+        self.store.await_no_more(keys)
+
+    def skip(self, job: ScoreJob) -> None:
+        """In place of `run`: other ranks do not wait for this one."""
+        self.worker.scored += 1
+        self.team.agree([False] * (1 + len(job.plan.keys)))
+        self.store.await_no_more(job.plan.keys)
+
+    def _score(self, job: ScoreJob) -> None:
+        encoder = ChunkEncoder(self.model, self.store, self.model.dtype)
+        encoder.executor = self.worker.new_executor()
+        contrast = encoder.contrast(job.encoding, job.plan, reduce=self.team.summing(self.model.reduce_scores))
+        with self.team.unit(), self.model.running():
+            contrast.prepare()
+        for number, key in enumerate(job.plan.keys):  # whatever happens to one, the ranks meet at the next
+            self.worker.survive("score", self._one, contrast, number, key)
+
+    def _one(self, contrast: Contrast, number: int, key: ChunkKey) -> None:
+        with self.team.unit():
+            own = TokenKV.of_chunk(self.store.get(key), self.model.device)
+            scores = contrast.scores(number, own)
+        if scores is not None:
+            self.store.rescore(key, scores)

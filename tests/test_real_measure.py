@@ -14,6 +14,7 @@ from harness.experiments.real import measure as measuring
 from harness.experiments.real.arms import NOISE, Arm, arm, candidates, core, frontier, history_arms, slice_arms, unique
 from harness.experiments.real.measure import GREEDY, Reference, measure, run_arm
 from harness.experiments.real.trials import Builder
+from harness.results.real_records import rule_and_layer
 from tests.made_passages import LAYERS, gemma, passage_rows
 
 NOTHING = arm("Nothing recomputed", "chain", NoCorrection())
@@ -47,13 +48,39 @@ def test_the_core_has_every_arm_that_it_names():
     best = {"CacheSlide as printed": 6}
     names = {a.name for a in core(best)}
     assert (
-        len(names) == 29
+        len(names) == 39
         and names < {a.name for a in frontier(best)}
         and {"CacheSlide as printed 26 % at layer 6", "CacheSlide as printed, updated keys only 26 % at layer 6"}
         < names
     )
     for begins in ("First tokens", "CacheBlend, by V", "CacheBlend, by K"):  # what comparisons choose from
         assert sum(name.startswith(begins) for name in names) > 1
+
+
+def test_the_core_follows_the_layers_that_were_chosen():
+    best = {"CacheSlide, by K": 9, "CacheBlend, by V": 7, "Question-aware": 4}
+    names = {a.name for a in core(best)}
+    assert {"CacheSlide, by K 26 % at layer 9", "CacheBlend, by V 15 % at layer 7"} < names
+    assert "Question-aware 10 % at layer 4" in names and len(names) == 41
+    assert {"Question-aware 10 % at layer 5", "CacheSlide, by K 26 % at layer 1"} < {a.name for a in core()}
+
+
+def test_a_budget_has_no_ratio_and_points_of_one_line():
+    both = [a for a in frontier() if a.line == "Budget, left"]
+    assert [(a.name, a.ratio, a.policy.correction.left) for a in both] == [
+        ("Budget, left 50 %", None, 0.5),
+        ("Budget, left 30 %", None, 0.3),
+    ]
+    assert {rule_and_layer(a.name) for a in both} == {("Budget, left", None)}
+
+
+def test_every_rule_runs_over_both_chains():
+    rules: dict[str, dict[str, list]] = {"chain": {}, "canon": {}}
+    for a in frontier():
+        if a.family in rules:
+            rules[a.family].setdefault(a.line, []).append(a.policy.correction)
+    for line in ("Remembered", "Remembered + boundary 32", "Boundary", "Question-aware", "Shrinking", "Budget, left"):
+        assert rules["chain"][line] == rules["canon"][f"Canonical, {line[0].lower()}{line[1:]}"]
 
 
 def test_the_layer_that_was_chosen_is_swept_beside_the_others():

@@ -76,7 +76,7 @@ def test_means_are_by_setting_set_and_arm_and_over_both_sets(folder):
 def test_comparisons_are_paired_on_the_prompts_that_both_arms_have(folder, tmp_path):
     extra = record("matter hotpotqa 7", NOTHING, 99.0)
     write(folder, "frontier-1of2", [extra])
-    found = {(r["comparison"], r["dataset"]): r for r in summarise(folder)["comparisons"]}
+    found = {(r["comparison"], r["dataset"]): r for r in summarise(folder)["comparisons"] if "rule" not in r}
     assert len(found) == 9
     for dataset, n in (("hotpotqa", 2), ("musique", 1), (POOLED, 3)):
         pic = found["rpdc over pic", dataset]
@@ -87,6 +87,42 @@ def test_comparisons_are_paired_on_the_prompts_that_both_arms_have(folder, tmp_p
     assert found["rpdc over pic", POOLED]["high"] == pytest.approx(0.02 / 0.3)
     assert real.paired(trials(), NOTHING, "none such", "matter") is None
     assert real.paired(trials(), NOTHING, ISOLATED, "shift") is None
+
+
+def test_each_rule_is_compared_with_nothing_and_with_cacheblend_at_its_best_layer(folder):
+    more = {
+        "Remembered 10 %": 0.005,
+        "Remembered + boundary 32 10 %": 0.002,
+        "Remembered 20 %": 0.0,
+        "Shrinking 10 %": 0.0,
+        "Question-aware 10 % at layer 4": 0.008,
+        "Question-aware 10 % at layer 5": 0.016,
+        "Boundary 10 %": 0.0,
+        "CacheBlend, by V 15 % at layer 9": 0.08,
+    }
+    few = {"Boundary 10 %"}  # swept on one prompt alone: nothing to compare
+    made = [
+        record(r["trial"], arm, more[arm] * r["answer"]["kl"] / 0.02, r["dataset"])
+        for r in trials()
+        if r["arm"] == NOTHING
+        for arm in more
+        if arm not in few or "musique" in r["trial"]
+    ]
+    write(folder, "frontier-1of2", made)
+    for best, asked in ((None, (5, 0.8)), ({"Question-aware": 4}, (4, 0.4))):
+        rows = real.tabulate([*trials(), *made], real.by_setting)
+        out = [r for r in real.comparisons([*trials(), *made], rows, best) if r["dataset"] == POOLED and "rule" in r]
+        found = {(r["comparison"], r["rule"]): r for r in out}
+        over = [
+            found["rule over nothing recomputed", rule]
+            for rule in ("First tokens 10 %", "Remembered 10 %", "Remembered + boundary 32 10 %", "Question-aware 10 %")
+        ]
+        assert [r["value"] for r in over] == pytest.approx([0.5, 0.25, 0.1, asked[1]])
+        assert over[3]["of"] == f"Question-aware 10 % at layer {asked[0]}" and over[0]["over"] == NOTHING
+        rival = found["rule over CacheBlend 15 %", "Remembered 10 %"]
+        assert rival["value"] == pytest.approx(0.005 / 0.08) and rival["over"] == "CacheBlend, by V 15 % at layer 9"
+        assert len(found) == 2 * 4 and all(r["n"] == 3 for r in out)
+    assert [r for r in summarise(folder)["comparisons"] if "rule" in r and r["dataset"] == POOLED]
 
 
 def test_a_ratio_is_that_of_sums_not_the_mean_of_ratios():

@@ -162,7 +162,7 @@ def test_mass_is_the_questions_attention_over_cached_text(decoder, turns, layer)
 @pytest.mark.parametrize("start", [1, 9])
 def test_what_was_complete_before_the_request_is_seen(decoder, start):
     """With exact caches and no other updated text, mass is the attention of recompute."""
-    now = Prompt((Segment(random_ids(40, 4), Role.REUSE), Segment(random_ids(7, 5), Role.RECOMPUTE)))
+    now = Prompt((Segment(random_ids(44, 4), Role.REUSE), Segment(random_ids(3, 5), Role.RECOMPUTE)))
     ids, where = torch.tensor(now.token_ids), torch.arange(47)
     engine = ReuseEngine(decoder, chain(QuestionAware(0.2, 3), "in_prompt"), MemoryChunkStore(), chunk_size=16)
     engine.build(now)
@@ -170,15 +170,15 @@ def test_what_was_complete_before_the_request_is_seen(decoder, start):
     whole = engine.prefill(now)
     pieces = [replace(p, length=p.length - start, first=start) if i == 0 else p
               for i, p in enumerate(request.source.pieces)]  # fmt: skip
-    source = RequestBuilder(decoder).source(pieces, where[start:40], engine.policy.placement, 0, request.correction)
-    reused = torch.arange(40 - start)
+    source = RequestBuilder(decoder).source(pieces, where[start:44], engine.policy.placement, 0, request.correction)
+    reused = torch.arange(44 - start)
     late = replace(request, token_ids=ids[start:], positions=where[start:], kv=whole.kv, reused=reused, source=source,
                    start=start)  # fmt: skip
     trace, _ = dense(decoder, ids, where)
     for layer in range(5):
-        placed = [(k[:40], v[:40]) for _, k, v in trace]
-        want = plain_mass(decoder, ids, where, torch.arange(40), placed, layer, 7)[start:]
-        torch.testing.assert_close(attention_mass(late, decoder, layer, 7), want, atol=1e-5, rtol=1e-4)
+        placed = [(k[:44], v[:44]) for _, k, v in trace]
+        want = plain_mass(decoder, ids, where, torch.arange(44), placed, layer, 3)[start:]
+        torch.testing.assert_close(attention_mass(late, decoder, layer, 3), want, atol=1e-5, rtol=1e-4)
 
 
 def test_only_the_end_of_a_long_question_is_asked(model):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,13 @@ from cacheslide import ReuseEngine
 from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.core.selective_prefill import SelectivePrefill
 from cacheslide.models.reference import ReferenceDecoder
+from cacheslide.policies import registry
+from cacheslide.policies.boundary import BoundaryTokens
+from cacheslide.policies.budget import DeviationBudget
+from cacheslide.policies.first_tokens import FirstTokens
+from cacheslide.policies.question_aware import QuestionAware
+from cacheslide.policies.registry import load_policy
+from cacheslide.policies.shrinking import ShrinkingTokens
 from cacheslide.store import MemoryChunkStore
 from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.offline import close_engine
@@ -205,17 +213,44 @@ def test_every_system_leaves_the_kv_that_the_reference_engine_leaves(served, ref
         check_the_kv(served, reference, system)
 
 
+RULES = {"boundary": BoundaryTokens(0.3), "shrinking": ShrinkingTokens(0.6, 0.2, 1), "budget": DeviationBudget(0, 0.4)}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_leaves_the_kv_that_the_reference_engine_leaves(served, reference, monkeypatch, name):
+    made = replace(load_policy("cacheslide_first_turn"), name=name, correction=RULES[name])
+    monkeypatch.setattr(registry, "_own", {name: lambda: made})
+    check_the_kv(served, reference, name)
+
+
+def test_a_rule_that_looks_at_the_question_takes_the_first_tokens(served, reference, monkeypatch):
+    """vLLM computes what stands behind the last chunk by itself: the request that is completed ends there."""
+    rules = {"asking": QuestionAware(0.3, 2), "first": FirstTokens(0.3)}
+    kv = []
+    for name, rule in rules.items():
+        made = replace(load_policy("cacheslide_first_turn"), name=name, correction=rule)
+        monkeypatch.setattr(registry, "_own", {name: lambda made=made: made})
+        served.fresh()
+        served.one(FIRST, policy=name)
+        served.poison()
+        said = receipt(served.one(SECOND, policy=name))
+        assert said["tokens_recomputed"] > 0 and not said["fallback"] and len(set(said["tokens_per_layer"])) == 1
+        kv.append(served.kv(len(SECOND) - 5))
+    assert all(torch.equal(a, b) for a, b in zip(*kv, strict=True))
+
+
 def check_the_kv(served, reference, system) -> None:
     """Both turns under `system`, in vLLM and in the reference engine: same receipt, K, V and log-probabilities."""
-    policy = policy_of(system, **SYSTEMS[system])
+    changes = SYSTEMS.get(system, {})
+    policy = policy_of(system, **changes)
     first, second = policy.transform(FIRST), policy.transform(SECOND)
     engine = ReuseEngine(reference, policy, MemoryChunkStore(), chunk_size=CHUNK)
     engine.build(first)
     want = engine.prefill(second)
     served.fresh()
-    assert receipt(served.one(first, policy=system, **SYSTEMS[system]))["chunks_hit"] == 0
+    assert receipt(served.one(first, policy=system, **changes))["chunks_hit"] == 0
     served.poison()
-    output = served.one(second, 1, policy=system, **SYSTEMS[system])
+    output = served.one(second, 1, policy=system, **changes)
     got = receipt(output)
     for name in ("tokens_reused", "tokens_recomputed", "chunks_hit", "bytes_loaded"):
         assert got[name] == getattr(want.receipt, name), name

@@ -24,7 +24,6 @@ def choose_by_score(scores: Tensor, count: int) -> Tensor:
     """
     known, unknown = (x.nonzero()[:, 0] for x in (~scores.isnan(), scores.isnan()))
     by_score = tokens_of_ratio(count / max(len(scores), 1), len(known))
-    by_score = max(by_score, count - len(unknown))
     chosen = torch.zeros(len(scores), dtype=torch.bool)
     chosen[known[top_rows(scores[known], by_score)]] = True
     chosen[unknown[: count - by_score]] = True

@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from harness.experiments.real.arms import ASKED, NOISE, QUESTION
 from harness.plots.style import (
     BLACK,
     BLUE,
@@ -20,7 +21,6 @@ from harness.plots.style import (
     new_figure,
     nothing,
 )
-from harness.results.real import NOISE
 from harness.results.real_records import rule_and_layer
 from harness.results.runs import read_json
 
@@ -35,11 +35,19 @@ SETTINGS = {
 CURVES = {
     "Nothing recomputed": (BLUE, "o", "context kept (RPDC), nothing recomputed"),
     "First tokens": (BLUE, "s", "CacheSlide, first tokens"),
+    "Remembered": (VERMILLION, "s", "CacheSlide, remembered deviation"),
+    "Remembered + boundary": (VERMILLION, "D", "CacheSlide, remembered, 32 behind updates first"),
+    "Boundary": (PURPLE, ">", "CacheSlide, behind updates only"),
+    "Question-aware": (PURPLE, "X", "CacheSlide, what the question attends to (chosen layer)"),
+    "Shrinking": (SKY, "D", "CacheSlide, shrinking with depth"),
+    "Budget": (SKY, "*", "CacheSlide, budget of deviation"),
     "CacheSlide, by K": (SKY, "v", "CacheSlide, by K (layer 1, chosen layer)"),
     "CacheSlide as printed": (VERMILLION, "*", "CacheSlide as printed"),
     "CacheSlide as printed, updated": (VERMILLION, "P", "CacheSlide as printed, updated keys only"),
     "Random tokens": (GREY, "x", "control: random tokens"),
-    "Canonical": (PURPLE, "D", "canonical chain (our default)"),
+    "Canonical": (PURPLE, "D", "canonical chain (our default), nothing, first tokens, other rules"),
+    "Canonical, remembered": (PURPLE, "s", "canonical chain, remembered deviation"),
+    "Canonical, remembered + boundary": (PURPLE, "v", "canonical chain, remembered, 32 behind updates first"),
     "Isolated": (ORANGE, "o", "isolated chunks (PIC), nothing or random"),
     "CacheBlend, by V": (ORANGE, "^", "CacheBlend, by V (layer 1, chosen layer)"),
     "CacheBlend, by K": (ORANGE, "<", "CacheBlend, by K² (likewise)"),
@@ -59,7 +67,7 @@ def draw(summary: dict[str, Any]) -> Figure:
         return figure
     grid = figure.subplots(2, 2, sharex=True, sharey=True, squeeze=False)
     handles: dict[str, Any] = {}
-    best = summary["conditions"]["frontier"].get("best") or {}
+    best = {QUESTION: ASKED[0]} | (summary["conditions"]["frontier"].get("best") or {})
     for axes, name in zip(grid.flat, names, strict=False):
         rows = [r for r in summary["frontier"] if r["key"][:2] == [name, "both"] and shown(r["key"][2], best)]
         handles |= _panel(axes, name, rows)

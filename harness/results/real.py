@@ -10,21 +10,25 @@ validation part: the one of the lowest mean KL on the answer.
 import argparse
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import DataError
-from harness.experiments.real.arms import NOISE
+from harness.experiments.real.arms import ASKED, NOISE, QUESTION
 from harness.results.intervals import mean, ratio_of_sums
 from harness.results.provenance import machine
-from harness.results.real_records import check_record, rule_and_layer
+from harness.results.real_records import LAYER, check_record, rule_and_layer
 from harness.results.records import read_file, write_json
 from harness.step import command
 
 SCHEMA = "cacheslide.real/1"
 POOLED = "both"
 NOTHING, ISOLATED, OURS, RIVAL = "Nothing recomputed", "Isolated, nothing recomputed", "First tokens", "CacheBlend"
+RIVALS = (f"{RIVAL}, by V", f"{RIVAL}, by K")
+# Rules that are compared one by one, all over the KV that the turn before left: their arms, up to the layer.
+RULES = ("First tokens 10 %", "Random tokens 10 %", "Remembered 10 %", "Remembered + boundary 32 10 %", "Boundary 10 %",
+         f"{QUESTION} 10 %", "Shrinking 20 %")  # fmt: skip
 STUDY = ("model", "dtype", "seed", "lengths")  # what all records of a stage have in common
 CONDITIONS = (*STUDY, "prompts", "swept", "validation", "sessions", "turns", "longest", "data", "best")
 Row = dict[str, Any]
@@ -167,8 +171,11 @@ def largest_within(rows: Sequence[Row], begins: str, most: float, setting: str, 
     return max(_within(rows, begins, most, setting, dataset), key=lambda r: r["compute_fraction"], default=None)
 
 
-def comparisons(records: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
-    """Paired ratios: ours over CacheBlend at its best within 33 % of compute, over nothing; RPDC over PIC."""
+def comparisons(records: Sequence[Row], rows: Sequence[Row], best: Mapping[str, int] | None = None) -> list[Row]:
+    """Paired ratios: ours over CacheBlend at its best within 33 % of compute, over nothing; RPDC over PIC; each rule.
+
+    `best` has the layers that the validation part chose, by line.
+    """
     out = []
     for setting, dataset in sorted({(r["key"][0], r["key"][1]) for r in rows}):
         ours = largest_within(rows, OURS, 0.33, setting, dataset)
@@ -182,7 +189,27 @@ def comparisons(records: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
             ratio = paired(records, one, other, setting, dataset)
             if ratio is not None:
                 out.append({"comparison": name} | ratio)
+        out += _rules(records, rows, best or {}, setting, dataset)
     return out
+
+
+def _rules(
+    records: Sequence[Row], rows: Sequence[Row], best: Mapping[str, int], setting: str, dataset: str
+) -> Iterator[Row]:
+    """Each rule over nothing recomputed, and over CacheBlend's 15 % at the layer that is best for it in hindsight."""
+    arms = {r["key"][2] for r in _within(rows, "", 1.0, setting, dataset)}
+    fifteen = [r for r in rows if rule_and_layer(r["key"][2])[0] in RIVALS and " 15 % " in r["key"][2]]
+    rival = best_within(fifteen, RIVAL, 1.0, setting, dataset)
+    others = {"rule over nothing recomputed": NOTHING}
+    if rival:
+        others["rule over CacheBlend 15 %"] = rival["key"][2]
+    for rule in RULES:
+        line, _ = rule_and_layer(rule)
+        arm = f"{rule}{LAYER}{best.get(line, ASKED[0])}" if line == QUESTION else rule
+        for name, other in others.items():
+            ratio = paired(records, arm, other, setting, dataset) if arm in arms else None
+            if ratio is not None:
+                yield {"comparison": name, "rule": rule} | ratio
 
 
 def headline(rows: Sequence[Row], ratios: Sequence[Row], replayed: int) -> dict[str, Any]:
@@ -216,7 +243,7 @@ def summarise(folder: Path) -> dict[str, Any]:
     rows = tabulate(records, by_setting)
     turns, turn_failures, turn_settings = read_stage(folder, "histories")
     replay, replay_failures, replay_settings = read_stage(folder, "replay")
-    ratios = comparisons(records, rows)
+    ratios = comparisons(records, rows, settings[0].get("best"))
     stages = {"frontier": settings, "histories": turn_settings, "replay": replay_settings}
     return {
         "schema": SCHEMA,

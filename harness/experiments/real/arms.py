@@ -16,16 +16,23 @@ from dataclasses import dataclass, replace
 from baselines.random_tokens import RandomTokens
 from cacheslide.core.placement import Placement
 from cacheslide.policies.base import Correction, ReusePolicy
+from cacheslide.policies.boundary import BoundaryTokens
+from cacheslide.policies.budget import DeviationBudget
 from cacheslide.policies.edges import EdgeTokens
 from cacheslide.policies.first_tokens import FirstTokens
 from cacheslide.policies.none import NoCorrection
+from cacheslide.policies.question_aware import QuestionAware
 from cacheslide.policies.registry import load_policy
+from cacheslide.policies.remembered import RememberedDeviation
+from cacheslide.policies.shrinking import ShrinkingTokens
 from cacheslide.policies.top_deviation import Swap, TopDeviation
 
 SOURCES = {"chain": "cacheslide_first_turn", "canon": "cacheslide", "iso": "cacheblend"}
 NOISE = "recompute in pieces"
 RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.26, 0.4, 0.5)
 LAYERS = (1, 3, 5, 8)
+ASKED = (5, 8)  # layers at which the question is asked, beside the one that validation chose
+QUESTION = "Question-aware"
 PRINTED = TopDeviation(0.26, fusion="paper", swap=Swap())
 NARROW = replace(PRINTED, attends="updated")
 
@@ -64,7 +71,32 @@ def candidates(num_layers: int) -> list[Arm]:
         *swept("CacheBlend, by K", "iso", TopDeviation(0.15, metric="k"), [0.15], layers),
         *swept("CacheSlide, by K", "chain", TopDeviation(0.26), [0.1, 0.26], layers),
         *swept("CacheSlide as printed", "chain", PRINTED, [0.26], layers),
+        *swept(QUESTION, "chain", QuestionAware(), [0.1], layers),
     ]
+
+
+def rules(family: str, before: str, best: Mapping[str, int]) -> list[Arm]:
+    """The rules that begin at layer 0, over one family's caches; `before` begins the names of their lines."""
+
+    def line(name: str) -> str:
+        return before + name[0].lower() + name[1:] if before else name
+
+    asked = sorted({*ASKED, *([best[QUESTION]] if QUESTION in best else [])})
+    closest = RememberedDeviation(boundary=32)
+    return [
+        *swept(line("Remembered"), family, RememberedDeviation(), (0.02, 0.05, 0.1, 0.15, 0.2, 0.26, 0.4), [None]),
+        *swept(line("Remembered + boundary 32"), family, closest, (0.05, 0.1, 0.2), [None]),
+        *swept(line("Boundary"), family, BoundaryTokens(), (0.05, 0.1, 0.2), [None]),
+        *swept(line(QUESTION), family, QuestionAware(), (0.05, 0.1, 0.2), asked),
+        *swept(line("Shrinking"), family, ShrinkingTokens(), (0.1, 0.2), [None]),
+        *[budget(line("Budget, left"), family, left) for left in (0.5, 0.3)],
+    ]
+
+
+def budget(line: str, family: str, left: float) -> Arm:
+    """A rule without a ratio: as many tokens as leave `left` of the remembered deviation."""
+    made = arm(line, family, DeviationBudget(left))
+    return replace(made, name=f"{line} {100 * left:g} %")
 
 
 def frontier(best: Mapping[str, int] | None = None) -> list[Arm]:
@@ -81,12 +113,15 @@ def frontier(best: Mapping[str, int] | None = None) -> list[Arm]:
         arm("Nothing recomputed", "chain", NoCorrection()),
         *swept("First tokens", "chain", FirstTokens(), RATIOS, [None]),
         *swept("Random tokens", "chain", RandomTokens(), (0.1, 0.26, 0.5), [None]),
+        *rules("chain", "", best),
         *swept("CacheSlide, by K", "chain", TopDeviation(0.26), (0.05, 0.1, 0.26, 0.5), layers("CacheSlide, by K")),
         arm("CacheSlide as printed", "chain", PRINTED, chosen),
         arm("CacheSlide as printed, updated keys only", "chain", NARROW, chosen),
         arm("Canonical, nothing recomputed", "canon", NoCorrection()),
         *swept("Canonical, first tokens", "canon", FirstTokens(), (0.05, 0.1, 0.26), [None]),
+        *rules("canon", "Canonical, ", best),
         arm("Isolated, nothing recomputed", "iso", NoCorrection()),
+        *swept("Isolated, remembered", "iso", RememberedDeviation(), (0.15,), [None]),
         *swept("Isolated, random tokens", "iso", RandomTokens(), (0.15, 0.5), [None]),
         *swept("CacheBlend, by V", "iso", TopDeviation(0.15, metric="v"), (0.05, 0.15, 0.3, 0.5),
                layers("CacheBlend, by V")),
@@ -99,6 +134,7 @@ def frontier(best: Mapping[str, int] | None = None) -> list[Arm]:
 
 def core(best: Mapping[str, int] | None = None) -> list[Arm]:
     """The arms that every prompt is measured under: what claims and the headline rest on."""
+    chosen = dict.fromkeys(("CacheSlide, by K", "CacheBlend, by V"), 1) | {QUESTION: ASKED[0]} | dict(best or {})
     wanted = {
         NOISE,
         "Nothing recomputed",
@@ -111,9 +147,18 @@ def core(best: Mapping[str, int] | None = None) -> list[Arm]:
         "Isolated, nothing recomputed",
         *(f"CacheBlend, by V {n} % at layer {layer}" for n in (5, 15, 30) for layer in (1, 3)),
         *(f"CacheBlend, by K {n} % at layer 1" for n in (15, 30)),
+        *(f"Remembered {n} %" for n in (5, 10, 20, 26)),
+        "Remembered + boundary 32 10 %",
+        "Boundary 10 %",
+        "Shrinking 20 %",
+        f"{QUESTION} 10 % at layer {chosen[QUESTION]}",
+        f"CacheSlide, by K 26 % at layer {chosen['CacheSlide, by K']}",
+        f"CacheBlend, by V 15 % at layer {chosen['CacheBlend, by V']}",
         "EPIC 8",
         "EPIC 32",
+        "EPIC 32 + 32",
         "Chain, stale positions",
+        "CacheBlend, stale positions 15 % at layer 1",
     }
     return [one for one in frontier(best) if one.name in wanted or one.line.startswith("CacheSlide as printed")]
 

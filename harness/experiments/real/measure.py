@@ -76,12 +76,11 @@ def measure(backend: ReferenceBackend, trial: Trial, arms: Iterable[Arm], done: 
     todo = [a for a in arms if record_id(trial, a) not in done]
     if not todo:
         return
-    reference, store = Reference(backend, trial.prompt, trial.answer), MemoryChunkStore()
-    for one in todo:  # a chunk that is there without scores would be kept for the arms that need them
-        if one.policy is not None and one.policy.needs_scores:
-            engine_of(backend, one.policy, store).build(trial.previous)
+    reference = Reference(backend, trial.prompt, trial.answer)
+    plain, scored = MemoryChunkStore(), MemoryChunkStore()  # chunks that need no scores are encoded without
     for one in todo:
         about = {"id": record_id(trial, one), "trial": trial.id, "arm": one.name}
+        store = scored if one.policy is not None and one.policy.needs_scores else plain
         try:
             yield about | run_arm(backend, reference, trial, one, store)
         except CacheSlideError as refused:

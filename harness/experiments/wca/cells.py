@@ -25,7 +25,8 @@ TAU = 0.12  # the paper's recommendation
 class Cell:
     """One setting: `factor` is the point it is about, `option` its value, `base` the cell that differs in that alone.
 
-    `capture` names layers whose inputs its chunks must hold.
+    `capture` names layers whose inputs its chunks must hold. With `asks`, questions are part of the prompt: a prefill
+    each, for rules that look at them.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Cell:
     policy: ReusePolicy
     base: str | None = None
     capture: frozenset[int] = field(default_factory=frozenset)
+    asks: bool = False
 
     def describe(self) -> dict[str, Any]:
         """For a table."""

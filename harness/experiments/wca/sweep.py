@@ -7,7 +7,8 @@ Prompts are of the validation split: defaults may follow from them, and the stud
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from cacheslide.core.engine import ReuseEngine
+from cacheslide.core.receipt import Receipt
 from cacheslide.models.weights import fingerprint
 from cacheslide.store.memory import MemoryChunkStore
 from harness.backends.cope import CopeBackend
@@ -40,13 +43,14 @@ SPLIT = "validation"
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker process loads."""
+    """What a worker process loads; `cells` gives the settings that a model of so many layers is measured under."""
 
     model: str
     adapter: str | None
     live: bool
     device: str
     threads: int
+    cells: Callable[[int], list[Cell]] = cells
 
 
 def open_backend(job: Job) -> ReferenceBackend:
@@ -60,29 +64,45 @@ def open_backend(job: Job) -> ReferenceBackend:
 
 def measure(backend: ReferenceBackend, example: TaskExample, todo: Sequence[Cell]) -> Iterator[dict[str, Any]]:
     """One record a cell, from chunk caches of the turn before that no other prompt or kind of cache shares."""
-    prompt, before = backend.prompt(example.segments), backend.prompt(example.previous)
-    shortest, room = min(map(len, backend.questions(example))), backend.room(example, NEW_TOKENS)
     captured = frozenset().union(*(c.capture for c in todo))
-    stores = {False: MemoryChunkStore(), True: MemoryChunkStore()}  # with and without layer inputs
+    stores: dict[tuple[bool, bool], MemoryChunkStore] = defaultdict(MemoryChunkStore)
     for cell in todo:
-        inputs = bool(cell.capture)
-        engine = backend.engine(cell.policy, stores[inputs], EngineSettings(), captured if inputs else frozenset())
-        engine.build(before)
-        state = engine.prefill(prompt, following=shortest, room=room)
-        found = question_records(example, backend.answers(state, example, NEW_TOKENS))
-        receipt, columns = state.receipt, ("f1", "depth", "volatile")
+        inputs, remembers = bool(cell.capture), cell.policy.correction.needs_scores
+        store = stores[inputs, remembers]  # chunks with layer inputs, and with scores, have stores of their own
+        engine = backend.engine(cell.policy, store, EngineSettings(), captured if inputs else frozenset())
+        engine.build(backend.prompt(example.previous))
+        answers, receipts = answered(backend, engine, example, cell.asks)
+        found, columns = question_records(example, answers), ("f1", "depth", "volatile")
+        receipt = receipts[0]
         yield {
             "id": record_id(cell.name, example),
             "cell": cell.name,
             "example": prompt_id(example),
             "mix": example.meta["mix"],
             "device": backend.model.device,
-            "compute_fraction": receipt.compute_fraction,
+            "compute_fraction": sum(r.compute_fraction for r in receipts) / len(receipts),
             "tokens_reused": receipt.tokens_reused,
             "tokens_recomputed": receipt.tokens_recomputed,
             "alpha": sum(receipt.alpha.values()) / len(receipt.alpha) if receipt.alpha else None,
             **{c: [q[c] for q in found] for c in columns},
         }
+
+
+def answered(
+    backend: ReferenceBackend, engine: ReuseEngine, example: TaskExample, asks: bool
+) -> tuple[list[str], list[Receipt]]:
+    """The answers to all questions and the receipts of the prefills: one behind which all are asked, or one each."""
+    if not asks:
+        shortest, room = min(map(len, backend.questions(example))), backend.room(example, NEW_TOKENS)
+        state = engine.prefill(backend.prompt(example.segments), following=shortest, room=room)
+        return backend.answers(state, example, NEW_TOKENS), [state.receipt]
+    answers, receipts = [], []
+    for question in example.questions:
+        state = engine.prefill(backend.prompt(example.segments, question.text), room=NEW_TOKENS)
+        said = engine.generate(state, state.logits, NEW_TOKENS, backend.stop_ids())
+        answers.append(backend.decode([t for t in said if t not in backend.stop_ids()]))
+        receipts.append(state.receipt)
+    return answers, receipts
 
 
 def prompt_id(example: TaskExample) -> str:
@@ -95,16 +115,17 @@ def record_id(cell: str, example: TaskExample) -> str:
     return f"{cell} @ {prompt_id(example)}"
 
 
-_worker: dict[str, ReferenceBackend] = {}
+_worker: dict[str, Any] = {}
 
 
 def _load(job: Job) -> None:
     _worker["backend"] = open_backend(job)
+    _worker["cells"] = job.cells(_worker["backend"].num_layers)
 
 
 def _run(example: TaskExample, names: list[str]) -> list[dict[str, Any]]:
     backend = _worker["backend"]
-    return list(measure(backend, example, [c for c in cells(backend.num_layers) if c.name in names]))
+    return list(measure(backend, example, [c for c in _worker["cells"] if c.name in names]))
 
 
 def prompts_of(mixes: Sequence[str], count: int, tokens: int, seed: int) -> list[TaskExample]:
@@ -115,7 +136,7 @@ def prompts_of(mixes: Sequence[str], count: int, tokens: int, seed: int) -> list
 
 def sweep(job: Job, output: Path, settings: dict[str, Any], given: Sequence[TaskExample], jobs: int, until: float):
     """Measure what `output` lacks, in `jobs` processes (0: in this one), until the clock says `until`."""
-    writer, names = reopened(output, settings), [c.name for c in cells(ReferenceBackend(job.model).num_layers)]
+    writer, names = reopened(output, settings), [c.name for c in job.cells(ReferenceBackend(job.model).num_layers)]
     missing = [(x, [n for n in names if record_id(n, x) not in writer.done]) for x in given]
     missing = [(x, left) for x, left in missing if left]
     try:

@@ -136,6 +136,9 @@ class _Hollow:
         q, k, v = (hidden.new_zeros(len(hidden), n, self.dim) for n in (self.heads, self.kv_heads, self.kv_heads))
         return q, k, v
 
+    def write(self, layer: int, groups: Sequence[Any], k: Tensor, v: Tensor) -> None:
+        """Nothing is kept."""
+
     def attend(self, layer: int, q: Tensor, groups: Sequence[Any]) -> Tensor:
         return q
 

@@ -97,7 +97,7 @@ class VllmModel:
         self.attend_paged, self.slots = choose(self.paged), PackedSlots()
         first = self.layers[0].self_attn
         self.slot_offsets: LayerOffsets | None = getattr(first.attn, "cope_offsets", None)
-        self.num_kv_heads, self.head_dim = first.num_kv_heads, first.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = first.num_heads, first.num_kv_heads, first.head_dim
         self.hidden_size = config.hidden_size
         self.scale = float(first.attn.impl.scale)
         norm = self.layers[0].input_layernorm.weight

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cacheslide.core.prefill_request import PrefillOutput, PrefillRequest
 from cacheslide.core.selective_prefill import SelectivePrefill
+from cacheslide.core.static_prefill import StaticPrefill
 from cacheslide.errors import CacheSlideError
 
 
@@ -57,8 +58,8 @@ class Team:
 class TeamPrefill(SelectivePrefill):
     """`SelectivePrefill` by all ranks of a team. Raises on all of them where one has failed."""
 
-    def __init__(self, model: Any, team: Team, mlp_rows: int) -> None:
-        super().__init__(model)
+    def __init__(self, model: Any, team: Team, mlp_rows: int, static: StaticPrefill | None = None) -> None:
+        super().__init__(model, static)
         self.team, self.mlp_rows = team, mlp_rows
 
     @torch.inference_mode()

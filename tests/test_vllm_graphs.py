@@ -82,6 +82,9 @@ class Again:
     def settle(self) -> None:
         self.settled += 1
 
+    def free(self) -> int:
+        return 2**30 - 1000 * self.recorded
+
 
 def graphed(model, **changes) -> tuple[GraphedPrefill, Again]:
     recorder = Again()
@@ -236,9 +239,9 @@ def test_recordings_go_when_their_caches_or_weights_do(served):
     made = requests(served, [FirstTokens(0.2)])
     for _ in range(2):
         executor.run(made)
-    assert graphs.replayed == 1 and recorder.settled == 0
+    assert graphs.replayed == 1 and recorder.settled == 0 and graphs.nbytes == 5000
     graphs.forget()
-    assert not graphs.recorded and recorder.settled == 1
+    assert not graphs.recorded and recorder.settled == 1 and graphs.nbytes == 0
     for _ in range(2):
         executor.run(made)
     assert graphs.replayed == 2 and recorder.recorded == 10

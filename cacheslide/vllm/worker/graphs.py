@@ -11,6 +11,7 @@ never comes again. What cannot be replayed runs as `StaticPrefill` does, and is 
 
 import gc
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -44,6 +45,10 @@ class Recorder(Protocol):
         """Wait until nothing recorded is running."""
         ...
 
+    def free(self) -> int:
+        """Bytes of the device that nobody has taken."""
+        ...
+
 
 class CudaRecorder:
     """CUDA graphs over one pool of memory, which all of them use one after the other.
@@ -57,7 +62,6 @@ class CudaRecorder:
         with torch.cuda.stream(self.stream):  # the matrix library's workspace of this stream lies outside of the pool
             square = torch.zeros(16, 16, dtype=dtype, device=device)
             torch.mm(square, square)
-        self.settle()
 
     def record(self, step: Step) -> Step:
         """See `Recorder`."""
@@ -85,6 +89,10 @@ class CudaRecorder:
     def settle(self) -> None:
         """See `Recorder`."""
         torch.cuda.synchronize(self.device)
+
+    def free(self) -> int:
+        """See `Recorder`."""
+        return torch.cuda.mem_get_info(self.device)[0]
 
 
 class LayerGraphs:
@@ -134,6 +142,8 @@ class GraphedPrefill(StaticPrefill):
         Runs that were replayed.
     eager : Counter of str
         Runs that were not, by reason.
+    nbytes : int
+        Bytes of the device that recording has taken so far, buffers and compiled kernels included.
     """
 
     def __init__(self, model, max_tokens: int, make_recorder: Callable[[], Recorder] | None = None) -> None:
@@ -147,7 +157,7 @@ class GraphedPrefill(StaticPrefill):
 
     def _empty(self) -> None:
         self.recorded: dict[Size, LayerGraphs] = {}
-        self.met, self.failed = Counter(), set()
+        self.met, self.failed, self.nbytes = Counter(), set(), 0
 
     def _layers(self, states: Sequence[ActiveTokens], hidden: Tensor, first: int) -> Tensor:
         graphs = self._graphs(states, len(hidden))
@@ -200,19 +210,22 @@ class GraphedPrefill(StaticPrefill):
         return None
 
     def _record(self, size: Size) -> LayerGraphs | str:
-        model = self.model
+        model, started = self.model, time.perf_counter()
         try:
-            if self.buffers is None:
-                self.buffers = StaticRows.make(model, self.most_blocks)
             if self.recorder is None:
                 self.recorder = self.make_recorder()
+            free = self.recorder.free()
+            if self.buffers is None:
+                self.buffers = StaticRows.make(model, self.most_blocks)
             self._at = model.paged[0].cache.data_ptr()
             self.recorded[size] = LayerGraphs(model, self.buffers.at(size), self.recorder)
         except Exception:  # the run itself can do without
             logger.exception("CacheSlide: layers of %s were not recorded", size)
             self.failed.add(size)
             return "not recorded"
-        logger.info("CacheSlide: recorded layers of %s, %d sizes so far", size, len(self.recorded))
+        self.nbytes += max(0, free - self.recorder.free())
+        took, held = 1e3 * (time.perf_counter() - started), self.nbytes / 2**20
+        logger.info("CacheSlide: recorded layers of %s in %.0f ms; all sizes hold %.0f MiB", size, took, held)
         return self.recorded[size]
 
     def forget(self) -> None:

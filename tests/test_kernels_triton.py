@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 
+from cacheslide.kernels.bound import BoundKernel
 from cacheslide.kernels.placement import reference as placement_reference
 from cacheslide.kernels.row_attention import reference
 from cacheslide.positions.rope import Rotary, inverse_frequencies
@@ -166,7 +167,7 @@ class Compiler(Variant):
 def test_a_bound_kernel_looks_at_its_arguments_only_when_they_have_changed():
     kernel, memory = Compiler(), torch.zeros(64)
     kernel.variant = Variant()
-    bound = launch.BoundKernel(kernel, (2, 1, 1), {"PAD": 8, "BLOCK": 4}, num_warps=4)
+    bound = BoundKernel(kernel, (2, 1, 1), {"PAD": 8, "BLOCK": 4}, num_warps=4)
     even, odd = memory[:32], memory[1:33]
     bound((odd,), (5,))
     bound((even,), (5,))  # another alignment is another variant
@@ -176,6 +177,15 @@ def test_a_bound_kernel_looks_at_its_arguments_only_when_they_have_changed():
     assert len(kernel.launches) == 2
     [(grid, args)] = kernel.variant.launches
     assert grid == (2, 1, 1) and args[0] is even and args[1:] == (5, 4, 8)  # constants in the signature's order
+
+
+def test_a_bound_kernel_lets_tensors_lie_anywhere_that_it_does_not_specialise_on():
+    kernel, memory = Compiler(), torch.zeros(64)
+    kernel.variant = Variant()
+    bound = BoundKernel(kernel, (2, 1, 1), {"PAD": 8, "BLOCK": 4}, anywhere=(0,))
+    for start in (0, 1, 2):
+        bound((memory[start : start + 32],), (5,))
+    assert len(kernel.launches) == 1
 
 
 def placing(layers, n, heads, dim, block, dtype, rounds=200):
@@ -189,6 +199,20 @@ def placing(layers, n, heads, dim, block, dtype, rounds=200):
     kv = [torch.full((blocks, heads, block, 2 * dim), float("nan")).to(DEVICE, dtype) for _ in range(2 * layers)]
     rotary = Rotary(inverse_frequencies(dim, 1e4), rounds, DEVICE)
     return k, v, slots.to(DEVICE), deltas.to(DEVICE), kv[:layers], kv[layers:], rotary
+
+
+def test_chunks_of_one_shape_share_a_launch():
+    """Groups of layers from a ring of buffers, parts of a request that start anywhere."""
+    k, v, slots, deltas, mine, plain, rotary = placing(4, 30, 2, 64, 16, torch.float32)
+    placement._bound.cache_clear()
+    for part in (slice(0, 15), slice(15, 30)):
+        for group in (slice(0, 2), slice(2, 4)):
+            moved = k[group, part].clone(), v[group, part].clone(), slots[part], deltas[part]
+            placement.place_layers(*moved, mine[group], rotary)
+            placement_reference.place_layers(*moved, plain[group], rotary)
+    assert placement._bound.cache_info().misses == 1
+    for x, y in zip(mine, plain, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from cacheslide.kernels.bound import BoundKernel
 from cacheslide.kernels.row_attention.triton import _merge, _row_attention
 
 
@@ -167,30 +168,6 @@ class RowLaunch:
         if self.split:
             self.merge((target, lse, self.rows, out), self.merge_numbers)
         return out
-
-
-class BoundKernel:
-    """A Triton kernel on a fixed grid, with fixed numbers and tensors that differ in their memory alone.
-
-    Triton looks at every argument of a launch to find the variant compiled for it, which takes longer than a short
-    kernel runs. Arguments that are as they were the time before go to that variant directly.
-    """
-
-    def __init__(self, kernel, grid: tuple[int, int, int], constants: dict[str, object], **options: int) -> None:
-        self.kernel, self.grid, self.constants, self.options = kernel, grid, constants, options
-        self._aligned: tuple[bool, ...] | None = None
-        self._ready = None  # launches the compiled variant
-
-    def __call__(self, tensors: tuple[Tensor, ...], numbers: tuple[float, ...]) -> None:
-        """Launch on the current stream."""
-        aligned = tuple(x.data_ptr() % 16 == 0 for x in tensors)  # all that a variant depends on of a tensor's memory
-        if aligned == self._aligned:
-            self._ready(*tensors, *numbers, *self._tail)
-            return
-        compiled = self.kernel[self.grid](*tensors, *numbers, **self.constants, **self.options)
-        if compiled is not None:  # Triton's interpreter compiles nothing
-            self._tail = [self.constants[name] for name in self.kernel.arg_names if name in self.constants]
-            self._ready, self._aligned = compiled[self.grid], aligned
 
 
 def row_attention(

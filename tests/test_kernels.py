@@ -157,6 +157,23 @@ def test_a_cpu_call_needs_no_triton():
     assert done.stdout.strip() == "ran", done.stderr
 
 
+def test_what_a_bound_launch_does_not_watch_is_what_triton_leaves_alone():
+    """Triton compiles a variant for the alignment of every other tensor, and numbers come behind all tensors."""
+    attention = pytest.importorskip("cacheslide.kernels.row_attention.triton")
+    placement = pytest.importorskip("cacheslide.kernels.placement.triton")
+    for kernel, tensors, anywhere in (
+        (placement._place, 7, placement._ANYWHERE),
+        (attention._row_attention, 7, ()),
+        (attention._merge, 4, ()),
+    ):
+        if not hasattr(kernel, "params"):
+            pytest.skip("kernels were imported under Triton's interpreter: TRITON_INTERPRET is set")
+        loose = [i for i, p in enumerate(kernel.params[:tensors]) if p.do_not_specialize_on_alignment]
+        assert loose == list(anywhere) and not any(p.is_constexpr for p in kernel.params[:tensors])
+        constants = [p.is_constexpr for p in kernel.params]
+        assert constants == sorted(constants)
+
+
 def passes_interpreted(tests: str, least: int) -> None:
     """Triton decides at import whether it interprets, so the file `tests` needs a process of its own."""
     pytest.importorskip("triton")

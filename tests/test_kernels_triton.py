@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 
+from cacheslide.kernels.bound import BoundKernel
 from cacheslide.kernels.placement import reference as placement_reference
 from cacheslide.kernels.row_attention import reference
 from cacheslide.positions.rope import Rotary, inverse_frequencies
@@ -99,6 +100,94 @@ def test_strided_queries_and_output():
     assert wide[:, 0].isnan().all() and wide[:, 5].isnan().all()
 
 
+@pytest.mark.parametrize("chunk", [0, 32])
+def test_one_launch_serves_layer_after_layer(chunk):
+    """Other queries, caches and outputs each time; some do not start at a multiple of 16 bytes."""
+    lengths = [50, 20]
+    rows, cu_rows = scattered(lengths, [0.5, 0.3], seed=9, device=DEVICE)
+    first, table, _ = paged(lengths, 2, 32, 16, seed=4, device=DEVICE)
+    caches = [first * (i + 1) for i in range(4)]
+    memory = torch.randn(4, len(rows) * 4 * 32 + 3).to(DEVICE)
+    queries = [memory[i, i % 2 : i % 2 + len(rows) * 4 * 32].view(len(rows), 4, 32) for i in range(4)]
+    bound = launch.RowLaunch(queries[0], rows, cu_rows, table, first, tiling=tiling(torch.float32, chunk=chunk))
+    for q, kv in zip(queries, caches, strict=True):
+        want = reference.row_attention(q.double(), rows, cu_rows, table, kv.double())
+        assert error(bound(q, kv), want) < BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("chunk", [0, 32])
+def test_padding_behind_the_last_request_attends_to_nothing(chunk):
+    """A grid for more queries and requests than there are: what the offsets leave out is neither read nor stored."""
+    lengths, shares = [50, 33], [0.5, 1.0]
+    kv, table, _ = paged(lengths, 2, 32, 16, seed=4, device=DEVICE)
+    rows, cu_rows = scattered(lengths, shares, seed=9, device=DEVICE)
+    n, room, places = len(rows), len(rows) + 41, 5
+    q = torch.full((room, 4, 32), float("nan"), device=DEVICE)
+    q[:n] = torch.randn(n, 4, 32).to(DEVICE)
+    out = torch.full_like(q, 7.0)
+    padded_rows = torch.zeros(room, dtype=torch.int32, device=DEVICE)
+    padded_rows[:n] = rows
+    padded_cu = torch.full((places + 1,), n, dtype=torch.int32, device=DEVICE)
+    padded_cu[:3] = cu_rows
+    padded_table = torch.full((places, table.shape[1] + 6), -5, dtype=torch.int32, device=DEVICE)
+    padded_table[:2, : table.shape[1]] = table
+    if chunk:  # merged outputs of padding are written, from nothing
+        out[n:] = float("nan")
+    cut = tiling(torch.float32, chunk=chunk)
+    launch.row_attention(q, padded_rows, padded_cu, padded_table, kv, out=out, tiling=cut)
+    want = reference.row_attention(q[:n].double(), rows, cu_rows, table, kv.double())
+    assert error(out[:n], want) < BOUND[torch.float32]
+    if not chunk:
+        assert (out[n:] == 7.0).all()
+
+
+class Variant:
+    """A compiled kernel that notes what it is launched with."""
+
+    def __init__(self) -> None:
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *args: self.launches.append((grid, args))
+
+
+class Compiler(Variant):
+    """A kernel whose launches give the variant that was compiled for them."""
+
+    arg_names = ("x", "n", "BLOCK", "PAD")
+
+    def __getitem__(self, grid):
+        def launched(*args, **named):
+            self.launches.append((grid, args, named))
+            return Variant() if len(self.launches) < 2 else self.variant
+
+        return launched
+
+
+def test_a_bound_kernel_looks_at_its_arguments_only_when_they_have_changed():
+    kernel, memory = Compiler(), torch.zeros(64)
+    kernel.variant = Variant()
+    bound = BoundKernel(kernel, (2, 1, 1), {"PAD": 8, "BLOCK": 4}, num_warps=4)
+    even, odd = memory[:32], memory[1:33]
+    bound((odd,), (5,))
+    bound((even,), (5,))  # another alignment is another variant
+    assert [grid for grid, *_ in kernel.launches] == [(2, 1, 1)] * 2
+    assert kernel.launches[0][2] == {"PAD": 8, "BLOCK": 4, "num_warps": 4}
+    bound((even,), (5,))
+    assert len(kernel.launches) == 2
+    [(grid, args)] = kernel.variant.launches
+    assert grid == (2, 1, 1) and args[0] is even and args[1:] == (5, 4, 8)  # constants in the signature's order
+
+
+def test_a_bound_kernel_lets_tensors_lie_anywhere_that_it_does_not_specialise_on():
+    kernel, memory = Compiler(), torch.zeros(64)
+    kernel.variant = Variant()
+    bound = BoundKernel(kernel, (2, 1, 1), {"PAD": 8, "BLOCK": 4}, anywhere=(0,))
+    for start in (0, 1, 2):
+        bound((memory[start : start + 32],), (5,))
+    assert len(kernel.launches) == 1
+
+
 def placing(layers, n, heads, dim, block, dtype, rounds=200):
     """Rows, slots (a third skipped), deltas of both signs, and poisoned caches twice."""
     k = torch.randn(layers, n, heads, dim).to(DEVICE, dtype)
@@ -110,6 +199,20 @@ def placing(layers, n, heads, dim, block, dtype, rounds=200):
     kv = [torch.full((blocks, heads, block, 2 * dim), float("nan")).to(DEVICE, dtype) for _ in range(2 * layers)]
     rotary = Rotary(inverse_frequencies(dim, 1e4), rounds, DEVICE)
     return k, v, slots.to(DEVICE), deltas.to(DEVICE), kv[:layers], kv[layers:], rotary
+
+
+def test_chunks_of_one_shape_share_a_launch():
+    """Groups of layers from a ring of buffers, parts of a request that start anywhere."""
+    k, v, slots, deltas, mine, plain, rotary = placing(4, 30, 2, 64, 16, torch.float32)
+    placement._bound.cache_clear()
+    for part in (slice(0, 15), slice(15, 30)):
+        for group in (slice(0, 2), slice(2, 4)):
+            moved = k[group, part].clone(), v[group, part].clone(), slots[part], deltas[part]
+            placement.place_layers(*moved, mine[group], rotary)
+            placement_reference.place_layers(*moved, plain[group], rotary)
+    assert placement._bound.cache_info().misses == 1
+    for x, y in zip(mine, plain, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -22,7 +22,7 @@ def lacking(model) -> list[str]:
 
 
 def test_the_members_are_those_that_the_engine_asks_for():
-    steps = {"embed", "qkv", "attend", "finish", "logits", "reduce_scores", "new_kv", "describe"}
+    steps = {"embed", "qkv", "write", "attend", "finish", "logits", "reduce_scores", "new_kv", "describe"}
     facts = {"num_layers", "ranks", "model_id", "dtype", "device", "num_kv_heads", "head_dim", "hidden_size"}
     assert set(MEMBERS) == steps | facts | {"max_positions", "rotaries", "rotates"}
     assert lacking(object()) == MEMBERS

@@ -1,10 +1,12 @@
 """Tables of the engine's TTFT: ratios, efficiency, what failed stays out, torn files."""
 
+import argparse
 import json
 
 import pytest
 
 from cacheslide.errors import DataError
+from harness.experiments.serving.arms import Arm, add_arguments, arms
 from harness.results.serving import build, read
 
 
@@ -45,6 +47,21 @@ def test_efficiency_is_the_share_computed_times_recomputes_time_over_the_measure
     assert rows["cacheslide@0.26", "cpu"]["efficiency"]["value"] == pytest.approx(0.5)
     headline = {"executor_efficiency_8k": 0.8, "ttft_ratio_8k_topk26": 2.0, "plugin_overhead_pct": 1.0}
     assert made["headline"] == pytest.approx(headline)
+
+
+def test_arms_of_any_system_have_their_compute_fraction_and_launched_ones_a_name(tmp_path):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, [0.05])
+    args = parser.parse_args(["--systems", "epic,naive_reuse", "--graphs", "on,off"])
+    names = ["epic@0.05", "epic@0.05+launched", "naive_reuse@0.05", "naive_reuse@0.05+launched"]
+    assert arms(args) == names and [Arm.parse(n).name for n in names] == names
+    assert Arm.parse(names[1]) == Arm("epic", 0.05, graphs=False)
+    assert arms(parser.parse_args([])) == ["cacheslide@0.05"]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--graphs", "on,maybe"])
+    records = [START, cell("recompute", [[0.2], [0.2]]), *(cell(n, [[0.1], [0.1]], 0.4) for n in names)]
+    rows = {r["system"]: r for r in build([written(tmp_path, records)], None)["runs"][0]["table"]}
+    assert all(rows[n]["efficiency"]["value"] == pytest.approx(0.8) for n in names)
 
 
 def test_what_failed_is_named_and_kept_out_of_the_table(tmp_path):

@@ -257,6 +257,7 @@ def test_annotations_that_make_no_sense_are_refused(annotations, said):
         ({"separator": "[1, 2.5]"}, "separator must be"),
         ({"separator": [-1]}, None),
         ({"find_spans": "yes"}, "find_spans must be"),
+        ({"executor_graphs": 1}, "executor_graphs must be"),
         ({"span_tokens": 2}, "span_tokens must be"),
         ({"max_generation": -1}, "max_generation must be"),
     ],

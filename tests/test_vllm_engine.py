@@ -14,8 +14,10 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.exceptions import VLLMValidationError
 
 from cacheslide import ReuseEngine
+from cacheslide.core.active_tokens import ActiveTokens
 from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.core.selective_prefill import SelectivePrefill
+from cacheslide.core.static_prefill import StaticPrefill
 from cacheslide.models.reference import ReferenceDecoder
 from cacheslide.policies import registry
 from cacheslide.policies.boundary import BoundaryTokens
@@ -292,6 +294,34 @@ def test_share_one_is_plain_vllm_and_share_zero_is_not(served, system):
     none = served.one(SECOND, policy=system, recompute_ratio=0.0)
     assert receipt(none)["tokens_recomputed"] == 0 < receipt(none)["tokens_reused"]
     assert (logprobs(none) - logprobs(truth)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("system", ["epic", "naive_reuse"])
+def test_static_layers_leave_the_bits_of_the_layer_loop(served, monkeypatch, system):
+    """Two requests of different lengths in one packed run, through the packed cache's writes."""
+    third, settings = prompt(41, 9, question=17, fixed=FIXED), {"policy": system, **SYSTEMS[system]}
+
+    def bits():
+        served.fresh()
+        served.one(FIRST, **settings)
+        served.poison()
+        outputs = served.ask([SECOND, third], [annotations_of(p, **settings) for p in (SECOND, third)])
+        assert all(receipt(o)["tokens_reused"] > 0 and not receipt(o)["fallback"] for o in outputs)
+        plans = {plan.req_id: plan for plan in served.plans[-2:]}
+        assert len(plans) == 2
+        kept = []
+        for plan, p in zip(sorted(plans.values(), key=lambda x: x.rows), (SECOND, third), strict=True):
+            assert plan.rows == len(p)
+            kv, rows = served.worker.model.paged_kv(plan.block_ids, BLOCK), torch.arange(plan.end)
+            kept += [x for layer in range(5) for x in kv.read(layer, rows)]
+        return kept, [logprobs(o) for o in outputs]
+
+    static = bits()
+    monkeypatch.setattr(ActiveTokens, "static_from", property(lambda self: self.model.num_layers))
+    monkeypatch.setattr(StaticPrefill, "run", None)
+    looped = bits()
+    for mine, theirs in zip(static, looped, strict=True):
+        assert all(map(torch.equal, mine, theirs)) and not any(x.isnan().any() for x in mine)
 
 
 def test_a_load_that_does_nothing_is_noticed(served, monkeypatch):

@@ -255,6 +255,8 @@ def test_the_serve_command_passes_options_on():
     transfer = json.loads(line[line.index("--kv-transfer-config") + 1])
     options = ServerOptions.from_extra_config(transfer["kv_connector_extra_config"])
     assert options == ServerOptions(policy="epic", store_gib=2.5)
+    args, rest = parser.parse_known_args(["model", "--no-executor-graphs"])
+    assert '"executor_graphs": false' in " ".join(serve.command(args, rest))
     assert line[line.index("--model") + 1] == "model" and line[-2:] == ["--port", "1"]
     assert "--hf-overrides" not in line
     args, _ = parser.parse_known_args(["model", "--policy", "magic"])

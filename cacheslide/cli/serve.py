@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         names = [option.name, *(old for old, new in renamed.SERVER.items() if new == option.name)]
         flags = [f"--{name.replace('_', '-')}" for name in names]
         known = (
-            {"action": argparse.BooleanOptionalAction} if option.default is False else {"type": type(option.default)}
+            {"action": argparse.BooleanOptionalAction}
+            if isinstance(option.default, bool)
+            else {"type": type(option.default)}
         )
         # What is not given stays out: a store's configuration has a say in it.
         parser.add_argument(

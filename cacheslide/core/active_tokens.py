@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cacheslide.core.prefill_request import PrefillOutput, PrefillRequest
 from cacheslide.models.adapter import DecoderSteps, RowGroup
+from cacheslide.policies.static import StaticRun
 
 
 class ActiveTokens:
@@ -72,12 +73,27 @@ class ActiveTokens:
         computed = _where(self.live, len(self.live) - len(self.reused)) + self.request.start
         self.group = RowGroup(self.request.kv, self.group.rows, ~self.live[self.active], computed)
 
+    @property
+    def static_from(self) -> int:
+        """The first layer from which the correction does nothing any more; the number of layers if it always may.
+
+        A run says so in `static_from`, an attribute that it need not have.
+        """
+        if self.run is None or type(self.run) is StaticRun:
+            return 0
+        layer = getattr(self.run, "static_from", None)
+        return self.model.num_layers if layer is None or self.selecting else layer
+
+    def place(self, layer: int) -> None:
+        """Write this layer's cached KV under the resting rows."""
+        if self.run is not None and not self.selecting and len(self.resting):
+            self.request.source.place(layer, self.resting, self.request.kv, self.resting_rows)
+
     def enter(self, layer: int, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Let the correction act, write this layer's KV; returns hidden and q of the rows that go on."""
         if self.run is not None:
             hidden, q, k, v = self.run.enter(layer, hidden, q, k, v)
-            if not self.selecting and len(self.resting):
-                self.request.source.place(layer, self.resting, self.request.kv, self.resting_rows)
+            self.place(layer)
         if len(k):
             self.request.kv.write(layer, self.group.rows, k, v)
         self.output.tokens_computed.append(len(self.active))

@@ -2,7 +2,8 @@
 
 Layers below the selection layer are computed for every row. At the selection layer the correction chooses
 which reused rows stay active; from there on only active rows are computed, and every other row takes its placed
-cached KV. All systems of the study are this loop with different settings (docs/architecture.md, section 1).
+cached KV. All systems of the study are this loop with different settings (docs/architecture.md, section 1). Once no
+request's rows change any more the rest of the layers is `StaticPrefill`'s.
 """
 
 from collections.abc import Sequence
@@ -12,15 +13,24 @@ from torch import Tensor
 
 from cacheslide.core.active_tokens import ActiveTokens
 from cacheslide.core.prefill_request import PrefillOutput, PrefillRequest
+from cacheslide.core.static_prefill import StaticPrefill, packed
 from cacheslide.errors import PolicyError
 from cacheslide.models.adapter import DecoderSteps
 
 
 class SelectivePrefill:
-    """Runs requests, packed, over the `DecoderSteps` of a model."""
+    """Runs requests, packed, over the `DecoderSteps` of a model.
 
-    def __init__(self, model: DecoderSteps) -> None:
+    Parameters
+    ----------
+    model : DecoderSteps
+    static : StaticPrefill, optional
+        Runs the layers in which nothing changes; a plain one by default.
+    """
+
+    def __init__(self, model: DecoderSteps, static: StaticPrefill | None = None) -> None:
         self.model = model
+        self.static = StaticPrefill(model) if static is None else static
 
     @torch.inference_mode()
     def run(self, requests: Sequence[PrefillRequest], capture: frozenset[int] = frozenset()) -> list[PrefillOutput]:
@@ -33,14 +43,17 @@ class SelectivePrefill:
         states = [ActiveTokens(r, model) for r in requests]
         if capture and any(len(r.reused) for r in requests):
             raise PolicyError("layer inputs can be captured only from a full prefill")
-        hidden = model.embed(_cat([s.request.token_ids[s.active] for s in states]))
+        hidden = model.embed(packed([s.request.token_ids[s.active] for s in states]))
         for layer in range(model.num_layers):
+            if not capture and all(s.static_from <= layer for s in states):
+                hidden = self.static.run(states, hidden, layer)
+                break
             sizes = [len(s.active) for s in states]
             parts = hidden.split(sizes)
             if layer in capture:
                 for s, x in zip(states, parts, strict=True):
                     s.output.layer_inputs[layer] = x.clone()  # `finish` may overwrite its input
-            q, k, v = model.qkv(layer, hidden, _cat([s.active_positions for s in states]))
+            q, k, v = model.qkv(layer, hidden, packed([s.active_positions for s in states]))
             rows = zip(states, parts, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
             entered = [s.enter(layer, *tensors) for s, *tensors in rows]
             hidden, q = _joined(hidden, parts, [e[0] for e in entered]), _joined(q, (), [e[1] for e in entered])
@@ -53,11 +66,7 @@ class SelectivePrefill:
         return [s.close(x) for s, x in zip(states, parts, strict=True)]
 
 
-def _cat(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
 def _joined(whole: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     """The parts `after` as one tensor: `whole` itself when they still are its parts `before`."""
     unchanged = len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True))
-    return whole if unchanged else _cat(after)
+    return whole if unchanged else packed(after)

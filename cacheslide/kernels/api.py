@@ -5,6 +5,6 @@ contiguous and holds the key beside the value. A slot is block * block_size + of
 """
 
 from cacheslide.kernels.placement.api import cache_pointers, place_layers, row_deviation
-from cacheslide.kernels.row_attention.api import row_attention
+from cacheslide.kernels.row_attention.api import RowAttention, row_attention
 
-__all__ = ["cache_pointers", "place_layers", "row_attention", "row_deviation"]
+__all__ = ["RowAttention", "cache_pointers", "place_layers", "row_attention", "row_deviation"]

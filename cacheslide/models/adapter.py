@@ -54,6 +54,14 @@ def refuse_narrow(groups: Sequence[RowGroup]) -> None:
         raise PolicyError("attention to updated text alone (attends='updated') runs in the reference host only")
 
 
+def write_each(layer: int, groups: Sequence[RowGroup], k: Tensor, v: Tensor) -> None:
+    """`DecoderSteps.write`, request after request."""
+    sizes = [len(g.rows) for g in groups]
+    for group, keys, values in zip(groups, k.split(sizes), v.split(sizes), strict=True):
+        if len(group.rows):
+            group.kv.write(layer, group.rows, keys, values)
+
+
 class DecoderSteps(Protocol):
     """A decoder-only transformer, one step at a time: what the executor calls. n rows are packed over all requests.
 
@@ -73,6 +81,10 @@ class DecoderSteps(Protocol):
 
     def qkv(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Norm, projections and rotation: hidden [n, hidden_size], positions [n] -> q [n, heads, head_dim], k, v."""
+        ...
+
+    def write(self, layer: int, groups: Sequence[RowGroup], k: Tensor, v: Tensor) -> None:
+        """Store the packed rows' keys and values [n, kv_heads, head_dim], each request's in its KV."""
         ...
 
     def attend(self, layer: int, q: Tensor, groups: Sequence[RowGroup]) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cacheslide.errors import ModelError
-from cacheslide.models.adapter import RowGroup
+from cacheslide.models.adapter import RowGroup, write_each
 from cacheslide.models.attention import narrow_attention, row_attention
 from cacheslide.models.config import DecoderConfig
 from cacheslide.models.decoder_layer import DecoderLayer, fitting, norm_weight
@@ -88,6 +88,10 @@ class ReferenceDecoder:
         q, k, v = (F.linear(x, p, bias).unflatten(-1, (-1, self.config.head_dim)) for p, bias in projections)
         q, k = self._normed(q, w.q_norm), self._normed(k, w.k_norm)
         return rotary.rotate(q, positions), rotary.rotate(k, positions), v
+
+    def write(self, layer: int, groups: Sequence[RowGroup], k: Tensor, v: Tensor) -> None:
+        """See `ModelAdapter.write`."""
+        write_each(layer, groups, k, v)
 
     def attend(self, layer: int, q: Tensor, groups: Sequence[RowGroup]) -> Tensor:
         """See `ModelAdapter.attend`."""

@@ -74,6 +74,22 @@ def _move_store(_worker, where: str) -> None:
     worker_of().move_store(where)
 
 
+def replays(engine: LLM, on: bool = True) -> int:
+    """Runs of the first worker that were replayed from CUDA graphs so far; from here on they are, or are not.
+
+    To compare both in one engine; where the engine has no graphs nothing changes. The call travels as `move_store`'s.
+    """
+    return engine.collective_rpc(_replays, args=(on,))[0]
+
+
+def _replays(_worker, on: bool) -> int:
+    graphs = worker_of().graphs
+    if graphs is None:
+        return 0
+    graphs.enabled = on
+    return graphs.replayed
+
+
 def worker_of():
     """The connector's worker half, for looking into an engine that lives in this process."""
     return get_kv_transfer_group().worker

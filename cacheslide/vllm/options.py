@@ -64,6 +64,8 @@ class ServerOptions:
     max_generation : int
         Corrected KV of generated text is retained up to this generation, and encoded exactly beyond it; 0: never
         retained.
+    executor_graphs : bool
+        On a GPU, replay layers of reuse from CUDA graphs where that is possible.
     store : str or dict
         Storage tiers under the workers' memory: a `StoreConfig` or CrossCache's configuration, as a JSON file's path or
         parsed. It also gives `chunk_size`, `store_gib` and `store_device` where those are not given themselves.
@@ -83,6 +85,7 @@ class ServerOptions:
     span_tokens: int = 256
     spans_known: int = 65536
     max_generation: int = MAX_GENERATION
+    executor_graphs: bool = True
     store: str | dict[str, Any] = ""
 
     def __post_init__(self) -> None:
@@ -105,8 +108,9 @@ class ServerOptions:
             raise ConfigError(f"store_device must be 'cpu' or 'model', not {shown(self.store_device)}")
         if self.encode not in ENCODE:
             raise ConfigError(f"encode must be one of {', '.join(ENCODE)}, not {shown(self.encode)}")
-        if not isinstance(self.find_spans, bool):
-            raise ConfigError(f"find_spans must be true or false, not {shown(self.find_spans)}")
+        for name in ("find_spans", "executor_graphs"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, not {shown(getattr(self, name))}")
         if not isinstance(self.store, str | dict):
             raise ConfigError(f"store must be a file's path or an object, not {shown(self.store)}")
         if not (isinstance(self.own_separator, str) or _is_ids(self.own_separator)):

@@ -3,6 +3,7 @@
 Both read a cached row once and keep the rotated key in registers. A lane is one head of one row.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,9 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cacheslide.kernels.bound import BoundKernel
 from cacheslide.positions.rope import Rotary
 
 _PAIRS = 1024  # rotation pairs a program turns: one 16-byte load a thread per half of a key in bf16
+_ANYWHERE = (2, 3, 4)  # a chunk's part of a request may start anywhere: `slots`, `deltas`, `caches` of `_place`
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -118,12 +121,29 @@ def place_layers(
     padded = triton.next_power_of_2(half)
     lanes = max(1, _PAIRS // padded)
     pointers = cache_pointers(caches) if pointers is None else pointers
-    _place[(triton.cdiv(rows * heads, lanes), layers)](
-        k, v, slots, slots if deltas is None else deltas, pointers, rotary.cos, rotary.sin,
-        rows, heads, rotary.max_positions, *k.stride()[:3], *v.stride()[:3], *kv.stride()[:3],
-        BLOCK_SIZE=kv.shape[2], HALF=half, PAD_HALF=padded, LANES=lanes, ROTATE=deltas is not None,
-        DTYPE=_DTYPES[kv.dtype],
-    )  # fmt: skip
+    numbers = rows, heads, rotary.max_positions, *k.stride()[:3], *v.stride()[:3], *kv.stride()[:3]
+    grid = triton.cdiv(rows * heads, lanes), layers, 1
+    launch = _bound(grid, numbers, (half, padded, lanes, kv.shape[2]), deltas is not None, k.dtype, kv.dtype, kv.device)
+    launch((k, v, slots, slots if deltas is None else deltas, pointers, rotary.cos, rotary.sin), numbers)
+
+
+@functools.lru_cache(maxsize=256)
+def _bound(
+    grid: tuple[int, int, int],
+    numbers: tuple[int, ...],
+    sizes: tuple[int, int, int, int],
+    rotate: bool,
+    source: torch.dtype,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> BoundKernel:
+    """The launch for chunks of one shape; a request has many of them, which may come in groups of layers.
+
+    Every argument tells one launch from another; `numbers`, `source` and `device` do nothing else.
+    """
+    half, padded, lanes, block = sizes
+    constants = {"BLOCK_SIZE": block, "HALF": half, "PAD_HALF": padded, "LANES": lanes, "ROTATE": rotate}
+    return BoundKernel(_place, grid, constants | {"DTYPE": _DTYPES[dtype]}, anywhere=_ANYWHERE)
 
 
 def row_deviation(fresh: Tensor, cached: Tensor, deltas: Tensor | None, rotary: Rotary) -> Tensor:

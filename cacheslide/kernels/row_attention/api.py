@@ -4,6 +4,8 @@ A cache `kv` is vLLM's view [blocks, kv_heads, block_size, 2 * head_dim]: any st
 contiguous and holds the key beside the value. A slot is block * block_size + offset.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from cacheslide.kernels.row_attention import reference
@@ -43,16 +45,54 @@ def row_attention(
     -------
     Tensor [n, heads, head_dim], of q's dtype
     """
+    return RowAttention(rows, cu_rows, block_table, scale, max_row)(q, kv, out)
+
+
+class RowAttention:
+    """`row_attention` of one set of rows in layer after layer: what layers have in common is checked and built once.
+
+    Parameters
+    ----------
+    rows, cu_rows, block_table, scale, max_row
+        See `row_attention`. Their numbers may change between calls, `max_row` being a bound then; a call's queries
+        behind the last of `cu_rows` are left out, and their outputs hold anything.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        cu_rows: Tensor,
+        block_table: Tensor,
+        scale: float | None = None,
+        max_row: int | None = None,
+    ) -> None:
+        if scale is not None and scale <= 0:
+            raise ValueError(f"scale must be above 0, not {scale}")
+        self.shared, self.scale, self.max_row = (rows, cu_rows, block_table), scale, max_row
+        self._form: tuple | None = None  # the tensors' shapes, strides and dtypes in the call before
+        self._launch = None
+
+    def __call__(self, q: Tensor, kv: Tensor, out: Tensor | None = None) -> Tensor:
+        """Attention of `q` [n, heads, head_dim] over one layer's cache `kv`."""
+        form = q.shape, q.stride(), q.dtype, kv.shape, kv.stride(), kv.dtype, None if out is None else out.stride()
+        if form != self._form:
+            _check(q, kv, out)
+            self._launch, self._form = self._bind(q, kv, out), form
+        return self._launch(q, kv, out)
+
+    def _bind(self, q: Tensor, kv: Tensor, out: Tensor | None) -> Callable[..., Tensor]:
+        rows, cu_rows, block_table = self.shared
+        if not q.is_cuda:
+            return lambda q, kv, out: reference.row_attention(q, rows, cu_rows, block_table, kv, self.scale, out)
+        from cacheslide.kernels.row_attention import launch
+
+        return launch.RowLaunch(q, rows, cu_rows, block_table, kv, self.scale, out, self.max_row)
+
+
+def _check(q: Tensor, kv: Tensor, out: Tensor | None) -> None:
     if q.dtype != kv.dtype:
         raise ValueError(f"queries are {q.dtype} but the cache holds {kv.dtype}")
     if q.shape[2] * 2 != kv.shape[3] or q.shape[1] % kv.shape[1]:
         raise ValueError(f"queries {tuple(q.shape)} do not fit a cache {tuple(kv.shape)}")
     if q.stride(2) != 1 or kv.stride(3) != 1 or (out is not None and out.stride(2) != 1):
         raise ValueError("the last dimension of queries, cache and output must be contiguous")
-    if scale is not None and scale <= 0:
-        raise ValueError(f"scale must be above 0, not {scale}")
-    if not q.is_cuda:
-        return reference.row_attention(q, rows, cu_rows, block_table, kv, scale, out)
-    from cacheslide.kernels.row_attention import launch
-
-    return launch.row_attention(q, rows, cu_rows, block_table, kv, scale, out, max_row)

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from cacheslide.kernels.bound import BoundKernel
 from cacheslide.kernels.row_attention.triton import _merge, _row_attention
 
 
@@ -100,6 +101,75 @@ def _shared_bytes(tiling: Tiling, dim: int) -> int:
     return 2 * triton.next_power_of_2(dim) * (tiling.lanes + 2 * tiling.stages * tiling.keys)
 
 
+class RowLaunch:
+    """The launch of row attention for one set of rows: grid and arguments, whatever layer's tensors it is given.
+
+    Parameters
+    ----------
+    q, kv, out : Tensor
+        Of the first call; later ones differ in their memory and in nothing else.
+    rows, cu_rows, block_table, scale, max_row
+        See `cacheslide.kernels.row_attention.api.row_attention`.
+    tiling : Tiling, optional
+        Overrides the choice of tiles.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        rows: Tensor,
+        cu_rows: Tensor,
+        block_table: Tensor,
+        kv: Tensor,
+        scale: float | None = None,
+        out: Tensor | None = None,
+        max_row: int | None = None,
+        tiling: Tiling | None = None,
+    ) -> None:
+        self.shape = n, heads, dim = q.shape
+        kv_heads, block_size = kv.shape[1:3]
+        requests = block_table.shape[0]
+        span = block_table.shape[1] * block_size if max_row is None else max_row + 1
+        if tiling is None:
+            work = Work(n, requests, span, heads, kv_heads, dim, block_size, q.dtype)
+            tiling = choose_tiling(work, device_of(q))
+        pack = heads // kv_heads if tiling.pack else 1
+        padded = max(16, triton.next_power_of_2(dim))
+        self.chunks = triton.cdiv(span, tiling.chunk) if tiling.chunk else 0
+        self.split = tiling.chunk > 0
+        self.rows, self.shared = rows, (rows, cu_rows, block_table)
+        out_row, out_head = (torch.empty_like(q) if out is None else out).stride()[:2]
+        # of the chunks' outputs and sums, float32 and contiguous
+        steps = (n * heads * dim, heads * dim, dim, n * heads, heads) if self.split else (0, out_row, out_head, 0, 0)
+        scale = (dim**-0.5 if scale is None else scale) * math.log2(math.e)
+        self.numbers = requests, scale, tiling.chunk, *q.stride()[:2], *steps, block_table.stride(0), *kv.stride()[:3]
+        sizes = {"BLOCK_SIZE": block_size, "GROUP": heads // kv_heads, "PACK": pack, "HEAD_DIM": dim}
+        sizes |= {"BLOCK_M": tiling.lanes, "BLOCK_N": tiling.keys, "SPLIT": self.split, "STAGES": tiling.stages}
+        sizes |= {"PAD_DIM": padded, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32"}
+        grid = heads // pack, n // (tiling.lanes // pack) + requests, max(1, self.chunks)
+        self.attend = BoundKernel(_row_attention, grid, sizes, num_warps=tiling.warps, num_stages=tiling.stages)
+        if self.split:
+            block = max(1, 2048 // padded)
+            self.merge_numbers = n, heads, tiling.chunk, n * heads * dim, out_row, out_head
+            sizes = {"HEAD_DIM": dim, "PAD_DIM": padded, "BLOCK": block, "EARLY": False}
+            self.merge = BoundKernel(_merge, (triton.cdiv(n * heads, block), 1, 1), sizes)
+
+    def __call__(self, q: Tensor, kv: Tensor, out: Tensor | None = None) -> Tensor:
+        """Attention of `q` [n, heads, head_dim] over the cache `kv`, into `out`."""
+        out = torch.empty_like(q) if out is None else out
+        n, heads, dim = self.shape
+        if not n:
+            return out
+        target = lse = out
+        if self.split:
+            target = torch.empty(self.chunks, n, heads, dim, dtype=torch.float32, device=q.device)
+            lse = torch.empty(self.chunks, n, heads, dtype=torch.float32, device=q.device)
+        self.attend((q, *self.shared, kv, target, lse), self.numbers)
+        if self.split:
+            self.merge((target, lse, self.rows, out), self.merge_numbers)
+        return out
+
+
 def row_attention(
     q: Tensor,
     rows: Tensor,
@@ -112,43 +182,7 @@ def row_attention(
     tiling: Tiling | None = None,
 ) -> Tensor:
     """See `cacheslide.kernels.row_attention.api.row_attention`; `tiling` overrides the choice of tiles."""
-    n, heads, dim = q.shape
-    kv_heads, block_size = kv.shape[1:3]
-    out = torch.empty_like(q) if out is None else out
-    if not n:
-        return out
-    requests = block_table.shape[0]
-    span = block_table.shape[1] * block_size if max_row is None else max_row + 1
-    if tiling is None:
-        work = Work(n, requests, span, heads, kv_heads, dim, block_size, q.dtype)
-        tiling = choose_tiling(work, device_of(q))
-    pack = heads // kv_heads if tiling.pack else 1
-    padded = max(16, triton.next_power_of_2(dim))
-    chunks = triton.cdiv(span, tiling.chunk) if tiling.chunk else 1
-    if tiling.chunk:
-        target = torch.empty(chunks, n, heads, dim, dtype=torch.float32, device=q.device)
-        lse = torch.empty(chunks, n, heads, dtype=torch.float32, device=q.device)
-        strides = target.stride()[:3] + lse.stride()[:2]
-    else:
-        target, lse = out, out
-        strides = (0, out.stride(0), out.stride(1), 0, 0)
-    scale = (dim**-0.5 if scale is None else scale) * math.log2(math.e)
-    grid = (heads // pack, n // (tiling.lanes // pack) + requests, chunks)
-    tensors = (q, rows, cu_rows, block_table, kv, target, lse, requests, scale, tiling.chunk)
-    steps = (*q.stride()[:2], *strides, block_table.stride(0), *kv.stride()[:3])
-    sizes = {"BLOCK_SIZE": block_size, "GROUP": heads // kv_heads, "PACK": pack, "HEAD_DIM": dim}
-    sizes |= {"BLOCK_M": tiling.lanes, "BLOCK_N": tiling.keys, "SPLIT": tiling.chunk > 0, "STAGES": tiling.stages}
-    _row_attention[grid](
-        *tensors, *steps, **sizes, PAD_DIM=padded, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=tiling.warps, num_stages=tiling.stages,
-    )  # fmt: skip
-    if tiling.chunk:
-        block = max(1, 2048 // padded)
-        _merge[(triton.cdiv(n * heads, block),)](
-            target, lse, rows, out, n, heads, tiling.chunk, target.stride(0), out.stride(0), out.stride(1),
-            HEAD_DIM=dim, PAD_DIM=padded, BLOCK=block, EARLY=False,
-        )  # fmt: skip
-    return out
+    return RowLaunch(q, rows, cu_rows, block_table, kv, scale, out, max_row, tiling)(q, kv, out)
 
 
 def device_of(x: Tensor) -> Device:

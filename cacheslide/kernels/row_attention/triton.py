@@ -140,7 +140,8 @@ def _merge(
 ):  # fmt: skip
     """Weigh the chunks' outputs by their sums. parts [chunks, n, heads, HEAD_DIM], lse [chunks, n, heads], base 2.
 
-    EARLY: launched while the programs that leave them still run.
+    Where `rows` is so far below 0 that no chunk is its own, the output is 0. EARLY: launched while the programs that
+    leave them still run.
     """
     if EARLY:
         gdc_wait()
@@ -166,4 +167,5 @@ def _merge(
         total = total * shrink + weight
         top = tl.where(here, higher, top)
     at = out + row.to(tl.int64)[:, None] * out_row + (pair % heads)[:, None] * out_head + d[None, :]
-    tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=live[:, None] & wide)
+    merged = tl.where((chunks > 0)[:, None], acc / total[:, None], 0.0)
+    tl.store(at, merged.to(out.dtype.element_ty), mask=live[:, None] & wide)

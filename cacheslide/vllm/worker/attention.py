@@ -14,6 +14,7 @@ from cacheslide.positions.ccpe import pack_slots
 from cacheslide.vllm.worker.kv_layout import PagedLayer
 
 PagedAttention = Callable[[int, Tensor, Sequence[RowGroup], float], Tensor]
+Launch = Callable[[int, Tensor, Tensor], Tensor]  # layer, its queries, its cache -> what they attend to
 
 
 def gathered(layer: int, q: Tensor, groups: Sequence[RowGroup], scale: float) -> Tensor:
@@ -34,25 +35,20 @@ class RowKernel:
 
     def __call__(self, layer: int, q: Tensor, groups: Sequence[RowGroup], scale: float) -> Tensor:
         """See `gathered`."""
-        made = self._shared(tuple(groups), q.device)
-        return self._launch(layer, q, groups[0].kv.layers[layer].cache, scale, *made)
+        launch = self._shared(tuple(groups), q.device, scale)
+        return launch(layer, q, groups[0].kv.layers[layer].cache)
 
-    def _shared(self, groups: tuple[RowGroup, ...], device: torch.device) -> tuple:
-        """What all layers between two selections have in common, so that it is made once."""
+    def _shared(self, groups: tuple[RowGroup, ...], device: torch.device, scale: float) -> Launch:
+        """The launch that all layers between two selections have in common, so that it is made once."""
         same = len(groups) == len(self._groups) and all(a is b for a, b in zip(groups, self._groups, strict=True))
         if not same:
-            self._groups, self._made = groups, self._make(groups, device)
+            self._groups, self._made = groups, self._bind(groups, scale, *packed_rows(groups, device))
         return self._made
 
-    def _make(self, groups: Sequence[RowGroup], device: torch.device) -> tuple:
-        """Rows, offsets and block table."""
-        rows = torch.cat([g.rows for g in groups]).to(torch.int32)
-        sizes = torch.tensor([0] + [len(g.rows) for g in groups], dtype=torch.int32)
-        cu_rows = send(sizes.cumsum(0, dtype=torch.int32), device)
-        return rows, cu_rows, torch.nn.utils.rnn.pad_sequence([g.kv.table for g in groups], batch_first=True)
-
-    def _launch(self, layer: int, q: Tensor, cache: Tensor, scale: float, rows, cu_rows, table) -> Tensor:
-        return kernels.row_attention(q, rows, cu_rows, table, cache, scale)
+    def _bind(self, groups: Sequence[RowGroup], scale: float, rows: Tensor, cu_rows: Tensor, table: Tensor) -> Launch:
+        """What attends, for any layer, its queries and its cache."""
+        attend = kernels.RowAttention(rows, cu_rows, table, scale)
+        return lambda layer, q, cache: attend(q, cache)
 
     def forget(self) -> None:
         """Let go of the last call's requests."""
@@ -67,13 +63,23 @@ class CopeRows(RowKernel):
         self.tables = [p.attention.cope_positions for p in paged]
         self.slot_offsets = paged[0].attention.cope_offsets
 
-    def _make(self, groups: Sequence[RowGroup], device: torch.device) -> tuple:
+    def _bind(self, groups: Sequence[RowGroup], scale: float, rows: Tensor, cu_rows: Tensor, table: Tensor) -> Launch:
         packed = pack_slots([(g.kv.updated, g.rows) for g in groups]) if self.slot_offsets.known else None
-        return *super()._make(groups, device), packed
 
-    def _launch(self, layer: int, q: Tensor, cache: Tensor, scale: float, rows, cu_rows, table, packed) -> Tensor:
-        slots = None if packed is None else packed.with_offsets(self.slot_offsets.offsets[layer], self.slot_offsets.cap)
-        return cope_attention(q, rows, cu_rows, table, cache, self.tables[layer], scale, slots=slots)
+        def attend(layer: int, q: Tensor, cache: Tensor) -> Tensor:
+            offsets = self.slot_offsets
+            slots = None if packed is None else packed.with_offsets(offsets.offsets[layer], offsets.cap)
+            return cope_attention(q, rows, cu_rows, table, cache, self.tables[layer], scale, slots=slots)
+
+        return attend
+
+
+def packed_rows(groups: Sequence[RowGroup], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [n], offsets [requests + 1] and block table [requests, blocks] of packed requests, all int32."""
+    rows = torch.cat([g.rows for g in groups]).to(torch.int32)
+    sizes = torch.tensor([0] + [len(g.rows) for g in groups], dtype=torch.int32)
+    cu_rows = send(sizes.cumsum(0, dtype=torch.int32), device)
+    return rows, cu_rows, torch.nn.utils.rnn.pad_sequence([g.kv.table for g in groups], batch_first=True)
 
 
 def choose(paged: Sequence[PagedLayer]) -> PagedAttention:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cacheslide.core.tensors import send, tensor_of
+from cacheslide.models.adapter import RowGroup
 from cacheslide.positions.ccpe import PromptSlots
 
 _DIGIT = 7  # bits of an index written at once: up to 127 is exact in every dtype a cache may have
@@ -123,6 +124,30 @@ class PagedKV:
         if self._asked is None or self._asked[0] is not rows:  # every layer asks for the same rows: look once
             self._asked = rows, self.slots[rows]
         return self._asked[1]
+
+
+class PackedSlots:
+    """Where the rows of packed requests lie in one cache: looked up once for all layers."""
+
+    def __init__(self) -> None:
+        self._groups: tuple[RowGroup, ...] = ()
+
+    def of(self, groups: Sequence[RowGroup]) -> Tensor:
+        """Slots [n], int64, of the rows of `groups`, whose KV is all `PagedKV` over the same layers."""
+        groups = tuple(groups)
+        if len(groups) != len(self._groups) or any(a is not b for a, b in zip(groups, self._groups, strict=True)):
+            self._groups, self._slots = groups, torch.cat([g.kv.slots[g.rows] for g in groups])
+        return self._slots
+
+    def forget(self) -> None:
+        """Let go of the last call's requests."""
+        self._groups = ()
+
+
+def in_one_cache(groups: Sequence[RowGroup]) -> bool:
+    """Whether the KV of all groups is paged in the same layers' caches."""
+    first = groups[0].kv
+    return isinstance(first, PagedKV) and all(isinstance(g.kv, PagedKV) and g.kv.layers is first.layers for g in groups)
 
 
 class OpenLayer:

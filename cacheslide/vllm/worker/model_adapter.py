@@ -11,7 +11,7 @@ from vllm.model_executor.models.interfaces_base import is_text_generation_model
 
 from cacheslide.core.tensors import send
 from cacheslide.errors import ModelError
-from cacheslide.models.adapter import RowGroup, refuse_narrow
+from cacheslide.models.adapter import RowGroup, refuse_narrow, write_each
 from cacheslide.models.attention import row_attention
 from cacheslide.models.dense_kv import DenseKV
 from cacheslide.positions.ccpe import PromptSlots, check_slots
@@ -20,7 +20,7 @@ from cacheslide.vllm.cope.setting import is_cope
 from cacheslide.vllm.cope.slots import LayerOffsets
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.worker.attention import RowKernel, choose
-from cacheslide.vllm.worker.kv_layout import PagedKV, PagedLayer, scratch_kv
+from cacheslide.vllm.worker.kv_layout import PackedSlots, PagedKV, PagedLayer, in_one_cache, scratch_kv
 from cacheslide.vllm.worker.operators import fused_norms, operators
 from cacheslide.vllm.worker.paged_source import Caches
 
@@ -94,10 +94,10 @@ class VllmModel:
         self.paged = [PagedLayer(layer.self_attn.attn) for layer in self.layers]
         self.open = not self.paged[0].packed  # the cache's layout
         self.caches = Caches(self.paged)
-        self.attend_paged = choose(self.paged)
+        self.attend_paged, self.slots = choose(self.paged), PackedSlots()
         first = self.layers[0].self_attn
         self.slot_offsets: LayerOffsets | None = getattr(first.attn, "cope_offsets", None)
-        self.num_kv_heads, self.head_dim = first.num_kv_heads, first.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = first.num_heads, first.num_kv_heads, first.head_dim
         self.hidden_size = config.hidden_size
         self.scale = float(first.attn.impl.scale)
         norm = self.layers[0].input_layernorm.weight
@@ -122,6 +122,7 @@ class VllmModel:
                 yield
         finally:
             self.schema_positions = False
+            self.slots.forget()
             if isinstance(self.attend_paged, RowKernel):
                 self.attend_paged.forget()
 
@@ -158,6 +159,13 @@ class VllmModel:
             rotary = self.rotaries[layer]
             q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
         return q, k, v
+
+    def write(self, layer: int, groups: Sequence[RowGroup], k: Tensor, v: Tensor) -> None:
+        """See `ModelAdapter.write`: one call where all requests lie in one cache."""
+        if in_one_cache(groups):
+            groups[0].kv.layers[layer].write(self.slots.of(groups), k, v)
+        else:
+            write_each(layer, groups, k, v)
 
     def attend(self, layer: int, q: Tensor, groups: Sequence[RowGroup]) -> Tensor:
         """See `ModelAdapter.attend`. Groups are all in the paged cache, or all scratch."""

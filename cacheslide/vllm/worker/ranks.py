@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cacheslide.core.prefill_request import PrefillOutput, PrefillRequest
 from cacheslide.core.selective_prefill import SelectivePrefill
+from cacheslide.core.static_prefill import StaticPrefill
 from cacheslide.errors import CacheSlideError
 
 
@@ -68,8 +69,8 @@ class Team:
 class TeamPrefill(SelectivePrefill):
     """`SelectivePrefill` by all ranks of a team. Raises on all of them where one has failed."""
 
-    def __init__(self, model: Any, team: Team, mlp_rows: int) -> None:
-        super().__init__(model)
+    def __init__(self, model: Any, team: Team, mlp_rows: int, static: StaticPrefill | None = None) -> None:
+        super().__init__(model, static)
         self.team, self.mlp_rows = team, mlp_rows
 
     @torch.inference_mode()
@@ -146,6 +147,9 @@ class _Hollow:
     def qkv(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (hidden.new_zeros(len(hidden), n, self.dim) for n in (self.heads, self.kv_heads, self.kv_heads))
         return q, k, v
+
+    def write(self, layer: int, groups: Sequence[Any], k: Tensor, v: Tensor) -> None:
+        """Nothing is kept."""
 
     def attend(self, layer: int, q: Tensor, groups: Sequence[Any]) -> Tensor:
         return q

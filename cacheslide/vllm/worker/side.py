@@ -17,6 +17,7 @@ from cacheslide.vllm.guard import Faults, reason
 from cacheslide.vllm.options import ServerOptions
 from cacheslide.vllm.protocol import ChunkLoaded, EncodeJob, SavePlan, StepPlan, WorkerReport
 from cacheslide.vllm.worker.chunk_store import WorkerStore
+from cacheslide.vllm.worker.graphs import GraphedPrefill
 from cacheslide.vllm.worker.host_copies import HostCopies
 from cacheslide.vllm.worker.loading import Loading
 from cacheslide.vllm.worker.model_adapter import MLP_ROWS, VllmModel, find_model
@@ -35,6 +36,7 @@ class WorkerSide:
         self.block_size = vllm_config.cache_config.block_size
         self.engine_id = vllm_config.kv_transfer_config.engine_id
         self.model: VllmModel | None = None
+        self.graphs: GraphedPrefill | None = None
         self.report, self.faults = WorkerReport(), Faults()
         self.loads = Loads(self.block_size)
         self.unsure: set[ChunkKey] = set()  # chunks that could not be dropped
@@ -49,16 +51,22 @@ class WorkerSide:
         self.storage_tier = self._open_storage_tier()
         self.store = self._open_store(self.options.store_device)
         self.team = Team(get_tp_group() if self.model.ranks > 1 else None)
-        self.executor = self.new_executor()
+        self.graphs = self._graphs()
+        self.executor = self.new_executor(self.graphs)
         self.faults.device = self.model.device
         if self.model.device.type == "cuda":
             from cacheslide.vllm.worker.warmup import warm_up  # Triton is there only with a GPU
 
             warm_up(self.model, config.model_config.max_model_len)
 
-    def new_executor(self) -> TeamPrefill:
+    def new_executor(self, graphs: GraphedPrefill | None = None) -> TeamPrefill:
         """Runs requests on all ranks together."""
-        return TeamPrefill(self.model, self.team, MLP_ROWS)
+        return TeamPrefill(self.model, self.team, MLP_ROWS, graphs)
+
+    def _graphs(self) -> GraphedPrefill | None:
+        """Replays layers of loads; only on a GPU, and only over caches that the row kernel reads."""
+        wanted = self.options.executor_graphs and self.model.device.type == "cuda" and self.model.open
+        return GraphedPrefill(self.model, self.vllm_config.model_config.max_model_len) if wanted else None
 
     def _pinned_memory(self) -> PinnedMemory | None:
         """Beside a GPU: the host memory that chunks may take, pinned now rather than while requests wait."""
@@ -141,6 +149,8 @@ class WorkerSide:
         """The weights have changed: no chunk is what its key says. One that cannot be dropped is never lent."""
         held = list(self.store._chunks)
         self.survive("reset_cache", self.store.clear)
+        if self.graphs is not None:
+            self.survive("reset_cache", self.graphs.forget)
         self.drop(held)
         if self.storage_tier is not None:
             self.survive("reset_cache", self.storage_tier.forget)
@@ -291,4 +301,5 @@ class WorkerSide:
                 self.store.await_no_more(set(self.store.awaiting))
                 self.storage_tier.close()
             self.store.close()
-            self.model = self.executor = self.rings = self.stream = self.storage_tier = self.memory = None
+            self.model = self.executor = self.graphs = None
+            self.rings = self.stream = self.storage_tier = self.memory = None

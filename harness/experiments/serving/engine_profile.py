@@ -12,7 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.experiments.serving.engine_ttft import SHAPES, Prompts, fill, once, shaped, system_name
+from harness.experiments.serving.arms import add_arguments, arms
+from harness.experiments.serving.engine_ttft import SHAPES, Prompts, fill, once, shaped
 from harness.quiet import Watch
 from harness.step import command
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--shape", choices=SHAPES, default="mistral-7b")
     p.add_argument("--tokens", type=int, default=8192)
-    p.add_argument("--recompute-ratios", "--shares", type=lambda x: [float(s) for s in x.split(",")], default=[0.26])
+    add_arguments(p, [0.26])
     p.add_argument("--store", choices=["model", "cpu"], default="model")
     p.add_argument("--eager", action="store_true")
     args = p.parse_args(argv)
@@ -72,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     worker.load = timed
     prompts = Prompts(args.tokens, 31000)
-    fill(engine, prompts)
+    fill(engine, prompts, args.systems)
     found = {}
-    for system in ("recompute", *(system_name(s) for s in args.recompute_ratios)):
+    for system in ("recompute", *arms(args)):
         for _ in range(3):
             once(engine, prompts, system, 1)
         ttft, parts, watch = [], [], Watch()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheslide.plain_values import json_object
+from harness.experiments.serving.arms import Arm, add_arguments, arms
 from harness.quiet import Watch
 from harness.results.provenance import provenance
 from harness.step import command
@@ -70,9 +71,9 @@ class Prompts:
         return ids + self._ids(self.tokens - len(ids))
 
 
-def system_name(recompute_ratio: float | None) -> str:
+def system_name(recompute_ratio: float) -> str:
     """What a record calls CacheSlide at a recompute ratio."""
-    return f"cacheslide@{recompute_ratio:g}"
+    return Arm("cacheslide", recompute_ratio).name
 
 
 def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> 
 
     Under tensor parallelism ask for two `tokens`: the receipt of a request that ends with its first is a forecast.
     """
-    from cacheslide.vllm.offline import ask
+    from cacheslide.vllm.offline import ask, replays
 
     if system == "prefix_cache_ideal":
         ask(engine, [prompts.shared_prefix()])  # other systems' prompts may have pushed it out
@@ -94,8 +95,10 @@ def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> 
         if max(a.cached_tokens for a in answers) > 64:
             raise RuntimeError("a recomputed prompt was found in the prefix cache")
         return {"ttft": [a.ttft for a in answers]}
-    ratio = float(system.split("@")[1])
-    annotations = [{"cacheslide": {"segments": spans, "recompute_ratio": ratio, "encode": "off"}} for _, spans in turns]
+    arm = Arm.parse(system)
+    asked = {"policy": arm.system, "recompute_ratio": arm.ratio, "encode": "off"}
+    annotations = [{"cacheslide": asked | {"segments": spans}} for _, spans in turns]
+    before = replays(engine, arm.graphs)
     answers = ask(engine, [ids for ids, _ in turns], annotations, tokens=tokens)
     for a in answers:
         if not a.receipt["measured"] or a.receipt["chunks_hit"] != a.receipt["chunks"] or a.receipt["fallback"]:
@@ -106,15 +109,17 @@ def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> 
         "tokens_reused": [a.receipt["tokens_reused"] for a in answers],
         "tokens_recomputed": [a.receipt["tokens_recomputed"] for a in answers],
         "bytes_loaded": [a.receipt["bytes_loaded"] for a in answers],
+        "runs_replayed": replays(engine, arm.graphs) - before,
     }
 
 
-def fill(engine, prompts: Prompts) -> None:
-    """Have the eight chunks encoded, and the prefix cache hold them."""
+def fill(engine, prompts: Prompts, systems: Sequence[str] = ("cacheslide",)) -> None:
+    """Have the eight chunks encoded as each of `systems` wants them, and the prefix cache hold them."""
     from cacheslide.vllm.offline import ask
 
-    ids, spans = prompts.turn()
-    ask(engine, [ids], [{"cacheslide": {"segments": spans, "encode": "now"}}], tokens=2)
+    for system in systems:
+        ids, spans = prompts.turn()
+        ask(engine, [ids], [{"cacheslide": {"segments": spans, "policy": system, "encode": "now"}}], tokens=2)
     ask(engine, [prompts.shared_prefix()])
 
 
@@ -128,11 +133,11 @@ def cells(engine, args: argparse.Namespace, write) -> None:
     plain = ["recompute", "prefix_cache_ideal"]
     drawn = {length: Prompts(length, args.vocabulary, seed=length) for length in args.lengths}
     for prompts in drawn.values():
-        fill(engine, prompts)
+        fill(engine, prompts, args.systems)
     for batch in args.batches:
         for store in args.stores:
             move_store(engine, store)
-            systems = [*(plain if store == args.stores[0] else []), *(system_name(s) for s in args.recompute_ratios)]
+            systems = [*(plain if store == args.stores[0] else []), *arms(args)]
             for length, prompts in drawn.items():
                 for system, (runs, failed) in _cell(engine, prompts, systems, batch, args).items():
                     write({"kind": "cell", "store": store, "tokens": length, "batch": batch, "system": system,
@@ -261,7 +266,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--vocabulary", type=int, default=31000, help="ids are drawn below this")
     p.add_argument("--lengths", type=_ints, default=[4096, 8192, 16384, 32768])
     p.add_argument("--batches", type=_ints, default=[1, 8])
-    p.add_argument("--recompute-ratios", "--shares", type=_floats, default=[0.05, 0.10, 0.26, 1.0])
+    add_arguments(p, [0.05, 0.10, 0.26, 1.0])
     p.add_argument("--stores", type=lambda x: x.split(","), default=["model", "cpu"])
     p.add_argument("--store-gib", type=float, default=8.0)
     p.add_argument("--repeats", type=int, default=6, help="of a cell with one request; half of it with several")
@@ -283,10 +288,6 @@ def parser() -> argparse.ArgumentParser:
 
 def _ints(text: str) -> list[int]:
     return [int(x) for x in text.split(",")]
-
-
-def _floats(text: str) -> list[float]:
-    return [float(x) for x in text.split(",")]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

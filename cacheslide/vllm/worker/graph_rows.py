@@ -1,0 +1,131 @@
+"""Device tensors of fixed addresses that hold a run's rows, padded to one of a few sizes: what recorded layers use.
+
+Padding must not show: its rows write to slot -1, which the cache's kernel skips, and belong to no request, so that
+attention reads nothing for them. What is computed for them stays finite, since a quantised projection may scale all
+rows by their largest number.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cacheslide.core.tensors import send
+from cacheslide.models.adapter import RowGroup
+from cacheslide.vllm.worker.attention import packed_rows
+from cacheslide.vllm.worker.kv_layout import PackedSlots
+
+MOST_ROWS = 4096  # with more the device takes longer than the host needs to launch its work
+REQUESTS = (1, 8, 64)
+NOBODY = -(2**30)  # the row of a query that attends to nothing
+_LEAST_ROWS, _LEAST_BLOCKS = 64, 16
+
+
+@dataclass(frozen=True)
+class Size:
+    """Room for `rows` rows of `requests` requests whose block tables have `blocks` entries."""
+
+    rows: int
+    requests: int
+    blocks: int
+
+
+def size_for(rows: int, requests: int, blocks: int, most_blocks: int) -> Size | None:
+    """The smallest size that holds a run; None where none does.
+
+    Rows are rounded up by at most a quarter, since what is padded is computed. A table's width bounds the keys of a
+    request, and with them the division of attention's work: it is rounded up by at most a half.
+    """
+    if not 0 < rows <= MOST_ROWS or requests > REQUESTS[-1] or blocks > most_blocks:
+        return None
+    wide = min(_rounded(blocks, _LEAST_BLOCKS, 2), most_blocks)
+    return Size(_rounded(rows, _LEAST_ROWS, 4), next(n for n in REQUESTS if n >= requests), wide)
+
+
+def _rounded(count: int, least: int, parts: int) -> int:
+    """The smallest of least * 2^k * (1 + i / parts), i < parts, that is at least `count`."""
+    base = least
+    while 2 * base < count:
+        base *= 2
+    step = base // parts
+    return max(base, -(-count // step) * step)
+
+
+@dataclass
+class StaticRows:
+    """The tensors; `make` allocates them for the largest size, `at` gives those of one size, in the same memory.
+
+    Attributes
+    ----------
+    hidden : Tensor [rows, hidden_size]
+        A layer's input, and behind the layer its output.
+    positions, slots : Tensor [rows], int64
+        Position indices, and slots in the paged cache; -1 is padding's.
+    attended : Tensor [rows, heads, head_dim]
+        What attention leaves; padding's is 0, or what a real row has left there.
+    rows : Tensor [rows], int32
+        `NOBODY` is padding's.
+    cu_rows : Tensor [requests + 1], int32
+    table : Tensor [requests, blocks], int32
+        As `kernels.row_attention` takes them.
+    """
+
+    hidden: Tensor
+    attended: Tensor
+    positions: Tensor
+    slots: Tensor
+    rows: Tensor
+    cu_rows: Tensor
+    table: Tensor
+
+    @classmethod
+    def make(cls, model, blocks: int) -> "StaticRows":
+        """For every size with tables of up to `blocks` entries, of the rows of a `VllmModel`."""
+        most, requests, to = MOST_ROWS, REQUESTS[-1], {"device": model.device}
+        return cls(
+            torch.zeros(most, model.hidden_size, dtype=model.dtype, **to),
+            torch.zeros(most, model.num_heads, model.head_dim, dtype=model.dtype, **to),
+            torch.zeros(most, dtype=torch.int64, **to),
+            torch.full((most,), -1, dtype=torch.int64, **to),
+            torch.full((most,), NOBODY, dtype=torch.int32, **to),
+            torch.zeros(requests + 1, dtype=torch.int32, **to),
+            torch.zeros(requests, blocks, dtype=torch.int32, **to),
+        )
+
+    def at(self, size: Size) -> "StaticRows":
+        """The tensors of `size`."""
+        n = size.rows
+        of_rows = {name: getattr(self, name)[:n] for name in ("hidden", "attended", "positions", "slots", "rows")}
+        cu_rows, table = self.cu_rows[: size.requests + 1], self.table[: size.requests, : size.blocks]
+        return replace(self, **of_rows, cu_rows=cu_rows, table=table)
+
+    def clear(self) -> None:
+        """Padding only: a layer run over it changes nothing but `hidden`."""
+        for x in (self.hidden, self.attended, self.positions, self.cu_rows, self.table):
+            x.zero_()
+        self.slots.fill_(-1)
+        self.rows.fill_(NOBODY)
+
+    def fill(self, hidden: Tensor, positions: Tensor, groups: Sequence[RowGroup]) -> None:
+        """Take in packed rows, hidden [n, hidden_size] and positions [n], of requests in the paged cache.
+
+        All of it lies on the device but the requests' offsets, the one thing that is copied there.
+        """
+        n, device = len(hidden), self.hidden.device
+        rows, _, table = packed_rows(groups, device)
+        slots = PackedSlots().of(groups)
+        pairs = (
+            (self.hidden, hidden, 0),
+            (self.positions, positions, 0),
+            (self.slots, slots, -1),
+            (self.rows, rows, NOBODY),
+        )
+        for to, x, padding in pairs:
+            to[:n].copy_(x)
+            to[n:].fill_(padding)
+        ends = torch.tensor([0, *(len(g.rows) for g in groups)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        padded = torch.full((len(self.cu_rows),), n, dtype=torch.int32)
+        padded[: len(ends)] = ends
+        self.cu_rows.copy_(send(padded, device))
+        self.table[: len(groups), : table.shape[1]].copy_(table)

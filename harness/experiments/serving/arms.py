@@ -1,0 +1,64 @@
+"""What `engine_ttft` times beside plain requests: a system at a recompute ratio, its layers replayed or launched."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_LAUNCHED = "+launched"
+_GRAPHS = {"on": True, "off": False}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to serve the annotated prompts.
+
+    Attributes
+    ----------
+    system : str
+        A registered policy.
+    ratio : float
+        Its recompute ratio.
+    graphs : bool
+        Whether layers may be replayed from CUDA graphs (`ServerOptions.executor_graphs`).
+    """
+
+    system: str
+    ratio: float
+    graphs: bool = True
+
+    @property
+    def name(self) -> str:
+        """What a record calls it: `cacheslide@0.26`, and `cacheslide@0.26+launched` without graphs."""
+        return f"{self.system}@{self.ratio:g}{'' if self.graphs else _LAUNCHED}"
+
+    @classmethod
+    def parse(cls, name: str) -> "Arm":
+        """The arm that a record calls `name`."""
+        system, _, ratio = name.removesuffix(_LAUNCHED).partition("@")
+        return cls(system, float(ratio), not name.endswith(_LAUNCHED))
+
+
+def add_arguments(parser: argparse.ArgumentParser, ratios: Sequence[float]) -> None:
+    """The options that say which arms are measured; `ratios` is the default."""
+    parser.add_argument("--systems", type=_names, default=["cacheslide"], help="policies, each at every ratio")
+    parser.add_argument("--recompute-ratios", "--shares", type=_floats, default=list(ratios))
+    parser.add_argument("--graphs", type=_graphs, default=[True], help="on, off or on,off: replay layers of reuse")
+
+
+def arms(args: argparse.Namespace) -> list[str]:
+    """The names of the arms that were asked for."""
+    return [Arm(s, r, on).name for s in args.systems for r in args.recompute_ratios for on in args.graphs]
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _floats(text: str) -> list[float]:
+    return [float(x) for x in text.split(",")]
+
+
+def _graphs(text: str) -> list[bool]:
+    if wrong := set(text.split(",")) - set(_GRAPHS):
+        raise argparse.ArgumentTypeError(f"on, off or on,off, not {min(wrong)!r}")
+    return [_GRAPHS[x] for x in text.split(",")]

@@ -48,7 +48,7 @@ def test_the_core_has_every_arm_that_it_names():
     best = {"CacheSlide as printed": 6}
     names = {a.name for a in core(best)}
     assert (
-        len(names) == 39
+        len(names) == 46
         and names < {a.name for a in frontier(best)}
         and {"CacheSlide as printed 26 % at layer 6", "CacheSlide as printed, updated keys only 26 % at layer 6"}
         < names
@@ -61,7 +61,7 @@ def test_the_core_follows_the_layers_that_were_chosen():
     best = {"CacheSlide, by K": 9, "CacheBlend, by V": 7, "Question-aware": 4}
     names = {a.name for a in core(best)}
     assert {"CacheSlide, by K 26 % at layer 9", "CacheBlend, by V 15 % at layer 7"} < names
-    assert "Question-aware 10 % at layer 4" in names and len(names) == 41
+    assert "Question-aware 10 % at layer 4" in names and len(names) == 48
     assert {"Question-aware 10 % at layer 5", "CacheSlide, by K 26 % at layer 1"} < {a.name for a in core()}
 
 
@@ -79,7 +79,15 @@ def test_every_rule_runs_over_both_chains():
     for a in frontier():
         if a.family in rules:
             rules[a.family].setdefault(a.line, []).append(a.policy.correction)
-    for line in ("Remembered", "Remembered + boundary 32", "Boundary", "Question-aware", "Shrinking", "Budget, left"):
+    for line in (
+        "Remembered",
+        "Remembered + boundary 32",
+        "Boundary",
+        "Question-aware",
+        "Shrinking",
+        "Budget, left",
+        "Overlap",
+    ):
         assert rules["chain"][line] == rules["canon"][f"Canonical, {line[0].lower()}{line[1:]}"]
 
 

@@ -8,7 +8,9 @@ import yaml
 
 from cacheslide.errors import ConfigError
 from harness.experiments.real import histories, measure, study
-from harness.experiments.real.arms import NOISE, core, frontier, history_arms, slice_arms
+from harness.experiments.real.arms import NOISE, core, frontier, history_arms, replay_arms, slice_arms
+from harness.results.real import read_stage
+from harness.results.real_records import rule_and_layer
 from harness.results.records import read_file
 from tests.made_passages import LAYERS, save_gemma, write_musique
 from tests.made_sessions import WORDS, trajectory, write_trajectory
@@ -69,8 +71,9 @@ def test_validation_rows_choose_layers_and_give_no_results(config, tmp_path):
 def test_histories_and_recorded_sessions_give_every_arm_at_their_turns(config, tmp_path):
     start(config, tmp_path, "histories")
     start(config, tmp_path, "replay")
-    arms = {a.name for a in history_arms()}
-    for stage, turns in (("histories", {3}), ("replay", {1, 2})):
+    stages = ("histories", {3}, history_arms()), ("replay", {1, 2}, replay_arms())
+    for stage, turns, expected in stages:
+        arms = {a.name for a in expected}
         file = read_file(tmp_path / f"{stage}-0of1.jsonl")
         assert not file.failures and {(r["arm"], r["turn"]) for r in file.records} == {
             (a, t) for a in arms for t in turns
@@ -99,6 +102,17 @@ def test_prompts_behind_the_swept_ones_have_the_core_arms(config, tmp_path):
     for r in [*file.records, *file.failures]:
         arms.setdefault(r["about"]["number"], set()).add(r["arm"])
     assert arms == {0: {a.name for a in frontier()}, 1: {a.name for a in core()}} and len(arms[0]) > 2 * len(arms[1])
+
+
+def test_some_lines_may_be_measured_alone_and_join_the_others(config, tmp_path):
+    given = ("frontier", "--prompts", "1", "--settings", "matter")
+    start(config, tmp_path, *given, "--only", "First tokens", "--only", "Nothing recomputed")
+    start(config, tmp_path, *given, "--only", "Isolated, nothing recomputed", "--shard", "0/2")
+    start(config, tmp_path, *given, "--only", "Isolated, nothing recomputed", "--shard", "1/2")
+    records, _, settings = read_stage(tmp_path, "frontier")
+    lines = {rule_and_layer(r["arm"])[0] for r in records}
+    assert lines == {"First tokens", "Nothing recomputed", "Isolated, nothing recomputed"}
+    assert sorted(map(len, (s["only"] for s in settings))) == [1, 1, 2]
 
 
 def test_shards_are_parts_of_the_whole(config, tmp_path):

@@ -36,18 +36,16 @@ CURVES = {
     "Nothing recomputed": (BLUE, "o", "context kept (RPDC), nothing recomputed"),
     "First tokens": (BLUE, "s", "CacheSlide, first tokens"),
     "Remembered": (VERMILLION, "s", "CacheSlide, remembered deviation"),
-    "Remembered + boundary": (VERMILLION, "D", "CacheSlide, remembered, 32 behind updates first"),
-    "Boundary": (PURPLE, ">", "CacheSlide, behind updates only"),
+    "Overlap": (PURPLE, ">", "CacheSlide, what updates speak of"),
     "Question-aware": (PURPLE, "X", "CacheSlide, what the question attends to (chosen layer)"),
     "Shrinking": (SKY, "D", "CacheSlide, shrinking with depth"),
-    "Budget": (SKY, "*", "CacheSlide, budget of deviation"),
     "CacheSlide, by K": (SKY, "v", "CacheSlide, by K (layer 1, chosen layer)"),
     "CacheSlide as printed": (VERMILLION, "*", "CacheSlide as printed"),
     "CacheSlide as printed, updated": (VERMILLION, "P", "CacheSlide as printed, updated keys only"),
     "Random tokens": (GREY, "x", "control: random tokens"),
-    "Canonical": (PURPLE, "D", "canonical chain (our default), nothing, first tokens, other rules"),
+    "Canonical, nothing": (PURPLE, "D", "canonical chain (our default), nothing or first tokens"),
+    "Canonical, first": (PURPLE, "D", "canonical chain (our default), nothing or first tokens"),
     "Canonical, remembered": (PURPLE, "s", "canonical chain, remembered deviation"),
-    "Canonical, remembered + boundary": (PURPLE, "v", "canonical chain, remembered, 32 behind updates first"),
     "Isolated": (ORANGE, "o", "isolated chunks (PIC), nothing or random"),
     "CacheBlend, by V": (ORANGE, "^", "CacheBlend, by V (layer 1, chosen layer)"),
     "CacheBlend, by K": (ORANGE, "<", "CacheBlend, by K² (likewise)"),
@@ -56,6 +54,7 @@ CURVES = {
     "Chain, stale": (GREY, "1", "stale positions"),
     "CacheBlend, stale": (GREY, "2", "CacheBlend, stale positions"),
 }
+VARIANTS = ("+ boundary", "half first")
 
 
 def draw(summary: dict[str, Any]) -> Figure:
@@ -98,7 +97,9 @@ def shown(arm: str, best: Mapping[str, int]) -> bool:
 
 
 def curve_of(arm: str) -> str | None:
-    """The curve that an arm is a point of; the longest name that it begins with."""
+    """The curve that an arm is a point of; the longest name that it begins with. Variants are left to the tables."""
+    if any(word in arm for word in VARIANTS):
+        return None
     return max((c for c in CURVES if arm.startswith(c)), key=len, default=None)
 
 

@@ -99,7 +99,7 @@ LOOKS = {
     "cacheslide": Look("CacheSlide", BLUE, "o"),
     "cacheslide_first_turn": Look("CacheSlide, first turn", BLUE, "o", False, "--"),
     "cacheslide_promote": Look("CacheSlide, promotion", VERMILLION, "*"),
-    "cacheslide_first": Look("CacheSlide, first tokens", SKY, "s"),
+    "cacheslide_first": Look("CacheSlide, first tokens", SKY, "<"),
     "cacheslide_remember": Look("CacheSlide, remembered", BLUE, "h"),
     "cacheslide_cope": Look("CacheSlide-CoPE", VERMILLION, "o", False, ":"),
     "recompute_cope": Look("Recompute, CoPE", BLACK, "s", False, ":"),

@@ -27,8 +27,12 @@ POOLED = "both"
 NOTHING, ISOLATED, OURS, RIVAL = "Nothing recomputed", "Isolated, nothing recomputed", "First tokens", "CacheBlend"
 RIVALS = (f"{RIVAL}, by V", f"{RIVAL}, by K")
 # Rules that are compared one by one, all over the KV that the turn before left: their arms, up to the layer.
-RULES = ("First tokens 10 %", "Random tokens 10 %", "Remembered 10 %", "Remembered + boundary 32 10 %", "Boundary 10 %",
-         f"{QUESTION} 10 %", "Shrinking 20 %")  # fmt: skip
+RULES = (
+    *(f"{rule} {n} %" for rule in ("First tokens", "Remembered", "Overlap", "Canonical, remembered") for n in (5, 10)),
+    *(f"{rule} 10 %" for rule in ("Remembered + boundary 32", "Overlap, half first", "Boundary", QUESTION)),
+    "Shrinking 20 %",
+    "Random tokens 10 %",
+)
 STUDY = ("model", "dtype", "seed", "lengths")  # what all records of a stage have in common
 CONDITIONS = (*STUDY, "prompts", "swept", "validation", "sessions", "turns", "longest", "data", "best")
 Row = dict[str, Any]
@@ -243,19 +247,27 @@ def summarise(folder: Path) -> dict[str, Any]:
     rows = tabulate(records, by_setting)
     turns, turn_failures, turn_settings = read_stage(folder, "histories")
     replay, replay_failures, replay_settings = read_stage(folder, "replay")
-    ratios = comparisons(records, rows, settings[0].get("best"))
     stages = {"frontier": settings, "histories": turn_settings, "replay": replay_settings}
+    about = {name: _about(s) for name, s in stages.items() if s}
+    ratios = comparisons(records, rows, about["frontier"].get("best"))
     return {
         "schema": SCHEMA,
         "headline": headline(rows, ratios, len({r["trial"] for r in replay})),
-        "conditions": {name: {k: s[0].get(k) for k in CONDITIONS} for name, s in stages.items() if s},
-        "provenance": {name: s[0].get("provenance") for name, s in stages.items() if s} | {"tables": machine()},
+        "conditions": {name: {k: s.get(k) for k in CONDITIONS} for name, s in about.items()},
+        "provenance": {name: s.get("provenance") for name, s in about.items()} | {"tables": machine()},
         "frontier": [row if row["key"][1] == POOLED else _of_one_set(row) for row in rows],
         "comparisons": ratios,
         "histories": tabulate(turns, by_turn) if turns else [],
         "replay": tabulate(replay, by_agent) if replay else [],
         "failures": len(failures) + len(turn_failures) + len(replay_failures),
     }
+
+
+def _about(settings: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The settings of a stage: those of the shards that know most layers, with the commits of all."""
+    one = max(settings, key=lambda s: len(s.get("best") or {}))
+    commits = sorted({str((s.get("provenance") or {}).get("git_commit")) for s in settings})
+    return dict(one) | {"provenance": dict(one.get("provenance") or {}) | {"git_commits": commits}}
 
 
 def _of_one_set(row: Row) -> Row:

@@ -21,6 +21,7 @@ from cacheslide.policies.budget import DeviationBudget
 from cacheslide.policies.edges import EdgeTokens
 from cacheslide.policies.first_tokens import FirstTokens
 from cacheslide.policies.none import NoCorrection
+from cacheslide.policies.overlap import OverlapTokens
 from cacheslide.policies.question_aware import QuestionAware
 from cacheslide.policies.registry import load_policy
 from cacheslide.policies.remembered import RememberedDeviation
@@ -90,6 +91,8 @@ def rules(family: str, before: str, best: Mapping[str, int]) -> list[Arm]:
         *swept(line(QUESTION), family, QuestionAware(), (0.05, 0.1, 0.2), asked),
         *swept(line("Shrinking"), family, ShrinkingTokens(), (0.1, 0.2), [None]),
         *[budget(line("Budget, left"), family, left) for left in (0.5, 0.3)],
+        *swept(line("Overlap"), family, OverlapTokens(), (0.05, 0.1, 0.2), [None]),
+        *swept(line("Overlap, half first"), family, OverlapTokens(lead=0.5), (0.05, 0.1, 0.2), [None]),
     ]
 
 
@@ -149,6 +152,10 @@ def core(best: Mapping[str, int] | None = None) -> list[Arm]:
         *(f"CacheBlend, by K {n} % at layer 1" for n in (15, 30)),
         *(f"Remembered {n} %" for n in (5, 10, 20, 26)),
         "Remembered + boundary 32 10 %",
+        "Canonical, remembered 5 %",
+        "Canonical, remembered 10 %",
+        *(f"Overlap {n} %" for n in (5, 10, 20)),
+        *(f"Overlap, half first {n} %" for n in (5, 10)),
         "Boundary 10 %",
         "Shrinking 20 %",
         f"{QUESTION} 10 % at layer {chosen[QUESTION]}",
@@ -194,10 +201,17 @@ def history_arms(best: Mapping[str, int] | None = None) -> list[Arm]:
         Arm(NOISE, NOISE, "exact", None),
         arm("Nothing recomputed", "chain", NoCorrection()),
         *swept("First tokens", "chain", FirstTokens(), (0.02, 0.1, 0.2), [None]),
+        *swept("Remembered", "chain", RememberedDeviation(), (0.1,), [None]),
+        *swept("Overlap", "chain", OverlapTokens(), (0.1,), [None]),
         *swept("CacheSlide, by K", "chain", TopDeviation(0.26), (0.26,), [1]),
         arm("Isolated, nothing recomputed", "iso", NoCorrection()),
         *swept("CacheBlend, by V", "iso", TopDeviation(0.15, metric="v"), (0.15,), [layer]),
     ]
+
+
+def replay_arms(best: Mapping[str, int] | None = None) -> list[Arm]:
+    """The same without rules that need scores: what a recorded turn left is kept without."""
+    return [one for one in history_arms(best) if one.policy is None or not one.policy.needs_scores]
 
 
 def unique(arms: Sequence[Arm]) -> list[Arm]:

@@ -64,14 +64,24 @@ def trials(builder: Builder, setting: str, indices: Iterable[int], limit: int) -
 
 
 def run(
-    stage: str, plan: RealPlan, out: Path, shard: tuple[int, int], device: str, best: dict | None, minutes: float
+    stage: str,
+    plan: RealPlan,
+    out: Path,
+    shard: tuple[int, int],
+    device: str,
+    best: dict | None,
+    minutes: float,
+    only: Sequence[str] = (),
 ) -> None:
-    """Measure one stage; the time limit ends it between two prompts."""
+    """Measure one stage; the time limit ends it between two prompts.
+
+    `only` names lines of arms: others are left out, and their records in other files of the folder count.
+    """
     if stage == "replay" and not plan.recordings:
         raise ConfigError("replay reads recorded sessions: recordings names no folder")
     backend = ReferenceBackend(plan.model, plan.dtype, device_of(device))
     made = builders(plan, backend)
-    settings = asdict(plan) | {"stage": stage, "best": best}
+    settings = asdict(plan) | {"stage": stage, "best": best, "only": list(only)}
     settings |= {"model": Path(plan.model).name, "data": [Path(p).name for p in plan.data]}
     settings["recordings"] = Path(plan.recordings).name
     data = {name: file_hash(path) for name, path in zip(made, plan.data, strict=True)}
@@ -84,7 +94,7 @@ def run(
         for one in tqdm(work[shard[0] :: shard[1]], desc=stage, mininterval=2):
             if time.monotonic() > ends:
                 raise ConfigError(f"{stage}: out of time; start again to go on")
-            for record in _measured(stage, plan, backend, one, best, writer.done):
+            for record in _measured(stage, plan, backend, one, best, writer.done, only):
                 writer.add(_rounded(record))
         writer.finish()
 
@@ -110,18 +120,31 @@ def _work(stage: str, plan: RealPlan, made: dict[str, Builder]) -> Iterator[Any]
 
 
 def _measured(
-    stage: str, plan: RealPlan, backend: ReferenceBackend, one: Any, best: dict | None, done: set[str]
+    stage: str,
+    plan: RealPlan,
+    backend: ReferenceBackend,
+    one: Any,
+    best: dict | None,
+    done: set[str],
+    only: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
     if stage == "histories":
-        records = measure_history(backend, one, systems.history_arms(best), done, plan.every_turn)
+        arms = systems.history_arms(best)
     elif stage == "replay":
-        records = measure_session(backend, one, systems.history_arms(best), done)
+        arms = systems.replay_arms(best)
     elif stage == "layers":
-        records = measure(backend, one, systems.candidates(backend.num_layers), done)
+        arms = systems.candidates(backend.num_layers)
+    elif stage == "slice":
+        arms = systems.slice_arms()
     else:
-        whole = one.about["number"] < plan.swept
-        arms = systems.slice_arms() if stage == "slice" else systems.frontier(best) if whole else systems.core(best)
-        records = measure(backend, one, systems.unique(arms), done)
+        arms = systems.frontier(best) if one.about["number"] < plan.swept else systems.core(best)
+    arms = [a for a in systems.unique(arms) if not only or a.line in only]
+    if stage == "histories":
+        records = measure_history(backend, one, arms, done, plan.every_turn)
+    elif stage == "replay":
+        records = measure_session(backend, one, arms, done)
+    else:
+        records = measure(backend, one, arms, done)
     for record in records:
         yield {"dataset": one.dataset, "about": one.about} | record
 
@@ -153,6 +176,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, default=1e6, help="stop after this many; what is finished stays")
     p.add_argument("--shard", default="0/1", help="I/N: every N-th prompt from I on")
     p.add_argument("--best", type=Path, help="layers by system, as `harness.results.real layers` writes them")
+    p.add_argument("--only", action="append", default=[], help="a line of arms, as figures name it; may be repeated")
     p.add_argument("--threads", type=at_least(1), help="of the CPU")
     return p
 
@@ -196,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     best = read_layers(args.best) if args.best else None
-    run(args.stage, plan, args.out, shard_of(args.shard), args.device, best, args.minutes)
+    run(args.stage, plan, args.out, shard_of(args.shard), args.device, best, args.minutes, args.only)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def test_a_preempted_request_goes_on_where_it_was(cuda, prompts):
         params = SamplingParams(**settings, extra_args=extra)
         engine.add_request(str(i), {"prompt_token_ids": list(now.token_ids)}, params)
     for step in range(60):
-        if step == 4:
+        if step == 5:
             assert cuda.core.scheduler.reset_prefix_cache(reset_running_requests=True)
         done += [o for o in engine.step() if o.finished]
     outputs = {o.request_id: SimpleNamespace(token_ids=list(o.outputs[0].token_ids)) for o in done}

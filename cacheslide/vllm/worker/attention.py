@@ -77,9 +77,17 @@ class CopeRows(RowKernel):
 def packed_rows(groups: Sequence[RowGroup], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Rows [n], offsets [requests + 1] and block table [requests, blocks] of packed requests, all int32."""
     rows = torch.cat([g.rows for g in groups]).to(torch.int32)
-    sizes = torch.tensor([0] + [len(g.rows) for g in groups], dtype=torch.int32)
-    cu_rows = send(sizes.cumsum(0, dtype=torch.int32), device)
-    return rows, cu_rows, torch.nn.utils.rnn.pad_sequence([g.kv.table for g in groups], batch_first=True)
+    return rows, send(offsets(groups), device), table_of(groups)
+
+
+def offsets(groups: Sequence[RowGroup]) -> Tensor:
+    """Where each request's rows begin, and the last one's end: int32 [requests + 1], on the host."""
+    return torch.tensor([0, *(len(g.rows) for g in groups)]).cumsum(0, dtype=torch.int32)
+
+
+def table_of(groups: Sequence[RowGroup]) -> Tensor:
+    """The requests' blocks, int32 [requests, blocks]; shorter ones end in zeros."""
+    return torch.nn.utils.rnn.pad_sequence([g.kv.table for g in groups], batch_first=True)
 
 
 def choose(paged: Sequence[PagedLayer]) -> PagedAttention:

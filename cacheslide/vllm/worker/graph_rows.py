@@ -13,8 +13,7 @@ from torch import Tensor
 
 from cacheslide.core.tensors import send
 from cacheslide.models.adapter import RowGroup
-from cacheslide.vllm.worker.attention import packed_rows
-from cacheslide.vllm.worker.kv_layout import PackedSlots
+from cacheslide.vllm.worker.attention import offsets, table_of
 
 MOST_ROWS = 4096  # with more the device takes longer than the host needs to launch its work
 REQUESTS = (1, 8, 64)
@@ -112,20 +111,13 @@ class StaticRows:
 
         All of it lies on the device but the requests' offsets, the one thing that is copied there.
         """
-        n, device = len(hidden), self.hidden.device
-        rows, _, table = packed_rows(groups, device)
-        slots = PackedSlots().of(groups)
-        pairs = (
-            (self.hidden, hidden, 0),
-            (self.positions, positions, 0),
-            (self.slots, slots, -1),
-            (self.rows, rows, NOBODY),
-        )
-        for to, x, padding in pairs:
+        n, table = len(hidden), table_of(groups)
+        rows, slots = torch.cat([g.rows for g in groups]), torch.cat([g.kv.slots[g.rows] for g in groups])
+        taken = (self.hidden, hidden, 0), (self.positions, positions, 0), (self.slots, slots, -1)
+        for to, x, padding in (*taken, (self.rows, rows, NOBODY)):
             to[:n].copy_(x)
             to[n:].fill_(padding)
-        ends = torch.tensor([0, *(len(g.rows) for g in groups)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        padded = torch.full((len(self.cu_rows),), n, dtype=torch.int32)
-        padded[: len(ends)] = ends
-        self.cu_rows.copy_(send(padded, device))
+        ends = torch.full((len(self.cu_rows),), n, dtype=torch.int32)
+        ends[: len(groups) + 1] = offsets(groups)
+        self.cu_rows.copy_(send(ends, self.cu_rows.device))
         self.table[: len(groups), : table.shape[1]].copy_(table)

@@ -75,7 +75,7 @@ def run(
 ) -> None:
     """Measure one stage; the time limit ends it between two prompts.
 
-    `only` names lines of arms: others are left out, and their records in other files of the folder count.
+    `only` names lines of arms, or arms: others are left out, and their records in other files of the folder count.
     """
     if stage == "replay" and not plan.recordings:
         raise ConfigError("replay reads recorded sessions: recordings names no folder")
@@ -138,7 +138,7 @@ def _measured(
         arms = systems.slice_arms()
     else:
         arms = systems.frontier(best) if one.about["number"] < plan.swept else systems.core(best)
-    arms = [a for a in systems.unique(arms) if not only or a.line in only]
+    arms = [a for a in systems.unique(arms) if not only or a.line in only or a.name in only]
     if stage == "histories":
         records = measure_history(backend, one, arms, done, plan.every_turn)
     elif stage == "replay":
@@ -176,7 +176,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, default=1e6, help="stop after this many; what is finished stays")
     p.add_argument("--shard", default="0/1", help="I/N: every N-th prompt from I on")
     p.add_argument("--best", type=Path, help="layers by system, as `harness.results.real layers` writes them")
-    p.add_argument("--only", action="append", default=[], help="a line of arms, as figures name it; may be repeated")
+    p.add_argument("--only", action="append", default=[], help="a line of arms, or one arm, by name; may be repeated")
     p.add_argument("--threads", type=at_least(1), help="of the CPU")
     return p
 

@@ -87,6 +87,17 @@ def test_a_part_of_a_chunk_is_refreshed_at_its_place(model):
     assert new.mean == pytest.approx(float(new.scores[changed].mean()))
 
 
+def test_rows_have_the_scores_of_the_pieces_they_were_reused_from():
+    one, two = scored(1), scored(2, n=20)
+    found = Found([Piece(one, 30, 10), Piece(two, 20)], [range(5, 35), range(35, 55)])
+    want = torch.cat([one.scores[10:], two.scores])
+    for start, end in ((5, 55), (5, 6), (12, 40), (34, 36), (54, 55)):
+        assert torch.equal(found.scores_of(start, end), want[start - 5 : end - 5])
+    for start, end in ((4, 6), (54, 56), (0, 60), (60, 61)):
+        assert found.scores_of(start, end) is None
+    assert Found([Piece(replace(one, scores=None), 30)], [range(30)]).scores_of(0, 3) is None
+
+
 def test_without_scores_there_is_nothing_to_refresh(model):
     plain = engine_of(model, correction=NoCorrection())
     state, _ = served(plain, prompt(9, 3), prompt(14, 5))

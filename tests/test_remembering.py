@@ -141,6 +141,24 @@ def test_keys_without_positions_are_not_turned(tmp_path, encoding):
         torch.testing.assert_close(engine.store.get(key).scores.double(), want, atol=1e-5, rtol=1e-4)
 
 
+def test_a_model_that_does_not_rotate_needs_no_tables(model):
+    k, v = torch.randn(2, 4, 7, 2, 10)
+    shared = {n: getattr(model, n) for n in ("num_layers", "device", "reduce_scores")} | {"num_layers": 4}
+    still = SimpleNamespace(**shared, rotates=False, rotaries=None)
+    here, there = (TokenKV(lambda layer: (k[layer], v[layer]), torch.arange(7) + shift) for shift in (40, 0))
+    assert torch.equal(remembered_deviation(still, here, there), torch.zeros(7))
+    turning = SimpleNamespace(**shared, rotates=True, rotaries=model.rotaries)
+    assert float(remembered_deviation(turning, here, there).min()) > 0.1
+
+
+def test_a_layer_of_zeros_counts_for_nothing(model):
+    k, v = torch.randn(2, 5, 7, 2, 10)
+    there = TokenKV(lambda layer: (k[layer] * (layer > 1), v[layer]), torch.arange(7))
+    here = TokenKV(lambda layer: (k[layer] * (layer > 1), v[layer] + (layer == 3)), torch.arange(7))
+    want = 1 / v[3].square().mean()
+    torch.testing.assert_close(remembered_deviation(model, here, there), want.expand(7))
+
+
 def test_text_without_updates_before_it_scores_zero_and_costs_nothing(model):
     text, plain = Prompt(prompt(9, 3).segments[:1]), engine_of(model, correction=NoCorrection())
     engine = engine_of(model)
@@ -250,6 +268,21 @@ def test_retaining_compares_with_the_request_that_was_served(model, encoding):
     fixed = sum(len(c) for c in engine.plan(text).chunks)
     assert engine.encoder.row_layers == fixed * model.num_layers < built.encoder.row_layers
     for key in built.plan(text).keys:
+        torch.testing.assert_close(engine.store.get(key).scores, built.store.get(key).scores, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("encoding", ["fixed_chain", "isolated_at_slot"])
+def test_generated_text_is_compared_where_it_was_computed(model, encoding):
+    """A schema gives generated text another place than where it was generated: the request is no help then."""
+    text, engine, built = prompt(9, 3), engine_of(model, encoding), engine_of(model, encoding)
+    state = engine.prefill(text, room=8)
+    said = tuple(engine.generate(state, state.logits, 8, frozenset()))
+    longer = Prompt((*text.segments, Segment(said[:7], Role.REUSE)))
+    assert engine.plan(longer).schema == (encoding == "isolated_at_slot") and state.length >= len(longer)
+    engine.retain(state, longer, 0)
+    built.build(longer)
+    assert (engine.encoder.row_layers < built.encoder.row_layers) == (encoding == "fixed_chain")
+    for key in built.plan(longer).keys:
         torch.testing.assert_close(engine.store.get(key).scores, built.store.get(key).scores, atol=1e-5, rtol=1e-4)
 
 

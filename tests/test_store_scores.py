@@ -101,6 +101,7 @@ def test_scores_survive_any_memory_and_a_restart(tmp_path, memory, write_back):
     for i in range(8):
         s.put(key(i), scored(i) if i % 3 else chunk(i))
     for _ in range(2):  # the second time from storage
+        assert s.flush(60)
         for i in range(8):
             assert_same(s.get(key(i)), scored(i) if i % 3 else chunk(i))
     assert s.stats.hits_file > 0
@@ -110,6 +111,9 @@ def test_scores_survive_any_memory_and_a_restart(tmp_path, memory, write_back):
         for i in range(8):
             found = again.fetch(key(i))
             assert found.tier == "file"
+            assert_same(found.chunk, scored(i) if i % 3 else chunk(i))
+            found = again.fetch(key(i))
+            assert found.tier in ("device", "host")
             assert_same(found.chunk, scored(i) if i % 3 else chunk(i))
 
 
@@ -284,4 +288,7 @@ def test_a_server_keeps_scores(tmp_path):
         with pytest.raises(Damaged):
             other.read(name(7))
         assert not other.contains(name(7))
-        s.close()
+        near = store(tmp_path / "b", host=3 * PAGES, remote=remote.tier(port))
+        assert near.fetch(key(2)).tier == "remote"
+        assert_same(chunk_of(*near.persistent.file.read(name(2))), scored(2))  # and is kept in files from here on
+        assert s.close() and near.close()

@@ -196,6 +196,8 @@ class ReuseEngine:
         served, rows = state.plan, len(state.plan.prompt)
         same = plan.prompt.token_ids[:rows] == served.prompt.token_ids[: len(plan.prompt)]
         same = same and plan.positions[:rows] == served.positions[: len(plan.prompt)]
+        behind, last = plan.positions[rows:], served.positions[-1]  # text that was generated lies right behind
+        same = same and list(behind) == list(range(last + 1, last + 1 + len(behind)))
         return same and plan.chunks[-1].end <= state.length
 
     def prefill(self, prompt: Prompt, following: int = 0, room: int = 0) -> Prefilled:

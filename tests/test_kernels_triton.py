@@ -117,28 +117,28 @@ def test_one_launch_serves_layer_after_layer(chunk):
 
 @pytest.mark.parametrize("chunk", [0, 32])
 def test_padding_behind_the_last_request_attends_to_nothing(chunk):
-    """A grid for more queries and requests than there are: what the offsets leave out is neither read nor stored."""
+    """A grid for more queries and requests than there are: what the offsets leave out is not read, and stored as 0.
+
+    Without chunks of keys it is not stored at all.
+    """
     lengths, shares = [50, 33], [0.5, 1.0]
     kv, table, _ = paged(lengths, 2, 32, 16, seed=4, device=DEVICE)
     rows, cu_rows = scattered(lengths, shares, seed=9, device=DEVICE)
     n, room, places = len(rows), len(rows) + 41, 5
     q = torch.full((room, 4, 32), float("nan"), device=DEVICE)
     q[:n] = torch.randn(n, 4, 32).to(DEVICE)
-    out = torch.full_like(q, 7.0)
-    padded_rows = torch.zeros(room, dtype=torch.int32, device=DEVICE)
+    out = torch.full_like(q, float("nan") if chunk else 7.0)
+    padded_rows = torch.full((room,), -(2**30), dtype=torch.int32, device=DEVICE)
     padded_rows[:n] = rows
     padded_cu = torch.full((places + 1,), n, dtype=torch.int32, device=DEVICE)
     padded_cu[:3] = cu_rows
     padded_table = torch.full((places, table.shape[1] + 6), -5, dtype=torch.int32, device=DEVICE)
     padded_table[:2, : table.shape[1]] = table
-    if chunk:  # merged outputs of padding are written, from nothing
-        out[n:] = float("nan")
     cut = tiling(torch.float32, chunk=chunk)
     launch.row_attention(q, padded_rows, padded_cu, padded_table, kv, out=out, tiling=cut)
     want = reference.row_attention(q[:n].double(), rows, cu_rows, table, kv.double())
     assert error(out[:n], want) < BOUND[torch.float32]
-    if not chunk:
-        assert (out[n:] == 7.0).all()
+    assert (out[n:] == (0.0 if chunk else 7.0)).all()
 
 
 class Variant:

@@ -1,7 +1,5 @@
 """Layers in which nothing changes any more, run as one packed tensor, against the layer loop: equal bit for bit."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 
@@ -12,24 +10,9 @@ from cacheslide.core.static_prefill import StaticPrefill
 from cacheslide.policies.edges import EdgeTokens
 from cacheslide.policies.first_tokens import FirstTokens
 from cacheslide.policies.none import NoCorrection
-from cacheslide.policies.top_deviation import Promotion, TopDeviation
-from cacheslide.policies.top_deviation_run import TopDeviationRun
+from cacheslide.policies.top_deviation import Promotion, Swap, TopDeviation
 from cacheslide.store import MemoryChunkStore
 from tests.test_prefill import chain, prompt
-
-
-class SettledRun(TopDeviationRun):
-    """A rule with a selection layer whose run says from where on it does nothing."""
-
-    @property
-    def static_from(self) -> int:
-        return self.rule.layer + 1
-
-
-@dataclass(frozen=True)
-class Settled(TopDeviation):
-    def begin(self, tokens) -> SettledRun:
-        return SettledRun(self, tokens)
 
 
 class Counted(StaticPrefill):
@@ -68,9 +51,10 @@ BATCHES = {
     "first_tokens": ([FirstTokens(0.3)], 0),
     "everything": ([FirstTokens(1.0)], 0),
     "ragged": ([FirstTokens(0.3), None, EdgeTokens(2, 2)], 0),
-    "selected": ([Settled(0.3, 1)], 2),
-    "selected_and_known": ([Settled(0.3, 2), FirstTokens(0.2), None], 3),
-    "selected_last": ([Settled(0.3, 4)], None),
+    "selected": ([TopDeviation(0.3, 1)], 2),
+    "selected_and_known": ([TopDeviation(0.3, 2), FirstTokens(0.2), None], 3),
+    "selected_last": ([TopDeviation(0.3, 4)], None),
+    "promoted": ([TopDeviation(0.1, 1, promote=(Promotion(1, 0.2), Promotion(2, 0.1)))], 3),
 }
 
 
@@ -94,8 +78,7 @@ def test_static_layers_equal_the_layer_loop(model, rules, first, monkeypatch):
 
 def test_rules_that_may_still_act_stay_in_the_layer_loop(model):
     static = Counted(model)
-    promoting = TopDeviation(0.1, 1, promote=(Promotion(1, 0.2),))
-    for rule in (promoting, TopDeviation(0.3, 0, fusion="paper"), TopDeviation(0.3, 0)):
+    for rule in (TopDeviation(0.3, 0, fusion="paper"), TopDeviation(0.3, 0, swap=Swap(tau=2.0, every=2))):
         [request] = requests(model, [rule])
         SelectivePrefill(model, static).run([request])
     assert static.ran == []

@@ -15,6 +15,7 @@ from cacheslide.models.adapter import RowGroup
 from cacheslide.policies.edges import EdgeTokens
 from cacheslide.policies.first_tokens import FirstTokens
 from cacheslide.policies.none import NoCorrection
+from cacheslide.policies.top_deviation import TopDeviation
 from cacheslide.vllm.worker.attention import RowKernel
 from cacheslide.vllm.worker.graph_rows import MOST_ROWS, NOBODY, Size, StaticRows, size_for
 from cacheslide.vllm.worker.graphs import MOST_SIZES, RECORD_AT, GraphedPrefill
@@ -22,7 +23,7 @@ from cacheslide.vllm.worker.kv_layout import OpenLayer, PackedSlots, PagedKV, sc
 from cacheslide.vllm.worker.model_adapter import VllmModel
 from cacheslide.vllm.worker.paged_source import Caches, PagedChunks
 from cacheslide.vllm.worker.prefetch import LayerFetch
-from tests.test_static_prefill import Settled, requests
+from tests.test_static_prefill import requests
 from tests.test_vllm_paged import Paged, kv_of, rings_for
 
 BLOCK = 8
@@ -120,8 +121,8 @@ BATCHES = {
     "none": [NoCorrection()],
     "first_tokens": [FirstTokens(0.3)],
     "ragged": [FirstTokens(0.3), None, EdgeTokens(2, 2)],
-    "selected": [Settled(0.3, 1)],
-    "selected_and_known": [Settled(0.3, 2), FirstTokens(0.2), None],
+    "selected": [TopDeviation(0.3, 1)],
+    "selected_and_known": [TopDeviation(0.3, 2), FirstTokens(0.2), None],
 }
 
 

@@ -30,6 +30,14 @@ class TopDeviationRun:
         self.stopped: Tensor | None = None  # hidden state of each reused token at the selection layer (for swaps)
         self.left: Tensor | None = None  # tokens that have converged: no longer in Alg. 2's S
 
+    @property
+    def static_from(self) -> int | None:
+        """The first layer from which nothing happens any more (`ActiveTokens.static_from`), None without one."""
+        rule = self.rule
+        if rule.fusion != "replace" or rule.swap:
+            return None
+        return max(rule.layer, *(p.layer for p in rule.promote), -1) + 1
+
     def enter(self, layer: int, *states: Tensor) -> tuple[Tensor, ...]:
         """See `CorrectionRun.enter`; `states` are hidden, q, k, v."""
         rule = self.rule

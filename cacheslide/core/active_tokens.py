@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cacheslide.core.prefill_request import PrefillOutput, PrefillRequest
+from cacheslide.core.tensors import send
 from cacheslide.models.adapter import DecoderSteps, RowGroup
 from cacheslide.policies.static import StaticRun
 
@@ -40,7 +41,7 @@ class ActiveTokens:
         if len(self.reused):
             rule.check("the correction", model.num_layers)
             if (known := rule.known_before_start(request.runs)) is not None:
-                self.mask, count = known.to(device), int(known.sum())
+                self.mask, count = send(known, device), int(known.sum())
             elif (chosen := rule.choose(request, model)) is not None:
                 self.mask.index_fill_(0, chosen, True)
                 count = len(chosen)

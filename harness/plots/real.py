@@ -116,6 +116,9 @@ def _panel(axes: Axes, setting: str, rows: list[dict[str, Any]]) -> dict[str, An
         elif curve_of(arm) is not None:
             lines[rule_and_layer(arm)].append(row)
     for members in lines.values():
+        # Points over fewer prompts only go on behind a line: in between they would bend it by other means.
+        reach = max((r["compute_fraction"] for r in members if 2 * r["n"] >= n), default=0)
+        members = [r for r in members if 2 * r["n"] >= n or r["compute_fraction"] > reach]
         members.sort(key=lambda r: r["compute_fraction"])
         colour, marker, label = CURVES[curve_of(members[0]["key"][2])]
         for r in members:

@@ -2,7 +2,8 @@
 
 A table whose first column is headed `arm` or `comparison` has its numbers from results/real/summary.json; columns are
 settings (KL on the answer and share of compute), `KL` of a setting, `computed` or `greedy text changed` (of the setting
-matter). Rows begin with an arm's name in backticks, whatever words follow, or with a comparison of `COMPARED`.
+matter). Rows begin with an arm's name in backticks, whatever words follow, or with a comparison: of `COMPARED`, or
+a rule in backticks "over nothing recomputed".
 """
 
 import argparse
@@ -69,10 +70,13 @@ def arm(summary: Summary, first: str, head: str) -> str:
 
 def comparison(summary: Summary, first: str, setting: str) -> str:
     """One paired ratio and what was compared."""
+    rule = re.fullmatch(r"`([^`]+)` over nothing recomputed", first)
+    wanted = ("rule over nothing recomputed", rule[1]) if rule else (COMPARED.get(first), None)
     for c in summary["comparisons"]:
-        if (c["comparison"], c["setting"], c["dataset"]) == (COMPARED.get(first), setting, POOLED):
+        if (c["comparison"], c.get("rule"), c["setting"], c["dataset"]) == (*wanted, setting, POOLED):
             low, high = significant(c["low"]), significant(c["high"])
-            return f"{significant(c['value'])} [{low}, {high}] (`{c['of']}` / `{c['over']}`)"
+            arms = "" if rule else f" (`{c['of']}` / `{c['over']}`)"
+            return f"{significant(c['value'])} [{low}, {high}]{arms}"
     raise DataError(f"the study has no comparison {first!r} in the setting {setting}")
 
 

@@ -20,6 +20,7 @@ from harness.results.intervals import mean, ratio_of_sums
 from harness.results.provenance import machine
 from harness.results.real_records import LAYER, check_record, rule_and_layer
 from harness.results.records import read_file, write_json
+from harness.results.rounding import rounded
 from harness.step import command
 
 SCHEMA = "cacheslide.real/1"
@@ -255,7 +256,7 @@ def summarise(folder: Path) -> dict[str, Any]:
         "headline": headline(rows, ratios, len({r["trial"] for r in replay})),
         "conditions": {name: {k: s.get(k) for k in CONDITIONS} for name, s in about.items()},
         "provenance": {name: s.get("provenance") for name, s in about.items()} | {"tables": machine()},
-        "frontier": [row if row["key"][1] == POOLED else _of_one_set(row) for row in rows],
+        "frontier": list(_kept(rows)),
         "comparisons": ratios,
         "histories": tabulate(turns, by_turn) if turns else [],
         "replay": tabulate(replay, by_agent) if replay else [],
@@ -270,9 +271,16 @@ def _about(settings: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     return dict(one) | {"provenance": dict(one.get("provenance") or {}) | {"git_commits": commits}}
 
 
-def _of_one_set(row: Row) -> Row:
-    """What the file keeps of a row of one data set."""
-    return {k: row[k] for k in ("key", "n", "compute_fraction")} | {"answer": {"kl": row["answer"]["kl"]}}
+def _kept(rows: Sequence[Row]) -> Iterator[Row]:
+    """What the file keeps: all of a row of both sets together; less of one set's, and of arms that few prompts ran."""
+    most: dict[str, int] = defaultdict(int)
+    for row in rows:
+        most[row["key"][1]] = max(most[row["key"][1]], row["n"])
+    for row in rows:
+        few, pooled = 2 * row["n"] < most[row["key"][1]], row["key"][1] == POOLED
+        short = {k: row[k] for k in ("key", "n", "compute_fraction")} | {"answer": {"kl": row["answer"]["kl"]}}
+        if pooled or not few:
+            yield short | {"flips": row["flips"]} if few else row if pooled else short
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -283,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args(argv)
     if args.what == "summary":
-        write_json(args.out, summarise(args.records))
+        write_json(args.out, rounded(summarise(args.records)))
         return
     records, _, _ = read_stage(args.records, "layers")
     if not records:

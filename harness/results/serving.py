@@ -18,6 +18,8 @@ from cacheslide import renamed
 from cacheslide.errors import DataError
 from harness.metrics.bootstrap import ratio_of_medians
 from harness.results.intervals import as_json, median
+from harness.results.records import write_json
+from harness.results.rounding import rounded
 from harness.results.undisturbed import Readings, pick, together, too_few
 from harness.step import command
 
@@ -170,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = p.parse_args(argv)
     made = build(args.records, args.kernels)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(made, indent=1) + "\n")
+    write_json(args.out, rounded(made))
     print(json.dumps(made["headline"], indent=1))
 
 

@@ -22,6 +22,7 @@ from harness.results.headline import headline
 from harness.results.intervals import LEVEL
 from harness.results.provenance import config_hash, provenance
 from harness.results.records import write_json
+from harness.results.rounding import rounded
 from harness.results.runs import FILES, Run, load_run
 from harness.results.tables import accuracy_ratios, accuracy_table
 from harness.results.timing import latency_ratios, latency_table, throughput_table
@@ -41,7 +42,7 @@ AGENTS = {  # section of `agents:`, and its table
 def summarize(config: Mapping[str, Any], output: str | Path, **paths: Any) -> dict[str, Any]:
     """Read a run's results and write its summary to `output`; see `harness.results.runs.load_run` for `paths`."""
     summary = build_summary(load_run(dict(config), **paths), progress="summary")
-    write_json(output, summary)
+    write_json(output, rounded(summary))
     return summary
 
 

@@ -30,6 +30,7 @@ from harness.experiments.real.replay import measure_session, recorded
 from harness.experiments.real.trials import Builder, Trial
 from harness.results.provenance import file_hash, provenance
 from harness.results.records import reopened
+from harness.results.rounding import rounded
 from harness.step import command
 from harness.tasks.passages import read_passages
 
@@ -95,7 +96,7 @@ def run(
             if time.monotonic() > ends:
                 raise ConfigError(f"{stage}: out of time; start again to go on")
             for record in _measured(stage, plan, backend, one, best, writer.done, only):
-                writer.add(_rounded(record))
+                writer.add(rounded(record))
         writer.finish()
 
 
@@ -147,15 +148,6 @@ def _measured(
         records = measure(backend, one, arms, done)
     for record in records:
         yield {"dataset": one.dataset, "about": one.about} | record
-
-
-def _rounded(value: Any) -> Any:
-    """Numbers to six significant digits: more would be noise in every line."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return value
 
 
 def parser() -> argparse.ArgumentParser:

@@ -35,6 +35,7 @@ from harness.plots.render import render
 from harness.quiet import watched
 from harness.results.provenance import machine, provenance
 from harness.results.records import write_json
+from harness.results.rounding import rounded
 from harness.results.slide import summarise
 from harness.step import command
 
@@ -139,7 +140,7 @@ def summary(out: Path, work: Path, model: str, limit: Limit) -> None:
         k: {"trace": v[0], "templates": v[2], **v[3], "write_bytes_per_s": v[4]} for k, v in CONDITIONS.items()
     }
     about = provenance({"conditions": conditions}, {}, model)
-    (out / "summary.json").write_text(json.dumps(summarise(out, about), indent=1) + "\n")
+    write_json(out / "summary.json", rounded(summarise(out, about)))
 
 
 def figures(out: Path, work: Path, model: str, limit: Limit) -> None:

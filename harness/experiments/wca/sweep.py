@@ -29,6 +29,7 @@ from harness.backends.reference import EngineSettings, ReferenceBackend, exact_a
 from harness.experiments.wca.cells import Cell, cells
 from harness.results.provenance import provenance
 from harness.results.records import reopened, write_json
+from harness.results.rounding import rounded
 from harness.results.runs import read_json
 from harness.results.wca import read_sweep, tabulate
 from harness.scoring import question_records
@@ -204,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         origin = read_json(summary)["provenance"]  # where it was measured, not where it is tabulated
     else:
         origin = provenance({"mixes": args.mixes} | about, {}, ids)
-    write_json(summary, tabulate(done, cells(layers)) | {"provenance": origin})
+    write_json(summary, rounded(tabulate(done, cells(layers)) | {"provenance": origin}))
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class DirectoryChunkStore(ChunkStore):
         except (OSError, Foreign):
             return False
         try:
-            return TensorFile.of(fd).metadata.get("format") == _FORMAT
+            return TensorFile.of(fd).metadata.get("format") in (_FORMAT, _SCORED)
         except (OSError, ValueError):
             return False
         finally:

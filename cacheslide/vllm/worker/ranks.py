@@ -43,6 +43,14 @@ class Team:
         torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MIN, group=self.group.cpu_group)
         return [bool(x) for x in said.tolist()]
 
+    def alike(self, numbers: Sequence[int]) -> list[bool]:
+        """Which of `numbers`, of 63 bits and in the same order on each rank, are the same on all; waits as `agree`."""
+        if self.group is None or not numbers:
+            return [True] * len(numbers)
+        both = torch.tensor([list(numbers), [-x for x in numbers]], dtype=torch.int64)
+        torch.distributed.all_reduce(both, op=torch.distributed.ReduceOp.MIN, group=self.group.cpu_group)
+        return (both[0] == -both[1]).tolist()
+
     def summing(self, reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """`reduce` for one sum in a unit of its own: it is done on all ranks, or raises on all of them."""
 

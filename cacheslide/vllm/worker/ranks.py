@@ -109,7 +109,7 @@ class TeamPrefill(SelectivePrefill):
 
     def _keep_appointments(self, requests: Sequence[PrefillRequest], sums: list[Tensor | None]) -> None:
         """Take part in the sums that a run over `requests` still has, after those that are done."""
-        hollow = [replace(r, kv=_Nowhere(), source=_Zeros(r, self.model)) for r in requests]
+        hollow = [replace(r, kv=_Nowhere(self.model), source=_Zeros(r, self.model)) for r in requests]
         SelectivePrefill(_Hollow(self.model, self.team.group, sums, self.mlp_rows)).run(hollow)
 
 
@@ -173,7 +173,15 @@ class _Hollow:
 
 
 class _Nowhere:
-    """A KV buffer that keeps nothing."""
+    """A KV buffer that keeps nothing, and holds zeros."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def read(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        model = self.model
+        zeros = torch.zeros(len(rows), model.num_kv_heads, model.head_dim, dtype=model.dtype, device=model.device)
+        return zeros, zeros
 
     def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
         """Nothing is kept."""

@@ -4,6 +4,8 @@ Nothing is stored but scores. All ranks have the same ones: what a rank's heads 
 chunk whose scores cannot be made stays without, and is written through to the storage tier as it is.
 """
 
+import torch
+
 from cacheslide.core.encoder import ChunkEncoder
 from cacheslide.core.keys import ChunkKey
 from cacheslide.core.remembering import Contrast, TokenKV
@@ -30,11 +32,13 @@ class Scorer:
         worker, keys = self.worker, job.plan.keys
         same, other = self._held(job)
         worker.scored += 1  # from here on this rank meets the others by itself
-        together, *everywhere = self.team.agree([True, *same, *other])
+        _, *everywhere = self.team.agree([True, *same, *other])  # a rank that takes no part has none of them
         halves = everywhere[: len(keys)], everywhere[len(keys) :]
         same, other = ({key for key, there in zip(keys, half, strict=True) if there} for half in halves)
-        if together and (same or other):
-            worker.survive("score", self._score, job.of(same | other), bool(other))
+        for key, chunk in job.of(same).plan.keyed:  # nothing is summed: whoever fails here has nobody to tell
+            worker.survive("score", self.store.rescore, key, torch.zeros(len(chunk)))
+        if other:
+            worker.survive("score", self._score, job.of(other))
         self.store.await_no_more(keys)
 
     def skip(self, job: ScoreJob) -> None:
@@ -56,11 +60,10 @@ class Scorer:
         encoder.executor = self.worker.new_executor()
         return encoder.contrast(job.encoding, job.plan, reduce=self.team.summing(self.model.reduce_scores))
 
-    def _score(self, job: ScoreJob, compare: bool) -> None:
-        contrast = self._contrast(job)
-        if compare:
-            with self.team.unit(), self.model.running():
-                contrast.prepare()
+    def _score(self, job: ScoreJob) -> None:
+        with self.team.unit(), self.model.running():
+            contrast = self._contrast(job)
+            contrast.prepare()
         for number, key in enumerate(job.plan.keys):  # whatever happens to one, the ranks meet at the next
             self.worker.survive("score", self._one, contrast, number, key)
 

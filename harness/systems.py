@@ -85,10 +85,14 @@ def _rule(name: str, recompute_ratio: float) -> Correction:
 
 
 def recipes(policies: Sequence[System]) -> dict[str, tuple[ReusePolicy, frozenset[int]]]:
-    """For each kind of chunk cache: one policy that can build it, and the layer inputs its readers need."""
+    """For each kind of chunk cache: one policy that can build it, and the layer inputs its readers need.
+
+    It is one that keeps chunks with their scores where a reader needs those.
+    """
     out: dict[str, tuple[ReusePolicy, frozenset[int]]] = {}
     for policy in policies:
         if policy.reuses:
             builder, layers = out.get(policy.recipe, (policy, frozenset()))
+            builder = policy if policy.needs_scores else builder
             out[policy.recipe] = builder, layers | policy.probe_layers
     return out

@@ -221,6 +221,14 @@ def test_recipes_share_caches_and_unite_probe_layers():
     }
 
 
+def test_caches_are_built_with_scores_where_a_system_reads_them():
+    names = ["naive_reuse", "cacheslide_first", "cacheslide_remember", "cacheslide_first_turn"]
+    [(builder, _)] = recipes(resolve(names)).values()
+    assert builder.needs_scores
+    [(builder, _)] = recipes(resolve([n for n in names if n != "cacheslide_remember"])).values()
+    assert not builder.needs_scores
+
+
 def test_clear_errors(tmp_path):
     with pytest.raises(DataError, match="no data at"):
         read_examples(tmp_path / "hotpotqa-deep.jsonl")

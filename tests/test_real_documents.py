@@ -75,6 +75,7 @@ def test_the_command_fills_files_and_refuses_another_schema(tmp_path):
     path.write_text("| arm | computed |\n| --- | --- |\n| `Nothing recomputed` | 9 |\n")
     main([str(path), "--summary", str(ROOT / SUMMARY)])
     assert path.read_text().splitlines()[2].startswith("| `Nothing recomputed` | 0.")
-    other.write_text('{"schema": "x"}')
-    with pytest.raises(DataError, match="schema 'x'"):
-        main([str(path), "--summary", str(other)])
+    for raw, schema in (('{"schema": "x"}', "'x'"), ("[]", "None")):
+        other.write_text(raw)
+        with pytest.raises(DataError, match=f"schema {schema}"):
+            main([str(path), "--summary", str(other)])

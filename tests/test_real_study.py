@@ -115,6 +115,14 @@ def test_some_lines_may_be_measured_alone_and_join_the_others(config, tmp_path):
     assert sorted(map(len, (s["only"] for s in settings))) == [1, 1, 2]
 
 
+@pytest.mark.parametrize("stage", ["slice", "frontier", "histories", "replay", "layers"])
+def test_a_line_that_the_stage_has_not_is_named_before_anything_is_measured(config, tmp_path, stage):
+    with pytest.raises(ConfigError, match=f"{stage} has neither .*'First token'"):
+        start(config, tmp_path, stage, "--only", NOISE if stage in ("frontier", "histories") else "CacheBlend, by V",
+              "--only", "First token")  # fmt: skip
+    assert not os.listdir(tmp_path)
+
+
 def test_shards_are_parts_of_the_whole(config, tmp_path):
     start(config, tmp_path)
     whole, parts = by_id(tmp_path / "slice-0of1.jsonl"), []

@@ -215,3 +215,16 @@ def test_stores_that_write_once_keep_what_they_have(tmp_path):
     memory.put("b", scored(3))
     assert memory.rescore("a", scored(5).scores) and torch.equal(memory.get("a").scores, scored(5).scores)
     assert {ChunkStore.rescore, ChunkStore.replace}.isdisjoint({MemoryChunkStore.rescore, MemoryChunkStore.replace})
+
+
+def test_a_chunk_that_was_encoded_anew_meanwhile_keeps_its_own_scores(model):
+    """Two requests served from one chunk: the second's KV was compared with what the first has replaced since."""
+    engine, first, second = engine_of(model, max_deviation=0.0), prompt(14, 5), prompt(11, 7)
+    engine.build(prompt(9, 3))
+    one, two = engine.prefill_batch([first, second])
+    assert engine.retain(one, first, 0).encoded > 0
+    anew = {k: engine.store.get(k) for k in engine.plan(first).keys}
+    assert engine.refresh(two) < len(anew)
+    for k, chunk in anew.items():
+        if int(chunk.positions[0]) > 6:  # behind the updated text: encoded in `first`
+            assert torch.equal(engine.store.get(k).scores, chunk.scores)

@@ -17,7 +17,7 @@ from tests.late_copies import LateCopies
 from tests.test_prefill import prompt
 from tests.test_remembering import policy_of
 from tests.test_store_file import chunk
-from tests.test_vllm_scheduler import GEOMETRY
+from tests.test_vllm_scheduler import FIXED_END, GEOMETRY, TURN, finished, request, side, step_output
 
 
 class Written(list):
@@ -128,6 +128,20 @@ def test_a_job_that_may_wait_keeps_to_the_budget_and_ends_when_the_engine_is_idl
     retention.score(policy, plans[0], "later")
     retention.clear()
     assert not retention.pending and not retention.index.scored
+
+
+@pytest.mark.parametrize("encode", ["later", "off"])
+def test_a_request_that_forbids_prefills_has_none_for_scores(encode):
+    """Its history is copied all the same, and is written through at once: no scores are to come."""
+    asked = request(policy="cacheslide_remember", history=FIXED_END, encode=encode)
+    scheduler = side(encode="now")
+    scheduler.arrive(asked)
+    scheduler.claim(asked, 0)
+    scheduler.allocated(asked, 0)
+    scheduler.step(step_output({"r": len(TURN)}, {"r": 0}))
+    assert scheduler.finish(finished(asked, 30), [7, 8, 9])["history"]["from"] == "blocks"
+    [save] = scheduler.retention.history_saves
+    assert save.scored == bool(scheduler.retention.score_jobs) == (encode == "later")
 
 
 def test_the_chain_of_a_job_ends_with_its_last_chunk():

@@ -183,7 +183,7 @@ class ReuseEngine:
         for new in refreshed(self.model, state.found, state.output.selected, state.kv, state.plan.positions):
             key = keys[new.start]
             store = self.corrected if new.chunk.generation and self.corrected is not None else self.store
-            count += store.rescore(key, new.scores)
+            count += store.rescore(key, new.scores, new.chunk)
             if new.mean > self.max_deviation:
                 past.add(key)
         return count, frozenset(past)

@@ -147,7 +147,7 @@ class Contrast:
         None where KV is not finite: no token can be ranked by it.
         """
         start, end = self.rows[number]
-        if self._same(number):
+        if self.same(number, int(own.positions[0])):
             return torch.zeros(end - start)
         kv, positions = self._other()
         other = TokenKV.of_rows(kv, positions, start, end, self.model.device)
@@ -155,20 +155,22 @@ class Contrast:
         scores = remembered_deviation(self.model, here, reference, reduce=self.reduce)
         return scores if bool(scores.isfinite().all()) else None
 
-    def prepare(self) -> None:
-        """Prefill the other context now, if one of the plan's chunks is compared with it."""
-        if not all(map(self._same, range(len(self.rows)))):
-            self._other()
+    def same(self, number: int, position: int) -> bool:
+        """Whether both contexts of a chunk that was encoded from `position` on are one: no updated text before it.
 
-    def _same(self, number: int) -> bool:
-        """Whether the two contexts of a chunk are one: no updated text stands before it."""
-        return self.in_prompt and self.plan.chunks[number].start == self.rows[number][0]
+        It may have been encoded in another prompt than the plan's, so that the plan does not tell.
+        """
+        return self.in_prompt and position == self.rows[number][0]
+
+    def prepare(self) -> None:
+        """Prefill the other context now."""
+        self._other()
 
     def _other(self) -> Context:
         if self.context is None:
             prompt, end = self.plan.prompt, self.rows[-1][1]
             if self.in_prompt:
-                self.context = self.prefill(fixed_text(prompt), range(end), (), slots_between(prompt))
+                self.context = self.prefill(fixed_text(prompt)[:end], range(end), (), slots_between(prompt))
             else:
                 ids, positions = prompt.token_ids[:end], self.plan.positions[:end]
                 self.context = self.prefill(ids, positions, (), slots_in(prompt))

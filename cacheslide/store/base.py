@@ -136,10 +136,11 @@ class ChunkStore(ABC):
     def put(self, key: ChunkKey, chunk: ChunkKV) -> None:
         """Keep the chunk; StoreError when it can never fit."""
 
-    def rescore(self, key: ChunkKey, scores: Tensor) -> bool:
+    def rescore(self, key: ChunkKey, scores: Tensor, of: ChunkKV | None = None) -> bool:
         """Give a chunk in memory other scores, float32 [n], on the host; whether it has them now.
 
-        Files and servers keep the scores that a chunk was written with. StoreError for scores that are not the chunk's.
+        With `of`, the chunk as it was read, nothing is done where the key has other KV by now. Files and servers keep
+        the scores that a chunk was written with. StoreError for scores that are not the chunk's.
         """
         return False
 

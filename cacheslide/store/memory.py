@@ -50,8 +50,11 @@ class MemoryChunkStore(ChunkStore):
         self.stats.puts += 1
         self.stats.bytes_written += chunk.nbytes
 
-    def rescore(self, key: ChunkKey, scores: Tensor) -> bool:
-        return key in self._chunks and self._swap(key, replace(self._chunks[key], scores=scores))
+    def rescore(self, key: ChunkKey, scores: Tensor, of: ChunkKV | None = None) -> bool:
+        held = self._chunks.get(key)
+        if held is None or (of is not None and of.k is not held.k):
+            return False
+        return self._swap(key, replace(held, scores=scores))
 
     def replace(self, key: ChunkKey, chunk: ChunkKV) -> bool:
         return key in self._chunks and self._swap(key, chunk)

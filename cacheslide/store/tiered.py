@@ -190,10 +190,12 @@ class TieredChunkStore(ChunkStore):
                 entry.incoming = None
                 self.table.retire(entry)
 
-    def rescore(self, key: ChunkKey, scores: Tensor) -> bool:
+    def rescore(self, key: ChunkKey, scores: Tensor, of: ChunkKV | None = None) -> bool:
         with self.table.lock:
             entry = self.table.places.get((chunk_name(self.namespace, key), None))
             if entry is None or entry.lost:
+                return False
+            if of is not None and not of.positions.equal(entry.positions):  # it was encoded in another prompt
                 return False
             if why := bad_scores(scores, entry.layout.tokens):
                 raise StoreError(why)

@@ -87,8 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--summary", type=Path, default=SUMMARY)
     args = parser.parse_args(argv)
     summary = read_json(args.summary)
-    if summary.get("schema") != SCHEMA:
-        raise DataError(f"{args.summary}: schema {summary.get('schema')!r}, expected {SCHEMA!r}")
+    schema = summary.get("schema") if isinstance(summary, dict) else None
+    if schema != SCHEMA:
+        raise DataError(f"{args.summary}: schema {schema!r}, expected {SCHEMA!r}")
     for path in args.documents:
         path.write_text(filled(path.read_text(), summary))
 

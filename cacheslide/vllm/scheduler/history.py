@@ -60,7 +60,7 @@ def retain_history(retention, request, tracked: Tracked, block_ids: list[int]) -
         in_place=not tracked.schema,
     )
     if generation is not None:
-        scored = policy.needs_scores and not generation
+        scored = policy.needs_scores and not generation and tracked.encode != "off"
         evict = retention.reserve(missing, 0, generation, scored)
         if evict is None:
             return None

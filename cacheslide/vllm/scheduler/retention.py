@@ -86,8 +86,10 @@ class ChunkRetention:
             self.jobs.append((job, when == "now"))
 
     def score(self, policy: ReusePolicy, plan: Plan, when: str) -> None:
-        """Have the exact chunks of a plan scored that have no scores, where the policy needs them."""
-        if policy.needs_scores and plan.chunks and all(plan.keys != w.job.plan.keys for w in self.score_jobs):
+        """Have the exact chunks of a plan scored that have no scores, where the policy needs them; never when "off"."""
+        if when == "off" or not policy.needs_scores or not plan.chunks:
+            return
+        if all(plan.keys != w.job.plan.keys for w in self.score_jobs):
             self.score_jobs.append(Scoring(ScoreJob(policy.encoding, plan), when == "now"))
 
     def reserve(

@@ -87,6 +87,10 @@ class WorkerStore(MemoryChunkStore):
                 done.synchronize()
         return super().get(key)
 
+    def first_position(self, key: ChunkKey) -> int:
+        """Where a chunk that is here was encoded from; nothing waits for its KV."""
+        return int(self._chunks[key].positions[0])
+
     def settle(self) -> None:
         """Give back what copies that are done needed on the device."""
         if self.copies is not None:

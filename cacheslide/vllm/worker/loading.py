@@ -5,8 +5,10 @@ vLLM. The ranks of tensor parallelism take every step of this together.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+import xxhash
 
 from cacheslide.core.keys import ChunkKey
 from cacheslide.core.prefill_request import PrefillOutput, PrefillRequest
@@ -53,11 +55,28 @@ class Loading:
     def _lend(self) -> Held | None:
         """Chunks by request and number in its plan, those that all ranks have; None where a rank takes no part."""
         held = {(load.req_id, i): self._one(load, i) for load in self.loads for i in range(len(load.reuse))}
+        marks = {at: _mark(chunk) for at, chunk in held.items()} if self._scored else {}
         self.worker.joined = True
         together, *found = self.worker.team.agree([True, *(chunk is not None for chunk in held.values())])
         if not together:
             return None
-        return {at: chunk for (at, chunk), there in zip(held.items(), found, strict=True) if there}
+        held = {at: chunk for (at, chunk), there in zip(held.items(), found, strict=True) if there}
+        return self._agreed(held, marks) if self._scored else held
+
+    @property
+    def _scored(self) -> bool:
+        """Whether scores decide which rows are recomputed, on ranks that may have different ones."""
+        return self.worker.team.group is not None and any(load.correction.needs_scores for load in self.loads)
+
+    def _agreed(self, held: Held, marks: dict[tuple[str, int], int]) -> Held:
+        """The same chunks, without scores where those of the ranks differ.
+
+        Every rank would choose other rows by them, and what is summed over the ranks would be of different tokens. A
+        fault leaves one rank without scores, and so does a record in storage that only one rank has written anew.
+        """
+        alike = self.worker.team.alike([marks[at] for at in held])
+        pairs = zip(held.items(), alike, strict=True)
+        return {at: chunk if same else replace(chunk, scores=None) for (at, chunk), same in pairs}
 
     def _one(self, load: LoadPlan, number: int) -> ChunkKV | None:
         key, chunk = load.reuse[number]
@@ -132,3 +151,10 @@ class Loading:
         said = receipt.as_dict() | {"tokens_prefix_cached": load.start, "measured": True}
         self.worker.report.receipts[load.req_id] = said
         post(self.worker.engine_id, load.req_id, said)
+
+
+def _mark(chunk: ChunkKV | None) -> int:
+    """A number of 63 bits that tells a chunk's scores from others; -1 without any."""
+    if chunk is None or chunk.scores is None:
+        return -1
+    return xxhash.xxh3_64_intdigest(chunk.scores.contiguous().numpy()) >> 1

@@ -43,6 +43,14 @@ class Team:
         torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MIN, group=self.group.cpu_group)
         return [bool(x) for x in said.tolist()]
 
+    def alike(self, numbers: Sequence[int]) -> list[bool]:
+        """Which of `numbers`, of 63 bits and in the same order on each rank, are the same on all; waits as `agree`."""
+        if self.group is None or not numbers:
+            return [True] * len(numbers)
+        both = torch.tensor([list(numbers), [-x for x in numbers]], dtype=torch.int64)
+        torch.distributed.all_reduce(both, op=torch.distributed.ReduceOp.MIN, group=self.group.cpu_group)
+        return (both[0] == -both[1]).tolist()
+
     def summing(self, reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """`reduce` for one sum in a unit of its own: it is done on all ranks, or raises on all of them."""
 
@@ -101,7 +109,7 @@ class TeamPrefill(SelectivePrefill):
 
     def _keep_appointments(self, requests: Sequence[PrefillRequest], sums: list[Tensor | None]) -> None:
         """Take part in the sums that a run over `requests` still has, after those that are done."""
-        hollow = [replace(r, kv=_Nowhere(), source=_Zeros(r, self.model)) for r in requests]
+        hollow = [replace(r, kv=_Nowhere(self.model), source=_Zeros(r, self.model)) for r in requests]
         SelectivePrefill(_Hollow(self.model, self.team.group, sums, self.mlp_rows)).run(hollow)
 
 
@@ -165,7 +173,15 @@ class _Hollow:
 
 
 class _Nowhere:
-    """A KV buffer that keeps nothing."""
+    """A KV buffer that keeps nothing, and holds zeros."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def read(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        model = self.model
+        zeros = torch.zeros(len(rows), model.num_kv_heads, model.head_dim, dtype=model.dtype, device=model.device)
+        return zeros, zeros
 
     def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
         """Nothing is kept."""

@@ -81,6 +81,9 @@ def run(
     if stage == "replay" and not plan.recordings:
         raise ConfigError("replay reads recorded sessions: recordings names no folder")
     backend = ReferenceBackend(plan.model, plan.dtype, device_of(device))
+    known = {name for a in _arms(stage, backend.num_layers, best) for name in (a.line, a.name)}
+    if unknown := sorted(set(only) - known):
+        raise ConfigError(f"{stage} has neither a line nor an arm {shown(unknown[0])}")
     made = builders(plan, backend)
     settings = asdict(plan) | {"stage": stage, "best": best, "only": list(only)}
     settings |= {"model": Path(plan.model).name, "data": [Path(p).name for p in plan.data]}
@@ -120,6 +123,16 @@ def _work(stage: str, plan: RealPlan, made: dict[str, Builder]) -> Iterator[Any]
         yield from (c[at] for c in columns if at < len(c))
 
 
+def _arms(stage: str, num_layers: int, best: dict | None) -> list[systems.Arm]:
+    """All arms of a stage."""
+    if stage == "layers":
+        return systems.candidates(num_layers)
+    if stage == "slice":
+        return systems.slice_arms()
+    arms = {"histories": systems.history_arms, "replay": systems.replay_arms, "frontier": systems.frontier}
+    return arms[stage](best)
+
+
 def _measured(
     stage: str,
     plan: RealPlan,
@@ -129,16 +142,9 @@ def _measured(
     done: set[str],
     only: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
-    if stage == "histories":
-        arms = systems.history_arms(best)
-    elif stage == "replay":
-        arms = systems.replay_arms(best)
-    elif stage == "layers":
-        arms = systems.candidates(backend.num_layers)
-    elif stage == "slice":
-        arms = systems.slice_arms()
-    else:
-        arms = systems.frontier(best) if one.about["number"] < plan.swept else systems.core(best)
+    arms = _arms(stage, backend.num_layers, best)
+    if stage == "frontier" and one.about["number"] >= plan.swept:
+        arms = systems.core(best)
     arms = [a for a in systems.unique(arms) if not only or a.line in only or a.name in only]
     if stage == "histories":
         records = measure_history(backend, one, arms, done, plan.every_turn)

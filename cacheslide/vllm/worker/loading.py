@@ -55,26 +55,26 @@ class Loading:
     def _lend(self) -> Held | None:
         """Chunks by request and number in its plan, those that all ranks have; None where a rank takes no part."""
         held = {(load.req_id, i): self._one(load, i) for load in self.loads for i in range(len(load.reuse))}
-        marks = {at: _mark(chunk) for at, chunk in held.items()} if self._scored else {}
+        digests = {at: _mark(chunk) for at, chunk in held.items()} if self._scored else {}
         self.worker.joined = True
         together, *found = self.worker.team.agree([True, *(chunk is not None for chunk in held.values())])
         if not together:
             return None
         held = {at: chunk for (at, chunk), there in zip(held.items(), found, strict=True) if there}
-        return self._agreed(held, marks) if self._scored else held
+        return self._agreed(held, digests) if self._scored else held
 
     @property
     def _scored(self) -> bool:
         """Whether scores decide which rows are recomputed, on ranks that may have different ones."""
         return self.worker.team.group is not None and any(load.correction.needs_scores for load in self.loads)
 
-    def _agreed(self, held: Held, marks: dict[tuple[str, int], int]) -> Held:
+    def _agreed(self, held: Held, digests: dict[tuple[str, int], int]) -> Held:
         """The same chunks, without scores where those of the ranks differ.
 
         Every rank would choose other rows by them, and what is summed over the ranks would be of different tokens. A
         fault leaves one rank without scores, and so does a record in storage that only one rank has written anew.
         """
-        alike = self.worker.team.alike([marks[at] for at in held])
+        alike = self.worker.team.alike([digests[at] for at in held])
         pairs = zip(held.items(), alike, strict=True)
         return {at: chunk if same else replace(chunk, scores=None) for (at, chunk), same in pairs}
 

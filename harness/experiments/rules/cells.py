@@ -12,6 +12,7 @@ from cacheslide.policies.boundary import BoundaryTokens
 from cacheslide.policies.budget import DeviationBudget
 from cacheslide.policies.first_tokens import FirstTokens
 from cacheslide.policies.none import NoCorrection
+from cacheslide.policies.overlap import OverlapTokens
 from cacheslide.policies.question_aware import QuestionAware
 from cacheslide.policies.registry import load_policy
 from cacheslide.policies.remembered import RememberedDeviation
@@ -43,6 +44,8 @@ def _rules(layers: int) -> Iterator[Cell]:
         "remembered": RememberedDeviation(),
         "remembered + boundary 8": RememberedDeviation(boundary=8),
         "boundary": BoundaryTokens(),
+        "overlap": OverlapTokens(),
+        "overlap, half first": OverlapTokens(lead=0.5),
         "shrinking": ShrinkingTokens(every=2),
     }.items():
         for ratio in RATIOS:

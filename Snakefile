@@ -1,12 +1,9 @@
-import os
-import sys
-
 from snakemake.utils import min_version
 
-min_version("9.20")
+from harness.own_python import first_on_path
 
-# Rules call `python`: the one beside Snakemake, also where its environment is not activated.
-os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
+min_version("9.20")
+first_on_path()  # rules call `python`
 
 
 # Only when none is given: Snakemake merges files, and the keys of this one would show through in another.

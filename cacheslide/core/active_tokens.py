@@ -10,7 +10,6 @@ from torch import Tensor
 from cacheslide.core.prefill_request import PrefillOutput, PrefillRequest
 from cacheslide.core.tensors import send
 from cacheslide.models.adapter import DecoderSteps, RowGroup
-from cacheslide.policies.static import StaticRun
 
 
 class ActiveTokens:
@@ -80,7 +79,7 @@ class ActiveTokens:
 
         A run says so in `static_from`, an attribute that it need not have.
         """
-        if self.run is None or type(self.run) is StaticRun:
+        if self.run is None:
             return 0
         layer = getattr(self.run, "static_from", None)
         return self.model.num_layers if layer is None or self.selecting else layer

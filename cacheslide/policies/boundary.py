@@ -1,14 +1,14 @@
 """The tokens right behind updated text are recomputed, from layer 0: what has changed stands closest to them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cacheslide.core.reused import ReusedTokens
-from cacheslide.policies.deviation import check_ratio, tokens_of_ratio
-from cacheslide.policies.static import StaticCorrection
+from cacheslide.policies.deviation import tokens_of_ratio
+from cacheslide.policies.static import RatioCorrection
 
 
 def apportion(count: int, sizes: Sequence[int]) -> list[int]:
@@ -24,22 +24,13 @@ def apportion(count: int, sizes: Sequence[int]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class BoundaryTokens(StaticCorrection):
+class BoundaryTokens(RatioCorrection):
     """The first tokens of every stretch of reused text behind an update.
 
     Together they are the `recompute_ratio` of all reused tokens, shared out in proportion to the stretches' lengths. A
     stretch goes up to the next update, whatever chunks it is cut into. Text in front of every update stays as it is: a
     ratio that the stretches cannot take up is not used up.
     """
-
-    recompute_ratio: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_ratio("recompute_ratio", self.recompute_ratio)
-
-    def at_ratio(self, ratio: float) -> "BoundaryTokens":
-        """The same rule recomputing `ratio` of the reused tokens."""
-        return replace(self, recompute_ratio=ratio)
 
     def known_before_start(self, reused: ReusedTokens) -> Tensor:
         """Bool [R]."""
@@ -48,8 +39,3 @@ class BoundaryTokens(StaticCorrection):
         for stretch, count in zip(stretches, counts, strict=True):
             chosen[stretch.start : stretch.start + count] = True
         return chosen
-
-    @property
-    def total_ratio(self) -> float:
-        """See `Correction.total_ratio`."""
-        return self.recompute_ratio

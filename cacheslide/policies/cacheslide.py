@@ -1,5 +1,7 @@
 """CacheSlide: fixed-chain keys, delta rotation, WCA; a CoPE model rotates by angle 0 and takes the same policies."""
 
+from dataclasses import replace
+
 from cacheslide.core.keys import FixedChainKeying
 from cacheslide.core.placement import Placement
 from cacheslide.policies.base import ReusePolicy
@@ -52,23 +54,16 @@ def promoting() -> ReusePolicy:
 
 def first_tokens() -> ReusePolicy:
     """First-turn encoding; the first tenth of the reused text is recomputed from layer 0, without a selection layer."""
-    return ReusePolicy(
-        "cacheslide_first",
-        "CacheSlide, first tokens",
-        keying=FixedChainKeying(),
-        encoding=InPrompt(),
-        placement=Placement("delta"),
-        correction=FirstTokens(0.10),
+    return replace(
+        first_turn(), name="cacheslide_first", title="CacheSlide, first tokens", correction=FirstTokens(0.10)
     )
 
 
 def remembering() -> ReusePolicy:
     """First-turn encoding; the tenth of the reused text that was remembered to deviate most is recomputed."""
-    return ReusePolicy(
-        "cacheslide_remember",
-        "CacheSlide, remembered deviation",
-        keying=FixedChainKeying(),
-        encoding=InPrompt(),
-        placement=Placement("delta"),
+    return replace(
+        first_turn(),
+        name="cacheslide_remember",
+        title="CacheSlide, remembered deviation",
         correction=RememberedDeviation(0.10),
     )

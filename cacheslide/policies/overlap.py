@@ -4,7 +4,7 @@ What an update changes in fixed text is, above all, what both mention: a name in
 of it. Which tokens these are follows from the ids alone, before anything is computed.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,11 +12,11 @@ from torch import Tensor
 from cacheslide.core.reused import ReusedTokens
 from cacheslide.errors import PolicyError
 from cacheslide.policies.deviation import check_ratio, tokens_of_ratio, top_rows
-from cacheslide.policies.static import StaticCorrection
+from cacheslide.policies.static import RatioCorrection
 
 
 @dataclass(frozen=True)
-class OverlapTokens(StaticCorrection):
+class OverlapTokens(RatioCorrection):
     """The `recompute_ratio` of reused tokens of the highest overlap with the tokens that are not reused.
 
     A reused token whose id stands in the updated text too weighs one over the times that the id stands in the reused
@@ -26,19 +26,14 @@ class OverlapTokens(StaticCorrection):
     whatever they say.
     """
 
-    recompute_ratio: float = 0.1
     decay: float = 0.95
     lead: float = 0.0
 
     def __post_init__(self) -> None:
-        check_ratio("recompute_ratio", self.recompute_ratio)
+        super().__post_init__()
         check_ratio("lead", self.lead)
         if not 0 <= self.decay < 1:
             raise PolicyError(f"decay must lie in [0, 1), not {self.decay}")
-
-    def at_ratio(self, ratio: float) -> "OverlapTokens":
-        """The same rule recomputing `ratio` of the reused tokens."""
-        return replace(self, recompute_ratio=ratio)
 
     def known_before_start(self, reused: ReusedTokens) -> Tensor:
         """Bool [R]."""
@@ -65,8 +60,3 @@ class OverlapTokens(StaticCorrection):
             carried = carried * self.decay + weight
             out.append(carried)
         return torch.tensor(out, dtype=torch.float64)
-
-    @property
-    def total_ratio(self) -> float:
-        """See `Correction.total_ratio`."""
-        return self.recompute_ratio

@@ -15,14 +15,14 @@ from torch import Tensor
 from cacheslide.core.reused import ReusedTokens
 from cacheslide.errors import PolicyError
 from cacheslide.models.adapter import RowGroup
-from cacheslide.policies.deviation import check_ratio, tokens_of_ratio, top_rows
-from cacheslide.policies.static import StaticCorrection, StaticRun
+from cacheslide.policies.deviation import tokens_of_ratio, top_rows
+from cacheslide.policies.static import RatioCorrection, StaticRun
 
 QUESTION = 64  # its last tokens are asked, at most so many
 
 
 @dataclass(frozen=True)
-class QuestionAware(StaticCorrection):
+class QuestionAware(RatioCorrection):
     """The `recompute_ratio` of a prompt's reused tokens that the question's tokens attend to most at `layer`.
 
     A token's mass is its attention weight, summed over the question's last `QUESTION` tokens and over all heads. The
@@ -32,17 +32,12 @@ class QuestionAware(StaticCorrection):
     chunks by itself: there the first tokens are recomputed.
     """
 
-    recompute_ratio: float = 0.1
     layer: int = 5
 
     def __post_init__(self) -> None:
-        check_ratio("recompute_ratio", self.recompute_ratio)
+        super().__post_init__()
         if self.layer < 0:
             raise PolicyError(f"layer must be at least 0, not {self.layer}")
-
-    def at_ratio(self, ratio: float) -> "QuestionAware":
-        """The same rule recomputing `ratio` of the reused tokens."""
-        return replace(self, recompute_ratio=ratio)
 
     def at_layer(self, layer: int) -> "QuestionAware":
         """The same rule asking at `layer`."""
@@ -52,11 +47,6 @@ class QuestionAware(StaticCorrection):
     def selection_layer(self) -> int:
         """The layer at which the question is asked; recomputed tokens begin at layer 0 all the same."""
         return self.layer
-
-    @property
-    def total_ratio(self) -> float:
-        """See `Correction.total_ratio`."""
-        return self.recompute_ratio
 
     def check(self, name: str, layers: int) -> None:
         """See `Correction.check`."""
@@ -89,6 +79,8 @@ class QuestionRun(StaticRun):
 
     At `layer` itself, where only their attention to keys is computed, they are counted as in a whole layer.
     """
+
+    static_from = None  # it counts layer by layer
 
     def __init__(self, tokens, layer: int, passes: int) -> None:
         self.tokens, self.layer, self.passes = tokens, layer, passes

@@ -4,15 +4,15 @@ Whoever computed a chunk's KV a second time, in another turn, has seen how far e
 makes the choice free: no layer is computed in full only to compare.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cacheslide.core.reused import ReusedTokens
 from cacheslide.errors import PolicyError
-from cacheslide.policies.deviation import check_ratio, tokens_of_ratio, top_rows
-from cacheslide.policies.static import StaticCorrection
+from cacheslide.policies.deviation import tokens_of_ratio, top_rows
+from cacheslide.policies.static import RatioCorrection
 
 
 def choose_by_score(scores: Tensor, count: int) -> Tensor:
@@ -31,24 +31,19 @@ def choose_by_score(scores: Tensor, count: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RememberedDeviation(StaticCorrection):
+class RememberedDeviation(RatioCorrection):
     """The `recompute_ratio` of a prompt's reused tokens of the highest remembered deviation.
 
     Inside the ratio, the first `boundary` tokens behind each update come before all others, those closest to their
     update first. Where no chunk remembers anything, the rule is `FirstTokens`.
     """
 
-    recompute_ratio: float = 0.1
     boundary: int = 0
 
     def __post_init__(self) -> None:
-        check_ratio("recompute_ratio", self.recompute_ratio)
+        super().__post_init__()
         if self.boundary < 0:
             raise PolicyError(f"boundary must be at least 0 tokens, not {self.boundary}")
-
-    def at_ratio(self, ratio: float) -> "RememberedDeviation":
-        """The same rule recomputing `ratio` of the reused tokens."""
-        return replace(self, recompute_ratio=ratio)
 
     def known_before_start(self, reused: ReusedTokens) -> Tensor:
         """Bool [R]."""
@@ -59,11 +54,6 @@ class RememberedDeviation(StaticCorrection):
         others = (~chosen).nonzero()[:, 0]
         chosen[others] = choose_by_score(reused.remembered[others], count - len(closest))
         return chosen
-
-    @property
-    def total_ratio(self) -> float:
-        """See `Correction.total_ratio`."""
-        return self.recompute_ratio
 
     @property
     def needs_scores(self) -> bool:

@@ -1,6 +1,6 @@
 """A set of recomputed tokens that shrinks with depth: what deviates least has converged, and leaves."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,11 +9,11 @@ from cacheslide.core.reused import ReusedTokens
 from cacheslide.errors import PolicyError
 from cacheslide.policies.deviation import check_ratio, tokens_of_ratio, top_rows
 from cacheslide.policies.remembered import RememberedDeviation
-from cacheslide.policies.static import StaticCorrection
+from cacheslide.policies.static import RatioCorrection
 
 
 @dataclass(frozen=True)
-class ShrinkingTokens(StaticCorrection):
+class ShrinkingTokens(RatioCorrection):
     """From layer 0 on `recompute_ratio` of the reused tokens; every `every` layers half of them leave.
 
     The first set is that of `RememberedDeviation`. Those leave whose fresh K deviates least from the cached one at that
@@ -26,14 +26,10 @@ class ShrinkingTokens(StaticCorrection):
     every: int = 4
 
     def __post_init__(self) -> None:
-        check_ratio("recompute_ratio", self.recompute_ratio)
+        super().__post_init__()
         check_ratio("floor", self.floor)
         if self.every < 1:
             raise PolicyError(f"every must be at least 1 layer, not {self.every}")
-
-    def at_ratio(self, ratio: float) -> "ShrinkingTokens":
-        """The same rule beginning with `ratio` of the reused tokens."""
-        return replace(self, recompute_ratio=ratio)
 
     def count(self, layer: int, first: int) -> int:
         """Tokens recomputed in `layer`, of `first` in layer 0."""

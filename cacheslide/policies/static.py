@@ -1,13 +1,17 @@
-"""Corrections whose tokens are known before a request starts, from the lengths of its chunks alone."""
+"""Corrections whose tokens are known before a request starts."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from torch import Tensor
+
+from cacheslide.policies.deviation import check_ratio
 
 
 class StaticRun:
     """Nothing happens on the way: the active tokens stay the same from the first layer to the last."""
+
+    static_from: int | None = 0  # see `ActiveTokens.static_from`: a run that inherits this and acts says until when
 
     def enter(self, layer: int, *states: Tensor) -> tuple[Tensor, ...]:
         """See `CorrectionRun.enter`."""
@@ -61,3 +65,28 @@ class StaticCorrection:
     def begin(self, tokens: Any) -> StaticRun:
         """See `Correction.begin`."""
         return StaticRun()
+
+
+@dataclass(frozen=True)
+class RatioCorrection(StaticCorrection):
+    """Such a rule that recomputes a share of the reused tokens; a rule adds `known_before_start`.
+
+    Attributes
+    ----------
+    recompute_ratio : float
+        In [0, 1]; PolicyError outside of it.
+    """
+
+    recompute_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_ratio("recompute_ratio", self.recompute_ratio)
+
+    def at_ratio(self, ratio: float) -> Self:
+        """The same rule recomputing `ratio` of the reused tokens."""
+        return replace(self, recompute_ratio=ratio)
+
+    @property
+    def total_ratio(self) -> float:
+        """See `Correction.total_ratio`."""
+        return self.recompute_ratio

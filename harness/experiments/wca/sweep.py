@@ -66,12 +66,13 @@ def open_backend(job: Job) -> ReferenceBackend:
 def measure(backend: ReferenceBackend, example: TaskExample, todo: Sequence[Cell]) -> Iterator[dict[str, Any]]:
     """One record a cell, from chunk caches of the turn before that no other prompt or kind of cache shares."""
     captured = frozenset().union(*(c.capture for c in todo))
+    before = backend.prompt(example.previous)
     stores: dict[tuple[bool, bool], MemoryChunkStore] = defaultdict(MemoryChunkStore)
     for cell in todo:
-        inputs, remembers = bool(cell.capture), cell.policy.correction.needs_scores
+        inputs, remembers = bool(cell.capture), cell.policy.needs_scores
         store = stores[inputs, remembers]  # chunks with layer inputs, and with scores, have stores of their own
         engine = backend.engine(cell.policy, store, EngineSettings(), captured if inputs else frozenset())
-        engine.build(backend.prompt(example.previous))
+        engine.build(before)
         answers, receipts = answered(backend, engine, example, cell.asks)
         found, columns = question_records(example, answers), ("f1", "depth", "volatile")
         receipt = receipts[0]

@@ -21,6 +21,7 @@ from cacheslide.vllm.scheduler.metrics import ReuseMetrics, ReuseStats
 from cacheslide.vllm.scheduler.setbacks import check_claim, finish_anyhow, give_up, unplanned
 from cacheslide.vllm.scheduler.side import SchedulerSide
 from cacheslide.vllm.support import check, check_place, check_spans
+from cacheslide.vllm.worker import early_start
 from cacheslide.vllm.worker.side import WorkerSide
 
 
@@ -43,7 +44,9 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
             recovery.install()
         else:
             self.worker = WorkerSide(vllm_config, options)
+            early_start.install()
         self.faults = (self.scheduler or self.worker).faults
+        self._begun: StepPlan | None = None  # the step whose loads began before vLLM asked for them
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -136,8 +139,16 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
         """At the start: what fails here stops the server, with its reason."""
         self.worker.attach()
 
+    def begin_loads(self, step: StepPlan) -> None:
+        """Do what vLLM asks for later in this step, when its inputs are ready (`worker/early_start.py`)."""
+        self.bind_connector_metadata(step)
+        self.start_load_kv(None)
+        self._begun = step
+
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
+        if connector_metadata is self._begun:
+            return
         self.worker.loads.begin(connector_metadata)  # before anything else can fail
         self._begin(connector_metadata)  # the one hook that always comes before the forward
 
@@ -150,7 +161,9 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
 
     @survives("start_load_kv", _load_nothing)
     def start_load_kv(self, forward_context, **kwargs: Any) -> None:
-        self.worker.load(self._get_connector_metadata())
+        step = self._get_connector_metadata()
+        if step is not self._begun:
+            self.worker.load(step)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Rows are complete before the forward starts."""

@@ -1,19 +1,20 @@
 """Where a request's time goes inside vLLM: `python -m harness.experiments.serving.engine_profile --out FILE`.
 
-Profiles one plain and one annotated request of the same length with PyTorch's profiler, in a process of its own with
-the engine inside, and writes kernels by device time, operators by host time, and the host time of the worker's call.
+Requests of one length, plain and annotated, in a process with the engine inside: when each of their parts ran on the
+host and on the device (`timeline.py`), then one more with PyTorch's profiler, kernels by device time and operators by
+host time.
 """
 
 import argparse
 import json
 import os
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from harness.experiments.serving.arms import add_arguments, arms
 from harness.experiments.serving.engine_ttft import SHAPES, Prompts, fill, once, shaped
+from harness.experiments.serving.timeline import Timeline, medians
 from harness.quiet import Watch
 from harness.step import command
 
@@ -43,11 +44,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_arguments(p, [0.26])
     p.add_argument("--store", choices=["model", "cpu"], default="model")
     p.add_argument("--eager", action="store_true")
+    p.add_argument("--repeats", type=int, default=8)
     args = p.parse_args(argv)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import torch
 
-    from cacheslide.vllm.offline import close_engine, open_engine, worker_of
+    from cacheslide.vllm.offline import close_engine, open_engine
 
     engine = open_engine(
         str(shaped(args.shape, Path(tempfile.mkdtemp()))),
@@ -59,41 +61,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         enforce_eager=args.eager,
         max_num_batched_tokens=16384,
     )
-    worker, spent = worker_of(), []
-    load = worker.load
-
-    def timed(step) -> None:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        started = time.perf_counter()
-        events[0].record()
-        load(step)
-        events[1].record()
-        if step.loads:
-            spent.append((started, time.perf_counter(), events))
-
-    worker.load = timed
     prompts = Prompts(args.tokens, 31000)
     fill(engine, prompts, args.systems)
     found = {}
     for system in ("recompute", *arms(args)):
         for _ in range(3):
             once(engine, prompts, system, 1)
-        ttft, parts, watch = [], [], Watch()
-        for _ in range(5):
-            spent.clear()
-            asked = time.perf_counter()
-            ttft.append(1e3 * once(engine, prompts, system, 1)["ttft"][0])
-            torch.cuda.synchronize()
-            for started, ended, events in spent:
-                device = events[0].elapsed_time(events[1])
-                parts.append(
-                    {"before_ms": 1e3 * (started - asked), "host_ms": 1e3 * (ended - started), "device_ms": device}
-                )
-        found[system] = {"ttft_ms": ttft, "worker": parts, "quiet": watch.lap()}
+        ttft, requests, watch, timeline = [], [], Watch(), Timeline()
+        for _ in range(args.repeats):
+            with timeline.measuring():
+                ttft.append(1e3 * once(engine, prompts, system, 1)["ttft"][0])
+            requests.append(timeline.calls)
+        found[system] = {"ttft_ms": ttft, "timeline": medians(requests), "quiet": watch.lap()}
         found[system] |= profiled(lambda system=system: (once(engine, prompts, system, 1), torch.cuda.synchronize()))
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
-        print(system, ttft, parts, "device", found[system]["device_us"] / 1e3, flush=True)
+        print(system, ttft, "device", found[system]["device_us"] / 1e3, flush=True)
+        for line in found[system]["timeline"]:
+            print("  ", line, flush=True)
         for name, count, us in found[system]["kernels"][:18]:
             print(f"  {us / 1e3:8.2f} ms {count:5d}  {name}", flush=True)
     close_engine(engine)

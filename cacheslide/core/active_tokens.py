@@ -4,11 +4,13 @@ What changes the set is the correction's own affair (`policies/`). This file hol
 tokens, and places cached KV under those at rest.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from cacheslide.core.prefill_request import PrefillOutput, PrefillRequest
-from cacheslide.core.tensors import send
+from cacheslide.core.tensors import send, send_together
 from cacheslide.models.adapter import DecoderSteps, RowGroup
 
 
@@ -31,39 +33,67 @@ class ActiveTokens:
         self.request, self.model = request, model
         rows, device = len(request.token_ids), request.token_ids.device
         self.reused = request.reused
-        self.live = torch.ones(rows, dtype=torch.bool, device=device)
-        self.live.index_fill_(0, self.reused, False)  # assigning a number would wait for the device
         self.mask = torch.zeros(len(self.reused), dtype=torch.bool, device=device)
         self.chosen = self.reused[:0]
-        rule, count = request.correction, 0
         self.selecting = False
+        rule = request.correction
         if len(self.reused):
             rule.check("the correction", model.num_layers)
-            if (known := rule.known_before_start(request.runs)) is not None:
-                self.mask, count = send(known, device), int(known.sum())
-            elif (chosen := rule.choose(request, model)) is not None:
-                self.mask.index_fill_(0, chosen, True)
-                count = len(chosen)
-            else:
-                self.selecting = True
-        if self.selecting:
-            self._activate(torch.arange(rows, device=device))
+            self._begin(known=rule.known_before_start(request.runs))
         else:
-            self.activate_chosen(count)
+            self.activate_chosen(0)
         self.output = PrefillOutput(rows, [], self.reused[:0], {}, {}, self.active)
         self.run = rule.begin(self) if len(self.reused) else None
 
-    def _activate(self, active: Tensor) -> None:
+    @cached_property
+    def live(self) -> Tensor:
+        """Bool [T]: local rows without cached KV."""
+        live = torch.ones(len(self.request.token_ids), dtype=torch.bool, device=self.reused.device)
+        return live.index_fill_(0, self.reused, False)  # assigning a number would wait for the device
+
+    def _begin(self, known: Tensor | None) -> None:
+        """Make the first rows active; `known` [R], on the host, is the correction's mask if it has one."""
+        request = self.request
+        if known is not None:
+            self._activate_known(known)
+        elif (chosen := request.correction.choose(request, self.model)) is not None:
+            self.mask.index_fill_(0, chosen, True)
+            self.activate_chosen(len(chosen))
+        else:
+            self.selecting = True
+            active = torch.arange(len(request.token_ids), device=self.reused.device)
+            self._activate(active, active + request.start)
+
+    def _activate(self, active: Tensor, at: Tensor) -> None:
+        """Local rows `active`, which are rows `at` of the request's KV."""
         self.active = active
         self.active_positions = self.request.positions[active]
-        self.group = RowGroup(self.request.kv, active + self.request.start)
+        self.group = RowGroup(self.request.kv, at)
+
+    def _activate_known(self, known: Tensor) -> None:
+        """`activate_chosen`, given the mask on the host: what follows from it is made there and sent at once.
+
+        On the device the same is some thirty launches, each longer on the host than its work.
+        """
+        request, rows = self.request, self.request.reused_on_host
+        self.mask = send(known, self.reused.device)
+        if rows is None:
+            self.activate_chosen(int(known.sum()))
+            return
+        everyone = torch.ones(len(request.token_ids), dtype=torch.bool)
+        everyone[rows] = known
+        active, chosen, resting = (mask.nonzero()[:, 0] for mask in (everyone, known, ~known))
+        parts = active, active + request.start, chosen, resting, rows[resting] + request.start
+        active, at, self.chosen, self.resting, self.resting_rows = send_together(parts, self.reused.device)
+        self._activate(active, at)
 
     def activate_chosen(self, count: int) -> None:
         """The live rows and the `count` reused rows set in `mask` become the active ones."""
         self.selecting = False
         everyone = self.live.clone()
         everyone[self.reused] = self.mask
-        self._activate(_where(everyone, len(everyone) - len(self.reused) + count))
+        active = _where(everyone, len(everyone) - len(self.reused) + count)
+        self._activate(active, active + self.request.start)
         self.chosen = _where(self.mask, count)  # indices into `reused`
         self.resting = _where(~self.mask, len(self.mask) - count)  # likewise
         self.resting_rows = self.reused[self.resting] + self.request.start

@@ -7,11 +7,11 @@ them is never served under another.
 """
 
 import hashlib
+import sys
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
-
-import numpy as np
 
 from cacheslide.core.prompt import Chunk, Prompt, Role
 
@@ -28,7 +28,11 @@ def _digest(*parts: bytes) -> bytes:
 
 
 def _ids(token_ids: Sequence[int]) -> bytes:
-    return np.asarray(token_ids, dtype="<u4").tobytes()
+    """Four bytes an id, the lowest first; numpy takes four times as long to read a tuple."""
+    numbers = array("I", token_ids)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tobytes()
 
 
 @dataclass(frozen=True)

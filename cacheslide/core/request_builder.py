@@ -12,7 +12,7 @@ from cacheslide.core.prefill_request import KVSource, PrefillRequest
 from cacheslide.core.prompt import Chunk
 from cacheslide.core.receipt import Receipt
 from cacheslide.core.reused import ReusedTokens
-from cacheslide.core.tensors import send, tensor_of
+from cacheslide.core.tensors import send_together, tensor_of
 from cacheslide.models.adapter import KVBuffer, ModelAdapter
 from cacheslide.policies.base import Correction
 from cacheslide.policies.none import NoCorrection
@@ -131,8 +131,8 @@ class RequestBuilder:
                 placement, shift = Placement("stored"), 0
             source = self.source(found.pieces, where[rows], placement, shift, correction)
         runs = replace(found.runs, token_ids=token_ids)
-        ids, where, rows = (send(x, model.device) for x in (tensor_of(token_ids), where, rows))
-        return PrefillRequest(ids, where, kv, rows, source, correction, runs, start)
+        ids, where, sent = send_together((tensor_of(token_ids), where, rows), model.device)
+        return PrefillRequest(ids, where, kv, sent, source, correction, runs, start, rows)
 
     def source(
         self, pieces: Sequence[Piece], target: Tensor, placement: Placement, shift: int, correction: Correction

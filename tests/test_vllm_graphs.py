@@ -1,7 +1,7 @@
 """Replayed layers on the CPU, where "recording" a layer is doing it again: sizes, padding, and what is not replayed."""
 
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -277,3 +277,27 @@ def test_rows_of_one_size_share_the_memory_of_all(served):
     assert whole.slots[:4].tolist() == [*kv.slots[[3, 17, 39]].tolist(), -1]
     assert whole.table[0, :5].tolist() == kv.table.tolist() and whole.positions[:4].tolist() == [5, 6, 7, 0]
     assert whole.hidden[:3].eq(1).all() and whole.hidden[3:].eq(0).all()
+
+
+def test_a_size_that_was_met_is_recorded_when_the_engine_is_idle(served):
+    served.running = nullcontext
+    graphs, recorder = graphed(served)
+    executor = SelectivePrefill(served, graphs)
+    assert not graphs.record_waiting(idle=True)
+    for rules in ([FirstTokens(0.3)], [FirstTokens(0.3), NoCorrection()]):
+        executor.run(requests(served, rules))
+    first, second = graphs.waiting
+    assert graphs.record_waiting(idle=False) and not recorder.recorded
+    assert graphs.record_waiting(idle=True) and list(graphs.recorded) == [first]
+    assert not graphs.record_waiting(idle=True) and list(graphs.recorded) == [first, second]
+    assert not graphs.replayed
+    executor.run(requests(served, [FirstTokens(0.3)]))
+    assert graphs.replayed == 1 and recorder.recorded == 10
+
+
+def test_a_size_that_cannot_be_recorded_waits_no_more(served):
+    served.running = nullcontext
+    graphs, recorder = graphed(served)
+    SelectivePrefill(served, graphs).run(requests(served, [FirstTokens(0.3)]))
+    recorder.fails = True
+    assert not graphs.record_waiting(idle=True) and not graphs.recorded and len(graphs.failed) == 1

@@ -328,3 +328,16 @@ def test_receipts_become_counters():
         ("cacheslide:fallbacks", "m", "not_stored"): 1,
         ("cacheslide:fallbacks", "m", "refused"): 1,
     }
+
+
+def test_an_idle_engine_steps_while_workers_wait_for_a_step_without_a_forward():
+    connector = CacheSlideConnector.__new__(CacheSlideConnector)
+    connector.scheduler = scheduler = side()
+    connector.faults = scheduler.faults
+    assert not connector.has_pending_push_work()
+    report = WorkerReport().aggregate(WorkerReport(wants_idle=True))
+    assert report
+    scheduler.on_worker_report(report)
+    scheduler.step(step_output({"r": 5}, {}))  # a step with a forward serves nobody who waits for another kind
+    assert connector.has_pending_push_work()
+    assert scheduler.step(step_output({}, {})).idle and not connector.has_pending_push_work()

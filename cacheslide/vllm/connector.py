@@ -107,8 +107,8 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
 
     @survives("has_pending_push_work", last=False)
     def has_pending_push_work(self) -> bool:
-        """Keeps an idle engine stepping while chunks wait to be encoded or copied."""
-        return self.scheduler.retention.pending
+        """Keeps an idle engine stepping while chunks wait to be encoded or copied, or layers to be recorded."""
+        return self.scheduler.retention.pending or self.scheduler.workers_wait
 
     @survives("get_kv_connector_stats")
     def get_kv_connector_stats(self) -> ReuseStats | None:

@@ -162,7 +162,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     """Receipts by request, chunks that a worker was asked for but did not hold, and how reads from storage tiers ended.
 
     `loaded` has one entry a rank, `failed` the ticket and one reason. `unsettled`: the chunks are to be compared with
-    the index once more.
+    the index once more. `wants_idle`: there is work that waits for a step without a forward.
     """
 
     receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -170,6 +170,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     loaded: dict[ChunkKey, list[ChunkLoaded]] = field(default_factory=dict)
     failed: dict[ChunkKey, tuple[int, str]] = field(default_factory=dict)
     unsettled: bool = False
+    wants_idle: bool = False
 
     def aggregate(self, other: "WorkerReport") -> "WorkerReport":
         """All ranks do the same work on the same rows: one receipt stands for all."""
@@ -177,7 +178,9 @@ class WorkerReport(KVConnectorWorkerMetadata):
         loaded = {k: self.loaded.get(k, []) + other.loaded.get(k, []) for k in keys}
         missing = self.missing | other.missing
         unsettled = self.unsettled or other.unsettled
-        return WorkerReport(other.receipts | self.receipts, missing, loaded, other.failed | self.failed, unsettled)
+        wants_idle = self.wants_idle or other.wants_idle
+        failed = other.failed | self.failed
+        return WorkerReport(other.receipts | self.receipts, missing, loaded, failed, unsettled, wants_idle)
 
     def __bool__(self) -> bool:
-        return bool(self.receipts or self.missing or self.loaded or self.failed or self.unsettled)
+        return any((self.receipts, self.missing, self.loaded, self.failed, self.unsettled, self.wants_idle))

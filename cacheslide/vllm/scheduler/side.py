@@ -45,6 +45,7 @@ class SchedulerSide:
         self.claims = Claims(self.block_size)
         self.tokens_planned = 0  # claimed in the step being scheduled
         self.forget = False
+        self.workers_wait = False  # they have work for an idle step
         self.off = ""  # why nothing is reused
 
     # --- a request's way -------------------------------------------------------------------------------------------
@@ -179,6 +180,7 @@ class SchedulerSide:
         step.forget, self.forget, self.tokens_planned = self.forget, False, 0
         step.history_saves, self.retention.history_saves = self.retention.history_saves, []
         step.idle = not output.num_scheduled_tokens
+        self.workers_wait &= not step.idle  # if this step was not enough, they say so again
         waited = len(self.retention.jobs)
         for req_id in [r for r in self.prefilling if r in output.num_scheduled_tokens]:
             try:
@@ -238,6 +240,7 @@ class SchedulerSide:
                 self.tracked[req_id].receipt = receipt
             self.box.pop(req_id, None)
         self.retention.unsettled |= report.unsettled
+        self.workers_wait |= report.wants_idle
         for key in report.missing:
             self.index.discard(key)
             self.retention.unsettled = True  # other ranks may hold it

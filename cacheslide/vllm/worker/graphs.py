@@ -5,8 +5,9 @@ all layers would save thirty launches of ten microseconds more, but then cached 
 between two layers the loop goes on as ever, so that rows are placed, and those in host memory waited for on the device,
 where they always were. It also lets a rule with a selection layer replay the layers behind it.
 
-A size is recorded when it is met for the second time, since recording takes as long as a run or two, and many a size
-never comes again. What cannot be replayed runs as `StaticPrefill` does, and is counted by reason.
+Recording takes as long as a run or two, and many a size never comes again: a size that was met is recorded when the
+engine is idle, or when it is met for the second time. What cannot be replayed runs as `StaticPrefill` does, and is
+counted by reason.
 """
 
 import gc
@@ -157,6 +158,7 @@ class GraphedPrefill(StaticPrefill):
 
     def _empty(self) -> None:
         self.recorded: dict[Size, LayerGraphs] = {}
+        self.waiting: dict[Size, None] = {}  # met and not recorded, in that order
         self.met, self.failed, self.nbytes = Counter(), set(), 0
 
     def _layers(self, states: Sequence[ActiveTokens], hidden: Tensor, first: int) -> Tensor:
@@ -190,8 +192,19 @@ class GraphedPrefill(StaticPrefill):
         if len(self.recorded) >= MOST_SIZES:
             return "too many sizes"
         if self.met[size] < RECORD_AT:
+            self.waiting[size] = None
             return "first of its size"
         return self._record(size)
+
+    def record_waiting(self, idle: bool) -> bool:
+        """At a step's end: record a size that waits, if the step is `idle`; whether more are waiting.
+
+        One a step, since a request may come any moment.
+        """
+        if idle and self.waiting:
+            with self.model.running():
+                self._record(next(iter(self.waiting)))
+        return bool(self.waiting)
 
     def _unfit(self, states: Sequence[ActiveTokens]) -> str | None:
         model, groups = self.model, [s.group for s in states]
@@ -211,6 +224,7 @@ class GraphedPrefill(StaticPrefill):
 
     def _record(self, size: Size) -> LayerGraphs | str:
         model, started = self.model, time.perf_counter()
+        self.waiting.pop(size, None)
         try:
             if self.recorder is None:
                 self.recorder = self.make_recorder()

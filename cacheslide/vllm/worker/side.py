@@ -233,6 +233,8 @@ class WorkerSide:
                     self._not_encoded(part)
         for job in step.scores:
             Scorer(self).run(job)
+        if self.graphs is not None:
+            self.report.wants_idle = self.graphs.record_waiting(step.idle)
 
     def encode_nothing(self, step: StepPlan) -> None:
         """In place of `encode`: other ranks do not wait for this one, and what the index names is not here."""

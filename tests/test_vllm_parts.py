@@ -1,6 +1,7 @@
 """The connector's parts without an engine: options, annotations, store and index, block hashes, attention, `serve`."""
 
 import argparse
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -163,7 +164,7 @@ class HashedRequest:
     def chain(request) -> list[bytes]:
         out, parent = [], request.block_hashes[-1] if request.block_hashes else b"root"
         for i in range(len(request.block_hashes), len(request.tokens) // 2):
-            parent = repr((parent, request.tokens[2 * i : 2 * i + 2])).encode()
+            parent = hashlib.sha256(repr((parent, request.tokens[2 * i : 2 * i + 2])).encode()).digest()
             out.append(parent)
         return out
 

@@ -7,8 +7,9 @@ blocks again after a preemption, and requests of one family (`beam_groups.py`), 
 
 import hashlib
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 from vllm.v1.request import RequestStatus
 
 
@@ -19,12 +20,21 @@ class _ApartHasher:
         self.plain, self.first, self.salt = plain, first, salt
 
     def __call__(self, request) -> list[bytes]:
-        at = len(request.block_hashes)
-        return [plain if at + i < self.first else self.own(plain) for i, plain in enumerate(self.plain(request))]
+        shared = max(0, self.first - len(request.block_hashes))
+        plain = self.plain(request)
+        return [*plain[:shared], *self.own(plain[shared:])]
 
-    def own(self, plain: bytes) -> bytes:
-        """The hash that takes the place of `plain`."""
-        return hashlib.sha256(plain + self.salt).digest()
+    def own(self, plain: Sequence[bytes]) -> list[bytes]:
+        """The hashes that take the places of `plain` ones: each differs by a mask that is made of the secret.
+
+        To meet another request's hash so, one would have to know the mask or invert the hash.
+        """
+        if not plain:
+            return []
+        width = len(plain[0])
+        mask = np.frombuffer(hashlib.shake_256(self.salt).digest(width), np.uint8)
+        masked = (np.frombuffer(b"".join(plain), np.uint8).reshape(-1, width) ^ mask).tobytes()
+        return [masked[at : at + width] for at in range(0, len(masked), width)]
 
 
 def new_secret() -> bytes:
@@ -48,7 +58,7 @@ def key_apart(request, first: int, secret: bytes | None = None) -> None:
         request.block_hashes.clear()
         request.update_block_hashes()
     request._block_hasher = apart = _ApartHasher(hasher, first, secret or new_secret())
-    request.block_hashes[first:] = [apart.own(plain) for plain in request.block_hashes[first:]]
+    request.block_hashes[first:] = apart.own(request.block_hashes[first:])
 
 
 def shares_unfilled_blocks(request, hits: int, running: Iterable, block_size: int) -> bool:

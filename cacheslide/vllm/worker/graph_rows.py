@@ -33,13 +33,13 @@ class Size:
 def size_for(rows: int, requests: int, blocks: int, most_blocks: int) -> Size | None:
     """The smallest size that holds a run; None where none does.
 
-    Rows are rounded up by at most a quarter, since what is padded is computed. A table's width bounds the keys of a
+    Rows are rounded up by at most an eighth, since what is padded is computed. A table's width bounds the keys of a
     request, and with them the division of attention's work: it is rounded up by at most a half.
     """
     if not 0 < rows <= MOST_ROWS or requests > REQUESTS[-1] or blocks > most_blocks:
         return None
     wide = min(_rounded(blocks, _LEAST_BLOCKS, 2), most_blocks)
-    return Size(_rounded(rows, _LEAST_ROWS, 4), next(n for n in REQUESTS if n >= requests), wide)
+    return Size(_rounded(rows, _LEAST_ROWS, 8), next(n for n in REQUESTS if n >= requests), wide)
 
 
 def _rounded(count: int, least: int, parts: int) -> int:

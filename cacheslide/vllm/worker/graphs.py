@@ -31,7 +31,7 @@ from cacheslide.vllm.worker.kv_layout import in_one_cache
 
 logger = logging.getLogger("vllm.cacheslide")
 RECORD_AT = 2  # times that a size is met before it is recorded
-MOST_SIZES = 64
+MOST_SIZES = 128
 Step = Callable[[], None]
 
 

@@ -10,7 +10,7 @@ from cacheslide.training.load import find_cope
 from harness.experiments.cope import adapter as cope
 from harness.experiments.cope import serving as cope_serving
 from harness.experiments.kernels import cope as cope_kernels
-from harness.experiments.serving.engine_ttft import SHAPES
+from harness.experiments.serving.engines import SHAPES
 from harness.limit import Limit
 from harness.results.records import write_json
 from tests.tiny_cope import make_pair

@@ -72,6 +72,7 @@ def test_chunks_on_their_way_can_be_dropped_and_handed_over():
         ({"chunksize": 16}, "unknown connector option chunksize"),
         ({"chunk_size": 0}, "chunk_size must be"),
         ({"tokens_per_step": True}, "tokens_per_step must be"),
+        ({"computed_tokens_per_step": 0}, "computed_tokens_per_step must be"),
         ({"store_gib": -1}, "store_gib"),
         ({"store_device": "disk"}, "store_device"),
         ({"encode": "never"}, "encode must be one of"),

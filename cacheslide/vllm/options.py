@@ -26,6 +26,7 @@ _COUNTS = {
     "suffix_len": 1,
     "encode_tokens_per_step": 1,
     "tokens_per_step": 1,
+    "computed_tokens_per_step": 1,
     "span_tokens": 4,
     "spans_known": 1,
     "max_generation": 0,
@@ -54,7 +55,11 @@ class ServerOptions:
     encode_tokens_per_step : int
         At most this many tokens of such prefills a step (one chunk chain may exceed it).
     tokens_per_step : int
-        At most this many rows are completed by reuse in one step (one request may exceed it); others wait.
+        At most this many rows are completed by reuse in one step (one request may exceed it); others wait. It bounds
+        memory.
+    computed_tokens_per_step : int
+        At most this many of these rows are computed (`scheduler/packing.py` estimates them; one request may exceed it);
+        others wait. It bounds how long a step takes.
     separator : str or list of int
         The separator of requests that ask for the server's own: a text, or token ids (as JSON where it is a string).
     find_spans : bool
@@ -80,6 +85,7 @@ class ServerOptions:
     encode: str = "later"
     encode_tokens_per_step: int = 8192
     tokens_per_step: int = 65536
+    computed_tokens_per_step: int = 1024
     separator: str | list[int] = ""
     find_spans: bool = False
     span_tokens: int = 256

@@ -3,12 +3,50 @@
 import gc
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from cacheslide.errors import ConfigError
 from cacheslide.vllm.options import receipt_in
 from harness.backends.client import Client, Request, Result, at_once, before
+
+Progress = Sequence[Result | None]
+_REST_S = 0.0005  # between looks at the clock while no request runs
+
+
+class _Batch:
+    """Requests on their way through an engine; leaving the context by an exception aborts those that run."""
+
+    def __init__(self, client: "VllmClient", requests: Sequence[Request]) -> None:
+        self.client, self.requests, self.engine = client, requests, client.llm.llm_engine
+        self.results: list[Result | None] = [None] * len(requests)
+        self.running: dict[str, int] = {}
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.engine.abort_request(list(self.running))
+
+    def send(self, at: int) -> bool:
+        """Start request `at`; whether it was taken."""
+        request, name = self.requests[at], self.client.new_name()
+        self.results[at] = Result(request.id, time.perf_counter(), labels=dict(request.labels))
+        if taken := self.client._add(name, request, self.results[at]):
+            self.running[name] = at
+        return taken
+
+    def step(self) -> list[int]:
+        """One step of the engine; the requests that end with it."""
+        ended = []
+        for output in self.engine.step():
+            at = self.running[output.request_id]
+            self.client._note(self.results[at], output, self.requests[at])
+            if output.finished:
+                del self.running[output.request_id]
+                ended.append(at)
+        return ended
 
 
 class VllmClient(Client):
@@ -24,36 +62,44 @@ class VllmClient(Client):
     def __init__(self, llm: Any, tokenizer: Any = None) -> None:
         self.llm, self.tokenizer, self._sent = llm, tokenizer, 0
 
+    def new_name(self) -> str:
+        """A name that no request of this client has had."""
+        name, self._sent = f"{self._sent}", self._sent + 1
+        return name
+
     def run(self, requests: Sequence[Request], clients: int | None = None) -> list[Result]:
         """See `Client.run`. vLLM batches continuously: a client's next request joins as its last one ends."""
-        step, engine = at_once(requests, clients), self.llm.llm_engine
-        results: list[Result | None] = [None] * len(requests)
-        running: dict[str, int] = {}
+        step, batch = at_once(requests, clients), _Batch(self, requests)
 
         def send(at: int) -> None:
             """Start request `at`, or the first one behind it of the same client that is not refused."""
-            while at < len(requests):
-                name, self._sent = f"{self._sent}", self._sent + 1
-                results[at] = Result(requests[at].id, time.perf_counter(), labels=dict(requests[at].labels))
-                if self._add(name, requests[at], results[at]):
-                    running[name] = at
-                    return
+            while at < len(requests) and not batch.send(at):
                 at += step
 
-        try:
+        with batch:
             for client in range(step):
                 send(client)
-            while running:
-                for output in engine.step():
-                    at = running[output.request_id]
-                    self._note(results[at], output, requests[at])
-                    if output.finished:
-                        del running[output.request_id]
-                        send(at + step)
-        except BaseException:
-            engine.abort_request(list(running))
-            raise
-        return results
+            while batch.running:
+                for at in batch.step():
+                    send(at + step)
+        return batch.results
+
+    def run_open(self, requests: Sequence[Request], due: Callable[[Progress], Iterable[int]]) -> list[Result]:
+        """An open loop: requests are sent when they are due, whatever became of earlier ones.
+
+        `due` is asked before every step of the engine which requests, by number, are to be sent now, each once; it sees
+        the results so far, None for a request that was not sent. The engine may be in a step when a request falls due.
+        """
+        batch = _Batch(self, requests)
+        with batch:
+            while batch.running or None in batch.results:
+                for at in due(batch.results):
+                    batch.send(at)
+                if batch.running:
+                    batch.step()
+                else:
+                    time.sleep(_REST_S)
+        return batch.results
 
     def _add(self, name: str, request: Request, result: Result) -> bool:
         """Whether vLLM takes the request; why not is the result's failure."""

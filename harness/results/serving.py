@@ -1,22 +1,23 @@
-"""From the records of `harness.experiments.serving.engine_ttft` to one file of tables:
+"""From the records of `engine_ttft` and `neighbours` (`harness.experiments.serving`) to one file of tables:
 
 `python -m harness.results.serving --records FILE ... --kernels FILE --out results/h200/serving.json`.
 
-A batch counts by the time until its last first token. Ratios compare medians over turns in which the systems took
-turns. Executor efficiency is (share of row-layers computed x recompute's TTFT) / CacheSlide's TTFT: 1 if a row-layer
-cost what it costs in vLLM's own prefill and nothing else cost anything. Disturbed turns are left out; where too few are
-left, a row has no ratio, and `disturbed` says why.
+A batch counts by the time until its last first token; beside it stand their mean and its requests per second. Ratios
+compare medians over turns in which the systems took turns. Executor efficiency is (share of row-layers computed x
+recompute's TTFT) / CacheSlide's TTFT: 1 if a row-layer cost what it costs in vLLM's own prefill and nothing else cost
+anything. Disturbed turns are left out; where too few are left, a row has no ratio, and `disturbed` says why.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cacheslide import renamed
 from cacheslide.errors import DataError
 from harness.metrics.bootstrap import ratio_of_medians
+from harness.results import neighbours
 from harness.results.intervals import as_json, median
 from harness.results.records import write_json
 from harness.results.rounding import rounded
@@ -53,8 +54,8 @@ def tables(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         cell = whole | {"runs": pick(whole["runs"], _readings(whole))}
         own = _makespans(cell)
         row = {name: cell[name] for name in ("tokens", "batch", "system", "store")}
-        row |= {"ttft_ms": median([1e3 * x for x in own]), "mean_ttft_ms": _mean_ttft(cell)}
-        row["requests_per_s"] = cell["batch"] / _median(own)
+        row |= {"ttft_ms": median([1e3 * x for x in own]), "mean_ttft_ms": 1e3 * _median(_means(cell))}
+        row["requests_per_s"] = cell["batch"] / _median(_seconds(cell))
         if "@" in cell["system"]:  # an arm of reuse, which has receipts
             share = _median([x for run in cell["runs"] for x in run["compute_fraction"]])
             row |= {"compute_fraction": share, "bytes_loaded": cell["runs"][0]["bytes_loaded"][0]}
@@ -64,13 +65,21 @@ def tables(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             few = few or too_few(both)
         row["disturbed"] = few
         if base and cell["system"] != "recompute" and not few:
-            pairs = [pick(_makespans(c)[:turns], both) for c in (base, whole)]
-            ratio = as_json(ratio_of_medians(*pairs))
-            row["recompute_over_ttft"] = ratio
+            row["recompute_over_ttft"] = ratio = _over(base, whole, both, _makespans)
+            if cell["batch"] > 1:
+                row["recompute_over_mean_ttft"] = _over(base, whole, both, _means)
+                row["requests_per_s_over_recompute"] = _over(base, whole, both, _seconds)
             if "compute_fraction" in row:
                 row["efficiency"] = ratio | {k: share * v for k, v in ratio.items() if k in _ESTIMATE and v is not None}
         rows.append(row)
     return rows
+
+
+def _over(
+    base: dict[str, Any], cell: dict[str, Any], both: Readings, times: Callable[[dict[str, Any]], list[float]]
+) -> dict[str, Any]:
+    """Medians of `times` of `base` over those of `cell`, in the turns that disturbed neither."""
+    return as_json(ratio_of_medians(*(pick(times(c)[: len(both)], both) for c in (base, cell))))
 
 
 def _readings(cell: dict[str, Any]) -> Readings:
@@ -81,8 +90,13 @@ def _makespans(cell: dict[str, Any]) -> list[float]:
     return [max(run["ttft"]) for run in cell["runs"]]
 
 
-def _mean_ttft(cell: dict[str, Any]) -> float:
-    return _median([1e3 * sum(run["ttft"]) / len(run["ttft"]) for run in cell["runs"]])
+def _means(cell: dict[str, Any]) -> list[float]:
+    return [sum(run["ttft"]) / len(run["ttft"]) for run in cell["runs"]]
+
+
+def _seconds(cell: dict[str, Any]) -> list[float]:
+    """Of each whole batch; records of before have its last first token alone."""
+    return [run.get("seconds", max(run["ttft"])) for run in cell["runs"]]
 
 
 def _median(values: Sequence[float]) -> float:
@@ -119,11 +133,12 @@ def build(paths: Sequence[Path], kernels: Path | None) -> dict[str, Any]:
             "provenance": start["provenance"],
             "engine": next((r for r in records if r["kind"] == "engine"), None),
             "table": tables(records),
+            "neighbours": neighbours.table(records),
             "plugin_overhead_pct": plugin_overhead(records),
             "failed": [
-                {k: r[k] for k in ("tokens", "batch", "system", "store", "failed")}
+                {k: r[k] for k in ("tokens", "batch", "system", "store", "failed") if k in r}
                 for r in records
-                if r["kind"] == "cell" and r["failed"]
+                if r["kind"] in ("cell", "neighbours") and r["failed"]
             ],
             "errors": [r["error"] for r in records if r["kind"] == "error"],
             "complete": records[-1]["kind"] == "end",
@@ -139,6 +154,7 @@ def build(paths: Sequence[Path], kernels: Path | None) -> dict[str, Any]:
         headline["row_attention_vs_flash"] = case["ratio_to_flash_at_equal_flops"]
     conditions = {
         "ttft": "from the request's arrival in the front end to its first token there; of a batch, the last one's",
+        "requests_per_s": "of a batch: its requests over the time until the last answer is whole",
         "prompts": "random ids; 5 % updated text, eight fixed chunks of together 90 %, 5 % updated text",
         "prefix_cache_ideal": "the eight chunks stand first and unchanged: vLLM's prefix cache holds them",
         "store": "'model': chunks on the GPU; 'cpu': in pinned host memory",

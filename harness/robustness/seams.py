@@ -40,7 +40,7 @@ INNER_SEAMS = (
     f"{_SCHEDULER}:key_apart", f"{_SCHEDULER}:shares_unfilled_blocks", f"{_SCHEDULER}:retain_history",
     f"{_SCHEDULER}:forecast", f"{_SCHEDULER}:tiers_of", f"{_SCHEDULER}:load_plan", f"{_SCHEDULER}:computed_rows",
     "scheduler.retention:retain", "scheduler.retention:reserve", "scheduler.retention:enqueue",
-    "scheduler.retention:hand_out",
+    "scheduler.retention:hand_out", "scheduler.packing:takes", f"{_SCHEDULER}:computed_tokens",
     "scheduler.index:reserve", "scheduler.index:touch", "scheduler.index:generation", "scheduler.index:discard",
     "scheduler.index:on_loaded", "scheduler.index:lease", "scheduler.index:release", "scheduler.index:has_room",
     "scheduler.storage_tier:look", "scheduler.storage_tier:waits", "scheduler.storage_tier:take",

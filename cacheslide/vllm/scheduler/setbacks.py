@@ -16,7 +16,7 @@ class Half(Protocol):
     prefilling: dict[str, Any]
     box: dict[str, Any]
     retention: Any
-    tokens_planned: int
+    packing: Any
     block_size: int
 
     def release(self, tracked: Tracked) -> None:
@@ -77,7 +77,7 @@ def finish_anyhow(side: Half, request: Any) -> dict[str, Any] | None:
 
 def unplanned(side: Half, output: Any, step: StepPlan) -> None:
     """`step` broke off: requests whose rows need slots and are not in it have failed; all else can wait."""
-    side.tokens_planned = 0
+    side.packing.begin()
     side.retention.drop_work()
     done, state = {rows.block_ids for rows in step.slots}, output.kv_connector_block_state
     for req_id in [r for r in side.prefilling if r in output.num_scheduled_tokens]:

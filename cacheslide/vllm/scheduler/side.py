@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vllm.v1.request import RequestStatus
+
 from cacheslide.vllm.claims import Claims
 from cacheslide.vllm.cope.slots import SlotRows
 from cacheslide.vllm.geometry import Geometry
@@ -14,6 +16,7 @@ from cacheslide.vllm.scheduler import reasons
 from cacheslide.vllm.scheduler.history import retain_history
 from cacheslide.vllm.scheduler.load_plans import computed_rows, load_plan
 from cacheslide.vllm.scheduler.metrics import ReuseStats
+from cacheslide.vllm.scheduler.packing import Packing, computed_tokens
 from cacheslide.vllm.scheduler.planner import Planner
 from cacheslide.vllm.scheduler.prefix_cache import key_apart, shares_unfilled_blocks
 from cacheslide.vllm.scheduler.receipts import forecast, tiers_of
@@ -43,7 +46,7 @@ class SchedulerSide:
         self.prefilling: dict[str, None] = {}  # tracked requests whose prompt is not complete yet, in order of arrival
         self.stats, self.faults = ReuseStats(), Faults()
         self.claims = Claims(self.block_size)
-        self.tokens_planned = 0  # claimed in the step being scheduled
+        self.packing = Packing(options)  # the loads of the step being scheduled
         self.forget = False
         self.workers_wait = False  # they have work for an idle step
         self.off = ""  # why nothing is reused
@@ -73,7 +76,8 @@ class SchedulerSide:
         """Rows the worker will complete by reuse beyond the `computed` ones; None to be asked again in a later step."""
         tracked = self.tracked.get(request.request_id)
         if tracked is None or tracked.reason not in reasons.RETRY:
-            return 0
+            # A request that has begun before goes on at once: those that wait are all later ones.
+            return None if self.packing.full and request.status != RequestStatus.PREEMPTED else 0
         if self.off:
             give_up(self, request, self.off)
             return 0
@@ -88,6 +92,9 @@ class SchedulerSide:
             (key, chunk) for key, chunk in tracked.plan.keyed if max(chunk.start, computed) < min(chunk.end, limit)
         ]
         if self._waits(tracked, wanted):
+            return None
+        self.index.touch(tracked.plan.keys)  # also while it waits for its turn
+        if self.packing.full:
             return None
         reuse = tuple((key, chunk) for key, chunk in wanted if key in self.index)
         tracked.start, tracked.reuse = computed, reuse
@@ -107,20 +114,23 @@ class SchedulerSide:
         if tracked.follows and want < self.block_size:  # a block that the first member left open
             tracked.reuse = ()
             return 0
-        if self.tokens_planned and self.tokens_planned + want > self.options.tokens_per_step:
-            return None
         if shares_unfilled_blocks(request, computed // self.block_size, self.running.values(), self.block_size):
+            return None
+        if not self.packing.takes(want, self._computed(tracked, want, limit)):
             return None
         tracked.reason = ""
         tracked.generation = max(self.index.generation(key) for key, _ in reuse)
-        self.tokens_planned += want
-        self.index.touch(tracked.plan.keys)
         first, secret = computed // self.block_size, None
         if tracked.family is not None:
             tracked.family.corrected_from(first)
             secret = tracked.family.secret
         key_apart(request, first, secret)
         return want
+
+    def _computed(self, tracked: Tracked, rows: int, limit: int) -> int:
+        """Rows that are computed where `rows` behind the request's start come by reuse."""
+        load, layers = range(tracked.start, tracked.start + rows), self.planner.geometry.num_layers
+        return computed_tokens(tracked.policy.correction, tracked.reuse, load, limit, layers)
 
     def _waits(self, tracked: Tracked, wanted) -> bool:
         """Whether chunks in storage are worth waiting for; a fault among them means those in memory only."""
@@ -177,7 +187,8 @@ class SchedulerSide:
     def step(self, output, step: StepPlan | None = None) -> StepPlan:
         """What the workers do in the step that `output` describes; planned into `step`, if one is given."""
         step = StepPlan() if step is None else step
-        step.forget, self.forget, self.tokens_planned = self.forget, False, 0
+        step.forget, self.forget = self.forget, False
+        self.packing.begin()
         step.history_saves, self.retention.history_saves = self.retention.history_saves, []
         step.idle = not output.num_scheduled_tokens
         self.workers_wait &= not step.idle  # if this step was not enough, they say so again

@@ -21,7 +21,8 @@ import torch
 from cacheslide.plain_values import json_object
 from cacheslide.training.adapter import AdapterSettings, CopeAdapter, save_adapter
 from cacheslide.training.calibration import Calibration, save_calibration
-from harness.experiments.serving.engine_ttft import SHAPES, Prompts, described, fill, once, shaped, system_name
+from harness.experiments.serving.engine_ttft import Prompts, fill, once, system_name
+from harness.experiments.serving.engines import SHAPES, described, shaped
 from harness.limit import Limit, add_minutes
 from harness.metrics.bootstrap import median, ratio_of_medians
 from harness.quiet import Watch
@@ -77,7 +78,7 @@ def measure(engines: dict[str, Any], args: argparse.Namespace, result: dict[str,
                     said = once(engines[name], drawn, system, 1, 2)
                     if turn >= args.warmups:
                         cell[f"{name} {system}"]["ttft"] += said.pop("ttft")
-                        cell[f"{name} {system}"] |= said
+                        cell[f"{name} {system}"] |= {k: v for k, v in said.items() if k != "seconds"}  # of a run
             if watch is not None:
                 quiet.append(watch.lap())
             write(result)

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from cacheslide.plain_values import json_object
-from harness.experiments.serving.engine_ttft import Prompts, described, fill, shaped
+from harness.experiments.serving.engine_ttft import Prompts, fill
+from harness.experiments.serving.engines import described, shaped
 from harness.limit import Limit, add_minutes
 from harness.metrics.bootstrap import median
 from harness.quiet import Reading, Watch

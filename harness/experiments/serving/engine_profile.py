@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.experiments.serving.arms import add_arguments, arms
-from harness.experiments.serving.engine_ttft import SHAPES, Prompts, fill, once, shaped
+from harness.experiments.serving.engine_ttft import Prompts, fill, once
+from harness.experiments.serving.engines import SHAPES, shaped
 from harness.experiments.serving.timeline import Timeline, medians
 from harness.quiet import Watch
 from harness.step import command

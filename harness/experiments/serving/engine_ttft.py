@@ -10,41 +10,25 @@ import argparse
 import json
 import os
 import random
-import sys
-import tempfile
+import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from cacheslide.plain_values import json_object
 from harness.experiments.serving.arms import Arm, add_arguments, arms
+from harness.experiments.serving.engines import (
+    add_engine_arguments,
+    connector_options,
+    described,
+    engine_options,
+    model_of,
+    recording,
+)
+from harness.experiments.serving.interleaved import in_turns
 from harness.quiet import Watch
-from harness.results.provenance import provenance
 from harness.step import command
 
 CHUNKS, REUSED = 8, 0.9
-SHAPES: dict[str, dict[str, Any]] = {
-    "mistral-7b": {
-        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 4096,
-        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "head_dim": 128, "vocab_size": 32000, "rope_theta": 1e6, "sliding_window": None,
-    },
-    "llama-70b": {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192,
-        "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
-        "head_dim": 128, "vocab_size": 32000, "rope_theta": 5e5,
-    },
-}  # fmt: skip
-COMMON = {"hidden_act": "silu", "max_position_embeddings": 40960, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
-COMMON |= {"torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2}
-
-
-def shaped(name: str, folder: Path) -> Path:
-    """A folder with the configuration of a shape and no weights: vLLM fills in random ones."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(SHAPES[name] | COMMON))
-    return folder
 
 
 class Prompts:
@@ -77,7 +61,7 @@ def system_name(recompute_ratio: float) -> str:
 
 
 def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> dict[str, Any]:
-    """One batch under one system: TTFT in seconds of each request, and what the receipts say.
+    """One batch under one system: TTFT of each request and time of the batch in seconds, and what the receipts say.
 
     Under tensor parallelism ask for two `tokens`: the receipt of a request that ends with its first is a forecast.
     """
@@ -85,32 +69,56 @@ def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> 
 
     if system == "prefix_cache_ideal":
         ask(engine, [prompts.shared_prefix()])  # other systems' prompts may have pushed it out
-        answers = ask(engine, [prompts.shared_prefix() for _ in range(batch)], tokens=tokens)
+        answers, seconds = _timed(engine, [prompts.shared_prefix() for _ in range(batch)], None, tokens)
         if min(a.cached_tokens for a in answers) < 0.8 * REUSED * prompts.tokens:
             raise RuntimeError("the prefix cache did not hold the shared prefix")
-        return {"ttft": [a.ttft for a in answers]}
+        return {"ttft": [a.ttft for a in answers], "seconds": seconds}
     turns = [prompts.turn() for _ in range(batch)]
     if system == "recompute":
-        answers = ask(engine, [ids for ids, _ in turns], tokens=tokens)
-        if max(a.cached_tokens for a in answers) > 64:
-            raise RuntimeError("a recomputed prompt was found in the prefix cache")
-        return {"ttft": [a.ttft for a in answers]}
+        answers, seconds = _timed(engine, [ids for ids, _ in turns], None, tokens)
+        check_recomputed(max(a.cached_tokens for a in answers))
+        return {"ttft": [a.ttft for a in answers], "seconds": seconds}
     arm = Arm.parse(system)
-    asked = {"policy": arm.system, "recompute_ratio": arm.ratio, "encode": "off"}
-    annotations = [{"cacheslide": asked | {"segments": spans}} for _, spans in turns]
     before = replays(engine, arm.graphs)
-    answers = ask(engine, [ids for ids, _ in turns], annotations, tokens=tokens)
-    for a in answers:
-        if not a.receipt["measured"] or a.receipt["chunks_hit"] != a.receipt["chunks"] or a.receipt["fallback"]:
-            raise RuntimeError(f"reuse did not happen: {a.receipt}")
+    answers, seconds = _timed(engine, [ids for ids, _ in turns], [asked_of(arm, spans) for _, spans in turns], tokens)
+    receipts = [check_reused(a.receipt) for a in answers]
     return {
         "ttft": [a.ttft for a in answers],
-        "compute_fraction": [a.receipt["compute_fraction"] for a in answers],
-        "tokens_reused": [a.receipt["tokens_reused"] for a in answers],
-        "tokens_recomputed": [a.receipt["tokens_recomputed"] for a in answers],
-        "bytes_loaded": [a.receipt["bytes_loaded"] for a in answers],
+        "seconds": seconds,
+        "compute_fraction": [r["compute_fraction"] for r in receipts],
+        "tokens_reused": [r["tokens_reused"] for r in receipts],
+        "tokens_recomputed": [r["tokens_recomputed"] for r in receipts],
+        "bytes_loaded": [r["bytes_loaded"] for r in receipts],
         "runs_replayed": replays(engine, arm.graphs) - before,
     }
+
+
+def _timed(engine, prompts: list[list[int]], annotations: list[dict] | None, tokens: int) -> tuple[list[Any], float]:
+    """The answers, and seconds until the last one was whole."""
+    from cacheslide.vllm.offline import ask
+
+    started = time.perf_counter()
+    answers = ask(engine, prompts, annotations, tokens=tokens)
+    return answers, time.perf_counter() - started
+
+
+def asked_of(arm: Arm, spans: list[list[int]]) -> dict[str, Any]:
+    """`kv_transfer_params` of a prompt with these fixed spans that an arm serves and that retains nothing."""
+    asked = {"policy": arm.system, "recompute_ratio": arm.ratio, "encode": "off"}
+    return {"cacheslide": asked | {"segments": spans}}
+
+
+def check_recomputed(cached_tokens: int) -> None:
+    """Raise RuntimeError where so many tokens of a prompt that was to be computed came from the prefix cache."""
+    if cached_tokens > 64:
+        raise RuntimeError("a recomputed prompt was found in the prefix cache")
+
+
+def check_reused(receipt: dict[str, Any]) -> dict[str, Any]:
+    """The receipt itself; RuntimeError unless every chunk was reused."""
+    if not receipt["measured"] or receipt["chunks_hit"] != receipt["chunks"] or receipt["fallback"]:
+        raise RuntimeError(f"reuse did not happen: {receipt}")
+    return receipt
 
 
 def fill(engine, prompts: Prompts, systems: Sequence[str] = ("cacheslide",)) -> None:
@@ -145,32 +153,10 @@ def cells(engine, args: argparse.Namespace, write) -> None:
 
 
 def _cell(engine, prompts: Prompts, systems: list[str], batch: int, args: argparse.Namespace) -> dict[str, tuple]:
-    """Runs of every system, each with its turn's reading of `harness.quiet`, and why one failed."""
+    """Runs of every system, and why one failed."""
     repeats = args.repeats if batch == 1 else max(2, args.repeats // 2)
     warmups = args.warmups if batch * prompts.tokens <= args.warm_tokens else 0  # long cells warm up in shorter ones
-    found: dict[str, list] = {s: [] for s in systems}
-    failed: dict[str, str] = {}
-    watch = None
-    for turn in range(warmups + repeats):
-        said_now = []
-        if turn == warmups:
-            watch = Watch()
-        for system in systems:
-            if system in failed:
-                continue
-            try:
-                said = once(engine, prompts, system, batch, args.answer_tokens)
-            except RuntimeError as wrong:
-                failed[system] = str(wrong)
-                continue
-            said_now.append(said)
-            if turn >= warmups:
-                found[system].append(said)
-        if watch is not None:
-            reading = watch.lap()
-            for said in said_now:
-                said["quiet"] = reading
-    return {s: (found[s], failed.get(s)) for s in systems}
+    return in_turns(systems, lambda system: once(engine, prompts, system, batch, args.answer_tokens), repeats, warmups)
 
 
 def overhead(vanilla, plugged, args: argparse.Namespace, write) -> None:
@@ -190,21 +176,15 @@ def overhead(vanilla, plugged, args: argparse.Namespace, write) -> None:
         for name in sorted(engines, reverse=bool(turn % 2)):
             engine = engines[name]
             ttft = ask(engine, [ids])[0].ttft
-            started = _now()
+            started = time.perf_counter()
             ask(engine, short, tokens=args.plain_decode)
             if turn >= args.warmups:
                 runs[name]["ttft"].append(ttft)
-                runs[name]["decode"].append(_now() - started)
+                runs[name]["decode"].append(time.perf_counter() - started)
         if watch is not None:
             quiet.append(watch.lap())
     about = {"kind": "overhead", "tokens": args.plain_tokens, "decode_tokens": args.plain_decode}
     write(about | {"runs": runs, "quiet": quiet})
-
-
-def _now() -> float:
-    import time
-
-    return time.perf_counter()
 
 
 def measure(args: argparse.Namespace, write) -> None:
@@ -212,20 +192,11 @@ def measure(args: argparse.Namespace, write) -> None:
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for `move_store`, between own processes
     from cacheslide.vllm.offline import close_engine, open_engine
 
-    model = args.model or str(shaped(args.shape, Path(tempfile.mkdtemp()) / args.shape))
-    options = {
-        "tensor_parallel_size": args.tensor_parallel,
-        "max_model_len": max(args.lengths) + 64,
-        "gpu_memory_utilization": args.memory,
-        "skip_tokenizer_init": True,
-        "enforce_eager": args.eager,
-        "enable_prefix_caching": True,
-        "max_num_batched_tokens": args.batched_tokens,
-    } | ({"load_format": "dummy"} if not args.model else {})
-    options |= args.engine
     opened = []
     try:
-        connector = {"store_device": args.stores[0], "store_gib": args.store_gib, "chunk_size": max(args.lengths)}
+        longest = max(args.lengths)
+        model, options = model_of(args), engine_options(args, longest)
+        connector = connector_options(args, args.stores[0], longest)
         plugged = open_engine(model, connector, **options)
         opened.append(plugged)
         write({"kind": "engine"} | described(plugged))
@@ -241,34 +212,14 @@ def measure(args: argparse.Namespace, write) -> None:
             close_engine(engine)
 
 
-def described(engine) -> dict[str, Any]:
-    """How the engine runs: the settings that its times depend on."""
-    config = engine.llm_engine.vllm_config
-    return {
-        "async_scheduling": bool(config.scheduler_config.async_scheduling),
-        "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
-        "compilation_mode": str(config.compilation_config.mode),
-        "v2_model_runner": bool(config.use_v2_model_runner),
-        "block_size": config.cache_config.block_size,
-        "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
-        "prefix_caching": bool(config.cache_config.enable_prefix_caching),
-        "dtype": str(config.model_config.dtype),
-        "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
-    }
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, required=True, help="JSON lines; appended to")
-    p.add_argument("--shape", choices=SHAPES, default="mistral-7b", help="dummy weights of this shape")
-    p.add_argument("--model", help="a checkpoint instead of a shape")
-    p.add_argument("--vocabulary", type=int, default=31000, help="ids are drawn below this")
+    add_engine_arguments(p)
     p.add_argument("--lengths", type=_ints, default=[4096, 8192, 16384, 32768])
     p.add_argument("--batches", type=_ints, default=[1, 8])
     add_arguments(p, [0.05, 0.10, 0.26, 1.0])
     p.add_argument("--stores", type=lambda x: x.split(","), default=["model", "cpu"])
-    p.add_argument("--store-gib", type=float, default=8.0)
     p.add_argument("--repeats", type=int, default=6, help="of a cell with one request; half of it with several")
     p.add_argument("--warmups", type=int, default=1)
     p.add_argument("--warm-tokens", type=int, default=150_000, help="no warm-ups in cells of more prompt tokens")
@@ -277,12 +228,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--plain-tokens", type=int, default=8192)
     p.add_argument("--plain-decode", type=int, default=64)
     p.add_argument("--plain-repeats", type=int, default=10)
-    p.add_argument("--tensor-parallel", type=int, default=1)
-    p.add_argument("--batched-tokens", type=int, default=16384)
-    p.add_argument("--memory", type=float, default=0.4, help="gpu_memory_utilization of each engine")
-    p.add_argument("--eager", action="store_true", help="no compilation and no CUDA graphs")
-    p.add_argument("--engine", type=json_object, default={}, help="more options of vllm.LLM, as JSON")
-    p.add_argument("--commit", help="git commit of these sources, where the folder is a copy of a checkout")
     return p
 
 
@@ -293,21 +238,8 @@ def _ints(text: str) -> list[int]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and append to the file."""
     args = parser().parse_args(argv)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("a") as file:
-
-        def write(record: dict[str, Any]) -> None:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            print(summary(record), file=sys.stderr, flush=True)
-
-        settings = {k: v for k, v in vars(args).items() if k not in ("out", "commit")}
-        made = provenance(settings, {}, args.model or f"{args.shape}, random weights")
-        if args.commit:
-            made |= {"git_commit": args.commit, "git_dirty": None}
-        write({"kind": "start", "settings": settings, "provenance": made})
+    with recording(args, summary) as write:
         measure(args, write)
-        write({"kind": "end"})
 
 
 def summary(record: dict[str, Any]) -> str:

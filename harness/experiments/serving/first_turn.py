@@ -14,7 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.experiments.serving.engine_ttft import SHAPES, Prompts, shaped
+from harness.experiments.serving.engine_ttft import Prompts
+from harness.experiments.serving.engines import SHAPES, shaped
 from harness.limit import Limit, add_minutes
 from harness.quiet import Watch
 from harness.results.provenance import provenance

@@ -79,7 +79,7 @@ def real_inputs(stage, table):
         plan = real_plan(wildcards)
         recordings = plan["recordings"] if stage == "replay" else ""
         try:
-            found = required(plan["model"], plan["data"], recordings)
+            found = required(plan["model"], [*plan["data"], *plan["without"]], recordings)
         except CacheSlideError as missing:
             if not Path(table).is_file():
                 stop(missing)

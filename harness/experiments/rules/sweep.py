@@ -20,6 +20,8 @@ from harness.results.rounding import rounded
 from harness.results.wca import read_sweep, tabulate
 from harness.step import command
 
+DIGITS = 4  # significant, of the tables: intervals are far wider
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sweep(job, records, about, given, args.jobs, monotonic() + 60 * args.minutes)
     tables = tabulate({"rope": read_sweep(records)}, cells(ReferenceBackend(args.model).num_layers))
     origin = provenance({"mixes": args.mixes} | about, {}, about["model"])
-    write_json(args.out / "summary.json", rounded(tables | {"provenance": origin}))
+    write_json(args.out / "summary.json", rounded(tables | {"provenance": origin}, DIGITS))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,8 @@ from harness.experiments.wca.sweep import SPLIT, Job, prompts_of, sweep
 from harness.results.provenance import provenance
 from harness.results.records import write_json
 from harness.results.rounding import rounded
-from harness.results.wca import read_sweep, tabulate
+from harness.results.wca import DIGITS, read_sweep, tabulate
 from harness.step import command
-
-DIGITS = 4  # significant, of the tables: intervals are far wider
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -34,8 +34,8 @@ class MixedTokens(RatioCorrection):
         See `overlap.overlap`.
     """
 
-    remembered: float = 0.5
-    overlap: float = 0.25
+    remembered: float = 2 / 3
+    overlap: float = 1 / 3
     decay: float = DECAY
 
     def __post_init__(self) -> None:

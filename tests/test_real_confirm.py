@@ -8,7 +8,7 @@ from cacheslide.errors import DataError
 from harness.experiments.real.arms import NOISE
 from harness.results import real_confirm
 from harness.results.real import NOTHING
-from harness.results.real_confirm import GOAL, summarise
+from harness.results.real_confirm import GOAL, OVER_NOTHING, OVER_RIVAL, summarise
 from tests.test_real_tables import record, write
 
 RIVAL = "CacheBlend, by V 15 % at layer 9"
@@ -33,10 +33,17 @@ def summary(folder, records):
 
 def test_ratios_are_over_nothing_and_over_the_rival_in_every_place(tmp_path):
     out = summary(tmp_path, made({"Remembered 10 %": [0.01] * 4}))
-    assert len(out["ratios"]) == 2 * 3 * 2 and len(out["rows"]) == 2 * 4 and out["schema"] == real_confirm.SCHEMA
-    values = {(r["over"], r["dataset"]): (r["value"], r["low"], r["high"], r["n"]) for r in out["ratios"]}
-    assert values[NOTHING, "both"] == pytest.approx((0.5, 0.5, 0.5, 4))
-    assert values[RIVAL, "musique"] == pytest.approx((0.05, 0.05, 0.05, 2))
+    assert (
+        len(out["ratios"]) == 2 * 3
+        and out["rival"] == RIVAL
+        and len(out["rows"]) == 2 * 4
+        and out["schema"] == real_confirm.SCHEMA
+    )
+    rows = {tuple(r["key"]): r for r in out["ratios"]}
+    over = rows["shift", "both", "Remembered 10 %"][OVER_NOTHING]
+    assert over == pytest.approx({"value": 0.5, "low": 0.5, "high": 0.5, "n": 4})
+    over = rows["matter", "musique", "Remembered 10 %"][OVER_RIVAL]
+    assert over == pytest.approx({"value": 0.05, "low": 0.05, "high": 0.05, "n": 2})
     assert out["confirmed"] == {"Remembered 10 %": True} and out["failures"] == 0
     assert {tuple(r["key"]): r["value"] for r in out["rows"]}["matter", RIVAL] == pytest.approx(0.2)
 
@@ -66,7 +73,8 @@ def test_one_prompt_has_no_interval_and_confirms_nothing(tmp_path, capsys):
 
 def test_without_a_rival_rules_are_held_against_nothing_recomputed_alone(tmp_path):
     out = summary(tmp_path, [r for r in made({"Overlap 10 %": [0.01] * 4}) if r["arm"] != RIVAL])
-    assert {r["over"] for r in out["ratios"]} == {NOTHING} and out["confirmed"] == {"Overlap 10 %": True}
+    assert out["rival"] is None and all(r.keys() == {"key", OVER_NOTHING} for r in out["ratios"])
+    assert out["confirmed"] == {"Overlap 10 %": True}
 
 
 def test_a_folder_without_records_of_the_stage_is_one_line(tmp_path):

@@ -148,8 +148,8 @@ def test_confirm_measures_its_arms_and_has_tables(config, tmp_path, capsys):
     real_confirm.main([str(tmp_path), "--out", str(tmp_path / "confirm.json")])
     made = json.loads((tmp_path / "confirm.json").read_text())
     assert made["confirmed"].keys() == arms - {NOISE, "Nothing recomputed", "CacheBlend, by V 15 % at layer 3"}
-    assert {r["over"] for r in made["ratios"]} == {"Nothing recomputed", "CacheBlend, by V 15 % at layer 3"}
-    assert len(made["rows"]) == 2 * len(arms) and len(made["ratios"]) == 2 * 2 * 2 * (len(arms) - 3)
+    assert made["rival"] == "CacheBlend, by V 15 % at layer 3"
+    assert len(made["rows"]) == 2 * len(arms) and len(made["ratios"]) == 2 * 2 * (len(arms) - 3)
     assert capsys.readouterr().out.count("confirmed: ") == len(arms) - 3
 
 

@@ -94,7 +94,7 @@ def real_given(stage):
 
     def given(wildcards):
         shard = wildcards.get("shard", "0of1").replace("of", "/")
-        chosen = stage in ("frontier", "histories", "replay")
+        chosen = stage in ("frontier", "histories", "replay", "confirm")
         best = ["--best=results/real/best.json"] if chosen else []
         return [f"--config={REAL_CONFIG}", f"--shard={shard}", *best]
 

@@ -22,6 +22,7 @@ from harness.step import command
 
 SCHEMA = "cacheslide.real-confirm/1"
 GOAL = 0.7  # of the KL with nothing recomputed
+OVER_NOTHING, OVER_RIVAL = "over nothing recomputed", "over CacheBlend 15 %"
 ESTIMATE = ("value", "low", "high")
 
 
@@ -35,12 +36,17 @@ def summarise(folder: Path) -> dict[str, Any]:
     rival = next((a for a in sorted(arms) if rule_and_layer(a)[0] in RIVALS), None)
     rules = sorted(arms - {NOISE, NOTHING, rival})
     places = sorted({tuple(r["key"][:2]) for r in rows})
-    ratios = [_ratio(records, place, rule, other) for place in places for rule in rules for other in (NOTHING, rival)]
-    ratios = [r for r in ratios if r is not None]
+    others = {OVER_NOTHING: NOTHING} | ({OVER_RIVAL: rival} if rival else {})
+    ratios = [
+        {"key": [*place, rule]} | {name: _ratio(records, rule, other, *place) for name, other in others.items()}
+        for place in places
+        for rule in rules
+    ]
     about = settings[0]
     return {
         "schema": SCHEMA,
         "conditions": {k: about.get(k) for k in (*CONDITIONS, "settings", "without")},
+        "rival": rival,
         "rows": [_row(r) for r in rows if r["key"][1] == POOLED],
         "ratios": ratios,
         "confirmed": {rule: confirmed(ratios, rule) for rule in rules},
@@ -51,13 +57,13 @@ def summarise(folder: Path) -> dict[str, Any]:
 
 def confirmed(ratios: Sequence[Mapping[str, Any]], rule: str) -> bool:
     """Whether the rule meets `GOAL` in every setting, over both data sets together."""
-    own = [r for r in ratios if r["of"] == rule and r["over"] == NOTHING and r["dataset"] == POOLED]
-    return bool(own) and all(r["high"] is not None and r["value"] <= GOAL and r["high"] < 1 for r in own)
+    own = [r[OVER_NOTHING] for r in ratios if r["key"][1:] == [POOLED, rule]]
+    return bool(own) and all(r and r["high"] is not None and r["value"] <= GOAL and r["high"] < 1 for r in own)
 
 
-def _ratio(records: Sequence[dict], place: tuple[str, str], rule: str, other: str | None) -> dict[str, Any] | None:
-    ratio = paired(records, rule, other, *place) if other else None
-    return ratio and {k: short(ratio[k]) for k in ("setting", "dataset", "of", "over", "n", *ESTIMATE)}
+def _ratio(records: Sequence[dict], rule: str, other: str, setting: str, dataset: str) -> dict[str, Any] | None:
+    ratio = paired(records, rule, other, setting, dataset)
+    return ratio and {k: short(ratio[k]) for k in ("n", *ESTIMATE)}
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,8 +75,11 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
     """What is printed: KL and compute by arm, the ratios, and which rules are confirmed."""
     out = [f"{r['key'][0]}, {r['key'][1]}: KL {shown_estimate(r)}, {r['compute_fraction']:.2f} computed, n = {r['n']}"
            for r in summary["rows"]]  # fmt: skip
-    out += [f"{r['setting']}, {r['dataset']}: {r['of']} over {r['over']}: {shown_estimate(r)}, n = {r['n']}"
-            for r in summary["ratios"]]  # fmt: skip
+    for ratio in summary["ratios"]:
+        about = ", ".join(ratio["key"])
+        out += [
+            f"{about} {name}: {shown_estimate(r)}, n = {r['n']}" for name, r in ratio.items() if name != "key" and r
+        ]
     return out + [f"{'' if holds else 'not '}confirmed: {rule}" for rule, holds in summary["confirmed"].items()]
 
 

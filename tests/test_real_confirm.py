@@ -16,6 +16,11 @@ HELD = {NOISE: [0.001] * 4, NOTHING: [0.02] * 4, RIVAL: [0.2] * 4}  # KL by prom
 BOTH = {"matter": 1.0, "shift": 1.0}  # factor by setting
 
 
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setattr(real_confirm, "LEAST", 4)
+
+
 def made(arms, factors=BOTH):
     """Records of four prompts, two a data set: KL of `arms`, multiplied by `factors[setting]`, and that of `HELD`."""
     return [
@@ -62,9 +67,14 @@ def test_a_rule_is_confirmed_only_below_the_goal_everywhere(tmp_path, values, fa
     assert out["confirmed"] == {"Overlap 10 %": holds}
 
 
+def test_too_few_prompts_confirm_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(real_confirm, "LEAST", 5)
+    assert summary(tmp_path, made({"Overlap 10 %": [0.001] * 4}))["confirmed"] == {"Overlap 10 %": False}
+
+
 def test_one_prompt_has_no_interval_and_confirms_nothing(tmp_path, capsys):
-    few = [r for r in made({"Overlap 10 %": [0.001] * 4}) if r["trial"].endswith(" 0")]
-    write(tmp_path, "confirm-0of1", few)
+    one = [r for r in made({"Overlap 10 %": [0.001] * 4}) if r["trial"].endswith(" 0")]
+    write(tmp_path, "confirm-0of1", one)
     real_confirm.main([str(tmp_path), "--out", str(tmp_path / "confirm.json")])
     assert json.loads((tmp_path / "confirm.json").read_text())["confirmed"] == {"Overlap 10 %": False}
     said = capsys.readouterr().out

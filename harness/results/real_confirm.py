@@ -2,7 +2,8 @@
 
 Records are of the stage `confirm` of the study on a real model. Each rule's KL on the answer over that of nothing
 recomputed, and over CacheBlend by V at 15 %, paired, with intervals over prompts. A rule is confirmed where it is at
-most `GOAL` of nothing recomputed in every setting, data sets together, with all of the interval below 1.
+most `GOAL` of nothing recomputed in every setting, data sets together, over at least `LEAST` prompts and with all of
+the interval below 1.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from harness.step import command
 
 SCHEMA = "cacheslide.real-confirm/1"
 GOAL = 0.7  # of the KL with nothing recomputed
+LEAST = 30  # prompts: an interval over a few says nothing
 OVER_NOTHING, OVER_RIVAL = "over nothing recomputed", "over CacheBlend 15 %"
 ESTIMATE = ("value", "low", "high")
 
@@ -58,7 +60,8 @@ def summarise(folder: Path) -> dict[str, Any]:
 def confirmed(ratios: Sequence[Mapping[str, Any]], rule: str) -> bool:
     """Whether the rule meets `GOAL` in every setting, over both data sets together."""
     own = [r[OVER_NOTHING] for r in ratios if r["key"][1:] == [POOLED, rule]]
-    return bool(own) and all(r and r["high"] is not None and r["value"] <= GOAL and r["high"] < 1 for r in own)
+    measured = bool(own) and all(r and r["n"] >= LEAST and r["high"] is not None for r in own)
+    return measured and all(r["value"] <= GOAL and r["high"] < 1 for r in own)
 
 
 def _ratio(records: Sequence[dict], rule: str, other: str, setting: str, dataset: str) -> dict[str, Any] | None:

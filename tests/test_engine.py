@@ -30,6 +30,8 @@ SYSTEMS = [
     "cacheslide_promote",
     "cacheslide_first",
     "cacheslide_remember",
+    "cacheslide_overlap",
+    "cacheslide_mixed",
     "naive_reuse",
 ]
 

@@ -222,10 +222,11 @@ def test_recipes_share_caches_and_unite_probe_layers():
 
 
 def test_caches_are_built_with_scores_where_a_system_reads_them():
-    names = ["naive_reuse", "cacheslide_first", "cacheslide_remember", "cacheslide_first_turn"]
+    names = ["naive_reuse", "cacheslide_first", "cacheslide_overlap", "cacheslide_first_turn"]
+    for reads in ("cacheslide_remember", "cacheslide_mixed"):
+        [(builder, _)] = recipes(resolve([*names, reads])).values()
+        assert builder.needs_scores
     [(builder, _)] = recipes(resolve(names)).values()
-    assert builder.needs_scores
-    [(builder, _)] = recipes(resolve([n for n in names if n != "cacheslide_remember"])).values()
     assert not builder.needs_scores
 
 

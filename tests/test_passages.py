@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cacheslide.errors import DataError
-from harness.tasks.passages import answer_passages, read_passages
+from harness.tasks.passages import answer_passages, others_than, read_passages
 from harness.tasks.registry import load
 from tests.real_data import real_file
 
@@ -150,3 +150,14 @@ def test_the_real_instances_of_swe_bench():
     for name in ("dev_easy_5.json", "lite_test.json"):
         examples = list(load("swebench", "test", path=real_file(f"swebench/{name}")))
         assert len(examples) == 5 and all(e.questions[0].answers[0].startswith("diff --git") for e in examples)
+
+
+def test_others_share_neither_id_nor_hash_nor_question(tmp_path):
+    rows = [MUSIQUE | {"id": f"2hop__{i}", "question": f"Where is the Arn of {i}?"} for i in range(6)]
+    all_rows = read_passages(write(tmp_path / "all.json", rows, False))
+    same_id = MUSIQUE | {"id": "2hop__1", "question": "Another one?"}
+    known = read_passages(write(tmp_path / "known.json", [rows[0], same_id], True))
+    asked = BLEND | {"question": "where is  arn of 4"}  # as another schema has it
+    known += read_passages(write(tmp_path / "blend_s.json", [asked], False))
+    assert [r.id for r in others_than(all_rows, known)] == ["2hop__2", "2hop__3", "2hop__5"]
+    assert others_than(all_rows, []) == all_rows and others_than(all_rows, all_rows) == []

@@ -11,7 +11,18 @@ from cacheslide.policies.none import NoCorrection
 from cacheslide.store import MemoryChunkStore
 from harness.experiments.real import arms as systems
 from harness.experiments.real import measure as measuring
-from harness.experiments.real.arms import NOISE, Arm, arm, candidates, core, frontier, history_arms, slice_arms, unique
+from harness.experiments.real.arms import (
+    NOISE,
+    Arm,
+    arm,
+    candidates,
+    confirm_arms,
+    core,
+    frontier,
+    history_arms,
+    slice_arms,
+    unique,
+)
 from harness.experiments.real.measure import GREEDY, Reference, measure, run_arm
 from harness.experiments.real.trials import Builder
 from harness.results.real_records import rule_and_layer
@@ -34,7 +45,7 @@ def kl(record):
 def test_names_are_unique_and_begin_with_their_line():
     best = {"CacheSlide, by K": 4, "CacheBlend, by V": 2, "CacheBlend, by K": 3, "CacheSlide as printed": 6}
     for made in (frontier(), frontier(best), frontier({"CacheSlide, by K": 3}), slice_arms(), history_arms(best),
-                 candidates(18)):  # fmt: skip
+                 confirm_arms(best), candidates(18)):  # fmt: skip
         names = [a.name for a in made]
         assert len(set(names)) == len(names) == len(unique([*made, *made]))
         assert all(a.name.startswith(a.line) or a.family == "stale" for a in made)
@@ -48,7 +59,7 @@ def test_the_core_has_every_arm_that_it_names():
     best = {"CacheSlide as printed": 6}
     names = {a.name for a in core(best)}
     assert (
-        len(names) == 46
+        len(names) == 50
         and names < {a.name for a in frontier(best)}
         and {"CacheSlide as printed 26 % at layer 6", "CacheSlide as printed, updated keys only 26 % at layer 6"}
         < names
@@ -61,8 +72,17 @@ def test_the_core_follows_the_layers_that_were_chosen():
     best = {"CacheSlide, by K": 9, "CacheBlend, by V": 7, "Question-aware": 4}
     names = {a.name for a in core(best)}
     assert {"CacheSlide, by K 26 % at layer 9", "CacheBlend, by V 15 % at layer 7"} < names
-    assert "Question-aware 10 % at layer 4" in names and len(names) == 48
+    assert "Question-aware 10 % at layer 4" in names and len(names) == 52
     assert {"Question-aware 10 % at layer 5", "CacheSlide, by K 26 % at layer 1"} < {a.name for a in core()}
+
+
+def test_what_is_confirmed_is_measured_on_the_frontier_too():
+    best = {"CacheBlend, by V": 7}
+    made = {a.name: a for a in confirm_arms(best)}
+    assert {*systems.CONFIRMED, "Overlap, half first 10 %", "Remembered 10 %", NOISE, "Nothing recomputed"} < set(made)
+    frontiers = {a.name: a for a in frontier(best)}
+    assert all(frontiers[name] == a for name, a in made.items())
+    assert "CacheBlend, by V 15 % at layer 7" in made and len(made) == 12
 
 
 def test_a_budget_has_no_ratio_and_points_of_one_line():
@@ -87,6 +107,7 @@ def test_every_rule_runs_over_both_chains():
         "Shrinking",
         "Budget, left",
         "Overlap",
+        *(f"Mixed, {split}" for split in systems.MIXED),
     ):
         assert rules["chain"][line] == rules["canon"][f"Canonical, {line[0].lower()}{line[1:]}"]
 

@@ -57,6 +57,8 @@ def test_the_command_line_goes_before_the_file(tmp_path):
         ({"data": [["one.json"]]}, "data must be a list of texts"),
         ({"data": [""]}, "data must be a list of texts"),
         ({"data": [3]}, "data must be a list of texts"),
+        ({"without": "one.json"}, "without must be a list of texts, not 'one.json'"),
+        ({"without": [""]}, "without must be a list of texts"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
         ({"dtype": {"a": 1}}, "dtype must be a text"),
         ({"recordings": None}, "recordings must be a text, not None"),
@@ -113,6 +115,9 @@ def spoiled(places, tmp_path, name, content):
         (["--model", "none/at/all"], "none/at/all"),
         (["--model", ""], "model names a checkpoint"),
         (["--data", "none.json"], "none.json: no such file"),
+        (["--without", "none.json"], "none.json: no such file"),
+        (["--without", "SAME"], "made.json: every question stands in"),
+        (["--seed", "-1"], "seed must be a whole number of at least 0, not -1"),
         (["--best", "none.json"], "cannot read none.json"),
         (["EMPTY"], "empty.json: holds no rows"),
         (["TWICE"], "two data files are of one set"),
@@ -132,7 +137,7 @@ def test_what_a_user_gets_wrong_is_one_line_and_status_2(places, tmp_path, capsy
         "UNSUITED": lambda: ["--data", str(lost(tmp_path))],
         "BEST": lambda: ["--best", spoiled(places, tmp_path, "best.json", more[1])],
     }
-    more = made[more[0]]() if more[0] in made else more
+    more = made[more[0]]() if more[0] in made else [str(places / "made.json") if m == "SAME" else m for m in more]
     with pytest.raises(SystemExit) as ended:
         command(lambda: main(["slice", "--config", str(places / "real.yaml"), "--out", str(tmp_path / "out"), *more]))
     said = capsys.readouterr().err.splitlines()

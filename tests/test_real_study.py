@@ -6,9 +6,10 @@ import os
 import pytest
 import yaml
 
-from cacheslide.errors import ConfigError
+from cacheslide.errors import ConfigError, DataError
 from harness.experiments.real import histories, measure, study
-from harness.experiments.real.arms import NOISE, core, frontier, history_arms, replay_arms, slice_arms
+from harness.experiments.real.arms import NOISE, confirm_arms, core, frontier, history_arms, replay_arms, slice_arms
+from harness.results import real_confirm
 from harness.results.real import read_stage
 from harness.results.real_records import rule_and_layer
 from harness.results.records import read_file
@@ -121,6 +122,35 @@ def test_a_line_that_the_stage_has_not_is_named_before_anything_is_measured(conf
         start(config, tmp_path, stage, "--only", NOISE if stage in ("frontier", "histories") else "CacheBlend, by V",
               "--only", "First token")  # fmt: skip
     assert not os.listdir(tmp_path)
+
+
+def test_other_prompts_are_of_rows_that_the_first_study_has_not(config, tmp_path):
+    """Disjoint by ids, and the files that were left out stand in the records by name and hash, not by place."""
+    first = write_musique(tmp_path / "first.json", 4)
+    start(config, tmp_path / "one", "slice", "--data", str(first), "--prompts", "99")
+    start(config, tmp_path / "two", "slice", "--without", str(first), "--seed", "1", "--prompts", "99")
+    used, other = (read_file(tmp_path / n / "slice-0of1.jsonl") for n in ("one", "two"))
+    ids = [{r["about"]["row"] for r in file.records} for file in (used, other)]
+    assert ids == [{"id-0", "id-1", "id-2"}, {"id-4"}]  # one row of each choice is for validation
+    assert other.settings["without"] == ["first.json"] and other.settings["seed"] == 1
+    assert len(other.settings["provenance"]["data_hashes"]["without first.json"]) == 64
+    assert "without" not in used.settings and str(tmp_path) not in json.dumps(other.settings)
+    with pytest.raises(DataError, match=r"first.json: every question stands in .*made.json as well"):
+        start(config, tmp_path / "none", "slice", "--data", str(first), "--without", str(config.parent / "made.json"))
+
+
+def test_confirm_measures_its_arms_and_has_tables(config, tmp_path, capsys):
+    (tmp_path / "best.json").write_text(json.dumps({"layers": {"CacheBlend, by V": 3}, "prompts": 1}))
+    start(config, tmp_path, "confirm", "--best", str(tmp_path / "best.json"), "--prompts", "2")
+    file = read_file(tmp_path / "confirm-0of1.jsonl")
+    arms = {a.name for a in confirm_arms({"CacheBlend, by V": 3})}
+    assert not file.failures and {r["arm"] for r in file.records} == arms and len(file.records) == 2 * 2 * len(arms)
+    real_confirm.main([str(tmp_path), "--out", str(tmp_path / "confirm.json")])
+    made = json.loads((tmp_path / "confirm.json").read_text())
+    assert made["confirmed"].keys() == arms - {NOISE, "Nothing recomputed", "CacheBlend, by V 15 % at layer 3"}
+    assert made["rival"] == "CacheBlend, by V 15 % at layer 3"
+    assert len(made["rows"]) == 2 * len(arms) and len(made["ratios"]) == 2 * 2 * (len(arms) - 3)
+    assert capsys.readouterr().out.count("confirmed: ") == len(arms) - 3
 
 
 def test_shards_are_parts_of_the_whole(config, tmp_path):

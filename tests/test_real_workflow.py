@@ -68,6 +68,19 @@ def test_the_study_plans_in_shards_from_either_form(tmp_path):
         assert f"study layers --config={plan} --shard=0/3 --threads 1" in text
 
 
+def test_other_prompts_are_measured_at_the_layers_that_were_chosen(tmp_path):
+    plan = plan_file(tmp_path / "in", without=[str(tmp_path / "in/a.jsonl")])
+    (tmp_path / "results/real").mkdir(parents=True)
+    (tmp_path / "results/real/best.json").write_text("{}")
+    done = planned(tmp_path, "real-confirm", "--config", f"real={plan}", "real_shards=3")
+    assert jobs(done) == {"real_confirm": 3, "real-confirm": 1, "total": 4}
+    text = done.stdout + done.stderr
+    assert f"study confirm --config={plan} --shard=2/3 --best=results/real/best.json --threads 1" in text
+    missing = plan_file(tmp_path / "other", without=[str(tmp_path / "nowhere.json")])
+    [line] = said(planned(tmp_path, "real-confirm", "--config", f"real={missing}"))
+    assert "nowhere.json is not there" in line
+
+
 def test_a_summary_that_is_there_is_drawn_without_model_or_data(tmp_path):
     for name in ("summary.json", "sessions.json"):
         (tmp_path / "results/real").mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from cacheslide.policies.boundary import BoundaryTokens
 from cacheslide.policies.budget import DeviationBudget
 from cacheslide.policies.deviation import deviation, tokens_of_ratio, top_rows
 from cacheslide.policies.first_tokens import FirstTokens
+from cacheslide.policies.mixed import MixedTokens
 from cacheslide.policies.question_aware import QUESTION, QuestionAware, attention_mass
 from cacheslide.policies.remembered import RememberedDeviation
 from cacheslide.policies.shrinking import ShrinkingTokens
@@ -28,10 +29,17 @@ RULES = [
     RememberedDeviation(0.2, boundary=5),
     BoundaryTokens(0.3),
     DeviationBudget(0.4, 0.2),
+    MixedTokens(0.3, 0.4, 0.3),
     QuestionAware(0.3, 2),
     ShrinkingTokens(0.5, 0.3, 2),
 ]
-EVERYTHING = [RememberedDeviation(1.0, 3), DeviationBudget(0.0, 1.0), QuestionAware(1.0, 3), ShrinkingTokens(1.0, 1.0)]
+EVERYTHING = [
+    RememberedDeviation(1.0, 3),
+    DeviationBudget(0.0, 1.0),
+    MixedTokens(1.0),
+    QuestionAware(1.0, 3),
+    ShrinkingTokens(1.0, 1.0),
+]
 SHRINKING = [ShrinkingTokens(0.5, 0.2, 1), ShrinkingTokens(1.0, 0.0, 2), ShrinkingTokens(0.9, 0.5, 3)]
 
 
@@ -76,7 +84,7 @@ def test_all_tokens_behind_updates_are_recompute_where_the_prefix_is_exact(decod
 
 
 @pytest.mark.parametrize("turns", TURNS)
-@pytest.mark.parametrize("rule", RULES[:5], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize("rule", RULES[:6], ids=lambda r: type(r).__name__)
 def test_equals_the_dense_forward_with_overwritten_rows(decoder, turns, rule):
     before, now = TURNS[turns]
     _, request, done = run(decoder, chain(rule, "in_prompt"), before, now)

@@ -11,12 +11,13 @@ from cacheslide.core.reused import ReusedTokens
 from cacheslide.errors import PolicyError
 from cacheslide.policies.deviation import tokens_of_ratio
 from cacheslide.policies.first_tokens import FirstTokens
+from cacheslide.policies.mixed import MixedTokens
 from cacheslide.policies.registry import load_policy
 from cacheslide.policies.remembered import RememberedDeviation
 from cacheslide.store import MemoryChunkStore
 from tests.test_prefill import prompt
 
-RULES = [FirstTokens, RandomTokens, RememberedDeviation]  # the last one with nothing remembered
+RULES = [FirstTokens, RandomTokens, RememberedDeviation, MixedTokens]  # the last two with nothing remembered
 FIXED = 6 + 23 + 31 + 17
 
 

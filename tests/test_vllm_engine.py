@@ -205,6 +205,8 @@ SYSTEMS = {
     "cacheslide_promote": {},
     "cacheslide_first": {},
     "cacheslide_remember": {"recompute_ratio": 0.4},
+    "cacheslide_overlap": {"recompute_ratio": 0.3},
+    "cacheslide_mixed": {"recompute_ratio": 0.4},
 }
 
 

@@ -88,5 +88,6 @@ def test_tables_count_answers_by_depth_and_pair_them():
     [rows] = tabulate({"rope": ({"model": "m"}, records)}, chosen)["models"]["rope"]["mixes"].values()
     usual, metric = (next(r for r in rows if r["cell"] == n) for n in (default(2, 0.26), "metric: V, layer 2"))
     assert [(d["depth"], d["f1"]["value"], d["f1"]["values"]) for d in usual["by_depth"]] == [(0, 1, 2), (2, 0.5, 2)]
+    assert usual["f1_volatile"] == 0.5 and metric["f1_volatile"] == 1
     assert usual["loss_points"]["value"] == 25 and usual["recomputed_share"] == 0.25
     assert metric["gain_points"] == {"value": 50, "low": None, "high": None, "n": 1, "values": 2}

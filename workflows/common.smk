@@ -79,7 +79,7 @@ def real_inputs(stage, table):
         plan = real_plan(wildcards)
         recordings = plan["recordings"] if stage == "replay" else ""
         try:
-            found = required(plan["model"], plan["data"], recordings)
+            found = required(plan["model"], [*plan["data"], *plan["without"]], recordings)
         except CacheSlideError as missing:
             if not Path(table).is_file():
                 stop(missing)
@@ -94,7 +94,7 @@ def real_given(stage):
 
     def given(wildcards):
         shard = wildcards.get("shard", "0of1").replace("of", "/")
-        chosen = stage in ("frontier", "histories", "replay")
+        chosen = stage in ("frontier", "histories", "replay", "confirm")
         best = ["--best=results/real/best.json"] if chosen else []
         return [f"--config={REAL_CONFIG}", f"--shard={shard}", *best]
 

@@ -3,14 +3,15 @@
 
 REAL = "results/real/summary.json"
 REAL_SLICE = "results/real/slice.json"
+REAL_CONFIRM = "results/real/confirm.json"
 
-for stage in ("layers", "frontier", "histories", "replay"):
+for stage in ("layers", "frontier", "histories", "replay", "confirm"):
 
     rule:
         name:
             f"real_{stage}"
         input:
-            files=real_inputs(stage, REAL),
+            files=real_inputs(stage, REAL_CONFIRM if stage == "confirm" else REAL),
             best=[] if stage == "layers" else "results/real/best.json",
         output:
             f"results/real/records/{stage}-{{shard}}.jsonl",
@@ -99,6 +100,21 @@ rule real:
         multiext("figures/real/real", ".svg", ".pdf", ".png"),
         multiext("figures/real/fig03_real", ".svg", ".pdf", ".png"),
     localrule: True
+
+
+rule:
+    name:
+        "real-confirm"
+    input:
+        real_records("confirm"),
+    output:
+        REAL_CONFIRM,
+    log:
+        "results/real/logs/confirm-tables.log",
+    conda:
+        "envs/cacheslide.yaml"
+    shell:
+        "python -m harness.results.real_confirm results/real/records --out {output:q} 2> {log:q}"
 
 
 rule real_slice_records:

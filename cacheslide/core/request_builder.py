@@ -102,6 +102,7 @@ class RequestBuilder:
         start: int = 0,
         shift: int = 0,
         slots: PromptSlots | None = None,
+        behind: Sequence[int] = (),
     ) -> PrefillRequest:
         """A request that completes rows `start`, `start` + 1, ... of `kv`.
 
@@ -117,6 +118,8 @@ class RequestBuilder:
             Positions by which all rows lie further on than `positions` say.
         slots : PromptSlots, optional
             Of the whole prompt, for models that cross updated slots by their offsets.
+        behind : sequence of int
+            Ids of the prompt's text behind these rows, which a host computes by itself: rules that read ids know it.
         """
         model = self.model
         found = Found() if found is None else found
@@ -130,7 +133,7 @@ class RequestBuilder:
             if not model.rotates:  # unrotated keys serve wherever they are
                 placement, shift = Placement("stored"), 0
             source = self.source(found.pieces, where[rows], placement, shift, correction)
-        runs = replace(found.runs, token_ids=token_ids)
+        runs = replace(found.runs, token_ids=[*token_ids, *behind] if behind else token_ids)
         ids, where, sent = send_together((tensor_of(token_ids), where, rows), model.device)
         return PrefillRequest(ids, where, kv, sent, source, correction, runs, start, rows)
 

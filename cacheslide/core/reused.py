@@ -19,7 +19,7 @@ class ReusedTokens:
         Remembered deviation of each token's KV (`ChunkKV.scores`), NaN where nothing is remembered; None where
         nothing is remembered of any.
     token_ids : sequence of int
-        The ids of all local rows, reused or not; empty where a host does not say.
+        The ids of all local rows, reused or not, and of the prompt's text behind them; empty where a host does not say.
     """
 
     starts: tuple[int, ...] = ()

@@ -7,6 +7,8 @@ from cacheslide.core.placement import Placement
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.policies.encodings import FixedChain, InPrompt
 from cacheslide.policies.first_tokens import FirstTokens
+from cacheslide.policies.mixed import MixedTokens
+from cacheslide.policies.overlap import OverlapTokens
 from cacheslide.policies.remembered import RememberedDeviation
 from cacheslide.policies.top_deviation import Promotion, TopDeviation
 
@@ -66,4 +68,24 @@ def remembering() -> ReusePolicy:
         name="cacheslide_remember",
         title="CacheSlide, remembered deviation",
         correction=RememberedDeviation(0.10),
+    )
+
+
+def overlapping() -> ReusePolicy:
+    """First-turn encoding; a tenth is recomputed: half of it the first tokens, half what the updated text speaks of."""
+    return replace(
+        first_turn(),
+        name="cacheslide_overlap",
+        title="CacheSlide, first tokens and overlap",
+        correction=OverlapTokens(0.10, lead=0.5),
+    )
+
+
+def mixing() -> ReusePolicy:
+    """First-turn encoding; a tenth by remembered deviation and a twentieth by overlap with the updated text."""
+    return replace(
+        first_turn(),
+        name="cacheslide_mixed",
+        title="CacheSlide, remembered deviation and overlap",
+        correction=MixedTokens(0.15, remembered=2 / 3, overlap=1 / 3),
     )

@@ -5,58 +5,91 @@ of it. Which tokens these are follows from the ids alone, before anything is com
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cacheslide.core.reused import ReusedTokens
+from cacheslide.core.tensors import tensor_of
 from cacheslide.errors import PolicyError
-from cacheslide.policies.deviation import check_ratio, tokens_of_ratio, top_rows
+from cacheslide.policies.deviation import check_ratio, tokens_of_ratio, top_mask
 from cacheslide.policies.static import RatioCorrection
+
+DECAY = 0.95  # a token's overlap reaches about twenty tokens on
+BLOCK = 64  # tokens that one product with the decays' matrix takes
 
 
 @dataclass(frozen=True)
 class OverlapTokens(RatioCorrection):
-    """The `recompute_ratio` of reused tokens of the highest overlap with the tokens that are not reused.
+    """The `recompute_ratio` of reused tokens of the highest `overlap` with the tokens that are not reused.
 
-    A reused token whose id stands in the updated text too weighs one over the times that the id stands in the reused
-    text. A token's overlap is the sum of the weights of itself and of the tokens before it, each `decay` times as much
-    as the one behind it: what follows a name is what says something of it. Ties, and tokens without any overlap, go by
-    position, the first ones first. `lead` is the share of the recomputed tokens that are the first of the reused text,
-    whatever they say.
+    Ties, and tokens without any overlap, go by position, the first ones first. `lead` is the share of the recomputed
+    tokens that are the first of the reused text, whatever they say.
     """
 
-    decay: float = 0.95
+    decay: float = DECAY
     lead: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ratio("lead", self.lead)
-        if not 0 <= self.decay < 1:
-            raise PolicyError(f"decay must lie in [0, 1), not {self.decay}")
+        check_decay(self.decay)
 
     def known_before_start(self, reused: ReusedTokens) -> Tensor:
         """Bool [R]."""
         count = tokens_of_ratio(self.recompute_ratio, reused.count)
-        scores = self.overlap(reused)
+        scores = overlap(reused, self.decay)
         scores[: tokens_of_ratio(self.lead, count)] = torch.inf
-        mask = torch.zeros(reused.count, dtype=torch.bool)
-        mask[top_rows(scores, count)] = True
-        return mask
+        return top_mask(scores, count)
 
-    def overlap(self, reused: ReusedTokens) -> Tensor:
-        """Float64 [R]: the overlap of every reused token; zeros where the ids are not known."""
-        if not len(reused.token_ids) or not reused.count:
-            return torch.zeros(reused.count, dtype=torch.float64)
-        ids = torch.as_tensor(reused.token_ids, dtype=torch.int64)
-        rows = torch.cat([torch.arange(s, s + n) for s, n in zip(reused.starts, reused.lengths, strict=True)])
-        live = torch.ones(len(ids), dtype=torch.bool)
-        live[rows] = False
-        own = ids[rows]
-        _, which, times = own.unique(return_inverse=True, return_counts=True)
-        weights = torch.where(torch.isin(own, ids[live]), 1 / times[which].double(), 0.0)
-        out, carried = [], 0.0
-        for weight in weights.tolist():
-            carried = carried * self.decay + weight
-            out.append(carried)
-        return torch.tensor(out, dtype=torch.float64)
+
+def check_decay(decay: float) -> None:
+    """Raise PolicyError for a decay outside of [0, 1)."""
+    if not 0 <= decay < 1:
+        raise PolicyError(f"decay must lie in [0, 1), not {decay}")
+
+
+def overlap(reused: ReusedTokens, decay: float = DECAY) -> Tensor:
+    """Float64 [R]: how much the updated text speaks of each reused token; zeros where the ids are not known.
+
+    A reused token whose id stands in the updated text too weighs one over the times that the id stands in the reused
+    text. A token's overlap is the sum of the weights of itself and of the tokens before it, each `decay` times as much
+    as the one behind it: what follows a name is what says something of it.
+    """
+    if not len(reused.token_ids) or not reused.count:
+        return torch.zeros(reused.count, dtype=torch.float64)
+    ids = tensor_of(reused.token_ids)
+    fixed = torch.zeros(len(ids), dtype=torch.bool)
+    for start, length in zip(reused.starts, reused.lengths, strict=True):
+        fixed[start : start + length] = True
+    own = ids[fixed]
+    updated = torch.zeros(int(ids.max()) + 1, dtype=torch.bool)
+    updated[ids[~fixed]] = True
+    weights = torch.where(updated[own], 1 / torch.bincount(own)[own].double(), 0.0)
+    return decayed_sums(weights, decay)
+
+
+def decayed_sums(weights: Tensor, decay: float) -> Tensor:
+    """y_i = w_i + decay · y_(i-1), float64 [n] of non-negative weights [n]: a first-order linear recurrence.
+
+    Each block of `BLOCK` takes one product with the matrix of the decays; what a block passes on to the next is the
+    same recurrence over blocks. A sum that falls below the smallest normal number has decayed to 0: below it, results
+    would depend on the order in which powers of the decay were rounded.
+    """
+    count = len(weights)
+    blocks = F.pad(weights.double(), (0, -count % BLOCK)).view(-1, BLOCK)
+    within, onward = decays(decay)
+    sums = blocks @ within
+    if len(sums) > 1:
+        sums[1:] += torch.outer(decayed_sums(sums[:-1, -1], decay**BLOCK), onward)
+    out = sums.flatten()[:count]
+    return out.masked_fill_(out < torch.finfo(out.dtype).tiny, 0.0)
+
+
+@lru_cache(maxsize=64)
+def decays(decay: float) -> tuple[Tensor, Tensor]:
+    """Powers of the decay: j - i at (i, j) of a block, float64 [BLOCK, BLOCK], 0 for j < i; and 1 to BLOCK, [BLOCK]."""
+    at, base = torch.arange(BLOCK, dtype=torch.float64), torch.tensor(decay, dtype=torch.float64)
+    return (base ** (at - at[:, None]).clamp(min=0)).triu(), base ** (at + 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cacheslide.core.reused import ReusedTokens
 from cacheslide.errors import PolicyError
-from cacheslide.policies.deviation import tokens_of_ratio, top_rows
+from cacheslide.policies.deviation import tokens_of_ratio, top_mask
 from cacheslide.policies.static import RatioCorrection
 
 
@@ -25,7 +25,7 @@ def choose_by_score(scores: Tensor, count: int) -> Tensor:
     known, unknown = (x.nonzero()[:, 0] for x in (~scores.isnan(), scores.isnan()))
     by_score = tokens_of_ratio(count / max(len(scores), 1), len(known))
     chosen = torch.zeros(len(scores), dtype=torch.bool)
-    chosen[known[top_rows(scores[known], by_score)]] = True
+    chosen[known] = top_mask(scores[known], by_score)
     chosen[unknown[: count - by_score]] = True
     return chosen
 

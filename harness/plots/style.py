@@ -101,6 +101,8 @@ LOOKS = {
     "cacheslide_promote": Look("CacheSlide, promotion", VERMILLION, "*"),
     "cacheslide_first": Look("CacheSlide, first tokens", SKY, "<"),
     "cacheslide_remember": Look("CacheSlide, remembered", BLUE, "h"),
+    "cacheslide_overlap": Look("CacheSlide, first + overlap", PURPLE, ">"),
+    "cacheslide_mixed": Look("CacheSlide, remembered + overlap", VERMILLION, "H"),
     "cacheslide_cope": Look("CacheSlide-CoPE", VERMILLION, "o", False, ":"),
     "recompute_cope": Look("Recompute, CoPE", BLACK, "s", False, ":"),
     "naive_reuse_cope": Look("Naive reuse, CoPE", VERMILLION, "d", False, ":"),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import DataError
-from harness.experiments.real.arms import ASKED, NOISE, QUESTION
+from harness.experiments.real.arms import ASKED, MIXED, NOISE, QUESTION
 from harness.results.intervals import mean, ratio_of_sums
 from harness.results.provenance import machine
 from harness.results.real_records import LAYER, check_record, rule_and_layer
@@ -31,6 +31,7 @@ RIVALS = (f"{RIVAL}, by V", f"{RIVAL}, by K")
 RULES = (
     *(f"{rule} {n} %" for rule in ("First tokens", "Remembered", "Overlap", "Canonical, remembered") for n in (5, 10)),
     *(f"{rule} 10 %" for rule in ("Remembered + boundary 32", "Overlap, half first", "Boundary", QUESTION)),
+    *(f"Mixed, {split} 10 %" for split in MIXED),
     "Shrinking 20 %",
     "Random tokens 10 %",
 )
@@ -97,16 +98,16 @@ def _figures(members: Sequence[Row]) -> Row:
     # Where the most likely token differs first, greedy decoding takes another way. Both runs are scored alike, so that
     # decoding token by token, which rounds otherwise, flips nothing by itself.
     out["flips"] = _estimate([float(r["greedy"]["agreement"] < 1) for r in members], clusters)
-    return {k: _short(v) for k, v in out.items()}
+    return {k: short(v) for k, v in out.items()}
 
 
 def _estimate(values: Sequence[float], clusters: Sequence[str]) -> Row:
     """A mean with its interval; the row says of how many trials."""
     found = mean(values, clusters)
-    return {k: _short(found[k]) for k in ("value", "low", "high")}
+    return {k: short(found[k]) for k in ("value", "low", "high")}
 
 
-def _short(value: Any) -> Any:
+def short(value: Any) -> Any:
     """A number to four significant digits: a table has hundreds of them, and intervals are far wider."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
 

@@ -10,7 +10,7 @@ from cacheslide.plain_values import shown
 TEXTS = ("trial", "dataset", "arm")
 NUMBERS = ("compute_fraction", "tokens", "tokens_reused")
 SCORES = ("kl", "agreement", "nll_change")
-ANSWERED = ("frontier", "layers")  # stages whose every prompt has an answer
+ANSWERED = ("frontier", "layers", "confirm")  # stages whose every prompt has an answer
 LAYER = " at layer "
 LARGEST = 1e15  # sums of such numbers stay finite
 

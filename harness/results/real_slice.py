@@ -47,14 +47,16 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
         setting, dataset, arm = row["key"]
         if dataset == POOLED:
             kl = row["answer"]["kl"]
-            out.append(f"{setting}, {arm}: KL {_shown(kl)}, {row['compute_fraction']:.2f} computed, n = {row['n']}")
+            computed = f"{row['compute_fraction']:.2f} computed"
+            out.append(f"{setting}, {arm}: KL {shown_estimate(kl)}, {computed}, n = {row['n']}")
     for ratio in summary["comparisons"]:
         about = f"{ratio['of']} over {ratio['over']}"
-        out.append(f"{ratio['setting']}, KL of {about}: {_shown(ratio)}, n = {ratio['n']}")
+        out.append(f"{ratio['setting']}, KL of {about}: {shown_estimate(ratio)}, n = {ratio['n']}")
     return out
 
 
-def _shown(estimate: Mapping[str, Any]) -> str:
+def shown_estimate(estimate: Mapping[str, Any]) -> str:
+    """A value and its interval, to three digits."""
     if estimate["value"] is None or estimate["low"] is None:
         return f"{estimate['value']} [no interval]"
     return f"{estimate['value']:.3g} [{estimate['low']:.3g}, {estimate['high']:.3g}]"

@@ -5,12 +5,12 @@ from typing import Any
 DIGITS = 6  # significant: more is noise in every line, and a third of a table's bytes
 
 
-def rounded(value: Any) -> Any:
-    """`value` with its floats to six significant digits, in dicts and lists too."""
+def rounded(value: Any, digits: int = DIGITS) -> Any:
+    """`value` with its floats to `digits` significant digits, in dicts and lists too."""
     if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}")
+        return float(f"{value:.{digits}g}")
     if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
+        return {k: rounded(v, digits) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [rounded(v) for v in value]
+        return [rounded(v, digits) for v in value]
     return value

@@ -12,6 +12,7 @@ from harness.results import intervals
 from harness.results.records import read_records, read_settings
 
 SCHEMA = "cacheslide.wca/1"
+DIGITS = 4  # significant, of a summary: intervals are far wider
 Records = dict[str, dict[str, dict[str, Any]]]  # cell -> example -> record
 
 
@@ -54,9 +55,11 @@ def _table(records: Records, cells: Sequence[Described]) -> list[dict[str, Any]]
             continue
         about = cell.describe()
         row = {"cell": cell.name, **about, "prompts": len(own), **_means(own.values()), "f1": _f1(own.values())}
-        for field in ("depth", "volatile"):
-            values = sorted({v for r in own.values() for v in r[field]})
-            row[f"by_{field}"] = [{field: v, "f1": _f1(own.values(), field, v)} for v in values]
+        depths = sorted({v for r in own.values() for v in r["depth"]})
+        row["by_depth"] = [{"depth": v, "f1": _f1(own.values(), "depth", v)} for v in depths]
+        # All others are answered by nearly every cell: one number says what is left to say.
+        volatile = [f1 for r in own.values() for f1, v in zip(r["f1"], r["volatile"], strict=True) if v]
+        row["f1_volatile"] = sum(volatile) / len(volatile) if volatile else None
         row["loss_points"] = _paired(records.get("recompute"), own)
         row["gain_points"] = _paired(own, records.get(about["base"]))
         rows.append(row)

@@ -6,17 +6,18 @@ inputs, LongBench's jsonl. Records name rows by id and hash and never hold their
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import DataError
+from harness.metrics.answers import normalize_answer
 from harness.results.provenance import file_hash
 from harness.tasks import cacheblend, hotpotqa, layout, longbench, multihop, musique
 from harness.tasks.hub import json_rows
 
-__all__ = ["PassageRow", "answer_passages", "file_hash", "read_passages"]
+__all__ = ["PassageRow", "answer_passages", "file_hash", "others_than", "read_passages"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,17 @@ def read_passages(path: str | Path) -> list[PassageRow]:
 def answer_passages(row: PassageRow) -> tuple[int, ...]:
     """Indices of the passages that hold one of the answers, as whole words after HotPotQA's normalisation."""
     return tuple(i for i, text in enumerate(row.passages) if layout.mentions(text, row.answers))
+
+
+def others_than(rows: Sequence[PassageRow], known: Iterable[PassageRow]) -> list[PassageRow]:
+    """The rows that share neither id, hash nor question (after HotpotQA's normalisation) with a row of `known`.
+
+    A question is compared as well, since files of different schemas name one row differently.
+    """
+    known = list(known)
+    names = {name for row in known for name in (row.id, row.sha256)}
+    asked = {normalize_answer(row.question) for row in known}
+    return [r for r in rows if not names & {r.id, r.sha256} and normalize_answer(r.question) not in asked]
 
 
 def _row(raw: Mapping[str, Any], id: str | None, dataset: str, question: str, answers, texts, gold=()) -> PassageRow:

@@ -144,6 +144,7 @@ class Loading:
             # vLLM numbers the last row, and what it generates, by row: a schema moves as a whole to meet it.
             shift=load.rows - 1 - plan.positions[-1],
             slots=load.slots,
+            behind=plan.prompt.token_ids[load.end :],
         )
 
     def _note(self, load: LoadPlan, request: PrefillRequest, receipt: Receipt, output: PrefillOutput) -> None:

@@ -20,6 +20,7 @@ from cacheslide.policies.boundary import BoundaryTokens
 from cacheslide.policies.budget import DeviationBudget
 from cacheslide.policies.edges import EdgeTokens
 from cacheslide.policies.first_tokens import FirstTokens
+from cacheslide.policies.mixed import MixedTokens
 from cacheslide.policies.none import NoCorrection
 from cacheslide.policies.overlap import OverlapTokens
 from cacheslide.policies.question_aware import QuestionAware
@@ -36,6 +37,18 @@ ASKED = (5, 8)  # layers at which the question is asked, beside the one that val
 QUESTION = "Question-aware"
 PRINTED = TopDeviation(0.26, fusion="paper", swap=Swap())
 NARROW = replace(PRINTED, attends="updated")
+MIXED = {
+    "half remembered": MixedTokens(remembered=1 / 2, overlap=1 / 2),
+    "thirds": MixedTokens(remembered=1 / 3, overlap=1 / 3),
+    "two thirds remembered": MixedTokens(remembered=2 / 3, overlap=1 / 3),
+}  # what of the budget is neither has the first tokens
+CONFIRMED = (
+    "Mixed, half remembered 5 %",
+    "Mixed, half remembered 10 %",
+    "Mixed, thirds 10 %",
+    "Mixed, two thirds remembered 10 %",
+    "Mixed, two thirds remembered 15 %",
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,13 @@ def rules(family: str, before: str, best: Mapping[str, int]) -> list[Arm]:
         *[budget(line("Budget, left"), family, left) for left in (0.5, 0.3)],
         *swept(line("Overlap"), family, OverlapTokens(), (0.05, 0.1, 0.2), [None]),
         *swept(line("Overlap, half first"), family, OverlapTokens(lead=0.5), (0.05, 0.1, 0.2), [None]),
+        *mixed(line("Mixed, "), family, (0.05, 0.1, 0.15)),
     ]
+
+
+def mixed(before: str, family: str, ratios: Iterable[float]) -> list[Arm]:
+    """Every split of a budget between rules; `before` begins the names of their lines."""
+    return [one for split, rule in MIXED.items() for one in swept(before + split, family, rule, ratios, [None])]
 
 
 def budget(line: str, family: str, left: float) -> Arm:
@@ -156,6 +175,8 @@ def core(best: Mapping[str, int] | None = None) -> list[Arm]:
         "Canonical, remembered 10 %",
         *(f"Overlap {n} %" for n in (5, 10, 20)),
         *(f"Overlap, half first {n} %" for n in (5, 10)),
+        *(f"Mixed, {split} 10 %" for split in MIXED),
+        "Mixed, two thirds remembered 15 %",
         "Boundary 10 %",
         "Shrinking 20 %",
         f"{QUESTION} 10 % at layer {chosen[QUESTION]}",
@@ -203,8 +224,24 @@ def history_arms(best: Mapping[str, int] | None = None) -> list[Arm]:
         *swept("First tokens", "chain", FirstTokens(), (0.02, 0.1, 0.2), [None]),
         *swept("Remembered", "chain", RememberedDeviation(), (0.1,), [None]),
         *swept("Overlap", "chain", OverlapTokens(), (0.1,), [None]),
+        *swept("Overlap, half first", "chain", OverlapTokens(lead=0.5), (0.1,), [None]),
+        *mixed("Mixed, ", "chain", (0.1,)),
         *swept("CacheSlide, by K", "chain", TopDeviation(0.26), (0.26,), [1]),
         arm("Isolated, nothing recomputed", "iso", NoCorrection()),
+        *swept("CacheBlend, by V", "iso", TopDeviation(0.15, metric="v"), (0.15,), [layer]),
+    ]
+
+
+def confirm_arms(best: Mapping[str, int] | None = None) -> list[Arm]:
+    """What is measured on prompts that no rule was chosen on: the rules, and what each is held against."""
+    layer = (best or {}).get("CacheBlend, by V", 1)
+    return [
+        Arm(NOISE, NOISE, "exact", None),
+        arm("Nothing recomputed", "chain", NoCorrection()),
+        *swept("First tokens", "chain", FirstTokens(), (0.1,), [None]),
+        *swept("Remembered", "chain", RememberedDeviation(), (0.1,), [None]),
+        *swept("Overlap, half first", "chain", OverlapTokens(lead=0.5), (0.05, 0.1), [None]),
+        *[one for one in mixed("Mixed, ", "chain", (0.05, 0.1, 0.15)) if one.name in CONFIRMED],
         *swept("CacheBlend, by V", "iso", TopDeviation(0.15, metric="v"), (0.15,), [layer]),
     ]
 

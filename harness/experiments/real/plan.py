@@ -12,7 +12,8 @@ from harness.inventory import read_config
 
 COUNTS = ("prompts", "swept", "validation", "sessions", "every_turn", "turns", "longest")
 TEXTS = ("model", "dtype", "recordings")
-LISTS = {"data": str, "settings": str, "layers_on": str, "lengths": int}
+LISTS = {"data": str, "settings": str, "layers_on": str, "lengths": int, "without": str}
+MAY_BE_EMPTY = ("without",)
 SHORTEST = 200  # tokens of fixed text at least
 
 
@@ -26,6 +27,8 @@ class RealPlan:
         A checkpoint folder, a GGUF file, or a name on the hub.
     data : tuple of str
         Files of questions with passages, one a data set.
+    without : tuple of str
+        Files of the same kinds whose questions are left out: the study is of other prompts than one on those files.
     dtype : str
         What the model computes in and chunks are kept in.
     lengths : tuple of int
@@ -63,6 +66,7 @@ class RealPlan:
     recordings: str = ""
     turns: int = 16
     longest: int = 8192
+    without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in TEXTS:
@@ -70,7 +74,8 @@ class RealPlan:
                 raise ConfigError(f"{name} must be a text, not {shown(getattr(self, name))}")
         for name, kind in LISTS.items():
             value = getattr(self, name)
-            if not isinstance(value, tuple) or not value or any(type(x) is not kind or not x for x in value):
+            empty = not value and name not in MAY_BE_EMPTY
+            if not isinstance(value, tuple) or empty or any(type(x) is not kind or not x for x in value):
                 what = "texts" if kind is str else "whole numbers"
                 raise ConfigError(f"{name} must be a list of {what}, not {shown(value)}")
         for name, least in dict.fromkeys(COUNTS, 1).items() | {("seed", 0)}:

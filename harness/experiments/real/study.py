@@ -1,8 +1,10 @@
 """The study on a real model: `python -m harness.experiments.real.study STAGE --config config/real.yaml --out DIR`.
 
 Stages: layers (which selection layer each system gets, on the validation part), frontier (settings), histories,
-replay (recorded sessions) and slice (a few arms on a few prompts, anywhere). `--shard I/N` takes every N-th prompt from
-I on into a file of its own, so that several processes share a device. Finished records are never measured again.
+replay (recorded sessions), slice (a few arms on a few prompts, anywhere) and confirm (the rules that the frontier
+chose, and what they are held against, on other prompts: `--without FILE` leaves a file's questions out). `--shard I/N`
+takes every N-th prompt from I on into a file of its own, so that several processes share a device. Finished records are
+never measured again.
 `harness.results.real` makes tables.
 """
 
@@ -32,14 +34,17 @@ from harness.results.provenance import file_hash, provenance
 from harness.results.records import reopened
 from harness.results.rounding import rounded
 from harness.step import command
-from harness.tasks.passages import read_passages
+from harness.tasks.passages import others_than, read_passages
 
-STAGES = ("layers", "frontier", "histories", "replay", "slice")
+STAGES = ("layers", "frontier", "histories", "replay", "slice", "confirm")
 
 
 def builders(plan: RealPlan, backend: ReferenceBackend) -> dict[str, Builder]:
     """One builder a data file of the plan, by the data set's name."""
-    sets = [read_passages(path) for path in plan.data]
+    known = [row for path in plan.without for row in read_passages(path)]
+    sets = [others_than(read_passages(path), known) for path in plan.data]
+    if empty := [path for path, rows in zip(plan.data, sets, strict=True) if not rows]:
+        raise DataError(f"{Path(empty[0]).name}: every question stands in {', '.join(plan.without)} as well")
     out = {rows[0].dataset: Builder(backend, rows, plan.seed, plan.lengths) for rows in sets}
     if len(out) != len(plan.data):
         raise DataError("two data files are of one set: name each set once")
@@ -86,9 +91,13 @@ def run(
         raise ConfigError(f"{stage} has neither a line nor an arm {shown(unknown[0])}")
     made = builders(plan, backend)
     settings = asdict(plan) | {"stage": stage, "best": best, "only": list(only)}
-    settings |= {"model": Path(plan.model).name, "data": [Path(p).name for p in plan.data]}
+    settings |= {"model": Path(plan.model).name}
+    settings |= {name: [Path(p).name for p in getattr(plan, name)] for name in ("data", "without")}
+    if not plan.without:
+        del settings["without"]  # as in records from before there was such a key
     settings["recordings"] = Path(plan.recordings).name
     data = {name: file_hash(path) for name, path in zip(made, plan.data, strict=True)}
+    data |= {f"without {Path(path).name}": file_hash(path) for path in plan.without}
     header = settings | {"shard": list(shard), "provenance": provenance(settings, data, backend.model.model_id)}
     work = list(_work(stage, plan, made))
     if not work:
@@ -130,7 +139,7 @@ def _arms(stage: str, num_layers: int, best: dict | None) -> list[systems.Arm]:
     if stage == "slice":
         return systems.slice_arms()
     arms = {"histories": systems.history_arms, "replay": systems.replay_arms, "frontier": systems.frontier}
-    return arms[stage](best)
+    return (arms | {"confirm": systems.confirm_arms})[stage](best)
 
 
 def _measured(
@@ -164,9 +173,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=Path("results/real/records"))
     p.add_argument("--model", help="a checkpoint instead of the configuration's")
     p.add_argument("--data", action="append", help="a data file instead of the configuration's; may be repeated")
+    p.add_argument("--without", action="append", help="a data file whose questions are left out; may be repeated")
     p.add_argument("--recordings", help="a folder of recorded sessions instead of the configuration's")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", help="what the model computes in, instead of the configuration's")
+    p.add_argument("--seed", type=int, help="of the prompts, instead of the configuration's")
     p.add_argument("--prompts", type=int, help="prompts a data set and setting, instead of the configuration's")
     p.add_argument("--sessions", type=int, help="histories a data set, instead of the configuration's")
     p.add_argument("--lengths", type=int, action="append", help="tokens of fixed text; may be repeated")
@@ -213,7 +224,7 @@ def read_layers(path: Path) -> dict[str, int]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one stage."""
     args = parser().parse_args(argv)
-    names = ("model", "data", "recordings", "dtype", "prompts", "sessions", "lengths", "settings")
+    names = ("model", "data", "without", "recordings", "dtype", "seed", "prompts", "sessions", "lengths", "settings")
     plan = read_plan(args.config, **{name: getattr(args, name) for name in names})
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -18,9 +18,11 @@ from cacheslide.policies.registry import load_policy
 from cacheslide.policies.remembered import RememberedDeviation
 from cacheslide.policies.shrinking import ShrinkingTokens
 from cacheslide.policies.top_deviation import TopDeviation
+from harness.experiments.real.arms import MIXED
 from harness.experiments.wca.cells import EARLY, LATE, Cell
 
 RATIOS = (0.05, 0.1, 0.26, 0.5)
+SHARED = (0.1, 0.15)  # of rules that share a budget: 20 % is above 0.3 of recompute's compute on this task
 FIRST = "first tokens"
 
 
@@ -50,6 +52,11 @@ def _rules(layers: int) -> Iterator[Cell]:
     }.items():
         for ratio in RATIOS:
             yield cell(rule, f"{ratio:.0%}", made.at_ratio(ratio), None if rule == FIRST else f"{FIRST}, {ratio:.0%}")
+    for rule, made in {FIRST: FirstTokens(), "remembered": RememberedDeviation()}.items():
+        yield cell(rule, "15%", made.at_ratio(0.15), None if rule == FIRST else f"{FIRST}, 15%")
+    for split, made in MIXED.items():
+        for ratio in SHARED:
+            yield cell(f"mixed, {split}", f"{ratio:.0%}", made.at_ratio(ratio), f"{FIRST}, {ratio:.0%}")
     for left in (0.7, 0.5, 0.3, 0.1):
         yield cell("budget", f"{left:.0%} left", DeviationBudget(left))
     for layer in [i for i in (EARLY, LATE) if i < layers]:

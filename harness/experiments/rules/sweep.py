@@ -17,7 +17,7 @@ from harness.experiments.wca.sweep import SPLIT, Job, prompts_of, sweep
 from harness.results.provenance import provenance
 from harness.results.records import write_json
 from harness.results.rounding import rounded
-from harness.results.wca import read_sweep, tabulate
+from harness.results.wca import DIGITS, read_sweep, tabulate
 from harness.step import command
 
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sweep(job, records, about, given, args.jobs, monotonic() + 60 * args.minutes)
     tables = tabulate({"rope": read_sweep(records)}, cells(ReferenceBackend(args.model).num_layers))
     origin = provenance({"mixes": args.mixes} | about, {}, about["model"])
-    write_json(args.out / "summary.json", rounded(tables | {"provenance": origin}))
+    write_json(args.out / "summary.json", rounded(tables | {"provenance": origin}, DIGITS))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from harness.results.provenance import provenance
 from harness.results.records import reopened, write_json
 from harness.results.rounding import rounded
 from harness.results.runs import read_json
-from harness.results.wca import read_sweep, tabulate
+from harness.results.wca import DIGITS, read_sweep, tabulate
 from harness.scoring import question_records
 from harness.step import command
 from harness.tasks.example import TaskExample
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         origin = read_json(summary)["provenance"]  # where it was measured, not where it is tabulated
     else:
         origin = provenance({"mixes": args.mixes} | about, {}, ids)
-    write_json(summary, rounded(tabulate(done, cells(layers)) | {"provenance": origin}))
+    write_json(summary, rounded(tabulate(done, cells(layers)) | {"provenance": origin}, DIGITS))
 
 
 if __name__ == "__main__":

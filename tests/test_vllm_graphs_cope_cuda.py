@@ -31,7 +31,8 @@ from tests.test_vllm_graphs_cope import KINDS
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
 
 SYSTEMS = {"epic": {"recompute_ratio": 0.26}, "naive_reuse": {}, "cacheslide_first": {}}  # known before the start
-BOUNDS = {"bfloat16": (0.03, 0.5), "float32": (1e-4, 1e-3)}  # of KV by layer, and of log-probabilities
+# Of KV by layer, and of log-probabilities: in bfloat16 sums of gates pass rounding on (test_vllm_cope_cuda.py).
+BOUNDS = {"bfloat16": (0.1, 0.6), "float32": (1e-4, 1e-3)}
 
 
 @pytest.mark.parametrize("kind", KINDS)

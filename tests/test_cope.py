@@ -1,5 +1,7 @@
 """CoPE's plain reference against a direct reading of its definition, and CCPE's canonical offsets."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -128,6 +130,24 @@ def test_paged_and_ragged_is_the_same_attention():
     one = kernels.cope_decode(q[:3], last, table, kv, embedding)
     for i in range(3):
         torch.testing.assert_close(one[i : i + 1], cope_attention(q[i : i + 1], *dense[i], embedding, last[i : i + 1]))
+
+
+def test_what_layers_have_in_common_is_bound_once():
+    """Caches, tables and offsets of one layer after the other, through one object."""
+    kv, table, _ = paged([40, 23], 2, 6, 16, seed=6)
+    rows, cu_rows = scattered([40, 23], [0.5, 1.0], seed=7)
+    edges, cu_slots = torch.tensor([[3, 9], [2, 5]]).int(), torch.tensor([0, 1, 2]).int()
+    slots = SlotOffsets(edges, cu_slots, torch.rand(2, 4), torch.rand(len(rows)) < 0.5)
+    attend = kernels.CopeAttention(rows, cu_rows, table, 0.3, slots=slots)
+    for layer in range(3):
+        q, embedding, offsets = torch.randn(len(rows), 4, 6), torch.randn(8, 6), torch.rand(2, 4) * 5
+        given = q, rows, cu_rows, table, kv + layer, embedding, 0.3
+        want = kernels.cope_attention(*given, slots=replace(slots, offsets=offsets))
+        assert torch.equal(attend(q, kv + layer, embedding, None, offsets), want)
+        assert (want - kernels.cope_attention(*given, slots=slots)).abs().max() > 1e-3
+    for wrong in (torch.rand(1, 4), torch.rand(2, 3)):
+        with pytest.raises(ValueError, match="slot offsets"):
+            attend(q, kv, embedding, None, wrong)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_a_serving_benchmark_that_is_cut_keeps_what_it_has(tmp_path, monkeypatch
         left[0] -= 1
         limit.end = limit.end if left[0] else 0.0
 
-    monkeypatch.setattr(cope_serving, "fill", lambda engine, prompts: None)
+    monkeypatch.setattr(cope_serving, "fill", lambda engine, prompts, systems: None)
     monkeypatch.setattr(cope_serving, "once", lambda *a: {"ttft": [0.2], "tokens_reused": [3]})
     monkeypatch.setattr(cope_serving, "decode_step", lambda *a: 0.01)
     cope_serving.measure({"rope": None, "cope": None}, args, result, write, limit)  # a warm-up and two turns

@@ -6,13 +6,15 @@ gives NaN. bfloat16 is left to CUDA, as the interpreter emulates neither its pro
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 from cacheslide.kernels.cope import reference as cope_reference
 from cacheslide.kernels.cope import training as cope_training
-from cacheslide.positions.ccpe import SlotOffsets
+from cacheslide.kernels.cope.api import CopeAttention
+from cacheslide.positions.ccpe import NOWHERE, SlotOffsets
 from tests.test_kernels import other_layout, paged, scattered
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -142,8 +144,64 @@ def test_slots_are_crossed_by_their_offset(bounds, shift, cap):
 @pytest.mark.parametrize("bounds", [[[3 * SIZE, 40 * SIZE]], []], ids=["one", "none"])
 def test_slots_behind_every_row_are_none(bounds):
     """A batch gives all its requests as many slots as the one with most of them: the others lie nowhere."""
-    slots = slots_of([*bounds, *[[2**31 - 1, 2**31 - 1]] * 2], False)
+    slots = slots_of([*bounds, *[[NOWHERE, NOWHERE]] * 2], False)
     check([100 * SIZE, 50 * SIZE], [0.1, 0.06], 4, 2, 16, 16, DTYPES[0], SLOW, 24, slots, tiling=tiling(DTYPES[0]))
+
+
+@pytest.mark.parametrize("slotted", [False, True], ids=["live", "slots"])
+def test_one_launch_serves_layer_after_layer(slotted):
+    """Other queries, caches, tables and offsets each time; some do not start at a multiple of 16 bytes."""
+    lengths = [50, 40]
+    rows, cu_rows = scattered(lengths, [0.5, 0.3], seed=9, device=DEVICE)
+    kv, table, queries, embedding = inputs(lengths, 3, 1, 32, 16, torch.float32, SLOW)
+    q = queries(4 * len(rows)).view(4, len(rows), 3, 32)
+    slots = slots_of([[3, 20], [21, 30], [33, 38]], False)(rows, cu_rows, 3) if slotted else None
+    every = None if slots is None else torch.stack([slots.offsets * (i + 1) for i in range(4)])  # 18 numbers a layer
+    blocks = launch.paged(kv, table)
+    cut = tiling(torch.float32)
+    bound = launch.CopeLaunch(q[0], rows, cu_rows, blocks, embedding, slots=slots, tiling=cut)
+    for i in range(4):
+        cache, positions = kv * (i + 1), embedding * (1 - 0.2 * i)
+        offsets = None if every is None else every[i]
+        layer = launch.paged(cache, table)
+        got = bound(q[i], layer.k, layer.v, positions, None, offsets)
+        given = None if slots is None else replace(slots, offsets=offsets)
+        exact = q[i].double(), rows, cu_rows, table, cache.double(), positions.double()
+        assert error(got, cope_reference.cope_attention(*exact, slots=given)) < BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("slotted", [False, True], ids=["live", "slots"])
+def test_padding_behind_the_last_request_attends_to_nothing(slotted, pack):
+    """A grid for more queries and requests than there are: what the offsets leave out is neither read nor stored."""
+    lengths, shares = [50, 33], [0.5, 1.0]
+    kv, table, queries, embedding = inputs(lengths, 4, 2, 32, 16, torch.float32, SLOW)
+    rows, cu_rows = scattered(lengths, shares, seed=9, device=DEVICE)
+    n, room, places = len(rows), len(rows) + 41, 5
+    q = torch.full((room, 4, 32), float("nan"), device=DEVICE)
+    q[:n] = queries(n)
+    out = torch.full_like(q, 7.0)
+    padded_rows = torch.full((room,), -(2**30), dtype=torch.int32, device=DEVICE)
+    padded_rows[:n] = rows
+    padded_cu = torch.full((places + 1,), n, dtype=torch.int32, device=DEVICE)
+    padded_cu[:3] = cu_rows
+    padded_table = torch.full((places, table.shape[1] + 6), -5, dtype=torch.int32, device=DEVICE)
+    padded_table[:2, : table.shape[1]] = table
+    real = slots_of([[3, 20], [21, 30], [NOWHERE, NOWHERE]], True)(rows, cu_rows, 4) if slotted else None
+    slots = real
+    if slotted:  # three slots a place; those of nobody claim anything
+        bounds = torch.tensor([[0, 4]] * 3 * places, dtype=torch.int32, device=DEVICE)
+        offsets = torch.full((3 * places, 4), float("nan"), device=DEVICE)
+        canonical = torch.ones(room, dtype=torch.bool, device=DEVICE)
+        bounds[:6], offsets[:6], canonical[:n] = real.bounds, real.offsets, real.canonical
+        cu_slots = torch.arange(places + 1, dtype=torch.int32, device=DEVICE) * 3
+        slots = SlotOffsets(bounds, cu_slots, offsets, canonical, True)
+    cut = tiling(torch.float32, pack=pack)
+    blocks = launch.paged(kv, padded_table)
+    launch.cope_attention(q, padded_rows, padded_cu, blocks, embedding, out=out, slots=slots, tiling=cut)
+    exact = q[:n].double(), rows, cu_rows, table, kv.double(), embedding.double()
+    assert error(out[:n], cope_reference.cope_attention(*exact, slots=real)) < BOUND[torch.float32]
+    assert (out[n:] == 7.0).all()
 
 
 def test_strided_queries_and_output():
@@ -304,6 +362,51 @@ def test_decoding_can_be_captured():
         out.fill_(float("nan"))
         graph.replay()
         torch.testing.assert_close(out, want)
+
+
+@gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs CUDA")
+def test_slot_offsets_at_any_address_are_one_compilation():
+    """A layer's are a slice of all layers'."""
+    compiled = launch._cope_attention.device_caches
+    kv, table, queries, embedding = inputs([200], 6, 2, 64, 16, torch.bfloat16, SLOW, 20)
+    rows, cu_rows = scattered([200], [0.3], seed=9, device=DEVICE)
+    slots = slots_of([[3, 40], [41, 60], [70, 90]], False)(rows, cu_rows, 6)
+    every = torch.stack([slots.offsets] * 4)  # 18 numbers a layer
+    q, before, got = queries(len(rows)), None, []
+    for offsets in every:  # bound anew each time: Triton looks at every address
+        got.append(CopeAttention(rows, cu_rows, table, slots=replace(slots, offsets=offsets))(q, kv, embedding))
+        count = sum(len(cache[0]) for cache in compiled.values())
+        assert before in (None, count)
+        before = count
+        assert torch.equal(got[-1], got[0])
+
+
+@gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs CUDA")
+@pytest.mark.parametrize("slotted", [False, True], ids=["live", "slots"])
+def test_attention_can_be_captured(slotted):
+    """In fixed memory: another batch's rows and slots in it give that batch's attention."""
+    lengths = [3000, 700]
+    kv, table, queries, embedding = inputs(lengths, 32, 8, 128, 16, torch.bfloat16, SLOW, 64)
+    rows, cu_rows = (x.clone() for x in scattered(lengths, [0.1, 0.1], seed=1, device=DEVICE))
+    slots = slots_of([[30, 400], [410, 600]], False)(rows, cu_rows, 32) if slotted else None
+    q = queries(len(rows))
+    graph, out = torch.cuda.CUDAGraph(), torch.empty_like(q)
+    attend = CopeAttention(rows, cu_rows, table, slots=slots)
+    attend(q, kv, embedding, out)
+    with torch.cuda.graph(graph):
+        attend(q, kv, embedding, out)
+    for seed in (1, 2, 3):
+        other, ends = scattered(lengths, [0.1, 0.1], seed=seed, device=DEVICE)
+        rows.copy_(other)
+        cu_rows.copy_(ends)
+        if slotted:
+            slots.bounds.copy_(slots.bounds - slots.bounds % 8 + seed)
+        want = CopeAttention(rows, cu_rows, table, slots=slots)(q, kv, embedding)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, want) and want.isfinite().all()
 
 
 @gpu

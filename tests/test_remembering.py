@@ -286,6 +286,32 @@ def test_generated_text_is_compared_where_it_was_computed(model, encoding):
         torch.testing.assert_close(engine.store.get(key).scores, built.store.get(key).scores, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("encoding", ["in_prompt", "fixed_chain"])
+def test_chunks_stored_without_scores_get_them_beside_chunks_that_are_encoded(model, encoding):
+    store, first, grown = MemoryChunkStore(), prompt(9, 3), prompt(14, 5, fixed=(23, 31, 17, 20))
+    plain = ReuseEngine(model, policy_of(encoding, NoCorrection()), store, chunk_size=CHUNK)
+    engine = ReuseEngine(model, policy_of(encoding), store, chunk_size=CHUNK)
+    scored = engine_of(model, encoding)
+    for of in (plain, scored):
+        of.build(first)
+    wanted, spent = [scored.store.get(key).scores for key in engine.plan(first).keys], scored.encoder.row_layers
+    again = prompt(11, 4)
+    engine.retain(engine.prefill(again), again, 0)
+    held = engine.plan(first).keys
+    assert [store.get(key).scores for key in held] == [None] * len(held)  # nothing is encoded: nothing is spent
+    before = engine.encoder.row_layers
+    retained = engine.retain(engine.prefill(grown), grown, 0)
+    cost = engine.encoder.row_layers - before
+    assert retained.encoded == 2
+    scored.retain(scored.prefill(grown), grown, 0)
+    assert cost == scored.encoder.row_layers - spent  # no row more than where they had scores
+    for number, (key, want) in enumerate(zip(held, wanted, strict=True)):
+        got = store.get(key).scores
+        if encoding == "in_prompt":  # the chain is the other context, whatever prompt stands around it
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+        assert got.isfinite().all() and bool(got.any()) == (number > 0)
+
+
 @pytest.mark.parametrize("worst", [float("nan"), float("inf")])
 def test_kv_that_is_no_number_has_no_scores(model, worst):
     engine, text = engine_of(model), prompt(9, 3)

@@ -1,6 +1,7 @@
 """A fault in the connector costs the reuse of one request: at every entry that vLLM calls, against plain vLLM."""
 
 import asyncio
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from cacheslide.vllm.protocol import StepPlan
 from cacheslide.vllm.scheduler.metrics import ReuseStats
 from cacheslide.vllm.scheduler.setbacks import check_claim
 from cacheslide.vllm.worker.ranks import Team, TeamPrefill
-from harness.robustness.faulty_rounds import Rounds, answers, cases, open_plain, open_reusing, truths
+from harness.robustness.faulty_rounds import Rounds, alike, answers, cases, open_plain, open_reusing, truths
 from harness.robustness.seams import ENTRY_SEAMS, SEAMS, owner_of, raising
 from tests.test_vllm_scheduler import FIXED_END, TURN, know, request, side, step_output
 
@@ -64,6 +65,9 @@ def entry_rounds() -> list[tuple[str, str]]:
     return [(seam, "always") for seams in ENTRY_SEAMS.values() for seam in seams]
 
 
+_SCORER = "cacheslide.vllm.worker.scoring.Scorer"
+SCORING = [f"{_SCORER}:run", f"{_SCORER}:_held", f"{_SCORER}:_score", f"{_SCORER}:_one"]
+SCORING += ["cacheslide.core.remembering.Contrast:scores", "worker.store:await_no_more"]
 INNER_ROUNDS = [  # a store that lies, a plan of another, a run that fails half-way: whatever their own checks say
     pytest.param("scheduler.storage_tier.persistent:where", "always", marks=pytest.mark.fault("lying_store")),
     pytest.param("worker.storage_tier:arrivals", "late", marks=pytest.mark.fault("lying_store")),
@@ -73,6 +77,8 @@ INNER_ROUNDS = [  # a store that lies, a plan of another, a run that fails half-
     pytest.param("cacheslide.vllm.worker.ranks.TeamPrefill:compute", "once"),
     pytest.param("worker.store:put", "late"),
     pytest.param("scheduler.retention:reserve", "late"),
+    *(pytest.param(seam, "always") for seam in SCORING),
+    pytest.param("worker.store:rescore", "late"),
 ]
 
 
@@ -86,6 +92,26 @@ def test_a_fault_costs_reuse_and_nothing_else(rounds, seam, mode):
     out = rounds.round(seam, mode, RuntimeError, beams=beams, heal=heal)
     assert not out.died and not out.wrong, out
     assert out.raised and (out.faults or seam.startswith("worker.storage_tier.store")), out
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("seam", SCORING[:-1])  # what is done behind it comes too late
+def test_a_fault_in_scoring_costs_the_scores_alone(rounds, seam):
+    """The chunks are there and are reused; without scores the rule takes a chunk's first tokens."""
+    rounds._fresh()
+    tokenizer, store = rounds.engine.get_tokenizer(), rounds.worker.store
+    for turn, faulty in enumerate((True, False)):
+        asked = next(c for c in cases(tokenizer, turn) if c.name == "remembered")
+        with raising(seam, "always", OSError, rounds.parts) if faulty else nullcontext() as counts:
+            rounds._poison()
+            [(said, receipt)] = answers(rounds.engine, [asked]).values()
+            rounds._idle()
+        assert alike(said, rounds.truth[turn]["remembered"])
+        if faulty:
+            scores = [store.get(key).scores for key in list(store._chunks)]
+            assert counts.raised and scores and not any(s is not None and s.any() for s in scores)
+    assert receipt["chunks_hit"] == receipt["chunks"] > 1 and not receipt["fallback"]
 
 
 @pytest.mark.vllm

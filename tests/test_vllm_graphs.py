@@ -16,10 +16,10 @@ from cacheslide.policies.edges import EdgeTokens
 from cacheslide.policies.first_tokens import FirstTokens
 from cacheslide.policies.none import NoCorrection
 from cacheslide.policies.top_deviation import TopDeviation
-from cacheslide.vllm.worker.attention import RowKernel
+from cacheslide.vllm.worker.attention import RowKernel, gathered
 from cacheslide.vllm.worker.graph_rows import MOST_ROWS, NOBODY, Size, StaticRows, size_for
 from cacheslide.vllm.worker.graphs import MOST_SIZES, RECORD_AT, GraphedPrefill
-from cacheslide.vllm.worker.kv_layout import OpenLayer, PackedSlots, PagedKV, scratch_kv
+from cacheslide.vllm.worker.kv_layout import OpenLayer, PackedSlots, PagedKV, addresses, scratch_kv
 from cacheslide.vllm.worker.model_adapter import VllmModel
 from cacheslide.vllm.worker.paged_source import Caches, PagedChunks
 from cacheslide.vllm.worker.prefetch import LayerFetch
@@ -44,7 +44,11 @@ class Served(Paged):
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
-        self.attend_paged, self.slots, self.schema_positions = RowKernel(), PackedSlots(), False
+        self.serve(RowKernel())
+
+    def serve(self, attention) -> None:
+        """Take an attention over the paged cache, and an empty cache."""
+        self.attend_paged, self.slots, self.schema_positions = attention, PackedSlots(), False
         self.num_heads, self.scale = self.config.num_heads, self.config.head_dim**-0.5
         self.fresh()
 
@@ -188,8 +192,8 @@ def test_a_run_over_padding_alone_leaves_the_cache_as_it_is(served):
         layer.cache.fill_(3.0)
     graphs, _ = graphed(served)
     assert graphs._record(Size(64, 8, 16)) is graphs.recorded[Size(64, 8, 16)]
-    for step in graphs.recorded[Size(64, 8, 16)].replay:
-        step()
+    for layer in range(5):
+        graphs.recorded[Size(64, 8, 16)].replay(layer)
     assert all((layer.cache[:-1] == 3.0).all() for layer in served.paged)
     assert graphs.buffers.hidden.isfinite().all()
 
@@ -201,7 +205,7 @@ def other_cache(served, made):
 UNFIT = {
     "switched off": lambda served, graphs, made: setattr(graphs, "enabled", False),
     "tensor parallelism": lambda served, graphs, made: setattr(served, "ranks", 2),
-    "attention": lambda served, graphs, made: setattr(served, "attend_paged", type("Cope", (RowKernel,), {})()),
+    "attention": lambda served, graphs, made: setattr(served, "attend_paged", gathered),
     "schema positions": lambda served, graphs, made: setattr(served, "schema_positions", True),
     "scratch": lambda served, graphs, made: other_cache(served, made),
     "size": lambda served, graphs, made: setattr(graphs, "most_blocks", 1),
@@ -213,7 +217,7 @@ UNFIT = {
 
 @pytest.mark.parametrize("reason", UNFIT)
 def test_what_cannot_be_replayed_is_launched_and_counted(served, reason):
-    graphs, recorder = graphed(served, _at=served.paged[0].cache.data_ptr())
+    graphs, recorder = graphed(served, _at=addresses(served.paged))
     made, again = requests(served, [FirstTokens(0.2)]), requests(served, [FirstTokens(0.2)])
     want = everything(SelectivePrefill(served).run(again), again)
     UNFIT[reason](served, graphs, made)
@@ -246,7 +250,8 @@ def test_recordings_go_when_their_caches_or_weights_do(served):
     for _ in range(2):
         executor.run(made)
     assert graphs.replayed == 2 and recorder.recorded == 10
-    served.fresh()  # the caches lie elsewhere
+    for layer in served.paged:
+        layer.cache = layer.cache.clone() if layer is served.paged[3] else layer.cache  # one lies elsewhere
     made = requests(served, [FirstTokens(0.2)])
     for _ in range(2):
         executor.run(made)
@@ -293,6 +298,18 @@ def test_a_size_that_was_met_is_recorded_when_the_engine_is_idle(served):
     assert not graphs.replayed
     executor.run(requests(served, [FirstTokens(0.3)]))
     assert graphs.replayed == 1 and recorder.recorded == 10
+
+
+def test_an_idle_engine_records_nothing_beside_graphs_of_caches_that_have_moved(served):
+    served.running = nullcontext
+    graphs, recorder = graphed(served)
+    executor = SelectivePrefill(served, graphs)
+    for rules in ([FirstTokens(0.3)], [FirstTokens(0.3)], [FirstTokens(0.3), NoCorrection()]):
+        executor.run(requests(served, rules))
+    assert len(graphs.recorded) == len(graphs.waiting) == 1
+    served.fresh()  # the caches lie elsewhere
+    assert not graphs.record_waiting(idle=True)
+    assert not graphs.recorded and recorder.settled == 1
 
 
 def test_a_size_that_cannot_be_recorded_waits_no_more(served):

@@ -22,6 +22,7 @@ from cacheslide.core.selective_prefill import SelectivePrefill
 from cacheslide.vllm.offline import ask, close_engine, open_engine
 from cacheslide.vllm.options import annotations_of
 from cacheslide.vllm.worker.graphs import RECORD_AT, GraphedPrefill
+from harness.robustness.seams import GRAPH_SEAMS, raising
 from harness.tasks.synthetic import examples
 from tests.test_static_prefill import requests
 from tests.test_vllm_cuda import CHUNK, PATH, STORES, Cuda, run, waits_within
@@ -211,6 +212,35 @@ def test_new_weights_and_moved_caches_are_recorded_anew(cuda, prompts):
     want, expected = cuda.replayed(now, policy="epic", recompute_ratio=0.1)
     cuda.graphs.forget()
     assert not cuda.graphs.recorded
+    got, kv = cuda.replayed(now, policy="epic", recompute_ratio=0.1)
+    close(kv, expected)
+    assert cuda.said(got) == cuda.said(want)
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["at_once", "in_a_capture"])
+@pytest.mark.parametrize("seam", GRAPH_SEAMS)
+def test_a_fault_in_the_graphs_costs_no_reuse(cuda, prompts, seam, captured):
+    """The run is launched; when the fault is over layers are recorded and replayed again."""
+    if captured and not seam.endswith("_step"):
+        pytest.skip("runs outside of captures")
+    example = prompts[512][6]
+    before, now = cuda.turns(example, example.questions[0].text)
+    cuda.fresh("model")
+    run(cuda, before, policy="epic")
+    want, expected = cuda.launched(now, policy="epic", recompute_ratio=0.1)
+    cuda.graphs.forget()
+    skip = cuda.worker.model.num_layers if captured else 0  # each layer is run once before any is captured
+    with raising(seam, "always", RuntimeError, {}, skip) as counts:
+        for _ in range(RECORD_AT + 1):
+            cuda.poison()
+            got = run(cuda, now, policy="epic", recompute_ratio=0.1)
+            assert got.receipt["tokens_reused"] == want.receipt["tokens_reused"] and not got.receipt["fallback"]
+            close(cuda.kv(len(now) - 1), expected)
+            assert cuda.said(got) == cuda.said(want)
+    assert counts.raised and cuda.worker.faults.total == {"graphs": counts.raised}
+    cuda.worker.faults.total.clear()
+    cuda.graphs.forget()
+    cuda.graphs.eager.clear()
     got, kv = cuda.replayed(now, policy="epic", recompute_ratio=0.1)
     close(kv, expected)
     assert cuda.said(got) == cuda.said(want)

@@ -19,7 +19,8 @@ from cacheslide.vllm.cope.setting import overrides
 from cacheslide.vllm.options import Annotations, ServerOptions, annotations_of
 from cacheslide.vllm.scheduler.chunk_index import ChunkIndex
 from cacheslide.vllm.scheduler.prefix_cache import key_apart
-from cacheslide.vllm.worker.attention import RowKernel, choose, gathered
+from cacheslide.vllm.worker.attention import RowKernel, gathered
+from cacheslide.vllm.worker.attentions import choose
 from cacheslide.vllm.worker.chunk_store import WorkerStore
 from cacheslide.vllm.worker.kv_layout import PagedKV, PagedLayer
 from tests.conftest import save_random_adapter

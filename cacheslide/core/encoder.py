@@ -1,7 +1,8 @@
 """Computes the KV that a policy caches for a prompt's chunks, exactly, in the context its encoding names."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -69,10 +70,12 @@ class ChunkEncoder:
         plan: Plan,
         served: KVBuffer | None = None,
         anew: frozenset[ChunkKey] = frozenset(),
+        unscored: Mapping[ChunkKey, ChunkKV] = MappingProxyType({}),
     ) -> int:
         """Compute and store the chunks of `plan` that are missing or named by `anew`; returns how many.
 
-        `served` is exact KV of the plan's prompt, if there is any: scores then need no prefill of it.
+        `served` is exact KV of the plan's prompt, if there is any: scores then need no prefill of it. Chunks that are
+        stored without scores, `unscored`, get theirs if the missing ones' scores have taken that prefill anyway.
         """
         missing = [key in anew or not self.store.contains(key) for key in plan.keys]
         if any(missing):
@@ -84,7 +87,16 @@ class ChunkEncoder:
                     own = TokenKV.of_rows(exact.kv, exact.positions, start, end, self.model.device)
                     scores = contrast.scores(number, own)
                 self.store_chunk(plan.keys[number], exact, start, end, scores)
+            if contrast is not None and contrast.ready:
+                self._score({i: unscored[k] for i, k in enumerate(plan.keys) if k in unscored}, contrast, missing)
         return sum(missing)
+
+    def _score(self, held: Mapping[int, ChunkKV], contrast: Contrast, missing: Sequence[bool]) -> None:
+        """Give chunks that are here, by their number in the plan, the scores that they lack."""
+        for number, chunk in held.items():
+            scores = None if missing[number] else contrast.scores(number, TokenKV.of_chunk(chunk, self.model.device))
+            if scores is not None:
+                self.store.rescore(contrast.plan.keys[number], scores, chunk)
 
     def contrast(
         self, encoding: Encoding, plan: Plan, served: KVBuffer | None = None, reduce: Reduce | None = None

@@ -14,7 +14,7 @@ from cacheslide.core.plan import Plan, make_plan
 from cacheslide.core.prefill_request import PrefillOutput, PrefillRequest
 from cacheslide.core.prompt import Prompt
 from cacheslide.core.receipt import Receipt
-from cacheslide.core.refreshing import refreshed
+from cacheslide.core.refreshing import refreshed, unscored
 from cacheslide.core.remembering import TokenKV
 from cacheslide.core.request_builder import Found, RequestBuilder, find_pieces
 from cacheslide.core.retention import generation_of_copy
@@ -123,7 +123,10 @@ class ReuseEngine:
         `max_deviation` are encoded anew in this prompt, with everything else that is missing, and replace what was kept
         (in a store that can `replace`). That is so for encodings "in_prompt" alone: in any other context the same KV
         would come out again. Exact chunks get scores by a prefill of their other context (`Contrast`); a corrected copy
-        has those of the chunk that its rows were reused from, which has left the store meanwhile, or none.
+        has those of the chunk that its rows were reused from, which has left the store meanwhile, or none. Chunks that
+        were stored without scores, under a rule that needs none, get theirs in memory when others are encoded beside
+        them, which takes that prefill anyway; where nothing is missing they stay without, and the rule takes what it
+        takes of unknown tokens. vLLM's worker scores them by a job of its own (`vllm/worker/scoring.py`).
 
         Parameters
         ----------
@@ -149,7 +152,8 @@ class ReuseEngine:
         )
         if generation is None or anew:
             served = state.kv if state.receipt.chunks_hit == 0 and self._holds(state, plan) else None
-            encoded = self.encoder.encode(self.policy.encoding, plan, served, anew)
+            lacking = unscored(state.found, state.plan)
+            encoded = self.encoder.encode(self.policy.encoding, plan, served, anew, lacking)
             return Retained(encoded=encoded, refreshed=count)
         store = self.corrected if generation else self.store
         contrast = self.encoder.contrast(self.policy.encoding, plan) if self.policy.needs_scores else None

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cacheslide.core.keys import ChunkKey
+from cacheslide.core.plan import Plan
 from cacheslide.core.remembering import TokenKV, remembered_deviation
 from cacheslide.core.request_builder import Found
 from cacheslide.core.tensors import tensor_of
@@ -70,3 +72,11 @@ def refreshed(
             scores = old.clone()
             scores[of] = new
             yield Refreshed(span.start, piece.chunk, scores, float(new.mean()), len(of))
+
+
+def unscored(found: Found | None, plan: Plan) -> dict[ChunkKey, ChunkKV]:
+    """Exact chunks without scores among those that a request, whose plan is `plan`, has reused."""
+    keys = {c.start: key for key, c in plan.keyed}
+    held = () if found is None else zip(found.pieces, found.spans, strict=True)
+    lacking = ((span.start, p.chunk) for p, span in held if p.chunk.scores is None and not p.chunk.generation)
+    return {keys[start]: chunk for start, chunk in lacking}

@@ -162,6 +162,11 @@ class Contrast:
         """
         return self.in_prompt and position == self.rows[number][0]
 
+    @property
+    def ready(self) -> bool:
+        """Whether the other context is there: what is compared with it costs no prefill any more."""
+        return self.context is not None
+
     def prepare(self) -> None:
         """Prefill the other context now."""
         self._other()

@@ -52,7 +52,10 @@ class StaticPrefill:
 
 
 def place(states: Sequence[ActiveTokens], layer: int) -> None:
-    """Put the cached KV of every request's resting rows in its place; a source may place more layers at once."""
+    """Put the cached KV of every request's resting rows in its place; a source may place more layers at once.
+
+    A layer whose rows have been placed may be asked for again.
+    """
     for state in states:
         state.place(layer)
 

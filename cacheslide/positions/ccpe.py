@@ -16,6 +16,8 @@ from cacheslide.core.prompt import Prompt, Role
 from cacheslide.core.tensors import send, tensor_of
 from cacheslide.errors import PromptError
 
+NOWHERE = 2**31 - 1  # first and end row of a slot that lies behind every row
+
 
 @dataclass(frozen=True)
 class SlotOffsets:
@@ -81,16 +83,20 @@ def pack_slots(parts: "Sequence[tuple[PromptSlots | None, Tensor]]") -> PackedSl
         bounds += mine
         which += range(len(mine))
         sizes.append(len(which))
-        if mine:
-            fixed = slots.canonical.to(rows.device)
-            canonical.append(fixed[rows.clamp(max=len(fixed) - 1)] & (rows < len(fixed)))
-        else:
-            canonical.append(torch.zeros(len(rows), dtype=torch.bool, device=rows.device))
+        canonical.append(canonical_rows(slots, rows))
     device = parts[0][1].device
     numbers = send(torch.tensor([*sum(bounds, ()), *sizes], dtype=torch.int32), device)
     pairs, cu_slots = numbers.split([2 * len(bounds), len(sizes)])
     cu_slots = cu_slots.clone()  # at an aligned address: another alignment is another compilation of the kernel
     return PackedSlots(pairs.view(-1, 2), cu_slots, send(tensor_of(which), device), torch.cat(canonical))
+
+
+def canonical_rows(slots: "PromptSlots | None", rows: Tensor) -> Tensor:
+    """Which of a request's query rows [n] cross its slots by Γ, bool [n]; rows behind its prompt are generated."""
+    if slots is None or not slots.bounds:
+        return torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    fixed = slots.canonical.to(rows.device)
+    return fixed[rows.clamp(max=len(fixed) - 1)] & (rows < len(fixed))
 
 
 def check_slots(slots: "PromptSlots", known: int) -> None:

@@ -32,6 +32,7 @@ ENTRIES = {
     "reset_cache": "nothing is reused until a reset succeeds",
     "bind_connector_metadata": "the index is compared with what the workers hold",
     "start_load_kv": "rows are computed instead, by us or by vLLM",
+    "graphs": "layers are launched instead of replayed",
     "wait_for_save": "the chunk is not retained, and leaves the index",
     "encode": "the chunk is not retained, and leaves the index",
     "score": "the chunk stays without scores",

@@ -103,6 +103,8 @@ def cases(tokenizer: Any, turn: int) -> list[Case]:
         Case("isolated", moved, exact | {"policy": "epic"}),
         Case("history", moved, exact | {"history": start}),
         Case("unchanged", same, {"segments": fixed, "policy": "naive_reuse"}),
+        # of the same prompt: these two share their chunks, which are exact in no other
+        Case("remembered", same, exact | {"segments": fixed, "policy": "cacheslide_remember"}),
         Case("plain", moved),
         Case("beside", list(encode(tokenizer, f"{tail}{notes}"))),
     ]

@@ -31,6 +31,13 @@ ENTRY_SEAMS = {
 }
 
 _SCHEDULER = "cacheslide.vllm.scheduler.side"
+_SCORING = "cacheslide.vllm.worker.scoring.Scorer"
+_GRAPHS = "cacheslide.vllm.worker.graphs"
+GRAPH_SEAMS = (  # layers are recorded on a GPU only
+    f"{_GRAPHS}.GraphedPrefill:_graphs", f"{_GRAPHS}.GraphedPrefill:_record", f"{_GRAPHS}.LayerGraphs:_step",
+    f"{_GRAPHS}.LayerGraphs:replay", "cacheslide.vllm.worker.graph_rows.StaticRows:at",
+    "cacheslide.vllm.worker.graph_rows.StaticRows:fill", "cacheslide.vllm.worker.graph_rows.StaticRows:clear",
+)  # fmt: skip
 _LOADING = "cacheslide.vllm.worker.loading.Loading"
 INNER_SEAMS = (
     # the scheduler's half
@@ -59,6 +66,11 @@ INNER_SEAMS = (
     "cacheslide.vllm.worker.model_adapter.VllmModel:qkv", "cacheslide.vllm.worker.model_adapter.VllmModel:finish",
     "cacheslide.vllm.worker.kv_layout.PagedKV:write", "cacheslide.vllm.worker.kv_layout.PagedKV:read",
     "cacheslide.core.placement.PlacedChunks:layer",
+    # remembered deviation of chunks
+    f"{_SCORING}:run", f"{_SCORING}:skip", f"{_SCORING}:_held", f"{_SCORING}:_contrast", f"{_SCORING}:_score",
+    f"{_SCORING}:_one", "cacheslide.core.remembering.Contrast:prepare", "cacheslide.core.remembering.Contrast:scores",
+    "worker.store:rescore", "worker.store:await_no_more",
+    *GRAPH_SEAMS,
 )  # fmt: skip
 SEAMS = tuple(seam for seams in ENTRY_SEAMS.values() for seam in seams) + INNER_SEAMS
 # Once: the first call raises. Late: the first call raises when its work is done. Always: every call raises.

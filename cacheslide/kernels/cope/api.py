@@ -4,6 +4,9 @@ Keys in the cache are not rotated; everything else is as in `cacheslide.kernels.
 kv_heads, block_size, 2 * head_dim], a key beside its value. `training.py` holds the differentiable form.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -42,17 +45,72 @@ def cope_attention(
     -----
     Nothing of the size (queries × keys) is ever held; scratch on CUDA is 4 * p_max bytes a query and head.
     """
-    _check(q, kv, embedding, scale, out)
-    if slots is not None and (slots.offsets.shape[1] != q.shape[1] or len(slots.canonical) != len(q)):
-        raise ValueError(
-            f"slot offsets {tuple(slots.offsets.shape)} or canonical rows do not fit queries {tuple(q.shape)}"
-        )
-    if not q.is_cuda:
-        return cope_reference.cope_attention(q, rows, cu_rows, block_table, kv, embedding, scale, out, slots)
-    from cacheslide.kernels.cope import launch as cope_launch
+    return CopeAttention(rows, cu_rows, block_table, scale, max_row, slots)(q, kv, embedding, out)
 
-    blocks = cope_launch.paged(kv, block_table)
-    return cope_launch.cope_attention(q, rows, cu_rows, blocks, embedding, scale, out, max_row, slots)
+
+class CopeAttention:
+    """`cope_attention` of one set of rows in layer after layer: what layers have in common is checked and built once.
+
+    Parameters
+    ----------
+    rows, cu_rows, block_table, scale, max_row, slots
+        See `cope_attention`. Their numbers may change between calls, `max_row` being a bound then; a call's queries
+        behind the last of `cu_rows` are left out, and their outputs hold anything.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        cu_rows: Tensor,
+        block_table: Tensor,
+        scale: float | None = None,
+        max_row: int | None = None,
+        slots: SlotOffsets | None = None,
+    ) -> None:
+        if scale is not None and scale <= 0:
+            raise ValueError(f"scale must be above 0, not {scale}")
+        self.shared, self.scale, self.max_row, self.slots = (rows, cu_rows, block_table), scale, max_row, slots
+        self._form: tuple | None = None  # the tensors' shapes, strides and dtypes in the call before
+        self._launch = None
+
+    def __call__(
+        self, q: Tensor, kv: Tensor, embedding: Tensor, out: Tensor | None = None, offsets: Tensor | None = None
+    ) -> Tensor:
+        """Attention of `q` [n, heads, head_dim] over one layer's cache and position table.
+
+        `offsets` [slots, heads] are the layer's, in place of those in `slots`.
+        """
+        tensors = (q, kv, embedding) if out is None else (q, kv, embedding, out)
+        form = *((x.shape, x.stride(), x.dtype) for x in tensors), offsets is None or offsets.shape
+        if form != self._form:
+            _check(q, kv, embedding, out)
+            self._check_slots(q, offsets)
+            self._launch, self._form = self._bind(q, kv, embedding, out), form
+        return self._launch(q, kv, embedding, out, offsets)
+
+    def _check_slots(self, q: Tensor, offsets: Tensor | None) -> None:
+        slots = self.slots
+        if slots is None:
+            return
+        shape = (slots.offsets if offsets is None else offsets).shape
+        if shape != (len(slots.bounds), q.shape[1]) or len(slots.canonical) != len(q):
+            raise ValueError(f"slot offsets {tuple(shape)} or canonical rows do not fit queries {tuple(q.shape)}")
+
+    def _bind(self, q: Tensor, kv: Tensor, embedding: Tensor, out: Tensor | None) -> Callable[..., Tensor]:
+        rows, cu_rows, table = self.shared
+        if q.is_cuda:
+            from cacheslide.kernels.cope import launch as cope_launch
+
+            fixed = rows, cu_rows, cope_launch.paged(kv, table), embedding, self.scale, out, self.max_row, self.slots
+            launch, dim = cope_launch.CopeLaunch(q, *fixed), q.shape[2]
+            return lambda q, kv, *rest: launch(q, *kv.split(dim, -1), *rest)
+
+        def attend(q: Tensor, kv: Tensor, embedding: Tensor, out: Tensor | None, offsets: Tensor | None) -> Tensor:
+            slots = self.slots
+            slots = slots if slots is None or offsets is None else replace(slots, offsets=offsets)
+            return cope_reference.cope_attention(q, rows, cu_rows, table, kv, embedding, self.scale, out, slots)
+
+        return attend
 
 
 def cope_decode(
@@ -70,7 +128,9 @@ def cope_decode(
     A decoded row is never a fixed chunk's, so it crosses slots by live gates. Needs no host synchronisation, and
     launches by shapes and `max_row` alone, so it can be captured in a CUDA graph.
     """
-    _check(q, kv, embedding, scale, out)
+    if scale is not None and scale <= 0:
+        raise ValueError(f"scale must be above 0, not {scale}")
+    _check(q, kv, embedding, out)
     if len(q) != len(block_table) or len(q) != len(rows):
         raise ValueError(f"{len(q)} queries, {len(rows)} rows and {len(block_table)} requests: decoding takes one each")
     if not q.is_cuda:
@@ -83,7 +143,7 @@ def cope_decode(
     return cope_decode.cope_decode(q, rows, blocks, embedding, scale, out, max_row)
 
 
-def _check(q: Tensor, kv: Tensor, embedding: Tensor, scale: float | None, out: Tensor | None) -> None:
+def _check(q: Tensor, kv: Tensor, embedding: Tensor, out: Tensor | None) -> None:
     if not q.dtype == kv.dtype == embedding.dtype:
         raise ValueError(f"queries are {q.dtype}, the cache holds {kv.dtype}, the position table {embedding.dtype}")
     if q.shape[2] * 2 != kv.shape[3] or q.shape[1] % kv.shape[1]:
@@ -93,5 +153,3 @@ def _check(q: Tensor, kv: Tensor, embedding: Tensor, scale: float | None, out: T
     contiguous = all(x is None or x.stride(-1) == 1 for x in (q, kv, embedding, out))
     if not contiguous:
         raise ValueError("the last dimension of queries, cache, position table and output must be contiguous")
-    if scale is not None and scale <= 0:
-        raise ValueError(f"scale must be above 0, not {scale}")

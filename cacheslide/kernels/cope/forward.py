@@ -12,8 +12,8 @@ from cacheslide.kernels.cope.far import TOO_MUCH, far_tiles
 from cacheslide.kernels.cope.tiles import NEVER, block_ids, fetch, gated_tile, key_offsets, load, triangle
 
 
-# Batches and block tables come in every size: one compilation serves all.
-@triton.jit(do_not_specialize=["requests", "table_row"])
+# Batches and block tables come in every size, a layer's slot offsets at any address: one compilation serves all.
+@triton.jit(do_not_specialize=["requests", "table_row"], do_not_specialize_on_alignment=["slot_offsets"])
 def _cope_attention(
     q, rows, cu_rows, table, k, v, embedding, entries, out, lse,
     slot_bounds, cu_slots, slot_offsets, canonical, requests, heads, scale,

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from cacheslide.core.tensors import send
-from cacheslide.positions.ccpe import PromptSlots, SlotOffsets
-
-_NOWHERE = 2**31 - 1  # a slot that lies behind every row
+from cacheslide.positions.ccpe import NOWHERE, PromptSlots, SlotOffsets
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class LayerOffsets:
             pieces = self._manager_block // block_size
             block = s.block_ids[s.first // self._manager_block] * pieces + s.first % self._manager_block // block_size
             pairs = [x for pair in s.slots.bounds for x in pair]
-            said.append([block, *pairs, *[_NOWHERE] * (2 * most - len(pairs))])
+            said.append([block, *pairs, *[NOWHERE] * (2 * most - len(pairs))])
             lengths.append(s.end - s.first)
             mine = s.slots.canonical[s.first : s.end]
             flags.append(torch.nn.functional.pad(mine, (0, lengths[-1] - len(mine))))  # generated rows are behind it
@@ -89,7 +87,7 @@ class LayerOffsets:
         blocks = table.gather(1, (rows[starts].long() // block_size)[:, None])[:, 0]  # where each request writes first
         same = told[:, :1] == blocks
         found, where = same.any(1), same.int().argmax(1)
-        pairs = torch.full((requests + 1, 2 * most), _NOWHERE, dtype=torch.int32, device=device)
+        pairs = torch.full((requests + 1, 2 * most), NOWHERE, dtype=torch.int32, device=device)
         pairs.index_copy_(0, torch.where(found, where, requests), told[:, 1:])  # one more row for what is not there
         total, every = len(flags), torch.repeat_interleave
         inside = torch.arange(total, device=device) - every(sizes.cumsum(0) - sizes, sizes, output_size=total)

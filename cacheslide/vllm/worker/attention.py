@@ -1,20 +1,19 @@
 """Attention of scattered rows over paged KV: our kernel where the layout is open, gathered rows where it is not."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from cacheslide.core.tensors import send
 from cacheslide.kernels import api as kernels
-from cacheslide.kernels.cope.api import cope_attention
 from cacheslide.models.adapter import RowGroup
 from cacheslide.models.attention import row_attention
-from cacheslide.positions.ccpe import pack_slots
-from cacheslide.vllm.worker.kv_layout import PagedLayer
 
 PagedAttention = Callable[[int, Tensor, Sequence[RowGroup], float], Tensor]
-Launch = Callable[[int, Tensor, Tensor], Tensor]  # layer, its queries, its cache -> what they attend to
+# layer, its queries, its cache, memory for the result -> what they attend to
+Launch = Callable[[int, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def gathered(layer: int, q: Tensor, groups: Sequence[RowGroup], scale: float) -> Tensor:
@@ -27,8 +26,28 @@ def gathered(layer: int, q: Tensor, groups: Sequence[RowGroup], scale: float) ->
     return torch.cat(out)
 
 
+class Room(Protocol):
+    """Memory of fixed addresses for what an attention takes beside rows; padding in it changes no row."""
+
+    def at(self, rows: int, requests: int) -> "Room":
+        """Its first part, for `rows` rows of `requests` requests, in the same memory."""
+        ...
+
+    def clear(self) -> None:
+        """Padding only."""
+        ...
+
+    def fill(self, groups: Sequence[RowGroup]) -> None:
+        """Take in what a run's requests bring; everything behind them becomes padding."""
+        ...
+
+
 class RowKernel:
-    """All requests in one launch over the paged cache, where keys and values of a slot lie beside each other."""
+    """All requests in one launch over the paged cache, where keys and values of a slot lie beside each other.
+
+    An attention that takes more than rows is a class of its own on top of this one (`cope_rows.py`): `extras` are a
+    run's, `launch` attends with them, and `room` holds them for recorded layers.
+    """
 
     def __init__(self) -> None:
         self._groups: tuple[RowGroup, ...] = ()
@@ -36,42 +55,40 @@ class RowKernel:
     def __call__(self, layer: int, q: Tensor, groups: Sequence[RowGroup], scale: float) -> Tensor:
         """See `gathered`."""
         launch = self._shared(tuple(groups), q.device, scale)
-        return launch(layer, q, groups[0].kv.layers[layer].cache)
+        return launch(layer, q, groups[0].kv.layers[layer].cache, None)
 
     def _shared(self, groups: tuple[RowGroup, ...], device: torch.device, scale: float) -> Launch:
         """The launch that all layers between two selections have in common, so that it is made once."""
         same = len(groups) == len(self._groups) and all(a is b for a, b in zip(groups, self._groups, strict=True))
         if not same:
-            self._groups, self._made = groups, self._bind(groups, scale, *packed_rows(groups, device))
+            rows = packed_rows(groups, device)
+            self._groups, self._made = groups, self.launch(*rows, scale, self.extras(groups))
         return self._made
 
-    def _bind(self, groups: Sequence[RowGroup], scale: float, rows: Tensor, cu_rows: Tensor, table: Tensor) -> Launch:
-        """What attends, for any layer, its queries and its cache."""
+    def extras(self, groups: Sequence[RowGroup]) -> Any:
+        """What attention of these requests takes beside their rows; None for nothing."""
+        return None
+
+    def launch(self, rows: Tensor, cu_rows: Tensor, table: Tensor, scale: float, extras: Any = None) -> Launch:
+        """What attends in any layer, for rows as `kernels.row_attention` takes them and their `extras` or `Room`."""
         attend = kernels.RowAttention(rows, cu_rows, table, scale)
-        return lambda layer, q, cache: attend(q, cache)
+        return lambda layer, q, cache, out: attend(q, cache, out)
+
+    def variant(self, groups: Sequence[RowGroup]) -> str:
+        """The kind of launch that these requests lead to; layers recorded for one kind serve no other."""
+        return ""
+
+    def unfit(self, groups: Sequence[RowGroup]) -> str | None:
+        """Why these requests' extras have no room in recorded layers."""
+        return None
+
+    def room(self, rows: int, requests: int, device: torch.device) -> Room | None:
+        """Room for the extras of up to so many rows and requests; None where there never are any."""
+        return None
 
     def forget(self) -> None:
         """Let go of the last call's requests."""
         self._groups = ()
-
-
-class CopeRows(RowKernel):
-    """The same with CoPE attention, over position tables and slot offsets that lie in the layers."""
-
-    def __init__(self, paged: Sequence[PagedLayer]) -> None:
-        super().__init__()
-        self.tables = [p.attention.cope_positions for p in paged]
-        self.slot_offsets = paged[0].attention.cope_offsets
-
-    def _bind(self, groups: Sequence[RowGroup], scale: float, rows: Tensor, cu_rows: Tensor, table: Tensor) -> Launch:
-        packed = pack_slots([(g.kv.updated, g.rows) for g in groups]) if self.slot_offsets.known else None
-
-        def attend(layer: int, q: Tensor, cache: Tensor) -> Tensor:
-            offsets = self.slot_offsets
-            slots = None if packed is None else packed.with_offsets(offsets.offsets[layer], offsets.cap)
-            return cope_attention(q, rows, cu_rows, table, cache, self.tables[layer], scale, slots=slots)
-
-        return attend
 
 
 def packed_rows(groups: Sequence[RowGroup], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,10 +105,3 @@ def offsets(groups: Sequence[RowGroup]) -> Tensor:
 def table_of(groups: Sequence[RowGroup]) -> Tensor:
     """The requests' blocks, int32 [requests, blocks]; shorter ones end in zeros."""
     return torch.nn.utils.rnn.pad_sequence([g.kv.table for g in groups], batch_first=True)
-
-
-def choose(paged: Sequence[PagedLayer]) -> PagedAttention:
-    """The attention that fits the layers' caches."""
-    if paged[0].packed:
-        return gathered
-    return CopeRows(paged) if hasattr(paged[0].attention, "cope_positions") else RowKernel()

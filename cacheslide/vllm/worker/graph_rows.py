@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cacheslide.core.tensors import send
 from cacheslide.models.adapter import RowGroup
-from cacheslide.vllm.worker.attention import offsets, table_of
+from cacheslide.vllm.worker.attention import Room, offsets, table_of
 
 MOST_ROWS = 4096  # with more the device takes longer than the host needs to launch its work
 REQUESTS = (1, 8, 64)
@@ -23,14 +23,15 @@ _LEAST_ROWS, _LEAST_BLOCKS = 64, 16
 
 @dataclass(frozen=True)
 class Size:
-    """Room for `rows` rows of `requests` requests whose block tables have `blocks` entries."""
+    """Room for `rows` rows of `requests` requests whose block tables have `blocks` entries; see `RowKernel.variant`."""
 
     rows: int
     requests: int
     blocks: int
+    variant: str = ""
 
 
-def size_for(rows: int, requests: int, blocks: int, most_blocks: int) -> Size | None:
+def size_for(rows: int, requests: int, blocks: int, most_blocks: int, variant: str = "") -> Size | None:
     """The smallest size that holds a run; None where none does.
 
     Rows are rounded up by at most an eighth, since what is padded is computed. A table's width bounds the keys of a
@@ -39,7 +40,7 @@ def size_for(rows: int, requests: int, blocks: int, most_blocks: int) -> Size | 
     if not 0 < rows <= MOST_ROWS or requests > REQUESTS[-1] or blocks > most_blocks:
         return None
     wide = min(_rounded(blocks, _LEAST_BLOCKS, 2), most_blocks)
-    return Size(_rounded(rows, _LEAST_ROWS, 8), next(n for n in REQUESTS if n >= requests), wide)
+    return Size(_rounded(rows, _LEAST_ROWS, 8), next(n for n in REQUESTS if n >= requests), wide, variant)
 
 
 def _rounded(count: int, least: int, parts: int) -> int:
@@ -68,6 +69,10 @@ class StaticRows:
     cu_rows : Tensor [requests + 1], int32
     table : Tensor [requests, blocks], int32
         As `kernels.row_attention` takes them.
+    extras : Room or None
+        What this model's attention takes beside them; None in sizes of a variant that takes nothing.
+    size : Size or None
+        Which one these are of.
     """
 
     hidden: Tensor
@@ -77,6 +82,8 @@ class StaticRows:
     rows: Tensor
     cu_rows: Tensor
     table: Tensor
+    extras: Room | None = None
+    size: Size | None = None
 
     @classmethod
     def make(cls, model, blocks: int) -> "StaticRows":
@@ -90,6 +97,7 @@ class StaticRows:
             torch.full((most,), NOBODY, dtype=torch.int32, **to),
             torch.zeros(requests + 1, dtype=torch.int32, **to),
             torch.zeros(requests, blocks, dtype=torch.int32, **to),
+            model.attend_paged.room(most, requests, model.device),
         )
 
     def at(self, size: Size) -> "StaticRows":
@@ -97,7 +105,8 @@ class StaticRows:
         n = size.rows
         of_rows = {name: getattr(self, name)[:n] for name in ("hidden", "attended", "positions", "slots", "rows")}
         cu_rows, table = self.cu_rows[: size.requests + 1], self.table[: size.requests, : size.blocks]
-        return replace(self, **of_rows, cu_rows=cu_rows, table=table)
+        extras = self.extras.at(n, size.requests) if size.variant else None
+        return replace(self, **of_rows, cu_rows=cu_rows, table=table, extras=extras, size=size)
 
     def clear(self) -> None:
         """Padding only: a layer run over it changes nothing but `hidden`."""
@@ -105,6 +114,8 @@ class StaticRows:
             x.zero_()
         self.slots.fill_(-1)
         self.rows.fill_(NOBODY)
+        if self.extras is not None:
+            self.extras.clear()
 
     def fill(self, hidden: Tensor, positions: Tensor, groups: Sequence[RowGroup]) -> None:
         """Take in packed rows, hidden [n, hidden_size] and positions [n], of requests in the paged cache.
@@ -121,3 +132,5 @@ class StaticRows:
         ends[: len(groups) + 1] = offsets(groups)
         self.cu_rows.copy_(send(ends, self.cu_rows.device))
         self.table[: len(groups), : table.shape[1]].copy_(table)
+        if self.extras is not None:
+            self.extras.fill(groups)

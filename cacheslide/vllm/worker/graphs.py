@@ -7,7 +7,10 @@ where they always were. It also lets a rule with a selection layer replay the la
 
 Recording takes as long as a run or two, and many a size never comes again: a size that was met is recorded when the
 engine is idle, or when it is met for the second time. What cannot be replayed runs as `StaticPrefill` does, and is
-counted by reason.
+counted by reason; so does a run whose recording or replay fails, from its first static layer on: launched layers write
+again whatever replays have written.
+
+An attention takes part by what `attention.RowKernel` asks of it; nothing here knows which one it is.
 """
 
 import gc
@@ -17,19 +20,21 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from cacheslide.core.active_tokens import ActiveTokens
 from cacheslide.core.static_prefill import StaticPrefill, packed, place
-from cacheslide.kernels import api as kernels
+from cacheslide.models.adapter import RowGroup
+from cacheslide.vllm.guard import Faults
 from cacheslide.vllm.worker.attention import RowKernel
 from cacheslide.vllm.worker.graph_rows import Size, StaticRows, size_for
-from cacheslide.vllm.worker.kv_layout import in_one_cache
+from cacheslide.vllm.worker.kv_layout import addresses, in_one_cache
 
 logger = logging.getLogger("vllm.cacheslide")
+ENTRY = "graphs"
 RECORD_AT = 2  # times that a size is met before it is recorded
 MOST_SIZES = 128
 Step = Callable[[], None]
@@ -108,18 +113,22 @@ class LayerGraphs:
 
     def __init__(self, model, rows: StaticRows, recorder: Recorder) -> None:
         self.model, self.rows = model, rows
-        self.attend = kernels.RowAttention(rows.rows, rows.cu_rows, rows.table, model.scale)
+        self.attend = model.attend_paged.launch(rows.rows, rows.cu_rows, rows.table, model.scale, rows.extras)
         rows.clear()
         for layer in range(model.num_layers):  # compiles kernels and makes what a layer makes at its first run
             self._step(layer)
-        self.replay = [recorder.record(partial(self._step, layer)) for layer in range(model.num_layers)]
+        self._replays = [recorder.record(partial(self._step, layer)) for layer in range(model.num_layers)]
+
+    def replay(self, layer: int) -> None:
+        """Do on the device what the layer does, over `rows`."""
+        self._replays[layer]()
 
     def _step(self, layer: int) -> None:
         model, rows = self.model, self.rows
         q, k, v = model.qkv(layer, rows.hidden, rows.positions)
         paged = model.paged[layer]
         paged.write(rows.slots, k, v)
-        hidden = model.finish(layer, rows.hidden, self.attend(q, paged.cache, rows.attended))
+        hidden = model.finish(layer, rows.hidden, self.attend(layer, q, paged.cache, rows.attended))
         if hidden.data_ptr() != rows.hidden.data_ptr():
             rows.hidden.copy_(hidden)
 
@@ -135,6 +144,8 @@ class GraphedPrefill(StaticPrefill):
         Of a prompt and its answer.
     make_recorder : callable, optional
         Gives the `Recorder`; CUDA graphs by default.
+    faults : Faults, optional
+        Where failed recordings and replays are counted.
 
     Attributes
     ----------
@@ -147,8 +158,15 @@ class GraphedPrefill(StaticPrefill):
         Bytes of the device that recording has taken so far, buffers and compiled kernels included.
     """
 
-    def __init__(self, model, max_tokens: int, make_recorder: Callable[[], Recorder] | None = None) -> None:
+    def __init__(
+        self,
+        model,
+        max_tokens: int,
+        make_recorder: Callable[[], Recorder] | None = None,
+        faults: Faults | None = None,
+    ) -> None:
         super().__init__(model)
+        self.faults = faults or Faults()
         self.make_recorder = make_recorder or partial(CudaRecorder, model.device, model.dtype)
         self.most_blocks = -(-max_tokens // model.paged[0].block_size) + 1  # the next token's may be there already
         self.enabled, self.replayed, self.eager = True, 0, Counter()
@@ -162,33 +180,51 @@ class GraphedPrefill(StaticPrefill):
         self.met, self.failed, self.nbytes = Counter(), set(), 0
 
     def _layers(self, states: Sequence[ActiveTokens], hidden: Tensor, first: int) -> Tensor:
-        graphs = self._graphs(states, len(hidden))
+        groups = [s.group for s in states]
+        try:
+            graphs = self._graphs(groups, len(hidden))
+        except Exception as error:  # the run itself can do without
+            self.faults.note(ENTRY, error)
+            graphs = "fault"
         if isinstance(graphs, str):
             self.eager[graphs] += 1
             return super()._layers(states, hidden, first)
-        positions = packed([s.active_positions for s in states])
-        graphs.rows.fill(hidden, positions, [s.group for s in states])
-        for layer in range(first, self.model.num_layers):
-            place(states, layer)
-            graphs.replay[layer]()
+        rows = graphs.rows
+        works = self._tried(rows.fill, hidden, packed([s.active_positions for s in states]), groups)
+        for layer in range(first, self.model.num_layers) if works else ():
+            place(states, layer)  # a fault here is the run's: a source that failed cannot go on
+            if not (works := self._tried(graphs.replay, layer)):
+                break
+        if not works:
+            self.failed.add(rows.size)
+            self.eager["fault"] += 1
+            return super()._layers(states, hidden, first)
         self.replayed += 1
-        return graphs.rows.hidden[: len(hidden)].clone()
+        return rows.hidden[: len(hidden)].clone()
 
-    def _graphs(self, states: Sequence[ActiveTokens], rows: int) -> LayerGraphs | str:
+    def _tried(self, does: Callable[..., None], *args: Any) -> bool:
+        """Whether something was done; its failure is a fault that costs replaying."""
+        try:
+            does(*args)
+        except Exception as error:
+            self.faults.note(ENTRY, error)
+            return False
+        return True
+
+    def _graphs(self, groups: Sequence[RowGroup], rows: int) -> LayerGraphs | str:
         """What a run replays, or why it does not."""
-        if reason := self._unfit(states):
+        if reason := self._unfit(groups):
             return reason
-        blocks = max(len(s.group.kv.table) for s in states)
-        size = size_for(rows, len(states), blocks, self.most_blocks)
+        blocks, variant = max(len(g.kv.table) for g in groups), self.model.attend_paged.variant(groups)
+        size = size_for(rows, len(groups), blocks, self.most_blocks, variant)
         if size is None:
             return "size" if rows else "no rows"
-        if self.recorded and self.model.paged[0].cache.data_ptr() != self._at:
-            self.forget()  # vLLM has moved its caches
+        self._follow_caches()
+        if size in self.failed:
+            return "not recorded"
         if size in self.recorded:
             return self.recorded[size]
         self.met[size] += 1
-        if size in self.failed:
-            return "not recorded"
         if len(self.recorded) >= MOST_SIZES:
             return "too many sizes"
         if self.met[size] < RECORD_AT:
@@ -201,18 +237,25 @@ class GraphedPrefill(StaticPrefill):
 
         One a step, since a request may come any moment.
         """
-        if idle and self.waiting:
+        if idle:
+            self._follow_caches()
             with self.model.running():
-                self._record(next(iter(self.waiting)))
+                for size in list(self.waiting)[:1]:
+                    self._record(size)
         return bool(self.waiting)
 
-    def _unfit(self, states: Sequence[ActiveTokens]) -> str | None:
-        model, groups = self.model, [s.group for s in states]
+    def _follow_caches(self) -> None:
+        """Where vLLM has moved its caches, what was recorded over the old ones goes."""
+        if self.recorded and addresses(self.model.paged) != self._at:
+            self.forget()
+
+    def _unfit(self, groups: Sequence[RowGroup]) -> str | None:
+        model = self.model
         if not self.enabled:
             return "switched off"
         if model.ranks > 1:  # a rank that fails inside a run has to know how many of its sums are done
             return "tensor parallelism"
-        if type(model.attend_paged) is not RowKernel:
+        if not isinstance(model.attend_paged, RowKernel):
             return "attention"
         if model.schema_positions:
             return "schema positions"
@@ -220,7 +263,7 @@ class GraphedPrefill(StaticPrefill):
             return "narrow attention"
         if not in_one_cache(groups) or groups[0].kv.layers is not model.paged:
             return "scratch"
-        return None
+        return model.attend_paged.unfit(groups)
 
     def _record(self, size: Size) -> LayerGraphs | str:
         model, started = self.model, time.perf_counter()
@@ -231,20 +274,23 @@ class GraphedPrefill(StaticPrefill):
             free = self.recorder.free()
             if self.buffers is None:
                 self.buffers = StaticRows.make(model, self.most_blocks)
-            self._at = model.paged[0].cache.data_ptr()
-            self.recorded[size] = LayerGraphs(model, self.buffers.at(size), self.recorder)
-        except Exception:  # the run itself can do without
-            logger.exception("CacheSlide: layers of %s were not recorded", size)
+            self._at = addresses(model.paged)
+            recorded = LayerGraphs(model, self.buffers.at(size), self.recorder)
+            self.nbytes += max(0, free - self.recorder.free())
+        except Exception as error:
             self.failed.add(size)
+            self.faults.note(ENTRY, error)
             return "not recorded"
-        self.nbytes += max(0, free - self.recorder.free())
+        self.recorded[size] = recorded
         took, held = 1e3 * (time.perf_counter() - started), self.nbytes / 2**20
         logger.info("CacheSlide: recorded layers of %s in %.0f ms; all sizes hold %.0f MiB", size, took, held)
-        return self.recorded[size]
+        return recorded
 
     def forget(self) -> None:
         """Let go of everything recorded: what it was recorded over has changed."""
-        if self.recorder is not None:
-            self.recorder.settle()
-        self._empty()
-        self.recorder = None
+        try:
+            if self.recorder is not None:
+                self.recorder.settle()
+        finally:  # nothing of it may be replayed, whatever became of the wait
+            self._empty()
+            self.recorder = None

@@ -150,6 +150,11 @@ def in_one_cache(groups: Sequence[RowGroup]) -> bool:
     return isinstance(first, PagedKV) and all(isinstance(g.kv, PagedKV) and g.kv.layers is first.layers for g in groups)
 
 
+def addresses(layers: Sequence[PagedLayer]) -> tuple[int, ...]:
+    """Where the layers' caches lie: all of them, since memory freed and taken again may give one its old place."""
+    return tuple(layer.cache.data_ptr() for layer in layers)
+
+
 class OpenLayer:
     """A layer's cache in the open layout, owned by nobody else: scratch for prefills outside vLLM's cache."""
 

@@ -19,7 +19,8 @@ from cacheslide.positions.rope import Rotary, inverse_frequencies
 from cacheslide.vllm.cope.setting import is_cope
 from cacheslide.vllm.cope.slots import LayerOffsets
 from cacheslide.vllm.geometry import Geometry
-from cacheslide.vllm.worker.attention import RowKernel, choose
+from cacheslide.vllm.worker.attention import RowKernel
+from cacheslide.vllm.worker.attentions import choose
 from cacheslide.vllm.worker.kv_layout import PackedSlots, PagedKV, PagedLayer, in_one_cache, scratch_kv
 from cacheslide.vllm.worker.operators import fused_norms, operators
 from cacheslide.vllm.worker.paged_source import Caches

@@ -10,7 +10,7 @@ from cacheslide.core.placement import Piece, PlacedChunks, Placement
 from cacheslide.kernels import api as kernels
 from cacheslide.models.adapter import KVBuffer
 from cacheslide.positions.rope import Rotary
-from cacheslide.vllm.worker.kv_layout import PagedKV, PagedLayer
+from cacheslide.vllm.worker.kv_layout import PagedKV, PagedLayer, addresses
 from cacheslide.vllm.worker.prefetch import LayerFetch, Parts
 
 
@@ -18,13 +18,14 @@ class Caches:
     """The layers' paged caches as one launch addresses them; made anew only when vLLM has moved them."""
 
     def __init__(self, layers: Sequence[PagedLayer]) -> None:
-        self.layers, self._at = layers, -1
+        self.layers = layers
+        self._at: tuple[int, ...] = ()
 
     def get(self) -> tuple[list[Tensor], Tensor | None]:
         """The caches and their addresses (None on a CPU)."""
-        caches = [layer.cache for layer in self.layers]
-        if caches[0].data_ptr() != self._at:
-            self._at = caches[0].data_ptr()
+        caches, at = [layer.cache for layer in self.layers], addresses(self.layers)
+        if at != self._at:
+            self._at = at
             self._pointers = kernels.cache_pointers(caches) if caches[0].is_cuda else None
         return caches, self._pointers
 

@@ -66,7 +66,8 @@ class WorkerSide:
     def _graphs(self) -> GraphedPrefill | None:
         """Replays layers of loads; only on a GPU, and only over caches that the row kernel reads."""
         wanted = self.options.executor_graphs and self.model.device.type == "cuda" and self.model.open
-        return GraphedPrefill(self.model, self.vllm_config.model_config.max_model_len) if wanted else None
+        tokens = self.vllm_config.model_config.max_model_len
+        return GraphedPrefill(self.model, tokens, faults=self.faults) if wanted else None
 
     def _pinned_memory(self) -> PinnedMemory | None:
         """Beside a GPU: the host memory that chunks may take, pinned now rather than while requests wait."""

@@ -2,8 +2,9 @@
 
 Two engines of one shape, random weights, stand side by side and take turns: vanilla attention, and CoPE with random
 position tables (the base's projections as they are). Measured are the time to first token of a prompt computed in full
-and of one completed by CacheSlide, and the time of a decoding step. With such weights gates are about 0.5, so that rows
-saturate after some 2 * p_max keys: a CoPE model whose gates are smaller is slower (`cope_kernels` has those times).
+and of one completed from cached chunks (`--systems`, `--graphs`), and the time of a decoding step. With such weights
+gates are about 0.5, so that rows saturate after some 2 * p_max keys: a CoPE model whose gates are smaller is slower
+(`cope_kernels` has those times).
 """
 
 import argparse
@@ -21,7 +22,8 @@ import torch
 from cacheslide.plain_values import json_object
 from cacheslide.training.adapter import AdapterSettings, CopeAdapter, save_adapter
 from cacheslide.training.calibration import Calibration, save_calibration
-from harness.experiments.serving.engine_ttft import Prompts, fill, once, system_name
+from harness.experiments.serving.arms import add_arguments, arms
+from harness.experiments.serving.engine_ttft import Prompts, fill, once
 from harness.experiments.serving.engines import SHAPES, described, shaped
 from harness.limit import Limit, add_minutes
 from harness.metrics.bootstrap import median, ratio_of_medians
@@ -59,11 +61,11 @@ def decode_step(engine, prompts: list[list[int]], tokens: int) -> float:
 
 def measure(engines: dict[str, Any], args: argparse.Namespace, result: dict[str, Any], write, limit: Limit) -> None:
     """Every length and batch, engines in turns; what was measured is written after every turn."""
-    systems = ["recompute", *(system_name(s) for s in args.recompute_ratios)]
+    systems = ["recompute", *arms(args)]
     for length in args.lengths:
         drawn = Prompts(length, args.vocabulary, seed=length)
         for engine in engines.values():
-            fill(engine, drawn)
+            fill(engine, drawn, args.systems)
         cell: dict[str, dict[str, list]] = {f"{e} {s}": {"ttft": []} for e in engines for s in systems}
         result["ttft"][length] = cell
         quiet = result.setdefault("quiet", {}).setdefault(f"ttft {length}", [])
@@ -187,7 +189,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--vocabulary", type=int, default=31000, help="ids are drawn below this")
     p.add_argument("--lengths", type=int, nargs="+", default=[8192])
-    p.add_argument("--recompute-ratios", "--shares", type=float, nargs="+", default=[0.05, 0.10, 0.26])
+    add_arguments(p, [0.05, 0.10, 0.26])
     p.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="requests that decode together")
     p.add_argument("--decode-context", type=int, default=8192)
     p.add_argument("--decode-tokens", type=int, default=64)

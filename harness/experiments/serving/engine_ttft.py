@@ -55,11 +55,6 @@ class Prompts:
         return ids + self._ids(self.tokens - len(ids))
 
 
-def system_name(recompute_ratio: float) -> str:
-    """What a record calls CacheSlide at a recompute ratio."""
-    return Arm("cacheslide", recompute_ratio).name
-
-
 def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> dict[str, Any]:
     """One batch under one system: TTFT of each request and time of the batch in seconds, and what the receipts say.
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from cacheslide.errors import CacheSlideError
 from cacheslide.plain_values import json_object
-from harness.experiments.serving.engine_ttft import SHAPES, Prompts, described, shaped
+from harness.experiments.serving.engine_ttft import Prompts
+from harness.experiments.serving.engines import SHAPES, described, shaped
 from harness.limit import Limit, add_minutes
 from harness.metrics.bootstrap import ratio_of_medians
 from harness.quiet import Reading, Watch

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import lzma
 
 import pytest
 
@@ -69,6 +70,16 @@ def test_what_failed_is_named_and_kept_out_of_the_table(tmp_path):
     assert [f["failed"] for f in run["failed"]] == ["reuse did not happen"]
     assert all(r["system"] != "cacheslide@0.05" for r in run["table"])
     assert run["complete"] and not build([written(tmp_path, RECORDS[:-1])], None)["runs"][0]["complete"]
+
+
+def test_packed_records_read_as_they_were(tmp_path):
+    plain = written(tmp_path, RECORDS)
+    packed = tmp_path / "records.jsonl.xz"
+    packed.write_bytes(lzma.compress(plain.read_bytes()))
+    assert read(packed) == read(plain)
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(DataError, match="records.jsonl.xz"):
+        read(packed)
 
 
 def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_an_error(tmp_path):

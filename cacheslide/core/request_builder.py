@@ -133,8 +133,9 @@ class RequestBuilder:
             if not model.rotates:  # unrotated keys serve wherever they are
                 placement, shift = Placement("stored"), 0
             source = self.source(found.pieces, where[rows], placement, shift, correction)
-        runs = replace(found.runs, token_ids=[*token_ids, *behind] if behind else token_ids)
-        ids, where, sent = send_together((tensor_of(token_ids), where, rows), model.device)
+        ids = tensor_of(token_ids)
+        runs = replace(found.runs, token_ids=torch.cat([ids, tensor_of(behind)]))
+        ids, where, sent = send_together((ids, where, rows), model.device)
         return PrefillRequest(ids, where, kv, sent, source, correction, runs, start, rows)
 
     def source(

@@ -18,14 +18,14 @@ class ReusedTokens:
     scores : Tensor [R], float32, on the host, optional
         Remembered deviation of each token's KV (`ChunkKV.scores`), NaN where nothing is remembered; None where
         nothing is remembered of any.
-    token_ids : sequence of int
+    token_ids : sequence of int, or Tensor, int64, on the host
         The ids of all local rows, reused or not, and of the prompt's text behind them; empty where a host does not say.
     """
 
     starts: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
     scores: Tensor | None = None
-    token_ids: Sequence[int] = ()
+    token_ids: Sequence[int] | Tensor = ()
 
     @classmethod
     def of(cls, *lengths: int, scores: Sequence[float] | None = None) -> "ReusedTokens":

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 
-def tensor_of(numbers: Sequence[int]) -> Tensor:
+def tensor_of(numbers: Sequence[int] | Tensor) -> Tensor:
     """Integers as an int64 tensor; `torch.tensor` takes a millisecond for what numpy does in a tenth."""
+    if isinstance(numbers, Tensor):
+        return numbers
     if isinstance(numbers, range):
         return torch.arange(numbers.start, numbers.stop, numbers.step)
     return torch.from_numpy(np.array(numbers, dtype=np.int64))

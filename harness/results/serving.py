@@ -10,6 +10,7 @@ anything. Disturbed turns are left out; where too few are left, a row has no rat
 
 import argparse
 import json
+import lzma
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,13 @@ HEADLINE = (8192, 1, "cacheslide@0.26", "model")  # tokens, batch, system, store
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of one run; a torn last line is left out."""
+    """The records of one run, which may be packed (`.xz`); a torn last line is left out."""
     records = []
-    lines = path.read_text().splitlines()
+    try:
+        with (lzma.open(path, "rt") if path.suffix == ".xz" else path.open()) as file:
+            lines = file.read().splitlines()
+    except (lzma.LZMAError, EOFError) as torn:
+        raise DataError(f"{path}: {torn}") from None
     for number, line in enumerate(lines, 1):
         try:
             records.append(renamed.record(json.loads(line)))
@@ -160,7 +165,7 @@ def build(paths: Sequence[Path], kernels: Path | None) -> dict[str, Any]:
         "store": "'model': chunks on the GPU; 'cpu': in pinned host memory",
         "efficiency": "share of row-layers computed x TTFT of recompute / TTFT",
         "plugin_overhead_pct": "the larger of the two medians' differences; plain requests, engines in turns",
-        "neighbours": "other jobs were at work on the other GPUs of the machine, except in ttft_mistral7b_alone.jsonl: "
+        "neighbours": "other jobs were at work on the other GPUs of the machine, except in ttft_mistral7b_alone.jsonl.xz: "
         "what waits for the host (4k, small shares) varies",
         "weights": "random; what reuse does to answers is measured elsewhere, with trained weights",
     }

@@ -7,11 +7,13 @@ import torch
 
 pytest.importorskip("vllm")
 
+import itertools
+
 from cacheslide.core.keys import CacheIdentity
 from cacheslide.core.plan import make_plan
 from cacheslide.vllm.options import ServerOptions
 from cacheslide.vllm.protocol import ScoreJob, StepPlan
-from cacheslide.vllm.scheduler.retention import ChunkRetention, job_of
+from cacheslide.vllm.scheduler.retention import PATIENCE, ChunkRetention, job_of
 from cacheslide.vllm.worker.chunk_store import WorkerStore
 from tests.late_copies import LateCopies
 from tests.test_prefill import prompt
@@ -99,6 +101,19 @@ def test_a_plan_is_scored_once_and_only_what_is_exact_and_there():
     reserve(retention, replace(plan, keys=plan.keys[:1], chunks=plan.chunks[:1]))
     retention.score(policy, plan, "now")
     assert [job.plan.keys for job in handed(retention).scores] == [plan.keys[:1]]
+
+
+def test_jobs_give_way_to_loads_but_not_for_ever():
+    retention, policy = retention_of(), policy_of("fixed_chain")
+    for updated in (5, 9):
+        retention.enqueue(job_of(policy, plan_of(policy, updated)), "later")
+        retention.score(policy, plan_of(policy, updated), "later")
+    steps = [handed(retention, loads=("a load",)) for _ in range(2 * PATIENCE + 4)]
+    given = [i for i, step in enumerate(steps) if step.encodes or step.scores]
+    assert given[0] == PATIENCE and not retention.jobs
+    assert all(b - a > PATIENCE for a, b in itertools.pairwise(given))
+    quiet = handed(retention)
+    assert quiet.scores or not retention.score_jobs
 
 
 def test_what_waits_to_be_encoded_is_scored_afterwards():

@@ -33,7 +33,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The records of one run, which may be packed (`.xz`); a torn last line is left out."""
     records = []
     try:
-        with (lzma.open(path, "rt") if path.suffix == ".xz" else path.open()) as file:
+        with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as file:
             lines = file.read().splitlines()
     except (lzma.LZMAError, EOFError) as torn:
         raise DataError(f"{path}: {torn}") from None
@@ -165,7 +165,7 @@ def build(paths: Sequence[Path], kernels: Path | None) -> dict[str, Any]:
         "store": "'model': chunks on the GPU; 'cpu': in pinned host memory",
         "efficiency": "share of row-layers computed x TTFT of recompute / TTFT",
         "plugin_overhead_pct": "the larger of the two medians' differences; plain requests, engines in turns",
-        "neighbours": "other jobs were at work on the other GPUs of the machine, except in ttft_mistral7b_alone.jsonl.xz: "
+        "neighbours": "other jobs were at work on the other GPUs of the machine, except in ttft_mistral7b_alone: "
         "what waits for the host (4k, small shares) varies",
         "weights": "random; what reuse does to answers is measured elsewhere, with trained weights",
     }

@@ -19,6 +19,7 @@ from cacheslide.vllm.scheduler.chunk_index import ChunkIndex
 from cacheslide.vllm.scheduler.request_state import Tracked
 from cacheslide.vllm.scheduler.storage import StorageTierView
 
+PATIENCE = 32  # steps with loads in a row that jobs wait for; a busy server has no others
 logger = logging.getLogger("vllm.cacheslide")  # below vLLM's logger, so that its handler prints it
 
 
@@ -47,6 +48,7 @@ class ChunkRetention:
         self.history_saves: list[SavePlan] = []  # of requests that finished since the last step
         self.storage_tier: StorageTierView | None = None  # the tiers under memory
         self.unsettled = False  # the workers may hold others than the index says
+        self.held_back = 0  # steps in a row in which jobs waited because of loads
 
     @property
     def pending(self) -> bool:
@@ -107,8 +109,15 @@ class ChunkRetention:
         return evict
 
     def hand_out(self, step: StepPlan, waited: int, idle: bool) -> None:
-        """Hand out jobs; the first `waited` come from earlier steps, the others go only if they may not wait."""
+        """Hand out jobs; the first `waited` come from earlier steps, the others go only if they may not wait.
+
+        A step with loads is left to them, but not for ever (`PATIENCE`).
+        """
         budget, waiting = self.options.encode_tokens_per_step, deque()
+        busy = bool(step.loads) and not idle
+        self.held_back = self.held_back + 1 if busy and (self.jobs or self.score_jobs) else 0
+        if self.held_back > PATIENCE:
+            busy, self.held_back = False, 0
         for number, (job, urgent) in enumerate(self.jobs):
             renewed = [key for key in job.plan.keys if job.renew and self.index.generation(key)]
             missing = [key not in self.index or key in renewed for key in job.plan.keys]
@@ -116,7 +125,7 @@ class ChunkRetention:
             if not tokens:
                 continue
             fits = tokens <= budget or not step.encodes
-            if not urgent and not (fits and number < waited and (idle or not step.loads)):
+            if not urgent and not (fits and number < waited and not busy):
                 waiting.append((job, urgent))
                 continue
             evict = self.reserve(dict(job.plan.keyed), len(job.capture), scored=job.scored)
@@ -125,9 +134,9 @@ class ChunkRetention:
                 self.index.set_exact(renewed)
                 step.encodes.append(replace(job, evict=(*evict, *renewed)))
         self.jobs = waiting
-        self._hand_out_scores(step, budget, idle)
+        self._hand_out_scores(step, budget, busy)
 
-    def _hand_out_scores(self, step: StepPlan, budget: int, idle: bool) -> None:
+    def _hand_out_scores(self, step: StepPlan, budget: int, busy: bool) -> None:
         """Hand out score jobs of what is or will be there, with what encode jobs left of the budget."""
         still, waiting = {key for job, _ in self.jobs for key in job.plan.keys}, []
         for entry in self.score_jobs:
@@ -139,7 +148,7 @@ class ChunkRetention:
             if not job.plan.chunks:
                 continue
             fits = job.tokens <= budget or not (step.encodes or step.scores)
-            if not entry.urgent and not (fits and entry.waited and (idle or not step.loads)):
+            if not entry.urgent and not (fits and entry.waited and not busy):
                 waiting.append(replace(entry, waited=True))
                 continue
             budget -= job.tokens

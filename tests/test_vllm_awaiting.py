@@ -13,7 +13,7 @@ from cacheslide.core.keys import CacheIdentity
 from cacheslide.core.plan import make_plan
 from cacheslide.vllm.options import ServerOptions
 from cacheslide.vllm.protocol import ScoreJob, StepPlan
-from cacheslide.vllm.scheduler.retention import PATIENCE, ChunkRetention, job_of
+from cacheslide.vllm.scheduler.retention import BEHIND, PATIENCE, ChunkRetention, job_of
 from cacheslide.vllm.worker.chunk_store import WorkerStore
 from tests.late_copies import LateCopies
 from tests.test_prefill import prompt
@@ -76,7 +76,9 @@ def plan_of(policy, updated: int = 9):
 
 def handed(retention: ChunkRetention, idle: bool = False, loads: tuple = ()) -> StepPlan:
     step = StepPlan(loads=list(loads))
-    retention.hand_out(step, len(retention.jobs), idle)
+    for entry in (*retention.jobs, *retention.score_jobs):
+        entry.steps = max(entry.steps, BEHIND - 1)  # asked for in an earlier step
+    retention.hand_out(step, idle)
     return step
 
 
@@ -101,6 +103,23 @@ def test_a_plan_is_scored_once_and_only_what_is_exact_and_there():
     reserve(retention, replace(plan, keys=plan.keys[:1], chunks=plan.chunks[:1]))
     retention.score(policy, plan, "now")
     assert [job.plan.keys for job in handed(retention).scores] == [plan.keys[:1]]
+
+
+@pytest.mark.parametrize("encoding", ["in_prompt", "fixed_chain"])
+def test_jobs_come_when_the_first_token_of_their_prompt_is_out(encoding):
+    """With asynchronous scheduling a step is planned before the output of the one before it is looked at."""
+    retention, policy = retention_of(), policy_of(encoding)
+    plan = plan_of(policy)
+    if encoding == "in_prompt":
+        reserve(retention, plan)
+    else:
+        retention.enqueue(job_of(policy, plan), "later")
+    retention.score(policy, plan, "later")
+    for _ in range(BEHIND):
+        retention.hand_out(step := StepPlan(), idle=True)
+        assert not step.encodes and not step.scores and retention.pending
+    retention.hand_out(step := StepPlan(), idle=True)
+    assert step.scores and bool(step.encodes) == (encoding == "fixed_chain") and not retention.pending
 
 
 def test_jobs_give_way_to_loads_but_not_for_ever():
@@ -136,7 +155,6 @@ def test_a_job_that_may_wait_keeps_to_the_budget_and_ends_when_the_engine_is_idl
     for plan in (plans[0], other):
         reserve(retention, plan)
         retention.score(policy, plan, "later")
-    assert handed(retention, idle=True).scores == []  # not in the step that asked for them
     assert handed(retention, loads=("a load",)).scores == []
     counts = [len(handed(retention, idle=True).scores) for _ in range(3)]
     assert counts == [1, 1, 0] and not retention.pending

@@ -50,7 +50,7 @@ class ServerOptions:
     store_device : str
         "cpu" (host memory, pinned beside a GPU) or "model" (the model's own device).
     encode : str
-        When chunks that need a prefill of their own get it: "later" (in a following step), "now" (in the step that
+        When chunks that need a prefill of their own get it: "later" (two steps on), "now" (in the step that
         completes the request's prefill) or "off".
     encode_tokens_per_step : int
         At most this many tokens of such prefills a step (one chunk chain may exceed it).

@@ -1,7 +1,6 @@
 """What is retained of prompts: the index of chunks, their copies out of the paged cache, prefills they wait for."""
 
 import logging
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -20,6 +19,9 @@ from cacheslide.vllm.scheduler.request_state import Tracked
 from cacheslide.vllm.scheduler.storage import StorageTierView
 
 PATIENCE = 32  # steps with loads in a row that jobs wait for; a busy server has no others
+# Steps from a prompt's last one to its jobs: with asynchronous scheduling the next step is launched before the prompt's
+# first token is looked at, and a job in it would keep the token back as long as it takes.
+BEHIND = 2
 logger = logging.getLogger("vllm.cacheslide")  # below vLLM's logger, so that its handler prints it
 
 
@@ -28,13 +30,13 @@ def job_of(policy: ReusePolicy, plan: Plan, renew: bool = False) -> EncodeJob:
     return EncodeJob(policy.encoding, policy.probe_layers, plan, renew=renew, scored=policy.needs_scores)
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """A score job, whether it may not wait, and whether it comes from an earlier step."""
+@dataclass
+class Waiting:
+    """A job, whether it may not wait, and the steps that were planned since the one that asked for it."""
 
-    job: ScoreJob
+    job: EncodeJob | ScoreJob
     urgent: bool
-    waited: bool = False
+    steps: int = -1
 
 
 class ChunkRetention:
@@ -43,8 +45,8 @@ class ChunkRetention:
     def __init__(self, options: ServerOptions, geometry: Geometry) -> None:
         self.options, self.geometry = options, geometry
         self.index = ChunkIndex(int(options.store_gib * GIB))
-        self.jobs: deque[tuple[EncodeJob, bool]] = deque()  # and whether it may not wait
-        self.score_jobs: list[Scoring] = []
+        self.jobs: list[Waiting] = []
+        self.score_jobs: list[Waiting] = []
         self.history_saves: list[SavePlan] = []  # of requests that finished since the last step
         self.storage_tier: StorageTierView | None = None  # the tiers under memory
         self.unsettled = False  # the workers may hold others than the index says
@@ -84,15 +86,15 @@ class ChunkRetention:
 
     def enqueue(self, job: EncodeJob, when: str) -> None:
         """Have a job done, unless it waits already."""
-        if all(job.plan.keys != waiting.plan.keys for waiting, _ in self.jobs):
-            self.jobs.append((job, when == "now"))
+        if all(job.plan.keys != waiting.job.plan.keys for waiting in self.jobs):
+            self.jobs.append(Waiting(job, when == "now"))
 
     def score(self, policy: ReusePolicy, plan: Plan, when: str) -> None:
         """Have the exact chunks of a plan scored that have no scores, where the policy needs them; never when "off"."""
         if when == "off" or not policy.needs_scores or not plan.chunks:
             return
         if all(plan.keys != w.job.plan.keys for w in self.score_jobs):
-            self.score_jobs.append(Scoring(ScoreJob(policy.encoding, plan), when == "now"))
+            self.score_jobs.append(Waiting(ScoreJob(policy.encoding, plan), when == "now"))
 
     def reserve(
         self, chunks: Mapping[ChunkKey, Chunk], probes: int, generation: int = 0, scored: bool = False
@@ -108,25 +110,32 @@ class ChunkRetention:
             self.storage_tier.evicted(evict)
         return evict
 
-    def hand_out(self, step: StepPlan, waited: int, idle: bool) -> None:
-        """Hand out jobs; the first `waited` come from earlier steps, the others go only if they may not wait.
+    def hand_out(self, step: StepPlan, idle: bool) -> None:
+        """Hand out jobs: urgent ones at once, others `BEHIND` steps later.
 
         A step with loads is left to them, but not for ever (`PATIENCE`).
         """
-        budget, waiting = self.options.encode_tokens_per_step, deque()
         busy = bool(step.loads) and not idle
         self.held_back = self.held_back + 1 if busy and (self.jobs or self.score_jobs) else 0
         if self.held_back > PATIENCE:
             busy, self.held_back = False, 0
-        for number, (job, urgent) in enumerate(self.jobs):
+        for entry in (*self.jobs, *self.score_jobs):
+            entry.steps += 1
+        budget = self._hand_out_encodes(step, self.options.encode_tokens_per_step, busy)
+        self._hand_out_scores(step, budget, busy)
+
+    def _hand_out_encodes(self, step: StepPlan, budget: int, busy: bool) -> int:
+        """Hand out encode jobs; the tokens of `budget` that are left."""
+        waiting = []
+        for entry in self.jobs:
+            job = entry.job
             renewed = [key for key in job.plan.keys if job.renew and self.index.generation(key)]
             missing = [key not in self.index or key in renewed for key in job.plan.keys]
             tokens = job.tokens(missing)
             if not tokens:
                 continue
-            fits = tokens <= budget or not step.encodes
-            if not urgent and not (fits and number < waited and not busy):
-                waiting.append((job, urgent))
+            if not _goes(entry, tokens <= budget or not step.encodes, busy):
+                waiting.append(entry)
                 continue
             evict = self.reserve(dict(job.plan.keyed), len(job.capture), scored=job.scored)
             if evict is not None:
@@ -134,22 +143,21 @@ class ChunkRetention:
                 self.index.set_exact(renewed)
                 step.encodes.append(replace(job, evict=(*evict, *renewed)))
         self.jobs = waiting
-        self._hand_out_scores(step, budget, busy)
+        return budget
 
     def _hand_out_scores(self, step: StepPlan, budget: int, busy: bool) -> None:
         """Hand out score jobs of what is or will be there, with what encode jobs left of the budget."""
-        still, waiting = {key for job, _ in self.jobs for key in job.plan.keys}, []
+        still, waiting = {key for entry in self.jobs for key in entry.job.plan.keys}, []
         for entry in self.score_jobs:
             wanted = {k for k in entry.job.plan.keys if k in self.index and not self.index.generation(k)}
             job = entry.job.of(wanted - self.index.scored)
             if not still.isdisjoint(entry.job.plan.keys):
-                waiting.append(replace(entry, waited=True))
+                waiting.append(entry)
                 continue
             if not job.plan.chunks:
                 continue
-            fits = job.tokens <= budget or not (step.encodes or step.scores)
-            if not entry.urgent and not (fits and entry.waited and not busy):
-                waiting.append(replace(entry, waited=True))
+            if not _goes(entry, job.tokens <= budget or not (step.encodes or step.scores), busy):
+                waiting.append(entry)
                 continue
             budget -= job.tokens
             self.index.scored.update(job.plan.keys)
@@ -162,3 +170,8 @@ class ChunkRetention:
         self.jobs.clear()
         self.score_jobs.clear()
         self.history_saves.clear()
+
+
+def _goes(entry: Waiting, fits: bool, busy: bool) -> bool:
+    """Whether a job goes in this step."""
+    return entry.urgent or (fits and entry.steps >= BEHIND and not busy)

@@ -192,7 +192,6 @@ class SchedulerSide:
         step.history_saves, self.retention.history_saves = self.retention.history_saves, []
         step.idle = not output.num_scheduled_tokens
         self.workers_wait &= not step.idle  # if this step was not enough, they say so again
-        waited = len(self.retention.jobs)
         for req_id in [r for r in self.prefilling if r in output.num_scheduled_tokens]:
             try:
                 self._plan(req_id, output, step)
@@ -200,7 +199,7 @@ class SchedulerSide:
                 self.faults.note("build_connector_meta", error)
                 cannot(self, req_id, step)
         try:
-            self.retention.hand_out(step, waited, step.idle)
+            self.retention.hand_out(step, step.idle)
         except Exception as error:
             self.faults.note("retain", error)
             self.retention.drop_work()

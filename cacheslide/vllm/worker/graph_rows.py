@@ -34,13 +34,22 @@ class Size:
 def size_for(rows: int, requests: int, blocks: int, most_blocks: int, variant: str = "") -> Size | None:
     """The smallest size that holds a run; None where none does.
 
-    Rows are rounded up by at most an eighth, since what is padded is computed. A table's width bounds the keys of a
-    request, and with them the division of attention's work: it is rounded up by at most a half.
+    Rows are rounded up by at most a quarter, since what is padded is computed, and to whole tiles of the device's
+    matrix products, since those of 832 rows take longer than those of 896 (docs/performance.md). A table's width bounds
+    the keys of a request, and with them the division of attention's work: it is rounded up by at most a half.
     """
     if not 0 < rows <= MOST_ROWS or requests > REQUESTS[-1] or blocks > most_blocks:
         return None
     wide = min(_rounded(blocks, _LEAST_BLOCKS, 2), most_blocks)
-    return Size(_rounded(rows, _LEAST_ROWS, 8), next(n for n in REQUESTS if n >= requests), wide, variant)
+    return Size(_rounded_rows(rows), next(n for n in REQUESTS if n >= requests), wide, variant)
+
+
+def _rounded_rows(rows: int) -> int:
+    """Above 512 rows a multiple of 128, above 2048 of 256."""
+    if rows <= 512:
+        return _rounded(rows, _LEAST_ROWS, 4)
+    step = 128 if rows <= 2048 else 256
+    return -(-rows // step) * step
 
 
 def _rounded(count: int, least: int, parts: int) -> int:

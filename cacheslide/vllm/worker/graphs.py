@@ -36,7 +36,7 @@ from cacheslide.vllm.worker.kv_layout import addresses, in_one_cache
 logger = logging.getLogger("vllm.cacheslide")
 ENTRY = "graphs"
 RECORD_AT = 2  # times that a size is met before it is recorded
-MOST_SIZES = 128
+MOST_SIZES = 64
 Step = Callable[[], None]
 
 

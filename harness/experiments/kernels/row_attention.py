@@ -105,7 +105,7 @@ def attention_case(
     def ours() -> Tensor:
         return kernels.row_attention(q, rows, cu_rows, table, kv, out=out, max_row=max(lengths) - 1)
 
-    error = _check_rows(ours(), q, rows, cu_rows, table, kv)
+    error = check_rows(ours(), q, rows, cu_rows, table, kv)
     operations = 4 * heads * DIM * float((rows.double() + 1).sum())
     contenders: dict[str, Callable] = {"row_attention": ours}
     # A causal square with as many (query, key) pairs, and one over the whole context: the library's own best rate.
@@ -129,7 +129,7 @@ def attention_case(
     }  # fmt: skip
 
 
-def _check_rows(out: Tensor, q: Tensor, rows: Tensor, cu_rows: Tensor, table: Tensor, kv: Tensor) -> float:
+def check_rows(out: Tensor, q: Tensor, rows: Tensor, cu_rows: Tensor, table: Tensor, kv: Tensor) -> float:
     """The largest error over the requests, of up to 128 rows each; the other rows only have to be finite."""
     if not bool(out.isfinite().all()):
         raise GateError("attention: some output was not written or is not finite")

@@ -85,7 +85,11 @@ def test_what_was_not_measured_is_null(files):
     assert set(headline([], "ours", {}).values()) == {None}
 
 
-def test_other_files_are_taken_in_whole(files):
-    (files / "retaining.json").write_text('{"ratios": [1, 2]}')
-    assert made(files, f"--retaining={files / 'retaining.json'}")["retaining"] == {"ratios": [1, 2]}
+def test_of_other_files_the_tables_are_taken_in(files):
+    (files / "retaining.json").write_text(json.dumps({"provenance": {}, "table": {"later": 1}, "runs": [1, 2]}))
+    parts = {"ttft_ms": [1.0], "timeline": [], "device_us": 2.0, "kernels": [["name", 1, 2.0]]}
+    (files / "profile.json").write_text(json.dumps({"provenance": {}, "lengths": {"8192": {"ours@0.05": parts}}}))
+    found = made(files, f"--retaining={files / 'retaining.json'}", f"--profile={files / 'profile.json'}")
+    assert found["retaining"] == {"provenance": {}, "table": {"later": 1}}
+    assert found["profile"]["lengths"]["8192"]["ours@0.05"] == {"ttft_ms": [1.0], "timeline": [], "device_us": 2.0}
     assert "retaining" not in made(files)

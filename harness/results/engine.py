@@ -39,7 +39,7 @@ def summarise(
         One rule by its names: in the engine, in the study on a real model ("Mixed, two thirds remembered") and in the
         sweep of the stress task at the default's ratio ("mixed, two thirds remembered, 15%").
     others : mapping of str to Path
-        JSON files that are taken in as they are, by name.
+        JSON files whose parts are taken in, by their names in `TAKEN`.
     """
     tables = build(records, None)
     rows = [row for run in tables["runs"] for row in run["table"]]
@@ -58,7 +58,7 @@ def summarise(
         "plugin_overhead_pct": overhead,
         "serving": tables["runs"],
         "conditions": tables["conditions"],
-        **{name: json.loads(path.read_text()) for name, path in others.items()},
+        **{name: TAKEN[name](json.loads(path.read_text())) for name, path in others.items()},
     }
 
 
@@ -113,6 +113,24 @@ def _stress(sweep: Mapping[str, Any], cell: str) -> dict[str, float | None]:
     }
 
 
+def _retaining(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `serving.retaining`: what scoring costs, by when it happens."""
+    return {name: made[name] for name in ("provenance", "table")}
+
+
+def _time_lines(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `serving.engine_profile`: when a request's parts ran, by length and system; its kernels stay there."""
+    wanted = "ttft_ms", "timeline", "device_us"
+    lengths = {
+        tokens: {system: {name: parts[name] for name in wanted} for system, parts in systems.items()}
+        for tokens, systems in made["lengths"].items()
+    }
+    return {"provenance": made["provenance"], "lengths": lengths}
+
+
+TAKEN = {"retaining": _retaining, "profile": _time_lines}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the file and print the headline."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -128,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--profile", type=Path, help="of serving.engine_profile")
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args(argv)
-    others = {name: path for name in ("retaining", "profile") if (path := getattr(args, name)) is not None}
+    others = {name: path for name in TAKEN if (path := getattr(args, name)) is not None}
     made = summarise(args.records, args.system, args.rule, args.confirm, args.stress, args.cell, others)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, rounded(made))

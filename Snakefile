@@ -20,19 +20,14 @@ check_config(config)
 
 
 wildcard_constraints:
-    part="[a-z0-9-]+",
     dataset="[a-z0-9-]+",
     tokens="[0-9]+",
 
 
-include: "workflows/data.smk"
-include: "workflows/chunks.smk"
-include: "workflows/evaluate.smk"
-include: "workflows/cope.smk"
-include: "workflows/figures.smk"
+include: "workflows/study.smk"
 include: "workflows/slide.smk"
 include: "workflows/wca.smk"
-include: "workflows/agents.smk"
+include: "workflows/records.smk"
 include: "workflows/real.smk"
 
 

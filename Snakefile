@@ -15,8 +15,10 @@ if not workflow.overwrite_configfiles:
 include: "workflows/common.smk"
 
 
+TABLES_ONLY = tables_option(config)
 REAL_CONFIG, REAL_SHARDS = real_options(config)
 check_config(config)
+STUDY = only_tables(config) if TABLES_ONLY else steps_of(config)
 
 
 wildcard_constraints:

@@ -1,6 +1,7 @@
 """The study's table of steps: what a step may read, what Snakemake makes of it, what runs again, what is opened."""
 
 import json
+import tarfile
 from copy import deepcopy
 
 import pytest
@@ -13,7 +14,7 @@ from harness.results.summary import own_hashes
 from harness.workflow import perform as performing
 from harness.workflow import reads
 from harness.workflow.__main__ import SMALL, SMALL_AGENTS, undeclared_inputs
-from harness.workflow.paths import inputs_of, jobs_of, outputs_of
+from harness.workflow.paths import inputs_of, jobs_of, only_tables, outputs_of, records_of, what_is_there
 from harness.workflow.reruns import CHANGES, SCHEMA, changed, rules_rerun
 from harness.workflow.slices import Slice, slice_of
 from harness.workflow.steps import STEPS, Step, step_named, steps_of
@@ -104,6 +105,29 @@ def test_what_a_configuration_leaves_out_no_step_asks_for():
     inputs = inputs_of(step_named("evaluate"), small, {"dataset": "hotpotqa-deep"})
     assert set(inputs) == {"model", "data", "layer"}
     assert outputs_of(step_named("evaluate"), small)[0] == "results/smoke-vllm/accuracy/{dataset}/recompute.jsonl"
+
+
+def test_tables_are_made_of_what_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    whole = config()
+    for name in ("prompts.json", "equal_share/swebench-deep/epic.jsonl"):
+        path = tmp_path / "results/cpu" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    steps = only_tables(whole)
+    assert [step.name for step in steps] == ["summarize", "fig03", "fig05", "fig10", "report"]
+    inputs = what_is_there(inputs_of(steps[0], whole, {}), steps, whole)
+    assert set(inputs) == {"model", "prompts", "equal_share"}
+    assert inputs["equal_share"] == ["results/cpu/equal_share/swebench-deep/epic.jsonl"]
+
+
+def test_the_packed_records_are_those_of_the_committed_run():
+    with tarfile.open(ROOT / "results/cpu/records.tar.xz") as archive:
+        packed = {f"results/cpu/{m.name}" for m in archive.getmembers() if m.isfile()}
+    records = set(records_of(config()))
+    assert packed <= records
+    assert {path.split("/")[2] for path in records - packed} <= {"equal_share"}  # two data sets were not run again
 
 
 SAME = "fig10 report summarize"  # the summary holds the configuration, and these are made of it

@@ -11,13 +11,19 @@ from harness.inventory import (
     NO_AGENTS,
     NO_CKSIM,
     agent_sections,
-    figures_of,
     has_agents,
     has_cksim,
     read_config,
 )
 from harness.real_model.inputs import required
-from harness.workflow.paths import inputs_of, loaded, outputs_of, records_of
+from harness.workflow.paths import (
+    inputs_of,
+    loaded,
+    only_tables,
+    outputs_of,
+    records_of,
+    what_is_there,
+)
 from harness.workflow.slices import slice_of
 from harness.workflow.steps import steps_of
 
@@ -58,6 +64,14 @@ def real_options(config):
     if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
         stop(f"real_shards: {shards!r} is no count of at least 1")
     return str(file), shards
+
+
+def tables_option(config):
+    """Whether nothing is measured, `--config tables=True`: taken out of `config`, on which no record depends then."""
+    tables = config.pop("tables", False)
+    if not isinstance(tables, bool):
+        stop(f"tables: {tables!r} is neither True nor False")
+    return tables
 
 
 def real_plan(wildcards):
@@ -134,7 +148,8 @@ def inputs_for(step):
 
     def inputs(wildcards):
         try:
-            return inputs_of(step, config, dict(wildcards.items()))
+            found = inputs_of(step, config, dict(wildcards.items()))
+            return what_is_there(found, STUDY, config) if TABLES_ONLY else found
         except CacheSlideError as wrong:
             stop(wrong)
 
@@ -176,7 +191,8 @@ def folder_files(folder, key, table):
 
     def files(wildcards):
         try:
-            return [ancient(path) for path in loaded(folder, key)]
+            # Braces are wildcards to Snakemake, in an input function's paths too: it cannot name such a file.
+            return [ancient(path) for path in loaded(folder, key) if "{" not in path]
         except CacheSlideError as missing:
             if not Path(table).is_file():
                 stop(missing)
@@ -212,10 +228,17 @@ def agent_files():
     ]
 
 
+def cope_files():
+    """The records of the steps on the CoPE model."""
+    steps = [step for step in steps_of(config) if "adapter" in step.inputs]
+    return [path for step in steps for path in outputs_of(step, config, {})]
+
+
 def study():
     """Everything that a configuration makes."""
-    figures = [path for name in figures_of(config) for path in figure(name)]
-    return [result("summary.json"), result("report.html"), *figures]
+    return [
+        path for step in STUDY if step.of_records for path in outputs_of(step, config)
+    ]
 
 
 def smoke_study(wildcards):

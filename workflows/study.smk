@@ -1,6 +1,6 @@
 # The study: one rule a step of harness/workflow/steps.py, in which every step's inputs, outputs and keys stand.
 
-for step in steps_of(config):
+for step in STUDY:
 
     rule:
         name:
@@ -49,4 +49,13 @@ if has_agents(config):
         """All of the agents' records and their figures; figures 3 and 10 and the report join them with the study's."""
         input:
             agent_files(),
+        localrule: True
+
+
+if "cope" in config:
+
+    rule cope:
+        """The records of the model's CoPE adapter."""
+        input:
+            cope_files(),
         localrule: True

@@ -70,6 +70,27 @@ def outputs_of(step: Step, config: Config, each: Mapping[str, str] | None = None
     return [path for pattern in step.outputs for path in expanded(pattern, config, each)]
 
 
+def only_tables(config: Config) -> list[Step]:
+    """The steps that make tables and figures of the records that are there; a figure without its source is left out."""
+    kept: list[Step] = []
+    for step in steps_of(config):
+        source = inputs_of(step, config, {}).get("source") if step.of_records else None
+        if step.of_records and (source is None or what_is_there({"source": source}, kept, config)):
+            kept.append(step)
+    return kept
+
+
+def what_is_there(inputs: Inputs, steps: Sequence[Step], config: Config) -> Inputs:
+    """The inputs that exist or that one of `steps` makes."""
+    made = {path for step in steps for path in outputs_of(step, config)}
+    out: Inputs = {}
+    for name, given in inputs.items():
+        paths = [p for p in ([given] if isinstance(given, str) else given) if p in made or Path(p).exists()]
+        if paths:
+            out[name] = paths[0] if isinstance(given, str) else paths
+    return out
+
+
 def records_of(config: Config) -> list[str]:
     """The record files of a run, which no other file can be made into again."""
     paths = [path for step in steps_of(config) for pattern in step.outputs for path in expanded(pattern, config, {})]

@@ -61,6 +61,8 @@ class Step:
         It takes every core and nothing runs beside it.
     priority : int
         See Snakemake.
+    of_records : bool
+        It makes tables, a figure or the report of results that are there.
     temporary : bool
         Its output is a folder that is removed when the last reader is done.
     when
@@ -76,6 +78,7 @@ class Step:
     options: Mapping[str, Any] = field(default_factory=dict)
     runs_model: bool = False
     priority: int = 0
+    of_records: bool = False
     temporary: bool = False
     when: Callable[[Config], bool] = always
 
@@ -91,7 +94,8 @@ def _figure(name: str) -> tuple[str, ...]:
 
 def _drawn(name: str, source: str, when: Callable[[Config], bool], **more: str) -> Step:
     inputs = {"source": RUN + source} | {k: RUN + v for k, v in more.items()}
-    return Step(name, "plots.render:render", (), inputs, _figure(name), options={"name": name}, when=when)
+    call, options = "plots.render:render", {"name": name}
+    return Step(name, call, (), inputs, _figure(name), options=options, of_records=True, when=when)
 
 
 DATA = f"{RUN}data/"
@@ -271,6 +275,7 @@ STEPS = (
             "layer": LAYER,
         },
         (f"{RUN}summary.json",),
+        of_records=True,
     ),
     *(
         _drawn(name, source, has_cksim if name == "fig04a" else always, **BESIDE.get(name, {}))
@@ -288,6 +293,7 @@ STEPS = (
             "real_figures": "{root}/figures/real/*.svg",
         },
         outputs=(f"{RUN}report.html",),
+        of_records=True,
     ),
 )
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cacheslide import renamed
 from cacheslide.errors import ModelError
 from cacheslide.models.weights import fingerprint
 from harness.configuration import native
@@ -119,10 +120,24 @@ def conditions(run: Run) -> dict[str, Any]:
 def own_hashes(config: Mapping[str, Any]) -> set[str]:
     """The hashes that this configuration's records name: of the slice that their step reads.
 
-    Records of before 2026-11-30 name all of the configuration, or all but the sections `cope` and `agents`.
+    Records of before 2026-11-30 name all of the configuration, or all but the sections `cope` and `agents`, those of
+    before 2026-11-29 under older names of its keys.
     """
-    whole = (dict(config), native(config))
-    return {config_hash(of) for of in (*whole, *(slice_of(config, step.reads) for step in STEPS if step.reads))}
+    whole = (dict(config), _older_names(config))
+    slices = (slice_of(config, step.reads) for step in STEPS if step.reads)
+    return {config_hash(of) for of in (*whole, *map(native, whole), *slices)}
+
+
+def _older_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    def older(part: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+        back = {new: old for old, new in names.items()}
+        return {back.get(key, key): value for key, value in part.items()}
+
+    out = older(config, renamed.CONFIGURATION)
+    if "agents" in out:
+        sections = renamed.CONFIGURED_AGENTS
+        out["agents"] = {k: older(v, sections[k]) if k in sections else v for k, v in out["agents"].items()}
+    return out
 
 
 def data_hashes(run: Run) -> dict[str, str]:

@@ -5,6 +5,7 @@ import tarfile
 from copy import deepcopy
 
 import pytest
+import yaml
 
 from cacheslide.errors import ConfigError
 from harness.configuration import check
@@ -179,3 +180,11 @@ def test_the_small_study_has_a_step_of_every_kind():
     check(small, SCHEMA)
     kinds = {step.call for step in STEPS}
     assert {step.call for step in steps_of(small)} == kinds
+
+
+def test_profiles_name_rules_that_there_are():
+    """Side by side only what is not timed; its rules leave the cores to each other."""
+    profile = yaml.safe_load((ROOT / "profiles/side-by-side/config.yaml").read_text())
+    assert set(profile["set-threads"]) == set(profile["set-resources"])
+    steps = [step_named(name) for name in profile["set-threads"]]
+    assert all(step.each == ("dataset",) and step.runs_model for step in steps)

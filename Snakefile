@@ -15,24 +15,21 @@ if not workflow.overwrite_configfiles:
 include: "workflows/common.smk"
 
 
+TABLES_ONLY = tables_option(config)
 REAL_CONFIG, REAL_SHARDS = real_options(config)
 check_config(config)
+STUDY = only_tables(config) if TABLES_ONLY else steps_of(config)
 
 
 wildcard_constraints:
-    part="[a-z0-9-]+",
     dataset="[a-z0-9-]+",
     tokens="[0-9]+",
 
 
-include: "workflows/data.smk"
-include: "workflows/chunks.smk"
-include: "workflows/evaluate.smk"
-include: "workflows/cope.smk"
-include: "workflows/figures.smk"
+include: "workflows/study.smk"
 include: "workflows/slide.smk"
 include: "workflows/wca.smk"
-include: "workflows/agents.smk"
+include: "workflows/records.smk"
 include: "workflows/real.smk"
 
 

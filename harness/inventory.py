@@ -1,4 +1,4 @@
-"""What a configuration is made of: prompt files and figures. The workflow and scripts/measure.py both read it here."""
+"""What a configuration is made of: prompt files and figures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,12 +81,6 @@ def figures_of(config: Mapping[str, Any]) -> list[str]:
     return plain + [AGENT_FIGURES[section] for section in agent_sections(config) if section in AGENT_FIGURES]
 
 
-def source_of(figure: str) -> str:
-    """The result that a figure is drawn from, in the run's folder."""
-    sections = {name: f"agents/{section}.jsonl" for section, name in AGENT_FIGURES.items()}
-    return FIGURES.get(figure) or sections[figure]
-
-
 def agent_sections(config: Mapping[str, Any]) -> list[str]:
     """The sections of `agents:` that this configuration measures; each makes one record file."""
     return [s for s in ("replay", *AGENT_FIGURES) if has_agents(config) and s in config["agents"]]
@@ -104,11 +98,3 @@ def data_spec(config: Mapping[str, Any], part: str) -> dict[str, Any]:
         "prompts": settings["requests"] if section == "throughput" else settings["prompts"],
         "tokens": int(tokens) if tokens else settings["tokens"],
     }
-
-
-def prompt_files(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Part and data set of every prompt file of the study."""
-    files = [(part, dataset) for part in ("accuracy", "validation") for dataset in config["datasets"]]
-    single = ["throughput", "cksim"] if has_cksim(config) else ["throughput"]
-    files += [(part, config[part]["dataset"]) for part in single]
-    return files + [(f"latency-{n}", config["latency"]["dataset"]) for n in config["latency"]["tokens"]]

@@ -1,4 +1,4 @@
-"""Configurations beyond their schema: backends, defaults, and one list of prompt files for workflow and script."""
+"""Configurations beyond their schema: backends, defaults, and the prompt files of a study."""
 
 from pathlib import Path
 
@@ -12,9 +12,11 @@ from harness.backends.in_process import EngineOptions
 from harness.backends.vllm import annotated_as
 from harness.configuration import check
 from harness.experiments.study import steps as study
-from harness.inventory import FIGURES, data_spec, figures_of, prompt_files
+from harness.inventory import FIGURES, data_spec, figures_of
 from harness.plots import render
 from harness.systems import VANILLA, recipes, resolve, scalable
+from harness.workflow.paths import jobs_of, outputs_of
+from harness.workflow.steps import steps_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = ROOT / "workflows/schemas/config.schema.yaml"
@@ -66,12 +68,14 @@ def test_any_configuration_runs_on_vllm():
         found["store_dtype"] = found["dtype"]
         check(found, SCHEMA)
         assert figures_of(found) == [f for f in FIGURES if f != "fig04a"]
-        assert "cksim" not in {part for part, _ in prompt_files(found)}
+        assert not [path for step in steps_of(found) for path in outputs_of(step, found) if "cksim" in path]
 
 
 def test_prompt_files_name_every_part_once():
     found = config()
-    files = prompt_files(found)
+    check(found, SCHEMA)
+    steps = [step for step in steps_of(found) if step.name.startswith("generate_")]
+    files = [path for job in jobs_of(found, steps) for path in job.outputs]
     assert len(files) == len(set(files)) == 2 * 4 + 2 + len(found["latency"]["tokens"])
     assert data_spec(found, "latency-4096") == {"split": "test", "prompts": 3, "tokens": 4096}
     assert data_spec(found, "throughput") == {"split": "test", "prompts": 8, "tokens": 768}

@@ -15,9 +15,10 @@ from packaging.utils import canonicalize_name
 
 from cacheslide.errors import CacheSlideError, ConfigError
 from harness.configuration import check
-from harness.inventory import AGENT_FIGURES, read_config
+from harness.inventory import read_config
 from harness.results.runs import read_json
 from harness.systems import VANILLA
+from harness.workflow.steps import STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -175,12 +176,8 @@ def test_a_file_that_is_no_configuration_is_one_line(tmp_path, content, said):
 
 
 def test_the_slurm_profile_gives_every_measuring_rule_its_gpu():
-    rules = set(re.findall(r"rule (\w+):", "".join(p.read_text() for p in (ROOT / "workflows").glob("*.smk"))))
     profile = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())
-    measuring = {r for r in rules if r.startswith(("measure_", "evaluate", "equal", "select", "build_chunks"))}
-    wanted = measuring - {"measure_prompts", "measure_wca"} | {
-        f"measure_agents_{s}" for s in ("replay", *AGENT_FIGURES)
-    }
+    wanted = {step.name for step in STEPS if step.runs_model}
     assert set(profile["set-resources"]) == set(profile["set-threads"]) == wanted
     assert all(of["gpu"] == 1 for of in profile["set-resources"].values())
 

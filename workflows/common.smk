@@ -4,23 +4,28 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cacheslide.errors import CacheSlideError
-from harness.configuration import check, native
+from harness.configuration import check
 from harness.experiments.real.plan import read_plan
 from harness.inventory import (
     AGENT_FIGURES,
-    FIGURES,
     NO_AGENTS,
     NO_CKSIM,
     agent_sections,
-    data_spec,
-    figures_of,
     has_agents,
     has_cksim,
-    has_chunk_files,
     read_config,
 )
 from harness.real_model.inputs import required
-from harness.systems import cope_systems, to_scale
+from harness.workflow.paths import (
+    inputs_of,
+    loaded,
+    only_tables,
+    outputs_of,
+    records_of,
+    what_is_there,
+)
+from harness.workflow.slices import slice_of
+from harness.workflow.steps import steps_of
 
 SCHEMA = Path(workflow.basedir, "workflows", "schemas", "config.schema.yaml")
 
@@ -61,6 +66,14 @@ def real_options(config):
     return str(file), shards
 
 
+def tables_option(config):
+    """Whether nothing is measured, `--config tables=True`: taken out of `config`, on which no record depends then."""
+    tables = config.pop("tables", False)
+    if not isinstance(tables, bool):
+        stop(f"tables: {tables!r} is neither True nor False")
+    return tables
+
+
 def real_plan(wildcards):
     """The plan of the study on a real model, as plain values."""
     try:
@@ -77,14 +90,15 @@ def real_inputs(stage, table):
 
     def files(wildcards):
         plan = real_plan(wildcards)
-        recordings = plan["recordings"] if stage == "replay" else ""
+        recordings = plan["recordings"] if stage in ("replay", "sessions") else ""
         try:
-            found = required(plan["model"], [*plan["data"], *plan["without"]], recordings)
+            rows = [] if stage == "sessions" else [*plan["data"], *plan["without"]]
+            found = required(plan["model"], rows, recordings)
         except CacheSlideError as missing:
             if not Path(table).is_file():
                 stop(missing)
             return []
-        return [ancient(str(path)) for path in found]
+        return [ancient(str(path)) for path in [REAL_CONFIG, *found]]
 
     return files
 
@@ -128,13 +142,39 @@ def figure(name):
     return multiext(f"figures/{config['run']}/{name}", ".svg", ".pdf", ".png")
 
 
-def chunk_files(wildcards):
-    """The caches an evaluation reads; a vLLM engine fills its own."""
-    return result(f"chunks/{wildcards.dataset}") if has_chunk_files(config) else []
+def inputs_for(step):
+    """A step's inputs by name, for `unpack`."""
+
+    def inputs(wildcards):
+        try:
+            found = inputs_of(step, config, dict(wildcards.items()))
+            return what_is_there(found, STUDY, config) if TABLES_ONLY else found
+        except CacheSlideError as wrong:
+            stop(wrong)
+
+    return inputs
 
 
-def log_file(path):
-    return result(f"logs/{path}.log")
+def outputs_for(step):
+    """A step's outputs, with its names in braces."""
+    paths = outputs_of(step, config)
+    return [temp(directory(path)) for path in paths] if step.temporary else paths
+
+
+def log_for(step):
+    """One log a job."""
+    names = [step.name, *(f"{{{name}}}" for name in step.each)]
+    return result(Path("logs", *names).as_posix() + ".log")
+
+
+def cores_for(step):
+    """Every core for a step that runs the model, so that nothing runs beside a timing."""
+    return all_cores if step.runs_model else 1
+
+
+def slice_for(step):
+    """What a step reads of the configuration. A function: braces in names are no wildcards then."""
+    return lambda wildcards: slice_of(config, step.reads)
 
 
 def all_cores(wildcards):
@@ -142,70 +182,31 @@ def all_cores(wildcards):
     return workflow.cores or 1
 
 
-def model_files(wildcards):
-    """The checkpoint's files: a retrained model makes its results out of date."""
-    return checkpoint_files(config["model"], "model")
+def folder_files(folder, key, table):
+    """The files of a model's folder, for a rule whose `table` names the model by its hash.
+
+    A newer time of a file alone makes nothing out of date; where the table is there, the model need not be.
+    """
+
+    def files(wildcards):
+        try:
+            # Braces are wildcards to Snakemake, in an input function's paths too: it cannot name such a file.
+            return [ancient(path) for path in loaded(folder, key) if "{" not in path]
+        except CacheSlideError as missing:
+            if not Path(table).is_file():
+                stop(missing)
+            return []
+
+    return files
 
 
-def checkpoint_files(name, key):
-    """The files of the folder that the configuration's `key` names."""
-    folder = Path(name)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights or not (folder / "config.json").is_file():
-        stop(f"{key}: {folder} needs a config.json and *.safetensors weights")
-    return [str(path) for path in [folder / "config.json", *weights]]
-
-
-def tokenizer_files(wildcards):
-    """Prompt lengths are in tokens: another tokenizer makes other prompts."""
-    return sorted(str(path) for path in Path(config["model"]).glob("tokenizer*"))
-
-
-def spec_of(wildcards):
-    """What to generate for one part of the study."""
-    return data_spec(config, wildcards.part)
-
-
-def data(part, dataset="{dataset}"):
-    return result(f"data/{part}/{dataset}.jsonl")
-
-
-def data_of(part):
-    """This part's prompts from every data set."""
-    return [data(part, dataset) for dataset in config["datasets"]]
-
-
-def per_system(stage):
-    """One file of records a system; {dataset} stays a wildcard. At an equal share, those that have to be run again."""
-    systems = config["systems"]
-    if stage == "equal_share":
-        systems = to_scale(systems, config["recompute_ratio"])
-    return [result(f"{stage}/{{dataset}}/{system}.jsonl") for system in systems]
-
-
-def records(stage):
-    """The records of every data set and system."""
-    return expand(per_system(stage), dataset=config["datasets"])
-
-
-def cope_records(dataset="{dataset}"):
-    """The files of the systems that run on the CoPE model; none without an adapter."""
-    return [
-        result(f"accuracy/{dataset}/{system}.jsonl") for system in cope_systems(config)
-    ]
-
-
-def cope_file(name):
-    """A result that only a configuration with an adapter has."""
-    return result(name) if "cope" in config else []
-
-
-def adapter_files(wildcards):
-    """The CoPE adapter's files: a retrained or newly calibrated one makes its results out of date."""
-    folder = Path(config["cope"]["adapter"])
-    if not (folder / "cope.json").is_file():
-        stop(f"cope.adapter: there is no adapter in {folder}")
-    return sorted(str(p) for p in folder.iterdir() if p.stem in ("cope", "ccpe"))
+def wca_inputs(wildcards):
+    """The model and its adapter."""
+    adapter = config.get("cope", {}).get("adapter")
+    found = folder_files(config["model"], "model", WCA)(wildcards)
+    return found + (
+        folder_files(adapter, "cope.adapter", WCA)(wildcards) if adapter else []
+    )
 
 
 def wca_options(wildcards):
@@ -217,40 +218,26 @@ def wca_options(wildcards):
     ]
 
 
-def model_name(wildcards):
-    """The configuration's model; as a plain string in a rule, braces in it would be wildcards."""
-    return config["model"]
+def agent_files():
+    """The agents' records and the figures that are drawn from these alone; none where no agents are configured."""
+    sections = agent_sections(config)
+    drawn = [figure(AGENT_FIGURES[s]) for s in sections if s in AGENT_FIGURES]
+    return [result(f"agents/{s}.jsonl") for s in sections] + [
+        path for paths in drawn for path in paths
+    ]
 
 
-def agent_model_files(wildcards):
-    """The agents' checkpoint."""
-    return checkpoint_files(config["agents"]["model"], "agents.model")
-
-
-def agent_traces():
-    """The recorded episodes, where this configuration has agents."""
-    return result("agents/traces.jsonl") if has_agents(config) else []
-
-
-def agent_records():
-    """One record file a section of `agents:`."""
-    return [result(f"agents/{section}.jsonl") for section in agent_sections(config)]
-
-
-def agent_figures():
-    """The figures that are drawn from these files alone."""
-    sections = [s for s in agent_sections(config) if s in AGENT_FIGURES]
-    return [path for section in sections for path in figure(AGENT_FIGURES[section])]
-
-
-def latency_records():
-    return [result(f"latency/{tokens}.jsonl") for tokens in config["latency"]["tokens"]]
+def cope_files():
+    """The records of the steps on the CoPE model."""
+    steps = [step for step in steps_of(config) if "adapter" in step.inputs]
+    return [path for step in steps for path in outputs_of(step, config, {})]
 
 
 def study():
     """Everything that a configuration makes."""
-    figures = [path for name in figures_of(config) for path in figure(name)]
-    return [result("summary.json"), result("report.html"), *figures]
+    return [
+        path for step in STUDY if step.of_records for path in outputs_of(step, config)
+    ]
 
 
 def smoke_study(wildcards):

@@ -63,6 +63,8 @@ rule real_summary:
 
 rule real_sessions:
     """Tokens of recorded agent sessions by kind; reads a tokenizer, no weights."""
+    input:
+        real_inputs("sessions", "results/real/sessions.json"),
     output:
         "results/real/sessions.json",
     log:

@@ -1,10 +1,14 @@
-# SLIDE's experiments and what is measured on a GPU: records of their own, apart from any configuration's run.
+# SLIDE's experiments: records of their own, apart from any configuration's run.
 
 SLIDE = "results/slide/summary.json"
+SLIDE_MODEL = "models/tiny-llama-12m"
 
 
 rule slide:
     """Bytes written, stalls, faults and index of the tiered store, from real I/O; about an hour on two cores."""
+    input:
+        model=folder_files(SLIDE_MODEL, "the model of SLIDE's traces", SLIDE),
+        orders=ancient("results/slide/orders_h200.json"),  # measured on that GPU, part of the summary
     output:
         SLIDE,
     log:
@@ -12,8 +16,11 @@ rule slide:
     conda:
         "envs/cacheslide.yaml"
     threads: all_cores
+    params:
+        model=SLIDE_MODEL,
     shell:
-        "python -m harness.experiments.slide.steps trace volume scan index faults orders summary > {log:q} 2>&1"
+        "python -m harness.experiments.slide.steps trace volume scan index faults orders summary "
+        "--model {params.model:q} > {log:q} 2>&1"
 
 
 for part in "abcd":
@@ -33,19 +40,3 @@ for part in "abcd":
             figure=f"fig12{part}",
         script:
             "scripts/plot.py"
-
-
-rule serving:
-    """TTFT inside vLLM, from the committed GPU records (docs/vllm.md says how they were made)."""
-    input:
-        "results/h200/serving.json",
-    output:
-        multiext("figures/h200/serving", ".svg", ".pdf", ".png"),
-    log:
-        "results/h200/logs/serving.log",
-    conda:
-        "envs/cacheslide.yaml"
-    params:
-        figure="serving",
-    script:
-        "scripts/plot.py"

@@ -5,6 +5,8 @@ WCA = "results/wca/summary.json"
 
 rule measure_wca:
     """Every reading of the paper's open points on the shipped models; resumes, half an hour on two idle cores."""
+    input:
+        wca_inputs,
     output:
         WCA,
     log:

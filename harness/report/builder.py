@@ -29,8 +29,8 @@ def build_report(
     summary_path: str | Path,
     figures: Iterable[str | Path],
     output: str | Path,
-    slide: Path = SLIDE,
-    real: Path = REAL,
+    slide: str | Path | None = SLIDE,
+    real: str | Path | None = REAL,
 ) -> None:
     """Write the report of a run.
 
@@ -50,10 +50,10 @@ def build_report(
     summary = read_json(summary_path)
     if summary.get("schema") != SCHEMA:
         raise DataError(f"{summary_path}: schema {summary.get('schema')!r}, expected {SCHEMA!r}")
-    if slide.is_file():
+    if slide and Path(slide).is_file():
         summary = summary | {"slide": read_json(slide)}
     own: dict[str, str] = {}
-    if real.is_file():
+    if real and (real := Path(real)).is_file():
         summary = summary | {"real": read_json(real)}
         real_model.check(summary["real"], real)
         folder = real.parents[2] / "figures" / real.parent.name

@@ -165,8 +165,8 @@ def build(paths: Sequence[Path], kernels: Path | None) -> dict[str, Any]:
         "store": "'model': chunks on the GPU; 'cpu': in pinned host memory",
         "efficiency": "share of row-layers computed x TTFT of recompute / TTFT",
         "plugin_overhead_pct": "the larger of the two medians' differences; plain requests, engines in turns",
-        "neighbours": "other jobs were at work on the other GPUs of the machine, except in ttft_mistral7b_alone: "
-        "what waits for the host (4k, small shares) varies",
+        "neighbours": "where a run's machine had more GPUs than the run, other jobs were at work on them: what waits "
+        "for the host (4k, small shares) varies there; ttft_mistral7b_alone had a machine of its own",
         "weights": "random; what reuse does to answers is measured elsewhere, with trained weights",
     }
     return {"schema": 1, "headline": headline, "conditions": conditions, "runs": runs}

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cacheslide import renamed
 from cacheslide.errors import ModelError
 from cacheslide.models.weights import fingerprint
 from harness.configuration import native
@@ -27,6 +28,8 @@ from harness.results.runs import FILES, Run, load_run
 from harness.results.tables import accuracy_ratios, accuracy_table
 from harness.results.timing import latency_ratios, latency_table, throughput_table
 from harness.results.undisturbed import added, cells_of, counted, rounds_of, slices_of, steps_of
+from harness.workflow.slices import slice_of
+from harness.workflow.steps import STEPS
 
 SCHEMA = "cacheslide.summary/1"
 AGENTS = {  # section of `agents:`, and its table
@@ -99,7 +102,7 @@ def conditions(run: Run) -> dict[str, Any]:
     files = [f for stage in (run.accuracy, run.equal_share) for d in stage.values() for f in d.values()]
     files += [*run.agents.values(), *run.latency.values()]
     files += [f for f in (run.throughput, run.cksim, run.cksim_cope) if f]
-    own = (config_hash(run.config), config_hash(native(run.config)))
+    own = own_hashes(run.config)
     made = sorted({f.settings["config_hash"] for f in files if "config_hash" in f.settings})
     machines = {json.dumps(f.settings["measured_on"], sort_keys=True) for f in files if "measured_on" in f.settings}
     return {
@@ -112,6 +115,29 @@ def conditions(run: Run) -> dict[str, Any]:
         "record_config_hashes": made,
         "records_of_other_configs": [h for h in made if h not in own],
     }
+
+
+def own_hashes(config: Mapping[str, Any]) -> set[str]:
+    """The hashes that this configuration's records name: of the slice that their step reads.
+
+    Records of before 2026-11-30 name all of the configuration, or all but the sections `cope` and `agents`, those of
+    before 2026-11-29 under older names of its keys.
+    """
+    whole = (dict(config), _older_names(config))
+    slices = (slice_of(config, step.reads) for step in STEPS if step.reads)
+    return {config_hash(of) for of in (*whole, *map(native, whole), *slices)}
+
+
+def _older_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    def older(part: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+        back = {new: old for old, new in names.items()}
+        return {back.get(key, key): value for key, value in part.items()}
+
+    out = older(config, renamed.CONFIGURATION)
+    if "agents" in out:
+        sections = renamed.CONFIGURED_AGENTS
+        out["agents"] = {k: older(v, sections[k]) if k in sections else v for k, v in out["agents"].items()}
+    return out
 
 
 def data_hashes(run: Run) -> dict[str, str]:

@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from baselines.window_padding import pad
 from cacheslide.core.keys import NoKeying
 from cacheslide.errors import ConfigError
@@ -13,10 +15,10 @@ from cacheslide.policies.top_deviation import Swap, TopDeviation
 from harness.agents.registry import entry
 from harness.agents.sandbox import missing
 from harness.agents.trace import prompt_digest, read_episodes, sha256, write_episodes
-from harness.backends.reference import EngineSettings, ReferenceBackend
+from harness.backends.reference import ReferenceBackend
 from harness.experiments.agents.load import measure_load, measure_series
 from harness.experiments.agents.replay import Variant, record, replay_variants
-from harness.experiments.study.steps import backend_of
+from harness.experiments.study.steps import settings_of
 from harness.results.provenance import config_hash, machine
 from harness.results.records import RecordWriter
 from harness.systems import resolve
@@ -27,7 +29,8 @@ SECTIONS = ("replay", "windows", "turns", "load", "series", "grid")
 
 def agents_backend(config: Config, threads: int) -> ReferenceBackend:
     """The agents' model, which need not be the study's."""
-    return backend_of({**config, "model": config["agents"]["model"], "backend": "reference"}, threads)
+    torch.set_num_threads(threads)
+    return ReferenceBackend(config["agents"]["model"], config["dtype"], config["device"])
 
 
 def variants_of(config: Config, section: str) -> list[Variant]:
@@ -93,7 +96,7 @@ def step_agents(config: Config, section: str, output: str, threads: int, traces:
         raise ConfigError(f"unknown section {section!r} of agents (known: {', '.join(SECTIONS)})")
     own, seed = config["agents"][section], config["seed"]
     backend, variants = agents_backend(config, threads), variants_of(config, section)
-    settings = EngineSettings(config["chunk_size"], config["suffix_len"], config["store_dtype"])
+    settings = settings_of(config)
     tasks, episodes = _work(config, section, traces)
     prompts = sha256("".join(prompt_digest(s.segments) for e in episodes for s in e.steps))
     identity = {"config_hash": config_hash(dict(config)), "data_hash": prompts, "measured_on": machine()}

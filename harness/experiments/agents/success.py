@@ -28,8 +28,8 @@ from harness.experiments.study.select_layer import MARGIN, choose, layers_to_try
 from harness.limit import Limit, add_minutes
 from harness.results import intervals
 from harness.results.provenance import config_hash, provenance
-from harness.results.records import RecordWriter, guarded, read_records, write_json
-from harness.results.runs import OURS, REFERENCE
+from harness.results.records import RecordWriter, guarded, read_records, read_settings, write_json
+from harness.results.runs import OURS, REFERENCE, read_json
 from harness.step import command
 from harness.systems import first_look
 
@@ -186,7 +186,11 @@ def main() -> None:
     parser.add_argument("--agents", nargs="+", default=list(AGENTS), choices=list(AGENTS))
     add_minutes(parser)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--records", type=Path, help="finished episodes: the tables of these, without the model")
     args = parser.parse_args()
+    if args.records:
+        tabulate(args.records, args.out)
+        return
     limit = Limit(args.minutes)
     torch.set_num_threads(args.threads)
     backend = ReferenceBackend(args.model)
@@ -199,10 +203,29 @@ def main() -> None:
     if not output.exists():
         done = measure(backend, plan, output, limit)
         output = output if done else output.with_name(f".{output.name}.part")
-    summary = summarise(plan, list(read_records(output)))
-    conditions = asdict(plan) | {"stops": asdict(STOPS), "backend": "reference, float32, CPU", "selection": chosen}
     origin = provenance(asdict(plan), {"tasks": config_hash(asdict(plan))}, backend.model.model_id)
-    write_json(args.out / "summary.json", summary | {"conditions": conditions, "provenance": origin})
+    _write(args.out, plan, output, chosen, origin)
+
+
+def tabulate(episodes: Path, out: Path) -> None:
+    """`summary.json` in `out` from finished episodes, beside `selection_layer.json`.
+
+    It keeps the provenance that it had: where the episodes were measured, not where they are tabulated.
+    """
+    settings = read_settings(episodes)
+    plan = Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+    chosen, summary = read_json(out / "selection_layer.json"), out / "summary.json"
+    if summary.is_file():
+        origin = read_json(summary)["provenance"]
+    else:
+        origin = provenance(settings, {"tasks": config_hash(settings)}, chosen["model"])
+    _write(out, plan, episodes, chosen, origin)
+
+
+def _write(out: Path, plan: Plan, episodes: Path, chosen: dict[str, Any], origin: dict[str, Any]) -> None:
+    summary = summarise(plan, list(read_records(episodes)))
+    conditions = asdict(plan) | {"stops": asdict(STOPS), "backend": "reference, float32, CPU", "selection": chosen}
+    write_json(out / "summary.json", summary | {"conditions": conditions, "provenance": origin})
     for key, value in summary["headline"].items():
         print(key, value)
 

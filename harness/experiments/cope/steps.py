@@ -14,7 +14,7 @@ from harness.backends.reference import ReferenceBackend, exact_arithmetic
 from harness.backends.responders import reference_sessions
 from harness.experiments.cope import study as cope_study
 from harness.experiments.study.accuracy import evaluate
-from harness.experiments.study.steps import Config, header, settings_of
+from harness.experiments.study.steps import Config, header, selected_layer, settings_of
 from harness.results.records import RecordWriter, write_json
 from harness.systems import cope_systems, resolve
 from harness.tasks.data import read_examples
@@ -32,8 +32,9 @@ def _variants(config: Config, threads: int) -> dict[str, CopeBackend]:
     return found if found["ccpe"].model.slot_offsets is not None else {"cope": found["cope"]}
 
 
-def step_cope_accuracy(config: Config, data: str, layer: int, outputs: Sequence[str], threads: int) -> None:
+def step_cope_accuracy(config: Config, data: str, layer: int | str, outputs: Sequence[str], threads: int) -> None:
     """Answers on one data set's first `cope.prompts` prompts; `outputs` are the files of `cope_systems`, in order."""
+    layer = selected_layer(layer)
     backend, systems = _backend(config, threads), resolve(cope_systems(config), layer=layer)
     about = {"dataset": Path(data).stem, "layer": layer, "recompute_ratio": None, "layer_inputs": []}
     about |= {"model": backend.model.model_id, "calibrated": backend.model.slot_offsets is not None}

@@ -1,9 +1,11 @@
 """The steps of the study as a workflow calls them: paths and a configuration in, record files out.
 
-A configuration is the validated content of config/*.yaml; config/README.md explains its keys.
+A configuration is the validated content of config/*.yaml (config/README.md explains its keys), or the part of it that
+`harness.workflow.steps` declares for the step.
 """
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,11 @@ from harness.experiments.study.prompts import agent_shares, measure_prompts
 from harness.experiments.study.select_layer import select_layer
 from harness.experiments.study.similarity import measure_similarity
 from harness.experiments.study.throughput import measure_throughput
-from harness.inventory import NO_CKSIM, has_chunk_files, has_cksim
+from harness.inventory import NO_CKSIM, data_spec, has_chunk_files, has_cksim
 from harness.results.provenance import config_hash, file_hash, machine
 from harness.results.records import RecordWriter, write_json
 from harness.systems import System, recipes, resolve, to_scale
-from harness.tasks.data import read_examples
+from harness.tasks.data import read_examples, write_dataset
 
 Config = Mapping[str, Any]
 
@@ -66,13 +68,13 @@ def settings_of(config: Config) -> EngineSettings:
 
 def policies_of(config: Config, layer: int, recompute_ratio: float | None = None, part: str = "") -> list[System]:
     """The systems of a configuration, or of one `part` of it that names its own, at the common selection layer."""
-    names = config.get(part, {}).get("systems") or config["systems"]
+    names = (config.get(part, {}).get("systems") if part else None) or config["systems"]
     return resolve(names, layer=layer, recompute_ratio=recompute_ratio)
 
 
-def selected_layer(path: str | Path) -> int:
-    """The layer that validation chose."""
-    return json.loads(Path(path).read_text())["layer"]
+def selected_layer(path: int | str | Path) -> int:
+    """The layer that validation chose, from its file; a layer stays what it is."""
+    return path if isinstance(path, int) else json.loads(Path(path).read_text())["layer"]
 
 
 def header(config: Config, data: str | Path, **more: Any) -> dict[str, Any]:
@@ -81,13 +83,21 @@ def header(config: Config, data: str | Path, **more: Any) -> dict[str, Any]:
     return {"run": config["run"], **identity, **more}
 
 
-def step_chunks(config: Config, data: str, layer: int, output: str, threads: int) -> None:
+def step_data(config: Config, output: str) -> None:
+    """The prompts of one part of the study; `output` is `PART/DATASET.jsonl`."""
+    path = Path(output)
+    spec = data_spec(config, path.parent.name)
+    digest = write_dataset(path, path.stem, spec["split"], config["seed"], spec["prompts"], spec["tokens"])
+    print(f"{digest}  {output}", file=sys.stderr)
+
+
+def step_chunks(config: Config, data: str, layer: int | str, output: str, threads: int) -> None:
     """Chunk KV caches of one data set, for every recipe its systems read; for the reference backend only."""
     if not has_chunk_files(config):
         raise ConfigError("chunk caches are built inside the engine with backend: vllm; skip this step")
     backend = backend_of(config, threads)
-    store = DirectoryChunkStore(output)
-    report = build_chunks(backend, read_examples(data), policies_of(config, layer), store, settings_of(config))
+    store, policies = DirectoryChunkStore(output), policies_of(config, selected_layer(layer))
+    report = build_chunks(backend, read_examples(data), policies, store, settings_of(config))
     write_json(Path(output) / "index.json", {"recipes": report, "model": backend.model.model_id})
 
 
@@ -95,7 +105,7 @@ def step_accuracy(
     config: Config,
     data: str,
     chunks: str | None,
-    layer: int,
+    layer: int | str,
     outputs: Sequence[str],
     threads: int,
     recompute_ratio: float | None = None,
@@ -105,6 +115,7 @@ def step_accuracy(
     With `recompute_ratio`, only systems that do not recompute that share by themselves are run. `chunks` is the folder
     that `step_chunks` filled; the vLLM backend needs none.
     """
+    layer = selected_layer(layer)
     backend, policies = backend_of(config, threads), policies_of(config, layer, recompute_ratio)
     if recompute_ratio is not None:
         policies = [p for p in policies if p.name in to_scale(config["systems"], recompute_ratio)]
@@ -133,6 +144,13 @@ def step_accuracy(
         writer.finish()
 
 
+def step_equal_share(
+    config: Config, data: str, chunks: str | None, layer: int | str, outputs: Sequence[str], threads: int
+) -> None:
+    """`step_accuracy` with every system made to recompute an equal share of the reused tokens."""
+    step_accuracy(config, data, chunks, layer, outputs, threads, config["recompute_ratio"])
+
+
 def step_select_layer(config: Config, data: Sequence[str], output: str, threads: int) -> None:
     """The selection layer, chosen on validation data."""
     backend = backend_of(config, threads)
@@ -142,18 +160,19 @@ def step_select_layer(config: Config, data: Sequence[str], output: str, threads:
     write_json(output, result | {"data_hashes": {Path(d).stem: file_hash(d) for d in data}})
 
 
-def step_latency(config: Config, data: str, layer: int, output: str, threads: int) -> None:
+def step_latency(config: Config, data: str, layer: int | str, output: str, threads: int) -> None:
     """TTFT of all systems at one prompt length."""
-    backend, policies, part = backend_of(config, threads), policies_of(config, layer, part="latency"), config["latency"]
+    backend, layer, part = backend_of(config, threads), selected_layer(layer), config["latency"]
+    policies = policies_of(config, layer, part="latency")
     writer = RecordWriter(output, header(config, data, layer=layer, titles={p.name: p.title for p in policies}, **part))
     sessions, examples = sessions_of(config, backend, policies), read_examples(data)
     measure_latency(sessions, policies, examples, writer, part["warmups"], part["repeats"], config["seed"])
     writer.finish()
 
 
-def step_throughput(config: Config, data: str, layer: int, output: str, threads: int) -> None:
+def step_throughput(config: Config, data: str, layer: int | str, output: str, threads: int) -> None:
     """Requests a second under a closed loop, by system and batch."""
-    backend, part = backend_of(config, threads), config["throughput"]
+    backend, layer, part = backend_of(config, threads), selected_layer(layer), config["throughput"]
     policies = policies_of(config, layer, part="throughput")
     writer = RecordWriter(output, header(config, data, layer=layer, titles={p.name: p.title for p in policies}, **part))
     measure_throughput(

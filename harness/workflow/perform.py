@@ -1,0 +1,44 @@
+"""Runs one job: the step's function with its inputs, outputs, options and its slice of the configuration."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+from harness.workflow.slices import Slice
+from harness.workflow.steps import EVERYTHING, Step, step_named
+
+
+def perform(
+    name: str, config: Mapping[str, Any], inputs: Mapping[str, Any], outputs: Sequence[str], threads: int
+) -> None:
+    """Run the job of step `name`.
+
+    Parameters
+    ----------
+    config : mapping
+        The slice `Step.reads` of a checked configuration, as `slice_of` makes it.
+    inputs : mapping
+        A path or a list of paths by name; one of the step's that is not there, as this configuration lacks it, is None.
+
+    Raises
+    ------
+    ConfigError
+        The step reads a key that it does not declare.
+    """
+    step = step_named(name)
+    module, _, function = step.call.partition(":")
+    call = getattr(import_module(f"harness.{module}"), function)
+    call(**_arguments(call, step, config, inputs, list(outputs), threads))
+
+
+def _arguments(
+    call, step: Step, config: Mapping[str, Any], inputs: Mapping[str, Any], outputs: list[str], threads: int
+) -> dict[str, Any]:
+    read = dict(config) if step.reads == EVERYTHING else Slice(config, step.reads)
+    given = {**dict.fromkeys(step.inputs), **inputs, **step.options, "config": read}
+    given |= {"output": outputs[0], "outputs": outputs, "threads": threads}
+    names = inspect.signature(call).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in names.values()):
+        return {k: v for k, v in given.items() if k in names or k in inputs}
+    return {k: v for k, v in given.items() if k in names}

@@ -1,0 +1,111 @@
+"""Which files the steps open, beside those that the table declares: every job is run and watched.
+
+Linux tells of every file that is opened in the run's own folder, by whatever library (inotify); Python tells of those
+that it opens under the repository. Code and its templates are no inputs.
+"""
+
+import ctypes
+import os
+import struct
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cacheslide.errors import CacheSlideError
+from harness.results.provenance import ROOT
+from harness.workflow.apart import processes
+from harness.workflow.paths import Job, jobs_of
+from harness.workflow.perform import perform
+from harness.workflow.slices import slice_of
+
+OPENED, OVERFLOW, DIRECTORY = 0x20, 0x4000, 0x40000000  # of inotify
+CODE = {".py", ".pyc", ".j2", ".so", ".toml"}
+HEAD = struct.Struct("iIII")
+
+
+class Watch:
+    """The files that are opened below a folder, and by Python below the repository, from each `begin` on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.seen = folder.resolve(), set[Path]()
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._fd = self._libc.inotify_init1(os.O_NONBLOCK)
+        if self._fd < 0:
+            raise CacheSlideError(f"inotify: {os.strerror(ctypes.get_errno())}")
+        self._folders: dict[int, Path] = {}
+        sys.addaudithook(self._audit)
+
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+            path = Path(os.path.abspath(os.fsdecode(arguments[0])))
+            if path.is_relative_to(ROOT) and path.suffix not in CODE and ".git" not in path.parts:
+                self.seen.add(path)
+
+    def begin(self) -> set[Path]:
+        """Watch every folder that is there now; returns the files that are there."""
+        there = set()
+        for folder, _, names in os.walk(self.folder):
+            number = self._libc.inotify_add_watch(self._fd, os.fsencode(folder), OPENED)
+            self._folders[number] = Path(folder)
+            there |= {Path(folder) / name for name in names}
+        self._opened()
+        self.seen = set()
+        return there
+
+    def end(self) -> set[Path]:
+        """What was opened since `begin`."""
+        return self.seen | self._opened()
+
+    def _opened(self) -> set[Path]:
+        found = set()
+        while True:
+            try:
+                data = os.read(self._fd, 1 << 16)
+            except BlockingIOError:
+                return found
+            at = 0
+            while at < len(data):
+                number, mask, _, length = HEAD.unpack_from(data, at)
+                name = data[at + HEAD.size : at + HEAD.size + length].rstrip(b"\0")
+                at += HEAD.size + length
+                if mask & OVERFLOW:
+                    raise CacheSlideError("inotify: more files were opened than are kept")
+                if name and not mask & DIRECTORY:
+                    found.add(self._folders[number] / os.fsdecode(name))
+
+
+def undeclared(config: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:
+    """Run every job of `config` in `folder`; the files that each step opens and does not declare, by step.
+
+    Parameters
+    ----------
+    config : mapping
+        A checked configuration whose models lie in `folder`, which is the working folder.
+    """
+    out: dict[str, list[str]] = {}
+    with processes(1) as one:
+        for job in jobs_of(config):
+            read = one.apply(opened, (folder, job.step.name, slice_of(config, job.step.reads), job.inputs, job.outputs))
+            if more := {p for p in read if not _declared(p, job)}:
+                shown = {str(p.relative_to(folder if p.is_relative_to(folder) else ROOT)) for p in more}
+                out[job.step.name] = sorted({*out.get(job.step.name, ()), *shown})
+    return out
+
+
+def opened(
+    folder: Path, name: str, config: Mapping[str, Any], inputs: Mapping[str, Any], outputs: Sequence[str]
+) -> set[Path]:
+    """Run one job in `folder`, on one core; which files of before it opens there or, by Python, in the repository."""
+    os.chdir(folder)
+    watch = Watch(folder)
+    there = watch.begin()
+    for path in outputs:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    perform(name, config, inputs, outputs, threads=1)
+    return {p for p in watch.end() if p in there or p.is_relative_to(ROOT)}
+
+
+def _declared(path: Path, job: Job) -> bool:
+    given = [p for value in job.inputs.values() for p in ([value] if isinstance(value, str) else value)]
+    return any(path.is_relative_to(Path(p).resolve()) for p in (*given, *job.outputs))

@@ -1,0 +1,83 @@
+"""The part of a configuration that a step reads, and nothing else."""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+from cacheslide.errors import ConfigError
+
+
+def slice_of(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The values of `keys` as plain nested dicts; keys that the configuration lacks are left out.
+
+    `systems` of a section that names none are those that it stands for, so that a step reads one key, not two.
+
+    Parameters
+    ----------
+    config : mapping
+        A checked configuration.
+    keys : sequence of str
+        `seed`, `latency.repeats`, `agents.replay` (all of its keys); `*` is all of the configuration.
+    """
+    if "*" in keys:
+        return deepcopy(dict(config))
+    out: dict[str, Any] = {}
+    for key in keys:
+        *sections, last = key.split(".")
+        there, here = config, out
+        for name in sections:
+            if name not in there:
+                break
+            there, here = there[name], here.setdefault(name, {})
+        else:
+            if last in there:
+                here[last] = deepcopy(there[last])
+                _fill_systems(config, key, here)
+    return out
+
+
+def _fill_systems(config: Mapping[str, Any], key: str, here: dict[str, Any]) -> None:
+    """Put in the systems that an empty list in `latency`, `throughput` or a section of `agents` stands for."""
+    section, _, last = key.rpartition(".")
+    if section in ("latency", "throughput") and last == "systems":
+        here["systems"] = here["systems"] or list(config["systems"])
+    elif section == "agents" and isinstance(here[last], dict) and "systems" in here[last]:
+        here[last]["systems"] = here[last]["systems"] or list(config["agents"]["systems"])
+
+
+class Slice(dict):
+    """A slice that knows what was declared: reading any other key is a ConfigError that names it."""
+
+    def __init__(self, values: Mapping[str, Any], keys: Sequence[str], section: str = "") -> None:
+        self._names = {key.split(".")[0] for key in keys}
+        self._section = section
+        super().__init__(
+            {
+                name: value if name in keys or not isinstance(value, dict) else Slice(value, _below(keys, name), name)
+                for name, value in values.items()
+            }
+        )
+
+    def _declared(self, key: str) -> None:
+        if key not in self._names:
+            name = f"{self._section}.{key}" if self._section else key
+            raise ConfigError(f"a step reads the key {name} of the configuration and does not declare it")
+
+    def __getitem__(self, key: str) -> Any:
+        """The value of a declared key."""
+        self._declared(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a declared key, or `default` where the configuration lacks it."""
+        self._declared(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        """Whether the configuration has a declared key."""
+        self._declared(str(key))
+        return super().__contains__(key)
+
+
+def _below(keys: Sequence[str], name: str) -> list[str]:
+    return [key.removeprefix(f"{name}.") for key in keys if key.startswith(f"{name}.")]

@@ -13,7 +13,7 @@ from harness.results.summary import build_summary
 from tests import made_run
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 40 * 2**20
+LIMIT = 41 * 2**20  # of which models are 32; a part of 16 MiB and this tree travel to a GPU together
 
 
 @pytest.fixture(scope="module")

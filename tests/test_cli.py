@@ -94,7 +94,10 @@ def test_missing_files_and_unknown_systems(capsys, tmp_path):
         ((MODEL, "--prompt", prompt, "--share", "1.5"), "recompute_ratio must lie in"),
         ((MODEL, "--prompt", prompt, "--chunk-size", "0"), "chunk_size"),
         ((MODEL, "--prompt", prompt, "--device", "abacus"), "device 'abacus' cannot be used"),
-        ((MODEL, "--prompt", prompt, "--layer", "8"), "selects at layer 8, but the model has layers 0 to 7"),
+        (
+            (MODEL, "--prompt", prompt, "--system", "cacheslide", "--layer", "8"),
+            "selects at layer 8, but the model has layers 0 to 7",
+        ),
         ((MODEL, "--prompt", prompt, "--store", prompt), "cannot use"),
     ]:
         code, _, err = run(capsys, "run", *args)

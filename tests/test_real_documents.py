@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from cacheslide.errors import DataError
-from harness.report.real_documents import SUMMARY, filled, main
+from cacheslide.policies.default import DEFAULT_SYSTEM
+from cacheslide.policies.registry import load_policy
+from harness.report.real_documents import CONFIRMATION, OTHER, SUMMARY, filled, main
 from harness.results.runs import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,12 +19,36 @@ def summary():
     return read_json(ROOT / SUMMARY)
 
 
+@pytest.fixture(scope="module")
+def confirmation():
+    return read_json(ROOT / CONFIRMATION)
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
-def test_tables_say_what_was_measured(path, summary):
+def test_tables_say_what_was_measured(path, summary, confirmation):
     text = path.read_text()
-    assert text.count("| arm |") >= 1 and filled(text, summary) == text
+    assert text.count("| arm |") >= 1 and filled(text, summary, confirmation) == text
     stale = text.replace("| `Nothing recomputed`", "| `Nothing recomputed` | 9", 1)
-    assert filled(stale, summary) != stale
+    assert filled(stale, summary, confirmation) != stale
+
+
+def test_the_default_is_the_rule_that_was_confirmed(summary, confirmation):
+    text = (ROOT / "docs/real.md").read_text()
+    rows = text.split(f"| {OTHER} |")[1].split("\n\n")[0].splitlines()[2:]
+    assert {row.split("|")[1].strip(" `") for row in rows} == set(confirmation["confirmed"])
+    assert [row.split("|")[1].strip() for row in rows if row.endswith("| yes |")] == [
+        "`Mixed, two thirds remembered 15 %`"
+    ]
+    rule = load_policy(DEFAULT_SYSTEM).correction
+    assert (rule.total_ratio, rule.remembered, rule.overlap) == (0.15, 2 / 3, 1 / 3)
+    stale = text.replace("| `Overlap, half first 5 %` |", "| `Overlap, half first 5 %` | 9", 1)
+    assert filled(stale, summary, confirmation) != stale
+    for bad in (
+        f"| {OTHER} | confirmed |\n| `Nobody` | 1 |\n",
+        f"| {OTHER} | `x`, over nothing recomputed |\n{rows[0]}\n",
+    ):
+        with pytest.raises(DataError, match="the confirmation has no"):
+            filled(bad, summary, confirmation)
 
 
 def made(value: float, n: int = 4, arm: str = "Some 10 % at layer 1", setting: str = "matter") -> dict:

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from harness.experiments.serving.timeline import ARRIVAL, Mark, Timeline, medians
+from harness.experiments.serving.timeline import ARRIVAL, Part, Timeline, medians
 
 
 class Engine:
@@ -24,16 +24,16 @@ class Derived(Engine):
 
 
 @pytest.fixture
-def marks():
+def parts():
     module = types.ModuleType("made_engine")
     module.Engine, module.Derived = Engine, Derived
     sys.modules["made_engine"] = module
     yield (
-        Mark(ARRIVAL, "made_engine:Engine", "take"),
-        Mark("step", "made_engine:Derived", "step", device=True),
-        Mark("absent class", "made_engine:Other", "step"),
-        Mark("absent module", "no_such_module:Engine", "step"),
-        Mark("absent method", "made_engine:Engine", "leave"),
+        Part(ARRIVAL, "made_engine:Engine", "take"),
+        Part("step", "made_engine:Derived", "step", device=True),
+        Part("absent class", "made_engine:Other", "step"),
+        Part("absent module", "no_such_module:Engine", "step"),
+        Part("absent method", "made_engine:Engine", "leave"),
     )
     del sys.modules["made_engine"]
 
@@ -47,16 +47,16 @@ def request(timeline: Timeline) -> list[dict]:
     return timeline.calls
 
 
-def test_times_count_from_the_arrival(marks):
-    calls = request(Timeline(marks))
+def test_times_count_from_the_arrival(parts):
+    calls = request(Timeline(parts))
     assert [c["label"] for c in calls] == [ARRIVAL, "step", "step"]
     assert calls[0]["begin"] == 0 and calls[0]["end"] >= 2
     assert calls[0]["end"] <= calls[1]["begin"] <= calls[1]["end"] <= calls[2]["begin"]
 
 
-def test_classes_are_left_as_they_were(marks):
+def test_classes_are_left_as_they_were(parts):
     before = dict(vars(Engine)), dict(vars(Derived))
-    timeline = Timeline(marks)
+    timeline = Timeline(parts)
     with pytest.raises(KeyError), timeline.measuring():
         raise KeyError("of the request")
     request(timeline)

@@ -63,7 +63,7 @@ def sent(server, path: str, body: bytes) -> tuple[int, dict]:
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_every_endpoint_refuses_what_is_malformed_with_the_reason(server, path):
     for annotations, said in (
-        (SPANS | {"layer": 99}, "selects at layer 99, but the model has layers 0 to 7"),
+        (SPANS | {"policy": "cacheslide", "layer": 99}, "selects at layer 99, but the model has layers 0 to 7"),
         (SPANS | {"layer": 2**64}, "layer must be"),
         (SPANS | {"recompute_ratio": 10**400}, "recompute_ratio must lie in"),
         (SPANS | {"recompute_ratio": float("nan")}, "recompute_ratio must lie in"),

@@ -14,6 +14,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from cacheslide.policies import registry
+from cacheslide.policies.default import DEFAULT_SYSTEM
 from cacheslide.policies.registry import load_policy
 from cacheslide.vllm import CONNECTOR, systems
 from cacheslide.vllm import options as params
@@ -324,7 +325,7 @@ def test_a_new_value_reads_nothing_again(monkeypatch, tmp_path):
     monkeypatch.setattr(registry, "entry_points", lambda **group: reads.append("names"))
     monkeypatch.setattr(params, "_store_config", lambda raw: reads.append(raw))
     for i in range(20):
-        assert options_of(extra).policy == "cacheslide"
+        assert options_of(extra).policy == DEFAULT_SYSTEM
         policy_of("cacheslide", i / 20, i % 8)
         with pytest.raises(ValueError, match=f"unknown system 'nobody{i}'"):
             policy_of(f"nobody{i}")

@@ -44,11 +44,14 @@ FIRST, SECOND = prompt(37, 3, fixed=FIXED), prompt(53, 5, fixed=FIXED)  # two tu
 
 
 def engine_settings(connector: bool = True, **options) -> dict:
-    """What the engines of these tests are opened with; `options` are the connector's."""
+    """What the engines of these tests are opened with; `options` are the connector's.
+
+    Requests that name no system run under the paper's own rule: canonical chunks and a selection layer.
+    """
     transfer = {
         "kv_connector": CONNECTOR,
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"chunk_size": CHUNK, "encode": "now", **options},
+        "kv_connector_extra_config": {"policy": "cacheslide", "chunk_size": CHUNK, "encode": "now", **options},
     }
     return {
         "dtype": "float32",
@@ -344,7 +347,7 @@ def test_a_load_that_does_nothing_is_noticed(served, monkeypatch):
 def test_a_mixed_batch_equals_its_requests_one_by_one(served):
     """Systems, shares, first sights and plain requests in one step: corrected in one packed run, beside the rest."""
     served.fresh()
-    for system in ("cacheslide", "epic", "cacheslide_first_turn"):
+    for system in ("cacheslide", "epic", "cacheslide_mixed"):  # the last one's chunks are first_turn's too
         served.one(FIRST, policy=system)
     third, fourth = prompt(9, 8, question=11, fixed=FIXED[:2]), prompt(44, 21, fixed=FIXED)
     cut = prompt(20, 70, fixed=(40,))  # its last chunk is new
@@ -355,6 +358,7 @@ def test_a_mixed_batch_equals_its_requests_one_by_one(served):
         (third, annotations_of(third, policy="cacheslide_first_turn", recompute_ratio=0.5)),
         (fourth, annotations_of(fourth, recompute_ratio=0.7)),
         (cut, annotations_of(cut, encode="off")),
+        (fourth, annotations_of(fourth, policy="cacheslide_mixed")),
         (third, None),
     ]
     alone = []
@@ -370,7 +374,7 @@ def test_a_mixed_batch_equals_its_requests_one_by_one(served):
         together = served.ask([p for p, _ in batch], [m for _, m in batch])
     finally:
         served.worker.executor.run = runs
-    assert sizes == [1, 4]  # the first step's tokens went to the exact prefill behind its first request
+    assert sizes == [1, 5]  # the first step's tokens went to the exact prefill behind its first request
     for got, want, (_, annotations) in zip(together, alone, batch, strict=True):
         assert tokens(got) == tokens(want)
         torch.testing.assert_close(logprobs(got), logprobs(want), atol=1e-4, rtol=1e-4)

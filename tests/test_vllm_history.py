@@ -12,6 +12,7 @@ from cacheslide.core.encoder import prefill_exact
 from cacheslide.core.precompute import ahead, pregenerate
 from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.models.reference import ReferenceDecoder
+from cacheslide.policies.default import DEFAULT_SYSTEM
 from cacheslide.store import MemoryChunkStore
 from cacheslide.vllm.options import policy_of
 from tests.conftest import random_ids, save_random
@@ -130,7 +131,8 @@ def test_canonical_chunks_are_always_encoded_exactly(served, reference):
         assert_same(want.v, chunk.v, 2e-5)
 
 
-def test_a_tools_result_is_encoded_ahead_of_the_turn_that_shows_it(served, reference):
+@pytest.mark.parametrize("system", ["cacheslide", DEFAULT_SYSTEM])
+def test_a_tools_result_is_encoded_ahead_of_the_turn_that_shows_it(served, reference, system):
     """The server's side of `pregenerate`: the history so far and the result, sent as a request of one token."""
     served.fresh()
     head, result, other = (Segment(random_ids(n, seed), Role.REUSE) for n, seed in ((40, 1), (50, 2), (50, 3)))
@@ -141,7 +143,7 @@ def test_a_tools_result_is_encoded_ahead_of_the_turn_that_shows_it(served, refer
 
     def said(prompt: Prompt, tokens: int = 4) -> dict:
         served.poison()  # and vLLM's own prefix cache is empty
-        return receipt(served.one(prompt, tokens=tokens))
+        return receipt(served.one(prompt, tokens=tokens, policy=system))
 
     first, later = turn(0), turn(4, result)
     said(first)

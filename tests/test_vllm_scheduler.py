@@ -31,10 +31,11 @@ FIXED_END = len(TURN) - 5
 
 
 def side(**options) -> SchedulerSide:
+    """A scheduler's half; without `policy` under the paper's own rule: canonical chunks and a selection layer."""
     config = SimpleNamespace(
         cache_config=SimpleNamespace(block_size=16), kv_transfer_config=SimpleNamespace(engine_id="test")
     )
-    return SchedulerSide(config, ServerOptions(chunk_size=16, **options), GEOMETRY)
+    return SchedulerSide(config, ServerOptions(**{"policy": "cacheslide", "chunk_size": 16, **options}), GEOMETRY)
 
 
 def request(req_id: str = "r", turn=TURN, **annotations):

@@ -23,6 +23,7 @@ from tests.test_vllm_ways import CHAT_ANNOTATIONS, MODEL, SEPARATOR, TEMPLATE, j
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
+LAYERS = 8  # of the shipped model
 START = 600  # seconds: two processes import vLLM and load a model
 
 
@@ -108,6 +109,11 @@ def test_annotated_turns_over_http(server):
     assert status == 200 and "no chunk" in receipt(first)["fallback"]
     _, second = server.complete(joined(1), {"separator": SEPARATOR})
     assert receipt(second)["chunks_hit"] == receipt(second)["chunks"] > 5 and receipt(second)["tokens_reused"] > 100
+    used = receipt(second)["tokens_reused"] + receipt(second)["tokens_recomputed"]
+    assert receipt(second)["tokens_recomputed"] == pytest.approx(0.15 * used, abs=1)  # the server's default rule
+    assert (
+        receipt(second)["tokens_per_layer"] == [receipt(second)["tokens_per_layer"][0]] * LAYERS
+    )  # selects at no layer
     assert second["usage"]["prompt_tokens"] < plain["usage"]["prompt_tokens"]  # the separators are gone
     _, own = server.complete(joined(2, "<sep>"), {"separator": True})
     assert receipt(own)["chunks_hit"] == receipt(own)["chunks"]

@@ -11,6 +11,7 @@ from cacheslide.cli.store import add_parser as add_store_parser
 from cacheslide.core.precompute import add_command
 from cacheslide.errors import CacheSlideError
 from cacheslide.plain_values import at_least
+from cacheslide.policies.default import DEFAULT_SYSTEM
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,9 +24,11 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("model", help="folder of a checkpoint of a known family with its tokenizer")
     run.add_argument("--prompt", required=True, type=Path, help="JSON file with the prompt's segments (see README)")
     run.add_argument("--previous", type=Path, help="the turn before: its fixed segments are cached first")
-    run.add_argument("--system", default="cacheslide", help="a name from `cacheslide systems`")
+    run.add_argument(
+        "--system", default=DEFAULT_SYSTEM, help=f"a name from `cacheslide systems` (default: {DEFAULT_SYSTEM})"
+    )
     run.add_argument("--store", type=Path, help="folder to keep chunk caches in; without it they live in memory")
-    run.add_argument("--layer", type=int, help="selection layer (default: the system's own)")
+    run.add_argument("--layer", type=int, help="selection layer of systems that have one (default: the system's own)")
     run.add_argument(
         "--recompute-ratio",
         "--share",  # its name in the version before

@@ -5,6 +5,7 @@ text; KV encoded in a prompt can be had up to the first updated segment only.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -93,11 +94,22 @@ def add_command(commands) -> None:
     """The command line's `precompute`; `commands` is argparse's subparsers action."""
     from pathlib import Path
 
-    parser = commands.add_parser("precompute", help="encode a template's fixed chunks ahead of the first request")
+    parser = commands.add_parser(
+        "precompute",
+        help="encode a template's fixed chunks ahead of the first request",
+        description="Encode a template's fixed chunks ahead of the first request, for `cacheslide run --store` with "
+        "the same --system, --chunk-size and model. The default of `run` encodes chunks in the prompt: it reads those "
+        "encoded ahead under itself alone, which end with the first updated segment. A server has its own store.",
+    )
     parser.add_argument("model", help="folder of a checkpoint of a known family with its tokenizer")
     parser.add_argument("--template", required=True, type=Path, help="a prompt file; updated segments may be empty")
     parser.add_argument("--store", required=True, type=Path, help="folder that keeps the chunks")
-    parser.add_argument("--system", default="cacheslide", help="a name from `cacheslide systems`")
+    parser.add_argument(
+        "--system",
+        default="cacheslide",
+        help="a name from `cacheslide systems`, the one that will read the chunks (default: cacheslide, whose encoding "
+        "needs no updated text)",
+    )
     parser.add_argument("--cope", type=Path, help="folder of a CoPE adapter of the model")
     parser.add_argument("--chunk-size", type=int, default=1024, help="tokens a chunk at most")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda (default: cpu)")
@@ -117,6 +129,7 @@ def _run(args) -> int:
     tokenizer = load_tokenizer(args.model)
     engine = ReuseEngine(model, load_policy(args.system), DirectoryChunkStore(args.store), chunk_size=args.chunk_size)
     print(json.dumps(asdict(precompute(engine, read_template(args.template, tokenizer)))))
+    print(f"cacheslide: read by `cacheslide run --system {args.system} --store {args.store}`", file=sys.stderr)
     return 0
 
 

@@ -9,6 +9,7 @@ from cacheslide.core.prompt import Prompt, Role
 from cacheslide.errors import ConfigError, PromptError
 from cacheslide.plain_values import check_plain, parse_json
 from cacheslide.policies.base import ReusePolicy
+from cacheslide.policies.default import DEFAULT_SYSTEM
 from cacheslide.store.base import MAX_GENERATION
 from cacheslide.store.config import StoreConfig
 from cacheslide.vllm.limits import NAME, NOTE, ROW, SEGMENTS, check_text, sayable, shown
@@ -76,7 +77,7 @@ class ServerOptions:
         parsed. It also gives `chunk_size`, `store_gib` and `store_device` where those are not given themselves.
     """
 
-    policy: str = "cacheslide"
+    policy: str = DEFAULT_SYSTEM
     chunk_size: int = 1024
     suffix_len: int = 1
     namespace: str = ""

@@ -33,7 +33,8 @@ def run(path: str) -> dict[str, Any]:
     prepare("cpu", eager=True)
     from cacheslide.vllm.offline import close_engine, open_engine
 
-    connector = {"chunk_size": CHUNK, "encode": "now", "store_gib": 0.25, "max_generation": 2, "span_tokens": 16}
+    connector = {"policy": "cacheslide", "chunk_size": CHUNK, "encode": "now", "store_gib": 0.25, "span_tokens": 16}
+    connector |= {"max_generation": 2}
     out: dict[str, Any] = {}
     engine = open_engine(path, connector, **ENGINE)
     with closing(_Closing(engine, close_engine)):

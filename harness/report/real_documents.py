@@ -4,6 +4,9 @@ A table whose first column is headed `arm` or `comparison` has its numbers from 
 settings (KL on the answer and share of compute), `KL` of a setting, `computed` or `greedy text changed` (of the setting
 matter). Rows begin with an arm's name in backticks, whatever words follow, or with a comparison: of `COMPARED`, or
 a rule in backticks "over nothing recomputed".
+
+A table whose first column is headed `rule on other prompts` has its ratios from results/real/confirm.json; columns are
+a setting in backticks and what the rule is over, or `confirmed`.
 """
 
 import argparse
@@ -14,11 +17,13 @@ from typing import Any
 
 from cacheslide.errors import DataError
 from harness.report.words import significant
+from harness.results import real_confirm
 from harness.results.real import POOLED, SCHEMA
 from harness.results.runs import read_json
 from harness.step import command
 
 SUMMARY = Path("results/real/summary.json")
+CONFIRMATION = Path("results/real/confirm.json")
 MAIN = "matter"
 COMPARED = {
     "RPDC over PIC": "rpdc over pic",
@@ -26,11 +31,16 @@ COMPARED = {
     "first tokens over the best CacheBlend within 33 % of compute": "ours over the best CacheBlend",
 }
 COLUMN = re.compile(r"(KL, )?`?(unrelated|matter|shift|contradict)`?|computed|greedy text changed")
+OTHER = "rule on other prompts"
+OTHER_COLUMN = re.compile(rf"`(\w+)`, ({real_confirm.OVER_NOTHING}|{real_confirm.OVER_RIVAL})|confirmed")
 Summary = Mapping[str, Any]
 
 
-def filled(text: str, summary: Summary) -> str:
-    """`text` with every such table's numbers from `summary`; DataError for an arm or setting that it lacks."""
+def filled(text: str, summary: Summary, confirmation: Summary | None = None) -> str:
+    """`text` with every such table's numbers from `summary` and `confirmation`.
+
+    DataError for an arm, a rule or a setting that they lack.
+    """
     out: list[str] = []
     heads: list[str] = []
     for line in text.splitlines():
@@ -39,9 +49,14 @@ def filled(text: str, summary: Summary) -> str:
             heads = []
         elif cells[0] in ("arm", "comparison"):
             heads = cells if all(COLUMN.fullmatch(head) for head in cells[1:]) else []
+        elif cells[0] == OTHER:
+            heads = cells if all(OTHER_COLUMN.fullmatch(head) for head in cells[1:]) else []
         elif heads and not set(line) <= set("|- "):
-            name = comparison if heads[0] == "comparison" else arm
-            cells[1:] = [name(summary, cells[0], head) for head in heads[1:]]
+            if heads[0] == OTHER:
+                cells[1:] = [on_other_prompts(confirmation or {}, cells[0], head) for head in heads[1:]]
+            else:
+                name = comparison if heads[0] == "comparison" else arm
+                cells[1:] = [name(summary, cells[0], head) for head in heads[1:]]
             line = f"| {' | '.join(cells)} |"
         out.append(line)
     return "\n".join(out) + "\n"
@@ -80,18 +95,39 @@ def comparison(summary: Summary, first: str, setting: str) -> str:
     raise DataError(f"the study has no comparison {first!r} in the setting {setting}")
 
 
+def on_other_prompts(confirmation: Summary, first: str, head: str) -> str:
+    """One ratio of a rule on prompts that it was not chosen on, both data sets together, or whether it is confirmed."""
+    rule, column = first.strip("`"), OTHER_COLUMN.fullmatch(head)
+    if rule not in confirmation.get("confirmed", {}):
+        raise DataError(f"the confirmation has no rule {first!r}")
+    if head == "confirmed":
+        return "yes" if confirmation["confirmed"][rule] else "no"
+    for row in confirmation["ratios"]:
+        if row["key"] == [column[1], POOLED, rule] and row.get(column[2]):
+            value, low, high = (significant(row[column[2]][x]) for x in ("value", "low", "high"))
+            return f"{value} [{low}, {high}]"
+    raise DataError(f"the confirmation has no {rule!r} {column[2]} in the setting {column[1]}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Fill the tables of documents."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("documents", type=Path, nargs="+")
     parser.add_argument("--summary", type=Path, default=SUMMARY)
+    parser.add_argument("--confirmation", type=Path, default=CONFIRMATION)
     args = parser.parse_args(argv)
-    summary = read_json(args.summary)
-    schema = summary.get("schema") if isinstance(summary, dict) else None
-    if schema != SCHEMA:
-        raise DataError(f"{args.summary}: schema {schema!r}, expected {SCHEMA!r}")
+    summary = _read(args.summary, SCHEMA)
+    confirmation = _read(args.confirmation, real_confirm.SCHEMA)
     for path in args.documents:
-        path.write_text(filled(path.read_text(), summary))
+        path.write_text(filled(path.read_text(), summary, confirmation))
+
+
+def _read(path: Path, wanted: str) -> Summary:
+    raw = read_json(path)
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if schema != wanted:
+        raise DataError(f"{path}: schema {schema!r}, expected {wanted!r}")
+    return raw
 
 
 if __name__ == "__main__":

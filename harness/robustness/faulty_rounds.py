@@ -97,7 +97,7 @@ def cases(tokenizer: Any, turn: int) -> list[Case]:
 
     moved, spans, start = prompt(notes)
     same, fixed, _ = prompt("\nnotes amber falcon .")
-    exact = {"segments": spans, "recompute_ratio": 1.0}
+    exact = {"segments": spans, "recompute_ratio": 1.0, "policy": "cacheslide"}
     return [
         Case("marked", moved, exact),
         Case("isolated", moved, exact | {"policy": "epic"}),
@@ -105,6 +105,8 @@ def cases(tokenizer: Any, turn: int) -> list[Case]:
         Case("unchanged", same, {"segments": fixed, "policy": "naive_reuse"}),
         # of the same prompt: these two share their chunks, which are exact in no other
         Case("remembered", same, exact | {"segments": fixed, "policy": "cacheslide_remember"}),
+        # the server's own system, whose chunks are exact in this prompt alone: they have a namespace for themselves
+        Case("default", moved, {"segments": spans, "recompute_ratio": 1.0, "namespace": "default"}),
         Case("plain", moved),
         Case("beside", list(encode(tokenizer, f"{tail}{notes}"))),
     ]

@@ -127,8 +127,14 @@ class Neighbours:
         self.prompts = [[1] + [(11 + 37 * k + i * (k + 3)) % 1200 + 8 for i in range(90)] for k in range(4)]
         self.known = [self._ask(prompt, None) for prompt in self.prompts]
         spans = {"segments": [[8, 72]]}
-        exact = {"recompute_ratio": 1.0, "layer": 0}
-        self.annotations = (None, spans | {"policy": "recompute"}, spans | exact, {"find": False})
+        exact = {"policy": "cacheslide", "recompute_ratio": 1.0, "layer": 0}
+        self.annotations = (
+            None,
+            spans | {"policy": "recompute"},
+            spans | exact,
+            spans | {"recompute_ratio": 1.0},
+            {"find": False},
+        )
 
     def ask(self) -> None:
         """Every prompt with every kind of annotations."""

@@ -67,7 +67,8 @@ class Measured:
         asked = {"memory": [self.in_memory], "file": [self.on_disk]}.get(row, [self.in_memory, self.on_disk])
         turns = [prompts.turn() for prompts in asked]
         annotations = [
-            {"cacheslide": {"segments": spans, "recompute_ratio": SHARE, "encode": "off"}} for _, spans in turns
+            {"cacheslide": {"segments": spans, "policy": SYSTEM, "recompute_ratio": SHARE, "encode": "off"}}
+            for _, spans in turns
         ]
         answers = ask(self.engine, [ids for ids, _ in turns], annotations)
         for prompts, answer in zip(asked, answers, strict=True):

@@ -16,7 +16,7 @@ ARRIVAL = "request taken in"
 
 
 @dataclass(frozen=True)
-class Mark:
+class Part:
     """A method whose calls are parts of a request; `device` also asks when its work on the device began and ended.
 
     `owner` is "module:Class". A class that this installation lacks is left out.
@@ -29,36 +29,36 @@ class Mark:
 
 
 RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
-MARKS = (
-    Mark(ARRIVAL, "vllm.v1.engine.llm_engine:LLMEngine", "add_request"),
-    Mark("reuse planned", "cacheslide.vllm.scheduler.planner:Planner", "plan"),
-    Mark("step scheduled", "vllm.v1.core.sched.scheduler:Scheduler", "schedule"),
-    Mark("rows claimed", "cacheslide.vllm.connector:CacheSlideConnector", "get_num_new_matched_tokens"),
-    Mark("loads planned", "cacheslide.vllm.connector:CacheSlideConnector", "build_connector_meta"),
-    Mark("worker's step", "vllm.v1.worker.gpu_worker:Worker", "execute_model"),
-    Mark("load", "cacheslide.vllm.worker.side:WorkerSide", "load", device=True),
-    Mark("load: chunks lent", "cacheslide.vllm.worker.loading:Loading", "_lend"),
-    Mark("load: pieces found", "cacheslide.vllm.worker.loading:Loading", "_find"),
-    Mark("load: request built", "cacheslide.vllm.worker.loading:Loading", "_prepare"),
-    Mark("load: layers", "cacheslide.core.static_prefill:StaticPrefill", "run"),
-    Mark("load: buffers filled", "cacheslide.vllm.worker.graph_rows:StaticRows", "fill"),
-    Mark("runner: requests", RUNNER, "add_requests"),
-    Mark("runner: inputs", RUNNER, "prepare_inputs"),
-    Mark("runner: block tables", RUNNER, "prepare_attn"),
-    Mark("runner: attention metadata", "vllm.v1.worker.gpu.model_states.default:DefaultModelState", "prepare_attn"),
-    Mark("connector asked", "vllm.v1.worker.gpu.kv_connector:ActiveKVConnector", "pre_forward"),
-    Mark("forward launched", "vllm.v1.worker.gpu.cudagraph_utils:ModelCudaGraphManager", "run_pw_graph", device=True),
-    Mark("token sampled", RUNNER, "sample_tokens", device=True),
-    Mark("output taken", "vllm.v1.core.sched.scheduler:Scheduler", "update_from_output"),
-    Mark("answer made", "vllm.v1.engine.output_processor:OutputProcessor", "process_outputs"),
+PARTS = (
+    Part(ARRIVAL, "vllm.v1.engine.llm_engine:LLMEngine", "add_request"),
+    Part("reuse planned", "cacheslide.vllm.scheduler.planner:Planner", "plan"),
+    Part("step scheduled", "vllm.v1.core.sched.scheduler:Scheduler", "schedule"),
+    Part("rows claimed", "cacheslide.vllm.connector:CacheSlideConnector", "get_num_new_matched_tokens"),
+    Part("loads planned", "cacheslide.vllm.connector:CacheSlideConnector", "build_connector_meta"),
+    Part("worker's step", "vllm.v1.worker.gpu_worker:Worker", "execute_model"),
+    Part("load", "cacheslide.vllm.worker.side:WorkerSide", "load", device=True),
+    Part("load: chunks lent", "cacheslide.vllm.worker.loading:Loading", "_lend"),
+    Part("load: pieces found", "cacheslide.vllm.worker.loading:Loading", "_find"),
+    Part("load: request built", "cacheslide.vllm.worker.loading:Loading", "_prepare"),
+    Part("load: layers", "cacheslide.core.static_prefill:StaticPrefill", "run"),
+    Part("load: buffers filled", "cacheslide.vllm.worker.graph_rows:StaticRows", "fill"),
+    Part("runner: requests", RUNNER, "add_requests"),
+    Part("runner: inputs", RUNNER, "prepare_inputs"),
+    Part("runner: block tables", RUNNER, "prepare_attn"),
+    Part("runner: attention metadata", "vllm.v1.worker.gpu.model_states.default:DefaultModelState", "prepare_attn"),
+    Part("connector asked", "vllm.v1.worker.gpu.kv_connector:ActiveKVConnector", "pre_forward"),
+    Part("forward launched", "vllm.v1.worker.gpu.cudagraph_utils:ModelCudaGraphManager", "run_pw_graph", device=True),
+    Part("token sampled", RUNNER, "sample_tokens", device=True),
+    Part("output taken", "vllm.v1.core.sched.scheduler:Scheduler", "update_from_output"),
+    Part("answer made", "vllm.v1.engine.output_processor:OutputProcessor", "process_outputs"),
 )
 
 
 class Timeline:
-    """Collects the calls of `marks` while it is entered."""
+    """Collects the calls of `parts` while it is entered."""
 
-    def __init__(self, marks: Sequence[Mark] = MARKS) -> None:
-        self.marks, self.calls = marks, []
+    def __init__(self, parts: Sequence[Part] = PARTS) -> None:
+        self.parts, self.calls = parts, []
         self._origin: tuple[float, Any] | None = None
 
     @contextmanager
@@ -67,34 +67,34 @@ class Timeline:
         self.calls = []
         with ExitStack() as stack:
             self._origin = _origin()
-            for mark in self.marks:
-                if (owner := _class(mark.owner)) is not None and hasattr(owner, mark.method):
-                    stack.enter_context(self._wrapped(owner, mark))
+            for part in self.parts:
+                if (owner := _class(part.owner)) is not None and hasattr(owner, part.method):
+                    stack.enter_context(self._wrapped(owner, part))
             yield
             self._settle()
 
     @contextmanager
-    def _wrapped(self, owner: type, mark: Mark):
-        plain, own = getattr(owner, mark.method), mark.method in vars(owner)
+    def _wrapped(self, owner: type, part: Part):
+        plain, own = getattr(owner, part.method), part.method in vars(owner)
 
         @wraps(plain)
         def call(*args: Any, **kwargs: Any) -> Any:
-            record = {"label": mark.label, "begin": time.perf_counter(), "events": []}
+            record = {"label": part.label, "begin": time.perf_counter(), "events": []}
             self.calls.append(record)
             try:
-                with _device_span(record["events"] if mark.device and self._origin[1] is not None else None):
+                with _device_span(record["events"] if part.device and self._origin[1] is not None else None):
                     return plain(*args, **kwargs)
             finally:
                 record["end"] = time.perf_counter()
 
-        setattr(owner, mark.method, call)
+        setattr(owner, part.method, call)
         try:
             yield
         finally:
             if own:
-                setattr(owner, mark.method, plain)
+                setattr(owner, part.method, plain)
             else:
-                delattr(owner, mark.method)
+                delattr(owner, part.method)
 
     def _settle(self) -> None:
         """Turn clock readings and events into milliseconds from the arrival."""

@@ -13,8 +13,8 @@ import torch
 from cacheslide.cli import main
 from cacheslide.errors import ConfigError
 from cacheslide.store.config import StoreConfig, open_store
-from cacheslide.store.mooncake import MooncakeOptions, why_not
-from cacheslide.store.spill import SpillFile
+from cacheslide.store.persistent.mooncake import MooncakeOptions, why_not
+from cacheslide.store.slide.spill import SpillFile
 from tests.conftest import eventually
 from tests.test_store_file import assert_same, chunk, encoded, name, segment_files, tier
 from tests.test_store_remote import SERVER, free_port

@@ -12,14 +12,14 @@ from cacheslide.core.prompt import Prompt
 from cacheslide.errors import ConfigError, StoreError
 from cacheslide.policies.registry import load_policy
 from cacheslide.store import MemoryChunkStore, open_store
-from cacheslide.store.arena import Arena
 from cacheslide.store.base import ChunkKV
-from cacheslide.store.eviction import eviction
 from cacheslide.store.files import Files
-from cacheslide.store.filetier import FileOptions, FileTier
 from cacheslide.store.pages import PageLayout
-from cacheslide.store.spill import SpillFile
-from cacheslide.store.tiered import TieredChunkStore
+from cacheslide.store.persistent.filetier import FileOptions, FileTier
+from cacheslide.store.slide.arena import Arena
+from cacheslide.store.slide.eviction import eviction
+from cacheslide.store.slide.spill import SpillFile
+from cacheslide.store.slide.tiered import TieredChunkStore
 from tests.conftest import random_ids
 from tests.test_store_file import assert_same, chunk
 
@@ -185,7 +185,7 @@ def test_policies_differ_in_their_order_alone(tmp_path):
 @pytest.mark.parametrize("write_back", ["through", "evict"])
 def test_a_chunk_that_is_evicted_while_it_comes_in_is_whole(tmp_path, write_back, monkeypatch):
     """Its own first pages can be the next victims; what is published then must not miss the others."""
-    monkeypatch.setattr("cacheslide.store.mover._BATCH", 1)
+    monkeypatch.setattr("cacheslide.store.slide.mover._BATCH", 1)
     s = store(tmp_path, host=PAGES + PAGES // 2, write_back=write_back)
     s.put(key(0), chunk(0))
     for layer in range(3):

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import ConfigError, StoreError
-from cacheslide.store.arena import Arena
 from cacheslide.store.base import MAX_GENERATION
-from cacheslide.store.eviction import POLICIES
 from cacheslide.store.files import Files
-from cacheslide.store.filetier import FileOptions, FileTier
 from cacheslide.store.folder import Foreign
-from cacheslide.store.mooncake import MooncakeOptions
-from cacheslide.store.persistent import PersistentTiers, TieredStats
-from cacheslide.store.remote import RemoteOptions
-from cacheslide.store.remotes import RemoteSettings, check_remote, open_remote, remote_options
-from cacheslide.store.shape import ChunkShape
-from cacheslide.store.spill import SpillFile
-from cacheslide.store.tiered import TieredChunkStore
+from cacheslide.store.persistent.filetier import FileOptions, FileTier
+from cacheslide.store.persistent.mooncake import MooncakeOptions
+from cacheslide.store.persistent.remote import RemoteOptions
+from cacheslide.store.persistent.remotes import RemoteSettings, check_remote, open_remote, remote_options
+from cacheslide.store.persistent.shape import ChunkShape
+from cacheslide.store.persistent.tiers import PersistentTiers, TieredStats
+from cacheslide.store.slide.arena import Arena
+from cacheslide.store.slide.eviction import POLICIES
+from cacheslide.store.slide.spill import SpillFile
+from cacheslide.store.slide.tiered import TieredChunkStore
 from cacheslide.units import GIB, MIB
 
 _MOST = 10**9  # of any number in a configuration

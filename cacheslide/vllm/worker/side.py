@@ -9,7 +9,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 from cacheslide.core.encoder import ChunkEncoder, read_chunk
 from cacheslide.core.keys import ChunkKey
 from cacheslide.core.prompt import Chunk
-from cacheslide.store.shape import shape_of
+from cacheslide.store.persistent.shape import shape_of
 from cacheslide.units import GIB
 from cacheslide.vllm.claims import Loads
 from cacheslide.vllm.geometry import Geometry

@@ -19,8 +19,8 @@ from cacheslide.store.base import ChunkKV
 from cacheslide.store.config import StoreConfig, open_store
 from cacheslide.store.files import BLOCK, Files
 from cacheslide.store.pages import side_by_side
-from cacheslide.store.shape import ChunkShape
-from cacheslide.store.tiered import Fetched
+from cacheslide.store.persistent.shape import ChunkShape
+from cacheslide.store.slide.tiered import Fetched
 from cacheslide.units import GIB, MIB
 from cacheslide.vllm.worker.pinned import PinnedMemory
 

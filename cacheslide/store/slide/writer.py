@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from cacheslide.errors import StoreError
-from cacheslide.store.entry import Entry, PagesJob, RecordJob
-from cacheslide.store.record import Encoded
-from cacheslide.store.table import PageTable
-from cacheslide.store.writeback import WriteBack
+from cacheslide.store.persistent.record import Encoded
+from cacheslide.store.slide.entry import Entry, PagesJob, RecordJob
+from cacheslide.store.slide.table import PageTable
+from cacheslide.store.slide.writeback import WriteBack
 
 
 class PageWriter:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cacheslide.store.eviction import PageId
 from cacheslide.store.pages import MOST_PAGES, PageLayout
+from cacheslide.store.slide.eviction import PageId
 
 PAGE_BITS = MOST_PAGES.bit_length() - 1
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from cacheslide.store.arena import Arena
-from cacheslide.store.entry import Entry
-from cacheslide.store.eviction import PageId
 from cacheslide.store.pages import PageLayout
-from cacheslide.store.persistent import PersistentTiers, TieredStats
-from cacheslide.store.spill import SpillFile
+from cacheslide.store.persistent.tiers import PersistentTiers, TieredStats
+from cacheslide.store.slide.arena import Arena
+from cacheslide.store.slide.entry import Entry
+from cacheslide.store.slide.eviction import PageId
+from cacheslide.store.slide.spill import SpillFile
 
 
 class PageTable:

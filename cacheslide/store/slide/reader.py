@@ -7,14 +7,14 @@ from torch import Tensor
 
 from cacheslide.errors import StoreError
 from cacheslide.store.base import ChunkKV
-from cacheslide.store.entry import Entry, empty_pages
-from cacheslide.store.mover import Mover
 from cacheslide.store.pages import from_payload, paged
-from cacheslide.store.placed import Runs
-from cacheslide.store.record import Encoded
-from cacheslide.store.shape import Wanted
-from cacheslide.store.spill import runs
-from cacheslide.store.table import PageTable
+from cacheslide.store.persistent.placed import Runs
+from cacheslide.store.persistent.record import Encoded
+from cacheslide.store.persistent.shape import Wanted
+from cacheslide.store.slide.entry import Entry, empty_pages
+from cacheslide.store.slide.mover import Mover
+from cacheslide.store.slide.spill import runs
+from cacheslide.store.slide.table import PageTable
 
 
 class Gone(Exception):

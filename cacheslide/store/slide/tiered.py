@@ -14,19 +14,19 @@ from torch import Tensor
 
 from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
-from cacheslide.store.arena import Arena
 from cacheslide.store.base import MAX_GENERATION, ChunkKV, ChunkStore, Fetched, bad_scores
-from cacheslide.store.entry import Entry, empty_pages
-from cacheslide.store.filetier import FileTier, chunk_name, namespace_id
-from cacheslide.store.mover import Mover
 from cacheslide.store.pages import PageLayout, as_bytes, from_payload, packed, paged, to_payload
-from cacheslide.store.persistent import PersistentTiers, RemoteTier, TieredStats
-from cacheslide.store.reader import Gone, PageReader
-from cacheslide.store.record import Head
-from cacheslide.store.shape import ChunkShape, Wanted
-from cacheslide.store.spill import SpillFile
-from cacheslide.store.table import PageTable
-from cacheslide.store.writer import PageWriter
+from cacheslide.store.persistent.filetier import FileTier, chunk_name, namespace_id
+from cacheslide.store.persistent.record import Head
+from cacheslide.store.persistent.shape import ChunkShape, Wanted
+from cacheslide.store.persistent.tiers import PersistentTiers, RemoteTier, TieredStats
+from cacheslide.store.slide.arena import Arena
+from cacheslide.store.slide.entry import Entry, empty_pages
+from cacheslide.store.slide.mover import Mover
+from cacheslide.store.slide.reader import Gone, PageReader
+from cacheslide.store.slide.spill import SpillFile
+from cacheslide.store.slide.table import PageTable
+from cacheslide.store.slide.writer import PageWriter
 
 
 class TieredChunkStore(ChunkStore):

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cacheslide.store.arena import Arena
-from cacheslide.store.entry import Entry, PagesJob, split
-from cacheslide.store.eviction import PageId
 from cacheslide.store.files import align
 from cacheslide.store.pages import packed, paged
-from cacheslide.store.table import PageTable
-from cacheslide.store.writer import PageWriter
+from cacheslide.store.slide.arena import Arena
+from cacheslide.store.slide.entry import Entry, PagesJob, split
+from cacheslide.store.slide.eviction import PageId
+from cacheslide.store.slide.table import PageTable
+from cacheslide.store.slide.writer import PageWriter
 
 Page = tuple[Entry, int]
 _BATCH = 64  # dirty pages that leave together, so that they are written in one go

@@ -111,7 +111,7 @@ def test_random_work_agrees_with_an_oracle(tmp_path, shape, policy):
     for owner in "abc":
         s.release(owner)
     assert s.flush(10) and s.spill.nbytes == 0 and not s.queue.errors
-    assert set(s.table.flight) == set() and not any(o for _, o in s.table.places)
+    assert not s.table._flight and not any(o for _, o in s.table._places)
 
 
 def test_owners_and_tenants_do_not_see_each_other(tmp_path):
@@ -137,7 +137,7 @@ def test_what_wca_leaves_alone_costs_no_page(tmp_path):
     for rows in ([9, 11], [11], [12]):
         s.correct(key(1), "o", 1, torch.tensor(rows), *torch.ones(2, len(rows), 2, 8))
     assert s.arenas[0].nbytes == before + PAGE
-    entry = s._owned_entry(next(iter(s._owned["o"])), "o")
+    entry = s._owned_entry(next(iter(s.table._owned["o"])), "o")
     assert {p: entry.dirty(p) for p in entry.selected} == {PageLayout.of(chunk(), N).page_of(1, 9): 3}
     assert s.release("o") == 1 and s.arenas[0].nbytes == before
     with pytest.raises(StoreError, match="build it again"):
@@ -257,7 +257,7 @@ def test_a_page_given_up_in_the_queue_is_not_written(tmp_path):
         s.release(o)
     gate.open_gate.set()
     assert s.flush(10)
-    assert s.stats.cancelled > 0 and s.spill.nbytes == 0 and not s.table.flight
+    assert s.stats.cancelled > 0 and s.spill.nbytes == 0 and not s.table._flight
 
 
 def test_without_room_to_spill_the_owner_is_told(tmp_path):

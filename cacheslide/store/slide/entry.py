@@ -63,6 +63,9 @@ class Entry:
         return 0 if self.persisted or self.pending is not None else self.layout.rows_of(page)
 
 
+Page = tuple[Entry, int]  # and the page's number
+
+
 @dataclass
 class RecordJob:
     """A chunk to publish."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cacheslide.errors import StoreError
 from cacheslide.store.persistent.record import Encoded
+from cacheslide.store.persistent.tiers import PersistentTiers
 from cacheslide.store.slide.entry import Entry, PagesJob, RecordJob
 from cacheslide.store.slide.table import PageTable
 from cacheslide.store.slide.writeback import WriteBack
@@ -15,22 +16,28 @@ from cacheslide.store.slide.writeback import WriteBack
 class PageWriter:
     """Writes for one store, in the threads of its queue; see `WriteBack` for the queue's limits."""
 
-    def __init__(self, table: PageTable, queue_bytes: int, batch_bytes: int, stall_s: float, workers: int) -> None:
-        self.table, self.stats, self.lock = table, table.stats, table.lock
+    def __init__(
+        self,
+        table: PageTable,
+        persistent: PersistentTiers,
+        queue_bytes: int,
+        batch_bytes: int,
+        stall_s: float,
+        workers: int,
+    ) -> None:
+        self.table, self.persistent, self.stats = table, persistent, table.stats
         self.queue = WriteBack(self.write, queue_bytes, batch_bytes, stall_s, workers)
 
     def publish(self, entry: Entry, payload: Tensor) -> None:
         """Queue a new chunk for writing, waiting for room in the queue; when there is none it stays unwritten."""
         if self.queue.reserve(len(payload)):
-            with self.lock:
-                self.submit_record(entry, payload)
+            self.submit_record(entry, payload)
         else:
             self.stats.note("write-back queue full")
 
     def submit_record(self, entry: Entry, payload: Tensor) -> None:
         """Queue a chunk whose bytes were reserved; its pages are clean from now on."""
-        entry.pending = payload
-        self.table.mark(entry)
+        self.table.queued(entry, payload)
         self.queue.submit(RecordJob(entry, payload, len(payload)))
 
     def write(self, jobs: Sequence[RecordJob | PagesJob]) -> None:
@@ -49,32 +56,17 @@ class PageWriter:
             )
             for j in jobs
         ]
-        kept = self.table.persistent.write(encoded)
-        with self.lock:
-            for job, done in zip(jobs, kept, strict=True):
-                entry, entry.pending = job.entry, None
-                entry.persisted = done
-                ids = entry.ids(range(entry.layout.pages))
-                if not done and not all(any(n in a.held for a in self.table.arenas) for n in ids):
-                    self.table.forget_entry(entry, "dropped: it could not be written")
-                    continue
-                self.table.mark(entry)
-                self.table.retire(entry)
+        for job, done in zip(jobs, self.persistent.write(encoded), strict=True):
+            self.table.published(job.entry, done)
 
     def _write_pages(self, jobs: list[PagesJob]) -> None:
-        with self.lock:  # what was replaced or given up while it waited need not be written
-            todo = [
-                (e, p, row)
-                for j in jobs
-                for e, p, row in zip(j.entries, j.pages, j.content, strict=True)
-                if self.table.flight.get(e.ids([p])[0]) is not None
-                and self.table.flight[e.ids([p])[0]].data_ptr() == row.data_ptr()
-            ]
-            self.stats.cancelled += sum(len(j.pages) for j in jobs) - len(todo)
+        queued = [t for j in jobs for t in zip(j.entries, j.pages, j.content, strict=True)]
+        todo = [t for t in queued if self.table.waits(*t)]  # what was replaced or given up need not be written
+        self.stats.cancelled += len(queued) - len(todo)
         todo.sort(key=lambda t: (t[0].number, t[1]))
         slots: list[int] = []
+        spill = self.table.spill
         if todo:
-            spill = self.table.spill
             width = spill.page_bytes
             content = torch.stack([torch.nn.functional.pad(r[:width], (0, width - len(r[:width]))) for _, _, r in todo])
             try:
@@ -82,29 +74,19 @@ class PageWriter:
             except (OSError, StoreError) as error:
                 self.stats.write_errors += 1
                 self.stats.note(f"spill error {type(error).__name__}")
-        with self.lock:
+        with self.table.lock:
             unused = []
             for i, (entry, page, row) in enumerate(todo):
-                number = entry.ids([page])[0]
-                if not self._current(entry, page, row):
+                if not self.table.waits(entry, page, row):
                     unused += slots[i : i + 1]
-                    continue
-                del self.table.flight[number]
-                if not slots:
-                    entry.lost = "corrected pages were lost: they could not be written"
+                elif not slots:
+                    self.table.not_spilled(entry, page, "corrected pages were lost: they could not be written")
                     self.stats.dirty_dropped += 1
-                    continue
-                entry.spilled[page] = slots[i]
-                self.stats.dirty_written += 1
-                for arena in self.table.arenas:
-                    arena.mark([number], 0)
+                else:
+                    self.table.spilled(entry, page, slots[i])
+                    self.stats.dirty_written += 1
             if unused:
-                self.table.spill.free(unused)
+                spill.free(unused)
             if slots:
-                self.stats.spill_bytes += len(slots) * self.table.spill.slot_bytes
-                self.stats.bytes_written += len(slots) * self.table.spill.slot_bytes
-
-    def _current(self, entry: Entry, page: int, row: Tensor) -> bool:
-        """Whether a page that waited to be written is still the version that is wanted."""
-        waiting = self.table.flight.get(entry.ids([page])[0])
-        return waiting is not None and waiting.data_ptr() == row.data_ptr()
+                self.stats.spill_bytes += len(slots) * spill.slot_bytes
+                self.stats.bytes_written += len(slots) * spill.slot_bytes

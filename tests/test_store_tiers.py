@@ -144,6 +144,39 @@ def test_what_wca_leaves_alone_costs_no_page(tmp_path):
         s.correct(key(5), "o", 1, torch.tensor([1]), *torch.ones(2, 1, 2, 8))
 
 
+def corrected(seed: int, generation: int = 1) -> ChunkKV:
+    c = chunk(seed)
+    return ChunkKV(c.k, c.v, c.positions, c.layer_inputs, generation)
+
+
+@pytest.mark.parametrize("policy", ["clean-first", "lru"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_private_chunk_leaves_memory_as_corrected_pages_do(tmp_path, shape, policy):
+    """Whole chunks of corrected KV: spilled when memory is short, read back whole, and published to nobody."""
+    s = store(tmp_path, policy=policy, **shape)
+    for i in range(6):
+        s.put_private(key(i), f"o{i}", corrected(i, 1 + i % 3))
+        s.put(key(10 + i), chunk(10 + i))
+    assert s.flush(10) and s.stats.dirty_written > 0
+    for i in random.Random(1).choices(range(6), k=12):
+        got = s.get(key(i), f"o{i}")
+        assert got.generation == 1 + i % 3
+        assert_same(got, corrected(i, 1 + i % 3))
+        assert_same(s.get(key(10 + i)), chunk(10 + i))
+        assert s.get(key(i)) is None and s.get(key(i), "somebody else") is None
+    assert not any(store(tmp_path, host=4 * PAGES).contains(key(i)) for i in range(6))
+    with pytest.raises(StoreError, match="release it first"):
+        s.put_private(key(0), "o0", corrected(0, 3))
+    with pytest.raises(StoreError, match="nobody's own"):
+        s.put_private(key(7), "o7", corrected(7, 0))
+    s.release("o0")
+    s.put_private(key(0), "o0", corrected(9))
+    assert_same(s.get(key(0), "o0"), corrected(9))
+    assert all(s.release(f"o{i}") == PAGES for i in range(6))
+    assert s.flush(10) and s.spill.nbytes == 0 and s.get(key(0), "o0") is None
+    assert s.close() and not s.queue.errors
+
+
 def test_victims_leave_in_the_order_of_their_policy():
     pages = {1: 0, 2: 5, 3: 0, 4: 2, 5: 5}
     orders = {}

@@ -135,7 +135,7 @@ class PageTable:
             self.stats.puts += 1
 
     def settled(self, entry: Entry) -> None:
-        """A new chunk's pages have come in, or were not let in."""
+        """The pages of a chunk have come in, or were not let in."""
         with self.lock:
             entry.incoming = None
             self.retire(entry)
@@ -179,6 +179,13 @@ class PageTable:
         with self.lock:
             self._forget_versions(entry, list(masks))
             entry.selected.update(masks)
+
+    def begin_private(self, entry: Entry, payload: Tensor) -> None:
+        """All pages of an owner's version are about to come in, from `payload`."""
+        with self.lock:
+            rows = entry.layout.rows_of
+            self.correct(entry, {p: np.ones(rows(p), bool) for p in range(entry.layout.pages)})
+            entry.incoming = payload
 
     def release(self, owner: str) -> int:
         """Drop all private pages of an owner unwritten; returns how many there were."""

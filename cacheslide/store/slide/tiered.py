@@ -265,6 +265,32 @@ class TieredChunkStore(ChunkStore):
         self.stats.corrected += len(pages)
         self.mover.insert(self.arenas[0], [(entry, p) for p in pages], content)
 
+    def put_private(self, key: ChunkKey, owner: str, chunk: ChunkKV) -> None:
+        """Give `owner` a whole chunk of corrected KV, which needs no reference version.
+
+        All its pages are the owner's: they are spilled when they must leave memory, never published, and dropped by
+        `release`. StoreError when they do not fit this store's, when the owner has a version of the chunk already, and
+        for exact chunks (`put` is for those).
+        """
+        if chunk.generation < 1:
+            raise StoreError("exact KV is nobody's own: put it for all")
+        layout, name = PageLayout.of(chunk, self.page_tokens), chunk_name(self.namespace, key)
+        self.check(layout)
+        payload = to_payload(chunk, layout).to(self.arenas[0].device)
+        with self.table.lock:
+            known = self.table.version(name, owner)
+            if known is not None and not known.lost:
+                raise StoreError(f"{owner!r} has a version of the chunk: release it first")
+            positions = chunk.positions.cpu().clone()
+            entry = self.table.entry(name, layout, positions, chunk.generation - 1, owner, scores=chunk.scores)
+            self.table.begin_private(entry, payload)
+            self.stats.corrected += layout.pages
+        try:
+            pages = [(entry, p) for p in range(layout.pages)]
+            self.mover.insert(self.arenas[0], pages, paged(payload, layout))
+        finally:
+            self.table.settled(entry)
+
     def release(self, owner: str) -> int:
         """The owner is done, or its update has changed: drop its private pages unwritten; returns how many."""
         count = self.table.release(owner)

@@ -115,6 +115,17 @@ def test_no_files_import_each_other_in_a_circle():
     assert cycles(module_arrows()) == []
 
 
+def test_in_the_store_what_outlives_a_process_knows_nothing_of_pages_in_memory():
+    """Serving's files and servers stand by themselves; SLIDE's pages lie over them, and what both share lies under."""
+    store, arrows = "cacheslide.store.", module_arrows()
+    persistent, slide = (sorted(m for m in arrows if m.startswith(store + room)) for room in ("persistent.", "slide."))
+    opens = {store + "config", store + "directory"}
+    below = [m for m in arrows if m.startswith(store) and m not in {*persistent, *slide} | opens]
+    assert len(persistent) > 10 and len(slide) > 8 and len(below) > 6
+    assert not [(m, to) for m in persistent for to in arrows[m] if to.startswith(store + "slide.")]
+    assert not [(m, to) for m in below for to in arrows[m] if to in {*persistent, *slide} | opens]
+
+
 def test_no_file_asks_for_the_type_of_a_policys_part():
     """A new rule is one file: whoever needs to know something of a part asks it."""
     assert ASKED.search("isinstance(rule, TopDeviation | X)") and ASKED.search("if policy.encoding.name == 'x'")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cacheslide.models.adapter import ModelAdapter
-from cacheslide.store.shape import shape_of
+from cacheslide.store.persistent.shape import shape_of
 from cacheslide.training.load import load_cope
 from tests.conftest import save_random_adapter
 

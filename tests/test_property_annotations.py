@@ -25,7 +25,8 @@ LIMIT, ROWS = 64, 40
 GEOMETRY = Geometry("m", "torch.float32", 8, 6, 64, 384, 4, LIMIT)
 IDS = [3 + (i * i) % 11 for i in range(ROWS)]
 KEYS = (
-    "segments separator roles messages find policy share layer namespace encode history note family cacheslide x"
+    "segments separator roles messages find policy share layer namespace encode history release note family"
+    " cacheslide x"
 ).split()
 
 numbers = st.integers() | st.floats() | st.sampled_from([2**31, 2**63, 2**64, -(10**30), 10**400])
@@ -49,6 +50,7 @@ near = {
     "namespace": st.sampled_from(["", "a", "a\0", "\0a"]),
     "encode": st.sampled_from(["now", "later", "off"]),
     "history": rows,
+    "release": st.booleans(),
     "note": st.text(max_size=4),
     "family": st.fixed_dictionaries({"name": st.text(max_size=2), "rows": rows}),
 }

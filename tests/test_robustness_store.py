@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from cacheslide.store.record import Accept
+from cacheslide.store.persistent.record import Accept
 from harness.robustness import damage, folders, writers
 from harness.robustness.__main__ import CAMPAIGNS
 

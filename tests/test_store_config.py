@@ -13,8 +13,8 @@ import torch
 from cacheslide.cli import main
 from cacheslide.errors import ConfigError
 from cacheslide.store.config import StoreConfig, open_store
-from cacheslide.store.mooncake import MooncakeOptions, why_not
-from cacheslide.store.spill import SpillFile
+from cacheslide.store.persistent.mooncake import MooncakeOptions, why_not
+from cacheslide.store.slide.spill import SpillFile
 from tests.conftest import eventually
 from tests.test_store_file import assert_same, chunk, encoded, name, segment_files, tier
 from tests.test_store_remote import SERVER, free_port
@@ -47,15 +47,21 @@ def test_crosscaches_configuration_as_it_stands(tmp_path):
     c = StoreConfig.from_file(file)
     assert (c.remote_host, c.remote_port, c.chunk_tokens, c.host_gib) == ("127.0.0.1", 5555, 256, 4)
     assert (c.path, c.load_workers, c.store_workers, c.connections) == ("/var/log/crosscache", 4, 4, 2)
-    assert (c.io_workers, c.staging_buffers, c.shards, c.remote_gib) == (4, 4, 16, 4)
+    assert (c.shards, c.remote_gib) == (16, 4)
     there = c.with_server({"cache.server.host": "tcp://10.0.0.7", "cache.server.port": 6000, "policy": "cacheslide"})
     assert (there.remote_options.host, there.remote_options.port) == ("10.0.0.7", 6000)
     assert StoreConfig().with_server({"cache.server.port": "5556"}).remote_options.host == "127.0.0.1"
 
 
+def test_options_of_before_that_nothing_read_are_named_and_left_out(caplog):
+    assert StoreConfig.from_dict({"io_workers": 2, "staging_buffers": 3, "host_gib": 1}) == StoreConfig(host_gib=1)
+    assert "io_workers, staging_buffers has no effect" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
+        ({"Cache": {"IOWorker": "x"}}, "Cache.IOWorker must be a number"),
         ({"Basic": {"Prot": 1}}, "unknown key Basic.Prot"),
         ({"Basic": {"Port": "x"}}, "Basic.Port must be a number"),
         ({"Basic": {"CacheDir": 3}}, "must be a path"),

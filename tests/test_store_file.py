@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from cacheslide.errors import StoreError
-from cacheslide.store import ChunkKV, record
+from cacheslide.store import ChunkKV
 from cacheslide.store.files import BLOCK, Files
-from cacheslide.store.filetier import FileOptions, FileTier, chunk_name, namespace_id
 from cacheslide.store.pages import PageLayout, from_payload, side_by_side, to_payload
-from cacheslide.store.record import Damaged, Encoded, chunk_of, page_sums
+from cacheslide.store.persistent import record
+from cacheslide.store.persistent.filetier import FileOptions, FileTier, chunk_name, namespace_id
+from cacheslide.store.persistent.record import Damaged, Encoded, chunk_of, page_sums
 
 MIB = 1 << 20
 

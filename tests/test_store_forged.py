@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from cacheslide.store import DirectoryChunkStore, MemoryChunkStore
 from cacheslide.store.config import StoreConfig, open_store
-from cacheslide.store.filetier import namespace_id
-from cacheslide.store.record import Damaged, Encoded, Misfit, Preamble, chunk_of, decode, to_bytes
-from cacheslide.store.shape import ChunkShape, Wanted
+from cacheslide.store.persistent.filetier import namespace_id
+from cacheslide.store.persistent.record import Damaged, Encoded, Misfit, Preamble, chunk_of, decode, to_bytes
+from cacheslide.store.persistent.shape import ChunkShape, Wanted
 from tests.test_store_file import assert_same, chunk, encoded, name, tier
 from tests.test_store_tiers import key
 

@@ -19,11 +19,11 @@ from cacheslide.errors import ConfigError, StoreError
 from cacheslide.store import DirectoryChunkStore, open_store, permissions
 from cacheslide.store.config import StoreConfig
 from cacheslide.store.files import Files
-from cacheslide.store.filetier import FileOptions, FileTier, chunk_name, namespace_id
 from cacheslide.store.folder import Folder, Foreign
-from cacheslide.store.record import Damaged, Encoded, chunk_of
-from cacheslide.store.segments import MOST_NUMBER, ShardHead
-from cacheslide.store.spill import SpillFile, stale_spills
+from cacheslide.store.persistent.filetier import FileOptions, FileTier, chunk_name, namespace_id
+from cacheslide.store.persistent.record import Damaged, Encoded, chunk_of
+from cacheslide.store.persistent.segments import MOST_NUMBER, ShardHead
+from cacheslide.store.slide.spill import SpillFile, stale_spills
 from tests.test_store_file import MIB, assert_same, chunk, segment_files, tier
 
 N = 12

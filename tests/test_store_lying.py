@@ -10,11 +10,11 @@ import pytest
 
 from cacheslide.errors import StoreError
 from cacheslide.store import open_store
-from cacheslide.store.filetier import namespace_id
-from cacheslide.store.mooncake import MooncakeOptions, MooncakeTier
-from cacheslide.store.persistent import PersistentTiers, TieredStats
-from cacheslide.store.record import Encoded, to_bytes
-from cacheslide.store.shape import Wanted
+from cacheslide.store.persistent.filetier import namespace_id
+from cacheslide.store.persistent.mooncake import MooncakeOptions, MooncakeTier
+from cacheslide.store.persistent.record import Encoded, to_bytes
+from cacheslide.store.persistent.shape import Wanted
+from cacheslide.store.persistent.tiers import PersistentTiers, TieredStats
 from tests.test_store_file import assert_same, chunk, encoded, name
 from tests.test_store_forged import HEADERS, OTHERS, ROW, SHAPE, with_header
 from tests.test_store_tiers import key

@@ -17,13 +17,14 @@ import pytest
 
 from cacheslide.cli import main
 from cacheslide.errors import StoreError
-from cacheslide.store import mooncake, open_store
-from cacheslide.store.breaker import Breaker
+from cacheslide.store import open_store
 from cacheslide.store.files import Files, aligned_buffer
-from cacheslide.store.mooncake import MooncakeOptions, MooncakeTier, why_not
-from cacheslide.store.mooncake_pool import _die_with_parent
-from cacheslide.store.persistent import PersistentTiers, TieredStats
-from cacheslide.store.record import Damaged, NoRoom, chunk_of, to_bytes
+from cacheslide.store.persistent import mooncake
+from cacheslide.store.persistent.breaker import Breaker
+from cacheslide.store.persistent.mooncake import MooncakeOptions, MooncakeTier, why_not
+from cacheslide.store.persistent.mooncake_pool import _die_with_parent
+from cacheslide.store.persistent.record import Damaged, NoRoom, chunk_of, to_bytes
+from cacheslide.store.persistent.tiers import PersistentTiers, TieredStats
 from tests.conftest import eventually
 from tests.test_store_config import ROW
 from tests.test_store_file import MIB, assert_same, chunk, encoded, name

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cacheslide.errors import ConfigError
-from cacheslide.store.overlap import ORDERS, LoadWrite, PagedKV
+from cacheslide.store.slide.overlap import ORDERS, LoadWrite, PagedKV
 from tests.conftest import eventually
 from tests.test_store_file import chunk, encoded, name, tier
 
@@ -117,7 +117,7 @@ def test_a_failing_load_is_raised_not_hung(order):
 
 
 def test_layers_come_from_the_file_tier(tmp_path):
-    from cacheslide.store.layers import FileLayers, HostLayers
+    from cacheslide.store.slide.layers import FileLayers, HostLayers
 
     store = tier(tmp_path / "s")
     store.write([encoded(i) for i in (1, 2)])

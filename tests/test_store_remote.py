@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import pytest
 
 from cacheslide.errors import StoreError
-from cacheslide.store.breaker import Breaker
-from cacheslide.store.persistent import PersistentTiers, TieredStats
-from cacheslide.store.record import Damaged, chunk_of
-from cacheslide.store.remote import RemoteOptions, ValkeyTier
+from cacheslide.store.persistent.breaker import Breaker
+from cacheslide.store.persistent.record import Damaged, chunk_of
+from cacheslide.store.persistent.remote import RemoteOptions, ValkeyTier
+from cacheslide.store.persistent.tiers import PersistentTiers, TieredStats
 from tests.conftest import eventually
 from tests.test_store_file import assert_same, chunk, encoded, name
 from tests.test_store_tiers import PAGES, key, store

@@ -15,7 +15,7 @@ from cacheslide.cli import main
 from cacheslide.errors import StoreError
 from cacheslide.store import ChunkKV, DirectoryChunkStore, MemoryChunkStore
 from cacheslide.store.pages import PageLayout, to_payload
-from cacheslide.store.record import FORMAT, SCORED, Damaged, Encoded, Preamble, chunk_of, decode, to_bytes
+from cacheslide.store.persistent.record import FORMAT, SCORED, Damaged, Encoded, Preamble, chunk_of, decode, to_bytes
 from tests.test_store_file import assert_same, chunk, name, tier
 from tests.test_store_forged import opened
 from tests.test_store_tiers import PAGES, key, store
@@ -153,7 +153,7 @@ def test_memory_counts_the_bytes_of_scores():
 @pytest.mark.parametrize("layers", [1, 3])
 def test_a_chunk_of_many_inputs_is_not_too_large_to_be_read(tmp_path, layers):
     """What is the most that a record may have counts the scores: pages of one token have the largest head."""
-    from cacheslide.store.shape import ChunkShape, Wanted
+    from cacheslide.store.persistent.shape import ChunkShape, Wanted
 
     want = scored(1, n=3000, layers=layers, heads=1, dim=1, inputs=tuple(range(layers)), dtype=torch.float32)
     layout = PageLayout.of(want, 12)

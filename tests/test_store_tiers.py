@@ -12,14 +12,14 @@ from cacheslide.core.prompt import Prompt
 from cacheslide.errors import ConfigError, StoreError
 from cacheslide.policies.registry import load_policy
 from cacheslide.store import MemoryChunkStore, open_store
-from cacheslide.store.arena import Arena
 from cacheslide.store.base import ChunkKV
-from cacheslide.store.eviction import eviction
 from cacheslide.store.files import Files
-from cacheslide.store.filetier import FileOptions, FileTier
 from cacheslide.store.pages import PageLayout
-from cacheslide.store.spill import SpillFile
-from cacheslide.store.tiered import TieredChunkStore
+from cacheslide.store.persistent.filetier import FileOptions, FileTier
+from cacheslide.store.slide.arena import Arena
+from cacheslide.store.slide.eviction import eviction
+from cacheslide.store.slide.spill import SpillFile
+from cacheslide.store.slide.tiered import TieredChunkStore
 from tests.conftest import random_ids
 from tests.test_store_file import assert_same, chunk
 
@@ -111,7 +111,7 @@ def test_random_work_agrees_with_an_oracle(tmp_path, shape, policy):
     for owner in "abc":
         s.release(owner)
     assert s.flush(10) and s.spill.nbytes == 0 and not s.queue.errors
-    assert set(s.table.flight) == set() and not any(o for _, o in s.table.places)
+    assert not s.table._flight and not any(o for _, o in s.table._places)
 
 
 def test_owners_and_tenants_do_not_see_each_other(tmp_path):
@@ -137,11 +137,44 @@ def test_what_wca_leaves_alone_costs_no_page(tmp_path):
     for rows in ([9, 11], [11], [12]):
         s.correct(key(1), "o", 1, torch.tensor(rows), *torch.ones(2, len(rows), 2, 8))
     assert s.arenas[0].nbytes == before + PAGE
-    entry = s._owned_entry(next(iter(s._owned["o"])), "o")
+    entry = s._owned_entry(next(iter(s.table._owned["o"])), "o")
     assert {p: entry.dirty(p) for p in entry.selected} == {PageLayout.of(chunk(), N).page_of(1, 9): 3}
     assert s.release("o") == 1 and s.arenas[0].nbytes == before
     with pytest.raises(StoreError, match="build it again"):
         s.correct(key(5), "o", 1, torch.tensor([1]), *torch.ones(2, 1, 2, 8))
+
+
+def corrected(seed: int, generation: int = 1) -> ChunkKV:
+    c = chunk(seed)
+    return ChunkKV(c.k, c.v, c.positions, c.layer_inputs, generation)
+
+
+@pytest.mark.parametrize("policy", ["clean-first", "lru"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_private_chunk_leaves_memory_as_corrected_pages_do(tmp_path, shape, policy):
+    """Whole chunks of corrected KV: spilled when memory is short, read back whole, and published to nobody."""
+    s = store(tmp_path, policy=policy, **shape)
+    for i in range(6):
+        s.put_private(key(i), f"o{i}", corrected(i, 1 + i % 3))
+        s.put(key(10 + i), chunk(10 + i))
+    assert s.flush(10) and s.stats.dirty_written > 0
+    for i in random.Random(1).choices(range(6), k=12):
+        got = s.get(key(i), f"o{i}")
+        assert got.generation == 1 + i % 3
+        assert_same(got, corrected(i, 1 + i % 3))
+        assert_same(s.get(key(10 + i)), chunk(10 + i))
+        assert s.get(key(i)) is None and s.get(key(i), "somebody else") is None
+    assert not any(store(tmp_path, host=4 * PAGES).contains(key(i)) for i in range(6))
+    with pytest.raises(StoreError, match="release it first"):
+        s.put_private(key(0), "o0", corrected(0, 3))
+    with pytest.raises(StoreError, match="nobody's own"):
+        s.put_private(key(7), "o7", corrected(7, 0))
+    s.release("o0")
+    s.put_private(key(0), "o0", corrected(9))
+    assert_same(s.get(key(0), "o0"), corrected(9))
+    assert all(s.release(f"o{i}") == PAGES for i in range(6))
+    assert s.flush(10) and s.spill.nbytes == 0 and s.get(key(0), "o0") is None
+    assert s.close() and not s.queue.errors
 
 
 def test_victims_leave_in_the_order_of_their_policy():
@@ -185,7 +218,7 @@ def test_policies_differ_in_their_order_alone(tmp_path):
 @pytest.mark.parametrize("write_back", ["through", "evict"])
 def test_a_chunk_that_is_evicted_while_it_comes_in_is_whole(tmp_path, write_back, monkeypatch):
     """Its own first pages can be the next victims; what is published then must not miss the others."""
-    monkeypatch.setattr("cacheslide.store.mover._BATCH", 1)
+    monkeypatch.setattr("cacheslide.store.slide.mover._BATCH", 1)
     s = store(tmp_path, host=PAGES + PAGES // 2, write_back=write_back)
     s.put(key(0), chunk(0))
     for layer in range(3):
@@ -257,7 +290,7 @@ def test_a_page_given_up_in_the_queue_is_not_written(tmp_path):
         s.release(o)
     gate.open_gate.set()
     assert s.flush(10)
-    assert s.stats.cancelled > 0 and s.spill.nbytes == 0 and not s.table.flight
+    assert s.stats.cancelled > 0 and s.spill.nbytes == 0 and not s.table._flight
 
 
 def test_without_room_to_spill_the_owner_is_told(tmp_path):

@@ -30,6 +30,9 @@ class Written(list):
             done.synchronize()
         self.append((key, chunk.scores))
 
+    def release(self, keys) -> None:
+        """Nothing was spilled."""
+
 
 def store_of() -> tuple[WorkerStore, Written]:
     written = Written()

@@ -154,6 +154,63 @@ def test_the_index_evicts_the_least_recently_used_and_never_what_it_was_asked_fo
     assert index.nbytes == 60 and len(index) == 1
 
 
+def full_index(policy: str) -> ChunkIndex:
+    """Two exact chunks around two corrected ones, in a full index."""
+    index = ChunkIndex(100, policy)
+    for key, generation in (("old", 1), ("exact", 0), ("new", 2), ("used", 0)):
+        assert index.reserve({key: 25}, generation) == []
+    return index
+
+
+def test_chunks_leave_in_the_order_of_slides_policies():
+    orders = {}
+    for policy in ("clean-first", "lru", "fifo"):
+        index = full_index(policy)
+        index.touch(["old"])
+        orders[policy] = [index.reserve({f"more {i}": 25})[0] for i in range(4)]
+    assert orders == {
+        "clean-first": ["exact", "used", "more 0", "more 1"],
+        "lru": ["exact", "new", "used", "old"],
+        "fifo": ["old", "exact", "new", "used"],
+    }
+    index = full_index("clean-first")
+    index.set_exact(["old"])  # renewed just now: its exact copy is queued for storage
+    assert [index.reserve({f"more {i}": 25})[0] for i in range(3)] == ["exact", "used", "old"]
+    assert index.take_counts() == {"evictions.clean": 3, "evicted_bytes.clean": 75} and not index.take_counts()
+
+
+def test_corrected_chunks_that_came_back_from_storage_are_clean():
+    index = full_index("clean-first")
+    assert index.reserve({"back": 25}, pending=True) == ["exact"]
+    index.on_loaded("back", generation=1)
+    assert index.generation("back") == 1 and index.reserve({"more": 25}) == ["used"]
+    assert index.reserve({"even more": 25}) == ["back"]
+    index.lease(["more", "even more"])
+    assert index.reserve({"last": 25}) == ["old"]  # nothing clean may leave
+    assert index.take_counts() == {
+        "evictions.clean": 3, "evicted_bytes.clean": 75, "evictions.dirty": 1, "evicted_bytes.dirty": 25,
+    }  # fmt: skip
+
+
+def test_corrected_chunks_that_nobody_comes_back_for_leave_after_a_while():
+    index, gone = full_index("clean-first"), []
+    for turn in range(60):  # a quarter of memory makes room every turn, so eight times as much as fits in 32 turns
+        index.touch(["new"])
+        gone += index.reserve({f"more {turn}": 25})
+    assert "new" in index and gone.index("old") in (32, 33) and index.take_counts()["evictions.dirty"] == 1
+    index.clear()
+    assert not index.nbytes and not len(index) and index.reserve({"a": 60}, generation=1) == []
+    assert index.reserve({"b": 50}) == ["a"]
+
+
+def test_a_read_chunk_that_is_stored_corrected_meanwhile_has_that_generation():
+    index = ChunkIndex(100, "clean-first")
+    index.reserve({"c": 60}, pending=True)
+    index.reserve({"c": 60}, generation=2)
+    assert "c" in index and index.generation("c") == 2 and not index.is_exact("c")
+    assert index.reserve({"d": 50}) == ["c"] and index.take_counts()["evictions.dirty"] == 1
+
+
 class HashedRequest:
     """As much of a vLLM request as block hashing needs: a chain over blocks of two tokens."""
 

@@ -242,7 +242,7 @@ print(json.dumps(missing))
 ROOMS = {
     "vllm": "cacheslide.vllm.",
     "triton": ("cacheslide.kernels.", "cacheslide.vllm."),
-    "redis": "cacheslide.store.deadline",
+    "redis": "cacheslide.store.persistent.deadline",
 }
 
 

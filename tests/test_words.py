@@ -20,7 +20,7 @@ RETIRED = {
 # Where a word means something else: CUDA events, chart markers, disturbed rounds, files, what was said in a chat.
 ELSEWHERE = {
     "marks": {
-        "cacheslide/store/overlap.py",
+        "cacheslide/store/slide/overlap.py",
         "harness/plots/fig04a.py",
         "harness/plots/labels.py",
         "harness/plots/wca.py",

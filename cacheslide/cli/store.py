@@ -12,11 +12,11 @@ from pathlib import Path
 from cacheslide.errors import CacheSlideError, ConfigError, StoreError
 from cacheslide.store.config import StoreConfig
 from cacheslide.store.files import Files
-from cacheslide.store.filetier import FileOptions, FileTier, namespace_id
 from cacheslide.store.folder import Folder
-from cacheslide.store.mooncake import MooncakeOptions
-from cacheslide.store.mooncake_pool import serve as serve_mooncake
-from cacheslide.store.spill import spills, stale_spills
+from cacheslide.store.persistent.filetier import FileOptions, FileTier, namespace_id
+from cacheslide.store.persistent.mooncake import MooncakeOptions
+from cacheslide.store.persistent.mooncake_pool import serve as serve_mooncake
+from cacheslide.store.slide.spill import spills, stale_spills
 from cacheslide.units import GIB
 
 

@@ -18,7 +18,7 @@ from cacheslide.models.adapter import KVBuffer, ModelAdapter
 from cacheslide.policies.base import Encoding
 from cacheslide.positions.ccpe import PromptSlots
 from cacheslide.store.base import ChunkKV, ChunkStore
-from cacheslide.store.shape import shape_of
+from cacheslide.store.persistent.shape import shape_of
 
 
 @dataclass(frozen=True)

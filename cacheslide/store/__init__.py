@@ -4,7 +4,7 @@ from cacheslide.store.base import ChunkKV, ChunkStore
 from cacheslide.store.config import StoreConfig, open_store
 from cacheslide.store.directory import DirectoryChunkStore
 from cacheslide.store.memory import MemoryChunkStore
-from cacheslide.store.tiered import TieredChunkStore
+from cacheslide.store.slide.tiered import TieredChunkStore
 
 __all__ = [
     "ChunkKV",

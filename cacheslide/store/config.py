@@ -8,24 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import ConfigError, StoreError
-from cacheslide.store.arena import Arena
 from cacheslide.store.base import MAX_GENERATION
-from cacheslide.store.eviction import POLICIES
 from cacheslide.store.files import Files
-from cacheslide.store.filetier import FileOptions, FileTier
 from cacheslide.store.folder import Foreign
-from cacheslide.store.mooncake import MooncakeOptions
-from cacheslide.store.persistent import PersistentTiers, TieredStats
-from cacheslide.store.remote import RemoteOptions
-from cacheslide.store.remotes import RemoteSettings, check_remote, open_remote, remote_options
-from cacheslide.store.shape import ChunkShape
-from cacheslide.store.spill import SpillFile
-from cacheslide.store.tiered import TieredChunkStore
+from cacheslide.store.persistent.filetier import FileOptions, FileTier
+from cacheslide.store.persistent.mooncake import MooncakeOptions
+from cacheslide.store.persistent.remote import RemoteOptions
+from cacheslide.store.persistent.remotes import RemoteSettings, check_remote, open_remote, remote_options
+from cacheslide.store.persistent.shape import ChunkShape
+from cacheslide.store.persistent.tiers import PersistentTiers, TieredStats
+from cacheslide.store.slide.arena import Arena
+from cacheslide.store.slide.eviction import POLICIES
+from cacheslide.store.slide.spill import SpillFile
+from cacheslide.store.slide.tiered import TieredChunkStore
 from cacheslide.units import GIB, MIB
 
 _MOST = 10**9  # of any number in a configuration
 logger = logging.getLogger("cacheslide.store")
-# CrossCache's configuration: section -> key -> the field here and how its value is turned into it.
+RETIRED = ("io_workers", "staging_buffers")  # options of before that nothing read
+# CrossCache's configuration: section -> key -> the field here, if there is one, and how its value is turned into it.
 CROSSCACHE = {
     "Basic": {
         "Port": ("remote_port", int),
@@ -39,8 +40,8 @@ CROSSCACHE = {
         "CommWorker": ("connections", int),
     },
     "Cache": {
-        "IOWorker": ("io_workers", int),
-        "CopyWorker": ("staging_buffers", int),
+        "IOWorker": (None, int),
+        "CopyWorker": (None, int),
         "LookupMapScale": ("shards", lambda scale: max(1, min(256, int(scale) // 256))),
     },
 }
@@ -72,10 +73,8 @@ class StoreConfig(RemoteSettings):
         See `Shard`.
     shared_folder : bool
         Take a folder that others may write to, or that belongs to somebody else.
-    store_workers, load_workers, io_workers : int
-        Threads that write back, that prefetch chunks, and that read the layers of one chunk.
-    staging_buffers : int
-        Layers in flight when a chunk is loaded layer by layer.
+    store_workers, load_workers : int
+        Threads that write back, and that read chunks for a server.
     """
 
     chunk_tokens: int = 1024
@@ -97,8 +96,6 @@ class StoreConfig(RemoteSettings):
     stall_limit_s: float = 10.0
     store_workers: int = 1
     load_workers: int = 4
-    io_workers: int = 4
-    staging_buffers: int = 4
     max_generation: int = MAX_GENERATION
 
     def __post_init__(self) -> None:
@@ -112,7 +109,7 @@ class StoreConfig(RemoteSettings):
                 raise ConfigError(f"store option {f.name} {least}, but is {str(value)[:20]}")
             if kind is str and not value.isprintable():
                 raise ConfigError(f"store option {f.name} must be one printable line, not {value!r}")
-        counts = "chunk_tokens page_tokens segment_mib queue_mib store_workers load_workers io_workers staging_buffers"
+        counts = "chunk_tokens page_tokens segment_mib queue_mib store_workers load_workers"
         for name in (*counts.split(), "connections"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"store option {name} must be at least 1")
@@ -133,6 +130,9 @@ class StoreConfig(RemoteSettings):
             raise ConfigError("a store configuration is a JSON object of options")
         if set(raw) & set(CROSSCACHE):
             return cls(**_from_crosscache(raw))
+        if old := sorted(set(raw) & set(RETIRED)):
+            logger.warning("store option %s has no effect: nothing reads it", ", ".join(old))
+            raw = {name: value for name, value in raw.items() if name not in RETIRED}
         unknown = sorted(set(raw) - {f.name for f in fields(cls)})
         if unknown:
             raise ConfigError(f"unknown store option {', '.join(unknown)}")
@@ -205,9 +205,11 @@ def _from_crosscache(raw: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(value, bool) or not isinstance(value, str if turn is str else int | float):
                 raise ConfigError(f"{section}.{key} must be {'a path' if turn is str else 'a number'}, not {value!r}")
             try:
-                out[name] = turn(value)
+                value = turn(value)
             except (OverflowError, ValueError):
                 raise ConfigError(f"{section}.{key} must be a finite number, not {value!r}") from None
+            if name is not None:
+                out[name] = value
     if "remote_port" in out:
         out["remote_host"] = "127.0.0.1"
     if "host_gib" in out:  # the pool is the server's as well

@@ -14,7 +14,7 @@ from cacheslide.errors import StoreError
 from cacheslide.store.base import ChunkKV, ChunkStore, Fetched
 from cacheslide.store.files import Files
 from cacheslide.store.folder import Folder, Foreign
-from cacheslide.store.shape import ChunkShape
+from cacheslide.store.persistent.shape import ChunkShape
 from cacheslide.store.tensorfile import TensorFile
 
 _FORMAT, _SCORED = "1", "2"  # of a file without scores, and of one with them

@@ -177,7 +177,8 @@ class Annotations:
     """`kv_transfer_params["cacheslide"]` of one request, as the engine sees it.
 
     `segments` are the fixed spans, half-open in tokens; everything between them is updated text. With `find` they are
-    the spans seen before. Rows from `history` on, and what is generated, are fixed text of the next turn. `policy`,
+    the spans seen before. Rows from `history` on, and what is generated, are fixed text of the next turn. `release`: no
+    turn follows, so that corrected KV of this prompt's chunks is dropped when the request ends. `policy`,
     `recompute_ratio` and `layer` override the server's system, the share of reused tokens it recomputes and its
     selection layer.
     `note` goes into the receipt; without segments it is the reason of an exact computation. `family`, {"name", "rows"},
@@ -188,6 +189,7 @@ class Annotations:
     segments: tuple[tuple[int, int], ...] = ()
     find: bool | None = None
     history: int | None = None
+    release: bool = False
     policy: str | None = None
     recompute_ratio: float | None = None
     layer: int | None = None
@@ -226,6 +228,10 @@ class Annotations:
             raise PromptError(f"{FIELD}: policy must name a system; leave it out for the server's own")
         if self.find is not None and not isinstance(self.find, bool):
             raise PromptError(f"{FIELD}: find must be true or false, not {shown(self.find)}")
+        if not isinstance(self.release, bool):
+            raise PromptError(f"{FIELD}: release must be true or false, not {shown(self.release)}")
+        if self.release and self.history is not None:
+            raise PromptError(f"{FIELD}: release ends a session, history goes on with it: give one of them")
         if self.find and (self.segments or self.history is not None):
             raise PromptError(f"{FIELD}: find looks for the fixed spans itself: give no segments and no history")
         if self.encode is not None and self.encode not in ENCODE:

@@ -60,13 +60,15 @@ class SavePlan:
 class EncodeJob:
     """Prefill and retain the chunks of a plan that are missing, exactly, in the context of their encoding.
 
-    With `renew` corrected copies of its chunks count as missing. With `scored` a `ScoreJob` of them follows.
+    `evict` leaves memory for its chunks. With `renew` corrected copies of its chunks count as missing: those that there
+    are when it is handed out are `renewed`. With `scored` a `ScoreJob` of them follows.
     """
 
     encoding: Encoding
     capture: frozenset[int]
     plan: Plan
     evict: tuple[ChunkKey, ...] = ()
+    renewed: tuple[ChunkKey, ...] = ()
     renew: bool = False
     scored: bool = False
 
@@ -125,8 +127,9 @@ class StepPlan(KVConnectorMetadata):
 
     `history_saves` are chunks of requests that have finished: their blocks may be given away in this very step. Reads
     of `fetches` start first of all and are taken into memory when they end, after a step's loads: what a fetch evicts
-    may still be loaded in its step. `drops` were read by some ranks and could not be by others. An `idle` step has no
-    forward: the workers may wait a little for reads instead of spinning. `slots` are the rows of the forward that a
+    may still be loaded in its step. `drops` were read by some ranks and could not be by others. Of `released` nobody
+    wants corrected KV any more. An `idle` step has no forward: the workers may wait a little for reads instead of
+    spinning. `slots` are the rows of the forward that a
     calibrated CoPE model may have to treat in its own way. `failed` are blocks, by request, with rows that were claimed
     and cannot be loaded. `index`, where the workers' chunks may differ from the scheduler's index: all keys it has room
     for, and whether each must be there at the step's end.
@@ -135,6 +138,7 @@ class StepPlan(KVConnectorMetadata):
     forget: bool = False
     fetches: list[FetchPlan] = field(default_factory=list)
     drops: list[ChunkKey] = field(default_factory=list)
+    released: list[ChunkKey] = field(default_factory=list)
     idle: bool = False
     history_saves: list[SavePlan] = field(default_factory=list)
     loads: list[LoadPlan] = field(default_factory=list)

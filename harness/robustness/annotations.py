@@ -12,6 +12,7 @@ OTHERS = (
     "namespace",
     "encode",
     "history",
+    "release",
     "note",
     "roles",
     "family",
@@ -124,6 +125,7 @@ class Annotations:
             "namespace": lambda: r.choice(("a", "a\0b", "\0", "b")),
             "encode": lambda: r.choice(("now", "later", "off", "never")),
             "history": self.row,
+            "release": lambda: r.random() < 0.8,
             "note": lambda: "n" * r.choice((1, 30, 1024, 1025, 30_000)),
             "family": lambda: {"name": r.choice("fg"), "rows": self.row()},
         }

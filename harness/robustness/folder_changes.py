@@ -17,10 +17,10 @@ import xxhash
 
 from cacheslide.store.base import ChunkKV
 from cacheslide.store.files import aligned_buffer
-from cacheslide.store.filetier import chunk_name, namespace_id
-from cacheslide.store.record import Encoded
-from cacheslide.store.segments import ShardHead
-from cacheslide.store.shape import ChunkShape
+from cacheslide.store.persistent.filetier import chunk_name, namespace_id
+from cacheslide.store.persistent.record import Encoded
+from cacheslide.store.persistent.segments import ShardHead
+from cacheslide.store.persistent.shape import ChunkShape
 
 PAGE_TOKENS, CHUNKS = 2, 6
 SHAPE = ChunkShape(layers=2, kv_heads=1, head_dim=4, dtype="float32", hidden=3, max_positions=64)

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from cacheslide.errors import StoreError
-from cacheslide.store.filetier import OPEN_S, FileOptions, FileTier
-from cacheslide.store.persistent import PersistentTiers, TieredStats
-from cacheslide.store.record import chunk_of
-from cacheslide.store.shape import Wanted
+from cacheslide.store.persistent.filetier import OPEN_S, FileOptions, FileTier
+from cacheslide.store.persistent.record import chunk_of
+from cacheslide.store.persistent.shape import Wanted
+from cacheslide.store.persistent.tiers import PersistentTiers, TieredStats
 from harness.robustness.folder_changes import (
     CHANGES,
     CHUNKS,

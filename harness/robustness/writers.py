@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from cacheslide.store.files import Files
-from cacheslide.store.filetier import FileOptions, FileTier
-from cacheslide.store.persistent import PersistentTiers, TieredStats
-from cacheslide.store.record import Encoded, chunk_of
+from cacheslide.store.persistent.filetier import FileOptions, FileTier
+from cacheslide.store.persistent.record import Encoded, chunk_of
+from cacheslide.store.persistent.tiers import PersistentTiers, TieredStats
 from harness.experiments.slide.faults import DiesWriting
 from harness.robustness.folder_changes import PAGE_TOKENS, made_chunk, made_name
 from harness.robustness.folders import WANTED

@@ -76,7 +76,7 @@ class Search:
         self.receipt: dict[str, Any] | None = None
         self._retains_history = annotations.get("history") is not None
         family = {"name": uuid4().hex, "rows": len(prompt["prompt_token_ids"])}
-        self._params = {**params, FIELD: Resolved({**annotations, "history": None, "family": family})}
+        self._params = {**params, FIELD: Resolved({**annotations, "history": None, "release": False, "family": family})}
 
     def step(self, sampling):
         """The sampling parameters of one of its requests, with annotations."""

@@ -25,11 +25,14 @@ COUNTERS = {
 OLD_COUNTERS = {old: new for old, new in RECEIPT.items() if new in COUNTERS}
 
 
+STATES = ("clean", "dirty")  # of chunks that leave memory (`ChunkIndex`)
 # Counters with one label more: its name, its values, and what is counted.
 LABELLED = {
     "fallbacks": ("reason", KINDS, "Annotated requests computed exactly, in part or whole, by reason"),
     "store_chunks": ("tier", TIERS, "Chunks used, by the tier that had them when the request came"),
     "store_bytes": ("tier", TIERS, "Bytes of those chunks, of one rank"),
+    "evictions": ("state", STATES, "Chunks that left memory for others, by whether that cost a write (dirty) or not"),
+    "evicted_bytes": ("state", STATES, "Bytes of those chunks, of one rank"),
     "store_failures": ("reason", FAILURES, "Chunks computed again because a tier could not give them"),
     "faults": ("entry", tuple(ENTRIES), "Faults of the connector that were survived, by where they happened"),
 }

@@ -96,7 +96,7 @@ class Planner:
         tracked.slots = self.geometry.slots_of(prompt)
         tracked.encode = annotations.encode or self.options.encode
         tracked.spans, tracked.history, tracked.note = annotations.segments, annotations.history, annotations.note
-        tracked.schema = plan.schema
+        tracked.last, tracked.schema = annotations.release, plan.schema
         sampling = request.sampling_params
         if sampling is not None and sampling.prompt_logprobs is not None:
             tracked.reason = reasons.PROMPT_LOGPROBS

@@ -49,6 +49,7 @@ class Tracked:
     identity: CacheIdentity | None = None
     spans: tuple[tuple[int, int], ...] = ()  # fixed, in tokens
     history: int | None = None  # rows from here on are fixed text of the next turn
+    last: bool = False  # its session ends with it: corrected chunks of its prompt are dropped
     generation: int = 0  # the highest one of the chunks it reuses
     note: str = ""
     retained: bool = False

@@ -44,10 +44,12 @@ class ChunkRetention:
 
     def __init__(self, options: ServerOptions, geometry: Geometry) -> None:
         self.options, self.geometry = options, geometry
-        self.index = ChunkIndex(int(options.store_gib * GIB))
+        tiers = options.tiers  # without them nothing is clean: no chunk can be had again
+        self.index = ChunkIndex(int(options.store_gib * GIB), "lru" if tiers is None else tiers.policy)
         self.jobs: list[Waiting] = []
         self.score_jobs: list[Waiting] = []
         self.history_saves: list[SavePlan] = []  # of requests that finished since the last step
+        self.released: list[ChunkKey] = []  # corrected chunks that such requests were the last to want
         self.storage_tier: StorageTierView | None = None  # the tiers under memory
         self.unsettled = False  # the workers may hold others than the index says
         self.held_back = 0  # steps in a row in which jobs waited because of loads
@@ -55,13 +57,14 @@ class ChunkRetention:
     @property
     def pending(self) -> bool:
         """Whether chunks wait to be encoded or copied."""
-        return bool(self.jobs or self.score_jobs or self.history_saves)
+        return bool(self.jobs or self.score_jobs or self.history_saves or self.released)
 
     def drop_work(self) -> None:
         """After a fault: what waits is not done, lest an idle engine step for it for ever; the index is in doubt."""
         self.jobs.clear()
         self.score_jobs.clear()
         self.history_saves.clear()
+        self.released.clear()
         self.unsettled = True
 
     def retain(self, tracked: Tracked, step: StepPlan) -> None:
@@ -110,6 +113,15 @@ class ChunkRetention:
             self.storage_tier.evicted(evict)
         return evict
 
+    def release(self, plan: Plan) -> None:
+        """A session is over: the corrected chunks of its last prompt leave, unwritten; exact ones stay."""
+        saving = {key for save in self.history_saves for key, _ in save.chunks}
+        coming = set() if self.storage_tier is None else self.storage_tier.coming.keys()
+        gone = [k for k in plan.keys if k not in saving and k not in coming and not self.index.is_exact(k)]
+        for key in gone:
+            self.index.discard(key)
+        self.released += gone
+
     def hand_out(self, step: StepPlan, idle: bool) -> None:
         """Hand out jobs: urgent ones at once, others `BEHIND` steps later.
 
@@ -141,7 +153,7 @@ class ChunkRetention:
             if evict is not None:
                 budget -= tokens
                 self.index.set_exact(renewed)
-                step.encodes.append(replace(job, evict=(*evict, *renewed)))
+                step.encodes.append(replace(job, evict=evict, renewed=tuple(renewed)))
         self.jobs = waiting
         return budget
 
@@ -170,6 +182,7 @@ class ChunkRetention:
         self.jobs.clear()
         self.score_jobs.clear()
         self.history_saves.clear()
+        self.released.clear()
 
 
 def _goes(entry: Waiting, fits: bool, busy: bool) -> bool:

@@ -170,6 +170,8 @@ class SchedulerSide:
         if tracked.history is not None and tracked.plan is not None:
             retained = self._survive("retain", retain_history, self.retention, request, tracked, list(block_ids))
             receipt |= {"history": retained}
+        if tracked.last and tracked.plan is not None:
+            self._survive("retain", self.retention.release, tracked.plan)
         # A family is one request while its blocks last.
         if not tracked.follows or tracked.reuse or tracked.reason not in ("", reasons.AS_FAMILY):
             self.stats.record(receipt)
@@ -190,6 +192,7 @@ class SchedulerSide:
         step.forget, self.forget = self.forget, False
         self.packing.begin()
         step.history_saves, self.retention.history_saves = self.retention.history_saves, []
+        step.released, self.retention.released = self.retention.released, []
         step.idle = not output.num_scheduled_tokens
         self.workers_wait &= not step.idle  # if this step was not enough, they say so again
         for req_id in [r for r in self.prefilling if r in output.num_scheduled_tokens]:
@@ -261,6 +264,7 @@ class SchedulerSide:
         """Counts since the last call."""
         stats, self.stats = self.stats, ReuseStats()
         stats.count(self.faults.take())
+        stats.count(self.index.take_counts())
         return stats
 
     def reset(self) -> None:

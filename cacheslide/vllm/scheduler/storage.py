@@ -17,7 +17,7 @@ from cacheslide.core.keys import ChunkKey
 from cacheslide.core.prompt import Chunk
 from cacheslide.errors import StoreError
 from cacheslide.store.config import StoreConfig, open_persistent
-from cacheslide.store.filetier import chunk_name, namespace_id
+from cacheslide.store.persistent.filetier import chunk_name, namespace_id
 from cacheslide.vllm.geometry import Geometry
 from cacheslide.vllm.protocol import ChunkLoaded, FetchPlan, WorkerReport
 from cacheslide.vllm.scheduler.chunk_index import ChunkIndex

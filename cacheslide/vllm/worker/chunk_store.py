@@ -35,6 +35,8 @@ class WorkerStore(MemoryChunkStore):
         if self.contains(key):
             super().put(key, chunk)
             return
+        if self.storage_tier is not None:
+            self.storage_tier.release([key])  # this is a newer version
         tensors = [chunk.k, chunk.v, *chunk.layer_inputs.values()]
         if self.copies is None:
             k, v, *inputs = (t.to(self.device) for t in tensors)
@@ -104,6 +106,21 @@ class WorkerStore(MemoryChunkStore):
             if (chunk := self._chunks.pop(key, None)) is not None:
                 self._bytes -= chunk.nbytes
                 self.stats.evictions += 1
+
+    def evict(self, keys: Iterable[ChunkKey]) -> None:
+        """Forget `keys`, which make room for others; corrected chunks that are nowhere else go to the storage tier."""
+        for key in keys:
+            chunk = self._chunks.get(key)
+            if chunk is not None and self.storage_tier is not None:
+                self.storage_tier.spill(key, chunk, self._arriving.get(key))
+            self.drop([key])
+
+    def release(self, keys: Iterable[ChunkKey]) -> None:
+        """Forget the corrected chunks among `keys`, wherever they are, unwritten; exact ones stay."""
+        keys = list(keys)
+        self.drop([key for key in keys if key in self._chunks and self._chunks[key].generation])
+        if self.storage_tier is not None:
+            self.storage_tier.release(keys)
 
     def hand_over(self, to: "WorkerStore") -> None:
         """Give every chunk to another store and forget it."""

@@ -9,7 +9,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 from cacheslide.core.encoder import ChunkEncoder, read_chunk
 from cacheslide.core.keys import ChunkKey
 from cacheslide.core.prompt import Chunk
-from cacheslide.store.shape import shape_of
+from cacheslide.store.persistent.shape import shape_of
 from cacheslide.units import GIB
 from cacheslide.vllm.claims import Loads
 from cacheslide.vllm.geometry import Geometry
@@ -119,6 +119,7 @@ class WorkerSide:
         for settle in (self.store.settle, *(() if self.memory is None else (self.memory.settle,))):
             self.survive("bind_connector_metadata", settle)
         self.drop([*self.unsure, *step.drops])
+        self._let_go(step.released, self.store.release)
         if self.storage_tier is not None:
             self.survive("on_loaded", self.storage_tier.drop, step.drops)
             for fetch in step.fetches:
@@ -158,8 +159,15 @@ class WorkerSide:
 
     def drop(self, keys: Iterable[ChunkKey]) -> None:
         """Let go of chunks; what stays in spite of that counts as gone, and is dropped another time."""
+        self._let_go(keys, self.store.drop)
+
+    def evict(self, keys: Iterable[ChunkKey]) -> None:
+        """`drop` of chunks that make room for others: corrected ones are spilled."""
+        self._let_go(keys, self.store.evict)
+
+    def _let_go(self, keys: Iterable[ChunkKey], does: Callable[[list[ChunkKey]], None]) -> None:
         for key in keys:
-            gone = self.survive("bind_connector_metadata", self.store.drop, [key])
+            gone = self.survive("bind_connector_metadata", does, [key])
             (self.unsure.discard if gone else self.unsure.add)(key)
 
     @torch.inference_mode()
@@ -198,12 +206,12 @@ class WorkerSide:
 
     def _not_saved(self, plans: Iterable[SavePlan]) -> None:
         for plan in plans:
-            self.drop(plan.evict)
+            self.evict(plan.evict)
             self.report.missing.update(key for key, _ in plan.chunks)
 
     def _save(self, plan: SavePlan) -> None:
         """Copy a plan's chunks, one by one: those that cannot be retained leave the index."""
-        self.drop(plan.evict)
+        self.evict(plan.evict)
         self.store.awaiting.update(key for key, _ in plan.chunks if plan.scored)
         for key, chunk in plan.chunks:
             if key in self.unsure or not self.survive("wait_for_save", self._copy, plan, key, chunk):
@@ -220,7 +228,7 @@ class WorkerSide:
         if self.model.slot_offsets is not None:
             self.model.slot_offsets.expect((), self.block_size)
         for job in step.encodes:
-            self.drop(job.evict)
+            self._make_room(job)
             self.encoded += 1
             together, *everywhere = self.team.agree([True, *map(self.holds, job.plan.keys)])
             if not together:
@@ -241,11 +249,16 @@ class WorkerSide:
         """In place of `encode`: other ranks do not wait for this one, and what the index names is not here."""
         for job in step.encodes[self.encoded :]:
             self.encoded += 1
-            self.drop(job.evict)
+            self._make_room(job)
             self.team.agree([False] * (1 + len(job.plan.keys)))
             self._not_encoded(job)
         for job in step.scores[self.scored :]:
             Scorer(self).skip(job)
+
+    def _make_room(self, job: EncodeJob) -> None:
+        """Let go of what leaves for a job's chunks, and of corrected copies that it replaces by exact ones."""
+        self.evict(job.evict)
+        self._let_go(job.renewed, self.store.release)
 
     def holds(self, key: ChunkKey) -> bool:
         """Whether a chunk is here and may be used."""
@@ -265,7 +278,7 @@ class WorkerSide:
         if self.storage_tier is None:
             return
         for fetch in step.fetches:
-            self.drop(fetch.evict)
+            self.evict(fetch.evict)
         for key, ticket, found in self.storage_tier.arrivals(step.idle):
             if found.chunk is None:
                 self.report.failed[key] = ticket, found.why
@@ -280,7 +293,7 @@ class WorkerSide:
         """In place of `on_loaded`: what has been read waits for the next step."""
         self.report.unsettled = True
         for fetch in step.fetches:
-            self.drop(fetch.evict)
+            self.evict(fetch.evict)
 
     def compare(self, step: StepPlan) -> None:
         """At a step's end, when the index asks for it: drop what it does not name, report what is not here."""

@@ -20,14 +20,14 @@ from unittest import mock
 import torch
 
 from cacheslide.errors import StoreError
-from cacheslide.store.arena import Arena
 from cacheslide.store.base import ChunkKV
-from cacheslide.store.breaker import Breaker
 from cacheslide.store.files import Files
-from cacheslide.store.filetier import FileOptions, FileTier
 from cacheslide.store.pages import PageLayout
-from cacheslide.store.spill import SpillFile
-from cacheslide.store.tiered import TieredChunkStore
+from cacheslide.store.persistent.breaker import Breaker
+from cacheslide.store.persistent.filetier import FileOptions, FileTier
+from cacheslide.store.slide.arena import Arena
+from cacheslide.store.slide.spill import SpillFile
+from cacheslide.store.slide.tiered import TieredChunkStore
 
 PAGE_TOKENS, LAYERS, TOKENS = 16, 4, 64
 

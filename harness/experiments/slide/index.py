@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from cacheslide.store.arena import Arena
 from cacheslide.store.base import ChunkKV
-from cacheslide.store.filetier import FileOptions, FileTier, chunk_name, namespace_id
-from cacheslide.store.index import Location
 from cacheslide.store.pages import PageLayout
-from cacheslide.store.record import Encoded
-from cacheslide.store.tiered import TieredChunkStore
+from cacheslide.store.persistent.filetier import FileOptions, FileTier, chunk_name, namespace_id
+from cacheslide.store.persistent.index import Location
+from cacheslide.store.persistent.record import Encoded
+from cacheslide.store.slide.arena import Arena
+from cacheslide.store.slide.tiered import TieredChunkStore
 from harness.experiments.slide.faults import made_key
 
 CHUNK = ChunkKV(torch.zeros(4, 32, 2, 16), torch.ones(4, 32, 2, 16), torch.arange(32))

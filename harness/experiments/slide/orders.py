@@ -21,10 +21,10 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from cacheslide.errors import DataError
 from cacheslide.store.base import ChunkKV
-from cacheslide.store.filetier import FileOptions, FileTier, chunk_name, namespace_id
-from cacheslide.store.layers import FileLayers, HostLayers
-from cacheslide.store.overlap import ORDERS, LayerSource, LoadWrite, PagedKV
-from cacheslide.store.record import Encoded
+from cacheslide.store.persistent.filetier import FileOptions, FileTier, chunk_name, namespace_id
+from cacheslide.store.persistent.record import Encoded
+from cacheslide.store.slide.layers import FileLayers, HostLayers
+from cacheslide.store.slide.overlap import ORDERS, LayerSource, LoadWrite, PagedKV
 from harness.experiments.slide.faults import made_key
 from harness.limit import Limit
 from harness.metrics.bootstrap import median, ratio_of_medians

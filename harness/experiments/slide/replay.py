@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from cacheslide.store.arena import Arena
 from cacheslide.store.base import ChunkKV
 from cacheslide.store.files import Files
-from cacheslide.store.filetier import FileOptions, FileTier
-from cacheslide.store.spill import SpillFile
-from cacheslide.store.tiered import TieredChunkStore
+from cacheslide.store.persistent.filetier import FileOptions, FileTier
+from cacheslide.store.slide.arena import Arena
+from cacheslide.store.slide.spill import SpillFile
+from cacheslide.store.slide.tiered import TieredChunkStore
 from harness.experiments.slide.faults import made_key
 from harness.experiments.slide.trace import Template
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from cacheslide.errors import StoreError
 from cacheslide.store.files import BLOCK, Files, aligned_buffer
 from cacheslide.store.folder import Folder, Foreign
-from cacheslide.store.record import FORMAT, PREAMBLE_BYTES, Preamble
+from cacheslide.store.persistent.record import FORMAT, PREAMBLE_BYTES, Preamble
 from cacheslide.store.strict import is_count, parse_object
 
 HEAD = struct.Struct("<8sIIQQQQQ")  # magic, format, -, epoch, next seq, last segment, then the two logs' packed state

@@ -2,18 +2,16 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from cacheslide.store.arena import Arena
-from cacheslide.store.entry import Entry, PagesJob, split
-from cacheslide.store.eviction import PageId
 from cacheslide.store.files import align
-from cacheslide.store.pages import packed, paged
-from cacheslide.store.table import PageTable
-from cacheslide.store.writer import PageWriter
+from cacheslide.store.pages import packed
+from cacheslide.store.slide.arena import Arena
+from cacheslide.store.slide.entry import Entry, Page, PagesJob
+from cacheslide.store.slide.eviction import PageId
+from cacheslide.store.slide.table import PageTable
+from cacheslide.store.slide.writer import PageWriter
 
-Page = tuple[Entry, int]
 _BATCH = 64  # dirty pages that leave together, so that they are written in one go
 
 
@@ -29,11 +27,10 @@ class _Plan:
 
 
 class Mover:
-    """Every method that changes memory takes the table's lock; none waits while holding it."""
+    """Makes room and fills it in one step, under the table's lock; it never waits while holding that."""
 
     def __init__(self, table: PageTable, writer: PageWriter) -> None:
-        self.table, self.stats, self.lock = table, table.stats, table.lock
-        self.writer, self.queue = writer, writer.queue
+        self.table, self.stats, self.writer, self.queue = table, table.stats, writer, writer.queue
 
     # --- into memory -----------------------------------------------------------------------------------------------
 
@@ -46,7 +43,7 @@ class Mover:
     def _insert(self, arena: Arena, pages: Sequence[Page], content: Tensor, only_current: bool) -> None:
         reserved, forced = 0, False
         while True:
-            with self.lock:
+            with self.table.lock:
                 keep = [i for i, (e, p) in enumerate(pages) if self._wanted(arena, e, p, only_current)]
                 keep = self._admitted(arena, pages, keep)
                 for e, p in (pages[i] for i in keep):
@@ -54,7 +51,8 @@ class Mover:
                 plan = self._plan(arena, len(keep) - arena.room)
                 if forced or plan.nbytes <= reserved:
                     moved, used = self._execute(arena, plan, forced)
-                    self._place(arena, [pages[i] for i in keep], content[keep] if len(keep) < len(pages) else content)
+                    kept = content[keep] if len(keep) < len(pages) else content
+                    self.table.place(arena, [pages[i] for i in keep], kept)
                     self.queue.release(reserved - used)
                     break
             if reserved:  # never wait for more while holding some: two threads would wait for each other
@@ -64,14 +62,11 @@ class Mover:
         if moved is not None:
             down, tensor = moved
             self.insert(self.table.arenas[1], down, tensor, only_current=True)
-            with self.lock:
-                for e, p in down:
-                    self.table.flight.pop(e.ids([p])[0], None)
+            self.table.arrived(down)
 
     def _wanted(self, arena: Arena, entry: Entry, page: int, only_current: bool) -> bool:
         """Whether a page should still come into a tier: its entry is known, or is a reference that was forgotten."""
-        number, place = entry.ids([page])[0], (entry.name, entry.owner)
-        known = self.table.places.get(place)
+        number, known = entry.ids([page])[0], self.table.version(entry.name, entry.owner)
         if entry.lost or (known is not entry and (known is not None or entry.owner is not None)):
             return False
         if not only_current:
@@ -80,8 +75,8 @@ class Mover:
             return False
         top = arena is self.table.arenas[0]
         if entry.owner is not None:  # from the spill file, or on its way down
-            return page in entry.spilled if top else number in self.table.flight
-        return not top or len(self.table.arenas) == 1 or not entry.dirty(page) or not self._in_lower_arena(number)
+            return page in entry.spilled if top else self.table.on_its_way(number)
+        return not top or len(self.table.arenas) == 1 or not entry.dirty(page) or not self.table.below(number)
 
     def _admitted(self, arena: Arena, pages: Sequence[Page], keep: list[int]) -> list[int]:
         """Without the clean newcomers that would be the first to leave again."""
@@ -95,18 +90,6 @@ class Mover:
         left_out = set(clean[max(0, spare) :])
         return [i for i in keep if i not in left_out]
 
-    def _in_lower_arena(self, number: PageId) -> bool:
-        return number in self.table.arenas[1].held or number in self.table.flight
-
-    def _place(self, arena: Arena, pages: Sequence[Page], content: Tensor) -> None:
-        if not pages:
-            return
-        ids = [e.ids([p])[0] for e, p in pages]
-        for e, _ in pages:
-            e.holds += 1
-            self.table.add(e)
-        arena.insert(ids, content, [e.dirty(p) for e, p in pages])
-
     # --- out of memory ---------------------------------------------------------------------------------------------
 
     def _plan(self, arena: Arena, need: int) -> _Plan:
@@ -119,7 +102,7 @@ class Mover:
         for count, number in enumerate(arena.order.victims()):
             if count >= need and not (0 < extra < _BATCH):
                 break
-            entry, page = self.table.numbers[number >> 20], split(number)[1]
+            entry, page = self.table.page(number)
             dirty = entry.dirty(page)
             if count >= need and not dirty:
                 break
@@ -145,12 +128,12 @@ class Mover:
         """
         used = 0
         for entry in plan.publish.values():
-            whole = self._resident(entry)
-            if forced or whole is None or not self.table.persistent.exists:
-                self.table.forget_entry(entry, "dropped: no storage tier took it in time")
+            whole = self.table.gather(entry, range(entry.layout.pages), touch=False)
+            if forced or whole.missing or not self.writer.persistent.exists:  # never publish a part of a chunk
+                self.table.lose(entry, "dropped: no storage tier took it in time")
                 self.stats.dirty_dropped += entry.layout.pages
             else:
-                payload = packed(whole, entry.layout)
+                payload = packed(whole.content, entry.layout).cpu()
                 self.writer.submit_record(entry, payload)
                 used += len(payload)
         if plan.spill:
@@ -158,42 +141,21 @@ class Mover:
         moved = None
         if plan.demote:
             numbers = sorted(plan.demote)
-            content = arena.gather(numbers, touch=False).cpu()
-            moved = [(self.table.numbers[n >> 20], split(n)[1]) for n in numbers], content
-            self.table.flight.update(zip(numbers, content, strict=True))
+            moved = [self.table.page(n) for n in numbers], self.table.depart(arena, numbers)
             self.stats.demoted += len(numbers)
-        clean = [n for n in plan.drop if n in arena.held and self.table.numbers[n >> 20].number not in plan.publish]
+        clean = [n for n in plan.drop if n in arena.held and self.table.page(n)[0].number not in plan.publish]
         self.stats.clean_dropped += len(clean)
         self.table.drop(arena, [*plan.drop, *plan.spill, *plan.demote])
         return moved, used
 
     def _spill(self, arena: Arena, numbers: list[PageId], forced: bool) -> int:
-        pages = [(self.table.numbers[n >> 20], split(n)[1]) for n in numbers]
+        pages = [self.table.page(n) for n in numbers]
         if forced or self.table.spill is None:
             self.stats.dirty_dropped += len(pages)
             for entry in {e.number: e for e, _ in pages}.values():
                 entry.lost = "corrected pages were lost: no room to spill them"
             return 0
-        content = arena.gather(numbers, touch=False).cpu()
-        self.table.flight.update(zip(numbers, content, strict=True))
+        content = self.table.depart(arena, numbers)
         nbytes = sum(align(e.layout.page_bytes) for e, _ in pages)
         self.queue.submit(PagesJob([e for e, _ in pages], [p for _, p in pages], content, nbytes))
         return nbytes
-
-    def _resident(self, entry: Entry) -> Tensor | None:
-        """All pages of a chunk that was never written; None when one is missing: such a chunk is never published."""
-        if entry.incoming is not None:
-            return paged(entry.incoming.cpu(), entry.layout)
-        ids = entry.ids(range(entry.layout.pages))
-        out = torch.empty((len(ids), entry.layout.page_bytes), dtype=torch.uint8)
-        for i, number in enumerate(ids):
-            if number in self.table.flight:
-                out[i] = self.table.flight[number][: entry.layout.page_bytes].cpu()
-        have = {i for i, n in enumerate(ids) if n in self.table.flight}
-        for arena in self.table.arenas:
-            here = [i for i, n in enumerate(ids) if n in arena.held]
-            if here:
-                got = arena.gather([ids[i] for i in here], touch=False)
-                out[here] = got[:, : entry.layout.page_bytes].cpu()
-                have.update(here)
-        return out if len(have) == len(ids) else None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cacheslide.store.base import ChunkKV
-from cacheslide.store.filetier import FileTier
+from cacheslide.store.persistent.filetier import FileTier
 
 
 class FileLayers:

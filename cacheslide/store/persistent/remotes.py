@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cacheslide.errors import ConfigError
-from cacheslide.store.mooncake import MooncakeOptions, MooncakeTier
-from cacheslide.store.persistent import RemoteTier
-from cacheslide.store.remote import RemoteOptions, ValkeyTier
+from cacheslide.store.persistent.mooncake import MooncakeOptions, MooncakeTier
+from cacheslide.store.persistent.remote import RemoteOptions, ValkeyTier
+from cacheslide.store.persistent.tiers import RemoteTier
 from cacheslide.units import GIB
 
 ENGINES = ("valkey", "mooncake")

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cacheslide.store.eviction import PageId
 from cacheslide.store.pages import MOST_PAGES, PageLayout
+from cacheslide.store.slide.eviction import PageId
 
 PAGE_BITS = MOST_PAGES.bit_length() - 1
 
@@ -61,6 +61,9 @@ class Entry:
         if self.owner is not None:
             return 0 if page in self.spilled else int(self.selected[page].sum())
         return 0 if self.persisted or self.pending is not None else self.layout.rows_of(page)
+
+
+Page = tuple[Entry, int]  # and the page's number
 
 
 @dataclass

@@ -14,19 +14,19 @@ from torch import Tensor
 
 from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
-from cacheslide.store.arena import Arena
 from cacheslide.store.base import MAX_GENERATION, ChunkKV, ChunkStore, Fetched, bad_scores
-from cacheslide.store.entry import Entry, empty_pages
-from cacheslide.store.filetier import FileTier, chunk_name, namespace_id
-from cacheslide.store.mover import Mover
 from cacheslide.store.pages import PageLayout, as_bytes, from_payload, packed, paged, to_payload
-from cacheslide.store.persistent import PersistentTiers, RemoteTier, TieredStats
-from cacheslide.store.reader import Gone, PageReader
-from cacheslide.store.record import Head
-from cacheslide.store.shape import ChunkShape, Wanted
-from cacheslide.store.spill import SpillFile
-from cacheslide.store.table import PageTable
-from cacheslide.store.writer import PageWriter
+from cacheslide.store.persistent.filetier import FileTier, chunk_name, namespace_id
+from cacheslide.store.persistent.record import Head
+from cacheslide.store.persistent.shape import ChunkShape, Wanted
+from cacheslide.store.persistent.tiers import PersistentTiers, RemoteTier, TieredStats
+from cacheslide.store.slide.arena import Arena
+from cacheslide.store.slide.entry import Entry, empty_pages
+from cacheslide.store.slide.mover import Mover
+from cacheslide.store.slide.reader import Gone, PageReader
+from cacheslide.store.slide.spill import SpillFile
+from cacheslide.store.slide.table import PageTable
+from cacheslide.store.slide.writer import PageWriter
 
 
 class TieredChunkStore(ChunkStore):
@@ -90,12 +90,11 @@ class TieredChunkStore(ChunkStore):
         self.namespace, self.write_back = namespace_id(namespace, rank, ranks), write_back
         self.stats = TieredStats()
         self.persistent, self.spill = PersistentTiers(file, remote, self.stats), spill
-        self.table = PageTable(self.arenas, self.persistent, spill, self.stats)
-        self.writer = PageWriter(self.table, queue_bytes, batch_bytes, stall_limit_s, workers)
+        self.table = PageTable(self.arenas, spill, self.stats)
+        self.writer = PageWriter(self.table, self.persistent, queue_bytes, batch_bytes, stall_limit_s, workers)
         self.queue = self.writer.queue
         self.mover = Mover(self.table, self.writer)
-        self.reader = PageReader(self.table, self.mover, self.wanted)
-        self._owned: dict[str, set[bytes]] = {}
+        self.reader = PageReader(self.table, self.mover, self.persistent, self.wanted)
 
     # --- the ChunkStore interface ----------------------------------------------------------------------------------
 
@@ -105,17 +104,9 @@ class TieredChunkStore(ChunkStore):
     def tier_of(self, key: ChunkKey) -> str | None:
         """The highest tier that has all of the chunk ("queue": it waits to be written), None when none has."""
         name = chunk_name(self.namespace, key)
-        with self.table.lock:
-            entry = self.table.places.get((name, None))
-            if entry is not None and not entry.lost:
-                ids = entry.ids(range(entry.layout.pages))
-                for arena in self.arenas:
-                    if all(i in arena.held for i in ids):
-                        return arena.name
-                if entry.pending is not None:
-                    return "queue"
-                if all(any(i in a.held for a in self.arenas) for i in ids):
-                    return self.arenas[-1].name
+        entry = self.table.version(name, None)
+        if entry is not None and not entry.lost and (tier := self.table.tier_of(entry)):
+            return tier
         return self.persistent.where(name)
 
     def get(self, key: ChunkKey, owner: str | None = None) -> ChunkKV | None:
@@ -135,8 +126,7 @@ class TieredChunkStore(ChunkStore):
         """
         wanted = replace(self.wanted, shape=shape or self.wanted.shape, tokens=tokens)
         name = chunk_name(self.namespace, key)
-        with self.table.lock:
-            entry = self.table.places.get((name, owner)) or self.table.places.get((name, None))
+        entry = self.table.find(name, owner)
         try:
             if entry is None:
                 found = self.reader.load(name, wanted)
@@ -176,9 +166,7 @@ class TieredChunkStore(ChunkStore):
         payload = to_payload(chunk, layout).to(self.arenas[0].device)
         with self.table.lock:  # whoever finds the entry finds its pages
             entry = self.table.entry(name, layout, chunk.positions.cpu().clone(), chunk.generation)
-            entry.incoming, entry.persisted = payload, False  # no storage tier had it a moment ago
-            entry.scores = chunk.scores
-            self.stats.puts += 1
+            self.table.begin(entry, payload, chunk.scores)  # no storage tier had it a moment ago
         try:
             if self.persistent.exists and (self.write_back == "through" or not fits):
                 self.writer.publish(entry, payload.cpu())
@@ -186,13 +174,11 @@ class TieredChunkStore(ChunkStore):
                 pages = [(entry, p) for p in range(layout.pages)]
                 self.mover.insert(self.arenas[0], pages, paged(payload, layout), only_current=True)
         finally:
-            with self.table.lock:
-                entry.incoming = None
-                self.table.retire(entry)
+            self.table.settled(entry)
 
     def rescore(self, key: ChunkKey, scores: Tensor, of: ChunkKV | None = None) -> bool:
         with self.table.lock:
-            entry = self.table.places.get((chunk_name(self.namespace, key), None))
+            entry = self.table.version(chunk_name(self.namespace, key), None)
             if entry is None or entry.lost:
                 return False
             if of is not None and not of.positions.equal(entry.positions):  # it was encoded in another prompt
@@ -203,7 +189,7 @@ class TieredChunkStore(ChunkStore):
             return True
 
     def __len__(self) -> int:
-        held = {name for (name, owner), e in self.table.places.items() if owner is None and not e.lost}
+        held = self.table.references()
         if self.persistent.file is not None:
             held |= {n for n in self.persistent.file.names() if n.startswith(self.namespace)}
         return len(held)
@@ -275,34 +261,50 @@ class TieredChunkStore(ChunkStore):
             raise StoreError(f"chunk {key} cannot be corrected ({gone}): build it again") from None
         view = content.view(layout.torch_dtype).view(len(pages), n, 2, layout.kv_heads, layout.head_dim)
         view[torch.from_numpy(at).to(content.device), (rows % n).to(content.device)] = torch.stack((k, v), 1).to(view)
-        with self.table.lock:
-            self.table.forget_versions(entry, pages)
-            entry.selected.update(masks)
-            self.stats.corrected += len(pages)
+        self.table.correct(entry, masks)
+        self.stats.corrected += len(pages)
         self.mover.insert(self.arenas[0], [(entry, p) for p in pages], content)
+
+    def put_private(self, key: ChunkKey, owner: str, chunk: ChunkKV) -> None:
+        """Give `owner` a whole chunk of corrected KV, which needs no reference version.
+
+        All its pages are the owner's: they are spilled when they must leave memory, never published, and dropped by
+        `release`. StoreError when they do not fit this store's, when the owner has a version of the chunk already, and
+        for exact chunks (`put` is for those).
+        """
+        if chunk.generation < 1:
+            raise StoreError("exact KV is nobody's own: put it for all")
+        layout, name = PageLayout.of(chunk, self.page_tokens), chunk_name(self.namespace, key)
+        self.check(layout)
+        payload = to_payload(chunk, layout).to(self.arenas[0].device)
+        with self.table.lock:
+            known = self.table.version(name, owner)
+            if known is not None and not known.lost:
+                raise StoreError(f"{owner!r} has a version of the chunk: release it first")
+            positions = chunk.positions.cpu().clone()
+            entry = self.table.entry(name, layout, positions, chunk.generation - 1, owner, scores=chunk.scores)
+            self.table.begin_private(entry, payload)
+            self.stats.corrected += layout.pages
+        try:
+            pages = [(entry, p) for p in range(layout.pages)]
+            self.mover.insert(self.arenas[0], pages, paged(payload, layout))
+        finally:
+            self.table.settled(entry)
 
     def release(self, owner: str) -> int:
         """The owner is done, or its update has changed: drop its private pages unwritten; returns how many."""
-        count = 0
-        with self.table.lock:
-            for name in self._owned.pop(owner, ()):
-                entry = self.table.places.pop((name, owner), None)
-                if entry is not None:
-                    count += len(entry.selected)
-                    self.table.forget_versions(entry, list(entry.selected))
-                    self.table.numbers.pop(entry.number, None)
-                    entry.lost = "released"
+        count = self.table.release(owner)
         self.stats.released += count
         return count
 
     def _owned_entry(self, name: bytes, owner: str) -> Entry:
         with self.table.lock:
-            entry = self.table.places.get((name, owner))
+            entry = self.table.version(name, owner)
             if entry is not None and entry.lost:
                 raise StoreError(f"{entry.lost}: release {owner!r} and correct its chunks again")
             if entry is not None:
                 return entry
-            base = self.table.places.get((name, None))
+            base = self.table.version(name, None)
         if base is None:
             found = self.persistent.read(name, [(0, 1)], self.wanted)
             if isinstance(found, str):
@@ -311,9 +313,7 @@ class TieredChunkStore(ChunkStore):
             layout, positions, generation, scores = head.layout, head.positions, head.generation, head.scores
         else:
             layout, positions, generation, scores = base.layout, base.positions, base.generation, base.scores
-        with self.table.lock:
-            self._owned.setdefault(owner, set()).add(name)
-            return self.table.entry(name, layout, positions, generation, owner, scores=scores)
+        return self.table.entry(name, layout, positions, generation, owner, scores=scores)
 
     # --- housekeeping ----------------------------------------------------------------------------------------------
 

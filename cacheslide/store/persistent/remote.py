@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cacheslide.errors import StoreError
 from cacheslide.store.files import aligned_buffer
-from cacheslide.store.record import PREAMBLE_BYTES, Accept, Encoded, Head, NoRoom, anything, decode, to_bytes
-from cacheslide.store.remote_scripts import SCRIPTS
+from cacheslide.store.persistent.record import PREAMBLE_BYTES, Accept, Encoded, Head, NoRoom, anything, decode, to_bytes
+from cacheslide.store.persistent.remote_scripts import SCRIPTS
 from cacheslide.store.strict import is_count
 
 _SALT = bytes(16)
@@ -61,7 +61,7 @@ class ValkeyTier:
             tls = {"ssl_cert_reqs": "required" if options.tls_verify else "none"}
             tls |= {"ssl_ca_certs": options.ca_file, "ssl_certfile": options.cert_file, "ssl_keyfile": options.key_file}
             tls |= {} if options.tls_verify else {"ssl_check_hostname": False}
-        from cacheslide.store.deadline import Allowance, LimitedConnection, LimitedTls
+        from cacheslide.store.persistent.deadline import Allowance, LimitedConnection, LimitedTls
 
         self._allowance = Allowance()
         pool = redis.BlockingConnectionPool(

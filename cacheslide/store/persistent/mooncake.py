@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cacheslide.errors import ConfigError, StoreError
 from cacheslide.store.files import Files, aligned_buffer
-from cacheslide.store.record import Accept, Encoded, Head, Misfit, NoRoom, anything, decode, to_bytes
+from cacheslide.store.persistent.record import Accept, Encoded, Head, Misfit, NoRoom, anything, decode, to_bytes
 
 _SALT = bytes(16)
 _HELPER = Path(__file__).with_name("mooncake_helper.py")

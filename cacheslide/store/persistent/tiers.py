@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from cacheslide.store.base import StoreStats
-from cacheslide.store.breaker import Breaker
-from cacheslide.store.filetier import FileTier
-from cacheslide.store.placed import Runs
-from cacheslide.store.record import Accept, Damaged, Encoded, Head, Misfit, NoRoom, anything
+from cacheslide.store.persistent.breaker import Breaker
+from cacheslide.store.persistent.filetier import FileTier
+from cacheslide.store.persistent.placed import Runs
+from cacheslide.store.persistent.record import Accept, Damaged, Encoded, Head, Misfit, NoRoom, anything
 
 
 class RemoteTier(Protocol):

@@ -23,7 +23,7 @@ from torch import Tensor
 from cacheslide.store.files import Files, align, aligned_buffer, tensor_view
 from cacheslide.store.folder import Folder, Foreign
 from cacheslide.store.lock import WriterLock
-from cacheslide.store.record import Damaged
+from cacheslide.store.persistent.record import Damaged
 
 _STEP = 64 << 20  # bytes reserved at a time
 _NAME = re.compile(r"[0-9]{1,10}-[0-9a-f]{32}\.spill")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from cacheslide.store.files import tensor_view
-from cacheslide.store.index import Location
-from cacheslide.store.record import (
+from cacheslide.store.persistent.index import Location
+from cacheslide.store.persistent.record import (
     CUT_OFF,
     NOBODY,
     PREAMBLE_BYTES,
@@ -19,7 +19,7 @@ from cacheslide.store.record import (
     Preamble,
     decode_head,
 )
-from cacheslide.store.segments import SegmentFolder
+from cacheslide.store.persistent.segments import SegmentFolder
 
 Runs = Sequence[tuple[int, int]]
 Buffer = Callable[[int], Tensor]

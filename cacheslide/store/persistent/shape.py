@@ -10,7 +10,7 @@ from cacheslide.models.adapter import ModelAdapter
 from cacheslide.store.base import ChunkKV
 from cacheslide.store.files import align
 from cacheslide.store.pages import DTYPES, MOST_TOKENS, PageLayout
-from cacheslide.store.record import MOST_BYTES_BESIDE, Accept, Head, Misfit
+from cacheslide.store.persistent.record import MOST_BYTES_BESIDE, Accept, Head, Misfit
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
 from cacheslide.store.files import BLOCK, Files
 from cacheslide.store.folder import Folder, Foreign
-from cacheslide.store.placed import Runs
-from cacheslide.store.record import Accept, Encoded, Head, anything
-from cacheslide.store.shard import Shard
+from cacheslide.store.persistent.placed import Runs
+from cacheslide.store.persistent.record import Accept, Encoded, Head, anything
+from cacheslide.store.persistent.shard import Shard
 from cacheslide.store.strict import is_count, parse_object
 
 _KEY = re.compile(r"[0-9a-f]{40}")

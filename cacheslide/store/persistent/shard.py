@@ -21,11 +21,11 @@ from torch import Tensor
 from cacheslide.errors import StoreError
 from cacheslide.store.files import BLOCK, Files, aligned_buffer, host_buffer
 from cacheslide.store.folder import Folder, Foreign
-from cacheslide.store.index import REFRESH_S, Location, Segment, ShardIndex
 from cacheslide.store.lock import WriterLock
-from cacheslide.store.placed import Runs, read_placed, strike_out
-from cacheslide.store.record import Accept, Damaged, Encoded, Head, anything
-from cacheslide.store.segments import KEPT, MOST_NUMBER, YOUNG, SegmentFolder, ShardHead
+from cacheslide.store.persistent.index import REFRESH_S, Location, Segment, ShardIndex
+from cacheslide.store.persistent.placed import Runs, read_placed, strike_out
+from cacheslide.store.persistent.record import Accept, Damaged, Encoded, Head, anything
+from cacheslide.store.persistent.segments import KEPT, MOST_NUMBER, YOUNG, SegmentFolder, ShardHead
 
 logger = logging.getLogger("cacheslide.store")
 

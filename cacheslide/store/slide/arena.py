@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cacheslide.errors import StoreError
-from cacheslide.store.eviction import PageId, eviction
+from cacheslide.store.slide.eviction import PageId, eviction
 
 
 class Arena:

@@ -10,8 +10,8 @@ from functools import wraps
 
 from cacheslide.store.files import BLOCK
 from cacheslide.store.folder import Foreign
-from cacheslide.store.record import NOBODY, PREAMBLE_BYTES, Preamble
-from cacheslide.store.segments import SegmentFolder, ShardHead
+from cacheslide.store.persistent.record import NOBODY, PREAMBLE_BYTES, Preamble
+from cacheslide.store.persistent.segments import SegmentFolder, ShardHead
 
 _STRIDE = 1 << 20  # bytes read at a time where preambles are searched block by block
 REFRESH_S = 1.0  # a look-up takes in what is new for at most so long, and goes on where it stopped the next time

@@ -7,14 +7,15 @@ from torch import Tensor
 
 from cacheslide.errors import StoreError
 from cacheslide.store.base import ChunkKV
-from cacheslide.store.entry import Entry, empty_pages
-from cacheslide.store.mover import Mover
 from cacheslide.store.pages import from_payload, paged
-from cacheslide.store.placed import Runs
-from cacheslide.store.record import Encoded
-from cacheslide.store.shape import Wanted
-from cacheslide.store.spill import runs
-from cacheslide.store.table import PageTable
+from cacheslide.store.persistent.placed import Runs
+from cacheslide.store.persistent.record import Encoded
+from cacheslide.store.persistent.shape import Wanted
+from cacheslide.store.persistent.tiers import PersistentTiers
+from cacheslide.store.slide.entry import Entry
+from cacheslide.store.slide.mover import Mover
+from cacheslide.store.slide.spill import runs
+from cacheslide.store.slide.table import PageTable
 
 
 class Gone(Exception):
@@ -22,55 +23,31 @@ class Gone(Exception):
 
 
 class PageReader:
-    """Reads for one store what its records must be like (`wanted`), without holding the lock while it reads."""
+    """Reads for one store what its records must be like (`wanted`), without holding the table's lock while it reads."""
 
-    def __init__(self, table: PageTable, mover: Mover, wanted: Wanted) -> None:
-        self.table, self.mover, self.wanted = table, mover, wanted
+    def __init__(self, table: PageTable, mover: Mover, persistent: PersistentTiers, wanted: Wanted) -> None:
+        self.table, self.mover, self.persistent, self.wanted = table, mover, persistent, wanted
 
     def pages(self, entry: Entry, pages: Sequence[int]) -> tuple[Tensor, str]:
         """Current versions of pages, uint8 [n, page_bytes] on the first tier's device, and the lowest tier used."""
         if entry.lost:
             raise Gone(entry.lost)
-        pages, layout = list(pages), entry.layout
-        out = empty_pages(len(pages), layout.page_bytes, self.table.arenas[0].device)
-        tiers, missing, climbing = set(), list(range(len(pages))), []
-        with self.table.lock:
-            ids = entry.ids(pages)
-            for arena in self.table.arenas:
-                here = [i for i in missing if ids[i] in arena.held]
-                if here:
-                    got = arena.gather([ids[i] for i in here])[:, : layout.page_bytes]
-                    out[torch.tensor(here, device=out.device)] = got.to(out.device)
-                    tiers.add(arena.name)
-                    missing = [i for i in missing if ids[i] not in arena.held]
-                    if arena is not self.table.arenas[0]:
-                        climbing = [i for i in here if entry.dirty(pages[i]) == 0]
-            for i in list(missing):
-                waiting = self.table.flight.get(ids[i])
-                if waiting is not None:
-                    out[i] = waiting.to(out.device)
-                    missing.remove(i)
-                    tiers.add("host")
-            queued = entry.pending if entry.pending is not None else entry.incoming
-            if missing and queued is not None:
-                got = paged(queued, layout)[[pages[i] for i in missing]]
-                out[torch.tensor(missing, device=out.device)] = got.to(out.device)
-                missing, _ = [], tiers.add("host")
-            private = [i for i in missing if pages[i] in entry.selected]
-            slots = [entry.spilled.get(pages[i]) for i in private]
+        pages = list(pages)
+        got = self.table.gather(entry, pages)
+        out, tiers, private = got.content, got.tiers, list(got.slots)
         if private:
-            out[torch.tensor(private, device=out.device)] = self._unspill(entry, slots).to(out.device)
+            rows = self._unspill(entry, list(got.slots.values()))
+            out[torch.tensor(private, device=out.device)] = rows.to(out.device)
             tiers.add("file")
-        rest = [i for i in missing if i not in set(private)]
+        rest = [i for i in got.missing if i not in got.slots]
         if rest:
-            got, tier = self._base_pages(entry, [pages[i] for i in rest])
-            out[torch.tensor(rest, device=out.device)] = got.to(out.device)
+            rows, tier = self._base_pages(entry, [pages[i] for i in rest])
+            out[torch.tensor(rest, device=out.device)] = rows.to(out.device)
             tiers.add(tier)
-        come = climbing + private + (rest if entry.owner is None else [])
+        come = got.climbing + private + (rest if entry.owner is None else [])
         if come and len(come) <= len(self.table.arenas[0].slots):
             self.mover.insert(self.table.arenas[0], [(entry, pages[i]) for i in come], out[come], only_current=True)
-        with self.table.lock:
-            self.table.retire(entry)
+        self.table.retire(entry)
         return out, max(tiers, key=("device", "host", "file", "remote").index)
 
     def _unspill(self, entry: Entry, slots: list[int | None]) -> Tensor:
@@ -89,27 +66,23 @@ class PageReader:
     def _base_pages(self, entry: Entry, pages: list[int]) -> tuple[Tensor, str]:
         """Pages of the reference version, from its memory tiers or from storage."""
         if entry.owner is not None:
-            with self.table.lock:
-                base = self.table.places.get((entry.name, None))
+            base = self.table.version(entry.name, None)
             if base is None:
                 base = self.table.entry(
                     entry.name, entry.layout, entry.positions, entry.generation, persisted=True, scores=entry.scores
                 )
             return self.pages(base, pages)
         wanted: Runs = [(pages[a], pages[b - 1] + 1) for a, b in runs(pages)]
-        found = self.table.persistent.read(entry.name, wanted, self.wanted)
+        found = self.persistent.read(entry.name, wanted, self.wanted)
         if isinstance(found, str):
             with self.table.lock:
                 if entry.pending is None:
-                    self.table.forget_entry(entry, found)
+                    self.table.lose(entry, found)
             raise Gone(found)
         head, payload, tier = found
         if head.layout != entry.layout:
             raise Gone("another layout: written with other page sizes")
-        with self.table.lock:
-            if not entry.persisted:  # another thread's copy of the chunk was published meanwhile
-                entry.persisted = True
-                self.table.mark(entry)
+        self.table.is_stored(entry)
         bounds, at, parts = entry.layout.bounds, 0, []
         for p in pages:
             size = bounds[p + 1] - bounds[p]
@@ -119,12 +92,12 @@ class PageReader:
 
     def load(self, name: bytes, wanted: Wanted) -> tuple[ChunkKV, str]:
         """A chunk that memory knows nothing of."""
-        found = self.table.persistent.read(name, accept=wanted)
+        found = self.persistent.read(name, accept=wanted)
         if isinstance(found, str):
             raise Gone(found)
         head, payload, tier = found
-        if tier == "remote" and self.table.persistent.file is not None:
-            self.table.persistent.write([Encoded.of_head(name, head, payload)])
+        if tier == "remote" and self.persistent.file is not None:
+            self.persistent.write([Encoded.of_head(name, head, payload)])
         payload = payload.to(self.table.arenas[0].device)
         if head.layout.pages <= len(self.table.arenas[0].slots):
             entry = self.table.entry(

@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 
 from cacheslide.errors import StoreError
-from cacheslide.store.mooncake import MooncakeOptions, MooncakeTier
+from cacheslide.store.persistent.mooncake import MooncakeOptions, MooncakeTier
 
 _START_S = 60.0
 _PDEATHSIG = 1  # of prctl(2)

@@ -42,3 +42,8 @@ def test_scores_are_kept_counted_and_checked():
     for wrong in (torch.arange(4.0), torch.arange(3), torch.zeros(3, 1)):
         with pytest.raises(StoreError, match="scores must be float32"):
             replace(one, scores=wrong)
+
+
+def test_rows_are_those_of_all_runs():
+    assert ReusedTokens((2, 9), (3, 2)).rows.tolist() == [2, 3, 4, 9, 10]
+    assert ReusedTokens().rows.shape == (0,) and ReusedTokens().rows.dtype == torch.int64

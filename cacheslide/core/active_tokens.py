@@ -75,11 +75,8 @@ class ActiveTokens:
 
         On the device the same is some thirty launches, each longer on the host than its work.
         """
-        request, rows = self.request, self.request.reused_on_host
+        request, rows = self.request, self.request.runs.rows
         self.mask = send(known, self.reused.device)
-        if rows is None:
-            self.activate_chosen(int(known.sum()))
-            return
         everyone = torch.ones(len(request.token_ids), dtype=torch.bool)
         everyone[rows] = known
         active, chosen, resting = (mask.nonzero()[:, 0] for mask in (everyone, known, ~known))

@@ -44,9 +44,7 @@ class PrefillRequest:
     reused : Tensor [R], int64
         Ascending local rows (0-based from `start`) with cached KV in `source`.
     runs : ReusedTokens
-        The reused runs and what is remembered of their tokens; R tokens in all.
-    reused_on_host : Tensor [R], int64, optional
-        `reused` again, on the host: whoever has it there spares a rule that is known before the start the device.
+        The reused runs, whose rows are `reused`, and what is remembered of their tokens.
     """
 
     token_ids: Tensor
@@ -57,7 +55,6 @@ class PrefillRequest:
     correction: Correction = field(default_factory=NoCorrection)
     runs: ReusedTokens = field(default_factory=ReusedTokens)
     start: int = 0
-    reused_on_host: Tensor | None = None
 
 
 @dataclass

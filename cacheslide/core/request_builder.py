@@ -12,7 +12,7 @@ from cacheslide.core.prefill_request import KVSource, PrefillRequest
 from cacheslide.core.prompt import Chunk
 from cacheslide.core.receipt import Receipt
 from cacheslide.core.reused import ReusedTokens
-from cacheslide.core.tensors import send_together, tensor_of
+from cacheslide.core.tensors import rows_of, send_together, tensor_of
 from cacheslide.models.adapter import KVBuffer, ModelAdapter
 from cacheslide.policies.base import Correction
 from cacheslide.policies.none import NoCorrection
@@ -55,8 +55,7 @@ class Found:
     @property
     def rows(self) -> Tensor:
         """The local rows, int64 [sum of lengths], ascending, on the host."""
-        none = torch.zeros(0, dtype=torch.int64)
-        return torch.cat([none, *(torch.arange(s.start, s.stop) for s in self.spans)])
+        return rows_of((s.start, s.stop) for s in self.spans)
 
 
 def find_pieces(
@@ -135,8 +134,8 @@ class RequestBuilder:
             source = self.source(found.pieces, where[rows], placement, shift, correction)
         ids = tensor_of(token_ids)
         runs = replace(found.runs, token_ids=torch.cat([ids, tensor_of(behind)]))
-        ids, where, sent = send_together((ids, where, rows), model.device)
-        return PrefillRequest(ids, where, kv, sent, source, correction, runs, start, rows)
+        ids, where, rows = send_together((ids, where, rows), model.device)
+        return PrefillRequest(ids, where, kv, rows, source, correction, runs, start)
 
     def source(
         self, pieces: Sequence[Piece], target: Tensor, placement: Placement, shift: int, correction: Correction

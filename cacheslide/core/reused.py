@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cacheslide.core.tensors import rows_of
+
 
 @dataclass(frozen=True)
 class ReusedTokens:
@@ -37,6 +39,11 @@ class ReusedTokens:
     def count(self) -> int:
         """R."""
         return sum(self.lengths)
+
+    @property
+    def rows(self) -> Tensor:
+        """The local rows, int64 [R], on the host."""
+        return rows_of((start, start + n) for start, n in zip(self.starts, self.lengths, strict=True))
 
     @property
     def behind_updates(self) -> tuple[bool, ...]:

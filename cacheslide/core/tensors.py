@@ -1,6 +1,6 @@
 """Numbers of the host on their way to a device."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,11 @@ def tensor_of(numbers: Sequence[int] | Tensor) -> Tensor:
     if isinstance(numbers, range):
         return torch.arange(numbers.start, numbers.stop, numbers.step)
     return torch.from_numpy(np.array(numbers, dtype=np.int64))
+
+
+def rows_of(runs: Iterable[tuple[int, int]]) -> Tensor:
+    """All numbers of the half-open runs, one behind the other: int64, on the host."""
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *(torch.arange(start, end) for start, end in runs)])
 
 
 def send(x: Tensor, device: torch.device | str) -> Tensor:

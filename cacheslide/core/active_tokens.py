@@ -31,9 +31,8 @@ class ActiveTokens:
 
     def __init__(self, request: PrefillRequest, model: DecoderSteps) -> None:
         self.request, self.model = request, model
-        rows, device = len(request.token_ids), request.token_ids.device
+        rows = len(request.token_ids)
         self.reused = request.reused
-        self.mask = torch.zeros(len(self.reused), dtype=torch.bool, device=device)
         self.chosen = self.reused[:0]
         self.selecting = False
         rule = request.correction
@@ -41,6 +40,7 @@ class ActiveTokens:
             rule.check("the correction", model.num_layers)
             self._begin(known=rule.known_before_start(request.runs))
         else:
+            self.mask = self._nothing()
             self.activate_chosen(0)
         self.output = PrefillOutput(rows, [], self.reused[:0], {}, {}, self.active)
         self.run = rule.begin(self) if len(self.reused) else None
@@ -51,12 +51,18 @@ class ActiveTokens:
         live = torch.ones(len(self.request.token_ids), dtype=torch.bool, device=self.reused.device)
         return live.index_fill_(0, self.reused, False)  # assigning a number would wait for the device
 
+    def _nothing(self) -> Tensor:
+        """A mask without any reused row."""
+        return torch.zeros(len(self.reused), dtype=torch.bool, device=self.reused.device)
+
     def _begin(self, known: Tensor | None) -> None:
         """Make the first rows active; `known` [R], on the host, is the correction's mask if it has one."""
         request = self.request
         if known is not None:
             self._activate_known(known)
-        elif (chosen := request.correction.choose(request, self.model)) is not None:
+            return
+        self.mask = self._nothing()
+        if (chosen := request.correction.choose(request, self.model)) is not None:
             self.mask.index_fill_(0, chosen, True)
             self.activate_chosen(len(chosen))
         else:

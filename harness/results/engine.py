@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cacheslide.policies.default import DEFAULT_SYSTEM
 from harness.results.real import POOLED
 from harness.results.real_confirm import OVER_NOTHING, OVER_RIVAL
 from harness.results.records import write_json
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument(
         "--records", type=Path, nargs="+", required=True, help="of engine_ttft and neighbours, packed or not"
     )
-    p.add_argument("--system", default="cacheslide_mixed")
+    p.add_argument("--system", default=DEFAULT_SYSTEM)
     p.add_argument("--rule", default="Mixed, two thirds remembered", help="its name in the study on a real model")
     p.add_argument("--confirm", type=Path, default=Path("results/real/confirm.json"))
     p.add_argument("--stress", type=Path, default=Path("results/rules/summary.json"))

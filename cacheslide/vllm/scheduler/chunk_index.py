@@ -7,9 +7,8 @@ from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
 from cacheslide.store.slide.eviction import Eviction, eviction
 
-PATIENCE = (
-    8  # times as much as fits has made room for others since a corrected chunk was used: nobody comes back for it
-)
+# Times as much as fits has made room for others since a corrected chunk was used: nobody comes back for it.
+PATIENCE = 8
 
 
 class ChunkIndex:

@@ -34,9 +34,9 @@ class Size:
 def size_for(rows: int, requests: int, blocks: int, most_blocks: int, variant: str = "") -> Size | None:
     """The smallest size that holds a run; None where none does.
 
-    Rows are rounded up by at most a quarter, since what is padded is computed, and to whole tiles of the device's
-    matrix products, since those of 832 rows take longer than those of 896 (docs/performance.md). A table's width bounds
-    the keys of a request, and with them the division of attention's work: it is rounded up by at most a half.
+    Rows are rounded up by at most a quarter, since what is padded is computed, and above 512 to whole tiles of matrix
+    products (docs/performance.md). A table's width bounds the keys of a request, and with them the division of
+    attention's work: it is rounded up by at most a half.
     """
     if not 0 < rows <= MOST_ROWS or requests > REQUESTS[-1] or blocks > most_blocks:
         return None

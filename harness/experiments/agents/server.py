@@ -20,6 +20,7 @@ from harness.agents.registry import AGENTS
 from harness.backends.http.server import Server, connector_command, engine_flags
 from harness.backends.in_process import EngineOptions
 from harness.backends.tokens import Tokens
+from harness.comma_lists import ints
 from harness.experiments.agents.load import loop_on
 from harness.experiments.agents.replay import record
 from harness.limit import Limit, add_minutes
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="folder of a checkpoint with its tokenizer")
     parser.add_argument("--agent", choices=sorted(set(AGENTS) & {"reflexion", "memgpt"}), default="memgpt")
     parser.add_argument("--systems", default=SYSTEMS)
-    parser.add_argument("--parallel", type=_numbers, default=[2, 4, 6, 8, 16])
+    parser.add_argument("--parallel", type=ints, default=[2, 4, 6, 8, 16])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--episodes", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=512, help="of the fixed documents or sessions")
@@ -111,10 +112,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"agent_server: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(x) for x in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.comma_lists import floats, ints
 from harness.experiments.kernels.row_attention import BLOCK, DEVICE, DIM, DTYPE, SHAPES, check_rows, median_ms
 from harness.experiments.serving.engines import SHAPES as MODELS
 from harness.quiet import watched
@@ -96,9 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--shape", choices=MODELS, default="mistral-7b")
-    p.add_argument("--rows", type=_ints, default=[*range(64, 1025, 64), *range(1152, 2049, 128)])
-    p.add_argument("--lengths", type=_ints, default=[4096, 8192, 16384])
-    p.add_argument("--ratios", type=lambda text: [float(x) for x in text.split(",")], default=[0.05, 0.1])
+    p.add_argument("--rows", type=ints, default=[*range(64, 1025, 64), *range(1152, 2049, 128)])
+    p.add_argument("--lengths", type=ints, default=[4096, 8192, 16384])
+    p.add_argument("--ratios", type=floats, default=[0.05, 0.1])
     p.add_argument("--repeats", type=int, default=20)
     args = p.parse_args(argv)
     if not torch.cuda.is_available():
@@ -116,10 +117,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(rounded(row, 4)))
     for row in made["attention"]:
         print(json.dumps(rounded({k: row[k] for k in ("tokens", "recompute_ratio", "kind", "rows", "ms")}, 3)))
-
-
-def _ints(text: str) -> list[int]:
-    return [int(x) for x in text.split(",")]
 
 
 if __name__ == "__main__":

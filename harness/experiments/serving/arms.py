@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from harness.comma_lists import floats, names
+
 _LAUNCHED = "+launched"
 _GRAPHS = {"on": True, "off": False}
 
@@ -40,22 +42,14 @@ class Arm:
 
 def add_arguments(parser: argparse.ArgumentParser, ratios: Sequence[float]) -> None:
     """The options that say which arms are measured; `ratios` is the default."""
-    parser.add_argument("--systems", type=_names, default=["cacheslide"], help="policies, each at every ratio")
-    parser.add_argument("--recompute-ratios", "--shares", type=_floats, default=list(ratios))
+    parser.add_argument("--systems", type=names, default=["cacheslide"], help="policies, each at every ratio")
+    parser.add_argument("--recompute-ratios", "--shares", type=floats, default=list(ratios))
     parser.add_argument("--graphs", type=_graphs, default=[True], help="on, off or on,off: replay layers of reuse")
 
 
 def arms(args: argparse.Namespace) -> list[str]:
     """The names of the arms that were asked for."""
     return [Arm(s, r, on).name for s in args.systems for r in args.recompute_ratios for on in args.graphs]
-
-
-def _names(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _floats(text: str) -> list[float]:
-    return [float(x) for x in text.split(",")]
 
 
 def _graphs(text: str) -> list[bool]:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.comma_lists import ints
 from harness.experiments.serving.arms import add_arguments, arms
 from harness.experiments.serving.engine_ttft import Prompts, fill, once
 from harness.experiments.serving.engines import SHAPES, shaped
@@ -62,16 +63,12 @@ def show(name: str, found: dict) -> None:
         print(f"  {us / 1e3:8.2f} ms {count:5d}  {kernel}", flush=True)
 
 
-def _ints(text: str) -> list[int]:
-    return [int(x) for x in text.split(",")]
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Profile and write one JSON file."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--shape", choices=SHAPES, default="mistral-7b")
-    p.add_argument("--lengths", "--tokens", type=_ints, default=[8192])
+    p.add_argument("--lengths", "--tokens", type=ints, default=[8192])
     add_arguments(p, [0.26])
     p.add_argument("--store", choices=["model", "cpu"], default="model")
     p.add_argument("--eager", action="store_true")

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from harness.comma_lists import ints, names
 from harness.experiments.serving.arms import Arm, add_arguments, arms
 from harness.experiments.serving.engines import (
     add_engine_arguments,
@@ -211,10 +212,10 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_arguments(p)
-    p.add_argument("--lengths", type=_ints, default=[4096, 8192, 16384, 32768])
-    p.add_argument("--batches", type=_ints, default=[1, 8])
+    p.add_argument("--lengths", type=ints, default=[4096, 8192, 16384, 32768])
+    p.add_argument("--batches", type=ints, default=[1, 8])
     add_arguments(p, [0.05, 0.10, 0.26, 1.0])
-    p.add_argument("--stores", type=lambda x: x.split(","), default=["model", "cpu"])
+    p.add_argument("--stores", type=names, default=["model", "cpu"])
     p.add_argument("--repeats", type=int, default=6, help="of a cell with one request; half of it with several")
     p.add_argument("--warmups", type=int, default=1)
     p.add_argument("--warm-tokens", type=int, default=150_000, help="no warm-ups in cells of more prompt tokens")
@@ -224,10 +225,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--plain-decode", type=int, default=64)
     p.add_argument("--plain-repeats", type=int, default=10)
     return p
-
-
-def _ints(text: str) -> list[int]:
-    return [int(x) for x in text.split(",")]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

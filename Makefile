@@ -21,11 +21,11 @@ SNAKEMAKE := $(BIN)/snakemake
 SMK := Snakefile $(wildcard workflows/*.smk)
 
 # What these targets read is in the tree; offline, a forgotten download fails at once instead of hanging.
-smoke smoke-vllm test full lint test-servers fuzz: export HF_HUB_OFFLINE := 1
-smoke smoke-vllm test full lint test-servers fuzz: export HF_DATASETS_OFFLINE := 1
+smoke smoke-vllm test test-fast full lint test-servers fuzz: export HF_HUB_OFFLINE := 1
+smoke smoke-vllm test test-fast full lint test-servers fuzz: export HF_DATASETS_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu install-rag install-slurm test test-servers fuzz real-model smoke smoke-vllm full lint format lock clean
+.PHONY: help install install-gpu install-rag install-slurm test test-fast test-servers fuzz real-model smoke smoke-vllm full lint format lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -53,9 +53,12 @@ smoke-vllm: install  ## the study in small inside vLLM: results/smoke-vllm/repor
 test: install  ## all tests; PYTEST="-k name" passes options on
 	$(BIN)/python -m pytest $(PYTEST)
 
+test-fast: install  ## tests of a minute, for while one writes; PYTEST="tests/cacheslide/core" takes some of them
+	$(BIN)/python -m pytest --fast $(PYTEST)
+
 test-servers: install  ## what the remote tiers' tests need from the system (apt-get), then those tests
 	scripts/servers.sh
-	$(BIN)/python -m pytest tests/test_store_*.py tests/test_vllm_store*.py $(PYTEST)
+	$(BIN)/python -m pytest tests/cacheslide/store tests/cacheslide/vllm/test_store*.py $(PYTEST)
 
 fuzz: install  ## hostile bodies, records and folders, MINUTES=5 for each campaign: results/fuzz/
 	$(BIN)/python -m harness.robustness --minutes $(MINUTES) --out results/fuzz

@@ -22,7 +22,8 @@ from harness.step import command
 PACKAGES = ("cacheslide", "baselines", "harness")
 PARTS = r"Correction|TopDeviation|EdgeTokens|\w*Keying|InPrompt|FixedChain|Isolated|Placement"
 ASKED = re.compile(rf"isinstance\([^)]*\b({PARTS})\b|(encoding|correction|keying)\.(kind|name) ==")
-OWN_POLICY = "tests/test_own_policy.py"  # defines a correction and an encoding, and serves them in both hosts
+# Defines a correction and an encoding, and serves them in both hosts.
+OWN_POLICY = "tests/cacheslide/policies/test_own_policy.py"
 
 
 def module_files(root: Path = ROOT) -> dict[str, Path]:

@@ -1,0 +1,61 @@
+"""The fixed request set gives the receipts and tokens that were recorded, whatever has moved since."""
+
+import json
+
+import pytest
+
+from harness.frozen import kernels
+from harness.frozen.compare import differences
+from tests.helpers.places import DATA, ROOT
+
+pytestmark = pytest.mark.slow
+
+RECORDED = DATA / "frozen.json"
+
+
+def recorded(part: str) -> dict:
+    """The committed outcomes: receipts and tokens; their bits are those of another processor."""
+    return json.loads(RECORDED.read_text())["outcomes"][part]
+
+
+def test_a_difference_is_named_by_its_place():
+    before = {"a/0": {"receipt": {"rows": 3, "share": 0.5}, "tokens": [1, 2], "bits": "x"}}
+    same = {"a/0": {"receipt": {"rows": 3, "share": 0.5 + 1e-9}, "tokens": [1, 2], "bits": "y"}}
+    assert differences(before, same, bits=False) == []
+    assert [line.split(":")[0] for line in differences(before, same)] == ["/a/0/bits", "/a/0/receipt/share"]
+    other = {"a/0": {"receipt": {"rows": 4}, "tokens": [1, 7], "bits": "x"}, "b": {}}
+    assert [line.split(":")[0] for line in differences(before, other, bits=False)] == [
+        "/a/0/receipt/rows",
+        "/a/0/receipt/share",
+        "/a/0/tokens/1",
+        "/b",
+    ]
+
+
+def test_a_renamed_key_is_no_difference():
+    assert differences({"a": {"rows": 3, "rows_reused": 2}}, {"a": {"tokens": 3, "tokens_reused": 2}}) == []
+
+
+def test_kernels_write_the_same_bits_twice_and_cover_every_recorded_call():
+    first = kernels.run()
+    assert not differences(first, kernels.run())
+    assert first.keys() == recorded("kernels").keys()
+
+
+@pytest.mark.slow
+def test_the_reference_host_answers_as_recorded(monkeypatch):
+    from harness.frozen import reference
+
+    monkeypatch.chdir(ROOT)
+    assert differences(recorded("reference"), reference.run("models/tiny-llama-12m"), bits=False) == []
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.usefixtures("vllm_environment")
+def test_vllm_answers_as_recorded(monkeypatch):
+    pytest.importorskip("vllm")
+    from harness.frozen import served
+
+    monkeypatch.chdir(ROOT)
+    assert differences(recorded("served"), served.run("models/tiny-llama-12m"), bits=False) == []

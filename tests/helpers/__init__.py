@@ -1,0 +1,1 @@
+"""Everything that tests share: no file here is a test."""

@@ -1,7 +1,8 @@
 """Which files the steps open, beside those that the table declares: every job is run and watched.
 
 Linux tells of every file that is opened in the run's own folder, by whatever library (inotify); Python tells of those
-that it opens under the repository. Code and its templates are no inputs.
+that it opens under the repository. Code, its templates and what is installed are no inputs: an environment may lie in
+the checkout, and a package's metadata beside the package.
 """
 
 import ctypes
@@ -24,6 +25,12 @@ CODE = {".py", ".pyc", ".j2", ".so", ".toml"}
 HEAD = struct.Struct("iIII")
 
 
+def is_code(path: Path) -> bool:
+    """Whether a file under the repository is code, a template of code, or part of what is installed or of git's own."""
+    metadata = any(part.endswith((".egg-info", ".dist-info")) for part in path.parts)
+    return metadata or path.is_relative_to(sys.prefix) or path.suffix in CODE or ".git" in path.parts
+
+
 class Watch:
     """The files that are opened below a folder, and by Python below the repository, from each `begin` on."""
 
@@ -39,7 +46,7 @@ class Watch:
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
             path = Path(os.path.abspath(os.fsdecode(arguments[0])))
-            if path.is_relative_to(ROOT) and path.suffix not in CODE and ".git" not in path.parts:
+            if path.is_relative_to(ROOT) and not is_code(path):
                 self.seen.add(path)
 
     def begin(self) -> set[Path]:

@@ -8,6 +8,8 @@ VENV ?= .venv
 BACKEND ?= $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
 PYTHON ?=
 PYTEST ?=
+# Processes that run tests side by side; 0 runs them in one process, as tests on a single GPU need.
+WORKERS ?= 2
 MINUTES ?= 5
 WHEELS ?=
 export PYTHON VENV
@@ -23,6 +25,9 @@ SMK := Snakefile $(wildcard workflows/*.smk)
 # What these targets read is in the tree; offline, a forgotten download fails at once instead of hanging.
 smoke smoke-vllm test test-fast full lint test-servers fuzz: export HF_HUB_OFFLINE := 1
 smoke smoke-vllm test test-fast full lint test-servers fuzz: export HF_DATASETS_OFFLINE := 1
+
+# Test processes share the cores: each computes with one thread.
+test test-fast: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-gpu install-rag install-slurm test test-fast test-servers fuzz real-model smoke smoke-vllm full lint format lock clean
@@ -50,11 +55,11 @@ smoke-vllm: install  ## the study in small inside vLLM: results/smoke-vllm/repor
 	$(BIN)/python scripts/stale_lock.py
 	$(SNAKEMAKE) --configfile config/smoke-vllm.yaml -- reproduce-all
 
-test: install  ## all tests; PYTEST="-k name" passes options on
-	$(BIN)/python -m pytest $(PYTEST)
+test: install  ## all tests, in WORKERS=2 processes; PYTEST="-k name" passes options on
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
 
 test-fast: install  ## tests of a minute, for while one writes; PYTEST="tests/cacheslide/core" takes some of them
-	$(BIN)/python -m pytest --fast $(PYTEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --fast $(PYTEST)
 
 test-servers: install  ## what the remote tiers' tests need from the system (apt-get), then those tests
 	scripts/servers.sh

@@ -1,6 +1,5 @@
-"""Shared fixtures: a small random checkpoint, an engine's environment, a calm machine; and reports of faults."""
+"""Shared fixtures: a small random checkpoint, an engine's environment, a calm machine."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from cacheslide.models.reference import ReferenceDecoder
-from harness.robustness.rows import ROWS
 from tests.helpers.checkpoints import save_random
 from tests.helpers.vllm_variables import VLLM_ENVIRONMENT
 
-pytest_plugins = ["tests.helpers.skips", "tests.helpers.fast"]
+pytest_plugins = ["tests.helpers.skips", "tests.helpers.fast", "tests.helpers.fault_report"]
 
 
 @pytest.fixture(scope="session")
@@ -56,33 +54,3 @@ def nobody_beside() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("harness.quiet.judge", lambda reading: "")
         yield
-
-
-def pytest_addoption(parser) -> None:
-    parser.addoption("--fault-report", type=Path, help="write the outcome of every test marked `fault` to this file")
-
-
-def pytest_collection_modifyitems(items) -> None:
-    """A mark that names no row of the list is a mistake."""
-    for item in items:
-        for mark in item.iter_markers("fault"):
-            if mark.args[0] not in ROWS:
-                raise pytest.UsageError(f"{item.nodeid}: no row {mark.args[0]!r} in harness/robustness/rows.py")
-
-
-_FAULTS: dict[str, dict[str, str]] = {}
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-    report = yield
-    for mark in item.iter_markers("fault"):
-        said = _FAULTS.setdefault(mark.args[0], {})
-        if report.when == "call" or report.outcome != "passed":
-            said[item.nodeid] = "failed" if said.get(item.nodeid) == "failed" else report.outcome
-    return report
-
-
-def pytest_sessionfinish(session) -> None:
-    if (path := session.config.getoption("--fault-report")) is not None:
-        path.write_text(json.dumps(_FAULTS, indent=1, sort_keys=True) + "\n")

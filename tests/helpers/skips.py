@@ -5,6 +5,8 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterable
 
+import pytest
+
 from tests.helpers.places import ROOT
 
 SERVERS = ROOT / "scripts/servers.sh"
@@ -52,12 +54,35 @@ def missing() -> str:
     return asked.stdout.strip()
 
 
+class Deselected:
+    """Counts the deselected tests that start servers; under xdist a worker process counts and sends the number."""
+
+    def __init__(self) -> None:
+        self.servers = 0
+
+    def pytest_deselected(self, items) -> None:
+        self.servers += sum(item.get_closest_marker("server") is not None for item in items)
+
+    def pytest_sessionfinish(self, session) -> None:
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["deselected_servers"] = self.servers
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node, error) -> None:
+        """Every worker collects all tests, so their numbers are equal."""
+        self.servers = max(self.servers, getattr(node, "workeroutput", {}).get("deselected_servers", 0))
+
+
+def pytest_configure(config) -> None:
+    config.pluginmanager.register(Deselected(), "deselected_servers")
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """Print the summary behind pytest's own."""
     skipped = [r.longrepr[2] for r in terminalreporter.stats.get("skipped", []) if isinstance(r.longrepr, tuple)]
-    left_out = [i for i in terminalreporter.stats.get("deselected", []) if i.get_closest_marker("server")]
-    said = lines(skipped, len(left_out))
-    if said:
+    left_out = terminalreporter.config.pluginmanager.get_plugin("deselected_servers").servers
+    summary = lines(skipped, left_out)
+    if summary:
         terminalreporter.section("left out")
-        for line in said:
+        for line in summary:
             terminalreporter.line(line)

@@ -1,5 +1,6 @@
 """What scripts/install.sh brings is what the lists say, on an empty environment; what a test run left out is said."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.robustness.rows import ROWS
 from tests.helpers.pins import pins
 from tests.helpers.places import ROOT
 from tests.helpers.skips import brings, lines
@@ -95,12 +97,38 @@ def test_every_reason_to_skip_is_counted_with_what_brings_it():
     assert lines([]) == []
 
 
-def test_a_run_says_at_its_end_what_it_left_out(tmp_path):
-    (tmp_path / "test_it.py").write_text(
-        "import pytest\n@pytest.mark.skip(reason='Mooncake needs a library of the system')\ndef test_it(): pass\n"
+def ended(folder, source: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """A run of pytest over one file, with the helpers that report."""
+    (folder / "test_it.py").write_text(f"import pytest\n{source}")
+    plugins = ["-p", "tests.helpers.skips", "-p", "tests.helpers.fault_report", "-p", "no:cacheprovider"]
+    where = ["--rootdir", str(folder), "-c", str(ROOT / "pyproject.toml"), str(folder)]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *plugins, *options, *where], cwd=ROOT, capture_output=True, text=True
     )
-    options = ["-p", "tests.helpers.skips", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+
+
+@pytest.mark.parametrize("options", [(), ("-n", "2")], ids=["one process", "two processes"])
+def test_a_run_says_at_its_end_what_it_left_out(tmp_path, options):
+    source = (
+        "@pytest.mark.skip(reason='Mooncake needs a library of the system')\ndef test_it(): pass\n"
+        "@pytest.mark.server\ndef test_other(): pass\n"
     )
+    done = ended(tmp_path, source, *options)
     assert "1 skipped: Mooncake needs a library of the system  -> make test-servers" in done.stdout
+    assert "1 not selected, which start servers  -> make test PYTEST='-m server'" in done.stdout
+
+
+@pytest.mark.parametrize("options", [(), ("-n", "2")], ids=["one process", "two processes"])
+def test_outcomes_of_fault_tests_are_written(tmp_path, options):
+    row, other = list(ROWS)[:2]
+    source = (
+        f"@pytest.mark.fault({row!r})\ndef test_holds(): pass\n"
+        f"@pytest.mark.fault({row!r})\n@pytest.mark.fault({other!r})\ndef test_fails(): assert False\n"
+        f"@pytest.mark.fault({other!r})\n@pytest.mark.skip\ndef test_skips(): pass\n"
+    )
+    done = ended(tmp_path, source, *options, "--fault-report", str(tmp_path / "report.json"))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {r: {n.rpartition("::")[2]: o for n, o in tests.items()} for r, tests in report.items()} == {
+        row: {"test_holds": "passed", "test_fails": "failed"},
+        other: {"test_fails": "failed", "test_skips": "skipped"},
+    }, done.stdout

@@ -25,7 +25,7 @@ from harness.workflow.paths import (
     what_is_there,
 )
 from harness.workflow.slices import slice_of
-from harness.workflow.steps import steps_of
+from harness.workflow.steps import runs_alone, steps_of
 
 SCHEMA = Path(workflow.basedir, "workflows", "schemas", "config.schema.yaml")
 
@@ -168,8 +168,8 @@ def log_for(step):
 
 
 def cores_for(step):
-    """Every core for a step that runs the model, so that nothing runs beside a timing."""
-    return all_cores if step.runs_model else 1
+    """Every core for a step that nothing may run beside; one for any other."""
+    return all_cores if runs_alone(step, config) else 1
 
 
 def slice_for(step):
@@ -178,7 +178,7 @@ def slice_for(step):
 
 
 def all_cores(wildcards):
-    """Rules that run the model take every core, so that nothing runs beside a timing."""
+    """Every core: nothing runs beside such a rule."""
     return workflow.cores or 1
 
 

@@ -15,8 +15,6 @@ for step in STUDY:
         conda:
             "envs/cacheslide.yaml"
         threads: cores_for(step)
-        resources:
-            exclusive=int(step.runs_model),
         params:
             config=slice_for(step),  # what it reads of the configuration: another value makes its results out of date
         script:

@@ -14,8 +14,6 @@ rule measure_wca:
     conda:
         "envs/cacheslide.yaml"
     threads: all_cores
-    resources:
-        exclusive=1,
     params:
         given=wca_options,
     shell:

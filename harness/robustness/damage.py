@@ -1,17 +1,17 @@
 """Campaign: a store's files are damaged at random, round after round; what is served afterwards is compared."""
 
-import logging
 import time
 from pathlib import Path
 
 from harness.experiments.slide.faults import rot
+from harness.robustness.silence import silent_store
 
 _ROUNDS = 10  # in one folder, one after the other: later ones also hit what was repaired before
 
 
+@silent_store()
 def run(minutes: float, seed: int, work: Path) -> dict:
     """See `harness.robustness.__main__`. A round is one flipped bit, cut or blank, and a look at every chunk."""
-    logging.getLogger("cacheslide.store").setLevel(logging.CRITICAL)
     until, found = time.monotonic() + 60 * minutes, {"rounds": 0, "served": 0, "missed": 0, "wrong_pages": 0}
     longest, folder = 0.0, 0
     while time.monotonic() < until:

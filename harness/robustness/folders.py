@@ -4,7 +4,6 @@ Each must end in time with hits that are what was written, or misses; no file th
 """
 
 import gc
-import logging
 import multiprocessing
 import os
 import random
@@ -34,6 +33,7 @@ from harness.robustness.folder_changes import (
     made_chunk,
     made_name,
 )
+from harness.robustness.silence import silent_store
 
 LOOK_S = 10.0  # a look-up's bound is 1 s of taking in what is new; beside other work it may take longer
 _HANG_S = 120
@@ -174,9 +174,9 @@ def trial(number: int, seed: int, folder: Path, files: dict[str, bytes], counts:
     return f"trial {number}: {', '.join(c.__name__ for c in changes)}: {', '.join(wrong)} {said}" if wrong else ""
 
 
+@silent_store()
 def _work(first: int, step: int, seed: int, until: float) -> tuple[dict, list[str]]:
     torch.set_num_threads(1)
-    logging.getLogger("cacheslide.store").setLevel(logging.CRITICAL)  # it says of every folder what is wrong with it
     signal.signal(signal.SIGALRM, _alarm)
     memory = Path("/dev/shm")
     counts, examples = Counter(), []

@@ -3,7 +3,6 @@
 What a writer was told is kept must be there afterwards: nothing is evicted here, since the capacity is never reached.
 """
 
-import logging
 import multiprocessing
 import os
 import random
@@ -21,6 +20,7 @@ from cacheslide.store.persistent.tiers import PersistentTiers, TieredStats
 from harness.experiments.slide.faults import DiesWriting
 from harness.robustness.folder_changes import PAGE_TOKENS, made_chunk, made_name
 from harness.robustness.folders import WANTED
+from harness.robustness.silence import silent_store
 
 _ROUNDS = 10  # in one folder
 _ROUND = 1 << 20  # numbers of a round
@@ -86,9 +86,9 @@ def one_round(root: Path, number: int, rng: random.Random, context) -> tuple[int
     return kills, [n for path in said for n in _kept(path)]
 
 
+@silent_store()
 def run(minutes: float, seed: int, work: Path) -> dict:
     """See `harness.robustness.__main__`."""
-    logging.getLogger("cacheslide.store").setLevel(logging.CRITICAL)
     # Not forked from here: a process that has run threads leaves its child locks that nobody will open.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])

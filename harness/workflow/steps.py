@@ -58,7 +58,9 @@ class Step:
     options : dict
         Arguments that are the step's own.
     runs_model : bool
-        It takes every core and nothing runs beside it.
+        It runs a model. On a GPU, or inside vLLM, nothing that runs a model runs beside it.
+    timed : bool
+        It times what it runs, so it takes every core and nothing runs beside it.
     priority : int
         See Snakemake.
     of_records : bool
@@ -77,10 +79,17 @@ class Step:
     each: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     runs_model: bool = False
+    timed: bool = False
     priority: int = 0
     of_records: bool = False
     temporary: bool = False
     when: Callable[[Config], bool] = always
+
+
+def runs_alone(step: Step, config: Config) -> bool:
+    """Whether nothing runs beside a step: it is timed, or it runs a model on what there is one of."""
+    shared = config["device"] == "cpu" and config["backend"] == "reference"
+    return step.timed or (step.runs_model and not shared)
 
 
 def _of(section: str, *keys: str) -> tuple[str, ...]:
@@ -190,6 +199,7 @@ STEPS = (
         (f"{RUN}latency/{{tokens}}.jsonl",),
         each=("tokens",),
         runs_model=True,
+        timed=True,
     ),
     Step(
         "measure_throughput",
@@ -198,6 +208,7 @@ STEPS = (
         CHECKPOINT | {"data": f"{DATA}throughput/{{throughput.dataset}}.jsonl", "layer": LAYER},
         (f"{RUN}throughput.jsonl",),
         runs_model=True,
+        timed=True,
     ),
     Step(
         "measure_cksim",
@@ -249,6 +260,7 @@ STEPS = (
             (f"{RUN}agents/{section}.jsonl",),
             options={"section": section},
             runs_model=True,
+            timed=True,
             when=with_section(section),
         )
         for section in ("replay", *AGENT_FIGURES)

@@ -139,7 +139,8 @@ def step_accuracy(
     }
     label = f"accuracy, {dataset}" if recompute_ratio is None else f"equal share, {dataset}"
     examples = read_examples(data, questions=config["accuracy"]["questions"])
-    evaluate(sessions_of(config, backend, policies, chunks, similarity=True), examples, writers, progress=label)
+    sessions = sessions_of(config, backend, policies, chunks, similarity=True)
+    evaluate(sessions, examples, writers, progress=label, timed=False)
     for writer in writers.values():
         writer.finish()
 

@@ -12,7 +12,6 @@ import torch
 
 from cacheslide.cli import main
 from cacheslide.errors import ConfigError
-from cacheslide.store import config as store_config
 from cacheslide.store.config import StoreConfig, open_store
 from cacheslide.store.persistent.mooncake import MooncakeOptions, why_not
 from cacheslide.store.slide.spill import SpillFile
@@ -54,8 +53,7 @@ def test_crosscaches_configuration_as_it_stands(tmp_path):
     assert StoreConfig().with_server({"cache.server.port": "5556"}).remote_options.host == "127.0.0.1"
 
 
-def test_options_of_before_that_nothing_read_are_named_and_left_out(caplog, monkeypatch):
-    monkeypatch.setattr(store_config.logger, "disabled", False)  # as others' set-up of logging may have left it
+def test_options_of_before_that_nothing_read_are_named_and_left_out(caplog):
     assert StoreConfig.from_dict({"io_workers": 2, "staging_buffers": 3, "host_gib": 1}) == StoreConfig(host_gib=1)
     assert "io_workers, staging_buffers has no effect" in caplog.text
 

@@ -1,5 +1,6 @@
 """The campaigns against the store: a few rounds each, and that they notice what they are there for."""
 
+import logging
 import multiprocessing
 import random
 from collections import Counter
@@ -58,4 +59,7 @@ def test_the_campaigns_are_listed_and_damage_counts_its_rounds(tmp_path, monkeyp
     assert {"folders", "damage", "writers"} <= set(CAMPAIGNS)
     monkeypatch.setattr(damage, "_ROUNDS", 2)
     found = damage.run(0.0001, 1, tmp_path)
+    assert (
+        logging.getLogger("cacheslide.store").level == logging.NOTSET
+    )  # its warnings are read on
     assert found["rounds"] == 2 and found["served"] > 0 and found["faults"] == 0

@@ -5,7 +5,6 @@ import tarfile
 from copy import deepcopy
 
 import pytest
-import yaml
 
 from cacheslide.errors import ConfigError
 from harness.configuration import check
@@ -19,7 +18,7 @@ from harness.workflow.__main__ import SMALL, SMALL_AGENTS, undeclared_inputs
 from harness.workflow.paths import inputs_of, jobs_of, only_tables, outputs_of, records_of, what_is_there
 from harness.workflow.reruns import CHANGES, SCHEMA, changed, rules_rerun
 from harness.workflow.slices import Slice, slice_of
-from harness.workflow.steps import STEPS, Step, step_named, steps_of
+from harness.workflow.steps import STEPS, Step, runs_alone, step_named, steps_of
 
 pytestmark = pytest.mark.slow
 
@@ -184,9 +183,11 @@ def test_the_small_study_has_a_step_of_every_kind():
     assert {step.call for step in steps_of(small)} == kinds
 
 
-def test_profiles_name_rules_that_there_are():
-    """Side by side only what is not timed; its rules leave the cores to each other."""
-    profile = yaml.safe_load((ROOT / "profiles/side-by-side/config.yaml").read_text())
-    assert set(profile["set-threads"]) == set(profile["set-resources"])
-    steps = [step_named(name) for name in profile["set-threads"]]
-    assert all(step.each == ("dataset",) and step.runs_model for step in steps)
+@pytest.mark.parametrize("change, alone", [({}, False), ({"device": "cuda"}, True), ({"backend": "vllm"}, True)])
+def test_nothing_runs_beside_a_timing_or_on_a_gpu(change, alone):
+    whole = config() | change
+    timed = {step.name for step in STEPS if step.timed}
+    assert {"measure_latency", "measure_throughput", "measure_agents_load"} <= timed
+    assert all(runs_alone(step, whole) for step in STEPS if step.timed)
+    assert runs_alone(step_named("evaluate"), whole) == runs_alone(step_named("build_chunks"), whole) == alone
+    assert not runs_alone(step_named("report"), whole)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from harness.report.claims import Finding, Verdict
 from harness.report.words import interval, number, percent, points
 from harness.results.headline import LENGTH, TIE_POINTS
 from harness.results.runs import OURS
@@ -79,9 +78,9 @@ CAPTIONS = {
 }
 
 
-def opening(summary: Summary, findings: list[Finding]) -> list[str]:
-    """The paragraph at the top, one string a sentence."""
-    return [*_accuracy(summary), *_speed(summary), *_missing(summary), _scope(summary), _count(findings)]
+def opening(summary: Summary, counted: str = "") -> list[str]:
+    """The paragraph at the top, one string a sentence; `counted` says how many claims came out how."""
+    return [*_accuracy(summary), *_speed(summary), *_missing(summary), _scope(summary), *filter(None, [counted])]
 
 
 def requirements(summary: Summary) -> list[dict[str, Any]]:
@@ -185,11 +184,6 @@ def _scope(summary: Summary) -> str:
         "None is of the paper's models on its A100: absolute times are not comparable with the paper's, and ratios "
         "only as far as the same work is saved."
     )
-
-
-def _count(findings: list[Finding]) -> str:
-    parts = [f"{sum(f.verdict is v for f in findings)} {v.value}" for v in Verdict]
-    return f"Of {len(findings)} claims in the table below: {', '.join(parts)}."
 
 
 def _one(x: float) -> str:

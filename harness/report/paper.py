@@ -98,7 +98,7 @@ CLAIMS = (
         "recorded sessions, text that recurs in order behind the shared prefix; reproduced: most of it moved, with its "
         "interval over sessions, in every group; partly: in some; not reproduced: in none. Generated prompts move by "
         "construction and give no verdict",
-        "real",
+        "results/real/sessions.json",
         claims_sessions.shifted_positions,
         Basis.SESSIONS,
         "5",

@@ -177,6 +177,7 @@ def _scope(summary: Summary) -> str:
         if "slide" in summary
         else []
     )
+    apart += ["figure 5's under RoPE are of recorded sessions (results/real)"] if "sessions" in summary else []
     others = f"; {', '.join(apart)}" if apart else ""
     how = "inside vLLM" if on_vllm else "in plain PyTorch without a serving engine"
     return (

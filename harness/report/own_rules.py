@@ -54,12 +54,12 @@ def _timed(rival: str, summary: Summary) -> list[str]:
     for system in RULES:
         losses = mixes(summary, system)
         lost = max((r["loss_points"] for r in losses), key=lambda e: e["value"], default=None)
-        said = [f"{points(lost['value'])} of F1 {interval(lost, _one)}"] if lost else []
+        parts = [f"{points(lost['value'])} of F1 {interval(lost, _one)}"] if lost else []
         if system in times and rival in times and not times[system].get("disturbed"):
             ratio = times[rival]["ttft_median"]["value"] / times[system]["ttft_median"]["value"]
-            said.insert(0, f"TTFT of {_title(summary, rival)} over its {number(ratio)}× (medians)")
-        if said:
-            out.append(f"{_title(summary, system)}: {', '.join(said)}")
+            parts.insert(0, f"TTFT of {_title(summary, rival)} {number(ratio)}× its own (medians)")
+        if parts:
+            out.append(f"{_title(summary, system)}: {', '.join(parts)}")
     return out
 
 
@@ -82,12 +82,12 @@ def _agents(agent: str, summary: Summary) -> list[str]:
         if system not in rows:
             continue
         own = rows[system]
-        said = [f"score {cell(own['score'], 2)}, {points(own['loss_points']['value'])}"] if own["score"] else []
+        parts = [f"score {cell(own['score'], 2)}, {points(own['loss_points']['value'])}"] if own["score"] else []
         for rival in RIVALS:
             if rival in rows and not own.get("disturbed"):
                 ratio = rows[rival]["ttft_median"]["value"] / own["ttft_median"]["value"]
-                said.append(f"TTFT of {rows[rival]['title']} over its {number(ratio)}× (medians)")
-        out.append(f"{own['title']}: {', '.join(said)}")
+                parts.append(f"TTFT of {rows[rival]['title']} {number(ratio)}× its own (medians)")
+        out.append(f"{own['title']}: {', '.join(parts)}")
     return out
 
 

@@ -43,7 +43,8 @@ def sentence(claims: Sequence[Claim], findings: Sequence[Finding]) -> str:
     parts = []
     for verdict in Verdict:
         named = [figure for figure, v in figures.items() if v is verdict]
-        parts.append(f"{len(named)} {verdict.value}" + (f" ({', '.join(named)})" if named else ""))
+        if named or verdict in JUDGED:
+            parts.append(f"{len(named)} {verdict.value}" + (f" ({', '.join(named)})" if named else ""))
     own = counts(f.verdict for c, f in zip(claims, findings, strict=True) if not c.counts_as)
     rest = ", ".join(f"{n} {name}" for name, n in own.items() if n)
     return (

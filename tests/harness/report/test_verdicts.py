@@ -77,7 +77,7 @@ def test_our_own_rules_stand_beside_and_change_no_verdict():
     ]
     assert [judge(c, more).verdict for c in CLAIMS] == [judge(c, plain).verdict for c in CLAIMS]
     said = {c.key: own_rules.beside(c.key, more) for c in CLAIMS}
-    assert "1000.00× (medians), gains 50.0 points" in said["fig10-contextcache"]
+    assert "1000.00× its own (medians), gains 50.0 points" in said["fig10-contextcache"]
     assert "99.00 [" in said["headline-throughput"] and own in said["fig10-reflexion"]
     assert not any(own_rules.beside(c.key, plain) for c in CLAIMS)
     slow = changed("headline-throughput", FAILING["headline-throughput"][0])

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from cacheslide.errors import CacheSlideError
 from harness.inventory import AGENT_FIGURES, FIGURES
-from harness.report.builder import REAL, SLIDE, build_report
+from harness.report import table
+from harness.report.builder import REAL, SESSIONS, SLIDE, build_report, read_summary
 from harness.results.provenance import ROOT
 
 
@@ -15,17 +16,22 @@ def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m harness.report", description=__doc__)
     parser.add_argument("run", help="the folder of results/ and figures/")
     parser.add_argument("--root", type=Path, default=ROOT, help="where results/ and figures/ are")
+    parser.add_argument("--claims", type=Path, metavar="FILE", help="write the claims table there, as JSON")
+    parser.add_argument("--before", type=Path, metavar="FILE", help="earlier verdicts, for --claims")
     given = parser.parse_args(args)
     results, figures = given.root / "results" / given.run, given.root / "figures" / given.run
     drawn = [figures / f"{name}.svg" for name in (*FIGURES, *AGENT_FIGURES.values())]
+    apart = {
+        name: given.root / path.relative_to(ROOT)
+        for name, path in (("slide", SLIDE), ("real", REAL), ("sessions", SESSIONS))
+    }
     try:
         build_report(
-            results / "summary.json",
-            [path for path in drawn if path.is_file()],
-            results / "report.html",
-            slide=given.root / SLIDE.relative_to(ROOT),
-            real=given.root / REAL.relative_to(ROOT),
+            results / "summary.json", [path for path in drawn if path.is_file()], results / "report.html", **apart
         )
+        if given.claims:
+            summary = read_summary(results / "summary.json", **apart)
+            table.write(summary, table.rows(summary), given.claims, given.before)
     except (CacheSlideError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2

@@ -8,21 +8,40 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cacheslide.errors import DataError
-from harness.report import prose, words
+from harness.report import claims_sessions, prose, table, words
 from harness.report import real as real_model
-from harness.report.claims import judge
-from harness.report.claims_real import beside
-from harness.report.paper import CLAIMS
 from harness.results.headline import KEYS
 from harness.results.provenance import ROOT
 from harness.results.runs import read_json
 from harness.results.summary import SCHEMA
 
 HERE = Path(__file__).parent
-# Committed: neither SLIDE's experiments nor the study on a real model are part of a configuration's run.
+# Committed: SLIDE's experiments, the study on a real model and recorded sessions are no part of a configuration's run.
 SLIDE = ROOT / "results/slide/summary.json"
 REAL = ROOT / "results/real/summary.json"
+SESSIONS = ROOT / "results/real/sessions.json"
 MEDIA = {".svg": "image/svg+xml", ".png": "image/png"}
+
+
+def read_summary(
+    path: str | Path, slide: str | Path | None = SLIDE, real: str | Path | None = REAL,
+    sessions: str | Path | None = SESSIONS,
+) -> dict[str, Any]:  # fmt: skip
+    """A run's summary.json, with what was measured apart from it under `slide`, `real` and `sessions`.
+
+    A file that is not there is left out. DataError for one of another schema.
+    """
+    summary = read_json(path)
+    if summary.get("schema") != SCHEMA:
+        raise DataError(f"{path}: schema {summary.get('schema')!r}, expected {SCHEMA!r}")
+    for name, file in (("slide", slide), ("real", real), ("sessions", sessions)):
+        if file and Path(file).is_file():
+            summary = summary | {name: read_json(file)}
+    if "real" in summary:
+        real_model.check(summary["real"], real)
+    if "sessions" in summary:
+        claims_sessions.check(summary["sessions"], sessions)
+    return summary
 
 
 def build_report(
@@ -31,13 +50,15 @@ def build_report(
     output: str | Path,
     slide: str | Path | None = SLIDE,
     real: str | Path | None = REAL,
+    sessions: str | Path | None = SESSIONS,
 ) -> None:
     """Write the report of a run.
 
     Parameters
     ----------
     summary_path : path
-        summary.json; every number in the text comes from it, those of SLIDE and of the real model excepted.
+        summary.json; every number in the text comes from it, those of SLIDE, of the real model and of recorded sessions
+        excepted.
     figures : iterable of path
         Figure files; of each name the vector form is embedded, PNG where there is none.
     output : path
@@ -46,17 +67,13 @@ def build_report(
     real : path
         Summary of the study on a real model, which leads the report; without the file there is no such section. Its
         figures lie in figures/real beside that results folder.
+    sessions : path
+        Recorded sessions in numbers, by which figure 5 is judged.
     """
-    summary = read_json(summary_path)
-    if summary.get("schema") != SCHEMA:
-        raise DataError(f"{summary_path}: schema {summary.get('schema')!r}, expected {SCHEMA!r}")
-    if slide and Path(slide).is_file():
-        summary = summary | {"slide": read_json(slide)}
+    summary = read_summary(summary_path, slide, real, sessions)
     own: dict[str, str] = {}
-    if real and (real := Path(real)).is_file():
-        summary = summary | {"real": read_json(real)}
-        real_model.check(summary["real"], real)
-        folder = real.parents[2] / "figures" / real.parent.name
+    if "real" in summary:
+        folder = Path(real).parents[2] / "figures" / Path(real).parent.name
         own = embed(path for name in real_model.FIGURES if (path := folder / f"{name}.svg").is_file())
     html = render(summary, embed(figures), own)
     output = Path(output)
@@ -93,19 +110,16 @@ def render(summary: Mapping[str, Any], images: Mapping[str, str], of_real: Mappi
     )
     environment.filters |= {"cell": words.cell, "percent": words.percent, "number": words.number, "size": words.size}
     summary = dict(summary)
-    findings = [judge(claim, summary) for claim in CLAIMS]
+    claims = table.rows(summary)
     return environment.get_template("report.html.j2").render(
         s=summary,
         run=summary["run"],
-        opening=prose.opening(summary, findings),
+        opening=prose.opening(summary, table.counted(claims)),
         headline={key: summary["headline"][key] for key in KEYS},
         requirements=prose.requirements(summary),
         real=real_model.section(summary["real"]) if "real" in summary else None,
         real_figures=captioned(of_real),
-        claims=[
-            (c, f, command(c.target, summary["run"]), beside(c.key, summary))
-            for c, f in zip(CLAIMS, findings, strict=True)
-        ],
+        claims=[(r.claim, r.finding, command(r.claim.target, summary["run"]), r) for r in claims],
         figures=captioned(images),
         reruns=[(name, command(name, summary["run"])) for name in (*images, f"results/{summary['run']}/summary.json")],
         everything=command("reproduce-all", summary["run"]),

@@ -4,8 +4,10 @@ Numbers stand beside a verdict and do not change it: the rules of those claims a
 study does not measure.
 """
 
-from harness.report.claims import Finding, Grade, NotMeasured, Summary, Verdict, joined
-from harness.report.real import MAIN, PRINTED, blend, estimate, kl, row
+from collections.abc import Sequence
+
+from harness.report.real import MAIN, PRINTED, Real, Row, blend, estimate, kl, row
+from harness.report.verdicts import Finding, Grade, NotJudged, NotMeasured, Summary, joined
 from harness.results.real import NOTHING, POOLED
 
 BESIDE = {  # claim: arms whose distance from recompute speaks to it
@@ -29,7 +31,7 @@ def rpdc_over_pic(summary: Summary) -> Finding:
     parts = [f"{r['setting']} {estimate(r)} (n = {r['n']} prompts)" for r in ratios]
     text = f"KL of RPDC over PIC's, nothing recomputed: {'; '.join(parts)}"
     if any(r["high"] is None for r in ratios):
-        return Finding(Verdict.NOT_JUDGED, f"values without the intervals that a verdict needs: {text}")
+        raise NotJudged(f"values without the intervals that a verdict needs: {text}")
     return Finding(joined(*(Grade.FULL if r["high"] < 1 else Grade.NONE for r in ratios)), text)
 
 
@@ -41,7 +43,11 @@ def beside(key: str, summary: Summary) -> str:
     rows = {arm: blend(real) if arm == "CacheBlend, best" else row(real, arm) for arm in BESIDE[key]}
     if not all(rows.values()):
         return ""
-    parts = [f"{found['key'][2]} {kl(found)}" for found in rows.values() if found]
+    return divergences(real, [r for r in rows.values() if r])
+
+
+def divergences(real: Real, rows: Sequence[Row]) -> str:
+    """KL of some arms, with the model, the setting and the number of prompts."""
+    parts = [f"{r['key'][2]} {kl(r)}" for r in rows]
     model = real["conditions"].get("frontier", {}).get("model")
-    n = min(found["n"] for found in rows.values() if found)
-    return f"{model}, KL to recompute in setting {MAIN}: {'; '.join(parts)}; n = {n} prompts"
+    return f"{model}, KL to recompute in setting {MAIN}: {'; '.join(parts)}; n = {min(r['n'] for r in rows)} prompts"

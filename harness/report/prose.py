@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from harness.report.claims import Finding, Verdict
 from harness.report.words import interval, number, percent, points
 from harness.results.headline import LENGTH, TIE_POINTS
 from harness.results.runs import OURS
@@ -79,9 +78,9 @@ CAPTIONS = {
 }
 
 
-def opening(summary: Summary, findings: list[Finding]) -> list[str]:
-    """The paragraph at the top, one string a sentence."""
-    return [*_accuracy(summary), *_speed(summary), *_missing(summary), _scope(summary), _count(findings)]
+def opening(summary: Summary, counted: str = "") -> list[str]:
+    """The paragraph at the top, one string a sentence; `counted` says how many claims came out how."""
+    return [*_accuracy(summary), *_speed(summary), *_missing(summary), _scope(summary), *filter(None, [counted])]
 
 
 def requirements(summary: Summary) -> list[dict[str, Any]]:
@@ -178,6 +177,7 @@ def _scope(summary: Summary) -> str:
         if "slide" in summary
         else []
     )
+    apart += ["figure 5's under RoPE are of recorded sessions (results/real)"] if "sessions" in summary else []
     others = f"; {', '.join(apart)}" if apart else ""
     how = "inside vLLM" if on_vllm else "in plain PyTorch without a serving engine"
     return (
@@ -185,11 +185,6 @@ def _scope(summary: Summary) -> str:
         "None is of the paper's models on its A100: absolute times are not comparable with the paper's, and ratios "
         "only as far as the same work is saved."
     )
-
-
-def _count(findings: list[Finding]) -> str:
-    parts = [f"{sum(f.verdict is v for f in findings)} {v.value}" for v in Verdict]
-    return f"Of {len(findings)} claims in the table below: {', '.join(parts)}."
 
 
 def _one(x: float) -> str:

@@ -302,6 +302,7 @@ STEPS = (
             "figures": f"{FIGURE}{{figure}}.svg",
             "slide": "{root}/results/slide/summary.json",
             "real": "{root}/results/real/summary.json",
+            "sessions": "{root}/results/real/sessions.json",
             "real_figures": "{root}/figures/real/*.svg",
         },
         outputs=(f"{RUN}report.html",),

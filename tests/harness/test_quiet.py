@@ -20,9 +20,9 @@ from harness.plots import fig10, fig11, fig13, fig14, throughput
 from harness.plots.style import RC
 from harness.quiet import LOAD_OVER, OTHERS_SHARE, SLOWER, Calibration, Watch, judge, own_cpu_s, watched
 from harness.report.builder import render
-from harness.report.claims import Verdict
-from harness.report.claims import judge as verdict_on
 from harness.report.paper import CLAIMS
+from harness.report.verdicts import Verdict
+from harness.report.verdicts import judge as verdict_on
 from harness.results.agent_load import load_table, series_table
 from harness.results.agents import grid_table, quality_table
 from harness.results.runs import RecordFile, load_run

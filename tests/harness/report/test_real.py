@@ -7,9 +7,9 @@ import pytest
 from cacheslide.errors import DataError
 from harness.report import real
 from harness.report.builder import build_report, render
-from harness.report.claims import Verdict, judge
 from harness.report.claims_real import BESIDE, beside
 from harness.report.paper import CLAIMS
+from harness.report.verdicts import Verdict, judge
 from harness.report.words import significant
 from harness.results.records import write_json
 from harness.results.runs import Run

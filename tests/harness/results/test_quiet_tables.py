@@ -9,8 +9,8 @@ from harness.experiments.cope import serving as cope_serving
 from harness.experiments.serving import disk_ttft
 from harness.experiments.serving.client import Condition, table
 from harness.experiments.serving.engine_ttft import _cell, parser
-from harness.report.claims import Verdict, judge
 from harness.report.paper import CLAIMS
+from harness.report.verdicts import Verdict, judge
 from harness.results import slide
 from harness.results.serving import build
 from harness.results.undisturbed import FEW
@@ -105,6 +105,7 @@ def test_stalls_are_of_undisturbed_runs_and_bytes_of_all(tmp_path, marked, reduc
         for policy, size, stall in (("clean-first", 100, 0.5 * slow), ("lru", 350, 2.0), ("fifo", 400, 1.0)):
             reading = BUSY if seed < marked and policy == "clean-first" else CALM
             runs.append(run_record(policy, seed, size, stall) | {"quiet": reading})
+            runs.append(runs[-1] | {"condition": "slow disk"})  # where stalls are judged
     (tmp_path / "volume.jsonl").write_text("\n".join(map(json.dumps, runs)))
     found = slide.summarise(tmp_path, {})
     assert found["headline"]["lru_over_clean_first_bytes"] == pytest.approx(3.5)

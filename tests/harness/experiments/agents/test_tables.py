@@ -10,9 +10,9 @@ from cacheslide.errors import ConfigError
 from harness.configuration import check
 from harness.experiments.agents import steps as study_agents
 from harness.experiments.agents.replay import call_f1
-from harness.report.claims import NotMeasured, Verdict, judge
 from harness.report.claims_agents import inverse
 from harness.report.paper import CLAIMS
+from harness.report.verdicts import NotMeasured, Verdict, judge
 from harness.results.agent_load import bins_of, load_table, series_table
 from harness.results.agents import grid_table, quality_table, turns_table, windows_table
 from harness.results.runs import RecordFile, read_file

@@ -56,9 +56,22 @@ class Team:
 
         def summed(sums: Tensor) -> Tensor:
             self.entered = True
+            if self.group is None:
+                return reduce(sums)
             if not self.agree([True])[0]:
                 raise PeerFault("another rank has nothing to add to the sum")
-            return reduce(sums)
+            error, out = None, sums
+            with _counted(self.group) as done:
+                try:
+                    out = reduce(sums)
+                except Exception as raised:
+                    error = raised
+            if error is not None and not done:
+                with suppress(Exception):  # whatever stops it stops the others at the same place
+                    self.group.all_reduce(torch.zeros_like(sums))  # the other ranks wait for this rank's part
+            if not self.agree([error is None])[0]:
+                raise error or PeerFault("another rank failed at the sum")
+            return out
 
         return summed
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -54,6 +56,13 @@ def run_ranks(module: str, *args: str) -> list[dict]:
     environment = {**os.environ, **VLLM_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # the ranks are processes
     command = [sys.executable, "-m", module, *args]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, error = process.communicate(timeout=600)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # ranks that hang would take the cores of every test behind this one
+    assert process.returncode == 0, error[-3000:]
+    return json.loads(out.splitlines()[-1])

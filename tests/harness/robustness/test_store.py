@@ -59,7 +59,5 @@ def test_the_campaigns_are_listed_and_damage_counts_its_rounds(tmp_path, monkeyp
     assert {"folders", "damage", "writers"} <= set(CAMPAIGNS)
     monkeypatch.setattr(damage, "_ROUNDS", 2)
     found = damage.run(0.0001, 1, tmp_path)
-    assert (
-        logging.getLogger("cacheslide.store").level == logging.NOTSET
-    )  # its warnings are read on
+    assert logging.getLogger("cacheslide.store").level == logging.NOTSET  # its warnings are read on
     assert found["rounds"] == 2 and found["served"] > 0 and found["faults"] == 0

@@ -68,9 +68,8 @@ _GEMMA = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _BIASED = ("attn_q", "attn_k", "attn_v")  # have a bias in Qwen2
-_27B_LAYERS = (
-    62  # only Gemma 3 27B scales its scores by a number other than head_dim; llama.cpp tells it by its layer count
-)
+# Only Gemma 3 27B scales its scores by a number other than head_dim; llama.cpp recognises it by its layer count.
+_27B_LAYERS = 62
 
 
 def is_gguf(path: str | Path) -> bool:

@@ -114,7 +114,7 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
     def get_kv_connector_stats(self) -> ReuseStats | None:
         if self.scheduler is not None:
             return self.scheduler.take_stats()
-        return ReuseStats(data=found) if (found := self.faults.take()) else None
+        return ReuseStats(data=counts) if (counts := self.faults.take()) else None
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ReuseStats:

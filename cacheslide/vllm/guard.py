@@ -84,8 +84,8 @@ class Faults:
         kind = entry, type(error)
         if kind not in self._logged:
             self._logged.add(kind)
-            what = ENTRIES.get(entry, "")
-            logger.error("CacheSlide: a fault at %s, not logged again: %s", entry, what, exc_info=error)
+            consequence = ENTRIES.get(entry, "")
+            logger.error("CacheSlide: a fault at %s, not logged again: %s", entry, consequence, exc_info=error)
 
     def take(self) -> dict[str, int]:
         """Counts since the last call, with the names of `ReuseStats`."""

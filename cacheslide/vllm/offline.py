@@ -142,9 +142,9 @@ def beam_search(
     invalid annotations.
     """
     search = _AnnotatedSearch(engine, annotations, params.max_tokens)
-    found = search.beam_search(prompts, params, **options)
+    results = search.beam_search(prompts, params, **options)
     receipts = [None if s is None else receipt_in(s.kv_transfer_params) for s in search.searches]
-    return [Searched(f.sequences, r) for f, r in zip(found, receipts, strict=True)]
+    return [Searched(f.sequences, r) for f, r in zip(results, receipts, strict=True)]
 
 
 class _AnnotatedSearch(LLM):
@@ -156,8 +156,8 @@ class _AnnotatedSearch(LLM):
 
     def _preprocess_cmpl(self, prompts: Sequence[Any], *args: Any, **kwargs: Any) -> list[Any]:
         config, rendered = self.llm_engine.vllm_config, super()._preprocess_cmpl(prompts, *args, **kwargs)
-        asked = zip(rendered, self.annotations, strict=True)
-        self.searches = [start_search(config, self.renderer, p, m, self.tokens) for p, m in asked]
+        pairs = zip(rendered, self.annotations, strict=True)
+        self.searches = [start_search(config, self.renderer, p, m, self.tokens) for p, m in pairs]
         if short := [s.max_tokens for s in self.searches if s is not None and s.max_tokens != self.tokens]:
             raise VLLMValidationError(f"{self.tokens} tokens do not fit behind a prompt that runs: {min(short)} do")
         return [p if s is None else s.prompt for p, s in zip(rendered, self.searches, strict=True)]

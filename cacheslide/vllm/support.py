@@ -90,9 +90,9 @@ def check(vllm_config: Any, kv_cache_config: Any) -> None:
         "prefix_match_unit": getattr(vllm_config.cache_config, "prefix_match_unit", None) is not None,
         "prompt embeddings": getattr(model, "enable_prompt_embeds", False),
     }
-    for what, asked in refusals.items():
-        if asked:
-            raise ConfigError(f"CacheSlide does not work with {what}: switch it off, or serve without the connector")
+    for feature, wanted in refusals.items():
+        if wanted:
+            raise ConfigError(f"CacheSlide does not work with {feature}: switch it off, or serve without the connector")
     _check_cache(kv_cache_config)
 
 
@@ -133,9 +133,9 @@ def check_cope(vllm_config: Any) -> None:
         "dual batch overlap": getattr(parallel, "enable_dbo", False),
         "prompt embeddings": getattr(model, "enable_prompt_embeds", False),
     }
-    for what, asked in refusals.items():
-        if asked:
-            raise ConfigError(f"a CoPE model does not work with {what}: switch it off, or serve without the adapter")
+    for feature, wanted in refusals.items():
+        if wanted:
+            raise ConfigError(f"a CoPE model does not work with {feature}: switch it off, or serve without the adapter")
 
 
 def _check_cache(kv_cache_config: Any) -> None:

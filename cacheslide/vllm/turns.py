@@ -43,8 +43,8 @@ class Turns:
 
     def answered(self, token_ids: Sequence[int]) -> None:
         """Append the last question and `token_ids`, generated for it, to the history."""
-        whole = self._asked + list(token_ids)
-        end = len(whole) - 1 if len(token_ids) else self._start  # the last generated token has no KV yet
+        tokens = self._asked + list(token_ids)
+        end = len(tokens) - 1 if len(token_ids) else self._start  # the last generated token has no KV yet
         if end > self._start:
-            self.pieces.append(whole[self._start : end])
-        self._open = whole[max(end, self._start) :]
+            self.pieces.append(tokens[self._start : end])
+        self._open = tokens[max(end, self._start) :]

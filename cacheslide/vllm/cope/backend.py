@@ -141,9 +141,9 @@ class CopeImpl(AttentionImpl[CopeMetadata]):
             f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
             "KV shared between layers": kv_sharing_target_layer_name is not None,
         }
-        for what, asked in refusals.items():
-            if asked:
-                raise ModelError(f"CoPE attention does not work with {what}")
+        for feature, wanted in refusals.items():
+            if wanted:
+                raise ModelError(f"CoPE attention does not work with {feature}")
 
     def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor):
         """Store key, value [n, kv_heads, head_size] at `slot_mapping` [n]; slots below 0 are skipped."""
@@ -176,17 +176,17 @@ class CopeImpl(AttentionImpl[CopeMetadata]):
                 torch.empty(query.shape[0] * query.shape[1] * (len(positions) + 2), device=query.device)
             return output.fill_(0)
         batch = attn_metadata
-        tokens, some = batch.num_actual_tokens, batch.decodes
-        if some:
+        tokens, decodes = batch.num_actual_tokens, batch.decodes
+        if decodes:
             cope_decode(
-                query[:some], batch.decoding, batch.decode_table, kv_cache, positions, self.scale, output[:some],
+                query[:decodes], batch.decoding, batch.decode_table, kv_cache, positions, self.scale, output[:decodes],
                 batch.max_row,
             )  # fmt: skip
-        if some < tokens:
+        if decodes < tokens:
             slots = batch.slots_of(layer.cope_layer, layer.cope_offsets, kv_cache.shape[2])
             cope_attention(
-                query[some:tokens], batch.rows, batch.bounds, batch.block_table, kv_cache, positions, self.scale,
-                output[some:tokens], batch.max_row, slots,
+                query[decodes:tokens], batch.rows, batch.bounds, batch.block_table, kv_cache, positions, self.scale,
+                output[decodes:tokens], batch.max_row, slots,
             )  # fmt: skip
         return output
 

@@ -92,9 +92,9 @@ class CacheSlideCopeForCausalLM(LlamaForCausalLM):
         if (offsets.shape[0], offsets.shape[2]) != (len(self.model.layers), attention.total_num_heads):
             raise ModelError(f"slot offsets {tuple(offsets.shape)} do not fit the model's layers and heads")
         first = get_tensor_model_parallel_rank() * attention.num_heads
-        mine = offsets[:, :, first : first + attention.num_heads]
+        rank_offsets = offsets[:, :, first : first + attention.num_heads]
         device = self.model.layers[0].input_layernorm.weight.device
-        return LayerOffsets(mine.to(device, torch.float32).contiguous(), self.setup.cap)
+        return LayerOffsets(rank_offsets.to(device, torch.float32).contiguous(), self.setup.cap)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the base's weights plus LoRA; ModelError unless the adapter was trained on these weights."""

@@ -24,8 +24,8 @@ def overrides(
     if "architectures" in others:
         raise ConfigError("with a CoPE adapter hf_overrides cannot name another architecture")
     find_cope(adapter, live=live)
-    mine = {"architectures": [ARCHITECTURE], ADAPTER: str(Path(adapter).resolve()), _LIVE: live, _CAP: cap}
-    return others | mine
+    own = {"architectures": [ARCHITECTURE], ADAPTER: str(Path(adapter).resolve()), _LIVE: live, _CAP: cap}
+    return others | own
 
 
 def is_cope(hf_config: Any) -> bool:

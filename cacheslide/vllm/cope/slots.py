@@ -71,29 +71,29 @@ class LayerOffsets:
     def _of_batch(self, rows: Tensor, bounds: Tensor, table: Tensor, block_size: int) -> list[SlotOffsets]:
         device, requests = rows.device, len(bounds) - 1
         most = max(len(s.slots.bounds) for s in self._step)
-        said, lengths, flags = [], [], []
+        entries, lengths, flags = [], [], []
         for s in self._step:
             pieces = self._manager_block // block_size
             block = s.block_ids[s.first // self._manager_block] * pieces + s.first % self._manager_block // block_size
             pairs = [x for pair in s.slots.bounds for x in pair]
-            said.append([block, *pairs, *[NOWHERE] * (2 * most - len(pairs))])
+            entries.append([block, *pairs, *[NOWHERE] * (2 * most - len(pairs))])
             lengths.append(s.end - s.first)
-            mine = s.slots.canonical[s.first : s.end]
-            flags.append(torch.nn.functional.pad(mine, (0, lengths[-1] - len(mine))))  # generated rows are behind it
-        told = send(torch.tensor(said, dtype=torch.int32), device)
+            own = s.slots.canonical[s.first : s.end]
+            flags.append(torch.nn.functional.pad(own, (0, lengths[-1] - len(own))))  # then generated rows
+        known = send(torch.tensor(entries, dtype=torch.int32), device)
         sizes, flags = send(torch.tensor(lengths), device), send(torch.cat(flags), device)
 
         starts = bounds[:-1].long()
         # The block that each request writes first.
         blocks = table.gather(1, (rows[starts].long() // block_size)[:, None])[:, 0]
-        same = told[:, :1] == blocks
-        found, where = same.any(1), same.int().argmax(1)
+        equal = known[:, :1] == blocks
+        matched, where = equal.any(1), equal.int().argmax(1)
         pairs = torch.full((requests + 1, 2 * most), NOWHERE, dtype=torch.int32, device=device)
-        pairs.index_copy_(0, torch.where(found, where, requests), told[:, 1:])  # index `requests` stands for no match
+        pairs.index_copy_(0, torch.where(matched, where, requests), known[:, 1:])  # index `requests`: no match
         total, every = len(flags), torch.repeat_interleave
         inside = torch.arange(total, device=device) - every(sizes.cumsum(0) - sizes, sizes, output_size=total)
         canonical = torch.zeros(len(rows) + total, dtype=torch.bool, device=device)
-        at = every(torch.where(found, starts[where], len(rows)), sizes, output_size=total) + inside
+        at = every(torch.where(matched, starts[where], len(rows)), sizes, output_size=total) + inside
         canonical.index_copy_(0, at, flags)
         cu_slots = torch.arange(requests + 1, dtype=torch.int32, device=device) * most
         offsets = self.offsets[:, :most].repeat(1, requests, 1)

@@ -98,8 +98,8 @@ def _annotations(
     if "family" in raw:
         raise PromptError(f"{FIELD}: family is set by beam search alone; a request cannot send it")
     before = request.prompt_token_ids
-    found = Resolved(_resolve(raw, request, prompt, renderer, options))
-    annotations = Annotations.parse({FIELD: found})
+    spans = Resolved(_resolve(raw, request, prompt, renderer, options))
+    annotations = Annotations.parse({FIELD: spans})
     if request.prompt_token_ids is not before:  # vLLM uses the original ids elsewhere
         _check_length(len(before), len(request.prompt_token_ids), limits)
     policy = annotations.system(options.policy)
@@ -108,7 +108,7 @@ def _annotations(
     annotated = annotations.prompt(request.prompt_token_ids or ())
     if policy.transform(annotated) != annotated:
         raise PolicyError(f"{policy.name} rewrites prompts: apply its transform before sending")
-    return annotations, found
+    return annotations, spans
 
 
 def _asked(params: Any, extra: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -136,14 +136,14 @@ def _resolve(raw: Mapping[str, Any], request, prompt, renderer, options: ServerO
     separator = raw.get("separator") or (True if "roles" in raw else None)
     ways = {"segments": "segments" in raw, "separator": separator, "messages": raw.get("messages")}
     ways["find"] = raw.get("find")
-    asked = [name for name, value in ways.items() if value is not None and value is not False]
-    if len(asked) > 1:
-        raise PromptError(f"{FIELD}: {' and '.join(asked)} are two ways to annotate a request: choose one")
+    given = [name for name, value in ways.items() if value is not None and value is not False]
+    if len(given) > 1:
+        raise PromptError(f"{FIELD}: {' and '.join(given)} are two ways to annotate a request: choose one")
     rest = {key: value for key, value in raw.items() if key not in ("separator", "roles", "messages")}
     for name in DOOR_KEYS:
         if name in raw and (raw[name] is None or raw[name] is False):
             raise PromptError(f"{FIELD}: {name} cannot be {shown(raw[name])}: leave it out")
-    if asked == ["separator"]:
+    if given == ["separator"]:
         separator = _separator(separator, options)
         if not request.prompt_token_ids or request.mm_features:
             raise PromptError("a separator needs a prompt of text or token ids alone")
@@ -151,7 +151,7 @@ def _resolve(raw: Mapping[str, Any], request, prompt, renderer, options: ServerO
         ids, spans = cut(separator, raw.get("roles"), text_of(prompt), request.prompt_token_ids, tokenizer)
         request.prompt_token_ids = ids
         return rest | {"segments": spans}
-    if asked == ["messages"]:
+    if given == ["messages"]:
         if "note" in raw:
             check_text(f"{FIELD}: note", raw["note"], NOTE)
         spans, note = _chat_spans(raw["messages"], request, prompt, renderer)
@@ -159,9 +159,9 @@ def _resolve(raw: Mapping[str, Any], request, prompt, renderer, options: ServerO
     return raw
 
 
-def _separator(asked: Any, options: ServerOptions) -> str | Sequence[int]:
-    separator = options.own_separator if asked is True else asked
-    if asked is True and not separator:
+def _separator(value: Any, options: ServerOptions) -> str | Sequence[int]:
+    separator = options.own_separator if value is True else value
+    if value is True and not separator:
         raise PromptError("this server has no separator of its own (option separator): name one")
     ids = isinstance(separator, list | tuple) and all(type(t) is int and t >= 0 for t in separator)
     if not isinstance(separator, str) and not ids:

@@ -31,22 +31,22 @@ def start_search(
     extra = vllm_config.kv_transfer_config.kv_connector_extra_config
     if extra.get("find_spans") and FIELD not in (params or {}):
         params = {**(params or {}), FIELD: {"find": True}}
-    asked = SimpleNamespace(
+    draft = SimpleNamespace(
         prompt_token_ids=prompt["prompt_token_ids"],
         mm_features=prompt.get("mm_placeholders"),
         sampling_params=SimpleNamespace(extra_args={"kv_transfer_params": params}),
         cache_salt=prompt.get("cache_salt"),
     )
-    admit(asked, prompt, renderer, extra, Limits.of(vllm_config))
-    annotations = (asked.sampling_params.extra_args["kv_transfer_params"] or {}).get(FIELD)
+    admit(draft, prompt, renderer, extra, Limits.of(vllm_config))
+    annotations = (draft.sampling_params.extra_args["kv_transfer_params"] or {}).get(FIELD)
     if annotations is None or (annotations.get("find") is False and not annotations.get("segments")):
         return None
-    if asked.prompt_token_ids is not prompt["prompt_token_ids"]:
-        lengths = len(prompt["prompt_token_ids"]), len(asked.prompt_token_ids)
+    if draft.prompt_token_ids is not prompt["prompt_token_ids"]:
+        lengths = len(prompt["prompt_token_ids"]), len(draft.prompt_token_ids)
         max_tokens = fitted(max_tokens, *lengths, vllm_config.model_config.max_model_len)
-        prompt = {**prompt, **retold(prompt, asked.prompt_token_ids, renderer.tokenizer)}
-    if asked.cache_salt is not None:
-        prompt = {**prompt, "cache_salt": asked.cache_salt}
+        prompt = {**prompt, **retold(prompt, draft.prompt_token_ids, renderer.tokenizer)}
+    if draft.cache_salt is not None:
+        prompt = {**prompt, "cache_salt": draft.cache_salt}
     return Search(prompt, params, annotations, max_tokens)
 
 
@@ -99,7 +99,7 @@ class Search:
         """For the response: the first step's receipt, with counts of requests and of reuse."""
         if self.receipt is None:
             return None
-        said = self.receipt | {"beams": {"requests": self.requests, "completed_by_reuse": self.completed}}
+        receipt = self.receipt | {"beams": {"requests": self.requests, "completed_by_reuse": self.completed}}
         if self._retains_history:
-            said |= {"history": None, "note": "; ".join(x for x in (said.get("note"), _NO_HISTORY) if x)}
-        return {FIELD: said}
+            receipt |= {"history": None, "note": "; ".join(x for x in (receipt.get("note"), _NO_HISTORY) if x)}
+        return {FIELD: receipt}

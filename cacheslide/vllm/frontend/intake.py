@@ -26,14 +26,14 @@ def taken(vllm_config, renderer, prompt: Any, params: Any, in_place: bool = Fals
         return prompt, params
     changed: dict[str, Any] = {}
     ids, salt, limits = prompt.get("prompt_token_ids"), prompt.get("cache_salt"), Limits.of(vllm_config)
-    asked = SimpleNamespace(extra_args=params.extra_args)
+    sampling = SimpleNamespace(extra_args=params.extra_args)
     request = SimpleNamespace(
-        prompt_token_ids=ids, mm_features=prompt.get("mm_placeholders"), sampling_params=asked, cache_salt=salt
+        prompt_token_ids=ids, mm_features=prompt.get("mm_placeholders"), sampling_params=sampling, cache_salt=salt
     )
     admit(request, prompt, renderer, vllm_config.kv_transfer_config.kv_connector_extra_config, limits)
-    if asked.extra_args is not params.extra_args:
+    if sampling.extra_args is not params.extra_args:
         params = copy.copy(params)
-        params.extra_args = asked.extra_args
+        params.extra_args = sampling.extra_args
     if request.cache_salt != salt:
         changed["cache_salt"] = request.cache_salt
     if request.prompt_token_ids is not ids:

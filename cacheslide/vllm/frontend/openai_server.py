@@ -65,12 +65,12 @@ def _adapt_loaded() -> None:
 
 def _adapt(module: str, owner: str | None, name: str, wrap: Callable) -> None:
     if (loaded := sys.modules.get(module)) is not None:
-        held = loaded if owner is None else getattr(loaded, owner)
-        plain = getattr(held, name)
+        original = loaded if owner is None else getattr(loaded, owner)
+        plain = getattr(original, name)
         if not hasattr(plain, "adapted"):
             wrapped = wrap(plain)
             wrapped.adapted = True
-            setattr(held, name, wrapped)
+            setattr(original, name, wrapped)
 
 
 def _reading(plain):
@@ -117,8 +117,8 @@ def _searched(plain):
 
     @wraps(plain)
     def beam_search(self, prompt, request_id, params, *args: Any, **kwargs: Any):
-        asked = getattr(params, "kv_transfer_params", None)
-        search = start_search(self.engine_client.vllm_config, self.renderer, prompt, asked, params.max_tokens)
+        transfer_params = getattr(params, "kv_transfer_params", None)
+        search = start_search(self.engine_client.vllm_config, self.renderer, prompt, transfer_params, params.max_tokens)
         if search is None:
             return plain(self, prompt, request_id, params, *args, **kwargs)
         if search.max_tokens != params.max_tokens:
@@ -158,10 +158,10 @@ def _with_receipt(plain, kind: str):
     @wraps(plain)
     async def stream(self, request, *args: Any, **kwargs: Any) -> AsyncIterator[str]:
         call = signature.bind(self, request, *args, **kwargs)
-        found: dict[str, Any] = {}
-        call.arguments["result_generator"] = _watched(call.arguments["result_generator"], found)
+        receipt: dict[str, Any] = {}
+        call.arguments["result_generator"] = _watched(call.arguments["result_generator"], receipt)
         async for event in plain(*call.args, **call.kwargs):
-            if event == _DONE and found and (last := _last(kind, call.arguments, found)):
+            if event == _DONE and receipt and (last := _last(kind, call.arguments, receipt)):
                 yield last
             yield event
 
@@ -183,13 +183,13 @@ def _event(kind: str, call: dict[str, Any], receipt: dict[str, Any]) -> dict[str
     return head | {"kv_transfer_params": receipt}
 
 
-async def _watched(results: AsyncIterator[Any], found: dict[str, Any]) -> AsyncIterator[Any]:
+async def _watched(results: AsyncIterator[Any], receipt: dict[str, Any]) -> AsyncIterator[Any]:
     """Pass on the results, copying the first receipt among them into `receipt`."""
     async for result in results:
         try:
             output = result[1] if isinstance(result, tuple) else result
-            if not found and FIELD in (output.kv_transfer_params or {}):
-                found |= output.kv_transfer_params
+            if not receipt and FIELD in (output.kv_transfer_params or {}):
+                receipt |= output.kv_transfer_params
         except Exception as error:
             SERVER.note("server", error)
         yield result

@@ -67,8 +67,8 @@ def text_after(text: str, before: Sequence[int], after: Sequence[int], tokenizer
 
     Special tokens that the tokenizer puts before the text are in neither text.
     """
-    whole, left = tokenizer.decode(before), tokenizer.decode(after)
-    head = whole.removesuffix(text) if text and whole.endswith(text) else None
+    original, left = tokenizer.decode(before), tokenizer.decode(after)
+    head = original.removesuffix(text) if text and original.endswith(text) else None
     if head is not None and left.startswith(head):
         return left[len(head) :]
     return tokenizer.decode(after, skip_special_tokens=True)

@@ -44,13 +44,13 @@ class ReuseStats(KVConnectorStats):
 
     def record(self, receipt: Mapping[str, Any]) -> None:
         """Count one finished request."""
-        found = {"requests": 1} | {name: receipt[name] for name in COUNTERS if name != "requests"}
-        found |= {old: receipt[new] for old, new in OLD_COUNTERS.items()}
+        counted = {"requests": 1} | {name: receipt[name] for name in COUNTERS if name != "requests"}
+        counted |= {old: receipt[new] for old, new in OLD_COUNTERS.items()}
         if kind := kind_of(receipt["fallback"]):
-            found[f"fallbacks.{kind}"] = 1
+            counted[f"fallbacks.{kind}"] = 1
         for tier, counts in receipt.get("tiers", {}).items():
-            found[f"store_chunks.{tier}"], found[f"store_bytes.{tier}"] = counts["chunks"], counts["bytes"]
-        self.count(found)
+            counted[f"store_chunks.{tier}"], counted[f"store_bytes.{tier}"] = counts["chunks"], counts["bytes"]
+        self.count(counted)
         for why in receipt.get("store_failures", {}).values():
             self.count({f"store_failures.{failure_of(why)}": 1})
 
@@ -92,13 +92,13 @@ class ReuseMetrics(KVConnectorPromMetrics):
         _unregister()
         self.counters, self.faults = {}, SERVER
         old = {name: f"Old name of {new}" for name, new in OLD_COUNTERS.items()}
-        for name, what in (COUNTERS | old).items():
-            counter = self._counter_cls(name=f"cacheslide:{name}", documentation=what, labelnames=labelnames)
+        for name, description in (COUNTERS | old).items():
+            counter = self._counter_cls(name=f"cacheslide:{name}", documentation=description, labelnames=labelnames)
             for engine, labels in per_engine_labelvalues.items():
                 self.counters[engine, name] = counter.labels(*labels)
-        for name, (label, values, what) in LABELLED.items():
+        for name, (label, values, description) in LABELLED.items():
             names = [*labelnames, label]
-            counter = self._counter_cls(name=f"cacheslide:{name}", documentation=what, labelnames=names)
+            counter = self._counter_cls(name=f"cacheslide:{name}", documentation=description, labelnames=names)
             for engine, labels in per_engine_labelvalues.items():
                 for value in values:
                     self.counters[engine, f"{name}.{value}"] = counter.labels(*labels, value)

@@ -20,8 +20,8 @@ def forecast(tracked: Tracked) -> dict[str, Any]:
 
 def bare(rows: int, why: str) -> dict[str, Any]:
     """The receipt of a request of which only its rows are known."""
-    said = Receipt("", rows, fallback=why).as_dict()
-    return said | {"tokens_prefix_cached": 0, "measured": False, "generation": 0, "tiers": {}}
+    receipt = Receipt("", rows, fallback=why).as_dict()
+    return receipt | {"tokens_prefix_cached": 0, "measured": False, "generation": 0, "tiers": {}}
 
 
 def tiers_of(
@@ -35,7 +35,7 @@ def tiers_of(
     for key, chunk in tracked.reuse:
         in_memory = MEMORY[store_device], geometry.chunk_bytes(len(chunk), probes, scores)
         tier, nbytes = tracked.storage.tiers.get(key, in_memory)
-        found = out.setdefault(tier, {"chunks": 0, "bytes": 0})
-        found["chunks"] += 1
-        found["bytes"] += nbytes
+        totals = out.setdefault(tier, {"chunks": 0, "bytes": 0})
+        totals["chunks"] += 1
+        totals["bytes"] += nbytes
     return out

@@ -159,11 +159,11 @@ class ChunkRetention:
 
     def _hand_out_scores(self, step: StepPlan, budget: int, busy: bool) -> None:
         """Hand out score jobs of chunks that are or will be stored, within the rest of the budget."""
-        still, waiting = {key for entry in self.jobs for key in entry.job.plan.keys}, []
+        unencoded, waiting = {key for entry in self.jobs for key in entry.job.plan.keys}, []
         for entry in self.score_jobs:
             wanted = {k for k in entry.job.plan.keys if k in self.index and not self.index.generation(k)}
             job = entry.job.of(wanted - self.index.scored)
-            if not still.isdisjoint(entry.job.plan.keys):
+            if not unencoded.isdisjoint(entry.job.plan.keys):
                 waiting.append(entry)
                 continue
             if not job.plan.chunks:

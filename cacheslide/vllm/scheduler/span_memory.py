@@ -75,16 +75,16 @@ class SpanMemory:
         cuts = content_cuts(token_ids, *self.sizes)
         names = [_name(token_ids[a:b]) for a, b in cuts]
         best = self._most_alike(tenant, names, cuts)
-        found: list[int] = []
+        fixed: list[int] = []
         if best is not None:
             seen = self._prompts[best]
             pairs = _in_order(names, seen.spans)
-            found = _fixed(pairs, seen.fixed)
+            fixed = _fixed(pairs, seen.fixed)
             self._prompts.move_to_end(best)
             if len(pairs) == len(seen.spans):  # the prompt has grown: the new entry replaces the old one
                 self._forget(best)
-        self._learn(tenant, names, frozenset(found))
-        return [cuts[i] for i in found]
+        self._learn(tenant, names, frozenset(fixed))
+        return [cuts[i] for i in fixed]
 
     def _most_alike(self, tenant: str, names: Sequence[bytes], cuts: Sequence[tuple[int, int]]) -> int | None:
         """The earlier prompt that shares most tokens, the latest of equals."""
@@ -147,8 +147,8 @@ def _in_order(new: Sequence[bytes], old: Sequence[bytes]) -> list[tuple[int, int
             at = bisect_left(ends, j)
             link = ((i, j), links[at - 1] if at else None)
             ends[at : at + 1], links[at : at + 1] = [j], [link]
-    found, link = [], links[-1] if links else None
+    pairs, link = [], links[-1] if links else None
     while link is not None:
-        found.append(link[0])
+        pairs.append(link[0])
         link = link[1]
-    return found[::-1]
+    return pairs[::-1]

@@ -59,8 +59,8 @@ class RowKernel:
 
     def _shared(self, groups: tuple[RowGroup, ...], device: torch.device, scale: float) -> Launch:
         """The launch common to all layers between two selections, made once."""
-        same = len(groups) == len(self._groups) and all(a is b for a, b in zip(groups, self._groups, strict=True))
-        if not same:
+        unchanged = len(groups) == len(self._groups) and all(a is b for a, b in zip(groups, self._groups, strict=True))
+        if not unchanged:
             rows = packed_rows(groups, device)
             self._groups, self._made = groups, self.launch(*rows, scale, self.extras(groups))
         return self._made

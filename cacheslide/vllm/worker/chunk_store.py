@@ -64,9 +64,9 @@ class WorkerStore(MemoryChunkStore):
             both = side_by_side(chunk.k, chunk.v)
             pair = (chunk.k, chunk.v) if both is None else (both,)
             # From pinned memory to a GPU this does not wait for queued work.
-            held = [t.to(self.device, non_blocking=True) for t in (*pair, *chunk.layer_inputs.values())]
-            k, v = held[:2] if both is None else held[0].unbind(2)
-            self._hold(key, chunk, k, v, held[len(pair) :])
+            tensors = [t.to(self.device, non_blocking=True) for t in (*pair, *chunk.layer_inputs.values())]
+            k, v = tensors[:2] if both is None else tensors[0].unbind(2)
+            self._hold(key, chunk, k, v, tensors[len(pair) :])
 
     def _hold(self, key: ChunkKey, chunk: ChunkKV, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> None:
         positions = chunk.positions.cpu()  # read only by the host

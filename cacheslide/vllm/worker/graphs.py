@@ -282,8 +282,8 @@ class GraphedPrefill(StaticPrefill):
             self.faults.note(ENTRY, error)
             return "not recorded"
         self.recorded[size] = recorded
-        took, held = 1e3 * (time.perf_counter() - started), self.nbytes / 2**20
-        logger.info("CacheSlide: recorded layers of %s in %.0f ms; all sizes hold %.0f MiB", size, took, held)
+        took, mib = 1e3 * (time.perf_counter() - started), self.nbytes / 2**20
+        logger.info("CacheSlide: recorded layers of %s in %.0f ms; all sizes hold %.0f MiB", size, took, mib)
         return recorded
 
     def forget(self) -> None:

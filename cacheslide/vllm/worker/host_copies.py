@@ -41,16 +41,16 @@ class HostCopies:
         current = torch.cuda.current_stream(self.device)
         self._make_room(nbytes, current)
         self.memory.settle()  # evicted chunks make room for these
-        held = [self.memory.for_stream(t.shape, t.dtype, self.stream) for t in tensors]
+        copies = [self.memory.for_stream(t.shape, t.dtype, self.stream) for t in tensors]
         self.stream.wait_stream(current)
         done = torch.cuda.Event()
         with torch.cuda.stream(self.stream):
-            for to, source in zip(held, tensors, strict=True):
+            for to, source in zip(copies, tensors, strict=True):
                 to.copy_(source, non_blocking=True)
             done.record(self.stream)
         self._sources.append((done, tensors, nbytes))
         self.held += nbytes
-        return held, done
+        return copies, done
 
     def finish(self) -> None:
         """Wait on the host for all copies, and release their sources."""

@@ -71,7 +71,7 @@ class PagedLayer:
         index = torch.arange(size * dim).view(size, 1, dim).expand(size, heads, dim) + 1  # 0 means not written
         orders = []
         for which in range(2):
-            found = torch.zeros(size * width, dtype=torch.int64)
+            indices = torch.zeros(size * width, dtype=torch.int64)
             for shift in range(0, (size * dim).bit_length(), _DIGIT):
                 digit = ((index >> shift) & ((1 << _DIGIT) - 1)).to(self.cache.dtype)
                 pair = [torch.zeros_like(digit), torch.zeros_like(digit)]
@@ -81,11 +81,11 @@ class PagedLayer:
                 regions = scratch.view(heads, -1).long()
                 if not torch.equal(regions, regions[:1].expand_as(regions)):
                     raise RuntimeError("the CPU attention backend packs its heads in different orders")
-                found += regions[0] << shift
-            place = found.nonzero()[:, 0]
+                indices += regions[0] << shift
+            place = indices.nonzero()[:, 0]
             order = torch.empty(size * dim, dtype=torch.int64)
-            order[found[place] - 1] = place
-            if len(place) != size * dim or not torch.equal(found[order], torch.arange(size * dim) + 1):
+            order[indices[place] - 1] = place
+            if len(place) != size * dim or not torch.equal(indices[order], torch.arange(size * dim) + 1):
                 raise RuntimeError("the CPU attention backend's cache layout could not be learnt")
             orders.append(order)
         return tuple(orders)

@@ -57,10 +57,10 @@ class Loading:
         held = {(load.req_id, i): self._one(load, i) for load in self.loads for i in range(len(load.reuse))}
         digests = {at: _mark(chunk) for at, chunk in held.items()} if self._scored else {}
         self.worker.joined = True
-        together, *found = self.worker.team.agree([True, *(chunk is not None for chunk in held.values())])
+        together, *everywhere = self.worker.team.agree([True, *(chunk is not None for chunk in held.values())])
         if not together:
             return None
-        held = {at: chunk for (at, chunk), there in zip(held.items(), found, strict=True) if there}
+        held = {at: chunk for (at, chunk), present in zip(held.items(), everywhere, strict=True) if present}
         return self._agreed(held, digests) if self._scored else held
 
     @property
@@ -76,7 +76,7 @@ class Loading:
         """
         alike = self.worker.team.alike([digests[at] for at in held])
         pairs = zip(held.items(), alike, strict=True)
-        return {at: chunk if same else replace(chunk, scores=None) for (at, chunk), same in pairs}
+        return {at: chunk if equal else replace(chunk, scores=None) for (at, chunk), equal in pairs}
 
     def _one(self, load: LoadPlan, number: int) -> ChunkKV | None:
         key, chunk = load.reuse[number]
@@ -97,8 +97,8 @@ class Loading:
         worker, model = self.worker, self.model
         try:
             with worker.team.unit():
-                receipts, found = zip(*(self._find(load, held) for load in loads), strict=True)
-                pairs = list(zip(loads, found, strict=True))
+                receipts, reused = zip(*(self._find(load, held) for load in loads), strict=True)
+                pairs = list(zip(loads, reused, strict=True))
                 self.requests.reserve((cached.pieces, load.correction) for load, cached in pairs)
                 requests = [self._prepare(load, cached) for load, cached in pairs]
                 with model.running(any(load.plan.schema for load in loads)):
@@ -108,10 +108,10 @@ class Loading:
             return False
         finally:
             worker.rings.run_over()
-        for load, *said in zip(loads, requests, receipts, outputs, strict=True):
+        for load, *results in zip(loads, requests, receipts, outputs, strict=True):
             worker.loads.done(load.req_id)
             try:
-                self._note(load, *said)
+                self._note(load, *results)
             except Exception as error:  # the rows are complete; only the report is missing
                 worker.faults.note(ENTRY, error)
         return True
@@ -126,18 +126,18 @@ class Loading:
                 self.worker.report.missing.add(key)
             return kv
 
-        found = find_pieces(() if held is None else load.reuse, load.start, load.limit, fetch, receipt)
+        cached = find_pieces(() if held is None else load.reuse, load.start, load.limit, fetch, receipt)
         if held is None or load.req_id in self.faulty:
             receipt.fallback = reason(ENTRY)
-        return receipt, found
+        return receipt, cached
 
-    def _prepare(self, load: LoadPlan, found: Found) -> PrefillRequest:
+    def _prepare(self, load: LoadPlan, cached: Found) -> PrefillRequest:
         plan, rows = load.plan, slice(load.start, load.end)
         return self.requests.build(
             plan.prompt.token_ids[rows],
             plan.positions[rows],
             self.model.paged_kv(load.block_ids, self.worker.block_size),
-            found=found,
+            found=cached,
             placement=load.placement,
             correction=load.correction,
             start=load.start,
@@ -149,9 +149,9 @@ class Loading:
 
     def _note(self, load: LoadPlan, request: PrefillRequest, receipt: Receipt, output: PrefillOutput) -> None:
         receipt.complete(output, len(request.reused), load.rows - load.end)  # vLLM computes the rows behind it
-        said = receipt.as_dict() | {"tokens_prefix_cached": load.start, "measured": True}
-        self.worker.report.receipts[load.req_id] = said
-        post(self.worker.engine_id, load.req_id, said)
+        record = receipt.as_dict() | {"tokens_prefix_cached": load.start, "measured": True}
+        self.worker.report.receipts[load.req_id] = record
+        post(self.worker.engine_id, load.req_id, record)
 
 
 def _mark(chunk: ChunkKV | None) -> int:

@@ -48,20 +48,20 @@ def find_model(static_forward_context: Mapping[str, object]) -> torch.nn.Module:
 
 def rotary_of(model: torch.nn.Module, config) -> Rotary:
     """Rotation tables for the model; ModelError unless they equal the model's rotation."""
-    theirs = model.model.layers[0].self_attn.rotary_emb
+    embedding = model.model.layers[0].self_attn.rotary_emb
     parameters = dict(config.rope_parameters)
-    inv = inverse_frequencies(theirs.head_size, float(parameters.pop("rope_theta", 10000.0)), parameters)
-    cos, sin = theirs.cos_sin_cache.float().chunk(2, dim=-1)
-    ours = Rotary(inv, len(cos), cos.device)
-    if not theirs.is_neox_style or cos.shape != ours.cos.shape:
+    inv = inverse_frequencies(embedding.head_size, float(parameters.pop("rope_theta", 10000.0)), parameters)
+    cos, sin = embedding.cos_sin_cache.float().chunk(2, dim=-1)
+    rotary = Rotary(inv, len(cos), cos.device)
+    if not embedding.is_neox_style or cos.shape != rotary.cos.shape:
         raise ModelError("only full rotary embeddings in the half-split layout are supported")
     # The model's angles are float32: errors grow with the position. A wrong schedule shows in the first positions.
-    apart = max((x[:_PROBED] - y[:_PROBED]).abs().max().item() for x, y in ((cos, ours.cos), (sin, ours.sin)))
-    if apart > {torch.bfloat16: 5e-3, torch.float16: 1e-3}.get(theirs.cos_sin_cache.dtype, 3e-4):
+    apart = max((x[:_PROBED] - y[:_PROBED]).abs().max().item() for x, y in ((cos, rotary.cos), (sin, rotary.sin)))
+    if apart > {torch.bfloat16: 5e-3, torch.float16: 1e-3}.get(embedding.cos_sin_cache.dtype, 3e-4):
         raise ModelError(f"the model rotates differently from what its rope parameters say: {config.rope_parameters}")
-    if theirs.cos_sin_cache.dtype == torch.float32:  # one table for both uses; a rounded one moves worse
-        ours.cos, ours.sin = cos, sin
-    return ours
+    if embedding.cos_sin_cache.dtype == torch.float32:  # one table for both uses; a rounded one moves worse
+        rotary.cos, rotary.sin = cos, sin
+    return rotary
 
 
 def unrotated(model: torch.nn.Module) -> Rotary:

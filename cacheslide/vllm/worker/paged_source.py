@@ -86,8 +86,8 @@ class PagedChunks(PlacedChunks):
     def _launch(self, k: Tensor, v: Tensor, span: slice, layer: int) -> None:
         """One launch per sequence of layers with the same rotation."""
         turns, first = None if self.turns is None else self.turns[span], layer
-        for _, same in groupby(self.rotaries[layer : layer + len(k)], id):
-            end = first + len(list(same))
+        for _, layers_of in groupby(self.rotaries[layer : layer + len(k)], id):
+            end = first + len(list(layers_of))
             layers, held = slice(first, end), slice(first - layer, end - layer)
             pointers = None if self.pointers is None else self.pointers[layers]
             rotary, caches = self.rotaries[first], self.caches[layers]
@@ -98,13 +98,13 @@ class PagedChunks(PlacedChunks):
         """See `KVSource.deviation`."""
         if len(index) != self.rows:
             return super().deviation(layer, index, k, v, metric)
-        found = [self._deviation(layer, fresh, name) for name, fresh in (("k", k), ("v", v)) if name in metric]
-        return found[0] if len(found) == 1 else found[0] + found[1]
+        parts = [self._deviation(layer, fresh, name) for name, fresh in (("k", k), ("v", v)) if name in metric]
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def _deviation(self, layer: int, fresh: Tensor, name: str) -> Tensor:
         """Deviation of all rows; only keys are rotated."""
-        turns, found = self.turns if name == "k" else None, []
+        turns, parts = self.turns if name == "k" else None, []
         for pair, span in zip(self._parts(layer)[1], self.spans, strict=True):
             cached, by = pair["kv".index(name)][0], None if turns is None else turns[span]
-            found.append(kernels.row_deviation(fresh[span], cached, by, self.rotaries[layer]))
-        return torch.cat(found)
+            parts.append(kernels.row_deviation(fresh[span], cached, by, self.rotaries[layer]))
+        return torch.cat(parts)

@@ -79,9 +79,9 @@ class PinnedMemory:
         if region is None:
             self.elsewhere += self._memory is not None
             return self._apart(nbytes), []
-        held = self._memory[region.start : region.start + nbytes]
-        weakref.finalize(held, self._returned.append, (region.start, region.end)).atexit = False
-        return torch.from_numpy(held), region.events
+        taken = self._memory[region.start : region.start + nbytes]
+        weakref.finalize(taken, self._returned.append, (region.start, region.end)).atexit = False
+        return torch.from_numpy(taken), region.events
 
     def for_host(self, nbytes: int) -> Tensor:
         """A region for the host to write to."""
@@ -149,8 +149,8 @@ def pin(nbytes: int) -> np.ndarray | None:
     nbytes = nbytes // BLOCK * BLOCK
     if not nbytes:
         return None
-    if nbytes > (there := psutil.virtual_memory().available):
-        logger.warning("CacheSlide pins memory as chunks come: %.1f of %.1f GiB are free", there / GIB, nbytes / GIB)
+    if nbytes > (free := psutil.virtual_memory().available):
+        logger.warning("CacheSlide pins memory as chunks come: %.1f of %.1f GiB are free", free / GIB, nbytes / GIB)
         return None
     memory = np.frombuffer(aligned_buffer(nbytes), dtype=np.uint8)
     cut = align(-(-nbytes // _THREADS))

@@ -39,9 +39,9 @@ class Team:
         """For each of `flags`, whether it is set on all ranks. Waits for the other ranks, not for the device."""
         if self.group is None or not flags:
             return list(flags)
-        said = torch.tensor([int(f) for f in flags], dtype=torch.int32)
-        torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MIN, group=self.group.cpu_group)
-        return [bool(x) for x in said.tolist()]
+        agreed = torch.tensor([int(f) for f in flags], dtype=torch.int32)
+        torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN, group=self.group.cpu_group)
+        return [bool(x) for x in agreed.tolist()]
 
     def alike(self, numbers: Sequence[int]) -> list[bool]:
         """For each of `numbers` (63 bits, same order on each rank), whether all ranks agree; waits like `agree`."""

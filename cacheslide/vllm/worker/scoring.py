@@ -30,15 +30,15 @@ class Scorer:
         to contribute.
         """
         worker, keys = self.worker, job.plan.keys
-        same, other = self._held(job)
+        equal, different = self._held(job)
         worker.scored += 1  # the sums below keep the ranks together
-        _, *everywhere = self.team.agree([True, *same, *other])  # all False for a rank that takes no part
+        _, *everywhere = self.team.agree([True, *equal, *different])  # all False for a rank that takes no part
         halves = everywhere[: len(keys)], everywhere[len(keys) :]
-        same, other = ({key for key, there in zip(keys, half, strict=True) if there} for half in halves)
-        for key, chunk in job.of(same).plan.keyed:  # nothing is summed: a failure here concerns no other rank
+        equal, different = ({key for key, present in zip(keys, half, strict=True) if present} for half in halves)
+        for key, chunk in job.of(equal).plan.keyed:  # nothing is summed: a failure here concerns no other rank
             worker.survive("score", self.store.rescore, key, torch.zeros(len(chunk)))
-        if other:
-            worker.survive("score", self._score, job.of(other))
+        if different:
+            worker.survive("score", self._score, job.of(different))
         self.store.await_no_more(keys)
 
     def skip(self, job: ScoreJob) -> None:
@@ -52,8 +52,8 @@ class Scorer:
         contrast = self._contrast(job)
         pairs = list(enumerate(job.plan.keys))
         held = [self.worker.holds(key) for _, key in pairs]
-        same = [h and contrast.same(i, self.store.first_position(k)) for h, (i, k) in zip(held, pairs, strict=True)]
-        return same, [h and not s for h, s in zip(held, same, strict=True)]
+        equal = [h and contrast.same(i, self.store.first_position(k)) for h, (i, k) in zip(held, pairs, strict=True)]
+        return equal, [h and not s for h, s in zip(held, equal, strict=True)]
 
     def _contrast(self, job: ScoreJob) -> Contrast:
         encoder = ChunkEncoder(self.model, self.store, self.model.dtype)

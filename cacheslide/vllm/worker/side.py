@@ -45,8 +45,8 @@ class WorkerSide:
     def attach(self) -> None:
         """Find the loaded model; the paged cache exists by now."""
         config = self.vllm_config
-        found = find_model(config.compilation_config.static_forward_context)
-        self.model = VllmModel(found, config.model_config.hf_text_config, Geometry.of(config))
+        model = find_model(config.compilation_config.static_forward_context)
+        self.model = VllmModel(model, config.model_config.hf_text_config, Geometry.of(config))
         self.memory = self._pinned_memory()
         self.storage_tier = self._open_storage_tier()
         self.store = self._open_store(self.options.store_device)
@@ -149,11 +149,11 @@ class WorkerSide:
 
     def _forget(self) -> None:
         """Drop all chunks, since the weights have changed. A chunk that cannot be dropped is never used again."""
-        held = list(self.store._chunks)
+        keys = list(self.store._chunks)
         self.survive("reset_cache", self.store.clear)
         if self.graphs is not None:
             self.survive("reset_cache", self.graphs.forget)
-        self.drop(held)
+        self.drop(keys)
         if self.storage_tier is not None:
             self.survive("reset_cache", self.storage_tier.forget)
 
@@ -234,7 +234,7 @@ class WorkerSide:
             if not together:
                 self._not_encoded(job)
                 continue
-            missing = {key for key, there in zip(job.plan.keys, everywhere, strict=True) if not there}
+            missing = {key for key, present in zip(job.plan.keys, everywhere, strict=True) if not present}
             self.drop(missing)
             self.store.awaiting.update(missing if job.scored else ())
             for part in job.parts():
@@ -279,15 +279,15 @@ class WorkerSide:
             return
         for fetch in step.fetches:
             self.evict(fetch.evict)
-        for key, ticket, found in self.storage_tier.arrivals(step.idle):
-            if found.chunk is None:
-                self.report.failed[key] = ticket, found.why
-            elif key in self.unsure or not self.survive("on_loaded", self.store.put_loaded, key, found.chunk):
+        for key, ticket, fetched in self.storage_tier.arrivals(step.idle):
+            if fetched.chunk is None:
+                self.report.failed[key] = ticket, fetched.why
+            elif key in self.unsure or not self.survive("on_loaded", self.store.put_loaded, key, fetched.chunk):
                 self.drop([key])
                 self.report.failed[key] = ticket, reason("on_loaded")
             else:
-                chunk, scored = found.chunk, found.chunk.scores is not None
-                self.report.loaded[key] = [ChunkLoaded(ticket, found.tier, chunk.nbytes, chunk.generation, scored)]
+                chunk, scored = fetched.chunk, fetched.chunk.scores is not None
+                self.report.loaded[key] = [ChunkLoaded(ticket, fetched.tier, chunk.nbytes, chunk.generation, scored)]
 
     def on_none_loaded(self, step: StepPlan) -> None:
         """Fallback of `on_loaded`: chunks that were read wait for the next step."""

@@ -94,8 +94,8 @@ class SpilledChunks:
             if done is not None:
                 done.synchronize()
             return Fetched(chunk, "host")
-        found = self.store.fetch(key, key, tokens=tokens)
-        if found.chunk is None:
+        fetched = self.store.fetch(key, key, tokens=tokens)
+        if fetched.chunk is None:
             self.give_up(key, ticket)
             return None
-        return found
+        return fetched

@@ -169,10 +169,10 @@ class StorageTier:
 
     def _read(self, key: ChunkKey, tokens: int | None) -> Fetched:
         try:
-            found = self.spilled.fetch(key, tokens) or self.store.fetch(key, tokens=tokens)
-            if found.chunk is None:
-                return found
-            return replace(found, chunk=self._settled(found.chunk))
+            fetched = self.spilled.fetch(key, tokens) or self.store.fetch(key, tokens=tokens)
+            if fetched.chunk is None:
+                return fetched
+            return replace(fetched, chunk=self._settled(fetched.chunk))
         except Exception as error:  # on any error the chunk is computed, and the receipt gives the reason
             return Fetched(None, why=f"read error: {error}")
 

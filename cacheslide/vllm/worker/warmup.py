@@ -27,15 +27,15 @@ def warm_up(model: VllmModel, max_tokens: int) -> None:
     rows, bounds = torch.arange(count, dtype=torch.int32, device=device), torch.tensor([0, count], dtype=torch.int32)
     table = torch.zeros(1, -(-max_tokens // size), dtype=torch.int32, device=device)
     cope = model.slot_offsets is not None
-    found = set()
+    tilings = set()
     for span in _SPANS:
         for n in _ROWS:
             if n <= span <= max(max_tokens, _SPANS[0]):
                 work = launch.Work(n, 1, span, heads, kv_heads, dim, size, model.dtype)
                 rule = cope_launch.choose_tiling(work) if cope else launch.choose_tiling(work, launch.device_of(q))
-                found.add(rule)
+                tilings.add(rule)
     shared = q, rows, bounds.to(device)
-    for tiling in found:
+    for tiling in tilings:
         if cope:
             _launch_cope(model, shared, cope_launch.paged(kv, table), tiling)
         else:
@@ -50,7 +50,7 @@ def warm_up(model: VllmModel, max_tokens: int) -> None:
         kernels.place_layers(k, k, nowhere, deltas, caches, model.rotaries[0], pointers)
         kernels.row_deviation(k[0], k[0], deltas, model.rotaries[0])
     torch.cuda.synchronize(device)
-    logger.info("CacheSlide's kernels: %d tilings, %.1f s", len(found), time.perf_counter() - started)
+    logger.info("CacheSlide's kernels: %d tilings, %.1f s", len(tilings), time.perf_counter() - started)
 
 
 def _launch_cope(

@@ -1,4 +1,4 @@
-"""The in-process backend over a CoPE model: the same tokenizer and prompts, answers one question after the other."""
+"""The in-process backend over a CoPE model, with the same tokenizer and prompts; answers questions one by one."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class CopeBackend(ReferenceBackend):
         self.model = load_cope(path, adapter, dtype_of(dtype), device, live, cap)
 
     def answers(self, state: Prefilled, example: TaskExample, max_new_tokens: int) -> list[str]:
-        """See `ReferenceBackend.answers`. Branches of one packed decode would count each other's gates."""
+        """See `ReferenceBackend.answers`. Not one packed decode, whose branches would add up each other's gates."""
         engine = self.engine(ReusePolicy("extend", ""), MemoryChunkStore(), EngineSettings())
         out = []
         for question in example.questions:

@@ -1,4 +1,4 @@
-"""The few numbers a run is judged by. Each is a plain number, or None with the reason beside it."""
+"""The headline numbers of a run. Each is a plain number, or None with the reason beside it."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 class _Missing(Exception):
-    """Why a headline number cannot be given."""
+    """Reason why a headline number is missing."""
 
 
 def headline(summary: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def headline(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mixes(rows: list[Row], system: str) -> list[Row]:
-    """The system's rows by mix, where answers were scored; reuse must have happened in every request."""
+    """The system's rows by mix, for scored answers; every request must have reused rows."""
     found = [r for r in rows if r["scope"] == "mix" and r["system"] == system and r["questions"]]
     if not found:
         raise _Missing(f"{system} has no accuracy records in this run")

@@ -1,11 +1,11 @@
-"""From the records of `engine_ttft` and `neighbours` (`harness.experiments.serving`) to one file of tables:
+"""Tables from the records of `engine_ttft` and `neighbours` (`harness.experiments.serving`):
 
 `python -m harness.results.serving --records FILE ... --kernels FILE --out results/h200/serving.json`.
 
-A batch counts by the time until its last first token; beside it stand their mean and its requests per second. Ratios
-compare medians over turns in which the systems took turns. Executor efficiency is (share of row-layers computed x
-recompute's TTFT) / CacheSlide's TTFT: 1 if a row-layer cost what it costs in vLLM's own prefill and nothing else cost
-anything. Disturbed turns are left out; where too few are left, a row has no ratio, and `disturbed` says why.
+A batch's time is that until its last first token; rows also have the mean and requests per second. Ratios compare
+medians over turns that alternate between systems. Executor efficiency is (share of row-layers computed x recompute's
+TTFT) / CacheSlide's TTFT: 1 if a row-layer costs what it costs in vLLM's own prefill and nothing else costs anything.
+Disturbed turns are left out; if too few are left, a row has no ratio, and `disturbed` gives the reason.
 """
 
 import argparse
@@ -30,7 +30,7 @@ HEADLINE = (8192, 1, "cacheslide@0.26", "model")  # tokens, batch, system, store
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of one run, which may be packed (`.xz`); a torn last line is left out."""
+    """The records of one run, plain or packed (`.xz`); a torn last line is left out."""
     records = []
     try:
         with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as file:
@@ -49,7 +49,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def tables(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a cell that was measured; TTFT in ms, efficiency and ratios with their intervals."""
+    """One row per measured cell; TTFT in ms, efficiency and ratios with intervals."""
     cells = [r for r in records if r["kind"] == "cell" and r["runs"] and not r["failed"]]
     recompute = {(c["tokens"], c["batch"]): c for c in cells if c["system"] == "recompute"}
     rows = []
@@ -61,7 +61,7 @@ def tables(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         row = {name: cell[name] for name in ("tokens", "batch", "system", "store")}
         row |= {"ttft_ms": median([1e3 * x for x in own]), "mean_ttft_ms": 1e3 * _median(_means(cell))}
         row["requests_per_s"] = cell["batch"] / _median(_seconds(cell))
-        if "@" in cell["system"]:  # an arm of reuse, which has receipts
+        if "@" in cell["system"]:  # an arm with reuse, which has receipts
             share = _median([x for run in cell["runs"] for x in run["compute_fraction"]])
             row |= {"compute_fraction": share, "bytes_loaded": cell["runs"][0]["bytes_loaded"][0]}
         if base and cell["system"] != "recompute":
@@ -83,7 +83,7 @@ def tables(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _over(
     base: dict[str, Any], cell: dict[str, Any], both: Readings, times: Callable[[dict[str, Any]], list[float]]
 ) -> dict[str, Any]:
-    """Medians of `times` of `base` over those of `cell`, in the turns that disturbed neither."""
+    """Medians of `times` of `base` over those of `cell`, in turns undisturbed for both."""
     return as_json(ratio_of_medians(*(pick(times(c)[: len(both)], both) for c in (base, cell))))
 
 
@@ -100,7 +100,7 @@ def _means(cell: dict[str, Any]) -> list[float]:
 
 
 def _seconds(cell: dict[str, Any]) -> list[float]:
-    """Of each whole batch; records of before have its last first token alone."""
+    """Seconds of each whole batch; older records only have the last first token."""
     return [run.get("seconds", max(run["ttft"])) for run in cell["runs"]]
 
 
@@ -111,7 +111,7 @@ def _median(values: Sequence[float]) -> float:
 
 
 def plugin_overhead(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """What plain requests pay for the connector, in per cent: prefill of one prompt, and a batch of decodes."""
+    """The connector's cost for plain requests in per cent: prefill of one prompt, and a batch of decodes."""
     found = next((r for r in records if r["kind"] == "overhead"), None)
     if found is None:
         return None
@@ -128,7 +128,7 @@ def plugin_overhead(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def build(paths: Sequence[Path], kernels: Path | None) -> dict[str, Any]:
-    """All runs beside each other, and the headline of those that have it."""
+    """All runs, and the headline of runs that have it."""
     runs, headline = [], {}
     for path in paths:
         records = read(path)

@@ -17,14 +17,14 @@ def perform(
     Parameters
     ----------
     config : mapping
-        The slice `Step.reads` of a checked configuration, as `slice_of` makes it.
+        The slice `Step.reads` of a checked configuration, from `slice_of`.
     inputs : mapping
-        A path or a list of paths by name; one of the step's that is not there, as this configuration lacks it, is None.
+        Path or list of paths by name; an input of the step that this configuration lacks is None.
 
     Raises
     ------
     ConfigError
-        The step reads a key that it does not declare.
+        If the step reads a key that it does not declare.
     """
     step = step_named(name)
     module, _, function = step.call.partition(":")

@@ -1,7 +1,7 @@
-"""Which files the steps open, beside those that the table declares: every job is run and watched.
+"""Finds files that steps open without declaring them: every job is run and watched.
 
-Linux tells of every file that is opened in the run's own folder, by whatever library (inotify); Python tells of those
-that it opens under the repository. Code and its templates are no inputs.
+inotify reports every file opened in the run's own folder, by any library; an audit hook reports files that Python opens
+in the repository. Code and its templates do not count as inputs.
 """
 
 import ctypes
@@ -19,13 +19,13 @@ from harness.workflow.paths import Job, jobs_of
 from harness.workflow.perform import perform
 from harness.workflow.slices import slice_of
 
-OPENED, OVERFLOW, DIRECTORY = 0x20, 0x4000, 0x40000000  # of inotify
+OPENED, OVERFLOW, DIRECTORY = 0x20, 0x4000, 0x40000000  # inotify flags
 CODE = {".py", ".pyc", ".j2", ".so", ".toml"}
 HEAD = struct.Struct("iIII")
 
 
 class Watch:
-    """The files that are opened below a folder, and by Python below the repository, from each `begin` on."""
+    """Records the files opened below a folder, and those opened by Python below the repository, since `begin`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.seen = folder.resolve(), set[Path]()
@@ -43,7 +43,7 @@ class Watch:
                 self.seen.add(path)
 
     def begin(self) -> set[Path]:
-        """Watch every folder that is there now; returns the files that are there."""
+        """Watch all existing folders; returns the existing files."""
         there = set()
         for folder, _, names in os.walk(self.folder):
             number = self._libc.inotify_add_watch(self._fd, os.fsencode(folder), OPENED)
@@ -54,7 +54,7 @@ class Watch:
         return there
 
     def end(self) -> set[Path]:
-        """What was opened since `begin`."""
+        """The files opened since `begin`."""
         return self.seen | self._opened()
 
     def _opened(self) -> set[Path]:
@@ -76,12 +76,12 @@ class Watch:
 
 
 def undeclared(config: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:
-    """Run every job of `config` in `folder`; the files that each step opens and does not declare, by step.
+    """Run every job of `config` in `folder`; returns the files that each step opens without declaring them.
 
     Parameters
     ----------
     config : mapping
-        A checked configuration whose models lie in `folder`, which is the working folder.
+        A checked configuration whose models are in `folder`, the working folder.
     """
     out: dict[str, list[str]] = {}
     with processes(1) as one:
@@ -96,7 +96,7 @@ def undeclared(config: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:
 def opened(
     folder: Path, name: str, config: Mapping[str, Any], inputs: Mapping[str, Any], outputs: Sequence[str]
 ) -> set[Path]:
-    """Run one job in `folder`, on one core; which files of before it opens there or, by Python, in the repository."""
+    """Run one job in `folder`, on one core; returns older files opened there, or by Python in the repository."""
     os.chdir(folder)
     watch = Watch(folder)
     there = watch.begin()

@@ -66,8 +66,8 @@ def beam_search(
         if step:
             branches.follow(parents)
         rows = branches.step(list(range(len(live))), [b.token_ids[-1:] for b in live])
-    found = done if len(done) >= width else [*done, *live]
-    return sorted(found, key=lambda b: -b.score)[:width], times
+    beams = done if len(done) >= width else [*done, *live]
+    return sorted(beams, key=lambda b: -b.score)[:width], times
 
 
 def _grow(

@@ -42,7 +42,7 @@ class CopeBackend(ReferenceBackend):
         for question in example.questions:
             length, position = state.length, state.next_position
             logits = engine.extend(state, self.encode(question.text))
-            found = engine.generate(state, logits, max_new_tokens, self.stop_ids())
+            ids = engine.generate(state, logits, max_new_tokens, self.stop_ids())
             state.length, state.next_position = length, position
-            out.append(self.tokenizer.decode(found, skip_special_tokens=True).strip())
+            out.append(self.tokenizer.decode(ids, skip_special_tokens=True).strip())
         return out

@@ -92,8 +92,8 @@ class ReferenceBackend(Tokens):
 
     def answers(self, state: Prefilled, example: TaskExample, max_new_tokens: int) -> list[str]:
         """The answers to all questions of `example` behind a prefilled context, decoded."""
-        found = answer_branches(self.model, state, self.questions(example), max_new_tokens, self.stop_ids())
-        return [self.decode(a) for a in found]
+        ids = answer_branches(self.model, state, self.questions(example), max_new_tokens, self.stop_ids())
+        return [self.decode(a) for a in ids]
 
     def room(self, example: TaskExample, max_new_tokens: int) -> int:
         """Rows behind a context for all of its questions and their answers."""

@@ -89,9 +89,9 @@ class ReferenceClient(Client):
             runs.setdefault((one.key, one.stop), []).append(i)
         results = [Result(r.id, sent, labels=dict(r.labels)) for r in requests]
         states: dict[int, Prefilled] = {}
-        for (_, stop), some in runs.items():
-            own = self._complete([served[i] for i in some], [results[i] for i in some], stop)
-            states |= zip(some, own, strict=True)
+        for (_, stop), members in runs.items():
+            own = self._complete([served[i] for i in members], [results[i] for i in members], stop)
+            states |= zip(members, own, strict=True)
         for i, (one, result) in enumerate(zip(served, results, strict=True)):
             if one.kept:
                 result.receipt = self.retain(self._engine(*one.key), one.prompt, states[i])
@@ -118,22 +118,22 @@ class ReferenceClient(Client):
         if (highest := max(prompt.token_ids)) >= self.backend.vocab_size:
             raise PromptError(f"token id {highest} is not in the model's vocabulary of {self.backend.vocab_size}")
         annotations = annotations or Annotations()
-        asked = annotations.policy, annotations.recompute_ratio, annotations.layer
+        choice = annotations.policy, annotations.recompute_ratio, annotations.layer
         tenant = (
             tenant_of("", annotations.namespace, request.salt or "") if annotations.namespace or request.salt else ""
         )
         stop = request.stop_ids | (frozenset() if request.ignore_eos else self.backend.eos_ids())
-        return _Served(request, prompt, (asked, tenant), stop, annotated, annotated and annotations.encode != "off")
+        return _Served(request, prompt, (choice, tenant), stop, annotated, annotated and annotations.encode != "off")
 
-    def _engine(self, asked: tuple[str | None, float | None, int | None], tenant: str) -> ReuseEngine:
+    def _engine(self, choice: tuple[str | None, float | None, int | None], tenant: str) -> ReuseEngine:
         """The engine for (policy, recompute ratio, selection layer); None means the default."""
-        if (asked, tenant) not in self._engines:
-            default = all(value is None for value in asked)
-            policy = self.policy if default else policy_of(asked[0] or self.policy.name, *asked[1:])
-            self._engines[asked, tenant] = self.backend.engine(
+        if (choice, tenant) not in self._engines:
+            default = all(value is None for value in choice)
+            policy = self.policy if default else policy_of(choice[0] or self.policy.name, *choice[1:])
+            self._engines[choice, tenant] = self.backend.engine(
                 policy, self.store, self.settings, corrected=self.corrected, namespace=tenant
             )
-        return self._engines[asked, tenant]
+        return self._engines[choice, tenant]
 
     def _complete(
         self, served: Sequence["_Served"], results: Sequence[Result], stop: frozenset[int]

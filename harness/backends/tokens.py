@@ -33,8 +33,8 @@ class Tokens:
 
     def prompt(self, segments: Sequence[TextSegment], question: str = "") -> Prompt:
         """See `prompt_of`; a question follows the segments."""
-        asked = (TextSegment("question", question, "recompute"),) if question else ()
-        return prompt_of(self.tokenizer, (*segments, *asked))
+        last = (TextSegment("question", question, "recompute"),) if question else ()
+        return prompt_of(self.tokenizer, (*segments, *last))
 
     def questions(self, example: TaskExample) -> list[tuple[int, ...]]:
         """Token ids of every question of `example`."""

@@ -57,10 +57,10 @@ def vllm_sessions(
     """First vanilla vLLM, then the engine with the connector; each is closed before the next starts."""
     vanilla = [s for s in systems if isinstance(s, Vanilla)]
     annotated = [s for s in systems if not isinstance(s, Vanilla)]
-    for some, connector in ((vanilla, False), (annotated, True)):
-        if some:
+    for group, connector in ((vanilla, False), (annotated, True)):
+        if group:
             with backend.engine(settings, connector) as engine:
-                yield VllmResponder(backend, engine), some
+                yield VllmResponder(backend, engine), group
 
 
 class VllmResponder:

@@ -111,9 +111,9 @@ class VllmClient(Client):
             result.fail("the engine has no tokenizer: give the prompt and its stops as token ids")
         else:
             prompt = request.sent_prompt
-            asked: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+            content: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
             if request.salt is not None:
-                asked["cache_salt"] = request.salt
+                content["cache_salt"] = request.salt
             try:
                 params = SamplingParams(
                     temperature=0.0,
@@ -125,7 +125,7 @@ class VllmClient(Client):
                     skip_reading_prefix_cache=not request.read_prefix_cache,
                     extra_args=None if request.params is None else {"kv_transfer_params": dict(request.params)},
                 )
-                self.llm.llm_engine.add_request(name, asked, params)
+                self.llm.llm_engine.add_request(name, content, params)
             except (VLLMValidationError, ValueError) as refused:
                 result.fail(f"vLLM refuses the request: {refused}")
         result.finished = time.perf_counter()

@@ -65,8 +65,8 @@ def load_table(file: RecordFile) -> list[dict[str, Any]]:
 
 def bins_of(rows: Sequence[Sequence[float]]) -> list[float]:
     """Completions in every full second, without the last one, in which agents run out of work."""
-    found = series(done_of(rows))
-    return found[:-1] if len(found) > 1 else found
+    bins = series(done_of(rows))
+    return bins[:-1] if len(bins) > 1 else bins
 
 
 def series_table(file: RecordFile) -> list[dict[str, Any]]:

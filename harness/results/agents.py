@@ -29,8 +29,8 @@ def systems_of(file: RecordFile) -> list[str]:
 
 def by_step(records: Iterable[Step], system: str, value: Callable[[Step], float]) -> tuple[list[float], list[str]]:
     """The value of every step, with its episode."""
-    found = [(value(s), r["id"]) for r in records for s in r["systems"][system]]
-    return [v for v, _ in found], [e for _, e in found]
+    pairs = [(value(s), r["id"]) for r in records for s in r["systems"][system]]
+    return [v for v, _ in pairs], [e for _, e in pairs]
 
 
 def warm(record: Step, system: str) -> list[Step]:
@@ -56,10 +56,10 @@ def timed(records: Sequence[Step], first: int = 0) -> tuple[Timed, str]:
     readings = [steps_of(r)[first:] for r in records]
     every = [reading for own in readings for reading in own]
     chosen = iter(kept(every))
-    found = [
+    episodes = [
         (r, [k + first for k in range(len(own)) if next(chosen)]) for r, own in zip(records, readings, strict=True)
     ]
-    return found, too_few(every)
+    return episodes, too_few(every)
 
 
 def _ttfts(records: Timed, system: str) -> list[list[float]]:
@@ -102,7 +102,7 @@ def quality_table(file: RecordFile) -> list[dict[str, Any]]:
             if not steps:
                 continue
             right, episodes = by_step(records, system, lambda s: s["right"])
-            own, ours, exact = (_own(records, s) for s in (system, OURS, REFERENCE))
+            own, cacheslide, exact = (_own(records, s) for s in (system, OURS, REFERENCE))
             row = {
                 "agent": agent,
                 "system": system,
@@ -126,8 +126,10 @@ def quality_table(file: RecordFile) -> list[dict[str, Any]]:
             row["ratio_reason"] = reason
             row["ttft_ratio"] = None if reason or system == REFERENCE else _ttft_ratio(calm, system, REFERENCE)
             row["speedup"] = None if both or system == OURS else _ttft_ratio(calm, system, OURS)
-            known = own is not None and ours is not None
-            row["better"] = intervals.ratio_of_sums(ours, own, range(len(own))) if known and system != OURS else None
+            known = own is not None and cacheslide is not None
+            row["better"] = (
+                intervals.ratio_of_sums(cacheslide, own, range(len(own))) if known and system != OURS else None
+            )
             out.append(row)
     return out
 
@@ -175,15 +177,15 @@ def turns_table(file: RecordFile, late: int = 12) -> list[dict[str, Any]]:
                 for s, base in list(zip(r["systems"][system], r["systems"][REFERENCE], strict=True))[late - 1 :]
             ]
             steps = [s for r in records for s in r["systems"][system]]
-            mine, base, episodes = zip(*pairs, strict=True) if pairs else ((), (), ())
+            values, base, episodes = zip(*pairs, strict=True) if pairs else ((), (), ())
             out.append(
                 {
                     "agent": agent,
                     "system": system,
                     "title": file.settings["titles"][system],
                     "turns": turns,
-                    "late": intervals.mean(mine, episodes) if pairs else None,
-                    "loss_points": intervals.points_lost(base, mine, episodes) if pairs else None,
+                    "late": intervals.mean(values, episodes) if pairs else None,
+                    "loss_points": intervals.points_lost(base, values, episodes) if pairs else None,
                     "prefill": cost(steps),
                     "encode": cost(steps, "build_row_layers"),
                     "generation": max(s["generation"] for s in steps),
@@ -203,7 +205,7 @@ def grid_table(file: RecordFile) -> dict[str, Any]:
     for system in systems_of(file):
         ratio, tau = map(float, system.split("@"))
         right, _ = by_step(file.records, system, lambda s: s["right"])
-        steps = [(r["systems"][system][k], r["id"]) for r, some in calm for k in some]
+        steps = [(r["systems"][system][k], r["id"]) for r, indices in calm for k in indices]
         qps = intervals.ratio_of_sums(
             [s["right"] for s, _ in steps], [s["total_s"] for s, _ in steps], [episode for _, episode in steps]
         )

@@ -65,17 +65,17 @@ def summarise(
 
 def headline(rows: Sequence[Row], system: str, kl: Mapping[str, Any]) -> dict[str, float | None]:
     """The headline as plain numbers; `kl` has, by setting, the KL relative to nothing recomputed at 10 %."""
-    found: dict[str, float | None] = {
+    numbers: dict[str, float | None] = {
         f"ttft_ratio_{n // 1024}k": _value(rows, system, RATIO, n, 1, "recompute_over_ttft") for n in LENGTHS
     }
-    found["ttft_ratio_8k_10pct"] = _value(rows, system, 0.1, 8192, 1, "recompute_over_ttft")
-    found["ttft_ratio_16k_10pct"] = _value(rows, system, 0.1, 16384, 1, "recompute_over_ttft")
-    found["mean_ttft_ratio_8x8k"] = _value(rows, system, RATIO, 8192, 8, "recompute_over_mean_ttft")
-    found["requests_per_s_ratio_8x8k"] = _value(rows, system, RATIO, 8192, 8, "requests_per_s_over_recompute")
-    found |= {f"efficiency_{n // 1024}k": _value(rows, system, RATIO, n, 1, "efficiency") for n in LENGTHS[1:]}
+    numbers["ttft_ratio_8k_10pct"] = _value(rows, system, 0.1, 8192, 1, "recompute_over_ttft")
+    numbers["ttft_ratio_16k_10pct"] = _value(rows, system, 0.1, 16384, 1, "recompute_over_ttft")
+    numbers["mean_ttft_ratio_8x8k"] = _value(rows, system, RATIO, 8192, 8, "recompute_over_mean_ttft")
+    numbers["requests_per_s_ratio_8x8k"] = _value(rows, system, RATIO, 8192, 8, "requests_per_s_over_recompute")
+    numbers |= {f"efficiency_{n // 1024}k": _value(rows, system, RATIO, n, 1, "efficiency") for n in LENGTHS[1:]}
     for setting, ratios in kl.items():
-        found[f"kl_over_nothing_{setting}_10pct"] = ratios and ratios[OVER_NOTHING]["value"]
-    return found
+        numbers[f"kl_over_nothing_{setting}_10pct"] = ratios and ratios[OVER_NOTHING]["value"]
+    return numbers
 
 
 def host_over_device(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -38,9 +38,9 @@ def seal(record: Mapping[str, Any]) -> bytes:
 
 def unseal(line: bytes) -> tuple[dict[str, Any], bool]:
     """The record of a line, and whether it has a valid checksum; short ValueError for an invalid line."""
-    found = SEAL.search(line[-LENGTH:])
-    body = line[: found.start() - found.end()] + b"}" if found else line
-    if found and xxhash.xxh3_64_hexdigest(body).encode() != found[1]:
+    match = SEAL.search(line[-LENGTH:])
+    body = line[: match.start() - match.end()] + b"}" if match else line
+    if match and xxhash.xxh3_64_hexdigest(body).encode() != match[1]:
         raise ValueError("its checksum does not fit")
     try:
         record = renamed.record(json.loads(body))
@@ -48,9 +48,9 @@ def unseal(line: bytes) -> tuple[dict[str, Any], bool]:
         raise ValueError("not JSON") from None
     if not isinstance(record, dict):
         raise ValueError("not an object")
-    if found is None and "crc" in record:
+    if match is None and "crc" in record:
         raise ValueError("its checksum is damaged")
-    return record, found is not None
+    return record, match is not None
 
 
 @dataclass
@@ -76,8 +76,8 @@ class Lines:
         """Print one line on stderr that names the bad lines, if there are any."""
         if self.bad:
             named = ", ".join(f"line {n}: {why}" for n, why in self.bad[:SHOWN])
-            more = f", and {len(self.bad) - SHOWN} more" if len(self.bad) > SHOWN else ""
-            print(f"{self.path}: {len(self.bad)} bad lines are left out ({named}{more}){more_to_say}", file=sys.stderr)
+            rest = f", and {len(self.bad) - SHOWN} more" if len(self.bad) > SHOWN else ""
+            print(f"{self.path}: {len(self.bad)} bad lines are left out ({named}{rest}){more_to_say}", file=sys.stderr)
 
 
 def read_lines(path: str | Path) -> Lines:

@@ -31,8 +31,8 @@ def table(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             both = [together([a.get("quiet"), b.get("quiet")]) for a, b in runs]
             made["disturbed"] = made["disturbed"] or too_few(both)
             if not made["disturbed"]:
-                ours, theirs = ([_gap("p99", pair[i], cell["lead"]) for pair in pick(runs, both)] for i in (1, 0))
-                made["p99_over_nothing"] = as_json(ratio_of_medians(ours, theirs))
+                arm, nothing = ([_gap("p99", pair[i], cell["lead"]) for pair in pick(runs, both)] for i in (1, 0))
+                made["p99_over_nothing"] = as_json(ratio_of_medians(arm, nothing))
         rows.append(made)
     return rows
 

@@ -48,7 +48,7 @@ def read_stage(folder: Path, stage: str) -> tuple[list[Row], list[Row], list[Map
     """
     name = re.compile(rf"\.?({re.escape(stage)}-\d+of\d+\.jsonl)(\.part)?")
     named = {path: name.fullmatch(path.name) for path in sorted(folder.glob("*"))}
-    files = {found[1]: path for path, found in named.items() if found}  # a finished file replaces its part
+    files = {match[1]: path for path, match in named.items() if match}  # a finished file replaces its part
     records, failures, settings = {}, {}, []
     for path in files.values():
         file = read_file(path)
@@ -104,8 +104,8 @@ def _figures(members: Sequence[Row]) -> Row:
 
 def _estimate(values: Sequence[float], clusters: Sequence[str]) -> Row:
     """A mean with its interval; the row holds the number of trials."""
-    found = mean(values, clusters)
-    return {k: short(found[k]) for k in ("value", "low", "high")}
+    estimate = mean(values, clusters)
+    return {k: short(estimate[k]) for k in ("value", "low", "high")}
 
 
 def short(value: Any) -> Any:
@@ -131,11 +131,11 @@ def by_agent(record: Row) -> Iterable[tuple]:
 
 def paired(records: Sequence[Row], one: str, other: str, setting: str, dataset: str = POOLED) -> Row | None:
     """KL of `one` over KL of `other` on the answers of prompts with both; None without any."""
-    found: dict[str, dict[str, float]] = defaultdict(dict)
+    kl: dict[str, dict[str, float]] = defaultdict(dict)
     for r in records:
         if setting_of(r) == setting and dataset in (POOLED, r["dataset"]) and r["arm"] in (one, other):
-            found[r["trial"]][r["arm"]] = r["answer"]["kl"]
-    both = {t: f for t, f in found.items() if len(f) == len({one, other})}
+            kl[r["trial"]][r["arm"]] = r["answer"]["kl"]
+    both = {t: f for t, f in kl.items() if len(f) == len({one, other})}
     if not both:
         return None
     a, b = ([f[name] for f in both.values()] for name in (one, other))
@@ -161,9 +161,9 @@ def _within(rows: Sequence[Row], begins: str, most: float, setting: str, dataset
 
     Arms that ran on fewer than half of the setting's prompts are sweeps for a figure and are left out.
     """
-    here = [r for r in rows if r["key"][:2] == [setting, dataset]]
-    prompts = max((r["n"] for r in here), default=0)
-    named = [r for r in here if r["key"][2].startswith(begins) and 2 * r["n"] >= prompts]
+    members = [r for r in rows if r["key"][:2] == [setting, dataset]]
+    prompts = max((r["n"] for r in members), default=0)
+    named = [r for r in members if r["key"][2].startswith(begins) and 2 * r["n"] >= prompts]
     return [r for r in named if r["compute_fraction"] <= most]
 
 
@@ -185,13 +185,13 @@ def comparisons(records: Sequence[Row], rows: Sequence[Row], best: Mapping[str, 
     """
     out = []
     for setting, dataset in sorted({(r["key"][0], r["key"][1]) for r in rows}):
-        ours = largest_within(rows, OURS, 0.33, setting, dataset)
+        cacheslide = largest_within(rows, OURS, 0.33, setting, dataset)
         rival = best_within(rows, RIVAL, 0.33, setting, dataset)
         pairs = [("rpdc over pic", NOTHING, ISOLATED)]
-        if ours:
-            pairs.append(("ours over nothing recomputed", ours["key"][2], NOTHING))
-        if ours and rival:
-            pairs.append(("ours over the best CacheBlend", ours["key"][2], rival["key"][2]))
+        if cacheslide:
+            pairs.append(("ours over nothing recomputed", cacheslide["key"][2], NOTHING))
+        if cacheslide and rival:
+            pairs.append(("ours over the best CacheBlend", cacheslide["key"][2], rival["key"][2]))
         for name, one, other in pairs:
             ratio = paired(records, one, other, setting, dataset)
             if ratio is not None:
@@ -222,7 +222,7 @@ def _rules(
 def headline(rows: Sequence[Row], ratios: Sequence[Row], replayed: int) -> dict[str, Any]:
     """The headline numbers of the setting *matter*, both data sets together."""
     at = {r["key"][2]: r for r in rows if r["key"][:2] == ["matter", POOLED]}
-    ours = largest_within(rows, OURS, 0.20, "matter", POOLED)
+    cacheslide = largest_within(rows, OURS, 0.20, "matter", POOLED)
     rival = best_within(rows, RIVAL, 0.33, "matter", POOLED)
     pic = [r for r in ratios if r["comparison"] == "rpdc over pic" and r["setting"] == "matter"]
     pic = [r for r in pic if r["dataset"] == POOLED]
@@ -234,9 +234,9 @@ def headline(rows: Sequence[Row], ratios: Sequence[Row], replayed: int) -> dict[
         "kl_nothing_recomputed": kl(at.get(NOTHING)),
         "kl_isolated": kl(at.get(ISOLATED)),
         "kl_cacheblend_best_at_33pct": kl(rival),
-        "kl_cacheslide_at_20pct_compute": kl(ours),
+        "kl_cacheslide_at_20pct_compute": kl(cacheslide),
         "kl_noise_floor": kl(at.get(NOISE)),
-        "greedy_flip_share_cacheslide": ours["flips"]["value"] if ours else None,
+        "greedy_flip_share_cacheslide": cacheslide["flips"]["value"] if cacheslide else None,
         "rpdc_over_pic_kl_ratio": pic[0]["value"] if pic else None,
         "real_sessions_replayed": replayed,
     }

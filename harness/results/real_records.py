@@ -24,8 +24,8 @@ def rule_and_layer(arm: str) -> tuple[str, int | None]:
 def check_record(record: Mapping[str, Any], stage: str, path: Path) -> None:
     """Raise DataError, naming file and record, if a field of the tables of `stage` is missing or of a wrong type."""
 
-    def wrong(key: str, what: str, value: Any) -> DataError:
-        return DataError(f"{path}: record {shown(record['id'])}: {key} must be {what}, not {shown(value)}")
+    def wrong(key: str, wanted: str, value: Any) -> DataError:
+        return DataError(f"{path}: record {shown(record['id'])}: {key} must be {wanted}, not {shown(value)}")
 
     for key in TEXTS:
         if not isinstance(record.get(key), str):

@@ -56,20 +56,20 @@ class RecordWriter:
 
     def _belongs(self) -> bool:
         """Whether the part is this run's; a part without a complete line is."""
-        found = self._file.lines
-        return not (found.good or found.bad) or _same(_header(found), self._header)
+        lines = self._file.lines
+        return not (lines.good or lines.bad) or _same(_header(lines), self._header)
 
     def _set_aside(self) -> None:
         """Rename a part that is another run's, or of unknown settings, and begin a new one."""
         kept, why = set_aside(self.part), dict(self._file.lines.bad).get(1)
-        theirs = (
+        reason = (
             "records of other settings"
             if why is None or _header(self._file.lines)
             else (
                 f"the header is damaged (line 1: {why}) and has no copy, so the settings of its records are not known"
             )
         )
-        print(f"{self.part}: {theirs}, kept as {kept.name}; this run starts over", file=sys.stderr)
+        print(f"{self.part}: {reason}, kept as {kept.name}; this run starts over", file=sys.stderr)
         self._file.close()
         self._file = LineFile(self.part)
 
@@ -79,16 +79,16 @@ class RecordWriter:
         headers = sum(_same(line, self._header) for _, line in lines.good)
         if not (lines.good or lines.bad):
             self._file.add(self._header)
-        found = _bodies(lines, self._header)
-        if found.bad:
-            out = [n for n, _ in found.bad]
+        bodies = _bodies(lines, self._header)
+        if bodies.bad:
+            out = [n for n, _ in bodies.bad]
             ahead = [self._header] if 1 in out else []
             headers += len(ahead)
             kept = self._file.without(out, *ahead)
-            found.warn(f"; the file as it was is kept as {kept.name}")
-        if found.good and headers < 2:
+            bodies.warn(f"; the file as it was is kept as {kept.name}")
+        if bodies.good and headers < 2:
             self._file.add(self._header)
-        return {r["id"] for _, r in found.good}
+        return {r["id"] for _, r in bodies.good}
 
     def add(self, record: dict[str, Any]) -> None:
         """Append one record; its "id" must be unique in the file."""
@@ -138,19 +138,19 @@ def _same(one: dict[str, Any] | None, other: dict[str, Any]) -> bool:
     return one is not None and one.keys() == other.keys() and seal(one) == seal(other)
 
 
-def _header(found: Lines) -> dict[str, Any] | None:
+def _header(lines: Lines) -> dict[str, Any] | None:
     """The first header with a checksum, else line 1; None if neither can be read."""
-    for number, line in found.good:
-        if number not in found.unchecked and line.keys() == {"schema", "settings"} and line["schema"] == SCHEMA:
+    for number, line in lines.good:
+        if number not in lines.unchecked and line.keys() == {"schema", "settings"} and line["schema"] == SCHEMA:
             return line
-    return next((line for number, line in found.good[:1] if number == 1), None)
+    return next((line for number, line in lines.good[:1] if number == 1), None)
 
 
-def _bodies(found: Lines, header: dict[str, Any]) -> Lines:
+def _bodies(lines: Lines, header: dict[str, Any]) -> Lines:
     """The records; lines that are neither the header nor have a unique id are bad."""
-    out = Lines(found.path, bad=[(n, f"the header: {why}" if n == 1 else why) for n, why in found.bad])
+    out = Lines(lines.path, bad=[(n, f"the header: {why}" if n == 1 else why) for n, why in lines.bad])
     seen: set[str] = set()
-    for number, record in found.good:
+    for number, record in lines.good:
         if _same(record, header):
             continue
         if number == 1:
@@ -162,7 +162,7 @@ def _bodies(found: Lines, header: dict[str, Any]) -> Lines:
         else:
             seen.add(record["id"])
             out.good.append((number, record))
-    out.unchecked = found.unchecked & {n for n, _ in out.good}
+    out.unchecked = lines.unchecked & {n for n, _ in out.good}
     out.bad.sort()
     return out
 
@@ -189,16 +189,16 @@ def read_file(path: str | Path) -> RecordFile:
     DataError
         If it cannot be read, or neither line 1 nor its copy is a header.
     """
-    found = read_lines(path)
-    head = _header(found)
+    content = read_lines(path)
+    head = _header(content)
     if head is None:
-        why = dict(found.bad).get(1, "it is empty")
+        why = dict(content.bad).get(1, "it is empty")
         raise DataError(f"{path} is not a record file: line 1: {why}")
     if head.get("schema") != SCHEMA:
         raise DataError(f"{path}: schema {head.get('schema')!r}, expected {SCHEMA!r}")
     if not isinstance(head.get("settings"), dict):
         raise DataError(f"{path} is not a record file: line 1 holds no settings")
-    lines = _bodies(found, head)
+    lines = _bodies(content, head)
     lines.warn()
     records = [r for _, r in lines.good if "failure" not in r]
     failures = [r for _, r in lines.good if "failure" in r]

@@ -54,9 +54,9 @@ def tables(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     recompute = {(c["tokens"], c["batch"]): c for c in cells if c["system"] == "recompute"}
     rows = []
     for cell in cells:
-        whole, base = cell, recompute.get((cell["tokens"], cell["batch"]))
-        few = too_few(_readings(whole))
-        cell = whole | {"runs": pick(whole["runs"], _readings(whole))}
+        complete, base = cell, recompute.get((cell["tokens"], cell["batch"]))
+        few = too_few(_readings(complete))
+        cell = complete | {"runs": pick(complete["runs"], _readings(complete))}
         own = _makespans(cell)
         row = {name: cell[name] for name in ("tokens", "batch", "system", "store")}
         row |= {"ttft_ms": median([1e3 * x for x in own]), "mean_ttft_ms": 1e3 * _median(_means(cell))}
@@ -65,15 +65,15 @@ def tables(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             share = _median([x for run in cell["runs"] for x in run["compute_fraction"]])
             row |= {"compute_fraction": share, "bytes_loaded": cell["runs"][0]["bytes_loaded"][0]}
         if base and cell["system"] != "recompute":
-            turns = min(len(base["runs"]), len(whole["runs"]))
-            both = [together(pair) for pair in zip(_readings(base)[:turns], _readings(whole)[:turns], strict=True)]
+            turns = min(len(base["runs"]), len(complete["runs"]))
+            both = [together(pair) for pair in zip(_readings(base)[:turns], _readings(complete)[:turns], strict=True)]
             few = few or too_few(both)
         row["disturbed"] = few
         if base and cell["system"] != "recompute" and not few:
-            row["recompute_over_ttft"] = ratio = _over(base, whole, both, _makespans)
+            row["recompute_over_ttft"] = ratio = _over(base, complete, both, _makespans)
             if cell["batch"] > 1:
-                row["recompute_over_mean_ttft"] = _over(base, whole, both, _means)
-                row["requests_per_s_over_recompute"] = _over(base, whole, both, _seconds)
+                row["recompute_over_mean_ttft"] = _over(base, complete, both, _means)
+                row["requests_per_s_over_recompute"] = _over(base, complete, both, _seconds)
             if "compute_fraction" in row:
                 row["efficiency"] = ratio | {k: share * v for k, v in ratio.items() if k in _ESTIMATE and v is not None}
         rows.append(row)
@@ -112,18 +112,18 @@ def _median(values: Sequence[float]) -> float:
 
 def plugin_overhead(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The connector's cost for plain requests in per cent: prefill of one prompt, and a batch of decodes."""
-    found = next((r for r in records if r["kind"] == "overhead"), None)
-    if found is None:
+    record = next((r for r in records if r["kind"] == "overhead"), None)
+    if record is None:
         return None
-    out: dict[str, Any] = {"tokens": found["tokens"], "decode_tokens": found["decode_tokens"]}
-    quiet = found.get("quiet", [])
+    out: dict[str, Any] = {"tokens": record["tokens"], "decode_tokens": record["decode_tokens"]}
+    quiet = record.get("quiet", [])
     if few := too_few(quiet):
         return out | {"disturbed": few}
-    for what in ("ttft", "decode"):
-        pairs = [pick(found["runs"][engine][what], quiet) for engine in ("plugin", "vanilla")]
+    for part in ("ttft", "decode"):
+        pairs = [pick(record["runs"][engine][part], quiet) for engine in ("plugin", "vanilla")]
         ratio = as_json(ratio_of_medians(*pairs))
         scaled = {k: 100 * (ratio[k] - 1) if ratio[k] is not None else None for k in ("value", "low", "high")}
-        out[what] = ratio | scaled
+        out[part] = ratio | scaled
     return out
 
 
@@ -173,15 +173,15 @@ def build(paths: Sequence[Path], kernels: Path | None) -> dict[str, Any]:
 
 
 def _headline(run: dict[str, Any]) -> dict[str, float]:
-    found = {}
+    numbers = {}
     if run["settings"]["shape"] == "mistral-7b":
         for row in run["table"]:
             if (row["tokens"], row["batch"], row["system"], row["store"]) == HEADLINE and "efficiency" in row:
-                found["executor_efficiency_8k"] = row["efficiency"]["value"]
-                found["ttft_ratio_8k_topk26"] = row["recompute_over_ttft"]["value"]
+                numbers["executor_efficiency_8k"] = row["efficiency"]["value"]
+                numbers["ttft_ratio_8k_topk26"] = row["recompute_over_ttft"]["value"]
     if (overhead := run["plugin_overhead_pct"]) is not None and not overhead.get("disturbed"):
-        found["plugin_overhead_pct"] = max(overhead["ttft"]["value"], overhead["decode"]["value"])
-    return found
+        numbers["plugin_overhead_pct"] = max(overhead["ttft"]["value"], overhead["decode"]["value"])
+    return numbers
 
 
 def main(argv: Sequence[str] | None = None) -> None:

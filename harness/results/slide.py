@@ -112,8 +112,8 @@ def gpu_pages(templates: list[Template], page_tokens: int, batches=(2, 4, 6, 8))
     """
     out = []
     for batch in batches:
-        some = [templates[i % len(templates)] for i in range(batch)]
-        for kind, group in (("one template", [some[0]] * batch), ("a template each", some)):
+        chosen = [templates[i % len(templates)] for i in range(batch)]
+        for kind, group in (("one template", [chosen[0]] * batch), ("a template each", chosen)):
             distinct = {id(t): t for t in group}.values()
             reference = sum(pages_in_use([t], page_tokens)[0] for t in distinct)
             copies = sum(pages_in_use([t], page_tokens)[0] for t in group)
@@ -186,11 +186,11 @@ def summarise(out: Path, about: dict[str, Any]) -> dict[str, Any]:
 
 def _orders(out: Path) -> dict[str, Any]:
     """The load-write orders' records by device kind; the newest of several GPUs."""
-    found = {"cuda": None, "cpu": _read(out / "orders_cpu.json")}
+    orders = {"cuda": None, "cpu": _read(out / "orders_cpu.json")}
     for path in sorted(out.glob("orders_*.json"), key=lambda p: p.stat().st_mtime):
         if path.name != "orders_cpu.json":
-            found["cuda"] = _read(path)
-    return found
+            orders["cuda"] = _read(path)
+    return orders
 
 
 def _latency(measured: dict[str, Any] | None) -> tuple[float | None, str]:
@@ -200,11 +200,11 @@ def _latency(measured: dict[str, Any] | None) -> tuple[float | None, str]:
     host = {(r["order"], r["staging"]) for r in measured["rows"] if r["source"] == "host"}
     if not host >= {("disjoint", 1), ("relocate", 1), ("disjoint", 2)}:
         return None, "not measured: the run on the GPU ended before it had chunks in host memory"
-    value, said = reductions(measured, "disjoint", 1)
+    value, text = reductions(measured, "disjoint", 1)
     paper, ahead = reductions(measured, "relocate", 1), reductions(measured, "disjoint", 2)
     return value, (
         "order 'disjoint' against 'locked', chunks in pinned host memory, a layer's load starting with the layer; mean "
-        f"over batches, which were {said}. The paper's order, 'relocate': {paper[0]:.1f} ({paper[1]}). With the next "
+        f"over batches, which were {text}. The paper's order, 'relocate': {paper[0]:.1f} ({paper[1]}). With the next "
         f"layer's load running ahead in both, 'disjoint': {ahead[0]:.1f} ({ahead[1]})"
     )
 
@@ -212,9 +212,9 @@ def _latency(measured: dict[str, Any] | None) -> tuple[float | None, str]:
 def reductions(measured: dict[str, Any], order: str, staging: int) -> tuple[float, str]:
     """Mean reduction of an order in percent over batches, with chunks in host memory; and each batch as text."""
     rows = [r for r in measured["rows"] if (r["source"], r["order"], r["staging"]) == ("host", order, staging)]
-    said = []
+    texts = []
     for r in rows:
         e = r["reduction_pct"]
         limits = "no interval" if e["low"] is None else f"{e['low']:.1f}, {e['high']:.1f}"
-        said.append(f"batch {r['batch']}: {e['value']:.1f} [{limits}]")
-    return float(np.mean([r["reduction_pct"]["value"] for r in rows])), ", ".join(said)
+        texts.append(f"batch {r['batch']}: {e['value']:.1f} [{limits}]")
+    return float(np.mean([r["reduction_pct"]["value"] for r in rows])), ", ".join(texts)

@@ -79,17 +79,17 @@ def build_summary(run: Run, progress: str | None = None) -> dict[str, Any]:
 
 def timings(run: Run) -> dict[str, dict[str, int]]:
     """For each part of the run: number of timed blocks, of disturbed ones and of unchecked ones."""
-    found = {}
+    counts = {}
     if run.latency:
         records = [r for file in run.latency.values() for r in file.records]
-        found["latency"] = added(counted(rounds_of(r, s)) for r in records for s in _one_a_session(r))
+        counts["latency"] = added(counted(rounds_of(r, s)) for r in records for s in _one_a_session(r))
     if run.throughput:
-        found["throughput"] = added(counted(slices_of(r)[1]) for r in run.throughput.records)
+        counts["throughput"] = added(counted(slices_of(r)[1]) for r in run.throughput.records)
     for section, file in run.agents.items():
         of = {"load": cells_of, "series": cells_of, "replay": steps_of, "grid": steps_of}.get(section)
         if of and file.records:
-            found[f"agents/{section}"] = added(counted(of(r)) for r in file.records)
-    return found
+            counts[f"agents/{section}"] = added(counted(of(r)) for r in file.records)
+    return counts
 
 
 def _one_a_session(record: Mapping[str, Any]) -> list[str]:
@@ -123,9 +123,9 @@ def own_hashes(config: Mapping[str, Any]) -> set[str]:
     Records before 2026-11-30 have the hash of the whole configuration, or of all but the sections `cope` and `agents`;
     those before 2026-11-29 with older names of its keys.
     """
-    whole = (dict(config), _older_names(config))
+    configurations = (dict(config), _older_names(config))
     slices = (slice_of(config, step.reads) for step in STEPS if step.reads)
-    return {config_hash(of) for of in (*whole, *map(native, whole), *slices)}
+    return {config_hash(of) for of in (*configurations, *map(native, configurations), *slices)}
 
 
 def _older_names(config: Mapping[str, Any]) -> dict[str, Any]:

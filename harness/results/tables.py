@@ -93,8 +93,8 @@ def _with_fitting(run: Run) -> dict[str, BySystem]:
 def _recomputes(file: RecordFile, recompute_ratio: float | None) -> bool:
     if recompute_ratio is None or not file.records:
         return False
-    found = receipt_totals([r["receipt"] for r in file.records])["recomputed_share"]
-    return found is not None and abs(found - recompute_ratio) <= SHARE_TOLERANCE
+    share = receipt_totals([r["receipt"] for r in file.records])["recomputed_share"]
+    return share is not None and abs(share - recompute_ratio) <= SHARE_TOLERANCE
 
 
 def accuracy_ratios(run: Run) -> list[dict[str, Any]]:
@@ -102,12 +102,12 @@ def accuracy_ratios(run: Run) -> list[dict[str, Any]]:
     out = []
     for mix in dict.fromkeys(map(mix_of, run.accuracy)):
         members = {d: files for d, files in run.accuracy.items() if mix_of(d) == mix and OURS in files}
-        ours = collect({d: files[OURS] for d, files in members.items()})
+        cacheslide = collect({d: files[OURS] for d, files in members.items()})
         for system in run.order(s for files in members.values() for s in files if s != OURS):
             other = collect({d: files[system] for d, files in members.items() if system in files})
-            both = [key for key in ours.questions if key in other.questions]
+            both = [key for key in cacheslide.questions if key in other.questions]
             if both:
-                a, b = ([x.questions[key]["f1"] for key in both] for x in (ours, other))
+                a, b = ([x.questions[key]["f1"] for key in both] for x in (cacheslide, other))
                 f1_ratio = intervals.ratio_of_sums(a, b, [key[:2] for key in both])
                 out.append({"mix": mix, "system": system, "f1_ratio": f1_ratio})
     return out

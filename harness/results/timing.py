@@ -49,11 +49,11 @@ def latency_ratios(run: Run) -> list[dict[str, Any]]:
     """Each other system's TTFT over CacheSlide's, by prompt length (median over prompts)."""
     out = []
     for tokens, file in run.latency.items():
-        ours = _samples(file, OURS)
+        cacheslide = _samples(file, OURS)
         for system in run.order(name for r in file.records for name in r["systems"] if name != OURS):
             other = _samples(file, system)
-            both = [key for key in ours if key in other]
-            reason = gate([ours[key] for key in both])
+            both = [key for key in cacheslide if key in other]
+            reason = gate([cacheslide[key] for key in both])
             if not reason and system != REFERENCE:
                 reason = gate([other[key] for key in both])
                 reason = reason and f"{system}: {reason}"

@@ -37,8 +37,8 @@ def pick(values: Sequence[Any], readings: Readings) -> list[Any]:
 
 def counted(readings: Iterable[Reading | None]) -> dict[str, int]:
     """`blocks`, and how many of them are `disturbed` and `not_checked`."""
-    found = list(readings)
-    return {"blocks": len(found), "disturbed": sum(map(disturbed, found)), "not_checked": sum(not r for r in found)}
+    blocks = list(readings)
+    return {"blocks": len(blocks), "disturbed": sum(map(disturbed, blocks)), "not_checked": sum(not r for r in blocks)}
 
 
 def added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
@@ -51,12 +51,12 @@ def added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 def rounds_of(record: Mapping[str, Any], *systems: str) -> Readings:
     """A latency record's reading of every round of the given systems: a marked one if any is marked."""
-    found = []
+    by_system = []
     for system in systems:
         repeats = len(record["systems"][system]["ttft_seconds"])
         of = next((q["rounds"] for q in record.get("quiet", ()) if system in q["systems"]), [None] * repeats)
-        found.append(of)
-    return [next((r for r in each if disturbed(r)), each[0]) for each in zip(*found, strict=True)]
+        by_system.append(of)
+    return [next((r for r in each if disturbed(r)), each[0]) for each in zip(*by_system, strict=True)]
 
 
 def slices_of(record: Mapping[str, Any]) -> tuple[list[int], Readings]:

@@ -26,25 +26,25 @@ class Described(Protocol):
 
 def read_sweep(path: Path) -> tuple[dict[str, Any], Records]:
     """Settings and records of one model's sweep."""
-    found: Records = defaultdict(dict)
+    records: Records = defaultdict(dict)
     for record in read_records(path):
-        found[record["cell"]][record["example"]] = record
-    return read_settings(path), dict(found)
+        records[record["cell"]][record["example"]] = record
+    return read_settings(path), dict(records)
 
 
 def tabulate(done: Mapping[str, tuple[dict[str, Any], Records]], cells: Sequence[Described]) -> dict[str, Any]:
     """The content of summary.json: one row per cell for each model and mix, in the order of `cells`."""
     out: dict[str, Any] = {"schema": SCHEMA, "level": intervals.LEVEL, "models": {}}
     for kind, (settings, records) in done.items():
-        mixes = sorted({r["mix"] for found in records.values() for r in found.values()})
+        mixes = sorted({r["mix"] for cell in records.values() for r in cell.values()})
         tables = {mix: _table(_of(records, mix), cells) for mix in mixes}
-        devices = sorted({r["device"] for found in records.values() for r in found.values()})
+        devices = sorted({r["device"] for cell in records.values() for r in cell.values()})
         out["models"][kind] = {"settings": settings, "devices": devices, "mixes": tables}
     return out
 
 
 def _of(records: Records, mix: str) -> Records:
-    return {c: {e: r for e, r in found.items() if r["mix"] == mix} for c, found in records.items()}
+    return {c: {e: r for e, r in examples.items() if r["mix"] == mix} for c, examples in records.items()}
 
 
 def _table(records: Records, cells: Sequence[Described]) -> list[dict[str, Any]]:

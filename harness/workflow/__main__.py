@@ -68,17 +68,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m harness.workflow", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    rules, found = rules_rerun(), undeclared_inputs()
+    rules, undeclared = rules_rerun(), undeclared_inputs()
     write_json(
         args.out,
         {
-            "undeclared_inputs": found,
+            "undeclared_inputs": undeclared,
             "rules_rerun_for_latency_repeats": rules["latency.repeats"],
             "rules_rerun": rules,
             "provenance": machine(),
         },
     )
-    print(f"undeclared inputs: {sum(map(len, found.values()))}")
+    print(f"undeclared inputs: {sum(map(len, undeclared.values()))}")
     print(f"rules that run again for latency.repeats: {', '.join(rules['latency.repeats'])}")
 
 

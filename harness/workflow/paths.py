@@ -50,11 +50,11 @@ def expanded(pattern: str, config: Config, each: Mapping[str, str]) -> list[str]
     values = lists(config) | {name: [value] for name, value in each.items()} | {"root": [str(ROOT)]}
     names = list(dict.fromkeys(NAME.findall(pattern)))
     choices = [values[name] if name in values else [_looked_up(config, name)] for name in names]
-    found = []
+    paths = []
     for chosen in product(*choices):
-        given = dict(zip(names, chosen, strict=True))
-        found.append(NAME.sub(lambda match, given=given: given[match[1]], pattern))
-    return found
+        choice = dict(zip(names, chosen, strict=True))
+        paths.append(NAME.sub(lambda match, choice=choice: choice[match[1]], pattern))
+    return paths
 
 
 def _looked_up(config: Config, key: str) -> str:
@@ -108,15 +108,15 @@ def inputs_of(step: Step, config: Config, each: Mapping[str, str]) -> Inputs:
     out: Inputs = {}
     for name, given in step.inputs.items():
         patterns = (given,) if isinstance(given, str) else given
-        found, several = [], len(patterns) > 1
+        paths, several = [], len(patterns) > 1
         for pattern in patterns:
             if pattern in _left_out(tuple(s.name for s in steps_of(config))) or not _known(pattern, config):
                 continue
             several |= "*" in pattern or any(n in lists(config) and n not in each for n in NAME.findall(pattern))
             for path in expanded(pattern, config, each):
-                found += _files(path, pattern) if "*" in pattern or pattern.startswith("{root}/") else [path]
-        if found:
-            out[name] = found if several else found[0]
+                paths += _files(path, pattern) if "*" in pattern or pattern.startswith("{root}/") else [path]
+        if paths:
+            out[name] = paths if several else paths[0]
     return out
 
 
@@ -149,13 +149,13 @@ def loaded(folder: str, key: str) -> list[str]:
     ConfigError
         The folder lacks required files.
     """
-    found = sorted({str(p) for kind in LOADED for p in Path(folder).glob(kind)})
+    files = sorted({str(p) for kind in LOADED for p in Path(folder).glob(kind)})
     if key.endswith("adapter"):
         if not (Path(folder) / "cope.json").is_file():
             raise ConfigError(f"{key}: there is no adapter in {folder}")
-    elif not (Path(folder) / "config.json").is_file() or not any(p.endswith(".safetensors") for p in found):
+    elif not (Path(folder) / "config.json").is_file() or not any(p.endswith(".safetensors") for p in files):
         raise ConfigError(f"{key}: {folder} needs a config.json and *.safetensors weights")
-    return found
+    return files
 
 
 def jobs_of(config: Config, steps: Sequence[Step] | None = None) -> Iterator[Job]:

@@ -44,26 +44,26 @@ class Watch:
 
     def begin(self) -> set[Path]:
         """Watch all existing folders; returns the existing files."""
-        there = set()
+        existing = set()
         for folder, _, names in os.walk(self.folder):
             number = self._libc.inotify_add_watch(self._fd, os.fsencode(folder), OPENED)
             self._folders[number] = Path(folder)
-            there |= {Path(folder) / name for name in names}
+            existing |= {Path(folder) / name for name in names}
         self._opened()
         self.seen = set()
-        return there
+        return existing
 
     def end(self) -> set[Path]:
         """The files opened since `begin`."""
         return self.seen | self._opened()
 
     def _opened(self) -> set[Path]:
-        found = set()
+        files = set()
         while True:
             try:
                 data = os.read(self._fd, 1 << 16)
             except BlockingIOError:
-                return found
+                return files
             at = 0
             while at < len(data):
                 number, mask, _, length = HEAD.unpack_from(data, at)
@@ -72,7 +72,7 @@ class Watch:
                 if mask & OVERFLOW:
                     raise CacheSlideError("inotify: more files were opened than are kept")
                 if name and not mask & DIRECTORY:
-                    found.add(self._folders[number] / os.fsdecode(name))
+                    files.add(self._folders[number] / os.fsdecode(name))
 
 
 def undeclared(config: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:
@@ -87,8 +87,8 @@ def undeclared(config: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:
     with processes(1) as one:
         for job in jobs_of(config):
             read = one.apply(opened, (folder, job.step.name, slice_of(config, job.step.reads), job.inputs, job.outputs))
-            if more := {p for p in read if not _declared(p, job)}:
-                shown = {str(p.relative_to(folder if p.is_relative_to(folder) else ROOT)) for p in more}
+            if undeclared_reads := {p for p in read if not _declared(p, job)}:
+                shown = {str(p.relative_to(folder if p.is_relative_to(folder) else ROOT)) for p in undeclared_reads}
                 out[job.step.name] = sorted({*out.get(job.step.name, ()), *shown})
     return out
 
@@ -99,11 +99,11 @@ def opened(
     """Run one job in `folder`, on one core; returns older files opened there, or by Python in the repository."""
     os.chdir(folder)
     watch = Watch(folder)
-    there = watch.begin()
+    existing = watch.begin()
     for path in outputs:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     perform(name, config, inputs, outputs, threads=1)
-    return {p for p in watch.end() if p in there or p.is_relative_to(ROOT)}
+    return {p for p in watch.end() if p in existing or p.is_relative_to(ROOT)}
 
 
 def _declared(path: Path, job: Job) -> bool:

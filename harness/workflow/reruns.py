@@ -77,8 +77,8 @@ def rules_rerun(changes: Mapping[str, Any] = CHANGES, jobs: int = 2) -> dict[str
             (Path(folder) / f"{number}.yaml").write_text(yaml.safe_dump(case, sort_keys=False))
         numbers = range(len(cases))
         pool.apply(_snakemake, (folder, "0.yaml", "--touch", "--forceall"))
-        found = pool.map(partial(_dry_run, folder), [f"{n}.yaml" for n in numbers], chunksize=1)
-    rules = dict(zip(cases, found, strict=True))
+        results = pool.map(partial(_dry_run, folder), [f"{n}.yaml" for n in numbers], chunksize=1)
+    rules = dict(zip(cases, results, strict=True))
     if rules.pop(""):
         raise ConfigError("a finished run is not finished: Snakemake would run rules again with nothing changed")
     return rules
@@ -108,8 +108,8 @@ def _inside(folder: str | Path) -> Iterator[None]:
 
 
 def _dry_run(folder: str, config: str) -> list[str]:
-    said = _snakemake(folder, config, "--dry-run")
-    return sorted({name for name, _ in re.findall(r"^(\S+) +(\d+)$", said, re.MULTILINE)} - set(TARGETS))
+    output = _snakemake(folder, config, "--dry-run")
+    return sorted({name for name, _ in re.findall(r"^(\S+) +(\d+)$", output, re.MULTILINE)} - set(TARGETS))
 
 
 def _snakemake(folder: str, config: str, *options: str) -> str:

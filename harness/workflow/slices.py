@@ -24,25 +24,25 @@ def slice_of(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key in keys:
         *sections, last = key.split(".")
-        there, here = config, out
+        source, target = config, out
         for name in sections:
-            if name not in there:
+            if name not in source:
                 break
-            there, here = there[name], here.setdefault(name, {})
+            source, target = source[name], target.setdefault(name, {})
         else:
-            if last in there:
-                here[last] = deepcopy(there[last])
-                _fill_systems(config, key, here)
+            if last in source:
+                target[last] = deepcopy(source[last])
+                _fill_systems(config, key, target)
     return out
 
 
-def _fill_systems(config: Mapping[str, Any], key: str, here: dict[str, Any]) -> None:
+def _fill_systems(config: Mapping[str, Any], key: str, part: dict[str, Any]) -> None:
     """Replace an empty list of systems in `latency`, `throughput` or a section of `agents` by what it stands for."""
     section, _, last = key.rpartition(".")
     if section in ("latency", "throughput") and last == "systems":
-        here["systems"] = here["systems"] or list(config["systems"])
-    elif section == "agents" and isinstance(here[last], dict) and "systems" in here[last]:
-        here[last]["systems"] = here[last]["systems"] or list(config["agents"]["systems"])
+        part["systems"] = part["systems"] or list(config["systems"])
+    elif section == "agents" and isinstance(part[last], dict) and "systems" in part[last]:
+        part[last]["systems"] = part[last]["systems"] or list(config["agents"]["systems"])
 
 
 class Slice(dict):

@@ -91,8 +91,8 @@ def _figure(name: str) -> tuple[str, ...]:
     return tuple(f"{FIGURE}{name}.{kind}" for kind in ("svg", "pdf", "png"))
 
 
-def _drawn(name: str, source: str, when: Callable[[Config], bool], **more: str) -> Step:
-    inputs = {"source": RUN + source} | {k: RUN + v for k, v in more.items()}
+def _drawn(name: str, source: str, when: Callable[[Config], bool], **further: str) -> Step:
+    inputs = {"source": RUN + source} | {k: RUN + v for k, v in further.items()}
     call, options = "plots.render:render", {"name": name}
     return Step(name, call, (), inputs, _figure(name), options=options, of_records=True, when=when)
 

@@ -120,8 +120,8 @@ class Server:
 
     def version(self) -> str | None:
         """vLLM's version as reported by the server."""
-        found = _get(self.port, "/version")
-        return json.loads(found).get("version") if found else None
+        body = _get(self.port, "/version")
+        return json.loads(body).get("version") if body else None
 
     def stop(self) -> None:
         """End the server and everything it started."""

@@ -36,7 +36,7 @@ _BEGINS = b'{"format": 1, "kind": "cacheslide-segment", "salt": "'
 
 @dataclass(frozen=True)
 class ShardHead:
-    """Published state. `open` holds (segment id, length) of the young and the retained log; id 0 means none."""
+    """Published state. `open` holds (segment id, length) of the young and the kept log; id 0 means none."""
 
     epoch: int = 0
     seq: int = 0

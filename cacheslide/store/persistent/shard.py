@@ -1,7 +1,7 @@
 """One shard: an append-only, bounded, crash-safe log of chunk records, shared by several processes.
 
 Two logs protect used chunks from scans. New chunks enter the young log; chunks read before their segment is emptied,
-and chunks that return soon after they were dropped, move to the retained log (as in S3-FIFO, by segments). Room is made
+and chunks that return soon after they were dropped, move to the kept log (as in S3-FIFO, by segments). Room is made
 by removing segments before anything is written: the files never exceed the capacity.
 
 A record that cannot be used, damaged or of another shape, is struck out on disk, so that it does not hide a sound one.
@@ -326,7 +326,7 @@ class Shard:
         self._publish(replace(self.index.head, epoch=self.index.head.epoch + 1))
 
     def _empty(self, number: int) -> None:
-        """Remove a segment; records read since they were written move to the retained log."""
+        """Remove a segment; records read since they were written move to the kept log."""
         log, places = self.index.segments[number].log, self.index.places
         unread = [n for n, p in self.index.live(number) if p.hits == 0]
         for name in unread:

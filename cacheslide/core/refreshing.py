@@ -40,7 +40,7 @@ class Refreshed:
 
 
 def refreshed(
-    model: ModelAdapter, found: Found, selected: Tensor, kv: KVBuffer, positions: Sequence[int]
+    model: ModelAdapter, cached: Found, selected: Tensor, kv: KVBuffer, positions: Sequence[int]
 ) -> Iterator[Refreshed]:
     """New scores of the chunks that a request reused, in prompt order, computed lazily.
 
@@ -50,7 +50,7 @@ def refreshed(
 
     Parameters
     ----------
-    found : Found
+    cached : Found
         The reused rows; row 0 is row 0 of `kv`.
     selected : Tensor [S], int64
         Rows that were recomputed, ascending (`PrefillOutput.selected`).
@@ -60,7 +60,7 @@ def refreshed(
         Positions of all rows of `kv`.
     """
     selected, where = selected.cpu(), tensor_of(positions)
-    for piece, span in zip(found.pieces, found.spans, strict=True):
+    for piece, span in zip(cached.pieces, cached.spans, strict=True):
         rows = selected[(selected >= span.start) & (selected < span.stop)]
         old = piece.chunk.scores
         if old is None or not len(rows):
@@ -74,9 +74,9 @@ def refreshed(
             yield Refreshed(span.start, piece.chunk, scores, float(new.mean()), len(of))
 
 
-def unscored(found: Found | None, plan: Plan) -> dict[ChunkKey, ChunkKV]:
+def unscored(cached: Found | None, plan: Plan) -> dict[ChunkKey, ChunkKV]:
     """Exact chunks without scores among those reused for a request; `plan` is the request's plan."""
     keys = {c.start: key for key, c in plan.keyed}
-    reused = () if found is None else zip(found.pieces, found.spans, strict=True)
+    reused = () if cached is None else zip(cached.pieces, cached.spans, strict=True)
     lacking = ((span.start, p.chunk) for p, span in reused if p.chunk.scores is None and not p.chunk.generation)
     return {keys[start]: chunk for start, chunk in lacking}

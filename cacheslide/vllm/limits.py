@@ -43,16 +43,16 @@ def sayable(text: str, most: int = _SAID) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def check_text(what: str, value: Any, most: int) -> None:
+def check_text(name: str, value: Any, most: int) -> None:
     """Raise PromptError unless `value` is a text of at most `most` characters that encodes as UTF-8."""
     if not isinstance(value, str):
-        raise PromptError(f"{what} must be a string, not {shown(value)}")
+        raise PromptError(f"{name} must be a string, not {shown(value)}")
     if len(value) > most:
-        raise PromptError(f"{what} has {len(value)} characters, of at most {most}")
+        raise PromptError(f"{name} has {len(value)} characters, of at most {most}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise PromptError(f"{what} is no text that can be encoded: {shown(value)}") from None
+        raise PromptError(f"{name} is no text that can be encoded: {shown(value)}") from None
 
 
 def check_depth(params: Mapping[str, Any], name: str = "kv_transfer_params") -> None:

@@ -1,6 +1,6 @@
 """Lua scripts of the Valkey tier, run by the server: store, read and remove a record, and sum up sizes.
 
-The counters are not trusted, since whoever can write them could make the store grow without limit or keep it empty. The
+The counters are not trusted, since clients with access could make the store grow without limit or keep it empty. The
 sum is recomputed from the records when it cannot be right, and about every 64th time anyway. Keys that do not begin
 like a record's name are never removed, whatever the counters list.
 """

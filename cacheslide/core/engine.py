@@ -117,7 +117,7 @@ class ReuseEngine:
 
         A copy computes nothing but carries the error of the reused rows it was computed over: its generation is one
         more than the highest among the reused chunks. Beyond `limit` generations the chunks are encoded exactly
-        instead, and so are those of encodings other than "in_prompt". Under prefix keying copies are exact.
+        instead, and so are those of encodings other than "in_prompt". With an exact keying copies are exact.
 
         Under a rule that needs scores, reused chunks are refreshed first (`refresh`). Those past `max_deviation` are
         encoded anew in this prompt together with the missing ones, and replace the stored ones in a store with

@@ -7,7 +7,7 @@ def generation_of_copy(policy: ReusePolicy, *, exact: bool, oldest: int, limit: 
     """Generation of chunks copied from a request's KV; None where only chunks encoded anew may be stored.
 
     KV computed over reused rows carries their error: a copy's generation is one more than the highest among the reused
-    chunks. Under prefix keying nothing is corrected, and only `in_place` matters.
+    chunks. With an exact keying nothing is corrected, and only `in_place` matters.
 
     Parameters
     ----------

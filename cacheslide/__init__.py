@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Imported on first use: PyTorch takes seconds to load, and not every importer of a submodule needs it.
+# Imported on first use: PyTorch takes seconds to load, and some submodules do not need it.
 _EXPORTS = {
     "CacheSlideError": "cacheslide.errors",
     "Prefilled": "cacheslide.core.engine",

@@ -18,7 +18,7 @@ class ModelError(CacheSlideError, ValueError):
 
 
 class StoreError(CacheSlideError, RuntimeError):
-    """A chunk store cannot hold, find or read what it was asked for."""
+    """A chunk store cannot hold, find or read what was requested."""
 
 
 class DataError(CacheSlideError, ValueError):

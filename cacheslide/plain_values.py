@@ -1,4 +1,4 @@
-"""Values from a user's file: what JSON and YAML can say and no program expects is one line, never a stack trace."""
+"""Checked reading of JSON and YAML values from users' files; every defect is a one-line error."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def _whole(text: str) -> int:
 
 
 def read_json(path: str | Path, error: type[Exception]) -> Any:
-    """The JSON value in a file; `error` in one line where it cannot be read or is none."""
+    """The JSON value in a file; raises `error`, in one line, if it cannot be read or parsed."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as failed:
@@ -42,7 +42,7 @@ def read_json(path: str | Path, error: type[Exception]) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """The JSON value in a text; ValueError, in one line, also for NaN, numbers beyond 20 digits and deep nesting."""
+    """The JSON value in a text; one-line ValueError for invalid JSON, NaN, numbers beyond 20 digits, deep nesting."""
     try:
         return json.loads(text, parse_constant=_refuse, parse_int=_whole)
     except RecursionError:
@@ -50,19 +50,19 @@ def parse_json(text: str) -> Any:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """The JSON object of a command line's argument, for argparse: ArgumentTypeError, in one line, for anything else."""
+    """argparse type: the JSON object in an argument; one-line ArgumentTypeError for anything else."""
     try:
-        found = parse_json(text)
-        check_plain(found, ValueError)
+        value = parse_json(text)
+        check_plain(value, ValueError)
     except ValueError as wrong:
         raise ArgumentTypeError(f"not valid JSON: {wrong}") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise ArgumentTypeError(f"a JSON object is expected, not {text[:SHOWN]!r}")
-    return found
+    return value
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """For argparse: the integer in a command line's argument; ArgumentTypeError for anything else or a smaller one."""
+    """argparse type: an integer of at least `least`; ArgumentTypeError for anything else."""
 
     def read(text: str) -> int:
         try:
@@ -79,8 +79,8 @@ def at_least(least: int) -> Callable[[str], int]:
 def check_plain(value: Any, error: type[Exception], where: str = "", text: bool = False) -> None:
     """Raise `error`, naming the key, for a value that no setting can have.
 
-    Numbers are finite and of 64 bits, keys are strings, strings hold no control characters (with `text` they may) and
-    no halves of surrogate pairs, and all of it is at most `DEPTH` deep and `VALUES` large (YAML's anchors multiply).
+    Numbers are finite and fit in 64 bits; keys are strings; strings hold no control characters (unless `text`) and no
+    unpaired surrogates; the value is at most `DEPTH` deep and `VALUES` large (YAML's anchors multiply).
     """
     left = VALUES
     stack: list[tuple[str, Any, int]] = [(where, value, 0)]
@@ -108,12 +108,12 @@ def check_plain(value: Any, error: type[Exception], where: str = "", text: bool 
 
 
 def shown(value: Any) -> str:
-    """A value in a message: one line of plain characters, cut where it is long."""
+    """A value for a message: one line of ASCII, cut at `SHOWN` characters."""
     try:
-        said = ascii(value)
+        text = ascii(value)
     except (ValueError, RecursionError):  # thousands of digits
         return f"a {type(value).__name__}"
-    return said if len(said) <= SHOWN else f"{said[:SHOWN]}…"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def _name(at: str) -> str:

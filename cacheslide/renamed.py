@@ -1,8 +1,8 @@
-"""Names of the version before: taken from old clients and old records, and given to old clients, for one version.
+"""Names of the previous version, accepted from old clients and records and given to old clients, for one version.
 
-`REQUEST`, `SERVER`, `CONFIGURATION`, `CONFIGURED_AGENTS` and `SERVING` are keys of a request's annotations, of a
+`REQUEST`, `SERVER`, `CONFIGURATION`, `CONFIGURED_AGENTS` and `SERVING` rename keys of a request's annotations, of a
 server's options and of the study's configurations; `RECEIPT` those of receipts, records and counters; `RECORD` those of
-records alone; `TENSOR` names tensors of an adapter's files.
+records alone; `TENSOR` tensors of an adapter's files.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ RECORD = {
 }
 TENSOR = {"masses": "slot_offsets"}
 _ALL = RECEIPT | RECORD
-# Names that mean something else elsewhere are changed only where one of these stands beside them.
+# Names that are ambiguous are changed only beside one of these keys.
 _BESIDE = {
     "rows": {"rows_reused", "rows_recomputed", "tokens_reused", "tokens_recomputed"},
     "stock": {"plugin"},
@@ -45,7 +45,7 @@ _BESIDE = {
 
 
 def options(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """What is given, under the names of today; ValueError where something is given under both."""
+    """The options under today's names; ValueError if one is given under both its names."""
     for old, new in names.items():
         if old in given and new in given:
             raise ValueError(f"{old} is the old name of {new}: give one of them")
@@ -53,15 +53,14 @@ def options(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
 
 
 def receipt_for_all(receipt: Mapping[str, Any]) -> dict[str, Any]:
-    """A receipt that clients of the version before can read too: old names beside those of today."""
+    """A receipt that clients of the previous version can read too: old names beside today's."""
     return {old: receipt[new] for old, new in RECEIPT.items() if new in receipt} | dict(receipt)
 
 
 def record(value: Any) -> Any:
-    """A record, or part of one, under the names of today; an old name beside its new one is left out.
+    """A record, or part of one, under today's names; an old name beside its new one is dropped.
 
-    "rows" is a name of receipts only: it is changed where a receipt's other counts stand beside it. So is "stock", an
-    engine beside the one with the plugin.
+    "rows" is changed only beside other counts of a receipt, and "stock" only beside the engine with the plugin.
     """
     if isinstance(value, list):
         return [record(inner) for inner in value]

@@ -1,1 +1,1 @@
-"""What traffic says about reuse by itself: which tokens of a session occurred before, where, and in what order."""
+"""Reuse in recorded traffic: which tokens of a session occurred before, where, and in what order."""

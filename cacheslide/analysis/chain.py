@@ -1,18 +1,18 @@
-"""Which runs of a prompt stand in the order of their source: a heaviest chain, in O(s log s) for s runs."""
+"""The heaviest chain of runs that keep the order of their source, in O(s log s) for s runs."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 
 def heaviest_chain(runs: Sequence[tuple[int, int, int]]) -> list[int]:
-    """Indices of runs that form a heaviest chain in which every run's source lies behind the one before it.
+    """Indices of the heaviest chain of runs in which every run's source lies behind that of the one before.
 
-    The weighted longest increasing subsequence, with a Fenwick tree of maxima over the ends in the source.
+    Weighted longest increasing subsequence, by a Fenwick tree of maxima over the ends in the source.
 
     Parameters
     ----------
     runs : sequence of (start, end, weight)
-        Half-open places in the source, in the order in which the runs stand in the prompt; weights above 0.
+        Half-open ranges in the source, in the order of the runs in the prompt; weights above 0.
     """
     ends = sorted({end for _, end, _ in runs})
     tree: list[tuple[int, int]] = [(0, -1)] * (len(ends) + 1)  # weight of the best chain, and its last run

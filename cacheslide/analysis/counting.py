@@ -1,4 +1,4 @@
-"""Prompts as token ids: by a model's tokenizer and chat template, or by a regular expression."""
+"""Prompts as token ids, by a model's tokenizer and chat template or by a regular expression."""
 
 import json
 import re
@@ -16,7 +16,7 @@ PATTERN = re.compile(r" ?[^\W\d_]{1,8}| ?\d{1,3}| ?[^\s\w]|_|\s+(?=\S)|\s+")
 
 
 class TokenCounter(Protocol):
-    """Makes token ids of prompts; `name` says how, for a report."""
+    """Tokenises prompts; `name` is the method's name in reports."""
 
     name: str
 
@@ -26,7 +26,7 @@ class TokenCounter(Protocol):
 
 
 class PatternCounter:
-    """Tokens by a regular expression: near a tokenizer's count for English, and the same text is the same tokens."""
+    """Tokens by a regular expression: counts close to a tokenizer's for English; equal text gives equal tokens."""
 
     name = "a built-in regular expression, an approximation"
 
@@ -34,32 +34,32 @@ class PatternCounter:
         self._known: dict[str | int, int] = {}
 
     def ids(self, turn: Turn) -> np.ndarray:
-        """Ids in the order in which tokens are first met."""
+        """Token ids, numbered in the order of first occurrence."""
         if turn.token_ids is not None:
-            found: Iterable[str | int] = turn.token_ids
+            tokens: Iterable[str | int] = turn.token_ids
         else:
-            found = PATTERN.findall("".join(plain_parts(turn)))
+            tokens = PATTERN.findall("".join(plain_parts(turn)))
         known = self._known
-        return np.array([known.setdefault(token, len(known)) for token in found], dtype=np.int64)
+        return np.array([known.setdefault(token, len(known)) for token in tokens], dtype=np.int64)
 
 
 class ModelCounter:
-    """A model's own tokens.
+    """Tokens of a model's tokenizer.
 
-    Messages go through the tokenizer's chat template where it has one that takes all of `turns`; otherwise each follows
-    its role in a header. Parts are encoded one by one then, so that equal messages are equal tokens.
+    Messages go through the tokenizer's chat template if it accepts all of `turns`; otherwise each follows a header with
+    its role. Parts are then encoded one by one, so that equal messages are equal tokens.
 
     Parameters
     ----------
     folder : str or Path
-        A checkpoint's folder; its tokenizer is all that is read.
+        Checkpoint folder; only its tokenizer is read.
     turns : sequence of Turn
-        Everything that will be counted.
+        All turns to be counted.
 
     Raises
     ------
     ModelError
-        Where the folder has no tokenizer.
+        If the folder has no tokenizer.
     """
 
     def __init__(self, folder, turns: Sequence[Turn]) -> None:
@@ -90,7 +90,7 @@ class ModelCounter:
         for turn in chats:
             try:
                 self._templated(turn)
-            except Exception as refused:  # a template is a program of the model's makers: it raises what it likes
+            except Exception as refused:  # a chat template is a program and may raise any exception
                 return False, f"its chat template refuses them: {(str(refused).splitlines() or [''])[0][:80]}"
         return True, ""
 
@@ -101,7 +101,7 @@ class ModelCounter:
 
 
 def plain_parts(turn: Turn) -> list[str]:
-    """The texts of a prompt without a chat template: a header before each message that has a role."""
+    """The texts of a prompt without a chat template: a header before every message with a role."""
     parts = [f"<|tools|>\n{turn.tools}\n"] if turn.tools else []
     for m in turn.messages:
         text = m.content + (f"\n{m.calls}" if m.calls else "")

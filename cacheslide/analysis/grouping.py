@@ -1,4 +1,4 @@
-"""Requests as sessions: by the key that they carry, or by the text that they begin with."""
+"""Groups requests into sessions, by their key or by the beginning of their text."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ BLOCK = 64  # characters or token ids: the units in which prompts without messag
 def group(requests: Sequence[Request], sha256: str) -> list[Session]:
     """Sessions in the order of their first request.
 
-    A request with a key belongs to that key's session. One without joins the session of the earlier request with which
-    it shares the longest beginning: with messages, at least all up to, and with, the first that is no system message;
+    A request with a key belongs to that key's session. One without a key joins the session of the earlier request with
+    the longest common beginning: with messages, at least up to and including the first that is not a system message;
     without, at least half of that session's latest prompt. Otherwise it begins a session. Sessions whose first text
-    changes from request to request are told apart only by a key.
+    changes from request to request can be separated only by a key.
     """
     grouped: dict[str, list[Request]] = {}
     beginnings = _Beginnings()
@@ -33,7 +33,7 @@ def _lacks(members: Sequence[Request]) -> tuple[str, ...]:
 
 
 class _Beginnings:
-    """A trie of the prompts' units; each node names the session whose request last passed it."""
+    """A trie of the prompts' units; each node holds the session whose request last passed it."""
 
     def __init__(self) -> None:
         self._edges: dict[tuple[int, object], int] = {}
@@ -59,7 +59,7 @@ class _Beginnings:
 
 
 def _units(turn: Turn) -> tuple[list[object], int | None]:
-    """What is compared, and how many units two requests of a session share at least (None: half of the earlier)."""
+    """Units to compare, and the minimum number that requests of a session share (None: half of the earlier prompt)."""
     text = turn.token_ids if turn.token_ids is not None else turn.messages[0].content
     if turn.token_ids is not None or not turn.messages[0].role:
         blocks = [text[i : i + BLOCK] for i in range(0, len(text), BLOCK)]

@@ -1,10 +1,9 @@
 """Tokens of a session's prompts by kind: cached prefix, reusable in order, reusable out of order, new.
 
-`prefix` is the longest common prefix with the session's previous prompt: what a plain prefix cache serves. Behind it, a
-token occurred before where it lies in a run of at least `min_tokens` tokens that stands in an earlier prompt of the
-session. Runs of one source whose order there is the order here are `order_preserving` (the heaviest such chain, no
-source text twice, nothing from the source's own share of the prefix), whether they moved or not; other runs are
-`reordered`; the rest is `new`.
+`prefix` is the longest common prefix with the session's previous prompt: what a plain prefix cache serves. Behind it,
+a token occurred before if it lies in a run of at least `min_tokens` tokens of an earlier prompt of the session. Runs of
+one source in the same order as there are `order_preserving`, moved or not (the heaviest such chain, no source text
+twice, nothing from the source's own part of the prefix); other runs are `reordered`; the rest is `new`.
 """
 
 from bisect import bisect_left, bisect_right
@@ -25,9 +24,9 @@ KINDS = ("prefix", "order_preserving", "reordered", "new")
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens [start, start + length) of a prompt that prompt `source` of the session holds `shift` tokens earlier.
+    """Tokens [start, start + length) of a prompt that occur `shift` tokens earlier in prompt `source` of the session.
 
-    Where two runs overlap the first one has the tokens, and runs are cut where only a part is in order: a span can be
+    Overlapping runs are assigned to the first one, and runs are cut where only a part is in order, so a span can be
     shorter than `min_tokens`.
     """
 
@@ -39,13 +38,13 @@ class Span:
 
     @property
     def place(self) -> int:
-        """The position of its first token in the source."""
+        """Position of the first token in the source."""
         return self.start - self.shift
 
 
 @dataclass(frozen=True)
 class TurnKinds:
-    """One prompt: its tokens, those of its prefix, and the spans behind it in order."""
+    """One prompt: its number of tokens, its prefix length, and the spans behind the prefix in order."""
 
     tokens: int
     prefix: int
@@ -63,19 +62,19 @@ class TurnKinds:
 
 
 def session_kinds(prompts: Sequence[Sequence[int]], min_tokens: int = MIN_TOKENS) -> list[TurnKinds]:
-    """Split every prompt of a session by kind.
+    """Split every prompt of a session into kinds.
 
     Parameters
     ----------
     prompts : sequence of sequences of int
         Token ids (at least 0) of successive prompts.
     min_tokens : int
-        Shortest run that counts as text that occurred before, at least 1.
+        Minimum length of a run that counts as text that occurred before, at least 1.
 
     Raises
     ------
     DataError
-        When `min_tokens` is below 1.
+        If `min_tokens` is below 1.
     """
     if min_tokens < 1:
         raise DataError(f"min_tokens must be at least 1, not {min_tokens}")
@@ -92,10 +91,10 @@ def session_kinds(prompts: Sequence[Sequence[int]], min_tokens: int = MIN_TOKENS
 
 
 def _spans(runs: list[Run], shared: dict[int, int], min_tokens: int) -> tuple[Span, ...]:
-    """The runs as spans of tokens, told by order; `shared` is how many tokens of each source are cached prefix.
+    """The runs as spans with their order; `shared` maps each source to its tokens in the cached prefix.
 
-    Spans are cut where others begin or end in their source, and where its cached prefix ends, so that a run of which
-    one part was shown before is no second copy as a whole.
+    Spans are cut where others begin or end in their source, and at the end of its cached prefix: when only one part of
+    a run was used before, only that part counts as a second copy.
     """
     spans, covered = [], 0
     for run in runs:
@@ -124,7 +123,7 @@ def _cut(spans: list[Span], prefix: int) -> list[Span]:
 
 
 def _joined(spans: list[Span]) -> list[Span]:
-    """Neighbours that continue each other, as one."""
+    """Adjacent spans that continue each other, merged."""
     out: list[Span] = []
     for span in spans:
         last = out[-1] if out else None

@@ -1,4 +1,4 @@
-"""A user's own traffic: one OpenAI request a line, as sent to chat completions or completions."""
+"""Reads recorded OpenAI requests, one JSON object a line, as sent to chat completions or completions."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from cacheslide.plain_values import parse_json, shown
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, the session that its request names ("" for none), and its parts that are no text."""
+    """One prompt, the session named in its request ("" for none), and its number of parts that are not text."""
 
     turn: Turn
     session: str
@@ -24,13 +24,13 @@ class Request:
 def read_requests(path: str | Path) -> tuple[list[Request], str]:
     """The requests of a file, in order, and the file's SHA-256.
 
-    A line is a body with `messages` or `prompt`, or an object that holds one as `body`, as OpenAI's batch files do. A
-    body with several prompts is as many requests.
+    A line is a body with `messages` or `prompt`, or an object with such a `body`, as in OpenAI's batch files. A body
+    with several prompts gives several requests.
 
     Raises
     ------
     DataError
-        In one line that names the file and the line: not readable, not JSON, another schema, no prompt at all.
+        In one line with the file and line number: not readable, not JSON, another schema, or no prompt in the file.
     """
     try:
         raw = Path(path).read_bytes()
@@ -86,9 +86,9 @@ def _requests(body: Any, where: str) -> Iterator[Request]:
 
 def _prompts(prompt: Any, where: str) -> list[str | tuple[int, ...]]:
     """The prompts of a completions body: a text, token ids, or a list of either."""
-    given = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
+    prompts = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
     out: list[str | tuple[int, ...]] = []
-    for one in given:
+    for one in prompts:
         if isinstance(one, list) and one and all(type(i) is int and 0 <= i < 2**31 for i in one):
             out.append(tuple(one))
         elif isinstance(one, str) and one:
@@ -99,7 +99,7 @@ def _prompts(prompt: Any, where: str) -> list[str | tuple[int, ...]]:
 
 
 def _message(message: Any, where: str) -> tuple[Message, int]:
-    """A message, and how many of its parts are no text (images, audio)."""
+    """A message, and its number of parts that are not text (images, audio)."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
         raise DataError(f"{where} must be an object with a role, not {shown(message)}")
     content, dropped = message.get("content"), 0

@@ -1,8 +1,8 @@
-"""What a prefix cache over all requests serves: shared system prompts and demonstrations, beside a session's own."""
+"""A prefix cache over all requests, which also serves system prompts and demonstrations shared between sessions."""
 
 from collections.abc import Sequence
 
-BLOCK = 16  # tokens; vLLM's prefix cache keeps whole blocks of this many
+BLOCK = 16  # tokens per block, as in vLLM's prefix cache
 
 
 class PrefixCache:
@@ -13,7 +13,7 @@ class PrefixCache:
         self._nodes: dict[tuple[int, tuple[int, ...]], int] = {}
 
     def serve(self, ids: Sequence[int]) -> int:
-        """How many leading tokens of a prompt stand in an earlier one, in whole blocks; the prompt is kept."""
+        """Number of leading tokens cached from earlier prompts, in whole blocks; adds the prompt to the cache."""
         served, node, known = 0, 0, True
         for start in range(0, len(ids) - self.block + 1, self.block):
             edge = node, tuple(ids[start : start + self.block])

@@ -1,16 +1,16 @@
-"""The text of a prompt that occurred in earlier prompts of its session, as maximal runs of equal windows."""
+"""Text of a prompt that occurs in earlier prompts of its session, as maximal runs of equal windows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-CANDIDATES = 64  # occurrences of a window in its source that are compared; text that repeats itself has thousands
+CANDIDATES = 64  # occurrences of a window compared in its source; repetitive text has thousands
 
 
 @dataclass(frozen=True)
 class Run:
-    """Windows [start, start + count) of a prompt equal those of prompt `source` from `place` on."""
+    """Windows [start, start + count) of a prompt, equal to those of prompt `source` from `place` on."""
 
     start: int
     count: int
@@ -19,12 +19,12 @@ class Run:
 
 
 class EarlierPrompts:
-    """The windows of a session's earlier prompts, and the runs that a later prompt shares with them.
+    """The windows of a session's earlier prompts; finds the runs that a later prompt shares with them.
 
-    A window's source is the latest earlier prompt that holds it. At a prompt's first unmatched window that has a
-    source, the longest run is taken among its occurrences there; equally long ones in the order: at or behind the end
-    of the last run from that source, nearest first; then from that source's start. Every window with a source lies in
-    exactly one run. The work is linear in the windows, `CANDIDATES` times at worst.
+    A window's source is the latest earlier prompt that contains it. At a prompt's first unmatched window with a source,
+    the longest run among its occurrences there is taken; of equally long ones the nearest at or behind the end of the
+    last run from that source, then the first from that source's start. Every window with a source lies in exactly one
+    run. Time is linear in the windows, times `CANDIDATES` in the worst case.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class EarlierPrompts:
         self._sorted: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def add(self, prompt: int) -> None:
-        """Make a prompt's windows known to those after it."""
+        """Add a prompt's windows to those that later prompts are compared with."""
         self._latest[self.names[prompt]] = prompt
 
     def runs(self, prompt: int, first: int) -> list[Run]:
@@ -61,23 +61,23 @@ class EarlierPrompts:
 
     def _longest(self, names: np.ndarray, i: int, source: int, behind: int) -> tuple[int, int]:
         """Place and length in windows of the longest run from window `i` on in prompt `source`."""
-        theirs = self.names[source]
+        source_names = self.names[source]
         if source not in self._sorted:
-            order = np.argsort(theirs, kind="stable")
-            self._sorted[source] = order, theirs[order]
+            order = np.argsort(source_names, kind="stable")
+            self._sorted[source] = order, source_names[order]
         order, by_name = self._sorted[source]
         places = order[np.searchsorted(by_name, names[i]) : np.searchsorted(by_name, names[i], "right")]
         split = int(np.searchsorted(places, behind))
         best = (0, 0)
         for place in np.concatenate([places[split : split + CANDIDATES], places[:split]])[:CANDIDATES]:
-            count = common_length(names[i:], theirs[int(place) :])
+            count = common_length(names[i:], source_names[int(place) :])
             if count > best[1]:
                 best = int(place), count
         return best
 
 
 def common_length(a: np.ndarray, b: np.ndarray) -> int:
-    """How many leading elements of two arrays are equal; the work is linear in that number."""
+    """Length of the common prefix of two arrays; time is linear in that length."""
     size, at, step = min(len(a), len(b)), 0, 64
     while at < size:
         end = min(size, at + step)

@@ -1,11 +1,11 @@
-"""Sessions: the prompts of one agent or conversation, in the order in which they were sent."""
+"""Sessions: the prompts of one agent or conversation, in the order they were sent."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Message:
-    """One part of a prompt. A `role` of "" is text as it stands (a completion's prompt), without a role's header.
+    """One part of a prompt. A `role` of "" is plain text (a completion's prompt) without a role header.
 
     `calls` is the JSON text of a message's tool calls.
     """
@@ -23,13 +23,13 @@ class Turn:
     Parameters
     ----------
     messages : tuple of Message
-        The parts, as sent.
+        Parts in the order sent.
     tools : str
-        JSON text of the tool definitions, which stand in the prompt too.
+        JSON text of the tool definitions, which are part of the prompt.
     token_ids : tuple of int, optional
-        The prompt where a request gave token ids; `messages` is empty then.
+        The prompt as token ids if the request gave them; `messages` is then empty.
     label : str
-        The agent or model that the request names; "" for none.
+        The agent or model named in the request; "" for none.
     """
 
     messages: tuple[Message, ...]
@@ -45,15 +45,15 @@ class Session:
     Parameters
     ----------
     id : str
-        Names the session among those of its file.
+        Unique among the sessions of its file.
     sha256 : str
-        Hash of the file that it was read from.
+        Hash of the source file.
     agent : str
-        Who sent the prompts.
+        Sender of the prompts.
     turns : tuple of Turn
-        At least one.
+        At least one turn.
     lacks : tuple of str
-        What the source does not hold of the prompts as sent, in words.
+        Parts of the sent prompts that the source lacks, in words.
     """
 
     id: str

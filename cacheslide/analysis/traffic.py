@@ -1,4 +1,4 @@
-"""Sessions measured and summed up: shares by kind, their spread over turns, shifts, and what prefix caches serve."""
+"""Statistics of sessions: shares by kind, their spread over turns, shifts, and hits of prefix caches."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,21 +17,21 @@ QUANTILES = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "max": 1.0}
 
 @dataclass(frozen=True)
 class MeasuredTurn:
-    """A prompt by kind, and the length of the prefix that a cache over all requests serves."""
+    """A prompt's tokens by kind, and the prefix length that a cache over all requests serves."""
 
     kinds: TurnKinds
     cached: int
 
     @property
     def record(self) -> dict[str, Any]:
-        """Numbers of this turn: tokens, counts by kind, the cached prefix, and what occurred before behind that."""
+        """Counts of this turn: tokens, tokens by kind, the cached prefix, and earlier text behind it."""
         behind = self.kinds.counts(self.cached)
         own = {"cached": self.cached, "on_top": behind["order_preserving"], "reordered_on_top": behind["reordered"]}
         return {"tokens": self.kinds.tokens, **self.kinds.counts(), **own}
 
 
 def measure(sessions: Iterable[Session], counter: TokenCounter, min_tokens: int) -> list[list[MeasuredTurn]]:
-    """Every session's turns. The cache over all requests sees the sessions one after the other and forgets nothing."""
+    """All turns of the sessions. The cache over all requests sees one session after the other and evicts nothing."""
     cache, out = PrefixCache(), []
     for session in sessions:
         prompts = [counter.ids(turn) for turn in session.turns]
@@ -42,16 +42,15 @@ def measure(sessions: Iterable[Session], counter: TokenCounter, min_tokens: int)
 
 
 def summary(sessions: Sequence[Sequence[MeasuredTurn]]) -> dict[str, Any]:
-    """Sums and spreads over some sessions.
+    """Sums and spreads over sessions.
 
     Returns
     -------
     dict
         `sessions`, `turns`, `prompt_tokens`; `tokens` by kind over all turns, with `cached` (served by a cache over all
-        requests), `on_top` and `reordered_on_top` (what occurred before behind that); `share`: by kind, the spread of
-        each turn's share over the turns that have one before them; `shift` and `span_tokens`: spreads over
-        order-preserving spans, in tokens; `moved`: the share of order-preserving tokens that lie at another position
-        than before; `prompt_length`.
+        requests), `on_top` and `reordered_on_top` (earlier text behind that); `share`: by kind, the spread of each
+        turn's share over turns that follow another; `shift` and `span_tokens`: spreads over order-preserving spans, in
+        tokens; `moved`: the share of order-preserving tokens at another position than before; `prompt_length`.
     """
     turns = [turn for session in sessions for turn in session]
     records = [turn.record for turn in turns]
@@ -73,9 +72,9 @@ def summary(sessions: Sequence[Sequence[MeasuredTurn]]) -> dict[str, Any]:
 
 
 def spread(values: Iterable[float]) -> dict[str, float] | None:
-    """Number, mean, extremes and quartiles; None of nothing."""
-    found = np.array(list(values), dtype=float)
-    if not len(found):
+    """Count, mean, extremes and quartiles; None without values."""
+    numbers = np.array(list(values), dtype=float)
+    if not len(numbers):
         return None
-    ends = {name: float(np.quantile(found, q)) for name, q in QUANTILES.items()}
-    return {"n": len(found), "mean": float(found.mean())} | ends
+    ends = {name: float(np.quantile(numbers, q)) for name, q in QUANTILES.items()}
+    return {"n": len(numbers), "mean": float(numbers.mean())} | ends

@@ -1,20 +1,20 @@
-"""What a summary of traffic means, in two lines of plain words."""
+"""A two-line conclusion from a summary of traffic."""
 
 from typing import Any
 
-LITTLE = 0.05  # of the prompt tokens: below this, reuse on top of a prefix cache does not pay for itself
+LITTLE = 0.05  # of the prompt tokens: below this, reuse beyond a prefix cache does not pay off
 
 
 def verdict(total: dict[str, Any]) -> list[str]:
-    """Two lines on a summary of `traffic.summary`: what a prefix cache serves and what reuse in order adds."""
-    tokens, whole = total["tokens"], total["prompt_tokens"]
-    cached, on_top = (f"{100 * tokens[key] / whole if whole else 0:.1f} %" for key in ("cached", "on_top"))
+    """Two lines on a summary of `traffic.summary`: tokens served by a prefix cache, and added by ordered reuse."""
+    tokens, length = total["tokens"], total["prompt_tokens"]
+    cached, on_top = (f"{100 * tokens[key] / length if length else 0:.1f} %" for key in ("cached", "on_top"))
     if total["turns"] == total["sessions"]:
         return [
             f"Every session has one request: a prefix cache over all of them serves {cached} of the prompt tokens.",
             "Of reuse within sessions this says nothing: metadata.session_id tells which requests belong together.",
         ]
-    if tokens["on_top"] < LITTLE * whole:
+    if tokens["on_top"] < LITTLE * length:
         return [
             f"A prefix cache suffices: it serves {cached} of the prompt tokens.",
             f"Order-preserving reuse would add {on_top}.",

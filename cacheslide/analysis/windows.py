@@ -1,4 +1,4 @@
-"""Windows of k tokens by name: two windows have one name exactly where their tokens are equal."""
+"""Names for windows of k tokens: two names are equal exactly if the windows' tokens are."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def window_names(prompts: Sequence[np.ndarray], k: int) -> list[np.ndarray]:
-    """Name every window of `k` tokens of some prompts.
+    """Name every window of `k` tokens of several prompts.
 
     Windows are named by doubling, as in the construction of a suffix array (Karp, Miller and Rosenberg, 1972): the name
     of a window of 2m tokens is the rank of the pair of names of its halves. No hash is involved.
@@ -16,14 +16,14 @@ def window_names(prompts: Sequence[np.ndarray], k: int) -> list[np.ndarray]:
     prompts : sequence of int64 arrays, shapes (n_t,)
         Token ids, at least 0.
     k : int
-        Tokens of a window, at least 1.
+        Tokens per window, at least 1.
 
     Returns
     -------
     list of int64 arrays, shapes (max(0, n_t - k + 1),)
-        Names, counted from 0, of the windows that start at each position. O(N log N log k) for N tokens in all.
+        Name, counted from 0, of the window at each position. O(N log N log k) for N tokens in all.
     """
-    # A token of its own ends each prompt, so that no window across an end equals another.
+    # A unique token ends each prompt, so that no window across an end equals another.
     parts = [part for i, ids in enumerate(prompts) for part in (ids, np.array([-1 - i], dtype=np.int64))]
     power = _ranks(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.int64)
     names, length, width = None, 0, 1
@@ -45,7 +45,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _pairs(left: np.ndarray, right: np.ndarray, length: int) -> np.ndarray:
-    """Names of windows whose first `length` tokens are named by `left` and the rest, from there on, by `right`."""
+    """Names of windows whose first `length` tokens are named by `left` and whose rest is named by `right`."""
     rest = right[length:]
     size = min(len(left), len(rest))
     if not size:

@@ -1,4 +1,4 @@
-"""`python -m cacheslide.cli` is the `cacheslide` command."""
+"""Runs the `cacheslide` command as `python -m cacheslide.cli`."""
 
 import sys
 

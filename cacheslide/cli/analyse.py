@@ -1,4 +1,4 @@
-"""`cacheslide analyse`: what prefix caching and order-preserving reuse would save of a user's own traffic."""
+"""`cacheslide analyse`: the savings of prefix caching and of order-preserving reuse on recorded traffic."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 from cacheslide.plain_values import at_least, shown
 
-ROWS = {  # key of a row: what it says
+ROWS = {  # key of a row: its label
     "cached": "a prefix cache over all requests serves",
     "on_top": "order-preserving reuse serves on top",
     "reordered": "occurred before in another order or is a second copy",
@@ -16,7 +16,7 @@ ROWS = {  # key of a row: what it says
 
 
 def add_parser(commands) -> None:
-    """The command line's `analyse`; `commands` is argparse's subparsers action."""
+    """Add the command `analyse`; `commands` is argparse's subparsers action."""
     parser = commands.add_parser("analyse", help="say of recorded requests what caching would save")
     parser.add_argument("requests", type=Path, help="JSON lines: bodies of OpenAI requests, or {'body': ...}")
     parser.add_argument("--model", type=Path, help="folder of the model's tokenizer (default: an approximation)")
@@ -26,13 +26,13 @@ def add_parser(commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    found = analyse(args.requests, args.model, args.min_tokens)
-    print(json.dumps(found, indent=1) if args.json else "\n".join(_lines(found)))
+    report = analyse(args.requests, args.model, args.min_tokens)
+    print(json.dumps(report, indent=1) if args.json else "\n".join(_lines(report)))
     return 0
 
 
 def analyse(path: Path, model: Path | None, min_tokens: int) -> dict[str, Any]:
-    """Everything that the command says of a file, as JSON-serialisable values. DataError and ModelError in one line."""
+    """All results for a file as JSON-serialisable values. One-line DataError or ModelError."""
     from cacheslide.analysis.counting import ModelCounter, PatternCounter
     from cacheslide.analysis.grouping import group
     from cacheslide.analysis.openai_requests import read_requests
@@ -65,32 +65,32 @@ def analyse(path: Path, model: Path | None, min_tokens: int) -> dict[str, Any]:
     }
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
-    total, keyed = found["total"], found["keyed"]
-    told = f"{keyed} requests by a key" if keyed else ""
-    if keyed < found["requests"]:
-        told += f"{', ' if told else ''}{found['requests'] - keyed} by what they begin with"
+def _lines(report: dict[str, Any]) -> list[str]:
+    total, keyed = report["total"], report["keyed"]
+    grouping = f"{keyed} requests by a key" if keyed else ""
+    if keyed < report["requests"]:
+        grouping += f"{', ' if grouping else ''}{report['requests'] - keyed} by what they begin with"
     lines = [
-        str(found["file"]),
-        f"sessions told apart: {told}",
-        f"tokens counted with {found['counted_with']}",
+        str(report["file"]),
+        f"sessions told apart: {grouping}",
+        f"tokens counted with {report['counted_with']}",
     ]
-    if found["dropped"]:
-        lines.append(f"left out: {found['dropped']} parts of messages that are no text (images, audio)")
+    if report["dropped"]:
+        lines.append(f"left out: {report['dropped']} parts of messages that are no text (images, audio)")
     lines += ["", *_table("all requests", total)]
-    if len(found["by"]) > 1:
-        for label, own in found["by"].items():
+    if len(report["by"]) > 1:
+        for label, own in report["by"].items():
             title = label if label.isprintable() else shown(label)
             lines += ["", *_table(title or "(no agent or model named)", own)]
-    return [*lines, "", *found["verdict"]]
+    return [*lines, "", *report["verdict"]]
 
 
 def _table(title: str, own: dict[str, Any]) -> list[str]:
-    tokens, whole = own["tokens"], own["prompt_tokens"]
-    behind = dict(tokens, new=whole - tokens["cached"] - tokens["on_top"] - tokens["reordered_on_top"])
+    tokens, length = own["tokens"], own["prompt_tokens"]
+    behind = dict(tokens, new=length - tokens["cached"] - tokens["on_top"] - tokens["reordered_on_top"])
     behind["reordered"] = tokens["reordered_on_top"]
-    lines = [f"{title}: {own['turns']} requests, {own['sessions']} sessions, {whole} prompt tokens"]
-    lines += [f"  {100 * behind[key] / whole if whole else 0:5.1f} %  {said}" for key, said in ROWS.items()]
+    lines = [f"{title}: {own['turns']} requests, {own['sessions']} sessions, {length} prompt tokens"]
+    lines += [f"  {100 * behind[key] / length if length else 0:5.1f} %  {label}" for key, label in ROWS.items()]
     if shift := own["shift"]:
         size, moved = own["span_tokens"]["median"], 100 * own["moved"]
         ends = f"{shift['min']:+.0f} to {shift['max']:+.0f} tokens (median {shift['median']:+.0f})"

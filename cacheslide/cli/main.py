@@ -1,4 +1,4 @@
-"""The `cacheslide` command: list the systems, answer one prompt with cached chunks, analyse traffic, or serve."""
+"""The `cacheslide` command: lists systems, answers a prompt with cached chunks, analyses traffic, serves."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from cacheslide.policies.default import DEFAULT_SYSTEM
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point. An error a user can act on is one line on stderr and exit status 2."""
+    """Entry point. A user's error is printed in one line on stderr, with exit status 2."""
     parser = argparse.ArgumentParser(prog="cacheslide", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     systems = commands.add_parser("systems", help="list the registered reuse systems")
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--layer", type=int, help="selection layer of systems that have one (default: the system's own)")
     run.add_argument(
         "--recompute-ratio",
-        "--share",  # its name in the version before
+        "--share",  # its name in the previous version
         type=float,
         help="share of the reused tokens to recompute (default: the system's own)",
     )
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     add_command(commands)
     add_store_parser(commands)
     add_analyse_parser(commands)
-    # Its options are vLLM's too, which only its own parser lets through; it is the one command that needs vLLM.
+    # It shares options with vLLM, so its own parser handles them; it is the only command that needs vLLM.
     commands.add_parser("serve", help="an OpenAI server: vLLM with the connector (`cacheslide serve --help`)")
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     except CacheSlideError as error:
         print(f"cacheslide: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever reads our output has seen enough (`| head`); the interpreter flushes once more
+    except BrokenPipeError:  # the reader of the output closed the pipe (`| head`); the interpreter flushes once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

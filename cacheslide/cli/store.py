@@ -1,4 +1,4 @@
-"""`cacheslide store`: look at a chunk store's folder, check it, clean it up, and start a server to share chunks."""
+"""`cacheslide store`: inspects, checks and cleans a chunk store's folder, and starts a server that shares chunks."""
 
 import argparse
 import json
@@ -64,7 +64,7 @@ def _spill_folder(tier: FileTier) -> Folder:
 
 
 def _ids(namespace: str | None) -> frozenset[bytes] | None:
-    """What stands for a tenant on disk, for every rank of up to 64; None for no tenant in particular."""
+    """A tenant's ids on disk, for every rank of up to 64; None for all tenants."""
     if namespace is None:
         return None
     return frozenset(namespace_id(namespace, rank, ranks) for ranks in range(1, 65) for rank in range(ranks))
@@ -111,14 +111,14 @@ def _verify(args: argparse.Namespace) -> int:
     good = pages = bad = 0
     for name in list(tier.names()):
         try:
-            found = tier.read(name)
+            record = tier.read(name)
         except (StoreError, OSError) as damage:
             bad += 1
             print(f"{name[16:].hex()}: {damage}")
             continue
-        if found is not None:
+        if record is not None:
             good += 1
-            pages += found[0].layout.pages
+            pages += record[0].layout.pages
     skipped = sum(s.index.skipped for s in tier.shards)
     print(f"{good} chunks ({pages} pages) are sound, {bad} are damaged, {skipped} stretches hold no readable record")
     return 1 if bad or skipped else 0
@@ -154,7 +154,7 @@ def _serve(args: argparse.Namespace) -> int:
         "port": config.remote_port,
         "save": '""',
         "appendonly": "no",
-        "maxmemory": f"{int(config.remote_gib * 1152) + 64}mb",  # records, and the server's own overhead
+        "maxmemory": f"{int(config.remote_gib * 1152) + 64}mb",  # records plus the server's overhead
         "maxmemory-policy": "noeviction",
     }
     if args.password_file is not None:
@@ -180,7 +180,7 @@ def _password(path: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m cacheslide.cli.store`."""
+    """Entry point of `python -m cacheslide.cli.store`."""
     parser = argparse.ArgumentParser(prog="cacheslide")
     add_parser(parser.add_subparsers(dest="command", required=True))
     args = parser.parse_args(argv)

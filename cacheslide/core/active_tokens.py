@@ -1,7 +1,7 @@
-"""One request's tokens during a selective prefill: which of them are active, and how that changes from layer to layer.
+"""The active tokens of one request during a selective prefill, and how the set changes from layer to layer.
 
-What changes the set is the correction's own affair (`policies/`). This file holds the set, writes the KV of active
-tokens, and places cached KV under those at rest.
+The correction (`policies/`) decides what changes; this file keeps the set, writes the KV of active tokens and places
+cached KV in the rows of resting ones.
 """
 
 from functools import cached_property
@@ -15,7 +15,7 @@ from cacheslide.models.adapter import DecoderSteps, RowGroup
 
 
 class ActiveTokens:
-    """Lives as long as the run.
+    """State of one request for the length of one run.
 
     Attributes
     ----------
@@ -26,7 +26,7 @@ class ActiveTokens:
     mask : Tensor [R], bool
         Which reused rows are active; `chosen` and `resting` are their indices into `reused`.
     selecting : bool
-        Whether the correction has yet to choose: until then every row is active and no cached KV is placed.
+        Whether the correction has not chosen yet: until then every row is active and no cached KV is placed.
     """
 
     def __init__(self, request: PrefillRequest, model: DecoderSteps) -> None:
@@ -52,11 +52,11 @@ class ActiveTokens:
         return live.index_fill_(0, self.reused, False)  # assigning a number would wait for the device
 
     def _nothing(self) -> Tensor:
-        """A mask without any reused row."""
+        """Bool [R]: no reused row is set."""
         return torch.zeros(len(self.reused), dtype=torch.bool, device=self.reused.device)
 
     def _begin(self, known: Tensor | None) -> None:
-        """Make the first rows active; `known` [R], on the host, is the correction's mask if it has one."""
+        """Make the first rows active; `known` [R], on the host, is the correction's mask, None if it has none yet."""
         request = self.request
         if known is not None:
             self._activate_known(known)
@@ -77,40 +77,40 @@ class ActiveTokens:
         self.group = RowGroup(self.request.kv, at)
 
     def _activate_known(self, known: Tensor) -> None:
-        """`activate_chosen`, given the mask on the host: what follows from it is made there and sent at once.
+        """As `activate_chosen`, from a mask on the host: the indices are computed on the host and sent in one copy.
 
-        On the device the same is some thirty launches, each longer on the host than its work.
+        On the device the same takes about thirty launches, each slower to issue than to run.
         """
         request, rows = self.request, self.request.runs.rows
         self.mask = send(known, self.reused.device)
-        everyone = torch.ones(len(request.token_ids), dtype=torch.bool)
-        everyone[rows] = known
-        active, chosen, resting = (mask.nonzero()[:, 0] for mask in (everyone, known, ~known))
+        active_mask = torch.ones(len(request.token_ids), dtype=torch.bool)
+        active_mask[rows] = known
+        active, chosen, resting = (mask.nonzero()[:, 0] for mask in (active_mask, known, ~known))
         parts = active, active + request.start, chosen, resting, rows[resting] + request.start
         active, at, self.chosen, self.resting, self.resting_rows = send_together(parts, self.reused.device)
         self._activate(active, at)
 
     def activate_chosen(self, count: int) -> None:
-        """The live rows and the `count` reused rows set in `mask` become the active ones."""
+        """Make the live rows and the `count` reused rows set in `mask` active."""
         self.selecting = False
-        everyone = self.live.clone()
-        everyone[self.reused] = self.mask
-        active = _where(everyone, len(everyone) - len(self.reused) + count)
+        active_mask = self.live.clone()
+        active_mask[self.reused] = self.mask
+        active = _where(active_mask, len(active_mask) - len(self.reused) + count)
         self._activate(active, active + self.request.start)
         self.chosen = _where(self.mask, count)  # indices into `reused`
         self.resting = _where(~self.mask, len(self.mask) - count)  # likewise
         self.resting_rows = self.reused[self.resting] + self.request.start
 
     def narrow_chosen(self) -> None:
-        """Recomputed tokens attend to the computed ones (updated text) and themselves alone, until the set changes."""
+        """Until the set changes, recomputed tokens attend only to computed rows (updated text) and to themselves."""
         computed = _where(self.live, len(self.live) - len(self.reused)) + self.request.start
         self.group = RowGroup(self.request.kv, self.group.rows, ~self.live[self.active], computed)
 
     @property
     def static_from(self) -> int:
-        """The first layer from which the correction does nothing any more; the number of layers if it always may.
+        """First layer from which the correction changes nothing; the number of layers if it may act in any.
 
-        A run says so in `static_from`, an attribute that it need not have.
+        Read from the run's optional attribute `static_from`.
         """
         if self.run is None:
             return 0
@@ -123,7 +123,7 @@ class ActiveTokens:
             self.request.source.place(layer, self.resting, self.request.kv, self.resting_rows)
 
     def enter(self, layer: int, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Let the correction act, write this layer's KV; returns hidden and q of the rows that go on."""
+        """Run the correction and write this layer's KV; returns hidden and q of the rows that go on."""
         if self.run is not None:
             hidden, q, k, v = self.run.enter(layer, hidden, q, k, v)
             self.place(layer)

@@ -1,4 +1,4 @@
-"""Computes the KV that a policy caches for a prompt's chunks, exactly, in the context its encoding names."""
+"""Computes a policy's cached chunks exactly, in the context that its encoding names."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,16 +39,16 @@ class ChunkEncoder:
     model : ModelAdapter
     store : ChunkStore
     store_dtype : torch.dtype
-        What K, V and layer inputs are kept in.
+        Dtype of stored K, V and layer inputs.
     capture : frozenset of int
-        Layers whose inputs are kept with every chunk.
+        Layers whose inputs are stored with every chunk.
     scores : bool
-        Keep every chunk with its remembered deviation, which takes a prefill of its other context (`Contrast`).
+        Store remembered deviations with every chunk; they take a prefill of its other context (`Contrast`).
 
     Attributes
     ----------
     row_layers : int
-        Rows computed so far, once a layer: what encoding has cost.
+        Sum over layers of the rows computed so far: the cost of encoding.
     """
 
     def __init__(
@@ -74,8 +74,9 @@ class ChunkEncoder:
     ) -> int:
         """Compute and store the chunks of `plan` that are missing or named by `anew`; returns how many.
 
-        `served` is exact KV of the plan's prompt, if there is any: scores then need no prefill of it. Chunks that are
-        stored without scores, `unscored`, get theirs if the missing ones' scores have taken that prefill anyway.
+        `served` is exact KV of the plan's prompt, if available: scores then need no prefill of it. `unscored` chunks
+        are stored without scores; they are scored too when scoring the missing ones has prefilled the other context
+        anyway.
         """
         missing = [key in anew or not self.store.contains(key) for key in plan.keys]
         if any(missing):
@@ -91,9 +92,9 @@ class ChunkEncoder:
                 self._score({i: unscored[k] for i, k in enumerate(plan.keys) if k in unscored}, contrast, missing)
         return sum(missing)
 
-    def _score(self, held: Mapping[int, ChunkKV], contrast: Contrast, missing: Sequence[bool]) -> None:
-        """Give chunks that are here, by their number in the plan, the scores that they lack."""
-        for number, chunk in held.items():
+    def _score(self, stored: Mapping[int, ChunkKV], contrast: Contrast, missing: Sequence[bool]) -> None:
+        """Score stored chunks that have no scores; `stored` maps their number in the plan to the chunk."""
+        for number, chunk in stored.items():
             scores = None if missing[number] else contrast.scores(number, TokenKV.of_chunk(chunk, self.model.device))
             if scores is not None:
                 self.store.rescore(contrast.plan.keys[number], scores, chunk)
@@ -101,7 +102,7 @@ class ChunkEncoder:
     def contrast(
         self, encoding: Encoding, plan: Plan, served: KVBuffer | None = None, reduce: Reduce | None = None
     ) -> Contrast:
-        """What scores of the plan's chunks compare with; see `encode` and `Contrast`."""
+        """The context against which the plan's chunks are scored; arguments as for `encode` and `Contrast`."""
         known = None if served is None else (served, plan.positions)
         return Contrast(self.model, plan, encoding.in_prompt, self._prefill_other, known, reduce)
 
@@ -119,7 +120,7 @@ class ChunkEncoder:
     ) -> "ExactKV":
         """Exact KV of `token_ids`; `known` pieces are its first rows, already exact at these positions.
 
-        With `inputs`, also what `capture` asks for.
+        With `inputs`, layer inputs of the `capture` layers too.
         """
         kv = self.model.new_kv(len(token_ids))
         done = write_known(self.model, kv, known)
@@ -129,7 +130,7 @@ class ChunkEncoder:
         return ExactKV(kv, positions, out.layer_inputs, done)
 
     def store_chunk(self, key: ChunkKey, exact: "ExactKV", start: int, end: int, scores: Tensor | None = None) -> None:
-        """Store rows [start, end) of an exact prefill as the chunk `key`, in place of what can be replaced."""
+        """Store rows [start, end) of an exact prefill as the chunk `key`, replacing a chunk that can be replaced."""
         offset = exact.first_input
         layers = {layer: x[start - offset : end - offset] for layer, x in exact.layer_inputs.items()}
         chunk = replace(self.cut(exact.kv, exact.positions, start, end, layer_inputs=layers), scores=scores)
@@ -145,13 +146,13 @@ class ChunkEncoder:
         generation: int = 0,
         layer_inputs: dict[int, Tensor] | None = None,
     ) -> ChunkKV:
-        """Rows [start, end) of a KV buffer as a chunk; `where` are the positions of all of its rows."""
+        """Rows [start, end) of a KV buffer as a chunk; `where` holds the positions of all rows of the buffer."""
         chunk = read_chunk(self.model, kv, where, start, end, generation, layer_inputs)
         return chunk.to(self.store_dtype)
 
 
 def write_known(model: ModelAdapter, kv: KVBuffer, known: Sequence[Piece]) -> int:
-    """Write pieces, already at these positions, as the first rows of a KV buffer; how many rows they are."""
+    """Write pieces, already at these positions, as the first rows of a KV buffer; returns the number of rows."""
     done = sum(p.length for p in known)
     if known:
         rows = torch.arange(done, device=model.device)
@@ -170,7 +171,7 @@ def read_chunk(
     generation: int = 0,
     layer_inputs: dict[int, Tensor] | None = None,
 ) -> ChunkKV:
-    """Rows [start, end) of a KV buffer as a chunk in the model's dtype; `positions` are those of all of its rows."""
+    """Rows [start, end) of a KV buffer as a chunk in the model's dtype; `positions` are those of the whole buffer."""
     rows = torch.arange(start, end, device=model.device)
     pairs = [kv.read(layer, rows) for layer in range(model.num_layers)]
     k, v = torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
@@ -182,7 +183,7 @@ def prefill_exact(
 ):
     """The KV buffer of `token_ids` prefilled in full at positions `first_position`, `first_position` + 1, ...
 
-    `slots` says where updated slots lie; a model with canonical slot offsets (CCPE) crosses them by these.
+    `slots` are the prompt's updated slots; a model with canonical slot offsets (CCPE) needs them.
     """
     kv, positions = model.new_kv(len(token_ids)), range(first_position, first_position + len(token_ids))
     SelectivePrefill(model).run([RequestBuilder(model).build(token_ids, positions, kv, slots=slots)])

@@ -1,4 +1,4 @@
-"""One engine for every system: plan what a prompt can reuse, fill the store, prefill, and say what happened."""
+"""The reuse engine of the reference host: plans a prompt, fills the store, prefills, and reports in a receipt."""
 
 import math
 from collections.abc import Sequence
@@ -37,14 +37,14 @@ class Prefilled:
     receipt: Receipt
     output: PrefillOutput
     plan: Plan
-    found: Found | None = None  # what was reused, where its scores are refreshed
+    found: Found | None = None  # the reused rows, for refreshing their scores; None where the rule needs none
 
 
 @dataclass(frozen=True)
 class Retained:
-    """What `ReuseEngine.retain` did: chunks copied from a request's KV at `generation`, or encoded exactly.
+    """Result of `ReuseEngine.retain`: chunks copied from a request's KV at `generation`, or encoded exactly.
 
-    `refreshed` chunks, which were there, have new scores.
+    `refreshed` counts chunks already stored that got new scores.
     """
 
     copied: int = 0
@@ -62,17 +62,17 @@ class ReuseEngine:
     policy : ReusePolicy
     store : ChunkStore
     chunk_size : int
-        Fixed segments are cached in pieces of at most this many tokens.
+        Maximum tokens of a chunk; fixed segments are cut into such chunks.
     suffix_len : int
-        This many tokens at the prompt's end are always recomputed; at least 1 when logits are wanted.
+        This many tokens at the prompt's end are always recomputed; at least 1 where logits are needed.
     namespace : str
-        Tenants of different namespaces never see each other's chunks.
+        Chunks are never shared between namespaces (tenants).
     corrected : ChunkStore, optional
-        Where `retain` puts KV that rests on reused KV. It is read where `store` lacks a chunk, so that an exact copy
-        always comes first and a corrected one is never taken for a chunk's reference copy.
+        Where `retain` puts KV that was computed over reused KV. It is read only where `store` lacks a chunk, so an
+        exact copy takes precedence and a corrected one is never taken for a chunk's reference copy.
     max_deviation : float
-        Under a rule that needs scores: where a chunk's recomputed tokens deviate by more than this in the mean,
-        `retain` encodes the chunk anew. Infinite, which is never, by default.
+        Under a rule that needs scores: `retain` encodes a chunk anew when its recomputed tokens deviate by more than
+        this in the mean. Infinite by default: never.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class ReuseEngine:
         return make_plan(self.policy, self.identity, prompt, self.chunk_size, self.model.max_positions)
 
     def build(self, prompt: Prompt) -> int:
-        """Compute and store the chunks of `prompt` that the store lacks; returns how many."""
+        """Compute and store the chunks of `prompt` that the store lacks; returns their number."""
         plan = self.plan(prompt)
         if not plan.chunks:
             return 0
@@ -113,28 +113,27 @@ class ReuseEngine:
 
     @torch.inference_mode()
     def retain(self, state: Prefilled, prompt: Prompt, limit: int) -> Retained:
-        """Retain the chunks of `prompt` that no store has, out of the KV that serving it left in `state`.
+        """Store the chunks of `prompt` that no store has, from the KV that serving it left in `state`.
 
-        Copying computes nothing, but KV that was computed over reused rows carries their error on: a copy is one
-        generation older than the oldest chunk behind it. Beyond `limit` generations the prompt's corrected chunks are
-        encoded anew, exactly, and so are those of encodings other than "in_prompt". Prefix caching stays exact.
+        A copy computes nothing but carries the error of the reused rows it was computed over: its generation is one
+        more than the highest among the reused chunks. Beyond `limit` generations the chunks are encoded exactly
+        instead, and so are those of encodings other than "in_prompt". With an exact keying copies are exact.
 
-        Under a rule that needs scores, chunks that were reused are refreshed first (`refresh`), and those past
-        `max_deviation` are encoded anew in this prompt, with everything else that is missing, and replace what was kept
-        (in a store that can `replace`). That is so for encodings "in_prompt" alone: in any other context the same KV
-        would come out again. Exact chunks get scores by a prefill of their other context (`Contrast`); a corrected copy
-        has those of the chunk that its rows were reused from, which has left the store meanwhile, or none. Chunks that
-        were stored without scores, under a rule that needs none, get theirs in memory when others are encoded beside
-        them, which takes that prefill anyway; where nothing is missing they stay without, and the rule takes what it
-        takes of unknown tokens. vLLM's worker scores them by a job of its own (`vllm/worker/scoring.py`).
+        Under a rule that needs scores, reused chunks are refreshed first (`refresh`). Those past `max_deviation` are
+        encoded anew in this prompt together with the missing ones, and replace the stored ones in a store with
+        `replace`. Only encodings "in_prompt" do so: any other context would give the same KV again. Exact chunks are
+        scored against their other context (`Contrast`), which takes a prefill; a corrected copy inherits the scores of
+        the chunk that its rows were reused from, or has none. Chunks stored without scores get them, in memory, when
+        others are encoded at the same time (that prefill is then done anyway); otherwise they stay unscored and the
+        rule treats their tokens as unknown. In vLLM a separate job scores them (`vllm/worker/scoring.py`).
 
         Parameters
         ----------
         prompt : Prompt
-            The prompt that was served, whose fixed segments may go on into generated text: the rows of `state` behind
-            the prompt, up to and without the last token generated (it has no KV yet).
+            The prompt that was served. Its fixed segments may extend over generated text: the rows of `state` behind
+            the prompt, without the last generated token, which has no KV yet.
         limit : int
-            0 or more.
+            Highest generation of a copy, 0 or more.
         """
         if limit < 0:
             raise PromptError(f"a limit of generations is at least 0, not {limit}")
@@ -171,16 +170,15 @@ class ReuseEngine:
 
     @torch.inference_mode()
     def refresh(self, state: Prefilled) -> int:
-        """Give the chunks that serving `state` reused new scores for the tokens it recomputed; returns how many.
+        """Rescore the chunks reused for `state` from the tokens it recomputed; returns the number of chunks.
 
-        Nothing is computed but the deviation of what was recomputed anyway from what was kept: no KV. Under a rule that
-        needs no scores nothing is done. Chunks in memory get the new scores; files and servers keep those that they
-        were written with.
+        Computes no KV, only deviations between the recomputed KV and the stored KV. Does nothing under a rule that
+        needs no scores. Chunks in memory get the new scores; files and servers keep the scores they were written with.
         """
         return self._refresh(state)[0]
 
     def _refresh(self, state: Prefilled) -> tuple[int, frozenset[ChunkKey]]:
-        """How many chunks have new scores, and which of them deviate by more than `max_deviation`."""
+        """Number of rescored chunks, and the keys of those that deviate by more than `max_deviation`."""
         if state.found is None:
             return 0, frozenset()
         keys, count, past = {c.start: key for key, c in state.plan.keyed}, 0, set()
@@ -198,11 +196,11 @@ class ReuseEngine:
     def _holds(self, state: Prefilled, plan: Plan) -> bool:
         """Whether the KV of `state` is that of the plan's chunks in this prompt."""
         served, rows = state.plan, len(state.plan.prompt)
-        same = plan.prompt.token_ids[:rows] == served.prompt.token_ids[: len(plan.prompt)]
-        same = same and plan.positions[:rows] == served.positions[: len(plan.prompt)]
-        behind, last = plan.positions[rows:], served.positions[-1]  # text that was generated lies right behind
-        same = same and list(behind) == list(range(last + 1, last + 1 + len(behind)))
-        return same and plan.chunks[-1].end <= state.length
+        equal = plan.prompt.token_ids[:rows] == served.prompt.token_ids[: len(plan.prompt)]
+        equal = equal and plan.positions[:rows] == served.positions[: len(plan.prompt)]
+        behind, last = plan.positions[rows:], served.positions[-1]  # generated text follows directly
+        equal = equal and list(behind) == list(range(last + 1, last + 1 + len(behind)))
+        return equal and plan.chunks[-1].end <= state.length
 
     def prefill(self, prompt: Prompt, following: int = 0, room: int = 0) -> Prefilled:
         """Complete the KV of `prompt`, reusing what the store holds. See `prefill_batch`."""
@@ -212,9 +210,9 @@ class ReuseEngine:
     def prefill_batch(self, prompts: Sequence[Prompt], following: int = 0, room: int = 0) -> list[Prefilled]:
         """Complete the KV of several prompts in one packed run.
 
-        `following` tokens will be appended with `extend` before anything is generated: they count towards
-        `suffix_len`, so that prefilling a context first and a question later reuses the same rows as doing both
-        at once. `room` rows of the KV buffer are left for them and for generated tokens.
+        `following` tokens will be appended with `extend` before anything is generated: they count towards `suffix_len`,
+        so that prefilling a context first and a question later reuses the same rows as prefilling both at once. The KV
+        buffer has `room` more rows, for generated tokens.
         """
         prepared = [self._prepare(p, following, room) for p in prompts]
         outputs = self.executor.run([request for request, _, _ in prepared])
@@ -225,14 +223,14 @@ class ReuseEngine:
         rows = len(plan.prompt)
         receipt = Receipt(self.policy.name, rows, chunks=len(plan.chunks))
         limit = rows - max(0, self.suffix_len - following)
-        found = find_pieces(plan.keyed, 0, limit, lambda _, key, c: self._fetch(key, len(c), receipt), receipt)
-        if plan.chunks and not found.pieces and not receipt.fallback:
+        cached = find_pieces(plan.keyed, 0, limit, lambda _, key, c: self._fetch(key, len(c), receipt), receipt)
+        if plan.chunks and not cached.pieces and not receipt.fallback:
             receipt.fallback = "no chunk of this prompt is in the store"
         request = self.builder.build(
             plan.prompt.token_ids,
             plan.positions,
             self.model.new_kv(rows + following + room),
-            found=found,
+            found=cached,
             placement=self.policy.placement,
             correction=self.policy.correction,
             slots=slots_in(plan.prompt),
@@ -240,24 +238,24 @@ class ReuseEngine:
         return request, plan, receipt
 
     def _fetch(self, key: ChunkKey, tokens: int, receipt: Receipt) -> ChunkKV | None:
-        """A chunk of `tokens` tokens out of the first store that has it; the receipt says why there is none."""
+        """A chunk of `tokens` tokens from the first store that has it; else None, with the reason in the receipt."""
         for store in (self.store, self.corrected):
             if store is not None:
                 try:
-                    held = store.fetch(key, shape=self.encoder.shape, tokens=tokens)
+                    fetched = store.fetch(key, shape=self.encoder.shape, tokens=tokens)
                 except StoreError as broken:
-                    held = Fetched(None, why=str(broken))
-                if held.chunk is not None:
-                    return held.chunk
-                if held.why != "absent":  # a damaged chunk is recomputed, never served
-                    receipt.fallback = held.why
+                    fetched = Fetched(None, why=str(broken))
+                if fetched.chunk is not None:
+                    return fetched.chunk
+                if fetched.why != "absent":  # a damaged chunk is recomputed
+                    receipt.fallback = fetched.why
         return None
 
     def _finish(self, request: PrefillRequest, plan: Plan, receipt: Receipt, output: PrefillOutput) -> Prefilled:
         receipt.complete(output, len(request.reused))
-        found = Found.of(request) if self.policy.needs_scores else None
+        reused = Found.of(request) if self.policy.needs_scores else None
         logits = None if output.hidden is None else self.model.logits(output.hidden[None])[0]
-        return Prefilled(request.kv, receipt.tokens, plan.positions[-1] + 1, logits, receipt, output, plan, found)
+        return Prefilled(request.kv, receipt.tokens, plan.positions[-1] + 1, logits, receipt, output, plan, reused)
 
     def extend(self, state: Prefilled, token_ids: Sequence[int]) -> Tensor:
         """Append tokens behind `state`; returns the last one's logits [vocab_size]. See `extend_batch`."""
@@ -265,9 +263,9 @@ class ReuseEngine:
 
     @torch.inference_mode()
     def extend_batch(self, states: Sequence[Prefilled], token_ids: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Append tokens behind every state (computed exactly over its KV), packed; the last ones' logits [vocab_size].
+        """Compute tokens exactly over each state's KV, packed; returns each one's last logits [vocab_size].
 
-        `length` and `next_position` of the states move on; set them back to try another continuation.
+        Advances `length` and `next_position` of the states; reset them to try another continuation.
         """
         requests = []
         for state, new in zip(states, token_ids, strict=True):
@@ -281,10 +279,10 @@ class ReuseEngine:
 
     @torch.inference_mode()
     def score(self, state: Prefilled, token_ids: Sequence[int]) -> Tensor:
-        """Logits [n, vocab_size] that predict each of `token_ids` [n] behind `state`, which stays as it was.
+        """Logits [n, vocab_size] that predict each of `token_ids` [n] behind `state`, which is unchanged.
 
-        Rows of the KV buffer behind `state.length` are overwritten; it needs room for n - 1 of them. PromptError
-        without tokens.
+        Overwrites rows of the KV buffer behind `state.length`, which needs room for n - 1 of them. PromptError without
+        tokens.
         """
         if not token_ids:
             raise PromptError("there are no tokens to score")

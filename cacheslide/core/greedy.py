@@ -1,4 +1,4 @@
-"""Greedy decoding of several sequences in step with one another."""
+"""Greedy decoding of several sequences in lockstep."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,15 +18,15 @@ def greedy(
     Parameters
     ----------
     logits : sequence of Tensor [vocab_size], or Tensor [sequences, vocab_size]
-        Of each sequence's next token.
+        Logits of each sequence's next token.
     most : sequence of int
-        Tokens of each sequence at most.
+        Maximum number of tokens of each sequence.
     stop : frozenset of int
     advance : callable
-        Appends one token to each of the sequences that go on (their numbers, their tokens) and returns the logits
+        (sequence numbers, their tokens) -> logits. Appends one token to each of these sequences and returns the logits
         behind it, in that order. The last token of a sequence is not appended.
     chosen : callable, optional
-        Is told the numbers of the sequences whose next token, or stop, has just become known: for timing.
+        Called with the numbers of the sequences whose next token, or stop, has just been determined: for timing.
 
     Returns
     -------

@@ -1,9 +1,9 @@
-"""What counts as "the same chunk": the keyings of section 1 of docs/architecture.md.
+"""Chunk keys and keyings: which chunks count as the same (section 1 of docs/architecture.md).
 
 PDC, PIC and RPDC differ only in what is hashed: everything up to the chunk's end (prefix), the chunk alone
-(content), or the chain of fixed chunks with the updated segments skipped (fixed chain). Every key also covers
-the model, the adapter, the dtype, the tenant's namespace and the encoding, so that KV computed under one of
-them is never served under another.
+(content), or the chain of fixed chunks with the updated segments skipped (fixed chain). Every key also covers the
+model, the adapter, the dtype, the tenant's namespace and the encoding: KV computed under one of them is never served
+under another.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ def _digest(*parts: bytes) -> bytes:
 
 
 def _ids(token_ids: Sequence[int]) -> bytes:
-    """Four bytes an id, the lowest first; numpy takes four times as long to read a tuple."""
+    """Each id as four little-endian bytes; reading a tuple with numpy takes four times as long."""
     numbers = array("I", token_ids)
     if sys.byteorder == "big":
         numbers.byteswap()
@@ -58,11 +58,11 @@ class Keying(Protocol):
     name : str
         Part of the name of a chunk cache.
     matches : bool
-        Whether anything can ever match.
+        Whether the keying can match at all.
     exact : bool
         Equal digests mean equal KV: everything before the chunk is the same, so reuse corrects nothing.
     follows_context, follows_chain : bool
-        What a chunk's digest covers before the chunk: (at least) the fixed chunks; the chain of fixed chunks alone.
+        Whether a chunk's digest covers at least the fixed chunks before it; whether it covers exactly that chain.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Keying(Protocol):
     follows_chain: bool
 
     def digests(self, prompt: Prompt, chunks: Sequence[Chunk], positions: Sequence[int]) -> list[bytes]:
-        """One digest per chunk. `positions[row]` is the position index of every row."""
+        """One digest per chunk; `positions` holds the position index of every row."""
         ...
 
 
@@ -157,7 +157,7 @@ def chunk_keys(
     chunks: Sequence[Chunk],
     positions: Sequence[int],
 ) -> list[ChunkKey]:
-    """The store's keys of `chunks`: hexadecimal, 40 characters; empty when the keying matches nothing."""
+    """The store's keys of `chunks`, 40 hexadecimal characters each; empty when the keying matches nothing."""
     head = identity.digest()
     return [_digest(head, encoding.encode(), d).hex() for d in keying.digests(prompt, chunks, positions)]
 

@@ -1,4 +1,4 @@
-"""Where the rows of a prompt sit, and how cached KV is moved to where its rows sit now."""
+"""Placement: the position indices of a prompt's rows, and the rotation of cached KV to them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from cacheslide.store.base import ChunkKV
 
 @dataclass(frozen=True)
 class Placement:
-    """The third choice of a policy.
+    """The third part of a policy.
 
     rotation "delta" turns cached keys to the positions of their rows; "stored" leaves them at the positions they
     were encoded at, as PIC systems without re-rotation do. With `slot` > 0 positions follow a schema in
@@ -49,7 +49,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Piece:
-    """`length` rows of a cached chunk from row `first` on, to be placed at consecutive rows."""
+    """`length` rows of a cached chunk from its row `first` on, placed at consecutive rows of the prompt."""
 
     chunk: ChunkKV
     length: int
@@ -57,12 +57,12 @@ class Piece:
 
     @property
     def rows(self) -> slice:
-        """Its rows in the chunk."""
+        """The piece's rows in the chunk."""
         return slice(self.first, self.first + self.length)
 
     @property
     def scores(self) -> Tensor:
-        """Remembered deviation of its rows, float32 [length], on the host; NaN where nothing is remembered."""
+        """Remembered deviation of the piece's rows, float32 [length], on the host; NaN where there is none."""
         scores = self.chunk.scores
         return torch.full((self.length,), torch.nan) if scores is None else scores[self.rows]
 
@@ -76,11 +76,11 @@ class PlacedChunks:
     target : Tensor [R], int64
         Position indices of the reused rows in this prompt; R is the sum of the pieces' lengths.
     rotaries : sequence of Rotary
-        The model's, one a layer.
+        One per layer of the model.
     shift : int
-        Positions by which the whole prompt is laid out further on than its schema says; part of `target` already.
+        Offset of the whole prompt in positions; already added to `target`.
     device : torch.device, optional
-        Where the rows go; `target` and the chunks' positions may stay on the host, which alone compares them.
+        Device of the placed rows; `target` and the chunks' positions may stay on the host, where they are compared.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class PlacedChunks:
         device: torch.device | None = None,
     ) -> None:
         self.pieces, self.rotaries, self.dtype, self.device = pieces, rotaries, dtype, device or target.device
-        self.deltas: Tensor | None = None  # turn of each row's key, in positions; None when no key turns
+        self.deltas: Tensor | None = None  # positions by which each row's key turns; None when no key turns
         if placement.rotation == "delta":
             source = torch.cat([p.chunk.positions[p.rows] for p in pieces]).to(target.device)
             self.deltas = None if torch.equal(source, target) else send(target - source, self.device)

@@ -1,4 +1,4 @@
-"""What a policy makes of a prompt, before a model or a store is asked: both hosts plan with this."""
+"""A policy's plan of a prompt, made without a model or a store; both hosts use it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +13,8 @@ from cacheslide.policies.base import ReusePolicy
 class Plan:
     """A (transformed) prompt, the position index of every row, its chunks and their keys.
 
-    `positions` is a `range` where a row's position is its index: a plan that crosses processes then holds the prompt's
-    numbers once.
+    `positions` is a `range` where a row's position is its index, so that a plan sent to another process holds the
+    prompt's numbers once.
     """
 
     prompt: Prompt
@@ -40,7 +40,7 @@ class Plan:
 def make_plan(
     policy: ReusePolicy, identity: CacheIdentity, prompt: Prompt, chunk_size: int, max_positions: int
 ) -> Plan:
-    """What `policy` makes of `prompt`; a serving scheduler, which has no model, plans with it too.
+    """Plan `prompt` under `policy`. Needs no model: vLLM's scheduler calls it too.
 
     PromptError where the prompt needs more than `max_positions` positions.
     """

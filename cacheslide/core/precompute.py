@@ -1,7 +1,7 @@
-"""Encodes a template's fixed chunks ahead of the first request, and an agent's new history between two turns.
+"""Encodes a template's fixed chunks ahead of its first request, and an agent's new history between two turns.
 
-What can be encoded ahead follows from the policy's encoding: a chain of fixed chunks, or chunks alone, need no updated
-text; KV encoded in a prompt can be had up to the first updated segment only.
+The policy's encoding decides what can be encoded ahead. A chain of fixed chunks, or chunks alone, need no updated
+text; KV encoded in the prompt is available only up to the first updated segment.
 """
 
 import json
@@ -14,12 +14,12 @@ from cacheslide.core.prompt import Prompt, Role, Segment
 from cacheslide.core.prompt_file import load_tokenizer, read_segments
 from cacheslide.errors import PolicyError, PromptError
 
-_UNKNOWN = (0,)  # stands for updated text that is not known yet; it is never encoded
+_UNKNOWN = (0,)  # stands for updated text; never encoded
 
 
 @dataclass(frozen=True)
 class Precomputed:
-    """What a call did: the template's chunks and their tokens, and how many chunks were computed and stored now."""
+    """Result of a call: the template's chunks, their tokens, and how many chunks were computed and stored."""
 
     chunks: int
     tokens: int
@@ -27,10 +27,10 @@ class Precomputed:
 
 
 def template(segments: Sequence[Segment | tuple[Role, Sequence[int]]]) -> Prompt:
-    """A prompt template: segments in order, where updated ones may be empty (their text comes with each request)."""
+    """A prompt template: segments in order; updated ones may be empty, since their text comes with each request."""
     out = []
-    for given in segments:
-        s = given if isinstance(given, Segment) else Segment(tuple(given[1]), given[0])
+    for segment in segments:
+        s = segment if isinstance(segment, Segment) else Segment(tuple(segment[1]), segment[0])
         unknown = s.role is Role.RECOMPUTE and not s.token_ids
         out.append(Segment(_UNKNOWN, s.role, s.name) if unknown else s)
     return Prompt(tuple(out))
@@ -39,13 +39,13 @@ def template(segments: Sequence[Segment | tuple[Role, Sequence[int]]]) -> Prompt
 def precompute(engine: ReuseEngine, prompt: Prompt) -> Precomputed:
     """Compute and store the chunks of `prompt` that do not depend on its updated segments.
 
-    Under a canonical or isolated encoding those are all; where chunks are encoded in the prompt, those in front of its
-    first updated segment. The first request of the template then hits them.
+    All fixed chunks under a canonical or isolated encoding; under an encoding in the prompt, those before its first
+    updated segment. The first request of the template then hits them.
 
     Raises
     ------
     PolicyError
-        When the engine's system reuses nothing, or nothing of this template can be encoded ahead.
+        If the engine's system reuses nothing, or nothing of this template can be encoded ahead.
     """
     if not engine.policy.reuses:
         raise PolicyError(f"{engine.policy.name} reuses nothing: there is nothing to encode ahead")
@@ -59,17 +59,16 @@ def precompute(engine: ReuseEngine, prompt: Prompt) -> Precomputed:
 
 
 def pregenerate(engine: ReuseEngine, previous: Prompt, appended: Sequence[Segment]) -> Precomputed:
-    """Encode what an agent appended to its history, before the next turn asks for it.
+    """Encode the text that an agent appended to its history, before its next turn.
 
-    `previous` is the turn before, `appended` the new fixed segments behind its last fixed one. Their KV holds the
-    attention across to the chunks before them, whose KV is read from the store: only the new tail is computed. An agent
-    calls this while its tool runs.
+    `previous` is the last turn's prompt, `appended` the new fixed segments behind its last fixed one. The KV of the
+    chunks before them is read from the store; only the new tail is computed. An agent calls this while its tool runs.
     """
     return precompute(engine, ahead(previous, appended))
 
 
 def ahead(previous: Prompt, appended: Sequence[Segment]) -> Prompt:
-    """The prompt whose chunks `pregenerate` encodes; a server does so when asked for one token behind it."""
+    """The prompt whose chunks `pregenerate` encodes; a server encodes them when it generates one token behind it."""
     if any(s.role is not Role.REUSE for s in appended):
         raise PromptError("only fixed segments can be encoded ahead of the turn that shows them")
     last = max((i for i, s in enumerate(previous.segments) if s.role is Role.REUSE), default=-1)
@@ -91,7 +90,7 @@ def _leading(prompt: Prompt, system: str) -> Prompt:
 
 
 def add_command(commands) -> None:
-    """The command line's `precompute`; `commands` is argparse's subparsers action."""
+    """Add the command `precompute`; `commands` is argparse's subparsers action."""
     from pathlib import Path
 
     parser = commands.add_parser(
@@ -134,5 +133,5 @@ def _run(args) -> int:
 
 
 def read_template(path, tokenizer) -> Prompt:
-    """A template from a prompt file; see `cacheslide run`. Updated segments may have empty text or none."""
+    """A template from a prompt file (as of `cacheslide run`); updated segments may have empty text or none."""
     return template(read_segments(path, tokenizer, need_text=False))

@@ -1,4 +1,4 @@
-"""One prompt to complete: where its rows go, where the cached KV of its reused rows comes from, what a run leaves."""
+"""One prompt to complete: its tokens, its KV buffer, the source of its cached KV, and the output of a run."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,7 +19,7 @@ class KVSource(Protocol):
         ...
 
     def place(self, layer: int, index: Tensor, kv: KVBuffer, rows: Tensor) -> None:
-        """Write the reused rows at `index` [n] into `kv` at `rows` [n]; later layers may be written along with it."""
+        """Write the reused rows at `index` [n] into `kv` at `rows` [n]; later layers may be written too."""
         ...
 
     def deviation(self, layer: int, index: Tensor, k: Tensor, v: Tensor, metric: str) -> Tensor:
@@ -27,7 +27,7 @@ class KVSource(Protocol):
         ...
 
     def inputs(self, layer: int, index: Tensor) -> Tensor | None:
-        """Cached layer inputs [n, hidden_size] of the reused rows at `index`; None where they were not kept."""
+        """Cached layer inputs [n, hidden_size] of the reused rows at `index`; None where they were not stored."""
         ...
 
 
@@ -40,11 +40,11 @@ class PrefillRequest:
     token_ids, positions : Tensor [T], int64
         The tokens of rows `start`, `start` + 1, ... and their position indices.
     kv : KVBuffer
-        Receives every row's KV. Rows below `start` must already be there.
+        Receives every row's KV; rows below `start` are filled already.
     reused : Tensor [R], int64
         Ascending local rows (0-based from `start`) with cached KV in `source`.
     runs : ReusedTokens
-        The reused runs, whose rows are `reused`, and what is remembered of their tokens.
+        The reused runs, whose rows are `reused`, and the remembered scores of their tokens.
     """
 
     token_ids: Tensor
@@ -59,11 +59,11 @@ class PrefillRequest:
 
 @dataclass
 class PrefillOutput:
-    """What a run leaves beside the KV.
+    """Output of a run beside the KV.
 
-    `tokens_computed[l]` counts rows whose attention and MLP ran in layer l, `selected` [S] the reused rows (local)
-    recomputed after the last change, `alpha[l]` the mean fusion weight, `layer_inputs[l]` [T, hidden_size] what
-    was captured, `active` [n] and `final` [n, hidden_size] the rows that ran to the end and their final states.
+    `tokens_computed[l]` counts rows whose attention and MLP ran in layer l; `selected` [S] are the reused rows (local)
+    recomputed after the last change; `alpha[l]` is the mean fusion weight; `layer_inputs[l]` [T, hidden_size] are
+    captured inputs; `active` [n] and `final` [n, hidden_size] are the rows that ran to the end and their final states.
     """
 
     rows: int

@@ -15,7 +15,7 @@ from cacheslide.errors import PromptError
 
 
 class Role(StrEnum):
-    """What may be done with a segment's KV: reuse it (fixed text) or always recompute it (updated text)."""
+    """How a segment's KV is treated: reused (fixed text) or always recomputed (updated text)."""
 
     REUSE = "reuse"
     RECOMPUTE = "recompute"
@@ -30,7 +30,7 @@ class Segment:
     name: str = ""
 
     def __post_init__(self) -> None:
-        # In bulk: a server checks every token of every prompt.
+        # One check over all ids at once: a server checks every token of every prompt.
         if not set(map(type, self.token_ids)) <= {int} or (self.token_ids and min(self.token_ids) < 0):
             raise PromptError(f"segment {self.name!r}: token ids must be integers >= 0")
         try:
@@ -70,7 +70,7 @@ class Prompt:
         object.__setattr__(self, "segments", kept)
 
     def __getstate__(self) -> dict:
-        """What crosses processes: every token id once, and nothing that is made of the segments."""
+        """State for pickling between processes: every token id once, no cached properties."""
         return {"segments": self.segments}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The command line's prompt files, {"segments": [{"role", "text" or "token_ids", "name"?}, ...]}, and the tokenizer."""
+"""Prompt files of the command line, {"segments": [{"role", "text" or "token_ids", "name"?}, ...]}, and tokenizers."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def load_tokenizer(folder: str | Path):
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as broken:  # transformers checks little of these files: damage shows as whatever Python raises
+    except Exception as broken:  # transformers checks little of these files: a damaged one raises any exception
         why = (str(broken).strip() or type(broken).__name__).splitlines()[0]
         raise ModelError(
             f"no tokenizer in {folder} ({why}): tokenizer.json and tokenizer_config.json belong there"
@@ -22,9 +22,9 @@ def load_tokenizer(folder: str | Path):
 
 
 def read_segments(path: Path, tokenizer, need_text: bool = True) -> list[Segment]:
-    """The segments of a prompt file, BOS before the first text; PromptError says which segment is wrong.
+    """The segments of a prompt file, BOS before the first text; PromptError names the segment that is invalid.
 
-    Without `need_text` a segment may have neither text nor token ids: it is empty.
+    Without `need_text` a segment may have neither text nor token ids; it is then empty.
     """
     raw = read_json(path, PromptError)
     check_plain(raw, PromptError, str(path), text=True)

@@ -1,4 +1,4 @@
-"""What really happened to one request: the same receipt from both hosts."""
+"""Receipt: what was reused and computed for one request; both hosts give the same."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,11 +9,11 @@ from cacheslide.store.base import ChunkKV
 
 @dataclass
 class Receipt:
-    """Tokens are the prompt's; bytes are those read from the store.
+    """Counts are of the prompt's tokens; bytes are those read from the store.
 
-    `tokens_per_layer` counts those whose attention and MLP ran in each layer, and `compute_fraction` is their share of
-    the prompt's tokens times layers: the ideal ratio of prefill times. `generation` is the oldest of its chunks:
-    0 where all were computed exactly.
+    `tokens_per_layer` counts the tokens whose attention and MLP ran in each layer. `compute_fraction` is their sum over
+    the prompt's tokens times layers: the ideal ratio of prefill times. `generation` is the highest among the reused
+    chunks; 0 where all were computed exactly.
     """
 
     system: str
@@ -36,18 +36,18 @@ class Receipt:
         self.generation = max(self.generation, chunk.generation)
 
     def complete(self, output: PrefillOutput, reused: int, rest: int = 0) -> "Receipt":
-        """Fill in what a run says: `reused` rows had cached KV, `rest` rows are computed behind it by somebody else."""
+        """Fill in a run's output: `reused` rows had cached KV; `rest` rows behind it are computed elsewhere."""
         self.tokens_recomputed = len(output.selected)
         self.tokens_reused = reused - self.tokens_recomputed
         self.alpha = output.alpha
         return self.computed([n + rest for n in output.tokens_computed])
 
     def computed(self, tokens_per_layer: Sequence[int]) -> "Receipt":
-        """Fill in how many rows each layer computed."""
+        """Fill in the number of rows that each layer computed."""
         self.tokens_per_layer = list(tokens_per_layer)
         self.compute_fraction = sum(self.tokens_per_layer) / (self.tokens * len(self.tokens_per_layer))
         return self
 
     def as_dict(self) -> dict:
-        """For a JSON record."""
+        """The receipt as a JSON-serialisable dict."""
         return asdict(self)

@@ -1,8 +1,8 @@
 """Remembered deviation: how far each token's KV in a prompt is from its KV in a reference context, over all layers.
 
-score_i = Σ_l ( mean (K_i - K'_i)² / mean K'² + mean (V_i - V'_i)² / mean V'² ), where K, V are of the prompt and K', V'
-of the reference; the means above are over heads and head_dim of token i, those below over all tokens of the chunk too.
-A score does not depend on where the chunk lies: K' is turned to K's positions first.
+score_i = Σ_l ( mean (K_i - K'_i)² / mean K'² + mean (V_i - V'_i)² / mean V'² ), with K, V from the prompt and K', V'
+from the reference. Means in the numerators are over heads and head_dim of token i; those in the denominators also over
+all tokens of the chunk. K' is turned to K's positions first, so a score does not depend on where the chunk lies.
 
 With tensor parallelism every rank sums over its own heads; one reduction gives all ranks the same scores.
 """
@@ -24,7 +24,7 @@ from cacheslide.store.base import ChunkKV
 
 Context = tuple[KVBuffer, Sequence[int]]  # KV and the positions of its rows
 Reduce = Callable[[Tensor], Tensor]
-_LEAST = 1e-30  # of a mean square: a layer that is zero in both contexts scores 0
+_LEAST = 1e-30  # lower bound of a mean square: a layer that is zero in both contexts scores 0
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class TokenKV:
     Attributes
     ----------
     layer : callable
-        Layer -> keys and values [n, kv_heads, head_dim].
+        Layer index -> keys and values [n, kv_heads, head_dim].
     positions : Tensor [n], int64, on the host
-        What the keys are rotated at.
+        Positions that the keys are rotated at.
     """
 
     layer: Callable[[int], tuple[Tensor, Tensor]]
@@ -66,18 +66,17 @@ def remembered_deviation(
     Parameters
     ----------
     here : TokenKV
-        In the prompt: of the m tokens that are scored.
+        KV in the prompt of the m scored tokens.
     reference : TokenKV
-        In the context that is compared with: of all n tokens of the chunk.
+        KV in the reference context of all n tokens of the chunk.
     of : Tensor [m], int64, optional
-        Which tokens of the chunk are scored, ascending; all of them by default.
+        Indices of the scored tokens in the chunk, ascending; all of them by default.
     reduce : callable, optional
         Sums over tensor-parallel ranks, float32 [x] -> [x]; the model's `reduce_scores` by default.
 
     Notes
     -----
-    All ranks of tensor parallelism must call this together: `reduce` is called once, when all of a rank's own work is
-    done.
+    All ranks of tensor parallelism call this together: `reduce` is called once, after all of the rank's own work.
     """
     n = len(reference.positions)
     of = torch.arange(n) if of is None else of
@@ -92,7 +91,7 @@ def remembered_deviation(
 def _sums(
     model: ModelAdapter, layer: int, here: TokenKV, reference: TokenKV, index: Tensor | None, by: Tensor | None
 ) -> Tensor:
-    """Of this rank's heads, for keys and then for values: m squared distances and the reference's squared norm.
+    """Sums over this rank's heads, for keys, then values: m squared distances, then the reference's squared norm.
 
     float32 [2 * (m + 1)].
     """
@@ -101,27 +100,27 @@ def _sums(
         norm = squared_norm(cached).sum()
         cached = cached if index is None else cached[index]
         if name == "k" and by is not None:
-            cached = model.rotaries[layer].rotate(cached.float(), by)  # in float32: rounding is no deviation
+            cached = model.rotaries[layer].rotate(cached.float(), by)  # float32: rounding is no deviation
         parts += [deviation(fresh, cached), norm[None]]
     return torch.cat(parts)
 
 
 class Contrast:
-    """A prompt's fixed chunks in the context that their encoding does not compute them in: what scores compare with.
+    """The context against which a prompt's fixed chunks are scored: the one that their encoding does not use.
 
     KV encoded in the prompt is compared with the chain of fixed text alone; KV of any other encoding with the prompt.
-    That other context is prefilled exactly up to its last chunk, once, when a chunk is first compared with it.
+    The other context is prefilled exactly, up to its last chunk, once, at the first comparison.
 
     Parameters
     ----------
     plan : Plan
-        Of the prompt.
+        The prompt's plan.
     in_prompt : bool
-        The encoding's.
+        The encoding's `in_prompt`.
     prefill : callable
-        Token ids, positions, known pieces and slots -> exact KV and the positions of its rows.
+        (token ids, positions, known pieces, slots) -> exact KV and the positions of its rows.
     served : (KVBuffer, sequence of int), optional
-        Exact KV of the prompt and the positions of its rows, where there is some already.
+        Exact KV of the prompt and the positions of its rows, if available.
     reduce : callable, optional
         See `remembered_deviation`.
     """
@@ -144,7 +143,7 @@ class Contrast:
     def scores(self, number: int, own: TokenKV) -> Tensor | None:
         """Scores, float32 [n], on the host, of the plan's chunk `number`, whose KV as encoded is `own`.
 
-        None where KV is not finite: no token can be ranked by it.
+        None where KV is not finite: such tokens cannot be ranked.
         """
         start, end = self.rows[number]
         if self.same(number, int(own.positions[0])):
@@ -156,15 +155,15 @@ class Contrast:
         return scores if bool(scores.isfinite().all()) else None
 
     def same(self, number: int, position: int) -> bool:
-        """Whether both contexts of a chunk that was encoded from `position` on are one: no updated text before it.
+        """Whether a chunk encoded from `position` on has the same KV in both contexts: no updated text before it.
 
-        It may have been encoded in another prompt than the plan's, so that the plan does not tell.
+        The chunk may have been encoded in another prompt than the plan's, so `position` is needed.
         """
         return self.in_prompt and position == self.rows[number][0]
 
     @property
     def ready(self) -> bool:
-        """Whether the other context is there: what is compared with it costs no prefill any more."""
+        """Whether the other context has been prefilled."""
         return self.context is not None
 
     def prepare(self) -> None:
@@ -183,7 +182,7 @@ class Contrast:
 
 
 def fixed_before(prompt: Prompt, rows: Sequence[int]) -> list[int]:
-    """How many fixed tokens stand before each of `rows`: where it lies in the chain of fixed text."""
+    """Number of fixed tokens before each of `rows`: the row's index in the chain of fixed text."""
     parts = [torch.full((len(s.token_ids),), s.role is Role.REUSE) for s in prompt.segments]
     count = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(parts).cumsum(0)])
     return count[tensor_of(rows)].tolist()

@@ -1,4 +1,4 @@
-"""Builds the prefill request of a prompt out of what is cached for it: both hosts build theirs with this."""
+"""Builds a prompt's prefill request from its cached chunks; both hosts use it."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,27 +24,27 @@ Fetch = Callable[[int, ChunkKey, Chunk], ChunkKV | None]
 
 @dataclass
 class Found:
-    """Cached rows of one request, in prompt order: pieces of chunks, and the local rows that each is for."""
+    """Cached rows of one request, in prompt order: pieces of chunks, and the local rows that each fills."""
 
     pieces: list[Piece] = field(default_factory=list)
     spans: list[range] = field(default_factory=list)
 
     @classmethod
     def of(cls, request: PrefillRequest) -> "Found":
-        """What a request that a `RequestBuilder` has built reuses."""
+        """The cached rows of a request built by `RequestBuilder`."""
         spans = [range(a, a + n) for a, n in zip(request.runs.starts, request.runs.lengths, strict=True)]
         return cls(list(request.source.pieces) if spans else [], spans)
 
     @property
     def runs(self) -> ReusedTokens:
-        """The pieces' rows, and what their chunks remember of them."""
+        """The rows of the pieces, and their tokens' remembered scores."""
         scores = None
         if any(p.chunk.scores is not None for p in self.pieces):
             scores = torch.cat([p.scores for p in self.pieces])
         return ReusedTokens(tuple(s.start for s in self.spans), tuple(p.length for p in self.pieces), scores)
 
     def scores_of(self, start: int, end: int) -> Tensor | None:
-        """Scores of rows [start, end), float32 [end - start]; None where one of them is not known."""
+        """Scores of rows [start, end), float32 [end - start]; None where one of them has none."""
         out = torch.full((end - start,), torch.nan)
         for piece, span in zip(self.pieces, self.spans, strict=True):
             first, last = max(span.start, start), min(span.stop, end)
@@ -61,7 +61,7 @@ class Found:
 def find_pieces(
     chunks: Iterable[tuple[ChunkKey, Chunk]], start: int, limit: int, fetch: Fetch, receipt: Receipt
 ) -> Found:
-    """The cached rows in [start, limit) of a prompt, counted in `receipt`.
+    """The cached rows in [start, limit) of a prompt; counts them in `receipt`.
 
     Parameters
     ----------
@@ -69,22 +69,22 @@ def find_pieces(
     start : int
         The request's first row, row 0 of the local rows.
     fetch : callable
-        Number, key and chunk -> the chunk's KV, None where it cannot be had (the host says why). It is asked only for
-        chunks that have rows between `start` and `limit`.
+        (number, key, chunk) -> the chunk's KV, or None where it is not available. Called only for chunks with rows in
+        [start, limit).
     """
-    found = Found()
+    cached = Found()
     for number, (key, chunk) in enumerate(chunks):
         first, end = max(chunk.start, start), min(chunk.end, limit)
         kv = fetch(number, key, chunk) if first < end else None
         if kv is not None:
             receipt.hit(kv)
-            found.pieces.append(Piece(kv, end - first, first - chunk.start))
-            found.spans.append(range(first - start, end - start))
-    return found
+            cached.pieces.append(Piece(kv, end - first, first - chunk.start))
+            cached.spans.append(range(first - start, end - start))
+    return cached
 
 
 class RequestBuilder:
-    """Builds requests for one model. A host whose KV lies elsewhere than in plain tensors overrides `source`."""
+    """Builds requests for one model. A host whose KV is not in plain tensors overrides `source`."""
 
     def __init__(self, model: ModelAdapter) -> None:
         self.model = model
@@ -108,17 +108,17 @@ class RequestBuilder:
         Parameters
         ----------
         token_ids, positions : sequence of int
-            Of these rows alone; positions without `shift`.
+            Ids and positions of these rows alone; positions without `shift`.
         found : Found, optional
-            What is cached for them; without it every row is computed.
+            The cached rows; without it every row is computed.
         placement, correction
-            The policy's, for what was found.
+            The policy's parts, for the cached rows.
         shift : int
-            Positions by which all rows lie further on than `positions` say.
+            Offset of all rows in positions, to be added to `positions`.
         slots : PromptSlots, optional
-            Of the whole prompt, for models that cross updated slots by their offsets.
+            Slots of the whole prompt, for models with canonical slot offsets.
         behind : sequence of int
-            Ids of the prompt's text behind these rows, which a host computes by itself: rules that read ids know it.
+            Ids of the prompt's text behind these rows, which the host computes itself; for rules that read ids.
         """
         model = self.model
         found = Found() if found is None else found
@@ -129,7 +129,7 @@ class RequestBuilder:
         if found.pieces:
             if placement is None:
                 placement = Placement()
-            if not model.rotates:  # unrotated keys serve wherever they are
+            if not model.rotates:  # unrotated keys hold at any position
                 placement, shift = Placement("stored"), 0
             source = self.source(found.pieces, where[rows], placement, shift, correction)
         ids = tensor_of(token_ids)
@@ -140,6 +140,6 @@ class RequestBuilder:
     def source(
         self, pieces: Sequence[Piece], target: Tensor, placement: Placement, shift: int, correction: Correction
     ) -> KVSource:
-        """The pieces on their way to positions `target` [R], on the host; `shift` is part of `target` already."""
+        """A source that places the pieces at positions `target` [R], on the host; `target` includes `shift`."""
         model = self.model
         return PlacedChunks(pieces, target, placement, model.rotaries, model.dtype, shift, model.device)

@@ -1,24 +1,24 @@
-"""The rule of what is retained of a served request: its KV copied, and at which generation, or chunks encoded anew."""
+"""Which KV of a served request is stored: a copy, at which generation, or chunks encoded anew."""
 
 from cacheslide.policies.base import ReusePolicy
 
 
 def generation_of_copy(policy: ReusePolicy, *, exact: bool, oldest: int, limit: int, in_place: bool) -> int | None:
-    """The generation at which chunks may be copied out of a request's KV; None where only an encoding may be retained.
+    """Generation of chunks copied from a request's KV; None where only chunks encoded anew may be stored.
 
-    KV that was computed over reused rows carries their error on: a copy is one generation older than the oldest chunk
-    behind it. Where equal keys mean equal KV nothing was corrected: nothing but the prefix decides it.
+    KV computed over reused rows carries their error: a copy's generation is one more than the highest among the reused
+    chunks. With an exact keying nothing is corrected, and only `in_place` matters.
 
     Parameters
     ----------
     exact : bool
-        Every row was computed over rows that were: nothing was reused.
+        Every row was computed from exact rows: nothing was reused.
     oldest : int
-        The highest `ChunkKV.generation` among the chunks that were reused.
+        The highest `ChunkKV.generation` among the reused chunks.
     limit : int
-        Generations that a copy may have at most; beyond them chunks are encoded anew, exactly.
+        Highest generation of a copy; beyond it chunks are encoded exactly instead.
     in_place : bool
-        The KV is there, at the positions and in the context that the chunks' keys name.
+        The KV lies at the positions and in the context that the chunks' keys name.
     """
     generation = 0 if exact or policy.keying.exact else oldest + 1
     return generation if policy.copyable and in_place and generation <= limit else None

@@ -1,4 +1,4 @@
-"""What a rule knows of a request's reused tokens before the request starts."""
+"""A request's reused tokens, as a correction sees them before the request starts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from cacheslide.core.tensors import rows_of
 
 @dataclass(frozen=True)
 class ReusedTokens:
-    """The runs of a prompt that have cached KV, in prompt order. R is the sum of `lengths`.
+    """The runs of a prompt with cached KV, in prompt order. R is the sum of `lengths`.
 
     Attributes
     ----------
     starts, lengths : tuple of int
-        Of each run: its first local row, and its tokens. A run is (part of) one chunk.
+        First local row and number of tokens of each run. A run is (part of) one chunk.
     scores : Tensor [R], float32, on the host, optional
-        Remembered deviation of each token's KV (`ChunkKV.scores`), NaN where nothing is remembered; None where
-        nothing is remembered of any.
+        Remembered deviation of each token's KV (`ChunkKV.scores`), NaN where there is none; None where no token has
+        one.
     token_ids : sequence of int, or Tensor, int64, on the host
-        The ids of all local rows, reused or not, and of the prompt's text behind them; empty where a host does not say.
+        Ids of all local rows and of the prompt's text behind them; empty where the host does not give them.
     """
 
     starts: tuple[int, ...] = ()
@@ -47,20 +47,20 @@ class ReusedTokens:
 
     @property
     def behind_updates(self) -> tuple[bool, ...]:
-        """Of each run: whether a token that is not reused stands right in front of it."""
+        """For each run, whether the token right before it is not reused."""
         ends = (0, *(start + n for start, n in zip(self.starts, self.lengths, strict=True)))
         return tuple(start > end for start, end in zip(self.starts, ends, strict=False))
 
     @property
     def remembered(self) -> Tensor:
-        """Scores, float32 [R], on the host: NaN for every token where nothing is remembered of any."""
+        """Scores, float32 [R], on the host; NaN for tokens without one."""
         return torch.full((self.count,), torch.nan) if self.scores is None else self.scores
 
     @property
     def stretches(self) -> tuple[range, ...]:
-        """Reused text behind each update: indices, into the R tokens, from one update up to the next.
+        """Stretches of reused text, each from one update up to the next: ranges of indices into the R tokens.
 
-        However many chunks such text is cut into, it is one stretch. What stands in front of every update is in none.
+        A stretch may span several chunks. Text before the first update is in no stretch.
         """
         out: list[range] = []
         at = 0

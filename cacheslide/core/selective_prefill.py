@@ -1,9 +1,9 @@
 """SelectivePrefill: the layer loop that turns a prompt with partly cached KV into a complete KV cache.
 
-Layers below the selection layer are computed for every row. At the selection layer the correction chooses
-which reused rows stay active; from there on only active rows are computed, and every other row takes its placed
-cached KV. All systems of the study are this loop with different settings (docs/architecture.md, section 1). Once no
-request's rows change any more the rest of the layers is `StaticPrefill`'s.
+Layers below the selection layer are computed for every row. At the selection layer the correction chooses which
+reused rows stay active; above it only active rows are computed, and every other row takes its placed cached KV. All
+systems of the study are this loop with different settings (docs/architecture.md, section 1). Once no request's rows
+change any more, `StaticPrefill` runs the remaining layers.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class SelectivePrefill:
     ----------
     model : DecoderSteps
     static : StaticPrefill, optional
-        Runs the layers in which nothing changes; a plain one by default.
+        Runs the layers in which nothing changes; a `StaticPrefill(model)` by default.
     """
 
     def __init__(self, model: DecoderSteps, static: StaticPrefill | None = None) -> None:
@@ -36,8 +36,8 @@ class SelectivePrefill:
     def run(self, requests: Sequence[PrefillRequest], capture: frozenset[int] = frozenset()) -> list[PrefillOutput]:
         """Complete the KV of every request.
 
-        `capture` names layers whose inputs are kept; it asks for runs without reused rows, since an inactive
-        row has no layer input to keep. Nothing here waits for the device, unless a policy swaps rows.
+        `capture` names layers whose inputs are stored; it requires requests without reused rows, since an inactive row
+        has no layer input. Nothing here waits for the device, unless a policy swaps rows.
         """
         model = self.model
         states = [ActiveTokens(r, model) for r in requests]
@@ -66,7 +66,7 @@ class SelectivePrefill:
         return [s.close(x) for s, x in zip(states, parts, strict=True)]
 
 
-def _joined(whole: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
-    """The parts `after` as one tensor: `whole` itself when they still are its parts `before`."""
+def _joined(packed_before: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """The parts `after` as one tensor: `packed_before` itself when its parts `before` are unchanged."""
     unchanged = len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True))
-    return whole if unchanged else packed(after)
+    return packed_before if unchanged else packed(after)

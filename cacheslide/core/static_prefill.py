@@ -1,8 +1,8 @@
-"""StaticPrefill: the layers in which nothing changes any more, neither the active rows nor what they write.
+"""StaticPrefill: the layers in which neither the active rows nor their writes change any more.
 
-A rule whose tokens are known before the start runs all of its layers here, one with a selection layer those behind it.
-Every layer is the same work on tensors of the same shapes: requests are one packed tensor from the first layer to the
-last, and whatever is the same in all layers is made once. A host may replay such layers instead of launching them
+These are all layers of a rule whose tokens are known before the start, and the layers behind the last selection of
+other rules. Every layer does the same work on tensors of the same shapes: requests are one packed tensor throughout,
+and whatever is the same in all layers is made once. A host may replay such layers from a CUDA graph
 (`vllm/worker/graphs.py`).
 """
 
@@ -22,14 +22,14 @@ class StaticPrefill:
         self.model = model
 
     def run(self, states: Sequence[ActiveTokens], hidden: Tensor, first: int) -> Tensor:
-        """Layers `first`, `first` + 1, ... to the last: the KV of every request, and the states behind them.
+        """Run layers `first` to the last: writes the KV of every request and returns the final states.
 
         Parameters
         ----------
         states : sequence of ActiveTokens
             Static from layer `first` on (`ActiveTokens.static_from`).
         hidden : Tensor [n, hidden_size]
-            Their active rows, packed. Used up.
+            Their active rows, packed. Overwritten.
 
         Returns
         -------
@@ -52,14 +52,14 @@ class StaticPrefill:
 
 
 def place(states: Sequence[ActiveTokens], layer: int) -> None:
-    """Put the cached KV of every request's resting rows in its place; a source may place more layers at once.
+    """Write one layer's cached KV into every request's resting rows; a source may place later layers in the same call.
 
-    A layer whose rows have been placed may be asked for again.
+    May be called again for a layer already placed.
     """
     for state in states:
         state.place(layer)
 
 
 def packed(parts: Sequence[Tensor]) -> Tensor:
-    """The requests' rows behind each other; a single request's as they are."""
+    """The requests' rows concatenated; a single request's tensor as it is."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))

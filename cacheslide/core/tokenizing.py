@@ -1,4 +1,4 @@
-"""Text as token ids, one part at a time: no token straddles two segments."""
+"""Text as token ids, tokenised one part at a time, so that no token spans two segments."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ def encode(tokenizer, text: str) -> tuple[int, ...]:
 
 
 def opening(tokenizer) -> tuple[int, ...]:
-    """What a prompt begins with: BOS, where the tokenizer has one."""
+    """The first ids of a prompt: BOS, if the tokenizer has one."""
     return () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
 
 
 def encode_parts(tokenizer, texts: Sequence[str]) -> list[tuple[int, ...]]:
-    """Token ids of every part of a prompt; its opening belongs to the first."""
+    """Token ids of every part of a prompt; the first part begins with BOS (`opening`)."""
     first = opening(tokenizer)
     return [(first if i == 0 else ()) + encode(tokenizer, text) for i, text in enumerate(texts)]

@@ -1,4 +1,4 @@
-"""The kernels over a paged KV cache, as everything above them calls them.
+"""The kernels over a paged KV cache: the interface for callers.
 
 A cache `kv` is vLLM's view [blocks, kv_heads, block_size, 2 * head_dim]: any strides, but the last dimension is
 contiguous and holds the key beside the value. A slot is block * block_size + offset.

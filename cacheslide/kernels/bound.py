@@ -1,4 +1,4 @@
-"""A Triton launch that is repeated: on the same grid, with the same numbers, over other memory."""
+"""Repeated launches of one compiled Triton variant: same grid, same numbers, other tensors."""
 
 from collections.abc import Sequence
 
@@ -6,22 +6,22 @@ from torch import Tensor
 
 
 class BoundKernel:
-    """A Triton kernel on a fixed grid, with fixed constants and numbers, and tensors that differ in their memory alone.
+    """A Triton kernel on a fixed grid, with fixed constants and numbers; only the memory of its tensors may differ.
 
-    Triton looks at every argument of a launch to find the variant compiled for it, which takes longer than a short
-    kernel runs. Arguments that are as they were the time before go to that variant directly.
+    Triton inspects every argument of a launch to choose the compiled variant, which takes longer than a short kernel
+    runs. When nothing the choice depends on has changed, the variant is launched directly.
 
     Parameters
     ----------
     kernel : triton JITFunction
-        Its tensors come first, then its numbers, then its constants.
+        Takes tensors first, then numbers, then constants.
     grid : tuple of three ints
     constants : dict
         Its `constexpr` arguments by name.
     anywhere : sequence of int
-        Numbers of the tensors whose alignment the kernel does not specialise on.
+        Indices of the tensors whose alignment the kernel does not specialise on.
     options
-        The launch's: `num_warps`, `num_stages`.
+        Launch options: `num_warps`, `num_stages`.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class BoundKernel:
         self._ready = None  # launches the compiled variant
 
     def __call__(self, tensors: tuple[Tensor, ...], numbers: tuple[float, ...]) -> None:
-        """Launch on the current stream; `numbers` are the same every time."""
-        # All that a variant depends on of a tensor's memory: whether it starts at a multiple of 16 bytes.
+        """Launch on the current stream; `numbers` must be the same in every call."""
+        # The variant depends only on whether each tensor starts at a multiple of 16 bytes.
         aligned = tuple(i in self.anywhere or x.data_ptr() % 16 == 0 for i, x in enumerate(tensors))
         if aligned == self._aligned:
             self._ready(*tensors, *numbers, *self._tail)
             return
         compiled = self.kernel[self.grid](*tensors, *numbers, **self.constants, **self.options)
-        if compiled is not None:  # Triton's interpreter compiles nothing
+        if compiled is not None:  # Triton's interpreter does not compile
             self._tail = [self.constants[name] for name in self.kernel.arg_names if name in self.constants]
             self._ready, self._aligned = compiled[self.grid], aligned

@@ -1,7 +1,7 @@
-"""What the engine needs from a model: the steps of a decoder layer, a KV buffer to write into, its shape and name.
+"""The model interface of the engine: the steps of a decoder layer, KV buffers, the model's shape and name.
 
-Two hosts implement it: the reference decoder of this package, and the model a serving engine has loaded.
-Rows of several requests are packed along one axis; `RowGroup` says whose they are.
+Two classes implement it: the reference decoder of this package, and the adapter of the model that vLLM has loaded. Rows
+of several requests are packed along one axis; a `RowGroup` gives the rows of one request.
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ class KVBuffer(Protocol):
 class RowGroup:
     """The rows [n] of one request (ascending) that take part in a packed call, and that request's KV.
 
-    With `narrow` [n] (bool), those that are set attend to the rows `open` [m] (ascending) up to their own, and to
-    themselves, alone. A model that cannot do that refuses it.
+    Rows set in `narrow` [n] (bool) attend only to the rows `open` [m] (ascending) up to their own, and to themselves. A
+    model without that ability raises PolicyError.
     """
 
     kv: KVBuffer
@@ -44,18 +44,18 @@ class RowGroup:
 
     @cached_property
     def rows_on_host(self) -> Tensor:
-        """`rows` in host memory: attention that plans by them waits for the device once, not in every layer."""
+        """`rows` in host memory, copied once: attention that tiles by them then need not wait in every layer."""
         return self.rows.cpu()
 
 
 def refuse_narrow(groups: Sequence[RowGroup]) -> None:
-    """For models whose attention cannot narrow a query's keys: PolicyError where a group asks for it."""
+    """Raise PolicyError if a group has narrowed rows: for models whose attention does not support them."""
     if any(g.narrow is not None for g in groups):
         raise PolicyError("attention to updated text alone (attends='updated') runs in the reference host only")
 
 
 def write_each(layer: int, groups: Sequence[RowGroup], k: Tensor, v: Tensor) -> None:
-    """`DecoderSteps.write`, request after request."""
+    """`DecoderSteps.write` in a loop over requests."""
     sizes = [len(g.rows) for g in groups]
     for group, keys, values in zip(groups, k.split(sizes), v.split(sizes), strict=True):
         if len(group.rows):
@@ -63,13 +63,13 @@ def write_each(layer: int, groups: Sequence[RowGroup], k: Tensor, v: Tensor) -> 
 
 
 class DecoderSteps(Protocol):
-    """A decoder-only transformer, one step at a time: what the executor calls. n rows are packed over all requests.
+    """The steps of a decoder-only transformer that the executor calls. n rows are packed over all requests.
 
     Attributes
     ----------
     num_layers : int
     ranks : int
-        Tensor-parallel ranks that share the heads.
+        Number of tensor-parallel ranks that share the heads.
     """
 
     num_layers: int
@@ -84,20 +84,20 @@ class DecoderSteps(Protocol):
         ...
 
     def write(self, layer: int, groups: Sequence[RowGroup], k: Tensor, v: Tensor) -> None:
-        """Store the packed rows' keys and values [n, kv_heads, head_dim], each request's in its KV."""
+        """Write the packed rows' keys and values [n, kv_heads, head_dim] into each request's KV."""
         ...
 
     def attend(self, layer: int, q: Tensor, groups: Sequence[RowGroup]) -> Tensor:
         """Attention of each row over the rows up to its own in its request's KV: [n, heads, head_dim] -> same.
 
-        Where the layer has a sliding window, over the last rows of that many, cached or not.
+        In a layer with a sliding window, over the last rows of that number, cached or not.
         """
         ...
 
     def finish(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
         """Output projection, residuals and MLP: -> hidden [n, hidden_size], the next layer's input.
 
-        `hidden` is used up: an adapter may overwrite it.
+        May overwrite `hidden`.
         """
         ...
 
@@ -108,23 +108,23 @@ class DecoderSteps(Protocol):
 
 @runtime_checkable
 class ModelAdapter(DecoderSteps, Protocol):
-    """A model that prompts are served with and chunks are encoded with.
+    """A model that serves prompts and encodes chunks.
 
     Attributes
     ----------
     model_id : str
-        Names the weights in chunk keys: models of one id compute the same KV.
+        Identifies the weights in chunk keys: models with equal ids compute equal KV.
     dtype, device
-        Of hidden states and KV.
+        Dtype and device of hidden states and KV.
     num_kv_heads : int
-        This rank's.
+        KV heads of this rank.
     head_dim, hidden_size : int
     max_positions : int
-        Position indices lie below it.
+        Number of position indices.
     rotaries : sequence of Rotary
-        One a layer: turns keys from one position to another. Layers of one rotation share one object.
+        One per layer: rotates keys from one position to another. Layers with one rotation share one object.
     rotates : bool
-        Whether keys depend on their position; those that do not serve wherever they are.
+        Whether keys depend on their position; otherwise cached keys hold at any position.
     """
 
     model_id: str
@@ -142,9 +142,9 @@ class ModelAdapter(DecoderSteps, Protocol):
         ...
 
     def describe(self, kv: KVBuffer, slots: PromptSlots) -> None:
-        """Tell `kv` where its prompt's updated slots lie; nothing to most models.
+        """Set the prompt's updated slots in `kv`; does nothing for models without slot offsets.
 
-        PromptError for more slots than the model knows.
+        PromptError for more slots than were calibrated.
         """
         ...
 

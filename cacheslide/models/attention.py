@@ -1,4 +1,4 @@
-"""Attention of scattered query rows over plain tensors: PyTorch's causal path where it fits, otherwise blocks."""
+"""Attention of scattered query rows over plain tensors: PyTorch's causal path where applicable, otherwise by blocks."""
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +22,15 @@ def row_attention(
     ----------
     q : Tensor [n, heads, head_dim]
     k, v : Tensor [keys, kv_heads, head_dim]
-        Row j of the prompt at index j; only rows up to `rows.max()` are read.
+        K and V of row j of the prompt at index j; only rows up to `rows.max()` are read.
     rows : Tensor [n]
         Ascending; query i attends to keys 0..rows[i].
     scale : float, optional
         Default: 1 / sqrt(head_dim).
     window : int, optional
-        Query i attends to the last `window` of these keys only; no key outside of every window is read.
+        Query i attends only to the last `window` of these keys; keys outside every window are not read.
     on_host : Tensor [n], optional
-        `rows` in host memory, for callers that have them there: otherwise they are copied, which waits for the device.
+        `rows` in host memory; without it they are copied there, which waits for the device.
 
     Returns
     -------
@@ -40,7 +40,7 @@ def row_attention(
     n, last = len(rows), int(on_host[-1]) + 1
     missing = last - n
     if 4 * missing <= n and int(on_host[0]) == missing and (window is None or last <= window):
-        # (Nearly) the whole prompt: PyTorch's causal path skips the upper triangle by itself, but wants a square.
+        # (Nearly) the whole prompt: PyTorch's causal path skips the upper triangle, but needs a square.
         queries, keys, values = (t.transpose(0, 1)[None] for t in (q, k[:last], v[:last]))
         queries, grouped = F.pad(queries, (0, 0, missing, 0)), q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(queries, keys, values, is_causal=last > 1, scale=scale, enable_gqa=grouped)
@@ -57,7 +57,7 @@ def narrow_attention(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Attention of each row to those of `open` up to its own, and to itself.
+    """Attention of each row to the rows of `open` up to its own, and to itself.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def narrow_attention(
         As in `row_attention`; only `rows` and `open` are read.
     rows : Tensor [n]
     open : Tensor [m]
-        Without any of `rows`.
+        Disjoint from `rows`.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""The shape of a decoder: all that tells one family of models from another, as data."""
+"""The configuration of a decoder: everything in which supported families differ, as data."""
 
 import math
 from collections.abc import Mapping
@@ -8,13 +8,13 @@ from typing import Any
 from cacheslide.errors import ModelError
 from cacheslide.plain_values import shown
 
-# Above what a model has: a damaged count must neither fill memory nor run for hours before something is missed.
+# Above any real model: a damaged count must not fill memory or cause hours of work before an error.
 MOST = {"num_layers": 4096, "max_positions": 2**22}
 MOST_OTHERWISE = 2**31 - 1
 
 
 def check_count(name: str, count: Any) -> int:
-    """The size `name` of a model; ModelError unless it is a count of at least 1 that a model can have."""
+    """`count` as the size `name` of a model; ModelError unless it is an integer from 1 to the limit."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ModelError(f"{name} must be a count of at least 1, not {shown(count)}")
     if count > (most := MOST.get(name, MOST_OTHERWISE)):
@@ -41,23 +41,23 @@ class DecoderConfig:
     Attributes
     ----------
     ropes : tuple of Rope
-        One a layer.
+        One per layer.
     windows : tuple of int or None
-        One a layer: a token attends to this many tokens up to itself, None means to all of them.
+        One per layer: a token attends to this many tokens up to itself, or to all of them (None).
     qkv_bias : bool
-        The projections of queries, keys and values add a bias.
+        Projections of queries, keys and values have a bias.
     qk_norm : bool
-        Queries and keys are RMS-normed, head by head, before they are rotated.
+        Queries and keys are RMS-normed per head before rotation.
     sandwich_norms : bool
-        What attention and MLP give is normed before it is added to the residual stream.
+        The outputs of attention and MLP are normed before they are added to the residual stream.
     unit_offset_norms : bool
         Norm weights w are stored for a factor of 1 + w.
     activation : str
-        Of the MLP's gate: a name in `models.reference.ACTIVATIONS`.
+        Activation of the MLP's gate: a name in `models.reference.ACTIVATIONS`.
     embedding_scale : float
-        Factor of the embeddings.
+        Factor on the embeddings.
     attention_scale : float or None
-        Factor of the scores; None is 1 / sqrt(head_dim).
+        Factor on the scores; None is 1 / sqrt(head_dim).
     """
 
     num_layers: int
@@ -98,7 +98,7 @@ class DecoderConfig:
 
     @property
     def is_plain(self) -> bool:
-        """Whether its layers are Llama's: no bias, one norm before attention and one before the MLP, no window."""
+        """Whether layers are Llama's: no bias, one norm before attention and one before the MLP, no window."""
         extras = self.qkv_bias or self.qk_norm or self.sandwich_norms or self.unit_offset_norms
         scaled = self.embedding_scale != 1.0 or self.attention_scale is not None or self.activation != "silu"
         return not extras and not scaled and not any(self.windows)

@@ -1,8 +1,8 @@
-"""The plain-PyTorch Llama with CoPE: the reference model, its LoRA merged, attention by contextual positions.
+"""The reference Llama with CoPE: LoRA merged, attention by contextual positions.
 
-Keys are not rotated (the rotation's tables are those of angle 0), so cached keys serve wherever their rows move to and
-every policy of the engine runs unchanged. With calibrated slot offsets (CCPE) queries of fixed chunks cross updated
-slots by Γ; `describe` tells a KV buffer where its slots are. `cacheslide.training.load` makes one from an adapter.
+Keys are not rotated (rotation tables are those of angle 0), so cached keys hold at any row and every policy runs
+unchanged. With calibrated slot offsets (CCPE) queries of fixed chunks cross updated slots by Γ; `describe` gives a KV
+buffer its slots. `cacheslide.training.load` builds the model from an adapter.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class CopeLlama(ReferenceDecoder):
     config, weights, model_id
         As in `ReferenceDecoder`; LoRA merged, `model_id` covering the adapter and the calibration.
     tables : sequence of Tensor [p_max, head_dim]
-        Position embeddings, one a layer.
+        Position embeddings, one table per layer.
     slot_offsets : Tensor [layers, slots, heads], optional
         Calibrated Γ; without it every query crosses slots by live gates.
     cap : bool
@@ -48,9 +48,10 @@ class CopeLlama(ReferenceDecoder):
         cap: bool = False,
     ) -> None:
         limit = min((w for w in config.windows if w is not None), default=config.max_positions)
-        # Below the window, sliding-window attention is plain causal attention: the window is our limit.
-        whole = (None,) * config.num_layers
-        config = replace(config, windows=whole, max_positions=min(config.max_positions, limit))
+        # Up to the window's length, sliding-window attention is plain causal attention: the window limits the
+        # positions.
+        no_windows = (None,) * config.num_layers
+        config = replace(config, windows=no_windows, max_positions=min(config.max_positions, limit))
         if not config.is_plain:
             raise ModelError("CoPE serves models with the layers of Llama and Mistral only")
         super().__init__(config, weights, model_id)
@@ -64,12 +65,12 @@ class CopeLlama(ReferenceDecoder):
             raise ModelError(f"slot offsets {tuple(slot_offsets.shape)} do not fit the model's layers and heads")
         self.tables = [t.to(self.device, self.dtype) for t in tables]
         self.slot_offsets, self.cap = slot_offsets, cap
-        # Angle 0 everywhere: the engine's moves and turns leave keys as they are.
+        # Angle 0 everywhere: delta rotations leave keys unchanged.
         unrotated = Rotary(torch.zeros(config.head_dim // 2), config.max_positions, self.device)
         self.rotaries = [unrotated] * config.num_layers
 
     def describe(self, kv: DenseKV, slots: PromptSlots) -> None:
-        """Tell `kv` where its prompt's updated slots lie; needed before attention with canonical offsets."""
+        """Set the prompt's updated slots in `kv`; needed before attention with canonical offsets."""
         if self.slot_offsets is not None:
             check_slots(slots, self.slot_offsets.shape[1])
         kv.slots = slots
@@ -86,6 +87,6 @@ class CopeLlama(ReferenceDecoder):
         return torch.cat(out) if len(out) > 1 else out[0]
 
     def crossed(self, layer: int, group: RowGroup) -> SlotOffsets | None:
-        """The slot offsets that rows of a described prompt meet in `layer`; None where every gate is live."""
+        """The slot offsets for a group's rows in `layer`; None where every gate is live."""
         packed = None if self.slot_offsets is None else pack_slots([(group.kv.slots, group.rows)])
         return None if packed is None else packed.with_offsets(self.slot_offsets[layer].to(group.rows.device), self.cap)

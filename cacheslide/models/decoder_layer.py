@@ -1,4 +1,4 @@
-"""The tensors of a decoder layer, by role, out of a checkpoint in Hugging Face's names."""
+"""The weight tensors of a decoder layer, by role, from a checkpoint with Hugging Face's names."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from cacheslide.models.config import DecoderConfig
 
 
 class DecoderLayer:
-    """One layer's weights; what its family does not have is None.
+    """One layer's weights; tensors that its family does not have are None.
 
     Attributes
     ----------
@@ -18,9 +18,9 @@ class DecoderLayer:
     q_bias, k_bias, v_bias : Tensor or None
     q_norm, k_norm : Tensor [head_dim] or None
     input_norm, mlp_norm : Tensor [hidden_size]
-        In front of attention and of the MLP.
+        Before attention and before the MLP.
     attention_out_norm, mlp_out_norm : Tensor [hidden_size] or None
-        Behind them, before the residual is added.
+        After attention and after the MLP, before the residual is added.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], index: int, config: DecoderConfig) -> None:
@@ -42,7 +42,7 @@ class DecoderLayer:
         self.gate, self.up = (get(f"mlp.{p}_proj.weight", inner, hidden) for p in ("gate", "up"))
         self.down = get("mlp.down_proj.weight", hidden, inner)
         self.input_norm = norm("input_layernorm")
-        # In Gemma's layers the norm called post_attention_layernorm is the one behind attention.
+        # In Gemma's layers post_attention_layernorm is the norm after attention.
         behind, front = "post_attention_layernorm", "pre_feedforward_layernorm"
         self.mlp_norm = norm(front if config.sandwich_norms else behind)
         self.attention_out_norm = norm(behind, config.sandwich_norms)
@@ -59,5 +59,5 @@ def fitting(weights: Mapping[str, Tensor], name: str, *shape: int) -> Tensor:
 
 
 def norm_weight(stored: Tensor, config: DecoderConfig) -> Tensor:
-    """A norm's factors: as stored, or 1 + w in float32, where a smaller dtype would round the sum."""
+    """A norm's factors: as stored, or 1 + w in float32, since a smaller dtype would round the sum."""
     return 1.0 + stored.float() if config.unit_offset_norms else stored

@@ -12,18 +12,18 @@ class DenseKV:
     Parameters
     ----------
     sizes : DecoderConfig or ModelAdapter
-        Its layers, KV heads and head_dim.
+        Object with `num_layers`, `num_kv_heads` and `head_dim`.
     """
 
     def __init__(self, sizes, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         shape = (sizes.num_layers, capacity, sizes.num_kv_heads, sizes.head_dim)
         self.k = torch.full(shape, float("nan"), dtype=dtype, device=device)
         self.v = torch.full(shape, float("nan"), dtype=dtype, device=device)
-        self.slots: PromptSlots | None = None  # where a CoPE model's prompt has its updated slots
+        self.slots: PromptSlots | None = None  # a CoPE model's updated slots in the prompt
 
     @property
     def capacity(self) -> int:
-        """Rows it can hold."""
+        """Number of rows."""
         return self.k.shape[1]
 
     def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""Reads a Hugging Face config.json of the families we compute, and refuses by name what we would get wrong.
+"""Reads config.json of the supported Hugging Face families and refuses unsupported features by name.
 
-The families' rules are those of transformers 5: what it assumes where config.json is silent, which layers slide, which
-RoPE base a layer has. transformers 4 spells some keys otherwise (`rope_theta`, `rope_local_base_freq`,
-`sliding_window_pattern`); both are read.
+The rules are those of transformers 5: defaults of missing keys, which layers have a sliding window, and each layer's
+RoPE base. transformers 4 spells some keys differently (`rope_theta`, `rope_local_base_freq`,
+`sliding_window_pattern`); both spellings are read.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,22 +21,22 @@ _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 @dataclass(frozen=True)
 class Family:
-    """What sets an architecture apart.
+    """Properties of an architecture that config.json does not give.
 
     Attributes
     ----------
     activation : tuple of str
-        The key of the MLP's activation, and its one value that we compute.
+        The key of the MLP's activation, and its only supported value.
     defaults : mapping
-        What transformers takes where config.json lacks a key.
+        Values that transformers uses for missing keys.
     slides : callable
-        Whether layer i has a sliding window where config.json names no `layer_types`.
+        Whether layer i has a sliding window when config.json has no `layer_types`.
     typed : bool
-        Whether transformers heeds `layer_types`.
+        Whether transformers reads `layer_types`.
     thetas : mapping
-        Default RoPE base by the type of a layer.
+        Default RoPE base by layer type.
     traits : mapping
-        Fields of `DecoderConfig` that follow from the architecture.
+        Fields of `DecoderConfig` that the architecture determines.
     scaled : bool
         Embeddings are multiplied by sqrt(hidden_size), scores by 1 / sqrt(`query_pre_attn_scalar`).
     """
@@ -51,7 +51,7 @@ class Family:
 
 
 def _above(raw: Raw, i: int) -> bool:
-    """Qwen's layers from `max_window_layers` on, where windows are switched on."""
+    """Whether Qwen's layer i has a window: those from `max_window_layers` on, if windows are switched on."""
     return bool(raw["use_sliding_window"]) and raw["sliding_window"] is not None and i >= raw["max_window_layers"]
 
 
@@ -91,7 +91,7 @@ FAMILIES = {
     ),
 }
 
-# What a checkpoint may ask for that we do not compute: the key, and the values that ask for nothing.
+# Unsupported features by key, and the values that switch them off.
 _NOTHING = (None, False, 0, (), [], {})
 _REFUSED = {
     "attention_bias": "a bias in every attention projection",
@@ -109,7 +109,7 @@ _REFUSED = {
 
 
 def read_config(path: str | Path) -> DecoderConfig:
-    """From `path`/config.json."""
+    """The configuration in `path`/config.json."""
     file = Path(path) / "config.json"
     if not file.is_file():
         raise ModelError(f"no model at {path}: config.json is missing")
@@ -117,7 +117,7 @@ def read_config(path: str | Path) -> DecoderConfig:
 
 
 def parse_config(raw: Raw) -> DecoderConfig:
-    """From the parsed config.json; ModelError, in one line, for what is missing, wrong or not supported."""
+    """The configuration in a parsed config.json; one-line ModelError for missing, invalid or unsupported values."""
     if not isinstance(raw, dict):
         raise ModelError(f"config.json holds no object but {type(raw).__name__}")
     kinds = raw.get("architectures") or [raw.get("model_type", "unknown")]
@@ -127,7 +127,7 @@ def parse_config(raw: Raw) -> DecoderConfig:
     if family is None:
         raise ModelError(f"model kind {kinds[0]} is not supported (known: {', '.join(FAMILIES)})")
     _refuse(raw, family)
-    # transformers reads null as its default where null has no meaning of its own: only a window may be null.
+    # transformers treats null as its default, except where null is a value: only a window may be null.
     silent = {
         k: v for k, v in family.defaults.items() if raw.get(k) is None and (k != "sliding_window" or k not in raw)
     }
@@ -170,9 +170,9 @@ def parse_config(raw: Raw) -> DecoderConfig:
 
 
 def _refuse(raw: Raw, family: Family) -> None:
-    for key, what in _REFUSED.items():
+    for key, feature in _REFUSED.items():
         if raw.get(key) not in _NOTHING:
-            raise ModelError(f"{what} ({key}={raw[key]!r}) is not supported by the reference model")
+            raise ModelError(f"{feature} ({key}={raw[key]!r}) is not supported by the reference model")
     key, want = family.activation
     if raw.get(key, want) != want:
         raise ModelError(f"{key}={raw[key]!r} is not supported (only {want!r})")
@@ -186,23 +186,23 @@ def _refuse_partial(raw: Raw) -> None:
 
 
 def _layer_types(raw: Raw, family: Family, layers: int) -> list[str]:
-    """The type of every layer."""
+    """The attention type of every layer."""
     types = [SLIDING if family.slides(raw, i) else FULL for i in range(layers)]
-    given = raw.get("layer_types")
-    if given is None:
+    named = raw.get("layer_types")
+    if named is None:
         return types
-    unknown = sorted({str(kind) for kind in given} - {FULL, SLIDING})
+    unknown = sorted({str(kind) for kind in named} - {FULL, SLIDING})
     if unknown:
         raise ModelError(f"layers of type {', '.join(unknown)} are not supported (known: {FULL}, {SLIDING})")
-    if not family.typed and given != types:
+    if not family.typed and named != types:
         raise ModelError("layer_types is not supported for this architecture: its layers are all alike")
-    if len(given) != layers:
-        raise ModelError(f"layer_types names {len(given)} layers, but the model has {layers}")
-    return list(given)
+    if len(named) != layers:
+        raise ModelError(f"layer_types names {len(named)} layers, but the model has {layers}")
+    return list(named)
 
 
 def _rope(raw: Raw, family: Family, kind: str) -> Rope:
-    """The rotation of layers of a type, in the spelling of transformers 4 (rope_theta) or 5 (rope_parameters)."""
+    """The rotation of a layer type, spelled as in transformers 4 (rope_theta) or 5 (rope_parameters)."""
     given, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
     for key, value in {"rope_parameters": given, "rope_scaling": old}.items():
         if not isinstance(value, dict):

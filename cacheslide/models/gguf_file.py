@@ -1,8 +1,8 @@
-"""Reads a GGUF file as the Hugging Face checkpoint that it was made from: configuration, names and layout of weights.
+"""Reads a GGUF file as the Hugging Face checkpoint it was converted from: configuration, tensor names and layout.
 
-The format is ggml's (github.com/ggml-org/ggml, docs/gguf.md), read and dequantised by its own package `gguf`. What
-llama.cpp's converter changed is undone here: Gemma's norms hold 1 + w, Llama's query and key rows are interleaved for
-another layout of the rotation.
+The format is ggml's (github.com/ggml-org/ggml, docs/gguf.md), read and dequantised by the package `gguf`. Changes by
+llama.cpp's converter are undone: Gemma's norms hold 1 + w, and Llama's query and key rows are interleaved for another
+layout of the rotation.
 """
 
 import re
@@ -25,8 +25,8 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-_MODEL_TYPES = {"gemma3": "gemma3_text"}  # others are called alike
-# config.json's keys by those of the metadata, which stand behind the architecture's name.
+_MODEL_TYPES = {"gemma3": "gemma3_text"}  # other names are the same
+# Keys of config.json by metadata keys, which follow the architecture's name.
 _KEYS = {
     "num_hidden_layers": "block_count",
     "hidden_size": "embedding_length",
@@ -67,12 +67,13 @@ _GEMMA = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_BIASED = ("attn_q", "attn_k", "attn_v")  # in Qwen2
-_27B_LAYERS = 62  # Gemma 3 27B scales its scores by another number than head_dim; llama.cpp knows it by its layers
+_BIASED = ("attn_q", "attn_k", "attn_v")  # have a bias in Qwen2
+# Only Gemma 3 27B scales its scores by a number other than head_dim; llama.cpp recognises it by its layer count.
+_27B_LAYERS = 62
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether `path` is meant as a GGUF file and not as a checkpoint's folder."""
+    """Whether `path` names a GGUF file, as opposed to a checkpoint folder."""
     return Path(path).suffix == ".gguf"
 
 
@@ -86,8 +87,7 @@ class GgufFile:
     Raises
     ------
     ModelError
-        In one line, when the package `gguf` is missing, or the file is none, cut short, damaged, or of a kind that is
-        not supported.
+        In one line, if the package `gguf` is missing, or the file is not GGUF, truncated, damaged, or not supported.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -103,7 +103,7 @@ class GgufFile:
             raise ModelError(f"cannot read {path}: {failed.strerror}") from None
         if start != MAGIC:
             raise ModelError(f"{path} is no GGUF file: it starts with {start!r}, not {MAGIC!r}")
-        # The package checks little of what it reads: a damaged file shows as whatever numpy makes of it.
+        # The package checks little of what it reads: a damaged file may raise any exception from numpy.
         self._reader = self._guarded(lambda: GGUFReader(self.path))
         self.architecture = str(self.value("general.architecture"))
         if self.architecture not in ARCHITECTURES:
@@ -120,21 +120,21 @@ class GgufFile:
             raise ModelError(f"{self.path} cannot be read, it is cut short or damaged: {why}") from None
 
     def value(self, key: str, default: Any = None) -> Any:
-        """A value of the metadata, as plain Python."""
+        """A metadata value as a plain Python object."""
         field = self._reader.fields.get(key)
         return default if field is None else self._guarded(field.contents)
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """What config.json says of this model."""
+        """The model's configuration in the form of config.json."""
         return self._guarded(self._read_config)
 
     def _read_config(self) -> dict[str, Any]:
         name = self.architecture
-        found = {ours: self.value(f"{name}.{theirs}") for ours, theirs in _KEYS.items()}
-        raw: dict[str, Any] = {k: v for k, v in found.items() if v is not None}
+        config = {key: self.value(f"{name}.{gguf_key}") for key, gguf_key in _KEYS.items()}
+        raw: dict[str, Any] = {k: v for k, v in config.items() if v is not None}
         raw["architectures"] = [ARCHITECTURES[name]]
-        raw["rms_norm_eps"] = float(f"{raw.get('rms_norm_eps', 1e-6):.6g}")  # held as float32
+        raw["rms_norm_eps"] = float(f"{raw.get('rms_norm_eps', 1e-6):.6g}")  # stored as float32
         kind = self.value(f"{name}.rope.scaling.type", "none")
         if kind != "none":
             raw["rope_scaling"] = {"rope_type": kind, "factor": self.value(f"{name}.rope.scaling.factor")}
@@ -152,11 +152,11 @@ class GgufFile:
             large = raw.get("num_hidden_layers") == _27B_LAYERS
             scale = raw["hidden_size"] // raw["num_attention_heads"] if large else raw.get("head_dim")
             raw |= {"query_pre_attn_scalar": scale, "hidden_activation": "gelu_pytorch_tanh"}
-            raw = {"rope_local_base_freq": 1e4, "sliding_window_pattern": 6, **raw}  # llama.cpp's, where unsaid
+            raw = {"rope_local_base_freq": 1e4, "sliding_window_pattern": 6, **raw}  # llama.cpp's defaults
         return {**raw, "model_type": _MODEL_TYPES.get(name, name)}
 
     def tensors(self, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-        """All weights, dequantised, under Hugging Face's names and in its layout."""
+        """All weights, dequantised, with Hugging Face's names and layout."""
         out = {}
         for tensor in self._reader.tensors:
             name = self._name(tensor.name)
@@ -165,7 +165,7 @@ class GgufFile:
         return out
 
     def _dequantised(self, tensor: Any) -> np.ndarray:
-        """Float32 [out, in]; a value that is no number is the mark of a damaged file."""
+        """Float32 [out, in]; ModelError for values that are not finite, which mean a damaged file."""
         from gguf.quants import dequantize
 
         kind = tensor.tensor_type.name
@@ -180,21 +180,21 @@ class GgufFile:
             )
         return weight
 
-    def _name(self, theirs: str) -> str:
-        """The tensor's name in a Hugging Face checkpoint."""
+    def _name(self, gguf_name: str) -> str:
+        """The Hugging Face name of a GGUF tensor."""
         inner = {**_INNER, **(_GEMMA if self.architecture == "gemma3" else {})}
-        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", theirs)
-        if theirs in _OUTER:
-            return _OUTER[theirs]
+        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", gguf_name)
+        if gguf_name in _OUTER:
+            return _OUTER[gguf_name]
         if layer is None or layer[2] not in inner or (layer[3] == "bias" and not self._has_bias(layer[2])):
-            raise ModelError(f"{self.path}: the tensor {theirs} is not supported in {self.architecture} models")
+            raise ModelError(f"{self.path}: the tensor {gguf_name} is not supported in {self.architecture} models")
         return f"model.layers.{layer[1]}.{inner[layer[2]]}.{layer[3]}"
 
     def _has_bias(self, part: str) -> bool:
         return self.architecture == "qwen2" and part in _BIASED
 
     def _restored(self, name: str, weight: np.ndarray) -> np.ndarray:
-        """The weight as it was before llama.cpp's converter changed it."""
+        """The weight with the changes by llama.cpp's converter undone."""
         if self.architecture == "gemma3" and name.endswith("norm.weight"):
             return weight - 1
         part = name.split(".")[-2]
@@ -206,6 +206,6 @@ class GgufFile:
 
 
 def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from pairs beside each other to the half-split layout of Hugging Face's rotation."""
+    """Each head's rows, reordered from interleaved pairs to the half-split layout of Hugging Face's rotation."""
     pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(weight.shape)

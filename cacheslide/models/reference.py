@@ -1,8 +1,7 @@
 """The plain-PyTorch decoder: the reference host of the engine and the oracle of its tests.
 
-Weights are read from a Hugging Face checkpoint or a GGUF file of a family that `models.families` knows. The families
-differ by their configuration's data alone. Nothing is cached or fused behind the caller's back, so that every step of
-the executor can be checked.
+Weights come from a Hugging Face checkpoint or a GGUF file of a family in `models.families`; families differ only in
+their configuration. Nothing is cached or fused implicitly, so every step of the executor can be checked.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +52,7 @@ class ReferenceDecoder:
         self.head = self.embedding if config.tie_embeddings else fitting(weights, "lm_head.weight", *vocabulary)
         self.layers = [DecoderLayer(weights, i, config) for i in range(config.num_layers)]
         self.dtype, self.device = self.embedding.dtype, str(self.embedding.device)
-        # Rounded to the dtype of the embeddings, as transformers multiplies them.
+        # Rounded to the embeddings' dtype, as in transformers.
         self._embedding_scale = float(torch.tensor(config.embedding_scale).to(self.dtype))
         self._activation = ACTIVATIONS[config.activation]
         self.rotaries = _rotaries(config, self.device)
@@ -73,7 +72,7 @@ class ReferenceDecoder:
         return DenseKV(self.config, capacity, self.dtype, self.device)
 
     def describe(self, kv: DenseKV, slots: PromptSlots) -> None:
-        """See `ModelAdapter.describe`; rotary positions ask for no slots."""
+        """See `ModelAdapter.describe`; rotary positions need no slots."""
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """See `ModelAdapter.embed`."""
@@ -107,7 +106,7 @@ class ReferenceDecoder:
     def finish(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
         """See `ModelAdapter.finish`."""
         w = self.layers[layer]
-        # In place, as serving hosts do: whoever still needs it shows up.
+        # In place, as in serving hosts: a caller that still needs the input fails a test.
         hidden += self._normed(F.linear(attended.flatten(1), w.o), w.attention_out_norm)
         x = self._rms(hidden, w.mlp_norm)
         x = F.linear(self._activation(F.linear(x, w.gate)) * F.linear(x, w.up), w.down)
@@ -118,14 +117,14 @@ class ReferenceDecoder:
         return F.linear(self._rms(hidden, self.norm), self.head).float()
 
     def reduce_scores(self, scores: Tensor) -> Tensor:
-        """One rank holds all heads: nothing to add."""
+        """Returns `scores`: one rank holds all heads."""
         return scores
 
     def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
         return x if weight is None else self._rms(x, weight)
 
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
-        """In the weight's dtype, which is wider than `x` where transformers norms in float32 and rounds last."""
+        """RMS norm in the weight's dtype, which is wider than that of `x` where transformers norms in float32."""
         return F.rms_norm(x.to(weight.dtype), (x.shape[-1],), weight, self.config.rms_norm_eps).to(x.dtype)
 
 
@@ -138,7 +137,7 @@ def _group_attention(q: Tensor, k: Tensor, v: Tensor, group: RowGroup, scale: fl
 
 
 def _rotaries(config: DecoderConfig, device: str) -> list[Rotary]:
-    """One a layer; layers of one rotation share their tables."""
+    """One per layer; layers with one rotation share their tables."""
     made: list[Rotary] = []
     for layer, rope in enumerate(config.ropes):
         if rope in config.ropes[:layer]:

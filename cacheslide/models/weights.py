@@ -1,4 +1,4 @@
-"""Reads checkpoints: safetensors, in one file or in shards with an index, or GGUF; and names what is missing."""
+"""Reads checkpoints: safetensors, in one file or in shards with an index, or GGUF."""
 
 import hashlib
 from pathlib import Path
@@ -29,7 +29,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[str]:
-    """The files that an index names, which lie beside it."""
+    """The files that an index names; they lie beside it."""
     raw = read_json(index, ModelError)
     files = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(files, dict):
@@ -41,10 +41,10 @@ def _indexed(index: Path) -> list[str]:
 
 
 def check_device(device: str) -> None:
-    """ConfigError for a device that this PyTorch does not know or cannot use."""
+    """Raise ConfigError for a device that PyTorch does not know or cannot use."""
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as refused:  # a build without CUDA asserts
+    except (RuntimeError, AssertionError) as refused:  # PyTorch without CUDA raises AssertionError
         why = str(refused).strip().splitlines()[0]
         raise ConfigError(f"device {device!r} cannot be used: {why}") from None
 
@@ -72,7 +72,7 @@ def load_weights(path: Path, dtype: torch.dtype, device: str) -> dict[str, Tenso
 
 
 def _plain(tensor: Tensor, name: str, file: Path) -> Tensor:
-    """The tensor; ModelError where its numbers mean something only with scales that stand elsewhere."""
+    """The tensor; ModelError for a quantised dtype, whose values need scales stored elsewhere."""
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise ModelError(f"{file.name}: {name} is of type {kind}: quantised weights are not supported")
@@ -94,7 +94,7 @@ def fingerprint(path: Path) -> str:
 
 
 def _sha256(file: Path, into: Any = None) -> Any:
-    """Hash a file, by blocks, into a digest that has begun or a new one."""
+    """Hash a file blockwise into `into`, or into a new SHA-256 digest; returns the digest."""
     h = hashlib.sha256() if into is None else into
     with file.open("rb") as f:
         while block := f.read(1 << 22):

@@ -1,9 +1,9 @@
 """CCPE, chunked contextual position encoding (paper section 4.2, Alg. 1): canonical offsets of updated slots.
 
-Under CoPE a fixed chunk's keys lie as many positions away from a query as the gates between them add up to. An
-updated segment in between changes that sum every turn. CCPE fixes it: seen from the fixed chunks behind it, an updated
-slot always takes up Γ positions (one number a layer, head and slot), whatever text fills it. Inside chunks, and for
-queries that are recomputed every turn, live gates count.
+Under CoPE the distance between a query and the keys of a fixed chunk is the sum of the gates between them. An updated
+segment between them changes that sum every turn. CCPE makes it constant: seen from the fixed chunks behind it, an
+updated slot always takes Γ positions (one number per layer, head and slot), whatever text fills it. Inside chunks, and
+for queries that are recomputed every turn, live gates are summed.
 """
 
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ from cacheslide.core.prompt import Prompt, Role
 from cacheslide.core.tensors import send, tensor_of
 from cacheslide.errors import PromptError
 
-NOWHERE = 2**31 - 1  # first and end row of a slot that lies behind every row
+NOWHERE = 2**31 - 1  # first and end row of a slot behind all rows
 
 
 @dataclass(frozen=True)
 class SlotOffsets:
-    """The updated slots of a call's requests, and what each weighs.
+    """The updated slots of a call's requests, and their offsets.
 
     Attributes
     ----------
     bounds : Tensor [slots, 2], int32
-        First row and end row of every slot; ascending and disjoint inside a request. An empty slot is crossed too:
-        that is how a chunk is encoded behind the fixed chunks alone.
+        First row and end row of every slot; ascending and disjoint inside a request. Empty slots are crossed too: a
+        chunk is encoded behind the fixed chunks alone in that way.
     cu_slots : Tensor [requests + 1], int32
         Request i owns slots cu_slots[i]..cu_slots[i + 1].
     offsets : Tensor [slots, heads], float32
@@ -35,8 +35,8 @@ class SlotOffsets:
     canonical : Tensor [n], bool
         Which query rows cross slots by Γ (those of fixed chunks); a slot counts for rows at or behind its end.
     cap : bool
-        Whether the slot's own keys may lie at most Γ positions deep in it, so that positions never fall towards
-        the left at the slot's edge.
+        Whether the slot's own keys lie at most Γ positions deep in it, so that positions never decrease towards the
+        left at the slot's edge.
     """
 
     bounds: Tensor
@@ -50,7 +50,7 @@ class SlotOffsets:
             raise PromptError(f"slots {tuple(self.bounds.shape)} and offsets {tuple(self.offsets.shape)} disagree")
 
     def of(self, request: int, rows: slice) -> "SlotOffsets":
-        """The slots of one request, for the queries `rows` of the packed call."""
+        """The slots of one request, for the query rows `rows` of the packed call."""
         begin, end = self.cu_slots[request : request + 2].tolist()
         cu = torch.tensor([0, end - begin], dtype=torch.int32)
         return SlotOffsets(self.bounds[begin:end], cu, self.offsets[begin:end], self.canonical[rows], self.cap)
@@ -58,7 +58,7 @@ class SlotOffsets:
 
 @dataclass(frozen=True)
 class PackedSlots:
-    """`SlotOffsets` of a call without a layer's offsets: `which` int64 [slots] names each one's calibrated slot."""
+    """Slots of a call without a layer's offsets; `which`, int64 [slots], is each slot's index in the calibration."""
 
     bounds: Tensor
     cu_slots: Tensor
@@ -66,28 +66,28 @@ class PackedSlots:
     canonical: Tensor
 
     def with_offsets(self, layer: Tensor, cap: bool) -> SlotOffsets:
-        """With Γ [calibrated slots, heads] of a layer."""
+        """`SlotOffsets` with one layer's Γ [calibrated slots, heads]."""
         return SlotOffsets(self.bounds, self.cu_slots, layer[self.which], self.canonical, cap)
 
 
 def pack_slots(parts: "Sequence[tuple[PromptSlots | None, Tensor]]") -> PackedSlots | None:
-    """The slots of packed requests, given each one's (None: all gates are live) and its query rows [n].
+    """The packed slots of several requests, from each one's slots (None: all gates live) and query rows [n].
 
-    None without any slot. Rows behind a prompt are generated: they cross by live gates.
+    None if no request has a slot. Rows behind a prompt are generated; they cross by live gates.
     """
     if not any(slots is not None and slots.bounds for slots, _ in parts):
         return None
     bounds, which, sizes, canonical = [], [], [0], []
     for slots, rows in parts:
-        mine = () if slots is None else slots.bounds
-        bounds += mine
-        which += range(len(mine))
+        own_bounds = () if slots is None else slots.bounds
+        bounds += own_bounds
+        which += range(len(own_bounds))
         sizes.append(len(which))
         canonical.append(canonical_rows(slots, rows))
     device = parts[0][1].device
     numbers = send(torch.tensor([*sum(bounds, ()), *sizes], dtype=torch.int32), device)
     pairs, cu_slots = numbers.split([2 * len(bounds), len(sizes)])
-    cu_slots = cu_slots.clone()  # at an aligned address: another alignment is another compilation of the kernel
+    cu_slots = cu_slots.clone()  # realigned: the kernel is compiled anew for another alignment
     return PackedSlots(pairs.view(-1, 2), cu_slots, send(tensor_of(which), device), torch.cat(canonical))
 
 
@@ -100,7 +100,7 @@ def canonical_rows(slots: "PromptSlots | None", rows: Tensor) -> Tensor:
 
 
 def check_slots(slots: "PromptSlots", known: int) -> None:
-    """Raise PromptError for more slots than the `known` ones that Γ was calibrated for."""
+    """Raise PromptError for more than `known` slots, the number that Γ was calibrated for."""
     if len(slots.bounds) > known:
         raise PromptError(f"the prompt has {len(slots.bounds)} updated slots, but Γ was calibrated for {known}")
 
@@ -113,18 +113,18 @@ def positions_with_offsets(gates: Tensor, rows: Tensor, slots: SlotOffsets) -> T
     gates : Tensor [heads, n, keys]
         0 where the key lies behind the query.
     rows : Tensor [n]
-        The queries' rows.
+        Rows of the queries.
     slots : SlotOffsets
-        Of one request.
+        Slots of one request.
 
     Returns
     -------
     Tensor [heads, n, keys]
-        For a query that counts slots by Γ: outside slots the live gates of the keys outside slots plus Γ of every slot
-        passed; inside a slot the live gates of its keys on top of the position at its end.
+        For a query that crosses slots by Γ: for keys outside slots, the live gates outside slots plus Γ of every slot
+        passed; inside a slot, the live gates of its keys plus the position at its end.
     """
     live = suffix_sum(gates)
-    kept = slots.bounds[:, 1] < gates.shape[2]  # behind the end of any other slot there is no query
+    kept = slots.bounds[:, 1] < gates.shape[2]  # no query lies behind the end of other slots
     pairs = slots.bounds[kept].tolist()
     passes = [(slots.canonical & (rows >= end))[None, :, None] for _, end in pairs]
     outer = gates.clone()
@@ -132,7 +132,7 @@ def positions_with_offsets(gates: Tensor, rows: Tensor, slots: SlotOffsets) -> T
         outer[:, :, first:end] = outer[:, :, first:end].masked_fill(passed, 0)
     outer = suffix_sum(outer)
     result, jumps = outer.clone(), torch.zeros_like(outer[:, :, :1])
-    # From right to left: `jumps` are the offsets of the slots already crossed.
+    # From right to left: `jumps` sums the offsets of the slots already crossed.
     for (first, end), passed, offset in reversed(list(zip(pairs, passes, slots.offsets[kept], strict=True))):
         offset = offset.to(gates.dtype)[:, None, None]
         deep = live[:, :, first:end] - live[:, :, end : end + 1]
@@ -151,11 +151,10 @@ def suffix_sum(gates: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PromptSlots:
-    """Where the updated slots of one token sequence lie, and which of its rows belong to fixed chunks.
+    """The updated slots of one token sequence, and its rows that belong to fixed chunks.
 
-    `bounds` holds (first row, end row) of every slot in front of the last fixed segment, in the template's order, so
-    that slot i is always calibrated slot i; in a chain of fixed segments alone a slot is empty. `canonical` is bool
-    [rows].
+    `bounds` holds (first row, end row) of every slot before the last fixed segment, in the template's order: slot i
+    is calibrated slot i. In a chain of fixed segments alone slots are empty. `canonical` is bool [rows].
     """
 
     bounds: tuple[tuple[int, int], ...]
@@ -163,19 +162,19 @@ class PromptSlots:
 
 
 def slots_in(prompt: Prompt) -> PromptSlots:
-    """The slots of a prompt. Updated segments beside each other are one slot."""
+    """The slots of a prompt. Adjacent updated segments are one slot."""
     return _slots(prompt, with_updated=True)
 
 
 def slots_between(prompt: Prompt) -> PromptSlots:
-    """The same slots, empty, in the chain of the prompt's fixed segments (the canonical encoding's text)."""
+    """The same slots, empty, in the chain of the prompt's fixed segments (the text of the canonical encoding)."""
     return _slots(prompt, with_updated=False)
 
 
 def _slots(prompt: Prompt, with_updated: bool) -> PromptSlots:
     bounds: list[tuple[int, int]] = []
     runs: list[Tensor] = []
-    pending, at = None, 0  # where the slot that is open begins, and the row reached
+    pending, at = None, 0  # first row of the open slot, and the current row
     for segment in prompt.segments:
         fixed = segment.role is Role.REUSE
         if fixed and pending is not None:

@@ -2,8 +2,8 @@
 
 Query i and key j <= i: gate g_ij = sigmoid(q_i·k_j / sqrt(d)); position p_ij = sum of g_ik for k = j..i, at most
 p_max - 1; the score gains an entry interpolated from the position logits z_i = table·q_i at p_ij. Keys are not rotated,
-so a cached key serves wherever its row moves to. The functions handle a block of queries at a time and never hold more
-than a bounded number of (query, key) pairs.
+so cached keys hold at any row. The functions take a block of queries at a time, so that the number of (query, key)
+pairs in memory is bounded.
 """
 
 import torch
@@ -30,13 +30,13 @@ def cope_attention(
     ----------
     q : Tensor [n, heads, head_dim]
     k, v : Tensor [keys, kv_heads, head_dim]
-        Row j of the prompt at index j, not rotated; only rows up to the last query's are read.
+        K and V of row j of the prompt at index j, not rotated; only rows up to the last query's are read.
     table : Tensor [p_max, head_dim]
         Position embeddings, shared by the heads.
     rows : Tensor [n], ascending
-        Query i sees keys 0..rows[i].
+        Query i attends to keys 0..rows[i].
     scale : float, optional
-        Factor on q·k, for scores and gates alike; 1 / sqrt(head_dim) by default.
+        Factor on q·k, for scores and gates; 1 / sqrt(head_dim) by default.
     slots : SlotOffsets, optional
         Canonical offsets of this request's updated slots.
 
@@ -46,14 +46,14 @@ def cope_attention(
     """
     out, saves = [], torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, table))
     for part, end in query_blocks(rows, q.shape[1]):
-        mine = None if slots is None else slots.of(0, part)
-        args = (q[part], k[:end], v[:end], table, rows[part], scale, mine)
+        own_slots = None if slots is None else slots.of(0, part)
+        args = (q[part], k[:end], v[:end], table, rows[part], scale, own_slots)
         out.append(checkpoint(_block, *args, use_reentrant=False) if saves else _block(*args))
     return torch.cat(out) if out else torch.empty_like(q)
 
 
 def query_blocks(rows: Tensor, heads: int) -> list[tuple[slice, int]]:
-    """Cuts ascending query rows into blocks of bounded size: each with the number of keys that it sees."""
+    """Cut ascending query rows into blocks of bounded size: (slice of rows, number of visible keys) of each."""
     blocks, at, listed = [], 0, rows.tolist()
     while at < len(listed):
         stop = min(len(listed), at + max(1, _PAIRS // (heads * (listed[at] + 1))))

@@ -1,7 +1,7 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864) in the Hugging Face half-split layout, and delta rotation.
 
-A key rotated at position p turns into the key at position p' by one more rotation by p' - p: that is all that
-"moving" cached KV needs, and it is exact up to rounding.
+A key rotated at position p becomes the key at position p' by one more rotation by p' - p. Moving cached KV needs
+nothing else, and is exact up to rounding.
 """
 
 import math
@@ -62,7 +62,7 @@ class Rotary:
     ----------
     inv_freq : Tensor [head_dim / 2]
     max_positions : int
-        Length of the cosine table; rotations by up to ± that many positions.
+        Length of the cosine table, which covers rotations by up to ± that many positions.
     """
 
     def __init__(self, inv_freq: Tensor, max_positions: int, device: torch.device | str = "cpu") -> None:

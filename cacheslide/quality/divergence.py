@@ -1,4 +1,4 @@
-"""How far a prefill with reused KV is from full recompute: next-token distributions over the same target tokens."""
+"""Divergence of a prefill with reused KV from full recompute: next-token distributions over the same targets."""
 
 import math
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ class Divergence:
     Attributes
     ----------
     tokens : int
-        Target tokens.
+        Number of target tokens.
     kl, kl_max : float
         KL(recompute || system) of the next-token distribution, in nats: mean over the targets, and the largest.
     agreement : float
         Share of targets at which both distributions have the same most likely token.
     nll, nll_change : float
-        The system's negative log-likelihood of the targets in nats a token, and what it has above recompute's.
+        The system's negative log-likelihood of the targets in nats per token, and its excess over recompute's.
     greedy_equal : bool
-        Whether the system's most likely token is the target at every position. Where the targets are recompute's own
-        greedy continuation, that is whether greedy decoding gives the same tokens: up to the first difference both
-        decode the same text.
+        Whether the system's most likely token is the target at every position. If the targets are recompute's greedy
+        continuation, this is whether greedy decoding gives the same tokens: both decode the same text up to the first
+        difference.
     """
 
     tokens: int
@@ -46,27 +46,26 @@ def divergence(recomputed: Tensor, logits: Tensor, targets: Sequence[int]) -> Di
     Parameters
     ----------
     recomputed, logits : Tensor [n, vocab_size]
-        Logits that predict each target: those of full recompute, and those of the system. They are compared in
-        float32 whatever their dtype.
+        Logits that predict each target, of full recompute and of the system; compared in float32.
     targets : sequence of int [n]
 
     Raises
     ------
     PromptError
-        Without targets, where the shapes differ, or where logits are no numbers: there is no distribution then.
+        Without targets, if shapes differ, or if logits are not finite.
     """
     if not targets or recomputed.shape != logits.shape or len(targets) != len(logits):
         shapes = f"{tuple(recomputed.shape)} and {tuple(logits.shape)}"
         raise PromptError(f"{len(targets)} targets do not go with logits of {shapes}")
     ids = torch.tensor(list(targets), device=logits.device)[:, None]
-    exact, other = recomputed.float().log_softmax(-1), logits.float().log_softmax(-1)
-    kl = (exact.exp() * (exact - other)).sum(-1).clamp_min(0)
-    best = logits.argmax(-1)  # as decoding takes it: normalised, two near logits may round to one
+    exact, system = recomputed.float().log_softmax(-1), logits.float().log_softmax(-1)
+    kl = (exact.exp() * (exact - system)).sum(-1).clamp_min(0)
+    best = logits.argmax(-1)  # of the raw logits, as in decoding: after normalisation two close ones may be equal
     agree = (recomputed.argmax(-1) == best).float()
-    nll = -other.gather(1, ids)[:, 0]
+    nll = -system.gather(1, ids)[:, 0]
     change = nll + exact.gather(1, ids)[:, 0]
-    same = (best == ids[:, 0]).all()
-    figures = torch.stack((kl.mean(), kl.max(), agree.mean(), nll.mean(), change.mean(), same.float())).tolist()
+    all_equal = (best == ids[:, 0]).all()
+    figures = torch.stack((kl.mean(), kl.max(), agree.mean(), nll.mean(), change.mean(), all_equal.float())).tolist()
     if not all(map(math.isfinite, figures)):
         raise PromptError("logits that are not finite have no distribution to compare")
     return Divergence(len(targets), *figures[:5], bool(figures[5]))

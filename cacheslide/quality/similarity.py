@@ -1,4 +1,4 @@
-"""CKSim, the paper's measure of how far reused KV has drifted from recomputed KV (section 3)."""
+"""CKSim, the paper's similarity of reused and recomputed KV (section 3)."""
 
 import torch
 from torch import Tensor

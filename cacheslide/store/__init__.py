@@ -1,4 +1,4 @@
-"""Chunk stores: where computed KV waits to be reused. One interface, several tiers."""
+"""Chunk stores: computed KV for reuse. One interface, several tiers."""
 
 from cacheslide.store.base import ChunkKV, ChunkStore
 from cacheslide.store.config import StoreConfig, open_store

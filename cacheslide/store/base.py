@@ -10,7 +10,7 @@ from torch import Tensor
 from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
 
-MAX_GENERATION = 3  # corrected KV is kept up to this generation unless a server or a store says otherwise
+MAX_GENERATION = 3  # highest generation of stored corrected KV, unless a server or a store sets another
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,13 @@ class ChunkKV:
     k, v : Tensor [layers, n, kv_heads, head_dim]
         Keys rotated at `positions`.
     positions : Tensor [n], int64
-        The position indices the chunk was encoded at.
+        Position indices that the chunk was encoded at.
     layer_inputs : dict of int to Tensor [n, hidden_size]
         Inputs of the probe layers, where a promoting policy asked for them.
     generation : int
-        0 for exactly computed KV; corrected KV that is kept counts how often it was built on corrected KV.
+        0 for exactly computed KV; otherwise how many times in a row corrected KV was computed over corrected KV.
     scores : Tensor [n], float32, on the host, optional
-        Remembered deviation: how far each token's KV was from that of another context, summed over layers
-        (`core/remembering.py`); finite and at least 0.
+        Remembered deviation of each token's KV, summed over layers (`core/remembering.py`); finite and at least 0.
     """
 
     k: Tensor
@@ -56,7 +55,7 @@ class ChunkKV:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def to(self, dtype: torch.dtype) -> "ChunkKV":
-        """The same chunk with K, V and layer inputs in `dtype`, in memory of its own."""
+        """The same chunk with K, V and layer inputs in `dtype`, copied."""
         return ChunkKV(
             self.k.to(dtype, copy=True),
             self.v.to(dtype, copy=True),
@@ -68,7 +67,7 @@ class ChunkKV:
 
 
 def bad_scores(scores: Tensor, tokens: int) -> str:
-    """Why these are not the scores of a chunk of `tokens` tokens, in one line; empty when they are."""
+    """Why these are not valid scores for a chunk of `tokens` tokens, in one line; empty if they are."""
     if scores.shape != (tokens,) or scores.dtype != torch.float32:
         return f"scores must be float32 [{tokens}], not {scores.dtype} {tuple(scores.shape)}"
     return "" if bool((scores.isfinite() & (scores >= 0)).all()) else "scores must be finite and at least 0"
@@ -76,7 +75,7 @@ def bad_scores(scores: Tensor, tokens: int) -> str:
 
 @dataclass(frozen=True)
 class Fetched:
-    """A chunk and the lowest tier it was read from, or why there is none (`why` goes into the request's receipt)."""
+    """A chunk and the lowest tier it was read from, or why there is none (`why` is copied into the receipt)."""
 
     chunk: ChunkKV | None
     tier: str = ""
@@ -97,15 +96,15 @@ class StoreStats:
 
 
 class Fits(Protocol):
-    """What the chunks of a model look like (`ChunkShape`)."""
+    """The shape of a model's chunks (`ChunkShape`)."""
 
     def misfit_of(self, chunk: ChunkKV, tokens: int | None = None) -> str:
-        """Why `chunk` is none of them, or does not have `tokens` tokens; empty when it is."""
+        """Why `chunk` does not have this shape, or not `tokens` tokens; empty if it does."""
         ...
 
 
 class ChunkStore(ABC):
-    """Maps chunk keys to `ChunkKV`. A key names its content: putting it twice is harmless."""
+    """Maps chunk keys to `ChunkKV`. A key identifies its content: storing it twice is harmless."""
 
     def __init__(self) -> None:
         self.stats = StoreStats()
@@ -116,10 +115,10 @@ class ChunkStore(ABC):
 
     @abstractmethod
     def get(self, key: ChunkKey) -> ChunkKV | None:
-        """The chunk, or None when it is not (or no longer) here."""
+        """The chunk, or None if it is not stored (any more)."""
 
     def fetch(self, key: ChunkKey, shape: "Fits | None" = None, tokens: int | None = None) -> Fetched:
-        """`get`, or why not. A chunk of another shape, or of another number of tokens, is none."""
+        """As `get`, with the reason for a miss. A chunk of another shape or number of tokens is a miss."""
         chunk = self.get(key)
         if chunk is None:
             return Fetched(None, why="absent")
@@ -134,28 +133,28 @@ class ChunkStore(ABC):
 
     @abstractmethod
     def put(self, key: ChunkKey, chunk: ChunkKV) -> None:
-        """Keep the chunk; StoreError when it can never fit."""
+        """Store the chunk; StoreError if it can never fit."""
 
     def rescore(self, key: ChunkKey, scores: Tensor, of: ChunkKV | None = None) -> bool:
-        """Give a chunk in memory other scores, float32 [n], on the host; whether it has them now.
+        """Replace the scores of a chunk in memory by `scores`, float32 [n], on the host; returns whether that was done.
 
-        With `of`, the chunk as it was read, nothing is done where the key has other KV by now. Files and servers keep
-        the scores that a chunk was written with. StoreError for scores that are not the chunk's.
+        With `of`, the chunk as it was read, nothing is done if the key has other KV by now. Files and servers keep the
+        scores that a chunk was written with. StoreError for invalid scores.
         """
         return False
 
     def replace(self, key: ChunkKey, chunk: ChunkKV) -> bool:
-        """Keep `chunk` in place of what is here under its key; whether that was done.
+        """Store `chunk` in place of the one under its key; returns whether that was done.
 
-        False where nothing is here under the key, and of stores that write a chunk once: they keep what they have.
+        False if there is none under the key, and in stores that write a chunk only once.
         """
         return False
 
     @abstractmethod
     def __len__(self) -> int:
-        """Chunks held."""
+        """Number of stored chunks."""
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes of stored chunks."""

@@ -1,4 +1,4 @@
-"""From a configuration to an open store: this project's JSON, CrossCache's, and the connector's options."""
+"""Store configurations (this project's JSON, CrossCache's, the connector's options), and opening the store."""
 
 import json
 import logging
@@ -23,10 +23,10 @@ from cacheslide.store.slide.spill import SpillFile
 from cacheslide.store.slide.tiered import TieredChunkStore
 from cacheslide.units import GIB, MIB
 
-_MOST = 10**9  # of any number in a configuration
+_MOST = 10**9  # limit of any number in a configuration
 logger = logging.getLogger("cacheslide.store")
-RETIRED = ("io_workers", "staging_buffers")  # options of before that nothing read
-# CrossCache's configuration: section -> key -> the field here, if there is one, and how its value is turned into it.
+RETIRED = ("io_workers", "staging_buffers")  # former options without effect
+# CrossCache's configuration: section -> key -> field here (or None) and conversion of its value.
 CROSSCACHE = {
     "Basic": {
         "Port": ("remote_port", int),
@@ -49,32 +49,32 @@ CROSSCACHE = {
 
 @dataclass(frozen=True)
 class StoreConfig(RemoteSettings):
-    """Settings of a tiered store. Sizes in GiB or MiB as their names say; a tier of size 0 is left out.
+    """Settings of a tiered store. Sizes in GiB or MiB by their names; tiers of size 0 do not exist.
 
-    Those of the remote tier stand in `RemoteSettings`.
+    Settings of the remote tier are in `RemoteSettings`.
 
     Attributes
     ----------
     chunk_tokens : int
-        Tokens a chunk at most: for the engine that cuts prompts, the store takes any.
+        Maximum tokens of a chunk, for the engine that cuts prompts; the store accepts any.
     page_tokens : int
-        Tokens a page.
+        Tokens per page.
     policy : str
         Eviction order of the memory tiers: "clean-first", "lru" or "fifo".
     write_back : str
         "through" or "evict", see `TieredChunkStore`.
     device_gib, host_gib, file_gib, spill_gib, remote_gib : float
-        Capacities. The file, spill and remote capacities hold for all processes together.
+        Capacities. The file, spill and remote capacities are shared by all processes.
     path : str
-        Folder of the file tier; empty: no file tier and no spill file.
+        Folder of the file tier; without it there is no file tier and no spill file.
     shards : int
-        Writer locks of a new folder.
+        Writer locks of a newly created folder.
     direct, durable : bool
         See `Shard`.
     shared_folder : bool
-        Take a folder that others may write to, or that belongs to somebody else.
+        Accept a folder that others may write to, or that belongs to another user.
     store_workers, load_workers : int
-        Threads that write back, and that read chunks for a server.
+        Threads for write-back, and threads that read chunks for a server.
     """
 
     chunk_tokens: int = 1024
@@ -125,7 +125,7 @@ class StoreConfig(RemoteSettings):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "StoreConfig":
-        """From parsed JSON: CrossCache's sections, or the fields of this class. Unknown keys are errors."""
+        """From parsed JSON: CrossCache's sections, or the fields of this class. ConfigError for unknown keys."""
         if not isinstance(raw, Mapping):
             raise ConfigError("a store configuration is a JSON object of options")
         if set(raw) & set(CROSSCACHE):
@@ -145,7 +145,7 @@ class StoreConfig(RemoteSettings):
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError) as error:  # neither JSON nor UTF-8
             raise ConfigError(f"{path} is not valid JSON: {error}") from None
         try:
             return cls.from_dict(raw)
@@ -172,7 +172,7 @@ class StoreConfig(RemoteSettings):
 
     @property
     def file_options(self) -> FileOptions | None:
-        """The file tier's settings."""
+        """Settings of the file tier; None without one."""
         if not self.path or not self.file_gib:
             return None
         return FileOptions(
@@ -188,7 +188,7 @@ class StoreConfig(RemoteSettings):
 
     @property
     def remote_options(self) -> RemoteOptions | MooncakeOptions | None:
-        """The remote tier's settings."""
+        """Settings of the remote tier; None without one."""
         return remote_options(self)
 
 
@@ -212,7 +212,7 @@ def _from_crosscache(raw: Mapping[str, Any]) -> dict[str, Any]:
                 out[name] = value
     if "remote_port" in out:
         out["remote_host"] = "127.0.0.1"
-    if "host_gib" in out:  # the pool is the server's as well
+    if "host_gib" in out:  # the pool is also the server's
         out["remote_gib"] = out["host_gib"]
     return out
 
@@ -220,7 +220,7 @@ def _from_crosscache(raw: Mapping[str, Any]) -> dict[str, Any]:
 def open_persistent(
     config: StoreConfig, stats: TieredStats | None = None, files: Files | None = None
 ) -> PersistentTiers:
-    """The file and remote tiers that a configuration describes, without memory above them: enough to look chunks up."""
+    """The file and remote tiers of a configuration, without memory above them: sufficient to look chunks up."""
     options = config.file_options
     return PersistentTiers(
         None if options is None else FileTier(options, files or Files()),
@@ -240,7 +240,7 @@ def open_store(
     files: Files | None = None,
     shape: ChunkShape | None = None,
 ) -> TieredChunkStore:
-    """Open the store that a configuration describes.
+    """Open the store of a configuration.
 
     Parameters
     ----------
@@ -248,14 +248,13 @@ def open_store(
     row_bytes : int
         Bytes of one token's K and V in one layer: 2 · kv_heads · head_dim · bytes an element, of this rank.
     namespace : str
-        The tenant.
+        The tenant's namespace.
     rank, ranks : int
-        This worker's place under tensor parallelism.
+        This worker's rank under tensor parallelism, and the number of ranks.
     device : str
-        Where the device tier lies, for example "cuda:0".
+        Device of the device tier, for example "cuda:0".
     shape : ChunkShape, optional
-        What this model's chunks look like: a record of another shape is a miss. Without it the store knows only
-        `row_bytes`.
+        Shape of the model's chunks: records of another shape are misses. Without it only `row_bytes` is checked.
     """
     if not isinstance(config, StoreConfig):
         config = StoreConfig.from_file(config) if isinstance(config, str | Path) else StoreConfig.from_dict(config)

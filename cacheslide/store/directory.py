@@ -1,4 +1,4 @@
-"""One safetensors file per chunk in a folder: how a workflow hands chunk KV caches from one step to the next."""
+"""One safetensors file per chunk in a folder: passes chunk KV between the steps of a workflow."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from cacheslide.store.folder import Folder, Foreign
 from cacheslide.store.persistent.shape import ChunkShape
 from cacheslide.store.tensorfile import TensorFile
 
-_FORMAT, _SCORED = "1", "2"  # of a file without scores, and of one with them
+_FORMAT, _SCORED = "1", "2"  # format of files without scores, and of files with scores
 _KEY = re.compile(r"[0-9a-f]{1,128}")
 _FILE = re.compile(r"[0-9a-f]{1,128}\.safetensors")
 _INPUT = re.compile(r"layer_input\.(0|[1-9][0-9]{0,8})")
@@ -27,13 +27,13 @@ logger = logging.getLogger("cacheslide.store")
 class DirectoryChunkStore(ChunkStore):
     """Chunks as `<key>.safetensors` under `root`, written under a temporary name and renamed into place.
 
-    A file that cannot be used is a miss with a reason. One that this store wrote, which its header says, is removed;
-    whatever else has a chunk's name stays, and the chunk is not kept.
+    An unusable file is a miss with a reason. If its header says that this store wrote it, it is removed; other files
+    with a chunk's name stay, and that chunk is not stored.
 
     Parameters
     ----------
     shared : bool
-        Take a folder that others may write to, or that belongs to somebody else.
+        Accept a folder that others may write to, or that belongs to another user.
     """
 
     def __init__(self, root: str | Path, *, shared: bool = False) -> None:
@@ -94,10 +94,10 @@ class DirectoryChunkStore(ChunkStore):
         return Fetched(chunk, "file")
 
     def _remove(self, name: str, written: tuple[int, int]) -> None:
-        """Remove a file of this store's, unless another has taken its place."""
+        """Remove a file written by this store, unless it has been replaced."""
         try:
-            found = self.folder.entries(lambda entry: entry == name).get(name)
-            if found is not None and (found.st_ino, found.st_mtime_ns) == written:
+            status = self.folder.entries(lambda entry: entry == name).get(name)
+            if status is not None and (status.st_ino, status.st_mtime_ns) == written:
                 self.folder.unlink(name)
         except (OSError, Foreign) as error:
             logger.warning("CacheSlide could not remove %s: %s", name, error)
@@ -116,7 +116,7 @@ class DirectoryChunkStore(ChunkStore):
                 metadata={"format": _FORMAT if chunk.scores is None else _SCORED, "generation": str(chunk.generation)},
             )
             self._write(part, raw)
-            kept = self.folder.settle(part, name)  # nothing that has the name already is replaced
+            kept = self.folder.settle(part, name)  # an existing file is not replaced
         except (OSError, SafetensorError) as full:
             raise StoreError(f"cannot write a chunk of {chunk.nbytes} bytes to {self.root}: {full}") from None
         finally:
@@ -139,25 +139,25 @@ class DirectoryChunkStore(ChunkStore):
 
     @property
     def nbytes(self) -> int:
-        found = self.folder.entries(lambda name: _FILE.fullmatch(name) is not None)
-        return sum(status.st_size for status in found.values())
+        files = self.folder.entries(lambda name: _FILE.fullmatch(name) is not None)
+        return sum(status.st_size for status in files.values())
 
 
 def _written(fd: int) -> tuple[int, int] | None:
-    """What tells a file that this store wrote from a later one of its name; None for another's."""
+    """Inode and time of a file that this store wrote; None for other files."""
     try:
         head = os.pread(fd, 1 << 12, 8)
     except OSError:
         return None
     status = os.fstat(fd)
     formats = (b'"format":"' + number.encode() + b'"' for number in (_FORMAT, _SCORED))
-    ours = head.startswith(b'{"__metadata__":{') and any(part in head for part in formats)
-    ours = ours and all(part in head for part in (b'"generation":"', b'"positions":{'))
-    return (status.st_ino, status.st_mtime_ns) if ours else None
+    own_format = head.startswith(b'{"__metadata__":{') and any(part in head for part in formats)
+    own_format = own_format and all(part in head for part in (b'"generation":"', b'"positions":{'))
+    return (status.st_ino, status.st_mtime_ns) if own_format else None
 
 
 def _chunk(fd: int, files: Files) -> ChunkKV:
-    """The chunk in a file; ValueError, KeyError or StoreError when there is none."""
+    """The chunk in a file; ValueError, KeyError or StoreError for an invalid file."""
     file = TensorFile.of(fd)
     if file.metadata.get("format") not in (_FORMAT, _SCORED):
         raise ValueError(f"it has chunk format {str(file.metadata.get('format'))[:20]!r}, expected {_FORMAT!r}")

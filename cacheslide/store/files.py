@@ -1,4 +1,4 @@
-"""Every system call of the store that can fail on a disk, in one thin class: tests put faults here, users nothing."""
+"""All system calls of the store that can fail on a disk, in one thin class: tests inject faults here."""
 
 import mmap
 import os
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK = 4096  # records, extents and reads keep to it, which is what O_DIRECT wants
-_HUGE = 2**22  # bytes from which a buffer is asked for in huge pages
+BLOCK = 4096  # alignment of records, extents and reads, as O_DIRECT requires
+_HUGE = 2**22  # minimum bytes of a buffer in huge pages
 
 
 def align(n: int) -> int:
@@ -22,7 +22,7 @@ def aligned_buffer(n: int) -> memoryview:
     """`n` zeroed writable bytes at a block boundary."""
     memory = mmap.mmap(-1, max(align(n), BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if n >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)  # a fault every 4 KiB takes several times as long as reading into it
+        memory.madvise(mmap.MADV_HUGEPAGE)  # page faults per 4 KiB take several times as long as reading
     return memoryview(memory)[:n]
 
 
@@ -41,8 +41,8 @@ class Files:
     ) -> int:
         """A file descriptor; a relative path starts at the descriptor `folder`.
 
-        `new` insists on creating; `direct` bypasses the page cache where the folder allows. Pipes and the like do not
-        block: whoever opens a name that others may choose looks at what came (`Folder.open`).
+        `new` requires that the file does not exist; `direct` bypasses the page cache if the folder supports it. Opening
+        a pipe or the like does not block: callers with names chosen by others check the result (`Folder.open`).
         """
         flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | (os.O_RDWR if write else os.O_RDONLY)
         flags |= os.O_CREAT if create or new else 0
@@ -51,13 +51,13 @@ class Files:
             try:
                 return os.open(path, flags | os.O_DIRECT, 0o600, dir_fd=folder)
             except OSError as refused:
-                if refused.errno != 22:  # EINVAL: this file system has no direct I/O
+                if refused.errno != 22:  # EINVAL: no direct I/O on this file system
                     raise
                 flags &= ~os.O_EXCL  # some file systems create the file before they refuse
         return os.open(path, flags, 0o600, dir_fd=folder)
 
     def buffer(self, nbytes: int) -> "Tensor":
-        """Memory that a record's pages are read into and then served from: uint8 [nbytes], at a block boundary."""
+        """Memory for a record's pages, which are then used in place: uint8 [nbytes], at a block boundary."""
         return host_buffer(nbytes)
 
     def close(self, fd: int) -> None:

@@ -1,7 +1,7 @@
-"""A folder of the store, and what in it is the store's: plain files of its own user, reached without following links.
+"""A folder of the store and its files: plain files of this user, opened without following links.
 
-Everything is opened relative to the folder's descriptor. The folder that the configuration names may itself be a
-link; below it no link is followed, no device, pipe or socket is opened, and other users' files are left alone.
+Everything is opened relative to the folder's descriptor. The configured folder may itself be a link; below it links are
+not followed, devices, pipes and sockets are not opened, and other users' files are left alone.
 """
 
 import errno
@@ -19,7 +19,7 @@ _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class Foreign(StoreError):
-    """Something in the store's place that is not the store's: a link, a special file, another user's."""
+    """An object in the store's place that is not the store's: a link, a special file, another user's file."""
 
 
 class Folder:
@@ -29,21 +29,21 @@ class Folder:
     ----------
     path : Path
     files : Files
-        Makes the system calls.
+        Performs the system calls.
     shared : bool
-        Do not ask who owns the folder and its files, nor who else may write there or to its parents.
+        Skip the checks of who owns the folder and its files and who may write there or to its parents.
     root : bool
-        The configured folder itself, which may be a link.
+        The folder is the configured one, which may be a link.
     """
 
     def __init__(self, path: Path, files: Files, *, shared: bool = False, root: bool = False) -> None:
         self.path, self.files, self.shared = Path(path), files, shared
         self._flags = _OPEN if root else _OPEN | os.O_NOFOLLOW
-        self._placed = not root  # whether its parents have been asked: once, and for the configured folder alone
+        self._placed = not root  # whether its parents were checked: once, for the configured folder only
 
     @contextmanager
     def handle(self) -> Iterator[int]:
-        """The folder's descriptor for as long as the block runs; Foreign when it is not the store's."""
+        """Context with the folder's descriptor; Foreign if the folder is not the store's."""
         try:
             fd = os.open(self.path, self._flags)
         except OSError as wrong:
@@ -57,17 +57,17 @@ class Folder:
             os.close(fd)
 
     def make(self) -> None:
-        """Create the folder, private, unless it is there; its parents must be."""
+        """Create the folder, private, if it does not exist; its parents must exist."""
         with suppress(FileExistsError):
             os.mkdir(self.path, 0o700)
 
     def _check_folder(self, fd: int) -> None:
         if self.shared:
             return
-        found = os.fstat(fd)
-        if not trusted(found.st_uid):
-            raise Foreign(f"{self.path} belongs to user {found.st_uid}: use a folder of your own, or set shared_folder")
-        if why := others_may_write(found, fd):
+        stats = os.fstat(fd)
+        if not trusted(stats.st_uid):
+            raise Foreign(f"{self.path} belongs to user {stats.st_uid}: use a folder of your own, or set shared_folder")
+        if why := others_may_write(stats, fd):
             raise Foreign(
                 f"{self.path} may be written by others ({why}): "
                 "make it private (chmod go-w, setfacl -b), or set shared_folder"
@@ -79,21 +79,21 @@ class Folder:
             )
         self._placed = True
 
-    def ours(self, found: os.stat_result) -> bool:
-        """Whether a directory entry's status is that of a plain file that this store may read."""
-        return stat.S_ISREG(found.st_mode) and (self.shared or trusted(found.st_uid))
+    def ours(self, status: os.stat_result) -> bool:
+        """Whether a directory entry with this status is a plain file that this store may read."""
+        return stat.S_ISREG(status.st_mode) and (self.shared or trusted(status.st_uid))
 
-    def _check(self, name: str, found: os.stat_result, write: bool) -> None:
-        if not self.ours(found):
-            kind = "another user's" if stat.S_ISREG(found.st_mode) else _kind(found.st_mode)
+    def _check(self, name: str, status: os.stat_result, write: bool) -> None:
+        if not self.ours(status):
+            kind = "another user's" if stat.S_ISREG(status.st_mode) else _kind(status.st_mode)
             raise Foreign(f"{self.path / name} is {kind}, not a file of the store")
-        if write and found.st_nlink > 1:
+        if write and status.st_nlink > 1:
             raise Foreign(f"{self.path / name} has other names (hard links): it is not written to")
 
     def open(self, name: str, *, create: bool = False, new: bool = False, write: bool = False, direct: bool = False):
-        """A descriptor of a plain file; Foreign for anything else under that name. Flags: see `Files.open`."""
+        """A descriptor of a plain file; Foreign for anything else of that name. Flags as in `Files.open`."""
         with self.handle() as folder:
-            try:  # before it is opened: opening a device may do something
+            try:  # checked before opening, since opening a device may have effects
                 self._check(name, os.stat(name, dir_fd=folder, follow_symlinks=False), write)
             except FileNotFoundError:
                 if not (create or new):
@@ -112,7 +112,7 @@ class Folder:
         return fd
 
     def read(self, name: str, limit: int) -> bytes:
-        """At most the first `limit` bytes of a file; FileNotFoundError or Foreign when there is none."""
+        """At most the first `limit` bytes of a file; FileNotFoundError or Foreign if there is none."""
         fd = self.open(name)
         try:
             return os.pread(fd, limit, 0)
@@ -120,21 +120,21 @@ class Folder:
             self.files.close(fd)
 
     def entries(self, wanted: Callable[[str], bool]) -> dict[str, os.stat_result]:
-        """Plain files of the store whose names are wanted, and their status."""
+        """The store's plain files whose names satisfy `wanted`, with their status."""
         out = {}
-        with self.handle() as folder, os.scandir(folder) as found:
-            for e in found:
+        with self.handle() as folder, os.scandir(folder) as scan:
+            for e in scan:
                 if wanted(e.name):
                     try:
                         status = e.stat(follow_symlinks=False)
-                    except FileNotFoundError:  # removed by another process in between
+                    except FileNotFoundError:  # removed by another process meanwhile
                         continue
                     if self.ours(status):
                         out[e.name] = status
         return out
 
     def unlink(self, name: str) -> None:
-        """Remove a plain file of the store if it is there; anything else under that name stays."""
+        """Remove a plain file of the store if it exists; anything else of that name stays."""
         with self.handle() as folder:
             try:
                 if self.ours(os.stat(name, dir_fd=folder, follow_symlinks=False)):
@@ -143,13 +143,13 @@ class Folder:
                 return
 
     def settle(self, part: str, name: str) -> bool:
-        """Rename `part` unless something has the name already; whether it was free. `part` may remain: unlink it."""
+        """Rename `part` to `name` unless that exists; returns whether it was free. `part` may remain: unlink it."""
         with self.handle() as folder:
             try:
                 os.link(part, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
             except FileExistsError:
                 return False
-            except OSError as refused:  # a file system without hard links: two writers at once write the same
+            except OSError as refused:  # a file system without hard links: concurrent writers write the same
                 if refused.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
                     raise
                 with suppress(FileNotFoundError):
@@ -159,7 +159,7 @@ class Folder:
         return True
 
     def sync(self) -> None:
-        """Wait until new and removed names are on the device."""
+        """Wait until created and removed names are on the device."""
         with self.handle() as folder:
             os.fsync(folder)
 

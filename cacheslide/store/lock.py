@@ -1,4 +1,4 @@
-"""One writer a shard: an flock that the kernel takes back when its holder dies, and a note of who holds it."""
+"""One writer per shard: an flock, which the kernel releases when its holder dies, and a note naming the holder."""
 
 import contextlib
 import fcntl
@@ -16,15 +16,15 @@ _NOTE_BYTES = 512
 
 
 class StoreBusy(StoreError):
-    """Another process kept a shard's lock longer than the limit."""
+    """Another process held a shard's lock longer than the time limit."""
 
 
 class WriterLock:
     """A lock between processes and threads.
 
-    A holder that dies, by kill -9 too, loses the lock with its file descriptor. Its note stays behind in the file:
-    `acquire` returns True when it finds one, and the caller then cleans up what the dead writer left half done.
-    Waiting is limited by a monotonic clock. Content that is no such note is left as it is.
+    A holder that dies, also by kill -9, loses the lock with its file descriptor, but its note stays in the file.
+    `acquire` then returns True, and the caller cleans up the dead writer's incomplete work. Waiting is limited by a
+    monotonic clock. Content that is not such a note is left unchanged.
     """
 
     def __init__(self, folder: Folder, timeout_s: float) -> None:
@@ -35,7 +35,7 @@ class WriterLock:
         self._noted = True
 
     def acquire(self, limit_s: float | None = None) -> bool:
-        """Take the lock; whether the last holder died with it. StoreBusy after the time limit, or `limit_s`."""
+        """Take the lock; returns whether its last holder died with it. StoreBusy after the time limit, or `limit_s`."""
         limit_s = self.timeout_s if limit_s is None else limit_s
         deadline = time.monotonic() + limit_s
         if not self._threads.acquire(timeout=limit_s):
@@ -53,15 +53,15 @@ class WriterLock:
                         raise StoreBusy(f"{self.path}: {self._holder(fd)} kept the lock for {limit_s} s") from None
                     time.sleep(pause)
                     pause = min(2 * pause, 0.02)
-            found = _note(fd)
-            self._fd, self._noted = fd, found is not None
-            if found is None:
+            last_note = _note(fd)
+            self._fd, self._noted = fd, last_note is not None
+            if last_note is None:
                 return False
             note = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
-            with contextlib.suppress(OSError):  # the note is for people; a full disk must not stop the holder
+            with contextlib.suppress(OSError):  # the note is informative; a full disk must not stop the holder
                 self.files.truncate(fd, 0)
                 self.files.write(fd, memoryview(note), 0)
-            return bool(found)
+            return bool(last_note)
         except BaseException:
             if fd is not None:
                 self.files.close(fd)
@@ -69,7 +69,7 @@ class WriterLock:
             raise
 
     def release(self) -> None:
-        """Give the lock back; an empty file says that nothing was left half done."""
+        """Release the lock; the file is emptied to show that nothing is incomplete."""
         fd, self._fd = self._fd, None
         try:
             if self._noted:
@@ -86,17 +86,17 @@ class WriterLock:
 
 
 def _note(fd: int) -> dict | None:
-    """The last holder's note, empty when it left none; None when the file holds something else."""
+    """The last holder's note, empty if it left none; None if the file holds something else."""
     raw = os.pread(fd, _NOTE_BYTES, 0)
     if len(raw) == _NOTE_BYTES:
         return None
     if not raw.strip(b"\0"):
         return {}
     if b'{"pid"'.startswith(raw[:6]) and not raw.endswith(b"}"):
-        return {"pid": "?", "host": "?"}  # its writer died over it
+        return {"pid": "?", "host": "?"}  # its writer died while writing it
     try:
         note = parse_object(raw, _NOTE_BYTES)
     except ValueError:
         return None
-    ours = note.keys() == {"pid", "host"} and is_count(note["pid"]) and isinstance(note["host"], str)
-    return note if ours and note["host"].isprintable() else None
+    valid = note.keys() == {"pid", "host"} and is_count(note["pid"]) and isinstance(note["host"], str)
+    return note if valid and note["host"].isprintable() else None

@@ -11,7 +11,7 @@ from cacheslide.store.base import ChunkKV, ChunkStore
 
 
 class MemoryChunkStore(ChunkStore):
-    """Holds at most `capacity` bytes (None: no limit); the least recently used chunks leave first."""
+    """Holds at most `capacity` bytes (None: no limit); evicts the least recently used chunks first."""
 
     def __init__(self, capacity: int | None = None) -> None:
         super().__init__()
@@ -51,10 +51,10 @@ class MemoryChunkStore(ChunkStore):
         self.stats.bytes_written += chunk.nbytes
 
     def rescore(self, key: ChunkKey, scores: Tensor, of: ChunkKV | None = None) -> bool:
-        held = self._chunks.get(key)
-        if held is None or (of is not None and of.k is not held.k):
+        stored = self._chunks.get(key)
+        if stored is None or (of is not None and of.k is not stored.k):
             return False
-        return self._swap(key, replace(held, scores=scores))
+        return self._swap(key, replace(stored, scores=scores))
 
     def replace(self, key: ChunkKey, chunk: ChunkKV) -> bool:
         return key in self._chunks and self._swap(key, chunk)
@@ -63,7 +63,7 @@ class MemoryChunkStore(ChunkStore):
         if self.capacity is not None and chunk.nbytes > self.capacity:
             return False
         self._bytes -= self._chunks.pop(key).nbytes
-        MemoryChunkStore.put(self, key, chunk)  # where it lies: a subclass may move what is put
+        MemoryChunkStore.put(self, key, chunk)  # stored in place: a subclass's `put` may move the chunk
         return True
 
     def __len__(self) -> int:

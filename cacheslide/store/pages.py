@@ -1,8 +1,8 @@
 """Pages: one layer of N tokens, the unit that is moved, corrected, evicted and checksummed.
 
-A chunk of n tokens is kept token by token: row t of layer l is its key and value, [2, kv_heads, head_dim]. A page is
+A chunk of n tokens is stored token by token: row t of layer l is its key and value, [2, kv_heads, head_dim]. A page is
 `page_tokens` rows of one layer; a chunk's last page is shorter. Layer inputs of probe layers are cut into pages of at
-most the same number of bytes, after the K/V pages. Positions and scores are not paged: 8 and 4 bytes a token beside the
+most the same number of bytes, after the K/V pages. Positions and scores are not paged: 8 and 4 bytes a token in the
 index.
 """
 
@@ -17,16 +17,16 @@ from cacheslide.errors import StoreError
 from cacheslide.store.base import ChunkKV
 from cacheslide.store.strict import is_count
 
-MOST_PAGES = 1 << 20  # of a chunk: page ids have so much room for the number
-MOST_TOKENS = 1 << 22  # of a chunk
-MOST_BYTES = 1 << 34  # of a chunk's pages
-_MOST = 1 << 31  # of any size in a layout
+MOST_PAGES = 1 << 20  # per chunk: page ids reserve this many page numbers
+MOST_TOKENS = 1 << 22  # per chunk
+MOST_BYTES = 1 << 34  # per chunk, in pages
+_MOST = 1 << 31  # limit of any size in a layout
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)}
 
 
 @dataclass(frozen=True)
 class PageLayout:
-    """How a chunk of `tokens` tokens is cut into pages. Sizes in elements, `inputs` are probe layers."""
+    """The pages of a chunk of `tokens` tokens. Sizes in elements; `inputs` are probe layers."""
 
     layers: int
     tokens: int
@@ -50,7 +50,7 @@ class PageLayout:
 
     @classmethod
     def of(cls, chunk: ChunkKV, page_tokens: int) -> "PageLayout":
-        """The layout of `chunk`; its layer inputs must share the dtype of K and V."""
+        """The layout of `chunk`; its layer inputs must have the dtype of K and V."""
         layers, tokens, heads, dim = chunk.k.shape
         dtype = str(chunk.k.dtype).removeprefix("torch.")
         if any(x.dtype != chunk.k.dtype for x in (chunk.v, *chunk.layer_inputs.values())):
@@ -64,7 +64,7 @@ class PageLayout:
 
     @classmethod
     def from_dict(cls, raw: dict) -> "PageLayout":
-        """From a record's JSON header; StoreError when it is not one."""
+        """The layout in a record's JSON header; StoreError if it is invalid."""
         if not isinstance(raw, dict) or set(raw) != set(cls.__dataclass_fields__):
             raise StoreError("not a page layout: other fields")
         inputs = raw["inputs"]
@@ -77,7 +77,7 @@ class PageLayout:
         return cls(**(raw | {"inputs": tuple(inputs)}))
 
     def as_dict(self) -> dict:
-        """For a record's JSON header."""
+        """The layout for a record's JSON header."""
         return asdict(self)
 
     @property
@@ -102,22 +102,22 @@ class PageLayout:
 
     @cached_property
     def layer_pages(self) -> int:
-        """K/V pages a layer."""
+        """K/V pages per layer."""
         return -(-self.tokens // self.page_tokens)
 
     @cached_property
     def input_page_tokens(self) -> int:
-        """Rows of a page of layer inputs."""
+        """Rows per page of layer inputs."""
         return self.page_bytes // self.input_row_bytes if self.inputs else 0
 
     @cached_property
     def input_pages(self) -> int:
-        """Pages a probe layer."""
+        """Pages per probe layer."""
         return -(-self.tokens // self.input_page_tokens) if self.inputs else 0
 
     @cached_property
     def pages(self) -> int:
-        """Pages of the chunk: layer by layer, then the probe layers' inputs."""
+        """Pages of the chunk: those of each layer, then those of the probe layers' inputs."""
         return self.layers * self.layer_pages + len(self.inputs) * self.input_pages
 
     @cached_property
@@ -143,11 +143,11 @@ class PageLayout:
         return tuple(out)
 
     def page_of(self, layer: int, row: int) -> int:
-        """Number of the K/V page that holds `row` of `layer`."""
+        """Number of the K/V page with `row` of `layer`."""
         return layer * self.layer_pages + row // self.page_tokens
 
     def rows_of(self, page: int) -> int:
-        """Tokens that page number `page` holds."""
+        """Number of tokens in page number `page`."""
         row = self.row_bytes if page < self.layers * self.layer_pages else self.input_row_bytes
         return (self.bounds[page + 1] - self.bounds[page]) // row
 
@@ -165,15 +165,15 @@ def to_payload(chunk: ChunkKV, layout: PageLayout) -> Tensor:
 
 
 def kv_views(payload: Tensor, layout: PageLayout) -> Tensor:
-    """K/V rows of a payload, no copy: [layers, tokens, 2, kv_heads, head_dim]."""
+    """K/V rows of a payload, as a view: [layers, tokens, 2, kv_heads, head_dim]."""
     kv = payload[: layout.kv_bytes].view(layout.torch_dtype)
     return kv.view(layout.layers, layout.tokens, 2, layout.kv_heads, layout.head_dim)
 
 
 def side_by_side(k: Tensor, v: Tensor) -> Tensor | None:
-    """K and V of a chunk as one tensor over their memory, if they lie there as in its pages; else None.
+    """K and V of a chunk as one view, if their memory has the layout of its pages; else None.
 
-    [layers, tokens, 2, kv_heads, head_dim], contiguous: one copy moves it, K or V alone would take one a row.
+    [layers, tokens, 2, kv_heads, head_dim], contiguous: one copy moves it; K or V alone take one copy per row.
     """
     layers, tokens, heads, dim = k.shape
     row = heads * dim

@@ -1,9 +1,9 @@
-"""JSON that a file or a server sent: small, plain, and read one way only."""
+"""Strict parsing of small JSON objects from files and servers."""
 
 import json
 from typing import Any
 
-_DIGITS = 20  # of an integer: more than 64 bits have
+_DIGITS = 20  # maximum digits of an integer: more than 64 bits need
 
 
 def _whole(text: str) -> int:
@@ -26,19 +26,19 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def parse_object(raw: bytes, limit: int = 1 << 16) -> dict[str, Any]:
     """The JSON object in `raw`, of at most `limit` bytes; ValueError for anything else.
 
-    Numbers are integers of at most 20 characters; NaN, infinities, fractions and keys that stand twice are refused.
+    Numbers are integers of at most 20 characters; NaN, infinities, fractions and duplicate keys are refused.
     """
     if len(raw) > limit:
         raise ValueError(f"{len(raw)} bytes of JSON where {limit} are the most")
     try:
-        found = json.loads(raw, parse_int=_whole, parse_float=_refuse, parse_constant=_refuse, object_pairs_hook=_once)
+        value = json.loads(raw, parse_int=_whole, parse_float=_refuse, parse_constant=_refuse, object_pairs_hook=_once)
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise ValueError("no JSON object")
-    return found
+    return value
 
 
 def is_count(value: Any, least: int = 0, most: int = (1 << 62) - 1) -> bool:
-    """Whether `value` is an integer in [least, most]; True and False are none."""
+    """Whether `value` is an integer in [least, most]; bool does not count."""
     return type(value) is int and least <= value <= most

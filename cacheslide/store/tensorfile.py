@@ -1,6 +1,6 @@
-"""Safetensors files read without mapping them: a neighbour who cuts a mapped file short kills whoever reads it.
+"""Reads safetensors files without mapping them: truncating a mapped file kills its reader.
 
-Only what chunks need: a bounded header, read strictly, and tensors of the dtypes that chunks have.
+Supports only what chunks need: a bounded header, parsed strictly, and tensors of the chunks' dtypes.
 """
 
 import math
@@ -66,7 +66,7 @@ class TensorFile:
 
     @classmethod
     def of(cls, fd: int) -> "TensorFile":
-        """Read the header and compare it with the file's size; ValueError when it is none."""
+        """Read the header and check it against the file's size; ValueError if it is invalid."""
         size, raw = os.fstat(fd).st_size, os.pread(fd, 8, 0)
         length = int.from_bytes(raw, "little")
         if len(raw) < 8 or length > min(_MOST_HEADER, size - 8):
@@ -82,7 +82,7 @@ class TensorFile:
         return cls(metadata, places, 8 + length, ends[-1])
 
     def read(self, fd: int, files: Files) -> dict[str, Tensor]:
-        """All tensors, in memory of their own; ValueError when the file has become shorter since."""
+        """All tensors, copied; ValueError if the file has become shorter since."""
         room = host_buffer(self.nbytes)
         if files.read(fd, memoryview(room.numpy()), self.start) != self.nbytes:
             raise ValueError("it ends before its tensors do")

@@ -25,7 +25,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What an adapter is made of: LoRA of `rank` with factor `alpha` / `rank` on `projections`, tables of `p_max`."""
+    """Settings of an adapter: LoRA of `rank` with factor `alpha` / `rank` on `projections`, tables of `p_max`."""
 
     rank: int = 16
     alpha: float = 32.0
@@ -40,7 +40,7 @@ class AdapterSettings:
 
     @property
     def factor(self) -> float:
-        """What the product of a LoRA pair is multiplied by."""
+        """Factor on the product of a LoRA pair."""
         return self.alpha / self.rank
 
 
@@ -49,7 +49,7 @@ class CopeAdapter:
     """A loaded adapter.
 
     `tensors` maps "layers.I.PROJECTION.a" [rank, in], "layers.I.PROJECTION.b" [out, rank] and "layers.I.positions"
-    [p_max, head_dim]; `base` is the base model's fingerprint, `notes` whatever the trainer recorded.
+    [p_max, head_dim]; `base` is the base model's fingerprint, `notes` are recorded by the trainer.
     """
 
     settings: AdapterSettings
@@ -69,23 +69,23 @@ class CopeAdapter:
             raise ModelError(f"the adapter has no {name}: the model has more layers than its base")
         return self.tensors[name]
 
-    def check_base(self, found: str, model: str | Path) -> None:
-        """Raise ModelError unless `found`, the fingerprint of `model`, is the base model's."""
-        if found != self.base:
+    def check_base(self, fingerprint: str, model: str | Path) -> None:
+        """Raise ModelError unless `fingerprint`, that of the checkpoint `model`, is the base model's."""
+        if fingerprint != self.base:
             raise ModelError(
-                f"the CoPE adapter belongs to the base model {self.base[:12]}, but {model} is {found[:12]}"
+                f"the CoPE adapter belongs to the base model {self.base[:12]}, but {model} is {fingerprint[:12]}"
             )
 
     @property
     def changes(self) -> dict[str, str]:
-        """The checkpoint's weights that LoRA changes, and the stem of the pair's name."""
+        """Checkpoint weights changed by LoRA, each with the stem of its LoRA pair's names."""
         stems = [name.removesuffix(".a") for name in self.tensors if name.endswith(".a")]
         parts = (stem.removeprefix("layers.").split(".", 1) for stem in stems)
         keys = [f"model.layers.{layer}.self_attn.{projection}.weight" for layer, projection in parts]
         return dict(zip(keys, stems, strict=True))
 
     def merge(self, stem: str, weight: Tensor) -> Tensor:
-        """A projection's `weight` [out, in] with the product of the LoRA pair `stem` added, float32."""
+        """A projection's `weight` [out, in] plus the product of the LoRA pair `stem`, float32."""
         a, b = self.tensors[f"{stem}.a"], self.tensors[f"{stem}.b"]
         if weight.shape != (b.shape[0], a.shape[1]):
             raise ModelError(f"the adapter's {stem} is for {(b.shape[0], a.shape[1])}, not {tuple(weight.shape)}")
@@ -93,7 +93,7 @@ class CopeAdapter:
         return weight.float() + change.to(weight.device)
 
     def merged(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint's `weights` with the LoRA products added, computed in float32; the others as they are."""
+        """A checkpoint's `weights` plus the LoRA products, computed in float32; other weights unchanged."""
         out = dict(weights)
         for key, stem in self.changes.items():
             if key not in out:
@@ -103,7 +103,7 @@ class CopeAdapter:
 
 
 def adapter_digest(base: str, settings: AdapterSettings, tensors: Mapping[str, Tensor]) -> str:
-    """Hexadecimal SHA-256; the order of `tensors` does not matter."""
+    """Hexadecimal SHA-256, independent of the order of `tensors`."""
     h = hashlib.sha256(json.dumps([base, asdict(settings)], sort_keys=True).encode())
     for name in sorted(tensors):
         x = tensors[name].detach().cpu().contiguous()
@@ -113,7 +113,7 @@ def adapter_digest(base: str, settings: AdapterSettings, tensors: Mapping[str, T
 
 
 def save_adapter(adapter: CopeAdapter, folder: Path) -> None:
-    """Write `cope.safetensors` and `cope.json`; the JSON last, so that a torn write is refused."""
+    """Write `cope.safetensors`, then `cope.json`, so that an interrupted write is refused on loading."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in adapter.tensors.items()}
@@ -129,7 +129,7 @@ def load_adapter(folder: Path, model: Path | None = None) -> CopeAdapter:
     Raises
     ------
     ModelError
-        When files are missing or altered, or the adapter was trained on another base.
+        If files are missing or altered, or the adapter was trained on another base.
     """
     folder = Path(folder)
     if not (folder / "cope.json").is_file() or not (folder / "cope.safetensors").is_file():

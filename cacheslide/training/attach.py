@@ -1,7 +1,7 @@
 """CoPE on a Hugging Face Llama or Mistral: LoRA by peft, attention by transformers' attention interface.
 
-Attached, a model has two stacks: switched on, its attention is CoPE (no rotation, position tables, LoRA); switched off,
-it is the base model bit for bit. The backbone is frozen; LoRA factors and position tables are what trains.
+An attached model has two modes: with CoPE (no rotation, position tables, LoRA), and the base model bit for bit. The
+backbone is frozen; LoRA factors and position tables are trained.
 """
 
 from collections.abc import Iterator
@@ -37,14 +37,14 @@ def cope_attention_forward(
         raise ModelError(f"{key.shape[2]} keys exceed the sliding window of {window}, which CoPE does not keep")
     if dropout:
         raise ModelError("CoPE attention has no dropout")
-    # Under autocast the projections are in 16 bits, the table is not, nor are queries and keys after a turn by angle 0.
+    # Under autocast projections are 16-bit; the table is not, nor are queries and keys after a rotation by angle 0.
     positions = module.cope_positions.to(value.dtype)
     out = cope_attention(query.to(value.dtype), key.to(value.dtype), value, positions, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
 class CopeStack:
-    """The CoPE stack of a Hugging Face model, attached in place and switched on.
+    """CoPE of a Hugging Face model, attached in place and switched on.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class CopeStack:
     Raises
     ------
     ModelError
-        When the model is of another kind; ConfigError when peft is not installed.
+        If the model is of another kind; ConfigError if peft is not installed.
     """
 
     def __init__(self, model: nn.Module, settings: AdapterSettings) -> None:
@@ -68,7 +68,7 @@ class CopeStack:
         if model.config.model_type not in KINDS:
             raise ModelError(f"CoPE attaches to {' and '.join(KINDS)} models, not to {model.config.model_type}")
         AttentionInterface.register(NAME, cope_attention_forward)
-        AttentionMaskInterface.register(NAME, flash_attention_mask)  # the padding mask as it is: no square of masks
+        AttentionMaskInterface.register(NAME, flash_attention_mask)  # the padding mask itself, no square masks
         self.model, self.settings = model, settings
         self.native = model.config._attn_implementation
         lora = LoraConfig(
@@ -93,20 +93,20 @@ class CopeStack:
         return (torch.ones_like(cos), torch.zeros_like(sin)) if self.on else output
 
     def switch(self, on: bool) -> None:
-        """CoPE on, or the native stack back."""
+        """Switch CoPE on, or back to the native attention."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.on = on
         for module in self.model.modules():
             if isinstance(module, BaseTunerLayer):
                 module.enable_adapters(on)
-        for parameter in self.parameters():  # peft freezes what it switches off
+        for parameter in self.parameters():  # peft freezes adapters that it switches off
             parameter.requires_grad_(True)
         self.model.set_attn_implementation(NAME if on else self.native)
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """The native stack for a while."""
+        """Context manager: CoPE is off inside."""
         was = self.on
         self.switch(False)
         try:
@@ -115,7 +115,7 @@ class CopeStack:
             self.switch(was)
 
     def named(self) -> dict[str, nn.Parameter]:
-        """What trains, by the adapter's names."""
+        """Trained parameters by their names in the adapter."""
         out = {}
         for i, layer in enumerate(self.layers):
             for projection in self.settings.projections:
@@ -126,19 +126,19 @@ class CopeStack:
         return out
 
     def parameters(self) -> list[nn.Parameter]:
-        """What trains."""
+        """Trained parameters."""
         return list(self.named().values())
 
     def adapter(self, base: str, notes: dict[str, Any] | None = None, dtype: torch.dtype | None = None) -> CopeAdapter:
-        """The adapter as it is now, for a base model of fingerprint `base`."""
+        """The current adapter, for a base model of fingerprint `base`."""
         tensors = {k: v.detach().to("cpu", dtype or v.dtype).clone() for k, v in self.named().items()}
         return CopeAdapter(self.settings, base, tensors, notes or {})
 
     def load(self, adapter: CopeAdapter) -> None:
-        """Take over an adapter's tensors."""
-        mine = self.named()
-        if adapter.settings != self.settings or mine.keys() != adapter.tensors.keys():
+        """Copy an adapter's tensors into the model."""
+        parameters = self.named()
+        if adapter.settings != self.settings or parameters.keys() != adapter.tensors.keys():
             raise ModelError("the adapter has other settings or layers than this model's stack")
         with torch.no_grad():
             for name, tensor in adapter.tensors.items():
-                mine[name].copy_(tensor)
+                parameters[name].copy_(tensor)

@@ -1,9 +1,9 @@
 """CCPE calibration: Γ of every layer, head and updated slot, the mode over a task's prompts (paper, Alg. 1).
 
-A sample is the live gate sum of a slot as one query sees it: the sum of its gates over the slot's keys. Queries of the
-fixed chunks behind the slot are pooled, of all prompts alike; a query that has saturated before it reaches the slot is
-left out, since Γ changes nothing for it. The mode is that of a histogram with bins of `bin_width` positions; Γ is the
-mean of the samples in the fullest bin (of equals, the lowest).
+A sample is the live gate sum of a slot for one query: the sum of its gates over the slot's keys. Queries of the fixed
+chunks behind the slot are pooled over all prompts; a query that saturates before it reaches the slot is left out, since
+Γ changes nothing for it. The mode is that of a histogram with bins of `bin_width` positions; Γ is the mean of the
+samples in the fullest bin (the lowest of equals).
 """
 
 import hashlib
@@ -31,7 +31,7 @@ FILES = ("ccpe.safetensors", "ccpe.json")
 
 @dataclass(frozen=True)
 class Calibration:
-    """Γ [layers, slots, heads], float32, for one adapter and one template; `notes` says what it was measured on."""
+    """Γ [layers, slots, heads], float32, for one adapter and one template; `notes` describe the measurement."""
 
     slot_offsets: Tensor
     adapter: str
@@ -41,14 +41,14 @@ class Calibration:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over what changes KV: the adapter, the template and Γ."""
+        """SHA-256 over everything that changes KV: the adapter, the template and Γ."""
         h = hashlib.sha256(json.dumps([self.adapter, self.template, list(self.slot_offsets.shape)]).encode())
         h.update(self.slot_offsets.float().contiguous().numpy().tobytes())
         return h.hexdigest()
 
 
 class Samples:
-    """Gate sums of slots, gathered layer by layer: lists of [queries] per (layer, slot, head)."""
+    """Gate sums of slots, collected layer by layer: lists of [queries] per (layer, slot, head)."""
 
     def __init__(self, layers: int, slots: int, heads: int, p_max: int) -> None:
         self.shape, self.p_max = (layers, slots, heads), p_max
@@ -57,15 +57,15 @@ class Samples:
         self.seen = torch.zeros(self.shape)
 
     def add(self, layer: int, q: Tensor, k: Tensor, rows: Tensor, slots: PromptSlots) -> None:
-        """Queries [n, heads, head_dim] at `rows` of one prompt against its keys [keys, kv_heads, head_dim]."""
+        """Add queries [n, heads, head_dim] at `rows` of one prompt, with its keys [keys, kv_heads, head_dim]."""
         if len(slots.bounds) > self.shape[1]:
             raise PromptError(f"a prompt has {len(slots.bounds)} updated slots, the template {self.shape[1]}")
         fixed = slots.canonical.to(rows.device)
         for part, end in query_blocks(rows, q.shape[1]):
-            mine = rows[part]
-            _, gates = scores_and_gates(q[part], k[:end], mine, None)
+            part_rows = rows[part]
+            _, gates = scores_and_gates(q[part], k[:end], part_rows, None)
             for slot, (first, last) in enumerate(slots.bounds):
-                behind = (fixed[mine.clamp(max=len(fixed) - 1)] & (mine >= last)).nonzero()[:, 0]
+                behind = (fixed[part_rows.clamp(max=len(fixed) - 1)] & (part_rows >= last)).nonzero()[:, 0]
                 if not len(behind):
                     continue
                 before = gates[:, behind, last:].sum(-1)
@@ -76,7 +76,7 @@ class Samples:
                 self.values[layer][slot].append(torch.where(unsaturated, gate_sum, float("nan")).cpu())
 
     def modes(self, bin_width: float) -> Tensor:
-        """Γ [layers, slots, heads]: by histogram; 0 where no query ever reaches the slot unsaturated."""
+        """Γ [layers, slots, heads] by histogram; 0 where no query reaches the slot unsaturated."""
         out = torch.zeros(self.shape)
         for layer, slots in enumerate(self.values):
             for slot, parts in enumerate(slots):
@@ -99,7 +99,7 @@ def mode(values: Tensor, bin_width: float) -> float:
 
 
 def calibrate(model, prompts: Iterable[Prompt], slots: int, bin_width: float = 0.5) -> tuple[Tensor, Samples]:
-    """Γ of `model` (a `CopeLlama` without offsets) over a task's prompts, and the samples it was read from."""
+    """Γ of `model` (a `CopeLlama` without offsets) over a task's prompts, and the samples."""
     if model.slot_offsets is not None:
         raise ModelError("calibrate on live gates: load the adapter with live=True")
     samples = Samples(model.num_layers, slots, model.config.num_heads, model.tables[0].shape[0])
@@ -139,12 +139,12 @@ def save_calibration(calibration: Calibration, folder: Path) -> None:
 
 
 def find_calibration(folder: Path, adapter: str) -> Calibration | None:
-    """The calibration in an adapter's folder, None when there is none.
+    """The calibration in an adapter's folder; None if there is none.
 
     Raises
     ------
     ModelError
-        When it is altered, or was measured with another adapter than the one of digest `adapter`.
+        If it is altered, or was measured with an adapter other than that of digest `adapter`.
     """
     folder = Path(folder)
     if not (folder / FILES[1]).is_file():
@@ -154,12 +154,12 @@ def find_calibration(folder: Path, adapter: str) -> Calibration | None:
         if raw["format"] != FORMAT:
             raise ModelError(f"{folder / FILES[1]} is of format {raw['format']}; this version reads {FORMAT}")
         offsets = renamed.options(load_file(folder / FILES[0]), renamed.TENSOR)["slot_offsets"]
-        found = Calibration(offsets, raw["adapter"], raw["template"], raw["bin_width"], raw["notes"])
+        calibration = Calibration(offsets, raw["adapter"], raw["template"], raw["bin_width"], raw["notes"])
         stated = raw["digest"]
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as broken:
         raise ModelError(f"{folder / FILES[1]} is not a calibration ({broken!r})") from None
-    if found.digest != stated:
+    if calibration.digest != stated:
         raise ModelError(f"the calibration in {folder} is altered or incomplete")
-    if found.adapter != adapter:
+    if calibration.adapter != adapter:
         raise ModelError(f"the calibration in {folder} was measured with another adapter: calibrate again")
-    return found
+    return calibration

@@ -1,4 +1,4 @@
-"""A CoPE adapter with its calibration, and the reference model from a checkpoint and both."""
+"""Loads a CoPE adapter with its calibration, and the reference model built from a checkpoint and both."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from cacheslide.training.calibration import Calibration, find_calibration
 
 @dataclass(frozen=True)
 class CopeSetup:
-    """What turns a base model into its CoPE model: an adapter, and the calibration unless gates are all live."""
+    """An adapter and its calibration, None where all gates are live."""
 
     adapter: CopeAdapter
     calibration: Calibration | None = None
@@ -22,7 +22,7 @@ class CopeSetup:
 
     @property
     def digest(self) -> str:
-        """Names adapter, calibration and cap: their part of every chunk key."""
+        """Digest of adapter, calibration and cap: their part of every chunk key."""
         measured = self.calibration.digest if self.calibration else "live"
         return " ".join([self.adapter.digest, measured, *(["cap"] if self.cap else [])])
 
@@ -33,18 +33,18 @@ class CopeSetup:
 
     @property
     def slots(self) -> int:
-        """How many updated slots Γ was calibrated for."""
+        """Number of updated slots that Γ was calibrated for."""
         return 0 if self.calibration is None else self.calibration.slot_offsets.shape[1]
 
 
 def find_cope(adapter: str | Path, model: str | Path | None = None, live: bool = False, cap: bool = False) -> CopeSetup:
-    """The adapter in a folder, and the calibration that lies beside it unless `live`; `cap` is `SlotOffsets.cap`.
+    """The adapter in a folder, and the calibration beside it unless `live`; `cap` is `SlotOffsets.cap`.
 
-    With `model`, that checkpoint is hashed; ModelError when the adapter was made for another.
+    With `model`, that checkpoint is hashed; ModelError if the adapter was made for another.
     """
     adapter = Path(adapter)
-    found = load_adapter(adapter, None if model is None else Path(model))
-    return CopeSetup(found, None if live else find_calibration(adapter, found.digest), cap)
+    loaded = load_adapter(adapter, None if model is None else Path(model))
+    return CopeSetup(loaded, None if live else find_calibration(adapter, loaded.digest), cap)
 
 
 def load_cope(
@@ -55,10 +55,10 @@ def load_cope(
     live: bool = False,
     cap: bool = False,
 ) -> CopeLlama:
-    """The checkpoint `path` with the CoPE adapter in the folder `adapter`, and its calibration where it has one.
+    """The checkpoint `path` with the CoPE adapter in the folder `adapter` and its calibration, if it has one.
 
-    LoRA is merged in float32. `live` leaves the calibration aside, `cap` is `SlotOffsets.cap`. The model's id, a part
-    of every chunk key, covers base, adapter, calibration and cap. Raises ModelError when adapter and base do not fit.
+    LoRA is merged in float32. `live` ignores the calibration, `cap` is `SlotOffsets.cap`. The model's id, a part of
+    every chunk key, covers base, adapter, calibration and cap. Raises ModelError if adapter and base do not match.
     """
     path = Path(path)
     check_device(device)
@@ -67,5 +67,5 @@ def load_cope(
     weights = setup.adapter.merged(load_weights(path, torch.float32, "cpu"))
     weights = {name: x.to(device=device, dtype=dtype) for name, x in weights.items()}
     tables = [setup.adapter.positions(i) for i in range(config.num_layers)]
-    model_id = f"{setup.adapter.base} {setup.digest}"  # the base's fingerprint has just been compared
+    model_id = f"{setup.adapter.base} {setup.digest}"  # the base's fingerprint was checked above
     return CopeLlama(config, weights, model_id, tables, setup.slot_offsets, cap)

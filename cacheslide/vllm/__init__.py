@@ -1,7 +1,7 @@
 """CacheSlide inside an unmodified vLLM, as a KV connector.
 
-The scheduler's half (`scheduler_side`) decides what a request reuses and which chunks are retained; the workers' half
-(`worker_side`) runs `SelectivePrefill` over the loaded model and the paged KV cache. How to use it: docs/vllm.md.
+The scheduler side (`scheduler/`) decides what a request reuses and which chunks are stored; the worker side
+(`worker/`) runs `SelectivePrefill` over the loaded model and the paged KV cache. Usage: docs/vllm.md.
 """
 
 CONNECTOR = "CacheSlideConnector"

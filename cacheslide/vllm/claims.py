@@ -1,8 +1,8 @@
-"""Rows that were claimed and that nobody has completed yet. Claims are recorded before anything else can fail.
+"""Claimed rows that are not complete yet.
 
-vLLM takes claimed rows for computed from the moment it gives them blocks. The scheduler's half makes sure that every
-claim of a step has a load in its plan or stands in it as failed; a worker holds every load for failed until its rows
-are complete, and reports the blocks of the others.
+vLLM counts claimed rows as computed from the moment it gives them blocks, so claims are recorded before anything else
+can fail. On the scheduler side every claim of a step is either loaded by its plan or listed in it as failed. A worker
+counts every load as failed until its rows are complete, and reports the blocks of loads that did not complete.
 """
 
 from collections.abc import Collection, Iterable
@@ -12,20 +12,20 @@ from cacheslide.vllm.protocol import StepPlan
 
 
 class Claims:
-    """The scheduler's: what a step owes, and the blocks of loads whose outcome is not known yet."""
+    """On the scheduler side: claims of the step being planned, and the blocks of loads whose outcome is unknown."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self._owed: dict[str, tuple[Any, int]] = {}
-        self.blocks: dict[str, tuple[Any, list[int]]] = {}  # by request: vLLM's request, and the blocks of its load
+        self.blocks: dict[str, tuple[Any, list[int]]] = {}  # request id -> (vLLM's request, blocks of its load)
 
     def allocated(self, request: Any, rows: int) -> None:
-        """vLLM's `request` was given blocks; `rows` of it are ours to complete in the step being planned."""
+        """Record that vLLM gave `request` blocks; `rows` of it are to be completed by this step's load."""
         if rows > 0:
             self._owed[request.request_id] = request, rows
 
     def settle(self, step: StepPlan, output: Any) -> None:
-        """Whatever was claimed for the step that `output` describes, and is not loaded in it, has failed."""
+        """Mark every claim for the step described by `output` that `step` does not load as failed."""
         owed, self._owed = self._owed, {}
         planned = {load.req_id for load in step.loads}
         held = getattr(output.kv_connector_block_state, "block_ids", None) or {}
@@ -39,17 +39,17 @@ class Claims:
                 step.failed[req_id] = blocks
 
     def lost(self, invalid: Collection[int]) -> list[Any]:
-        """vLLM's requests with a load into one of the `invalid` blocks."""
+        """vLLM's requests with a load into any of the `invalid` blocks."""
         return [request for request, blocks in self.blocks.values() if not invalid.isdisjoint(blocks)]
 
     def forget(self, req_id: str) -> None:
-        """The request has ended."""
+        """Drop a finished request."""
         self._owed.pop(req_id, None)
         self.blocks.pop(req_id, None)
 
 
 class Loads:
-    """A worker's: blocks that are not to be trusted as things stand, by request."""
+    """On a worker: blocks with incomplete or wrong rows, by request."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -57,7 +57,7 @@ class Loads:
         self._step: dict[str, list[int]] = {}
 
     def begin(self, step: StepPlan) -> None:
-        """A new step: its loads are all to be done."""
+        """Start a step: all of its loads are pending."""
         self.open = {req_id: list(blocks) for req_id, blocks in step.failed.items()}
         for plan in step.loads:
             blocks = plan.block_ids[plan.start // self.block_size : -(-plan.end // self.block_size)]
@@ -65,18 +65,18 @@ class Loads:
         self._step = dict(self.open)
 
     def done(self, req_id: str) -> None:
-        """Its rows are complete."""
+        """The request's rows are complete."""
         self.open.pop(req_id, None)
 
     def spoil(self, req_id: str, blocks: Iterable[int]) -> None:
-        """Rows in these blocks turned out wrong."""
+        """Rows in these blocks are wrong."""
         self.open[req_id] = self.open.get(req_id, []) + list(blocks)
 
     def errors(self) -> set[int]:
-        """Blocks to report, once."""
+        """Blocks with load errors; each is returned once."""
         left, self.open = self.open, {}
         return {block for blocks in left.values() for block in blocks}
 
     def every(self) -> set[int]:
-        """Those of all loads of the step, done or not."""
+        """Blocks of all loads of the step, done or not."""
         return {block for blocks in (*self._step.values(), *self.open.values()) for block in blocks}

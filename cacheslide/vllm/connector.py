@@ -1,4 +1,4 @@
-"""The KV connector vLLM talks to: hands every call to the half that lives in this process."""
+"""The KV connector: passes vLLM's calls to the scheduler side or the worker side of this process."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
         check_place(vllm_config, is_installed())
         check(vllm_config, kv_cache_config)
         options = ServerOptions.from_extra_config(self._kv_transfer_config.kv_connector_extra_config)
-        shared = options.tiers is not None and role == KVConnectorRole.SCHEDULER  # who names chunks
+        shared = options.tiers is not None and role == KVConnectorRole.SCHEDULER  # the scheduler names chunks
         geometry = Geometry.of(vllm_config, by_content=shared)
         options.system.check(geometry.num_layers)
         check_spans(options.find_spans, geometry.slots)
@@ -46,11 +46,11 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
             self.worker = WorkerSide(vllm_config, options)
             early_start.install()
         self.faults = (self.scheduler or self.worker).faults
-        self._begun: StepPlan | None = None  # the step whose loads began before vLLM asked for them
+        self._begun: StepPlan | None = None  # the step whose loads began before `start_load_kv`
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """A cache: what it drops is a later miss."""
+        """False: this is a cache, and a dropped chunk is a later miss."""
         return False
 
     # --- scheduler -------------------------------------------------------------------------------------------------
@@ -107,14 +107,14 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
 
     @survives("has_pending_push_work", last=False)
     def has_pending_push_work(self) -> bool:
-        """Keeps an idle engine stepping while chunks wait to be encoded or copied, or layers to be recorded."""
+        """Keeps an idle engine stepping while chunks wait to be encoded or copied, or layers to be captured."""
         return self.scheduler.retention.pending or self.scheduler.workers_wait
 
     @survives("get_kv_connector_stats")
     def get_kv_connector_stats(self) -> ReuseStats | None:
         if self.scheduler is not None:
             return self.scheduler.take_stats()
-        return ReuseStats(data=found) if (found := self.faults.take()) else None
+        return ReuseStats(data=counts) if (counts := self.faults.take()) else None
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ReuseStats:
@@ -136,11 +136,11 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
     # --- worker ----------------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches) -> None:
-        """At the start: what fails here stops the server, with its reason."""
+        """Called at start-up: an exception here stops the server, with its reason."""
         self.worker.attach()
 
     def begin_loads(self, step: StepPlan) -> None:
-        """Do what vLLM asks for later in this step, when its inputs are ready (`worker/early_start.py`)."""
+        """Do the work of `start_load_kv` earlier, before the step's inputs are ready (`worker/early_start.py`)."""
         self.bind_connector_metadata(step)
         self.start_load_kv(None)
         self._begun = step
@@ -150,7 +150,7 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
         if connector_metadata is self._begun:
             return
         self.worker.loads.begin(connector_metadata)  # before anything else can fail
-        self._begin(connector_metadata)  # the one hook that always comes before the forward
+        self._begin(connector_metadata)  # the only hook called in every step before the forward
 
     @survives("bind_connector_metadata", lambda self, step: self.worker.begin_nothing(step))
     def _begin(self, step: KVConnectorMetadata) -> None:
@@ -166,10 +166,10 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
             self.worker.load(step)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Rows are complete before the forward starts."""
+        """Does nothing: rows are complete before the forward starts."""
 
     def save_kv_layer(self, layer_name: str, kv_layer, attn_metadata, **kwargs: Any) -> None:
-        """Chunks are copied after the forward."""
+        """Does nothing: chunks are copied after the forward."""
 
     @survives("wait_for_save", lambda self: self.worker.save_nothing(self._get_connector_metadata()))
     def wait_for_save(self) -> None:
@@ -177,7 +177,7 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
 
     @survives("get_finished", last=(None, None))
     def get_finished(self, finished_req_ids: set[str]) -> tuple[None, None]:
-        step = self._get_connector_metadata()  # the one hook that steps without a forward call too
+        step = self._get_connector_metadata()  # also called in steps without a forward
         self._encode(step)
         self._on_loaded(step)
         return None, None

@@ -1,4 +1,4 @@
-"""The engine in numbers that a scheduler needs: it has no model, but it names chunks and knows what they weigh."""
+"""Sizes of the engine for the scheduler side, which has no model but names chunks and computes their bytes."""
 
 import hashlib
 import json
@@ -28,11 +28,11 @@ class Geometry:
     hidden_size: int
     itemsize: int
     max_positions: int
-    slots: int = 0  # updated slots that a CoPE model's Γ was calibrated for
+    slots: int = 0  # number of updated slots that a CoPE model's Γ was calibrated for
 
     @classmethod
     def of(cls, vllm_config, by_content: bool = False) -> "Geometry":
-        """From vLLM's configuration; `by_content`: weights named so that all processes agree (`content_id`)."""
+        """From vLLM's configuration; with `by_content` the weights' id is equal in all processes (`content_id`)."""
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         config = model.hf_text_config
         cope = setup_of(config) if is_cope(config) else None
@@ -54,7 +54,7 @@ class Geometry:
         )
 
     def slots_of(self, prompt: Prompt) -> PromptSlots | None:
-        """The slots that a CoPE model crosses by their calibrated offsets; PromptError when Γ has too few."""
+        """The slots that a CoPE model crosses by their calibrated offsets; PromptError for too many."""
         if not self.slots:
             return None
         slots = slots_in(prompt)
@@ -62,17 +62,17 @@ class Geometry:
         return slots if slots.bounds else None
 
     def chunk_bytes(self, rows: int, probes: int, scores: bool = False) -> int:
-        """Bytes of one rank's chunk of `rows` rows with the inputs of `probes` layers, and with `scores`."""
+        """Bytes of one rank's chunk of `rows` rows, with the inputs of `probes` layers and, if `scores`, its scores."""
         kv = 2 * self.num_layers * self.kv_heads * self.head_dim
         beside = torch.int64.itemsize + scores * torch.float32.itemsize
         return rows * ((kv + probes * self.hidden_size) * self.itemsize + beside)
 
 
 def weights_id(path: str, revision: str | None, config: str) -> str:
-    """Names the weights in chunk keys: configuration, revision, and each weight file's name, size and time.
+    """The weights' id in chunk keys, from configuration, revision, and each weight file's name, size and time.
 
-    Not a hash of their content: for chunks that live no longer than the process which loaded these files. Chunks that
-    others may find need `content_id`.
+    It is no hash of the content: only for chunks that do not outlive the process which loaded these files. Shared or
+    persistent chunks need `content_id`.
     """
     h = hashlib.sha256(f"{path}\0{revision}\0{config}".encode())
     folder = Path(path)
@@ -85,11 +85,11 @@ def weights_id(path: str, revision: str | None, config: str) -> str:
 def content_id(
     path: str, revision: str | None, config: Mapping[str, Any], quantization: str | None, dummy: bool
 ) -> str:
-    """Names the weights by what is in them, so that processes on any host agree and other weights never match.
+    """The weights' id by content: equal on every host, different for other weights.
 
-    Reads the checkpoint once more, about a second a gigabyte. `dummy` weights are made from the configuration. A CoPE
-    adapter's folder is left out: its content has a digest of its own.
-    ConfigError where the files cannot be found.
+    Reads the checkpoint once, about a second a gigabyte. `dummy` weights are identified by the configuration. A CoPE
+    adapter's folder is not hashed: its content has its own digest.
+    ConfigError if the files cannot be found.
     """
     shape = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version", ADAPTER)}
     h = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
@@ -98,7 +98,7 @@ def content_id(
 
 
 def fingerprint_of(path: str, revision: str | None) -> str:
-    """`fingerprint` of a folder, or of what the hub's cache holds under a name."""
+    """`fingerprint` of a folder, or of a model in the hub's cache."""
     try:
         if Path(path).is_dir():
             return fingerprint(Path(path))

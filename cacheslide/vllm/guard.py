@@ -1,8 +1,8 @@
-"""What vLLM calls never raises into it: a fault of ours is logged, counted, and costs reuse where it happened.
+"""Keeps exceptions out of vLLM: a fault of the connector is logged and counted, and costs only reuse.
 
-vLLM takes an exception from a connector for its own end, and with it that of every other request. Each method that it
-calls names what holds instead; what was promised and not done (rows claimed, chunks named by the index) is made good by
-`claims.py`, `recovery.py` and the index's resynchronisation. Errors after which a GPU is of no use are raised again.
+An exception from a connector ends vLLM's engine and with it every other request. Each guarded method has a fallback;
+what was promised and not done (claimed rows, chunks in the index) is repaired by `claims.py`, `recovery.py` and the
+index's resynchronisation. Errors that make a GPU unusable are raised again.
 """
 
 import logging
@@ -17,7 +17,7 @@ from cacheslide.vllm.scheduler.reasons import FAULT
 
 logger = logging.getLogger("vllm.cacheslide")
 
-# Where a fault may happen, and what holds instead.
+# Entries where a fault may happen, and what its consequence is.
 ENTRIES = {
     "on_new_request": "the request is computed exactly",
     "look_up": "the chunk counts as not in a storage tier",
@@ -48,12 +48,12 @@ ENTRIES = {
 
 
 def reason(entry: str) -> str:
-    """For the receipt of a request that lost its reuse."""
+    """The fallback reason in the receipt of a request that lost its reuse."""
     return FAULT + entry
 
 
 def sticky(error: Exception, device: torch.device | None) -> bool:
-    """Whether a GPU is of no use after an error: it raises again when all work is waited for."""
+    """Whether an error made the GPU unusable: synchronising raises again."""
     if device is None or device.type != "cuda" or not isinstance(error, RuntimeError):
         return False
     try:
@@ -64,9 +64,9 @@ def sticky(error: Exception, device: torch.device | None) -> bool:
 
 
 class Faults:
-    """Counts by entry; the first of a kind is logged with its traceback, later ones are counted only.
+    """Counts of faults by entry; the first of a kind is logged with its traceback, later ones are only counted.
 
-    `device` is the model's, once there is one.
+    `device` is the model's, None before it is known.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class Faults:
         self._logged: set[tuple[str, type]] = set()
 
     def note(self, entry: str, error: Exception) -> None:
-        """An error was survived at one of `ENTRIES`; raises it again where nothing can follow it (`sticky`)."""
+        """Count an error at one of `ENTRIES`; raises it again if the GPU is unusable (`sticky`)."""
         if sticky(error, self.device):
             raise error
         self.total[entry] += 1
@@ -84,22 +84,22 @@ class Faults:
         kind = entry, type(error)
         if kind not in self._logged:
             self._logged.add(kind)
-            what = ENTRIES.get(entry, "")
-            logger.error("CacheSlide: a fault at %s, not logged again: %s", entry, what, exc_info=error)
+            consequence = ENTRIES.get(entry, "")
+            logger.error("CacheSlide: a fault at %s, not logged again: %s", entry, consequence, exc_info=error)
 
     def take(self) -> dict[str, int]:
-        """Counts since the last call, as `ReuseStats` names them."""
+        """Counts since the last call, with the names of `ReuseStats`."""
         new, self._new = self._new, Counter()
         return {f"faults.{entry}": count for entry, count in new.items()}
 
 
-SERVER = Faults()  # of the process that answers clients
+SERVER = Faults()  # of the process that serves clients
 
 
 def survives(entry: str, otherwise: Callable[..., Any] | None = None, last: Any = None):
-    """Wrap a method that vLLM calls: after an exception `otherwise(self, *args)` stands in for it, else `last`.
+    """Wrap a method that vLLM calls: on an exception return `otherwise(self, *args)`, or `last` without it.
 
-    The owner has its `Faults` as `faults`.
+    The owner's `Faults` are its attribute `faults`.
     """
 
     def wrap(method):

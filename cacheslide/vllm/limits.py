@@ -1,4 +1,4 @@
-"""What annotations may be at most, and how a wrong one is shown: a check costs little whatever a client sends."""
+"""Limits on annotations, and short display of invalid ones: a check is cheap whatever a client sends."""
 
 import reprlib
 from collections.abc import Mapping
@@ -8,15 +8,15 @@ import msgspec
 
 from cacheslide.errors import PromptError
 
-SEGMENTS = 4096  # fixed spans of a request, and parts that a separator makes
+SEGMENTS = 4096  # fixed spans of a request, and parts cut by a separator
 NAME = 256  # characters of a namespace, a system's name, a sender
-NOTE = 1024  # characters of what a receipt repeats
+NOTE = 1024  # characters of the note copied into a receipt
 SEPARATOR = 256  # characters or token ids
 MESSAGES = 4096  # roles and indices
-ROW = 2**31  # rows and layers are below it
+ROW = 2**31  # upper bound of rows and layers
 DEPTH = 32  # levels of objects and lists in kv_transfer_params
 _NESTED = frozenset((dict, list, tuple))
-_SAID = 2000  # characters of an error
+_SAID = 2000  # characters of an error message
 
 
 class _Short(reprlib.Repr):
@@ -33,30 +33,30 @@ _SHORT.maxlevel = 3
 
 
 def shown(value: Any) -> str:
-    """`value` as an error names it: short, and text that can be sent."""
+    """`value` for an error message: short, and encodable as UTF-8."""
     return sayable(_SHORT.repr(value))
 
 
 def sayable(text: str, most: int = _SAID) -> str:
-    """At most `most` characters of `text`, which may hold lone surrogates; the result encodes as UTF-8."""
+    """`text`, which may hold lone surrogates, cut to `most` characters and made encodable as UTF-8."""
     text = text if len(text) <= most else text[: most - 3] + "..."
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def check_text(what: str, value: Any, most: int) -> None:
-    """Raise PromptError for anything but a text of at most `most` characters that encodes as UTF-8."""
+def check_text(name: str, value: Any, most: int) -> None:
+    """Raise PromptError unless `value` is a text of at most `most` characters that encodes as UTF-8."""
     if not isinstance(value, str):
-        raise PromptError(f"{what} must be a string, not {shown(value)}")
+        raise PromptError(f"{name} must be a string, not {shown(value)}")
     if len(value) > most:
-        raise PromptError(f"{what} has {len(value)} characters, of at most {most}")
+        raise PromptError(f"{name} has {len(value)} characters, of at most {most}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise PromptError(f"{what} is no text that can be encoded: {shown(value)}") from None
+        raise PromptError(f"{name} is no text that can be encoded: {shown(value)}") from None
 
 
 def check_depth(params: Mapping[str, Any], name: str = "kv_transfer_params") -> None:
-    """Raise PromptError for `params`, called `name`, nested more than `DEPTH` levels deep; linear in their size."""
+    """Raise PromptError if `params`, called `name`, are nested more than `DEPTH` levels deep; linear in their size."""
     level: list[Any] = [params]
     for _ in range(DEPTH):
         below: list[Any] = []
@@ -69,7 +69,7 @@ def check_depth(params: Mapping[str, Any], name: str = "kv_transfer_params") -> 
 
 
 def check_sendable(params: Mapping[str, Any]) -> None:
-    """Raise PromptError for `kv_transfer_params` that cannot travel to the engine (msgpack: 64 bits, UTF-8)."""
+    """Raise PromptError for `kv_transfer_params` that cannot be sent to the engine (msgpack: 64 bits, UTF-8)."""
     try:
         msgspec.msgpack.encode(params, enc_hook=lambda _: None)
     except (OverflowError, TypeError, ValueError, RecursionError) as error:

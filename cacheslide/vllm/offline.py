@@ -1,4 +1,4 @@
-"""An offline vLLM engine with or without the connector, and requests whose time to first token is known."""
+"""Offline vLLM engines with or without the connector, and requests with their time to first token."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from cacheslide.vllm.options import receipt_in
 class Answered:
     """One request: seconds from its arrival to its first token, its output ids, and its receipt if it was annotated.
 
-    `step` is seconds a token after the first, 0 where there is none.
+    `step` is seconds per token after the first, 0 if there is none.
     """
 
     ttft: float
@@ -40,9 +40,9 @@ def open_engine(
 ) -> LLM:
     """A vLLM engine over `model`; `connector` holds the connector's options, None leaves it out.
 
-    With `cope`, the folder of a CoPE adapter, `model` is its base. `store` is the configuration of storage tiers,
-    as a JSON file or parsed (see `ServerOptions.store`). `options` are `vllm.LLM`'s. Statistics are on: they hold the
-    time of the first token.
+    With `cope`, the folder of a CoPE adapter, `model` is its base. `store` configures storage tiers, as a JSON file or
+    parsed (see `ServerOptions.store`). `options` are `vllm.LLM`'s. Statistics are on, since they hold the time of the
+    first token.
     """
     if cope is not None:
         options["hf_overrides"] = overrides(cope, others=options.get("hf_overrides"))
@@ -54,7 +54,7 @@ def open_engine(
 
 
 def close_engine(engine: LLM) -> None:
-    """Stop it, with its processes and threads, and give its memory back; a closed one may be closed again."""
+    """Shut the engine down with its processes and threads, and free its memory; idempotent."""
     engine.renderer.shutdown()
     engine.llm_engine.engine_core.shutdown()
     # vLLM keeps one pool for the CUDA graphs of a process; captures into a pool whose graphs are gone fail
@@ -63,9 +63,9 @@ def close_engine(engine: LLM) -> None:
 
 
 def move_store(engine: LLM, where: str) -> None:
-    """Move the chunks of all workers to "cpu" or "model", to compare both homes in one engine.
+    """Move the chunks of all workers to "cpu" or "model", to compare both in one engine.
 
-    The call travels as a pickled function: set VLLM_ALLOW_INSECURE_SERIALIZATION=1 before opening the engine.
+    The function is sent pickled: set VLLM_ALLOW_INSECURE_SERIALIZATION=1 before opening the engine.
     """
     engine.collective_rpc(_move_store, args=(where,))
 
@@ -75,9 +75,9 @@ def _move_store(_worker, where: str) -> None:
 
 
 def replays(engine: LLM, on: bool = True) -> int:
-    """Runs of the first worker that were replayed from CUDA graphs so far; from here on they are, or are not.
+    """Number of the first worker's runs replayed from CUDA graphs so far; then switches replay on or off.
 
-    To compare both in one engine; where the engine has no graphs nothing changes. The call travels as `move_store`'s.
+    Does nothing in an engine without graphs. Sent like `move_store`.
     """
     return engine.collective_rpc(_replays, args=(on,))[0]
 
@@ -91,7 +91,7 @@ def _replays(_worker, on: bool) -> int:
 
 
 def worker_of():
-    """The connector's worker half, for looking into an engine that lives in this process."""
+    """The worker side of an engine in this process, for inspection."""
     return get_kv_transfer_group().worker
 
 
@@ -136,19 +136,19 @@ def beam_search(
     annotations: Sequence[Mapping[str, Any] | None],
     **options: Any,
 ) -> list[Searched]:
-    """`LLM.beam_search` with annotations, which has no place for them.
+    """`LLM.beam_search` with annotations, which it does not accept itself.
 
-    `annotations` are the prompts' `kv_transfer_params`, `options` are those of `LLM.beam_search`.
-    VLLMValidationError says what is wrong with annotations.
+    `annotations` are the prompts' `kv_transfer_params`, `options` those of `LLM.beam_search`. VLLMValidationError for
+    invalid annotations.
     """
     search = _AnnotatedSearch(engine, annotations, params.max_tokens)
-    found = search.beam_search(prompts, params, **options)
+    results = search.beam_search(prompts, params, **options)
     receipts = [None if s is None else receipt_in(s.kv_transfer_params) for s in search.searches]
-    return [Searched(f.sequences, r) for f, r in zip(found, receipts, strict=True)]
+    return [Searched(f.sequences, r) for f, r in zip(results, receipts, strict=True)]
 
 
 class _AnnotatedSearch(LLM):
-    """An engine's beam search, whose steps carry annotations; everything else is the engine's own."""
+    """An engine's beam search with annotated steps; other methods are the engine's."""
 
     def __init__(self, engine: LLM, annotations: Sequence[Mapping[str, Any] | None], tokens: int) -> None:
         vars(self).update(vars(engine))
@@ -156,8 +156,8 @@ class _AnnotatedSearch(LLM):
 
     def _preprocess_cmpl(self, prompts: Sequence[Any], *args: Any, **kwargs: Any) -> list[Any]:
         config, rendered = self.llm_engine.vllm_config, super()._preprocess_cmpl(prompts, *args, **kwargs)
-        asked = zip(rendered, self.annotations, strict=True)
-        self.searches = [start_search(config, self.renderer, p, m, self.tokens) for p, m in asked]
+        pairs = zip(rendered, self.annotations, strict=True)
+        self.searches = [start_search(config, self.renderer, p, m, self.tokens) for p, m in pairs]
         if short := [s.max_tokens for s in self.searches if s is not None and s.max_tokens != self.tokens]:
             raise VLLMValidationError(f"{self.tokens} tokens do not fit behind a prompt that runs: {min(short)} do")
         return [p if s is None else s.prompt for p, s in zip(rendered, self.searches, strict=True)]

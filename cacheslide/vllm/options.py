@@ -1,4 +1,4 @@
-"""What a server and a request may ask for: the connector's options and the annotations in `kv_transfer_params`."""
+"""The connector's options, and the annotations of a request in `kv_transfer_params`."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -16,12 +16,12 @@ from cacheslide.vllm.limits import NAME, NOTE, ROW, SEGMENTS, check_text, sayabl
 from cacheslide.vllm.systems import policy_of
 
 FIELD = "cacheslide"
-CPU_BLOCK = 32  # vLLM's CPU attention wants blocks of a multiple of this
-CPU_CACHE_GIB = "2"  # paged KV on a CPU; vLLM's own default asks for nine tenths of the host's memory
-MOST, MOST_GIB = 10**9, 10**6  # of any count and of the store's size: beyond what any machine has
+CPU_BLOCK = 32  # vLLM's CPU attention needs block sizes that are multiples of this
+CPU_CACHE_GIB = "2"  # paged KV on a CPU; vLLM's default is nine tenths of the host's memory
+MOST, MOST_GIB = 10**9, 10**6  # limits of any count and of the store's size in GiB
 ENCODE = ("later", "now", "off")
 SERVER_KEYS = ("cache.server.host", "cache.server.port")  # CrossCache's connector options
-DOOR_KEYS = ("separator", "roles", "messages")  # become segments where vLLM takes requests in (`frontend/hooks.py`)
+DOOR_KEYS = ("separator", "roles", "messages")  # become segments when vLLM receives a request (`frontend/hooks.py`)
 _COUNTS = {
     "chunk_size": 1,
     "suffix_len": 1,
@@ -41,40 +41,38 @@ class ServerOptions:
     Attributes
     ----------
     policy : str
-        The system of requests that name none.
+        System of requests that name none.
     chunk_size, suffix_len : int
         As in `ReuseEngine`.
     namespace : str
         Part of every chunk key of this server.
     store_gib : float
-        Chunk KV retained per worker; the least recently used chunks leave first.
+        Chunk KV per worker in GiB; the least recently used chunks are evicted first.
     store_device : str
         "cpu" (host memory, pinned beside a GPU) or "model" (the model's own device).
     encode : str
-        When chunks that need a prefill of their own get it: "later" (two steps on), "now" (in the step that
-        completes the request's prefill) or "off".
+        When chunks that need their own prefill get it: "later" (two steps on), "now" (in the step that completes the
+        request's prefill) or "off".
     encode_tokens_per_step : int
-        At most this many tokens of such prefills a step (one chunk chain may exceed it).
+        Maximum tokens of such prefills in a step (one chunk chain may exceed it).
     tokens_per_step : int
-        At most this many rows are completed by reuse in one step (one request may exceed it); others wait. It bounds
-        memory.
+        Maximum rows completed by reuse in a step (one request may exceed it); further requests wait. Bounds memory.
     computed_tokens_per_step : int
-        At most this many of these rows are computed (`scheduler/packing.py` estimates them; one request may exceed it);
-        others wait. It bounds how long a step takes.
+        Maximum of these rows that are computed, as estimated by `scheduler/packing.py` (one request may exceed it);
+        further requests wait. Bounds the duration of a step.
     separator : str or list of int
-        The separator of requests that ask for the server's own: a text, or token ids (as JSON where it is a string).
+        Separator of requests that ask for the server's: a text, or token ids (as JSON in a string).
     find_spans : bool
-        Look for spans seen before in requests without annotations too.
+        Also look for spans seen before in requests without annotations.
     span_tokens, spans_known : int
-        Average size of such a span in tokens, and how many spans are remembered.
+        Average size of such a span in tokens, and number of spans remembered.
     max_generation : int
-        Corrected KV of generated text is retained up to this generation, and encoded exactly beyond it; 0: never
-        retained.
+        Corrected KV of generated text is stored up to this generation, and encoded exactly beyond it; 0: never stored.
     executor_graphs : bool
-        On a GPU, replay layers of reuse from CUDA graphs where that is possible.
+        On a GPU, replay layers of reuse from CUDA graphs where possible.
     store : str or dict
         Storage tiers under the workers' memory: a `StoreConfig` or CrossCache's configuration, as a JSON file's path or
-        parsed. It also gives `chunk_size`, `store_gib` and `store_device` where those are not given themselves.
+        parsed. It also gives `chunk_size`, `store_gib` and `store_device` where these options are not set.
     """
 
     policy: str = DEFAULT_SYSTEM
@@ -125,7 +123,7 @@ class ServerOptions:
 
     @property
     def own_separator(self) -> str | list[int]:
-        """The separator; a string that is a JSON list means the ids in it (a command line has strings only)."""
+        """The separator; a string that is a JSON list is parsed to ids, since a command line has strings only."""
         if isinstance(self.separator, str) and self.separator.startswith("["):
             try:
                 return parse_json(self.separator)
@@ -147,7 +145,7 @@ class ServerOptions:
 
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, Any]) -> "ServerOptions":
-        """From the parsed JSON; a key that is not an option is an error."""
+        """The options from parsed JSON; ConfigError for unknown keys."""
         try:
             extra = renamed.options(extra, renamed.SERVER)
         except ValueError as wrong:
@@ -176,14 +174,13 @@ def _store_config(raw: str | Mapping[str, Any]) -> StoreConfig:
 class Annotations:
     """`kv_transfer_params["cacheslide"]` of one request, as the engine sees it.
 
-    `segments` are the fixed spans, half-open in tokens; everything between them is updated text. With `find` they are
-    the spans seen before. Rows from `history` on, and what is generated, are fixed text of the next turn. `release`: no
-    turn follows, so that corrected KV of this prompt's chunks is dropped when the request ends. `policy`,
-    `recompute_ratio` and `layer` override the server's system, the share of reused tokens it recomputes and its
-    selection layer.
-    `note` goes into the receipt; without segments it is the reason of an exact computation. `family`, {"name", "rows"},
-    joins the requests that continue one prompt, the first `rows` rows of each (`scheduler/beam_groups.py`):
-    beam search sets it, the front end takes it from nobody else.
+    `segments` are the fixed spans, half-open in tokens; text between them is updated. With `find` they are spans seen
+    before. Rows from `history` on, and generated text, are fixed text of the next turn. `release`: no turn follows, and
+    corrected KV of this prompt's chunks is dropped when the request ends. `policy`, `recompute_ratio` and `layer`
+    override the server's system, its share of recomputed reused tokens and its selection layer. `note` is copied into
+    the receipt; without segments it is the reason of an exact computation. `family`, {"name", "rows"}, joins requests
+    that continue one prompt, the first `rows` rows of each (`scheduler/beam_groups.py`): set by beam search, and
+    refused from clients.
     """
 
     segments: tuple[tuple[int, int], ...] = ()
@@ -200,7 +197,7 @@ class Annotations:
 
     @classmethod
     def parse(cls, params: Mapping[str, Any] | None) -> "Annotations | None":
-        """The annotations in a request's `kv_transfer_params`; None without any; PromptError naming what is wrong."""
+        """The annotations in a request's `kv_transfer_params`; None if there are none; PromptError if invalid."""
         raw = raw_annotations(params)
         if raw is None:
             return None
@@ -257,11 +254,11 @@ class Annotations:
             raise PromptError(f"{FIELD}: what a family generates is not retained: give no history")
 
     def system(self, default: str) -> ReusePolicy:
-        """The reuse policy asked for, `default` where the request names none."""
+        """The requested reuse policy, or `default`."""
         return policy_of(self.policy or default, self.recompute_ratio, self.layer)
 
     def prompt(self, token_ids) -> Prompt:
-        """The annotated prompt; PromptError when a span, or the start of the history, does not fit it."""
+        """The annotated prompt; PromptError if a span, or the start of the history, does not fit it."""
         if self.family is not None:
             if self.family["rows"] > len(token_ids):
                 raise PromptError(
@@ -278,7 +275,7 @@ class Annotations:
 
 
 def raw_annotations(params: Any) -> Mapping[str, Any] | None:
-    """What a request's `kv_transfer_params` hold for us, unread; None for nothing, PromptError for no object."""
+    """The raw annotations in a request's `kv_transfer_params`; None if there are none, PromptError for a non-object."""
     if params is not None and not isinstance(params, Mapping):
         raise PromptError(f"kv_transfer_params must be an object, not {type(params).__name__}")
     raw = (params or {}).get(FIELD)
@@ -288,7 +285,7 @@ def raw_annotations(params: Any) -> Mapping[str, Any] | None:
 
 
 def annotations_of(prompt: Prompt, **options: Any) -> dict[str, Any]:
-    """`kv_transfer_params` for `prompt`: what a client sends beside `prompt.token_ids`."""
+    """`kv_transfer_params` for `prompt`, to send with `prompt.token_ids`."""
     spans = [
         [start, start + len(s.token_ids)]
         for s, start in zip(prompt.segments, prompt.starts, strict=True)
@@ -298,7 +295,7 @@ def annotations_of(prompt: Prompt, **options: Any) -> dict[str, Any]:
 
 
 def receipt_in(params: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Our receipt in an answer's `kv_transfer_params`, under the names of today; None without one."""
+    """The receipt in an answer's `kv_transfer_params`, under today's names; None if there is none."""
     return renamed.record((params or {}).get(FIELD))
 
 

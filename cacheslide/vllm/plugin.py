@@ -1,10 +1,10 @@
-"""`vllm.general_plugins` entry point: connector and CoPE model by name, requests' annotations read at the door."""
+"""`vllm.general_plugins` entry point: registers the connector and the CoPE model, and hooks request intake."""
 
 from cacheslide.vllm import CONNECTOR
 
 
 def register() -> None:
-    """Called by vLLM in every process, possibly more than once."""
+    """Called by vLLM in every process, possibly several times."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.model_executor.models import ModelRegistry
 

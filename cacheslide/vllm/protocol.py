@@ -1,4 +1,4 @@
-"""What the scheduler tells the workers in a step, and what they report back. Plain data: it crosses processes."""
+"""Messages between scheduler and workers: plans of a step and the workers' reports. Plain data: sent by pickle."""
 
 from collections.abc import Set
 from dataclasses import dataclass, field, replace
@@ -20,8 +20,8 @@ from cacheslide.vllm.cope.slots import SlotRows
 class LoadPlan:
     """Complete rows [start, end) of a request from cached chunks.
 
-    `plan` is that of the whole prompt; `reuse` names those of its chunks that the scheduler's index holds; rows from
-    `limit` on are always recomputed. `slots` are those that a calibrated CoPE model crosses.
+    `plan` covers the whole prompt; `reuse` are those of its chunks that the scheduler's index holds; rows from `limit`
+    on are always recomputed. `slots` are the slots that a calibrated CoPE model crosses.
     """
 
     req_id: str
@@ -38,15 +38,15 @@ class LoadPlan:
 
     @property
     def rows(self) -> int:
-        """Tokens of the prompt."""
+        """Number of tokens of the prompt."""
         return len(self.plan.prompt)
 
 
 @dataclass(frozen=True)
 class SavePlan:
-    """Copy chunks out of a request's blocks, after dropping `evict`; `generation` is 0 where vLLM computed them.
+    """Copy chunks from a request's blocks, after dropping `evict`; `generation` is 0 if vLLM computed them.
 
-    With `scored` a `ScoreJob` of theirs follows.
+    With `scored` a `ScoreJob` of these chunks follows.
     """
 
     block_ids: list[int]
@@ -58,10 +58,10 @@ class SavePlan:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """Prefill and retain the chunks of a plan that are missing, exactly, in the context of their encoding.
+    """Prefill the missing chunks of a plan exactly, in the context of their encoding, and store them.
 
-    `evict` leaves memory for its chunks. With `renew` corrected copies of its chunks count as missing: those that there
-    are when it is handed out are `renewed`. With `scored` a `ScoreJob` of them follows.
+    `evict` frees memory for its chunks. With `renew` corrected copies of its chunks count as missing; `renewed` are
+    those present when the job is handed out. With `scored` a `ScoreJob` of its chunks follows.
     """
 
     encoding: Encoding
@@ -73,22 +73,22 @@ class EncodeJob:
     scored: bool = False
 
     def parts(self) -> "list[EncodeJob]":
-        """The same job as prefills: one for each of its chunks where they are isolated, else one."""
+        """The job as prefills: one for each chunk if chunks are encoded in isolation, else one."""
         if not self.encoding.separate:
             return [self]
         return [replace(self, plan=part) for part in self.plan.parts()]
 
     def tokens(self, missing: list[bool]) -> int:
-        """Tokens this job will prefill, given which of its chunks are missing."""
+        """Tokens to prefill, given which of its chunks are missing."""
         return self.encoding.tokens(self.plan.chunks, missing)
 
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """Give the chunks of a plan their remembered deviation: nothing is stored but scores.
+    """Compute the remembered deviations of a plan's chunks; nothing else is stored.
 
-    Their KV, as it is held, is compared with that of their other context (`Contrast`), prefilled in scratch KV: the
-    chain of fixed text for an encoding in the prompt, else the prompt.
+    Their KV is compared with that of their other context (`Contrast`), prefilled in scratch KV: the chain of fixed text
+    for an encoding in the prompt, else the prompt.
     """
 
     encoding: Encoding
@@ -96,12 +96,12 @@ class ScoreJob:
 
     @property
     def tokens(self) -> int:
-        """Tokens this job will prefill, at most."""
+        """Upper bound of the tokens to prefill."""
         end = self.plan.chunks[-1].end
         return fixed_before(self.plan.prompt, [end])[0] if self.encoding.in_prompt else end
 
     def of(self, keys: Set[ChunkKey]) -> "ScoreJob":
-        """The same for these of its chunks."""
+        """The job restricted to these chunks."""
         kept = [(key, chunk) for key, chunk in self.plan.keyed if key in keys]
         plan = replace(self.plan, keys=tuple(k for k, _ in kept), chunks=tuple(c for _, c in kept))
         return replace(self, plan=plan)
@@ -109,10 +109,10 @@ class ScoreJob:
 
 @dataclass(frozen=True)
 class FetchPlan:
-    """Start reading a chunk from the storage tiers; room was made for it by dropping `evict`.
+    """Start reading a chunk from the storage tiers, after dropping `evict`.
 
-    It has `tokens` tokens, or any number where that is 0. `ticket` tells this attempt from earlier ones, which some
-    ranks may still report on.
+    `tokens` is its length, 0 if any length is accepted. `ticket` distinguishes this attempt from earlier ones, which
+    some ranks may still report on.
     """
 
     key: ChunkKey
@@ -125,14 +125,13 @@ class FetchPlan:
 class StepPlan(KVConnectorMetadata):
     """One step's work, in this order: forget, save, load, (forward), save, encode, score, take in.
 
-    `history_saves` are chunks of requests that have finished: their blocks may be given away in this very step. Reads
-    of `fetches` start first of all and are taken into memory when they end, after a step's loads: what a fetch evicts
-    may still be loaded in its step. `drops` were read by some ranks and could not be by others. Of `released` nobody
-    wants corrected KV any more. An `idle` step has no forward: the workers may wait a little for reads instead of
-    spinning. `slots` are the rows of the forward that a
-    calibrated CoPE model may have to treat in its own way. `failed` are blocks, by request, with rows that were claimed
-    and cannot be loaded. `index`, where the workers' chunks may differ from the scheduler's index: all keys it has room
-    for, and whether each must be there at the step's end.
+    `history_saves` are chunks of finished requests, whose blocks may be reused in this very step. Reads of `fetches`
+    start first and are taken into memory when they end, after a step's loads, since a chunk evicted by a fetch may
+    still be loaded in its step. `drops` were read by some ranks and could not be read by others. Corrected KV of
+    `released` is no longer needed. An `idle` step has no forward: workers may wait briefly for reads instead of
+    spinning. `slots` are rows of the forward that a calibrated CoPE model treats specially. `failed` are blocks, by
+    request, with claimed rows that cannot be loaded. `index`, sent when the workers' chunks may differ from it, maps
+    every key with room to whether the chunk must be there at the step's end.
     """
 
     forget: bool = False
@@ -152,7 +151,7 @@ class StepPlan(KVConnectorMetadata):
 
 @dataclass(frozen=True)
 class ChunkLoaded:
-    """A chunk that one rank has read: the lowest tier it came from, its bytes and generation, whether it has scores."""
+    """A chunk read by one rank: the lowest tier it came from, its bytes and generation, and whether it has scores."""
 
     ticket: int
     tier: str
@@ -163,10 +162,10 @@ class ChunkLoaded:
 
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):
-    """Receipts by request, chunks that a worker was asked for but did not hold, and how reads from storage tiers ended.
+    """Receipts by request, missing chunks, and results of reads from storage tiers.
 
-    `loaded` has one entry a rank, `failed` the ticket and one reason. `unsettled`: the chunks are to be compared with
-    the index once more. `wants_idle`: there is work that waits for a step without a forward.
+    `loaded` has one entry per rank, `failed` the ticket and one reason. `unsettled`: the chunks must be compared with
+    the index once more. `wants_idle`: work waits for a step without a forward.
     """
 
     receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -177,7 +176,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     wants_idle: bool = False
 
     def aggregate(self, other: "WorkerReport") -> "WorkerReport":
-        """All ranks do the same work on the same rows: one receipt stands for all."""
+        """Merge the reports of two ranks; all ranks do the same work, so one receipt suffices."""
         keys = {*self.loaded, *other.loaded}
         loaded = {k: self.loaded.get(k, []) + other.loaded.get(k, []) for k in keys}
         missing = self.missing | other.missing

@@ -1,4 +1,4 @@
-"""What the connector cannot serve is refused when the engine starts, by name and with the reason."""
+"""Refuses unsupported configurations when the engine starts, by name and with the reason."""
 
 from functools import wraps
 from typing import Any
@@ -8,19 +8,19 @@ from cacheslide.positions.rope import KNOWN_ROPE_TYPES
 from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.cope.setting import ARCHITECTURE, KINDS, is_cope
 
-# Not all that the reference host computes: a KV cache of windows is another one (`_check_cache`).
+# Fewer families than the reference host: windowed layers have KV caches of their own (`_check_cache`).
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", ARCHITECTURE)
 _CACHE_DTYPES = ("auto", "float16", "half", "bfloat16", "float32", "float")
 
 
-_ENGINE: list[Any] = []  # the KV transfer configuration of the engine whose connector is being made
+_ENGINE: list[Any] = []  # KV transfer configuration of the engine whose connector is being created
 
 
 def keep_connector() -> None:
-    """Have vLLM say which connector it makes for an engine, and not put another in the place of ours (once a process).
+    """Hook vLLM to record the connector it creates for an engine, and to refuse KV offloading, which replaces it.
 
-    A connector that holds others (MultiConnector, or one of somebody else) hands them a configuration that looks like
-    an engine's own.
+    A connector that wraps others (MultiConnector, or a third party's) gives them a configuration that looks like an
+    engine's own; only the recorded one tells them apart.
     """
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -49,7 +49,7 @@ def keep_connector() -> None:
 
 
 def check_place(vllm_config: Any, checked: bool) -> None:
-    """Raise ConfigError where the connector is not the engine's own, or requests are not `checked` at the door."""
+    """Raise ConfigError unless the connector is the engine's own and its requests are `checked` on arrival."""
     own, engine = vllm_config.kv_transfer_config, _ENGINE[-1] if _ENGINE else None
     holder = engine.kv_connector if engine is not None and engine is not own else None
     if own.kv_connector != CONNECTOR:
@@ -66,12 +66,12 @@ def check_place(vllm_config: Any, checked: bool) -> None:
 
 
 def check(vllm_config: Any, kv_cache_config: Any) -> None:
-    """Raise ModelError or ConfigError for what would be served wrongly."""
+    """Raise ModelError or ConfigError for models and caches that would be served wrongly."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     architectures = list(model.architectures)
     if not architectures or architectures[0] not in FAMILIES:
         raise ModelError(f"CacheSlide does not serve {', '.join(architectures)} (known: {', '.join(FAMILIES)})")
-    if not is_cope(model.hf_text_config):  # the rotation of a CoPE model's base does not matter
+    if not is_cope(model.hf_text_config):  # the rotation of a CoPE model's base is not used
         _check_rotation(model.hf_text_config)
     _check_model(model.hf_text_config)
     refusals = {
@@ -90,9 +90,9 @@ def check(vllm_config: Any, kv_cache_config: Any) -> None:
         "prefix_match_unit": getattr(vllm_config.cache_config, "prefix_match_unit", None) is not None,
         "prompt embeddings": getattr(model, "enable_prompt_embeds", False),
     }
-    for what, asked in refusals.items():
-        if asked:
-            raise ConfigError(f"CacheSlide does not work with {what}: switch it off, or serve without the connector")
+    for feature, wanted in refusals.items():
+        if wanted:
+            raise ConfigError(f"CacheSlide does not work with {feature}: switch it off, or serve without the connector")
     _check_cache(kv_cache_config)
 
 
@@ -114,7 +114,7 @@ def _check_model(config: Any) -> None:
 
 
 def check_cope(vllm_config: Any) -> None:
-    """Raise ModelError or ConfigError for what a CoPE model cannot be combined with, connector or not."""
+    """Raise ModelError or ConfigError for options that a CoPE model does not support, connector or not."""
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     config = model.hf_config
     if config.model_type not in KINDS:
@@ -133,9 +133,9 @@ def check_cope(vllm_config: Any) -> None:
         "dual batch overlap": getattr(parallel, "enable_dbo", False),
         "prompt embeddings": getattr(model, "enable_prompt_embeds", False),
     }
-    for what, asked in refusals.items():
-        if asked:
-            raise ConfigError(f"a CoPE model does not work with {what}: switch it off, or serve without the adapter")
+    for feature, wanted in refusals.items():
+        if wanted:
+            raise ConfigError(f"a CoPE model does not work with {feature}: switch it off, or serve without the adapter")
 
 
 def _check_cache(kv_cache_config: Any) -> None:
@@ -149,6 +149,6 @@ def _check_cache(kv_cache_config: Any) -> None:
 
 
 def check_spans(find_spans: bool, slots: int) -> None:
-    """Raise ConfigError for a server that looks for spans itself with a CoPE model of `slots` calibrated slots."""
+    """Raise ConfigError if a server finds spans itself with a CoPE model that has `slots` calibrated slots."""
     if find_spans and slots:
         raise ConfigError("found spans follow no template, which calibrated slot offsets need: start with --cope-live")

@@ -1,4 +1,4 @@
-"""Systems that requests ask for by name, ratio and layer: looked up once, however many values a client tries."""
+"""Systems that requests name, with their ratio and layer: cached, so that varied values cost little."""
 
 from functools import lru_cache
 
@@ -10,10 +10,10 @@ from cacheslide.vllm.limits import shown
 
 @lru_cache(maxsize=256)
 def policy_of(name: str, recompute_ratio: float | None = None, layer: int | None = None) -> ReusePolicy:
-    """A registered system with its recompute ratio and selection layer changed; cached, since every request asks.
+    """A registered system with another recompute ratio and selection layer; cached, since every request calls it.
 
-    A new ratio or layer costs microseconds, an unknown name no more. A system is looked up once: `register` it before
-    its first request.
+    A new ratio or layer costs microseconds, and so does an unknown name. A system is looked up once: `register` it
+    before its first request.
     """
     policy = _registered(name)
     policy = policy if recompute_ratio is None else policy.at_ratio(float(recompute_ratio))
@@ -29,5 +29,5 @@ def _registered(name: str) -> ReusePolicy:
         return load_policy(name)
     except PolicyError:
         raise
-    except Exception as error:  # an entry point of somebody else's package raises what it likes
+    except Exception as error:  # a third party's entry point may raise any exception
         raise PolicyError(f"the system {name!r} does not load ({type(error).__name__}: {error})") from error

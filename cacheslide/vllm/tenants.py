@@ -1,16 +1,16 @@
-"""Whose KV it is: namespaces and salts as part of chunk keys and of vLLM's block hashes, never confused.
+"""Tenants: namespaces and salts, encoded unambiguously into chunk keys and vLLM's block hashes.
 
-Anyone may name any namespace or salt; two requests share KV only where all of them are equal.
+Any namespace or salt is allowed; two requests share KV only if all of them are equal.
 """
 
-_PARTED = "\0\0\0"  # begins what the older spelling, which holds two NULs exactly, cannot be
-_SALTED = "\0cacheslide:"  # begins a salt that holds a namespace too
+_PARTED = "\0\0\0"  # prefix that no older spelling has: those hold exactly two NULs
+_SALTED = "\0cacheslide:"  # prefix of a salt that includes a namespace
 
 
 def tenant_of(server: str, namespace: str, salt: str) -> str:
-    """One text of the server's namespace, the request's and its salt; different triples have different texts.
+    """The server's namespace, the request's and its salt as one text; injective.
 
-    Parts without NUL are joined by NUL, as in stores written before lengths were; others carry their lengths.
+    Parts without NUL are joined by NUL, as in older stores; others are written with their lengths.
     """
     parts = (server, namespace, salt)
     if any("\0" in part for part in parts):
@@ -19,9 +19,9 @@ def tenant_of(server: str, namespace: str, salt: str) -> str:
 
 
 def salted(namespace: str, salt: str) -> str:
-    """The salt of vLLM's block hashes for a request of `namespace` with `salt`; different pairs have different salts.
+    """The salt of vLLM's block hashes for a request of `namespace` with `salt`; injective.
 
-    Without a namespace it is the salt itself, so that requests without one share blocks as in vLLM.
+    Without a namespace it is `salt` itself, so that such requests share blocks as in vLLM.
     """
     if not namespace and not salt.startswith(_SALTED):
         return salt
@@ -29,7 +29,7 @@ def salted(namespace: str, salt: str) -> str:
 
 
 def unsalted(salt: str) -> str:
-    """The request's own salt in what `salted` made."""
+    """The request's own salt, from a result of `salted`."""
     if not salt.startswith(_SALTED):
         return salt
     length, colon, rest = salt[len(_SALTED) :].partition(":")
@@ -38,5 +38,5 @@ def unsalted(salt: str) -> str:
 
 
 def ambiguous(salt: str) -> bool:
-    """Whether a client's salt looks like one that `salted` makes."""
+    """Whether a client's salt looks like a result of `salted`."""
     return salt.startswith(_SALTED)

@@ -1,7 +1,7 @@
 """Answers several questions behind one prefilled context in one packed decode.
 
-Each question and its answer is a branch: it sees the context and itself, never the other branches. That gives what
-asking them one by one gives (tested), for the price of one. Beam search branches the same way (`beams.py`).
+Each question with its answer is a branch: it attends to the context and to itself, not to other branches. The answers
+equal those of single requests (tested), with one prefill. Beam search uses the same branches (`beams.py`).
 """
 
 from collections.abc import Sequence
@@ -29,9 +29,9 @@ def answer_branches(
     max_new_tokens: int,
     stop: frozenset[int],
 ) -> list[list[int]]:
-    """Greedy answers, one per question, each up to and without its first stop id; `state` is left as it was.
+    """Greedy answers, one per question, each up to and without its first stop id; `state` is unchanged.
 
-    The rows behind `state.length` in its KV buffer are overwritten.
+    Overwrites the rows behind `state.length` in its KV buffer.
     """
     branches = Branches(model, state, [len(q) + max_new_tokens for q in questions])
     logits = branches.step(range(len(questions)), questions)
@@ -51,12 +51,12 @@ class Branches:
         self.end = state.length + int(sizes.sum())
         self.owner = torch.repeat_interleave(torch.arange(len(rows)), sizes).to(model.device)
         self.begins = torch.tensor(self.starts, device=model.device)
-        # Masked keys still enter the weighted sum with weight 0, which does not swallow an unwritten row's NaN.
+        # Masked keys still enter the weighted sum with weight 0, and 0 * NaN of an unwritten row is NaN.
         self.kv.k[:, self.context : self.end] = 0
         self.kv.v[:, self.context : self.end] = 0
 
     def follow(self, parents: Sequence[int]) -> None:
-        """Branch i goes on from branch `parents[i]`, whose rows it takes over; all have used equally many."""
+        """Branch i continues branch `parents[i]`, whose rows are copied; all have used equally many."""
         used = self.used[parents[0]]
         if any(self.used[p] != used for p in parents):
             raise PromptError("branches follow only branches of one length")
@@ -78,7 +78,7 @@ class Branches:
             lasts.append(len(offsets) - 1)
         device = model.device
         tail, where = torch.tensor(offsets, device=device), torch.tensor(positions, device=device)
-        # The keys that layers of a window, or of none, read, and which of them each row sees.
+        # The keys read by layers with and without a window, and those of them visible to each row.
         seen = {window: self._visible(tail, window) for window in set(model.config.windows)}
         hidden = model.embed(torch.tensor([t for ids in tokens for t in ids], device=device))
         for layer, window in enumerate(model.config.windows):
@@ -90,17 +90,17 @@ class Branches:
         return model.logits(hidden[lasts])
 
     def _visible(self, tail: Tensor, window: int | None) -> tuple[slice, Tensor]:
-        """A span of rows, and which of them each tail row sees, bool [rows, span].
+        """A span of rows, and which of them each tail row attends to, bool [rows, span].
 
-        That is the context and its own branch up to itself; under a window the last `window` of these, as if every
-        branch lay behind the context itself.
+        These are the context and the row's own branch up to itself; with a window the last `window` of them, as if
+        every branch followed the context directly.
         """
         first = 0 if window is None else max(0, self.context + 1 - window)
         places = torch.arange(len(self.owner), device=tail.device)
         mask = (self.owner[tail][:, None] == self.owner) & (places <= tail[:, None])
         mask = torch.cat((mask.new_ones(len(tail), self.context - first), mask), dim=1)
         if window is not None:
-            depth = places - self.begins[self.owner]  # in its branch
+            depth = places - self.begins[self.owner]  # depth in its branch
             at = torch.cat((torch.arange(first, self.context, device=tail.device), self.context + depth))
             mask &= at > (self.context + depth[tail])[:, None] - window
         return slice(first, self.end), mask

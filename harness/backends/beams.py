@@ -1,7 +1,7 @@
-"""Beam search over one prefilled prompt: the prompt's KV is computed once and shared, each beam's own tail is branched.
+"""Beam search over one prefilled prompt: the prompt's KV is computed once and shared; each beam has its own tail.
 
-A step decodes the last token of every live beam in one packed run (`answering.Branches`). A beam that goes on
-from another one takes over that one's tail rows, copied inside the KV buffer; nothing is computed twice.
+A step decodes the last token of every live beam in one packed run (`answering.Branches`). A beam that continues another
+one copies its tail rows inside the KV buffer; nothing is computed twice.
 """
 
 import time
@@ -19,7 +19,7 @@ from harness.backends.answering import Branches
 
 @dataclass(frozen=True)
 class Beam:
-    """A continuation without its stop id, and the sum of its tokens' log-probabilities (the stop's too)."""
+    """A continuation without its stop id, and the sum of its tokens' log-probabilities, including the stop's."""
 
     token_ids: tuple[int, ...]
     logprob: float
@@ -27,7 +27,7 @@ class Beam:
 
     @property
     def score(self) -> float:
-        """Log-probability a token, as vLLM ranks beams by default."""
+        """Log-probability per token, by which vLLM ranks beams by default."""
         return self.logprob / (len(self.token_ids) + self.ended)
 
 
@@ -40,16 +40,16 @@ def beam_search(
     max_new_tokens: int,
     stop: frozenset[int],
 ) -> tuple[list[Beam], list[float]]:
-    """The `width` best continuations, best first, and when each step had chosen its tokens (`time.perf_counter`).
+    """The `width` best continuations, best first, and the time of each step's choice (`time.perf_counter`).
 
     Parameters
     ----------
     state : Prefilled
-        With room for `width` x `max_new_tokens` rows; left as it was, but for the rows behind it.
+        With room for `width` x `max_new_tokens` rows, which are overwritten; otherwise unchanged.
     logits : Tensor [vocab_size]
-        Those of the prompt's last row.
+        Logits of the prompt's last row.
     stop : frozenset of int
-        A beam ends with the first of these; the search ends when `width` beams have.
+        A beam ends with the first of these; the search ends when `width` beams have ended.
     """
     if width < 1 or max_new_tokens < 1:
         raise ConfigError(f"beam search needs a width and a length of at least 1, not {width} and {max_new_tokens}")
@@ -66,16 +66,16 @@ def beam_search(
         if step:
             branches.follow(parents)
         rows = branches.step(list(range(len(live))), [b.token_ids[-1:] for b in live])
-    found = done if len(done) >= width else [*done, *live]
-    return sorted(found, key=lambda b: -b.score)[:width], times
+    beams = done if len(done) >= width else [*done, *live]
+    return sorted(beams, key=lambda b: -b.score)[:width], times
 
 
 def _grow(
     live: Sequence[Beam], rows: Tensor, width: int, stop: frozenset[int]
 ) -> tuple[list[Beam], list[int], list[Beam]]:
-    """The `width` best beams that go on, whom each one follows, and those that end here.
+    """The `width` best live beams, the parent of each, and the beams that end in this step.
 
-    A beam has one candidate a stop id, so that of `width` x (1 + stop ids) candidates `width` go on.
+    A beam has one candidate per stop id, so `width` of `width` x (1 + stop ids) candidates continue.
     """
     scores = rows.float().log_softmax(dim=-1) + rows.new_tensor([b.logprob for b in live], dtype=torch.float32)[:, None]
     count = min(scores.numel(), width * (1 + len(stop)))
@@ -85,7 +85,7 @@ def _grow(
         parent, token = divmod(at, scores.shape[1])
         before = live[parent].token_ids
         if token in stop:
-            if len(going) + len(ended) < width:  # among the best, as in vLLM: worse ones are not worth their end
+            if len(going) + len(ended) < width:  # among the best, as in vLLM
                 ended.append(Beam(before, value, True))
         elif len(going) < width:
             going.append(Beam((*before, token), value, False))

@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder, a GGUF file, or a name on the Hugging Face hub."""
+"""Finds a model's files: a folder, a GGUF file, or a name on the Hugging Face hub."""
 
 import re
 from pathlib import Path
@@ -12,13 +12,13 @@ _NEEDED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 
 
 def find_checkpoint(model: str | Path) -> Path:
-    """The folder (or GGUF file) of `model`: itself where it exists, otherwise what the hub has under this name.
+    """The folder (or GGUF file) of `model`: the path itself if it exists, otherwise the hub's snapshot of that name.
 
-    The hub's cache is used first, as by all of its clients; ModelError, in one line, where neither has it.
+    The hub's local cache is used first; one-line ModelError if neither has it.
     """
     path = Path(model)
     if path.exists() or not _NAME.fullmatch(str(model)):
-        return path  # one that is missing is named by whoever reads it
+        return path  # the reader reports a missing path
     try:
         return Path(snapshot_download(str(model), allow_patterns=_NEEDED))
     except Exception as error:  # the hub client's errors share no base class

@@ -1,7 +1,7 @@
-"""One protocol for whoever completes prompts: a request goes in, a result comes out, whatever serves it.
+"""The client protocol of all backends: requests in, results out.
 
-`ReferenceClient`, `VllmClient` (an engine in this process) and `HttpClient` (a server) are the three. All decode
-greedily. A request that is refused or fails is a result with a `failure`, so that it takes no other one with it.
+Implementations are `ReferenceClient`, `VllmClient` (an engine in this process) and `HttpClient` (a server). All decode
+greedily. A refused or failed request gives a result with a `failure` and does not affect others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,15 +23,15 @@ class Request:
     ----------
     id : str
     prompt : Prompt, sequence of int, or str
-        Segments, token ids, or a text for the client's tokenizer. vLLM and servers see the ids of a `Prompt` and learn
-        of its fixed spans from `params`; the reference engine serves its segments as they are.
+        Segments, token ids, or a text for the client's tokenizer. vLLM and servers get the ids of a `Prompt`, and its
+        fixed spans from `params`; the reference engine serves its segments directly.
     max_tokens : int
     params : mapping or None
         `kv_transfer_params`, see `cacheslide.vllm.options.annotations_of`.
     salt : str or None
-        Keeps it from reading what requests of another salt left in the caches.
+        Requests of different salts do not share cached KV.
     stream : bool
-        False: a server sends its answer whole, and its tokens have no times. Other clients always know them.
+        False: a server sends its answer whole and tokens have no times. Other clients always record them.
     labels : mapping
         Copied into its result.
     stop : sequence of str
@@ -39,7 +39,7 @@ class Request:
     stop_ids : frozenset of int
         The answer ends before the first of these ids.
     ignore_eos : bool
-        Whether the model's own end of sequence ends nothing unless it is one of `stop_ids`.
+        Whether the model's end of sequence is ignored unless it is in `stop_ids`.
     read_prefix_cache : bool
         Whether blocks of vLLM's prefix cache may be read.
     """
@@ -58,7 +58,7 @@ class Request:
 
     @property
     def sent_prompt(self) -> list[int] | str:
-        """The prompt as vLLM takes it: token ids or a text."""
+        """The prompt for vLLM: token ids or a text."""
         if isinstance(self.prompt, str):
             return self.prompt
         return list(self.prompt.token_ids if isinstance(self.prompt, Prompt) else self.prompt)
@@ -66,28 +66,28 @@ class Request:
 
 @dataclass
 class Result:
-    """What became of a request; times in seconds of `time.perf_counter`.
+    """Outcome of a request; times in seconds of `time.perf_counter`.
 
     Attributes
     ----------
     sent, finished : float
     token_times : list of float
-        One a generated token, with the stop id's; tokens that came in one piece share a time. Empty where a server did
-        not stream.
+        One per generated token, including the stop id's; tokens that arrive together share a time. Empty if a server
+        did not stream.
     tokens : int
-        Generated tokens, with the stop id.
+        Generated tokens, including the stop id.
     finish_reason : str or None
-        "stop" or "length" of a whole answer.
+        "stop" or "length" for a complete answer.
     prompt_tokens, cached_tokens : int or None
-        Length of the prompt, and how much of it a prefix cache held; None where the backend does not say.
+        Length of the prompt, and its part in a prefix cache; None if the backend does not report them.
     receipt : dict or None
-        What was reused of an annotated prompt; None for other prompts.
+        The receipt of an annotated prompt; None for other prompts.
     failure : str
-        One line; empty when the answer is whole.
+        One line; empty if the answer is complete.
     token_ids : list of int or None
-        The answer up to and without the id that ended it, `stop_id`. None where the backend sends texts only.
+        The answer without the id that ended it, which is `stop_id`. None if the backend sends texts only.
     text : str or None
-        The answer's text, up to and without a stop text; None where the backend has no tokenizer.
+        The answer's text, without a stop text; None if the backend has no tokenizer.
     """
 
     id: str
@@ -112,7 +112,7 @@ class Result:
 
     @property
     def tpot(self) -> float | None:
-        """Seconds a token after the first; None with fewer than two."""
+        """Seconds per token after the first; None with fewer than two."""
         if len(self.token_times) < 2:
             return None
         return (self.token_times[-1] - self.token_times[0]) / (len(self.token_times) - 1)
@@ -124,23 +124,23 @@ class Result:
 
     @property
     def generated(self) -> list[int] | None:
-        """`token_ids` and the id behind them that ended the answer."""
+        """`token_ids`, and the id that ended the answer."""
         if self.token_ids is None or self.stop_id is None:
             return self.token_ids
         return [*self.token_ids, self.stop_id]
 
     def checked(self) -> Self:
-        """The result itself; PromptError with its failure."""
+        """The result itself; PromptError if it has a failure."""
         if self.failure:
             raise PromptError(self.failure)
         return self
 
     def fail(self, reason: object) -> None:
-        """Note why there is no whole answer, in one line."""
+        """Set the failure, in one line."""
         self.failure = " ".join(str(reason).split())[:_FAILURE_CHARS]
 
     def end(self, finish_reason: str | None, stop_reason: int | str | None, stop_ids: frozenset[int]) -> None:
-        """Take in how vLLM ended the answer: the id that ended it leaves `token_ids`.
+        """Set the finish reason and remove the id that ended the answer from `token_ids`.
 
         `stop_reason` is vLLM's: a stop text, a stop id, or None for the end of sequence.
         """
@@ -150,7 +150,7 @@ class Result:
             self.stop_id = self.token_ids.pop()
 
     def as_record(self, started: float) -> dict[str, Any]:
-        """For a JSON file: times count from `started`."""
+        """The result for a JSON file; times count from `started`."""
         out = {name: value for name, value in asdict(self).items() if name not in _UNRECORDED}
         for name in ("sent", "finished"):
             out[name] -= started
@@ -159,21 +159,21 @@ class Result:
 
 
 class Client(Protocol):
-    """Serves requests; a context manager that closes it. Subclasses inherit that."""
+    """Serves requests; as a context manager it closes itself. Subclasses inherit that."""
 
     def run(self, requests: Sequence[Request], clients: int | None = None) -> list[Result]:
-        """The results, in the order of `requests`, of which at most `clients` are served at once (None: all).
+        """The results in the order of `requests`, with at most `clients` served at once (None: all).
 
-        A closed loop: client k of `clients` sends requests k, k + `clients`, ..., each once its last one is answered.
+        A closed loop: client k of `clients` sends requests k, k + `clients`, ..., each after its last one is answered.
         """
         ...
 
     def reset(self) -> None:
-        """Forget all cached KV; ConfigError where a client cannot have that done."""
+        """Drop all cached KV; ConfigError if the client cannot."""
         ...
 
     def close(self) -> None:
-        """Free what the client holds; a closed one may be closed again."""
+        """Free the client's resources; idempotent."""
         ...
 
     def __enter__(self) -> Self:
@@ -184,7 +184,7 @@ class Client(Protocol):
 
 
 def at_once(requests: Sequence[Request], clients: int | None) -> int:
-    """How many of `requests` run at once with `clients` clients; ConfigError below 1."""
+    """Number of `requests` that run at once with `clients` clients; ConfigError below 1."""
     if clients is not None and clients < 1:
         raise ConfigError(f"a closed loop needs at least 1 client, not {clients}")
     return len(requests) if clients is None else min(clients, len(requests))

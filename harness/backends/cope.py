@@ -1,4 +1,4 @@
-"""The in-process backend over a CoPE model: the same tokenizer and prompts, answers one question after the other."""
+"""The in-process backend over a CoPE model, with the same tokenizer and prompts; answers questions one by one."""
 
 from pathlib import Path
 
@@ -36,13 +36,13 @@ class CopeBackend(ReferenceBackend):
         self.model = load_cope(path, adapter, dtype_of(dtype), device, live, cap)
 
     def answers(self, state: Prefilled, example: TaskExample, max_new_tokens: int) -> list[str]:
-        """See `ReferenceBackend.answers`. Branches of one packed decode would count each other's gates."""
+        """See `ReferenceBackend.answers`. Not one packed decode, whose branches would add up each other's gates."""
         engine = self.engine(ReusePolicy("extend", ""), MemoryChunkStore(), EngineSettings())
         out = []
         for question in example.questions:
             length, position = state.length, state.next_position
             logits = engine.extend(state, self.encode(question.text))
-            found = engine.generate(state, logits, max_new_tokens, self.stop_ids())
+            ids = engine.generate(state, logits, max_new_tokens, self.stop_ids())
             state.length, state.next_position = length, position
-            out.append(self.tokenizer.decode(found, skip_special_tokens=True).strip())
+            out.append(self.tokenizer.decode(ids, skip_special_tokens=True).strip())
         return out

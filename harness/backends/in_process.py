@@ -1,7 +1,7 @@
-"""Opens a vLLM engine in this process for measurements: its options, its environment, with the connector or without.
+"""Opens a vLLM engine in this process for measurements, with the connector or without.
 
-With the connector its prefix cache is off, so that a receipt counts every row that was reused; without it the engine
-is vLLM as it comes, prefix cache on, and a request may decline to read it.
+With the connector the prefix cache is off, so that receipts count every reused row. Without it the engine is vanilla
+vLLM with prefix cache, which single requests may skip.
 """
 
 import os
@@ -18,7 +18,7 @@ from harness.backends.vllm_client import VllmClient
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """vLLM's own options, and where its chunks live; None leaves the choice to vLLM.
+    """vLLM's options, and the chunk store's; None keeps vLLM's default.
 
     `kv_cache_gib` is the size of the paged KV cache, `store_gib` that of the chunk store (see `ServerOptions`).
     """
@@ -54,26 +54,26 @@ class EngineOptions:
 
 
 def environment(device: str, eager: bool) -> dict[str, str]:
-    """What vLLM should find in its environment; anything already set stays."""
+    """Environment variables for vLLM; existing ones are kept."""
     wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     if device == "cpu":
         wanted["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        if eager:  # the CPU runner compiles in its warm-up all the same
+        if eager:  # the CPU runner compiles in its warm-up anyway
             wanted["TORCH_COMPILE_DISABLE"] = "1"
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
 
 
 def prepare(device: str, eager: bool) -> None:
-    """Set up this process for an engine; call before anything of vLLM is imported."""
+    """Set up this process for an engine; call before importing anything of vLLM."""
     os.environ.update(environment(device, eager))
     if device == "cpu":
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a second process would import everything again
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # another process would import everything again
         if eager and "torch._dynamo.config" in sys.modules:
             sys.modules["torch._dynamo.config"].disable = True
 
 
 class InProcessEngine(VllmClient):
-    """Opens one vLLM engine; see `VllmClient`.
+    """A `VllmClient` that opens its vLLM engine.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ class InProcessEngine(VllmClient):
         "cpu" or "cuda": ConfigError unless the installed vLLM is built for it.
     options : EngineOptions
     connector : dict or None
-        Options of the connector besides the store's (`ServerOptions`); None is vLLM by itself.
+        Options of the connector besides the store's (`ServerOptions`); None is vanilla vLLM.
     texts : bool
         Load the checkpoint's tokenizer. Without it prompts, stops and answers are token ids.
     """

@@ -27,15 +27,15 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def exact_arithmetic() -> None:
-    """float32 products in float32 on a GPU as well. Call before the first one."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same order of sums in every run
+    """Set float32 products to full precision on a GPU too. Call before the first one."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic order of sums
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How engines cut and keep chunks; the same for every system of a run."""
+    """How engines cut and store chunks; the same for every system of a run."""
 
     chunk_size: int = 1024
     suffix_len: int = 1
@@ -50,7 +50,7 @@ class ReferenceBackend(Tokens):
     path : str or Path
         A folder, or a name on the Hugging Face hub.
     dtype, device : str
-        What the model computes in, and where.
+        The model's dtype and device.
     """
 
     def __init__(self, path: str | Path, dtype: str = "float32", device: str = "cpu") -> None:
@@ -92,9 +92,9 @@ class ReferenceBackend(Tokens):
 
     def answers(self, state: Prefilled, example: TaskExample, max_new_tokens: int) -> list[str]:
         """The answers to all questions of `example` behind a prefilled context, decoded."""
-        found = answer_branches(self.model, state, self.questions(example), max_new_tokens, self.stop_ids())
-        return [self.decode(a) for a in found]
+        ids = answer_branches(self.model, state, self.questions(example), max_new_tokens, self.stop_ids())
+        return [self.decode(a) for a in ids]
 
     def room(self, example: TaskExample, max_new_tokens: int) -> int:
-        """Rows to leave free behind a context for all of its questions and their answers."""
+        """Rows behind a context for all of its questions and their answers."""
         return branch_room(self.questions(example), max_new_tokens)

@@ -1,4 +1,4 @@
-"""The reference engine as a client: packed prefills, packed decoding steps, retained chunks."""
+"""The reference engine as a client: packed prefills and decoding steps, stored chunks."""
 
 import time
 from collections.abc import Sequence
@@ -23,23 +23,22 @@ from harness.backends.reference import EngineSettings, ReferenceBackend
 
 
 class ReferenceClient(Client):
-    """A `ReuseEngine` a policy that requests ask for, over one model and one store.
+    """One `ReuseEngine` per requested policy, over one model and one store.
 
-    After each answer the chunks that its prompt lacked are kept, as a server does between requests: the next turn
-    reuses them. That work is not in the request's times; the receipt counts it (`chunks_built`, `chunks_copied`,
-    `build_s`, and `build_row_layers`, rows computed once a layer). Generated text is not kept, whatever `history` says.
+    After each answer the missing chunks of its prompt are stored, as a server does between requests, for the next turn.
+    That work is not in the request's times; the receipt counts it (`chunks_built`, `chunks_copied`, `build_s`, and
+    `build_row_layers`, the sum of rows over layers). Generated text is not stored, whatever `history` says.
 
     Parameters
     ----------
     backend : ReferenceBackend
     policy : ReusePolicy
-        Of requests that name none.
+        Policy of requests that name none.
     store : ChunkStore, optional
     settings : EngineSettings, optional
     generations : int or None
-        How many generations from exact KV a chunk may be that is copied from the KV that serving left
-        (`ReuseEngine.retain`). With 0 every chunk is exact: copied where nothing was reused, encoded otherwise. None
-        keeps nothing: the store stays as it is.
+        Highest generation of chunks copied from the KV that serving left (`ReuseEngine.retain`). With 0 every chunk is
+        exact: copied if nothing was reused, otherwise encoded. None stores nothing.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class ReferenceClient(Client):
         return out
 
     def _round(self, requests: Sequence[Request]) -> list[Result]:
-        """A packed run; where one request is refused each is served alone, so that it fails alone."""
+        """One packed run; if a request is refused, each is served alone, so that only that one fails."""
         began = time.perf_counter()
         try:
             return self.packed(requests)
@@ -79,9 +78,9 @@ class ReferenceClient(Client):
             return [failed]
 
     def packed(self, requests: Sequence[Request]) -> list[Result]:
-        """Results of one packed run, timed from its start; the first request that is refused (CacheSlideError) ends it.
+        """Results of one packed run, timed from its start; a refused request raises CacheSlideError.
 
-        Requests of different systems, tenants or stop ids are runs of their own, one after the other.
+        Requests of different systems, tenants or stop ids are separate runs, one after the other.
         """
         served = [self._resolve(r) for r in requests]
         sent = time.perf_counter()
@@ -90,9 +89,9 @@ class ReferenceClient(Client):
             runs.setdefault((one.key, one.stop), []).append(i)
         results = [Result(r.id, sent, labels=dict(r.labels)) for r in requests]
         states: dict[int, Prefilled] = {}
-        for (_, stop), some in runs.items():
-            own = self._complete([served[i] for i in some], [results[i] for i in some], stop)
-            states |= zip(some, own, strict=True)
+        for (_, stop), members in runs.items():
+            own = self._complete([served[i] for i in members], [results[i] for i in members], stop)
+            states |= zip(members, own, strict=True)
         for i, (one, result) in enumerate(zip(served, results, strict=True)):
             if one.kept:
                 result.receipt = self.retain(self._engine(*one.key), one.prompt, states[i])
@@ -101,7 +100,7 @@ class ReferenceClient(Client):
         return results
 
     def _resolve(self, request: Request) -> "_Served":
-        """What a request asks of the engine; PromptError where this host cannot do it."""
+        """A request's prompt and engine; PromptError for options that this host does not support."""
         most, stops = request.max_tokens, request.stop
         if type(most) is not int or most < 1:
             raise PromptError(f"max_tokens must be a count of at least 1, not {shown(most)}")
@@ -119,27 +118,27 @@ class ReferenceClient(Client):
         if (highest := max(prompt.token_ids)) >= self.backend.vocab_size:
             raise PromptError(f"token id {highest} is not in the model's vocabulary of {self.backend.vocab_size}")
         annotations = annotations or Annotations()
-        asked = annotations.policy, annotations.recompute_ratio, annotations.layer
+        choice = annotations.policy, annotations.recompute_ratio, annotations.layer
         tenant = (
             tenant_of("", annotations.namespace, request.salt or "") if annotations.namespace or request.salt else ""
         )
         stop = request.stop_ids | (frozenset() if request.ignore_eos else self.backend.eos_ids())
-        return _Served(request, prompt, (asked, tenant), stop, annotated, annotated and annotations.encode != "off")
+        return _Served(request, prompt, (choice, tenant), stop, annotated, annotated and annotations.encode != "off")
 
-    def _engine(self, asked: tuple[str | None, float | None, int | None], tenant: str) -> ReuseEngine:
-        """The engine of requests that ask for (policy, recompute ratio, selection layer); None is the default."""
-        if (asked, tenant) not in self._engines:
-            default = all(value is None for value in asked)
-            policy = self.policy if default else policy_of(asked[0] or self.policy.name, *asked[1:])
-            self._engines[asked, tenant] = self.backend.engine(
+    def _engine(self, choice: tuple[str | None, float | None, int | None], tenant: str) -> ReuseEngine:
+        """The engine for (policy, recompute ratio, selection layer); None means the default."""
+        if (choice, tenant) not in self._engines:
+            default = all(value is None for value in choice)
+            policy = self.policy if default else policy_of(choice[0] or self.policy.name, *choice[1:])
+            self._engines[choice, tenant] = self.backend.engine(
                 policy, self.store, self.settings, corrected=self.corrected, namespace=tenant
             )
-        return self._engines[asked, tenant]
+        return self._engines[choice, tenant]
 
     def _complete(
         self, served: Sequence["_Served"], results: Sequence[Result], stop: frozenset[int]
     ) -> list[Prefilled]:
-        """Prefill and decode requests of one engine that stop alike; what that left."""
+        """Prefill and decode requests of one engine with equal stops; returns their states."""
         engine, most = self._engine(*served[0].key), [one.request.max_tokens for one in served]
         states = engine.prefill_batch([one.prompt for one in served], room=max(most))
         for state, tokens in zip(states, most, strict=True):
@@ -167,7 +166,7 @@ class ReferenceClient(Client):
         return states
 
     def _answer(self, request: Request, result: Result, ids: list[int]) -> None:
-        """The answer `ids`, which ends with the token that completes a stop text."""
+        """Set the answer `ids`, cut at the token that completes a stop text."""
         text = self.text(ids)
         result.text = before(text, request.stop)
         if result.text != text:
@@ -180,11 +179,11 @@ class ReferenceClient(Client):
         result.tokens, result.finished = len(result.token_times), result.token_times[-1]
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of generated ids, as it is."""
+        """The text of generated ids, not stripped."""
         return self.backend.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def retain(self, engine: ReuseEngine, prompt: Prompt, state: Prefilled) -> dict[str, Any]:
-        """Retain the chunks of a served prompt for later requests; its receipt, with that work."""
+        """Store the chunks of a served prompt for later requests; returns its receipt including that work."""
         receipt = state.receipt.as_dict()
         if self.generations is None:
             return receipt
@@ -196,19 +195,19 @@ class ReferenceClient(Client):
         return receipt
 
     def reset(self) -> None:
-        """Forget all chunks; ConfigError where the store is not this client's memory."""
+        """Drop all chunks; ConfigError if the store is not in this client's memory."""
         if not isinstance(self.store, MemoryChunkStore):
             raise ConfigError("the chunks of a store outside of this client's memory are not its own to forget")
         self.store = MemoryChunkStore()
         self._open()
 
     def close(self) -> None:
-        """Nothing runs beside the process's own work; the store and the model are the caller's."""
+        """Does nothing: the store and the model belong to the caller."""
 
 
 @dataclass(frozen=True)
 class _Served:
-    """A request with its prompt; `key` names its engine. Annotated ones get a receipt, kept ones leave their chunks."""
+    """A request with its prompt and its engine's key; `annotated`: gets a receipt, `kept`: its chunks are stored."""
 
     request: Request
     prompt: Prompt

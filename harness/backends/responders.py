@@ -1,7 +1,7 @@
-"""What experiments ask of a backend: fill the caches of the turn before, answer, time a first token, bear a load.
+"""The interface of backends for experiments: fill caches from the turn before, answer, time a first token, run a load.
 
-A responder holds one set of caches. `ReferenceResponder` runs the engine over the plain-PyTorch model;
-`harness.backends.vllm` has the one over vLLM. A backend's `sessions` opens the responders that its systems need.
+A responder has one set of caches. `ReferenceResponder` runs the engine over the plain-PyTorch model;
+`harness.backends.vllm` has the one over vLLM. A backend's `sessions` opens responders for its systems.
 """
 
 import gc
@@ -29,11 +29,11 @@ from harness.tasks.example import TaskExample
 
 @dataclass
 class Response:
-    """Answers to the questions of one example, and how they came about.
+    """Answers to the questions of one example, with receipts and times.
 
-    `receipts` holds one a request: a backend that prefills the context once for all questions has one. `cksim` is
-    per layer, over the fixed rows, None where it was not measured. `seconds` is the time of the prefill, or to the
-    first token; None where requests of one batch share it.
+    `receipts` has one per request: a single one if the context is prefilled once for all questions. `cksim` is per
+    layer over the fixed rows, None if not measured. `seconds` is the time of the prefill or to the first token; None if
+    requests of one batch share it.
     """
 
     seconds: float | None
@@ -43,23 +43,23 @@ class Response:
 
 
 class Responder(Protocol):
-    """See the module. `backend` turns text into token ids."""
+    """See the module. `backend` tokenises texts."""
 
     backend: Tokens
 
     def fill(self, examples: Sequence[TaskExample], systems: Sequence[System]) -> dict[str, Any]:
-        """Drop all caches and fill them from the previous turn of `examples`; returns what that took, by cache."""
+        """Drop all caches and fill them from the previous turns of `examples`; returns the cost by cache."""
 
     def respond(self, system: System, example: TaskExample, max_new_tokens: int) -> Response:
         """Answer every question of `example`."""
 
     def first_token(self, system: System, example: TaskExample, max_new_tokens: int, answer: bool) -> Response:
-        """Time the first token of the first question; with `answer`, all questions are answered as well."""
+        """Time the first token of the first question; with `answer`, also answer all questions."""
 
     def closed_loop(
         self, system: System, examples: Sequence[TaskExample], clients: int, max_new_tokens: int
     ) -> tuple[list[dict[str, Any]], float]:
-        """One question an example from `clients` clients: a record a request, by time of finish; all seconds."""
+        """One question per example from `clients` clients: records by time of finish, and the total seconds."""
 
 
 def reference_sessions(
@@ -69,7 +69,7 @@ def reference_sessions(
     chunks: str | None = None,
     similarity: bool = False,
 ) -> Iterator[tuple["ReferenceResponder", Sequence[System]]]:
-    """One responder serves all systems."""
+    """A single responder for all systems."""
     yield ReferenceResponder(backend, settings, chunks, similarity), systems
 
 
@@ -92,8 +92,8 @@ class ReferenceResponder:
         return build_chunks(self.backend, examples, systems, self.store, self.settings, progress=None)
 
     def respond(self, system: ReusePolicy, example: TaskExample, max_new_tokens: int) -> Response:
-        """See `Responder.respond`. The context is prefilled once and each question asked behind it, which gives
-        exactly what prefilling context and question together would (tested), at a fraction of the cost."""
+        """See `Responder.respond`. The context is prefilled once and each question follows it: equal to prefilling both
+        together (tested), at a fraction of the cost."""
         backend, engine = self.backend, self._engine(system)
         prompt = backend.prompt(example.segments)
         shortest = min(map(len, backend.questions(example)))
@@ -102,12 +102,12 @@ class ReferenceResponder:
         seconds = time.perf_counter() - started
         similar = None
         if self.similarity and system.transform is unchanged and not system.placement.slot:
-            similar = self._compare(example, prompt, state.kv.k)  # row i is row i of recompute, at the same position
+            similar = self._compare(example, prompt, state.kv.k)  # row i is row i of recompute
         texts = backend.answers(state, example, max_new_tokens)
         return Response(seconds, [state.receipt.as_dict()], texts, similar)
 
     def _compare(self, example: TaskExample, prompt: Prompt, got: torch.Tensor) -> list[float]:
-        """CKSim per layer over the fixed rows, after reuse and correction, against an exact prefill."""
+        """CKSim per layer over the fixed rows, after reuse and correction, relative to an exact prefill."""
         if self._exact is None or self._exact[0] != example.id:
             self._exact = example.id, prefill_exact(self.backend.model, prompt.token_ids).k
         spans = zip(prompt.segments, prompt.starts, strict=True)
@@ -116,8 +116,8 @@ class ReferenceResponder:
         return cksim(self._exact[1][:, fixed], got[:, fixed]).mean(dim=1).tolist()
 
     def first_token(self, system: ReusePolicy, example: TaskExample, max_new_tokens: int, answer: bool) -> Response:
-        """See `Responder.first_token`. Lookup, load, placement, prefill and logits are timed; the answers come from
-        the timed state: its question's rows are dropped and every question asked behind the context."""
+        """See `Responder.first_token`. Lookup, load, placement, prefill and logits are timed; answers come from the
+        timed state after its question's rows are dropped."""
         backend, engine = self.backend, self._engine(system)
         prompt = backend.prompt(example.segments, example.questions[0].text)
         room = backend.room(example, max_new_tokens)
@@ -136,8 +136,8 @@ class ReferenceResponder:
     def closed_loop(
         self, system: ReusePolicy, examples: Sequence[TaskExample], clients: int, max_new_tokens: int
     ) -> tuple[list[dict[str, Any]], float]:
-        """See `Responder.closed_loop`. Served in rounds: all waiting clients are prefilled in one packed run and
-        their answers decoded in packed steps; then every client sends its next request."""
+        """See `Responder.closed_loop`. Served in rounds: all clients' requests are prefilled in one packed run and
+        decoded in packed steps; then every client sends its next request."""
         backend, stop = self.backend, self.backend.stop_ids()
         client = ReferenceClient(backend, system, self.store, self.settings, generations=None)
         prompts = [backend.prompt(e.segments, e.questions[0].text) for e in examples]
@@ -157,9 +157,9 @@ class ReferenceResponder:
 def load_records(
     tokens: Tokens, examples: Sequence[TaskExample], results: Sequence[Result], started: float
 ) -> list[dict[str, Any]]:
-    """A record a request of a load, in the order of their ends; PromptError for one with a failure.
+    """One record per request of a load, by time of finish; PromptError for a request with a failure.
 
-    In seconds: `ttft_seconds` from its sending, `finished_seconds` from the start of the load.
+    In seconds: `ttft_seconds` since its sending, `finished_seconds` since the start of the load.
     """
     records = [
         {

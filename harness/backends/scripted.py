@@ -1,4 +1,4 @@
-"""The engine that the scripts run on: one prompt at a time, with or without the connector, from command-line flags."""
+"""The engine of the scripts: one prompt at a time, with or without the connector, from command-line flags."""
 
 import argparse
 import os
@@ -20,14 +20,14 @@ class Engine:
     model : str
         Folder or name of a checkpoint.
     options : ServerOptions or None
-        The connector's options; None runs vLLM without it.
+        The connector's options; None runs vanilla vLLM.
     **engine
-        What vLLM's `LLM` takes, and `cope` as in `open_engine`.
+        Arguments of vLLM's `LLM`, and `cope` as in `open_engine`.
     """
 
     def __init__(self, model: str, options: ServerOptions | None, **engine: Any) -> None:
         if options is not None:
-            options.system  # noqa: B018 (an unknown system stops here, not after minutes of loading)
+            options.system  # noqa: B018 (fails here, not minutes later)
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for results
         from vllm.platforms import current_platform
 
@@ -48,7 +48,7 @@ class Engine:
         return list(encode(self.tokenizer, text))
 
     def begin(self) -> list[int]:
-        """What a prompt begins with: BOS, where the tokenizer has one."""
+        """The first ids of a prompt: BOS, if the tokenizer has one."""
         return list(opening(self.tokenizer))
 
     def ask(
@@ -58,10 +58,10 @@ class Engine:
         max_new_tokens: int,
         stop_ids: Sequence[int] = (),
     ) -> Result:
-        """Complete a prompt greedily. `annotations` is the object inside `cacheslide`; dropped without connector.
+        """Complete a prompt greedily. `annotations` is the object inside `cacheslide`; ignored without connector.
 
-        The text is that of all generated ids, the last one's too: of what becomes history. PromptError when vLLM
-        refuses the prompt.
+        The text is that of all generated ids including the last, as it enters the history. PromptError if vLLM refuses
+        the prompt.
         """
         params = None if annotations is None or self.options is None else {FIELD: annotations}
         request = Request("", token_ids, max_new_tokens, params, stop_ids=frozenset(stop_ids), ignore_eos=False)
@@ -71,7 +71,7 @@ class Engine:
         return result
 
     def _settle(self) -> None:
-        """Have waiting chunks encoded: an engine in this process rests where one of its own would go on stepping."""
+        """Step until waiting chunks are encoded: an engine in this process does not step by itself."""
         core = getattr(self.client.llm.llm_engine.engine_core, "engine_core", None)
         while core is not None and core.scheduler.has_requests():
             core.step_fn()
@@ -82,7 +82,7 @@ class Engine:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that both scripts share."""
+    """Add the flags that both scripts share."""
     parser.add_argument("--model", required=True, help="folder or name of a Llama, Mistral, Qwen2 or Qwen3 checkpoint")
     parser.add_argument("--split", help="split of the data set (default: its usual one)")
     parser.add_argument("--data", help="a file with the data set's rows, instead of the hub or datasets/local/")
@@ -104,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def from_arguments(args: argparse.Namespace) -> Engine:
-    """The engine that the shared flags describe."""
+    """The engine for the shared flags."""
     options = None
     if args.enable_cacheslide:
         options = ServerOptions(

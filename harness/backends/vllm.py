@@ -1,8 +1,8 @@
 """The vLLM backend: the study's systems as requests to an in-process vLLM engine.
 
-A request to an engine with the connector and without a prefix cache names its registered system in its annotations.
-`Vanilla` systems are requests without any to an engine without the connector. Answers are decoded greedily, one request
-a question: vLLM shows no KV to decode branches behind.
+A request to an engine with the connector and without prefix cache names its system in its annotations. `Vanilla`
+systems are plain requests to an engine without the connector. Answers are decoded greedily, one request per question,
+since vLLM gives no access to KV for branches.
 """
 
 import gc
@@ -33,7 +33,7 @@ class VllmBackend(Tokens):
     ----------
     path : str or Path
     dtype, device : str
-        What the model computes in, and where: "cpu" or "cuda", as the installed vLLM is built.
+        The model's dtype, and its device: "cpu" or "cuda", as the installed vLLM is built.
     options : EngineOptions
     """
 
@@ -54,23 +54,23 @@ class VllmBackend(Tokens):
 def vllm_sessions(
     backend: VllmBackend, systems: Sequence[System], settings: EngineSettings
 ) -> Iterator[tuple["VllmResponder", Sequence[System]]]:
-    """vLLM by itself first, then the engine with the connector; each is freed before the next starts."""
+    """First vanilla vLLM, then the engine with the connector; each is closed before the next starts."""
     vanilla = [s for s in systems if isinstance(s, Vanilla)]
     annotated = [s for s in systems if not isinstance(s, Vanilla)]
-    for some, connector in ((vanilla, False), (annotated, True)):
-        if some:
+    for group, connector in ((vanilla, False), (annotated, True)):
+        if group:
             with backend.engine(settings, connector) as engine:
-                yield VllmResponder(backend, engine), some
+                yield VllmResponder(backend, engine), group
 
 
 class VllmResponder:
-    """Requests to one engine. Systems never share a chunk: each has a namespace of its own."""
+    """Requests to one engine. Every system has its own namespace, so systems share no chunks."""
 
     def __init__(self, backend: VllmBackend, engine: InProcessEngine) -> None:
         self.backend, self.engine, self.stop = backend, engine, backend.stop_ids()
 
     def fill(self, examples: Sequence[TaskExample], systems: Sequence[System]) -> dict[str, Any]:
-        """See `Responder.fill`: the previous turns are served once under every system that keeps anything of them."""
+        """See `Responder.fill`: previous turns are served once under every system that stores anything of them."""
         self.engine.reset()
         report = {}
         for namespace, system in {_namespace(s): s for s in systems if s.reuses}.items():
@@ -86,7 +86,7 @@ class VllmResponder:
         return self._response(system, self._run(requests), None)
 
     def first_token(self, system: System, example: TaskExample, max_new_tokens: int, answer: bool) -> Response:
-        """See `Responder.first_token`. From handing the token ids to vLLM to its first token."""
+        """See `Responder.first_token`. Timed from passing the token ids to vLLM to its first token."""
         self._before_vanilla(system, [example])
         first = self._ask(system, example, example.questions[0], max_new_tokens if answer else 1)
         gc.collect()
@@ -99,8 +99,8 @@ class VllmResponder:
     def closed_loop(
         self, system: System, examples: Sequence[TaskExample], clients: int, max_new_tokens: int
     ) -> tuple[list[dict[str, Any]], float]:
-        """See `Responder.closed_loop`. vLLM batches continuously: a client's next request joins as its last one ends,
-        so requests stand in the order in which they ended."""
+        """See `Responder.closed_loop`. vLLM batches continuously: a client's next request joins when its last one
+        ends, so requests are in the order in which they ended."""
         requests = [self._ask(system, e, e.questions[0], max_new_tokens) for e in examples]
         self._run(requests[:clients])  # warm-up, not counted
         self._before_vanilla(system, examples)
@@ -112,7 +112,7 @@ class VllmResponder:
         return load_records(self.backend, examples, results, started), seconds
 
     def _before_vanilla(self, system: System, examples: Sequence[TaskExample]) -> None:
-        """A prefix cache keeps whatever it has seen: only the previous turns may be in it when a request comes."""
+        """Reset the prefix cache to the previous turns, since it would keep everything else it has served."""
         if isinstance(system, Vanilla) and system.prefix_caching:
             self.engine.reset()
             self._serve_previous(system, examples)
@@ -121,7 +121,7 @@ class VllmResponder:
         self._run([self._request(e.id, system, self.backend.prompt(e.previous), 1) for e in examples])
 
     def _run(self, requests: Sequence[Request], clients: int | None = None) -> list[Result]:
-        """The results; PromptError for the first that has a failure."""
+        """The results; PromptError for the first with a failure."""
         return [result.checked() for result in self.engine.run(requests, clients)]
 
     def _ask(self, system: System, example: TaskExample, question: Question, max_new_tokens: int) -> Request:
@@ -142,7 +142,7 @@ class VllmResponder:
         return Response(seconds, [self._receipt(system, r) for r in results], texts)
 
     def _receipt(self, system: System, result: Result) -> dict[str, Any]:
-        """The connector's receipt; for vLLM by itself one made of what its prefix cache held."""
+        """The connector's receipt; for vanilla vLLM one made from its prefix cache's hits."""
         if result.receipt is not None:
             return result.receipt
         if not isinstance(system, Vanilla):
@@ -153,13 +153,13 @@ class VllmResponder:
 
 
 def _namespace(system: System) -> str:
-    """Chunks with layer inputs at other layers are other chunks."""
+    """Namespace of a system; chunks with layer inputs at other layers are different chunks."""
     layers = "" if isinstance(system, Vanilla) else "-".join(map(str, sorted(system.probe_layers)))
     return f"{system.name}@{layers}" if layers else system.name
 
 
 def annotated_as(policy: ReusePolicy) -> dict[str, Any]:
-    """The annotations that ask for `policy`; PolicyError when name, share and selection layer do not say it all."""
+    """Annotations that request `policy`; PolicyError if name, ratio and selection layer do not determine it."""
     rule, annotations = policy.correction, {"policy": policy.name}
     if rule.selection_layer is not None:
         annotations["layer"] = rule.selection_layer

@@ -11,11 +11,11 @@ from cacheslide.vllm.options import receipt_in
 from harness.backends.client import Client, Request, Result, at_once, before
 
 Progress = Sequence[Result | None]
-_REST_S = 0.0005  # between looks at the clock while no request runs
+_REST_S = 0.0005  # poll interval while no request runs
 
 
 class _Batch:
-    """Requests on their way through an engine; leaving the context by an exception aborts those that run."""
+    """Requests in flight in an engine; an exception in its context aborts them."""
 
     def __init__(self, client: "VllmClient", requests: Sequence[Request]) -> None:
         self.client, self.requests, self.engine = client, requests, client.llm.llm_engine
@@ -30,7 +30,7 @@ class _Batch:
             self.engine.abort_request(list(self.running))
 
     def send(self, at: int) -> bool:
-        """Start request `at`; whether it was taken."""
+        """Start request `at`; returns whether vLLM accepted it."""
         request, name = self.requests[at], self.client.new_name()
         self.results[at] = Result(request.id, time.perf_counter(), labels=dict(request.labels))
         if taken := self.client._add(name, request, self.results[at]):
@@ -38,7 +38,7 @@ class _Batch:
         return taken
 
     def step(self) -> list[int]:
-        """One step of the engine; the requests that end with it."""
+        """One step of the engine; returns the requests that ended."""
         ended = []
         for output in self.engine.step():
             at = self.running[output.request_id]
@@ -56,14 +56,14 @@ class VllmClient(Client):
     ----------
     llm : vllm.LLM
     tokenizer : transformers tokenizer, optional
-        Results have texts with it, and requests may have prompts and stops of text.
+        With it results have texts, and prompts and stops may be texts.
     """
 
     def __init__(self, llm: Any, tokenizer: Any = None) -> None:
         self.llm, self.tokenizer, self._sent = llm, tokenizer, 0
 
     def new_name(self) -> str:
-        """A name that no request of this client has had."""
+        """A request name that this client has not used."""
         name, self._sent = f"{self._sent}", self._sent + 1
         return name
 
@@ -72,7 +72,7 @@ class VllmClient(Client):
         step, batch = at_once(requests, clients), _Batch(self, requests)
 
         def send(at: int) -> None:
-            """Start request `at`, or the first one behind it of the same client that is not refused."""
+            """Start request `at`, or the next accepted one of the same client."""
             while at < len(requests) and not batch.send(at):
                 at += step
 
@@ -85,10 +85,10 @@ class VllmClient(Client):
         return batch.results
 
     def run_open(self, requests: Sequence[Request], due: Callable[[Progress], Iterable[int]]) -> list[Result]:
-        """An open loop: requests are sent when they are due, whatever became of earlier ones.
+        """An open loop: requests are sent when due, independent of earlier ones.
 
-        `due` is asked before every step of the engine which requests, by number, are to be sent now, each once; it sees
-        the results so far, None for a request that was not sent. The engine may be in a step when a request falls due.
+        `due` is called before every step of the engine with the results so far (None for requests not sent); it returns
+        the numbers of the requests to send now, each once. A request may fall due during a step.
         """
         batch = _Batch(self, requests)
         with batch:
@@ -102,7 +102,7 @@ class VllmClient(Client):
         return batch.results
 
     def _add(self, name: str, request: Request, result: Result) -> bool:
-        """Whether vLLM takes the request; why not is the result's failure."""
+        """Add a request; returns whether vLLM accepted it, otherwise its result has the failure."""
         from vllm import SamplingParams
         from vllm.exceptions import VLLMValidationError
 
@@ -111,9 +111,9 @@ class VllmClient(Client):
             result.fail("the engine has no tokenizer: give the prompt and its stops as token ids")
         else:
             prompt = request.sent_prompt
-            asked: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+            content: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
             if request.salt is not None:
-                asked["cache_salt"] = request.salt
+                content["cache_salt"] = request.salt
             try:
                 params = SamplingParams(
                     temperature=0.0,
@@ -125,7 +125,7 @@ class VllmClient(Client):
                     skip_reading_prefix_cache=not request.read_prefix_cache,
                     extra_args=None if request.params is None else {"kv_transfer_params": dict(request.params)},
                 )
-                self.llm.llm_engine.add_request(name, asked, params)
+                self.llm.llm_engine.add_request(name, content, params)
             except (VLLMValidationError, ValueError) as refused:
                 result.fail(f"vLLM refuses the request: {refused}")
         result.finished = time.perf_counter()
@@ -147,12 +147,12 @@ class VllmClient(Client):
         result.receipt = receipt_in(output.kv_transfer_params)
 
     def reset(self) -> None:
-        """Forget all cached KV: shared blocks and chunks."""
+        """Drop all cached KV: shared blocks and chunks."""
         if not self.llm.reset_prefix_cache(reset_connector=True):
             raise ConfigError("vLLM did not reset its caches: requests are still running")
 
     def close(self) -> None:
-        """Stop the engine and give its memory back."""
+        """Stop the engine and free its memory."""
         if self.llm is None:
             return
         from cacheslide.vllm.offline import close_engine

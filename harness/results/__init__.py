@@ -1,1 +1,1 @@
-"""Results: one versioned record schema, provenance, statistics, and the summary that figures read."""
+"""Results: a versioned record schema, provenance, statistics, and the summary that figures and report use."""

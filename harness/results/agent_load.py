@@ -11,7 +11,7 @@ from harness.results.intervals import LEVEL
 from harness.results.runs import OURS, REFERENCE, RecordFile
 from harness.results.undisturbed import cells_of, kept, together, too_few
 
-VARIANTS = (OURS, "cacheslide_first_turn", "cacheslide_promote", "naive_reuse", REFERENCE)  # no rivals of CacheSlide
+VARIANTS = (OURS, "cacheslide_first_turn", "cacheslide_promote", "naive_reuse", REFERENCE)  # without rivals
 RESAMPLES = 2000
 
 
@@ -21,16 +21,16 @@ def done_of(rows: Sequence[Sequence[float]]) -> list[Done]:
 
 
 def quiet_records(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """The records in which no system was disturbed (all where those are too few), and why they are no result."""
+    """The records without disturbed systems (all if those are too few), and why they give no result."""
     readings = [together(cells_of(r)) for r in records]
     return [r for r, ok in zip(records, kept(readings), strict=True) if ok], too_few(readings)
 
 
 def load_table(file: RecordFile) -> list[dict[str, Any]]:
-    """One row a mode and number. TTFT and rates are taken within a repeat; intervals resample repeats.
+    """One row per mode and number. TTFT and rates are per repeat; intervals resample repeats.
 
-    `best` names the rival with the lowest TTFT there, `advantage` is its TTFT over CacheSlide's; None, with the reason
-    in `disturbed`, where too few repeats were undisturbed.
+    `best` is the rival with the lowest TTFT, `advantage` its TTFT over CacheSlide's; None, with the reason in
+    `disturbed`, if too few repeats were undisturbed.
     """
     out = []
     for mode, n in dict.fromkeys((r["mode"], r["n"]) for r in file.records):
@@ -64,16 +64,16 @@ def load_table(file: RecordFile) -> list[dict[str, Any]]:
 
 
 def bins_of(rows: Sequence[Sequence[float]]) -> list[float]:
-    """Completions in every full second; the last second, in which agents run out of work, is left out."""
-    found = series(done_of(rows))
-    return found[:-1] if len(found) > 1 else found
+    """Completions in every full second, without the last one, in which agents run out of work."""
+    bins = series(done_of(rows))
+    return bins[:-1] if len(bins) > 1 else bins
 
 
 def series_table(file: RecordFile) -> list[dict[str, Any]]:
-    """One row a system: requests completed in every second, mean rate and σ, both beside CacheSlide's.
+    """One row per system: requests completed in every second, mean rate and σ, and both relative to CacheSlide's.
 
-    `rate_ratio` is CacheSlide's rate over its, `std_ratio` CacheSlide's σ over its; both resample slices in pairs. Both
-    are None, with the reason in `disturbed`, where too few slices were undisturbed.
+    `rate_ratio` is CacheSlide's rate over the system's, `std_ratio` CacheSlide's σ over the system's; both resample
+    slices in pairs. Both are None, with the reason in `disturbed`, if too few slices were undisturbed.
     """
     systems = [s for s in file.settings["order"] if all(s in r["systems"] for r in file.records)]
     records, few = quiet_records(file.records)
@@ -100,7 +100,7 @@ def series_table(file: RecordFile) -> list[dict[str, Any]]:
 
 
 def _std_ratio(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], seed: int = 0) -> dict[str, Any] | None:
-    """σ of all bins of `a` over σ of all bins of `b`, resampling slices; None where `b` does not vary."""
+    """σ of all bins of `a` over σ of all bins of `b`, resampling slices; None if `b` does not vary."""
 
     def ratio(index: Sequence[int]) -> float | None:
         below = float(np.std(np.concatenate([b[i] for i in index])))

@@ -1,7 +1,7 @@
 """Tables of replayed agents: quality and TTFT by agent (fig 10), padding by round (4b), accuracy by turn, heat map.
 
-Records are those of `harness.experiments.agents.replay`; steps of one episode rise and fall together, so intervals
-resample episodes.
+Records are those of `harness.experiments.agents.replay`. Steps of one episode are correlated, so intervals resample
+episodes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +13,7 @@ from harness.results import intervals
 from harness.results.runs import OURS, REFERENCE, RecordFile
 from harness.results.undisturbed import kept, steps_of, too_few
 
-LEAST = 3  # episodes that a turn or a round needs to be shown
+LEAST = 3  # minimum episodes for a turn or a round to be shown
 Step = dict[str, Any]
 
 
@@ -28,18 +28,18 @@ def systems_of(file: RecordFile) -> list[str]:
 
 
 def by_step(records: Iterable[Step], system: str, value: Callable[[Step], float]) -> tuple[list[float], list[str]]:
-    """The value of every step, and its episode."""
-    found = [(value(s), r["id"]) for r in records for s in r["systems"][system]]
-    return [v for v, _ in found], [e for _, e in found]
+    """The value of every step, with its episode."""
+    pairs = [(value(s), r["id"]) for r in records for s in r["systems"][system]]
+    return [v for v, _ in pairs], [e for _, e in pairs]
 
 
 def warm(record: Step, system: str) -> list[Step]:
-    """The steps after an episode's first one, before which nothing was cached."""
+    """The steps after an episode's first one, which finds empty caches."""
     return record["systems"][system][1:]
 
 
 def gate(records: Sequence[Step], system: str) -> str:
-    """Why no speed-up may be reported; empty when every warm step reused rows."""
+    """Why no speed-up may be reported; empty if every warm step reused rows."""
     steps = [s for r in records for s in warm(r, system)]
     idle = sum(not s["chunks_hit"] for s in steps)
     return "" if steps and not idle else f"nothing was reused in {idle} of {len(steps)} warm steps"
@@ -49,31 +49,31 @@ Timed = list[tuple[Step, list[int]]]
 
 
 def timed(records: Sequence[Step], first: int = 0) -> tuple[Timed, str]:
-    """Every episode with those of its steps, from `first` on, whose times count; and why they are no result.
+    """Every episode with its counted steps from `first` on, and why they give no result.
 
-    The steps are the undisturbed ones, or all where those are too few.
+    Counted are the undisturbed steps, or all if those are too few.
     """
     readings = [steps_of(r)[first:] for r in records]
     every = [reading for own in readings for reading in own]
     chosen = iter(kept(every))
-    found = [
+    episodes = [
         (r, [k + first for k in range(len(own)) if next(chosen)]) for r, own in zip(records, readings, strict=True)
     ]
-    return found, too_few(every)
+    return episodes, too_few(every)
 
 
 def _ttfts(records: Timed, system: str) -> list[list[float]]:
-    """TTFTs of every episode's chosen steps; an episode without any is left out."""
+    """TTFTs of every episode's counted steps; episodes without any are left out."""
     return [[r["systems"][system][k]["ttft_s"] for k in steps] for r, steps in records if steps]
 
 
 def cost(steps: Sequence[Step], key: str = "row_layers") -> float:
-    """Row-layers computed, as a share of those of computing every prompt in full."""
+    """Row-layers computed, relative to computing every prompt in full."""
     return sum(s[key] for s in steps) / sum(s["tokens"] * s["layers"] for s in steps)
 
 
 def _ttft_ratio(records: Timed, top: str, bottom: str) -> dict[str, Any] | None:
-    """Median over episodes of the median ratio of TTFTs on the same chosen steps."""
+    """Median over episodes of the median ratio of TTFTs on the same counted steps."""
     pairs = zip(_ttfts(records, top), _ttfts(records, bottom), strict=True)
     ratios = [float(np.median(np.array(a) / np.array(b))) for a, b in pairs]
     return intervals.median(ratios) if ratios else None
@@ -85,13 +85,13 @@ def _own(records: Sequence[Step], system: str) -> list[float] | None:
 
 
 def quality_table(file: RecordFile) -> list[dict[str, Any]]:
-    """One row an agent and system.
+    """One row per agent and system.
 
     `right` is the share of recorded turns on which the system makes the recorded call. `score` is the solved share of a
-    task when the agent acts on the system's own outputs, None where that was not run, `success` the share of tasks
-    solved in full; `loss_points` is against recompute. TTFT is of recorded turns after the first; `ttft_ratio` is
-    TTFT / TTFT of recompute on the same turn, `speedup` TTFT / TTFT of CacheSlide, `better` CacheSlide's score / its.
-    Times are of undisturbed turns; where those are too few, `disturbed` says so and there are no ratios of times.
+    task when the agent acts on the system's own outputs (None if not run), `success` the share of tasks solved in full;
+    `loss_points` is relative to recompute. TTFT is of recorded turns after the first; `ttft_ratio` is TTFT / TTFT of
+    recompute on the same turn, `speedup` TTFT / TTFT of CacheSlide, `better` CacheSlide's score over the system's.
+    Times are of undisturbed turns; if those are too few, `disturbed` gives the reason and there are no ratios of times.
     """
     out = []
     for agent in agents_of(file):
@@ -102,7 +102,7 @@ def quality_table(file: RecordFile) -> list[dict[str, Any]]:
             if not steps:
                 continue
             right, episodes = by_step(records, system, lambda s: s["right"])
-            own, ours, exact = (_own(records, s) for s in (system, OURS, REFERENCE))
+            own, cacheslide, exact = (_own(records, s) for s in (system, OURS, REFERENCE))
             row = {
                 "agent": agent,
                 "system": system,
@@ -126,14 +126,16 @@ def quality_table(file: RecordFile) -> list[dict[str, Any]]:
             row["ratio_reason"] = reason
             row["ttft_ratio"] = None if reason or system == REFERENCE else _ttft_ratio(calm, system, REFERENCE)
             row["speedup"] = None if both or system == OURS else _ttft_ratio(calm, system, OURS)
-            known = own is not None and ours is not None
-            row["better"] = intervals.ratio_of_sums(ours, own, range(len(own))) if known and system != OURS else None
+            known = own is not None and cacheslide is not None
+            row["better"] = (
+                intervals.ratio_of_sums(cacheslide, own, range(len(own))) if known and system != OURS else None
+            )
             out.append(row)
     return out
 
 
 def windows_table(file: RecordFile) -> dict[str, Any]:
-    """F1 of every variant by reasoning round, and over all rounds; `updated` are the windows."""
+    """F1 of every variant by reasoning round and over all rounds; `updated` are the windows."""
     rows = []
     for system in systems_of(file):
         f1, episodes = by_step(file.records, system, lambda s: s["f1"])
@@ -155,9 +157,9 @@ def windows_table(file: RecordFile) -> dict[str, Any]:
 
 
 def turns_table(file: RecordFile, late: int = 12) -> list[dict[str, Any]]:
-    """One row an agent and variant: right calls by turn, over turns from `late` on, and what serving and keeping cost.
+    """One row per agent and variant: right calls by turn, turns from `late` on, and costs of serving and storing.
 
-    `prefill` and `encode` are row-layers as a share of computing every prompt in full; `loss_points` is against
+    `prefill` and `encode` are row-layers relative to computing every prompt in full; `loss_points` is relative to
     recompute over the late turns.
     """
     out = []
@@ -175,15 +177,15 @@ def turns_table(file: RecordFile, late: int = 12) -> list[dict[str, Any]]:
                 for s, base in list(zip(r["systems"][system], r["systems"][REFERENCE], strict=True))[late - 1 :]
             ]
             steps = [s for r in records for s in r["systems"][system]]
-            mine, base, episodes = zip(*pairs, strict=True) if pairs else ((), (), ())
+            values, base, episodes = zip(*pairs, strict=True) if pairs else ((), (), ())
             out.append(
                 {
                     "agent": agent,
                     "system": system,
                     "title": file.settings["titles"][system],
                     "turns": turns,
-                    "late": intervals.mean(mine, episodes) if pairs else None,
-                    "loss_points": intervals.points_lost(base, mine, episodes) if pairs else None,
+                    "late": intervals.mean(values, episodes) if pairs else None,
+                    "loss_points": intervals.points_lost(base, values, episodes) if pairs else None,
                     "prefill": cost(steps),
                     "encode": cost(steps, "build_row_layers"),
                     "generation": max(s["generation"] for s in steps),
@@ -194,16 +196,16 @@ def turns_table(file: RecordFile, late: int = 12) -> list[dict[str, Any]]:
 
 
 def grid_table(file: RecordFile) -> dict[str, Any]:
-    """Correct calls a second of every cell (top-k, τ): right calls over the seconds that all calls took.
+    """Correct calls per second of every cell (recompute ratio, τ): right calls over the seconds of all calls.
 
-    Of undisturbed turns; where those are too few, of all, and `disturbed` says so.
+    Of undisturbed turns, or of all, with the reason in `disturbed`, if those are too few.
     """
     cells = []
     calm, few = timed(file.records)
     for system in systems_of(file):
         ratio, tau = map(float, system.split("@"))
         right, _ = by_step(file.records, system, lambda s: s["right"])
-        steps = [(r["systems"][system][k], r["id"]) for r, some in calm for k in some]
+        steps = [(r["systems"][system][k], r["id"]) for r, indices in calm for k in indices]
         qps = intervals.ratio_of_sums(
             [s["right"] for s, _ in steps], [s["total_s"] for s, _ in steps], [episode for _, episode in steps]
         )

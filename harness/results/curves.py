@@ -1,4 +1,4 @@
-"""Tables that compare no systems' answers: CKSim against shift, the prompts themselves, the selection layer's sweep."""
+"""Tables without comparisons of answers: CKSim by shift, prompt statistics, the sweep of selection layers."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -23,7 +23,7 @@ def cope_table(run: Run) -> list[dict[str, Any]]:
 
 
 def cksim_rows(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`cksim_table` of records: the figure and the summary say the same. A kind is "why_how", of `WHY` and `HOW`."""
+    """`cksim_table` from records, shared by figure and summary. A kind is "why_how", of `WHY` and `HOW`."""
     by_shift: dict[int, list[dict[str, Any]]] = {}
     for record in records:
         by_shift.setdefault(record["shift"], []).append(record)
@@ -38,7 +38,7 @@ def cksim_rows(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def prompts_table(run: Run) -> list[dict[str, Any]]:
-    """One row per data set: reusable share with its spread, and how far fixed segments moved."""
+    """One row per data set: reusable share with its spread, and shifts of fixed segments."""
     rows = []
     for dataset, content in (run.prompts or {}).get("datasets", {}).items():
         shares, moves = content["reusable_share"], content["moves"]
@@ -71,7 +71,7 @@ def moves_table(run: Run) -> list[dict[str, Any]]:
 
 
 def agent_prompts_table(run: Run) -> list[dict[str, Any]]:
-    """One row an agent: reusable share and length of the prompts of its recorded episodes."""
+    """One row per agent: reusable share and length of the prompts of its recorded episodes."""
     return [
         {
             "agent": agent,

@@ -1,9 +1,9 @@
 """The engine's figures in one file: `python -m harness.results.engine --records FILE ... --out FILE`.
 
-TTFT, throughput and efficiency of one system inside vLLM (`serving.engine_ttft`), what its neighbours notice
-(`serving.neighbours`), what plain requests and retaining turns pay, when a request's parts ran, and what the same
-system does to answers: on prompts it was not chosen on (`results.real_confirm`) and on the stress task. The headline is
-read off these tables; a number that was not measured is null.
+TTFT, throughput and efficiency of one system inside vLLM (`serving.engine_ttft`), its effect on neighbours
+(`serving.neighbours`), the cost for plain requests and retaining turns, the timeline of a request's parts, and the same
+system's effect on answers: on prompts it was not chosen on (`results.real_confirm`) and on the stress task. The
+headline is taken from these tables; a number that was not measured is null.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from harness.results.serving import build
 from harness.step import command
 
 SCHEMA = "cacheslide.engine/1"
-RATIO = 0.05  # of the headline where its key names no other
+RATIO = 0.05  # of the headline for keys that name no ratio
 LENGTHS = (4096, 8192, 16384)
-MODEL, HOST = "model", "cpu"  # where the chunks lie
+MODEL, HOST = "model", "cpu"  # where the chunks are stored
 Row = Mapping[str, Any]
 
 
@@ -35,12 +35,12 @@ def summarise(
     Parameters
     ----------
     records : sequence of Path
-        Of `engine_ttft` and `neighbours`; the headline's rows come from the first that has them.
+        Files of `engine_ttft` and `neighbours`; the headline's rows come from the first file that has them.
     system, rule, cell : str
-        One rule by its names: in the engine, in the study on a real model ("Mixed, two thirds remembered") and in the
+        The names of one rule: in the engine, in the study on a real model ("Mixed, two thirds remembered") and in the
         sweep of the stress task at the default's ratio ("mixed, two thirds remembered, 15%").
     others : mapping of str to Path
-        JSON files whose parts are taken in, by their names in `TAKEN`.
+        JSON files to include parts of, by their names in `TAKEN`.
     """
     tables = build(records, None)
     rows = [row for run in tables["runs"] for row in run["table"]]
@@ -64,22 +64,22 @@ def summarise(
 
 
 def headline(rows: Sequence[Row], system: str, kl: Mapping[str, Any]) -> dict[str, float | None]:
-    """Plain numbers; `kl` has, by setting, the KL over nothing recomputed at 10 %."""
-    found: dict[str, float | None] = {
+    """The headline as plain numbers; `kl` has, by setting, the KL relative to nothing recomputed at 10 %."""
+    numbers: dict[str, float | None] = {
         f"ttft_ratio_{n // 1024}k": _value(rows, system, RATIO, n, 1, "recompute_over_ttft") for n in LENGTHS
     }
-    found["ttft_ratio_8k_10pct"] = _value(rows, system, 0.1, 8192, 1, "recompute_over_ttft")
-    found["ttft_ratio_16k_10pct"] = _value(rows, system, 0.1, 16384, 1, "recompute_over_ttft")
-    found["mean_ttft_ratio_8x8k"] = _value(rows, system, RATIO, 8192, 8, "recompute_over_mean_ttft")
-    found["requests_per_s_ratio_8x8k"] = _value(rows, system, RATIO, 8192, 8, "requests_per_s_over_recompute")
-    found |= {f"efficiency_{n // 1024}k": _value(rows, system, RATIO, n, 1, "efficiency") for n in LENGTHS[1:]}
+    numbers["ttft_ratio_8k_10pct"] = _value(rows, system, 0.1, 8192, 1, "recompute_over_ttft")
+    numbers["ttft_ratio_16k_10pct"] = _value(rows, system, 0.1, 16384, 1, "recompute_over_ttft")
+    numbers["mean_ttft_ratio_8x8k"] = _value(rows, system, RATIO, 8192, 8, "recompute_over_mean_ttft")
+    numbers["requests_per_s_ratio_8x8k"] = _value(rows, system, RATIO, 8192, 8, "requests_per_s_over_recompute")
+    numbers |= {f"efficiency_{n // 1024}k": _value(rows, system, RATIO, n, 1, "efficiency") for n in LENGTHS[1:]}
     for setting, ratios in kl.items():
-        found[f"kl_over_nothing_{setting}_10pct"] = ratios and ratios[OVER_NOTHING]["value"]
-    return found
+        numbers[f"kl_over_nothing_{setting}_10pct"] = ratios and ratios[OVER_NOTHING]["value"]
+    return numbers
 
 
 def host_over_device(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Median TTFT with chunks in pinned host memory over that with chunks on the device, a line a cell."""
+    """Median TTFT with chunks in pinned host memory over that with chunks on the device, one line per cell."""
     ttft = {_cell(r): r["ttft_ms"]["value"] for r in rows if "@" in r["system"]}
     return [
         {"tokens": tokens, "batch": batch, "system": name, "ratio": ttft[tokens, batch, name, HOST] / value}
@@ -99,13 +99,13 @@ def _value(rows: Sequence[Row], system: str, ratio: float, tokens: int, batch: i
 
 
 def _kl(confirm: Mapping[str, Any], setting: str, arm: str) -> dict[str, Any] | None:
-    """KL of an arm over that of its rivals, both data sets together; None where it was not measured."""
+    """KL of an arm over that of its rivals, both data sets together; None if not measured."""
     row = next((r for r in confirm["ratios"] if r["key"] == [setting, POOLED, arm]), None)
     return row and {name: row.get(name) for name in (OVER_NOTHING, OVER_RIVAL)}
 
 
 def _stress(sweep: Mapping[str, Any], cell: str) -> dict[str, float | None]:
-    """Points of F1 that a rule loses on the stress task, and what it computes there."""
+    """F1 points that a rule loses on the stress task, and its compute fraction there."""
     rows = (row for model in sweep["models"].values() for mix in model["mixes"].values() for row in mix)
     row = next((r for r in rows if r["cell"] == cell), None)
     return {
@@ -115,12 +115,12 @@ def _stress(sweep: Mapping[str, Any], cell: str) -> dict[str, float | None]:
 
 
 def _retaining(made: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `serving.retaining`: what scoring costs, by when it happens."""
+    """From `serving.retaining`: the cost of scoring, by when it happens."""
     return {name: made[name] for name in ("provenance", "table")}
 
 
 def _time_lines(made: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `serving.engine_profile`: when a request's parts ran, by length and system; its kernels stay there."""
+    """From `serving.engine_profile`: the timeline of a request's parts, by length and system, without kernels."""
     wanted = "ttft_ms", "timeline", "device_us"
     lengths = {
         tokens: {system: {name: parts[name] for name in wanted} for system, parts in systems.items()}

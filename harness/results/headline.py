@@ -1,4 +1,4 @@
-"""The few numbers a run is judged by. Each is a plain number, or None with the reason beside it."""
+"""The headline numbers of a run. Each is a plain number, or None with the reason beside it."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 class _Missing(Exception):
-    """Why a headline number cannot be given."""
+    """Reason why a headline number is missing."""
 
 
 def headline(summary: dict[str, Any]) -> dict[str, Any]:
@@ -43,31 +43,31 @@ def headline(summary: dict[str, Any]) -> dict[str, Any]:
     )
     for keys, rule in groups:
         try:
-            found = rule(summary)
+            numbers = rule(summary)
         except _Missing as reason:
             out["headline_missing"] |= dict.fromkeys(keys, str(reason))
             continue
-        for key, (value, note) in zip(keys, found, strict=True):
+        for key, (value, note) in zip(keys, numbers, strict=True):
             out["headline"][key], out["headline_notes"][key] = value, note
     return out
 
 
 def _mixes(rows: list[Row], system: str) -> list[Row]:
-    """The system's rows by mix, where answers were scored; reuse must have happened in every request."""
-    found = [r for r in rows if r["scope"] == "mix" and r["system"] == system and r["questions"]]
-    if not found:
+    """The system's rows by mix, for scored answers; every request must have reused rows."""
+    mixes = [r for r in rows if r["scope"] == "mix" and r["system"] == system and r["questions"]]
+    if not mixes:
         raise _Missing(f"{system} has no accuracy records in this run")
     every = {r["name"] for r in rows if r["scope"] == "mix"}
-    lacking = sorted(every - {r["name"] for r in found})
+    lacking = sorted(every - {r["name"] for r in mixes})
     if lacking:
         raise _Missing(f"{system} has no accuracy records for {', '.join(lacking)}")
-    for row in found:
+    for row in mixes:
         if system != REFERENCE and row["requests_without_reuse"]:
             idle = f"{row['requests_without_reuse']} of {row['prompts']} prompts of {row['name']}"
             raise _Missing(f"{system} reused nothing in {idle}")
         if row["loss_points"] is None:
             raise _Missing("recompute has no accuracy records in this run, so no loss can be given")
-    return found
+    return mixes
 
 
 def _note(row: Row, estimate: dict[str, Any], about: str) -> dict[str, Any]:
@@ -101,13 +101,13 @@ def _best_policy(summary: Row):
     rows = summary.get("accuracy") or []
     for system in sorted({r["system"] for r in rows if family(r["system"])}):
         try:
-            found = _mixes(rows, system)
+            mixes = _mixes(rows, system)
         except _Missing as reason:
             reasons.append(str(reason))
             continue
-        worst = max(found, key=lambda r: r["loss_points"]["value"])
-        weight = sum(r["prompts"] for r in found)
-        share = sum(r["compute_fraction"] * r["prompts"] for r in found) / weight
+        worst = max(mixes, key=lambda r: r["loss_points"]["value"])
+        weight = sum(r["prompts"] for r in mixes)
+        share = sum(r["compute_fraction"] * r["prompts"] for r in mixes) / weight
         candidates.append((worst, share, weight))
     if not candidates:
         raise _Missing("; ".join(reasons) or "no CacheSlide policy was run")
@@ -132,10 +132,10 @@ def family(system: str) -> bool:
 
 
 def _at_4k(summary: Row) -> Row:
-    found = [r for r in summary["latency"] if r["tokens"] == LENGTH and r["system"] == OURS]
-    if not found:
+    latency = [r for r in summary["latency"] if r["tokens"] == LENGTH and r["system"] == OURS]
+    if not latency:
         raise _Missing(f"cacheslide was not timed at {LENGTH} tokens in this run")
-    return found[0]
+    return latency[0]
 
 
 def _ttft_ratio(summary: Row):

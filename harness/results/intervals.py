@@ -1,4 +1,4 @@
-"""Estimates as plain JSON objects, and the one statistic that `harness.metrics.bootstrap` lacks: a ratio of sums."""
+"""Estimates as JSON objects, and a ratio of sums, which `harness.metrics.bootstrap` lacks."""
 
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ LEVEL = 0.95
 
 
 def as_json(estimate: Estimate, scale: float = 1.0) -> dict[str, Any]:
-    """`estimate` for a table: value, interval (None for one unit), resampled units `n` and `values` behind it."""
+    """`estimate` for a table: value, interval (None for one unit), number `n` of resampled units and of `values`."""
 
     def scaled(x: float | None) -> float | None:
         return None if x is None else x * scale
@@ -43,7 +43,7 @@ def p95(values: ArrayLike) -> dict[str, Any]:
 
 
 def points_lost(reference: ArrayLike, values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> dict[str, Any]:
-    """Paired mean of `reference - values` in points (0 to 100): positive where the reference is better."""
+    """Paired mean of `reference - values` in points (0 to 100): positive if the reference is better."""
     return as_json(bootstrap.paired_difference(reference, values, clusters, level=LEVEL), scale=100.0)
 
 
@@ -56,7 +56,7 @@ def ratio_of_sums(
 ) -> dict[str, Any]:
     """sum(a) / sum(b) of paired values, resampling clusters: two systems' mean scores, or requests and seconds.
 
-    The value is None where sum(b) is 0, the interval where a resample's is.
+    The value is None if sum(b) is 0; the interval is None if it is 0 in a resample.
     """
     number: dict[Hashable, int] = {}
     at = np.array([number.setdefault(label, len(number)) for label in clusters])

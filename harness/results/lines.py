@@ -1,7 +1,7 @@
-"""JSON lines that carry a checksum, and a file of them that a kill at any moment leaves whole up to the line in flight.
+"""JSON lines with checksums, in a file that a kill at any moment leaves valid except for the line being written.
 
 A sealed line ends in `, "crc": "0123456789abcdef"}`: XXH3 of the object's bytes without it. Finished lines are never
-written again: a file grows by appending, and going on cuts off the torn tail alone.
+rewritten: files grow by appending, and resuming cuts off only a torn tail.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from cacheslide import renamed
 from cacheslide.errors import DataError
 
 SEAL = re.compile(rb'(?:, |(?<=^\{))"crc": "([0-9a-f]{16})"\}$')
-LENGTH = 28  # bytes of a seal with the brace behind it
-SHOWN = 5  # bad lines that a warning names
+LENGTH = 28  # bytes of a seal with its closing brace
+SHOWN = 5  # maximum bad lines named in a warning
 
 
 def seal(record: Mapping[str, Any]) -> bytes:
-    """The record as one line with its checksum and a newline; ValueError where it has a field "crc" of its own."""
+    """The record as one line with checksum and newline; ValueError if it has a field "crc" itself."""
     if "crc" in record:
         raise ValueError("a record's field 'crc' is its checksum")
     body = json.dumps(record, sort_keys=True).encode()
@@ -37,28 +37,28 @@ def seal(record: Mapping[str, Any]) -> bytes:
 
 
 def unseal(line: bytes) -> tuple[dict[str, Any], bool]:
-    """The record of a line, and whether a checksum vouches for it; ValueError, in a few words, where it is none."""
-    found = SEAL.search(line[-LENGTH:])
-    body = line[: found.start() - found.end()] + b"}" if found else line
-    if found and xxhash.xxh3_64_hexdigest(body).encode() != found[1]:
+    """The record of a line, and whether it has a valid checksum; short ValueError for an invalid line."""
+    match = SEAL.search(line[-LENGTH:])
+    body = line[: match.start() - match.end()] + b"}" if match else line
+    if match and xxhash.xxh3_64_hexdigest(body).encode() != match[1]:
         raise ValueError("its checksum does not fit")
     try:
         record = renamed.record(json.loads(body))
-    except (ValueError, RecursionError):  # not JSON, not UTF-8, a number or a nesting beyond all bounds
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or beyond the limits of numbers or nesting
         raise ValueError("not JSON") from None
     if not isinstance(record, dict):
         raise ValueError("not an object")
-    if found is None and "crc" in record:
+    if match is None and "crc" in record:
         raise ValueError("its checksum is damaged")
-    return record, found is not None
+    return record, match is not None
 
 
 @dataclass
 class Lines:
-    """The lines of a file: number (from 1) and record of the good ones, number and reason of the bad ones.
+    """The lines of a file: number (from 1) and record of good lines, number and reason of bad ones.
 
-    `unchecked` holds the numbers of good lines without a checksum, as earlier versions wrote them; `end` is the offset
-    in bytes behind the last whole line, `torn` whether something stands behind it.
+    `unchecked` holds the numbers of good lines without checksum, as in files of earlier versions; `end` is the offset
+    in bytes behind the last complete line, `torn` whether the file has more bytes.
     """
 
     path: Path
@@ -73,17 +73,17 @@ class Lines:
         self.bad.append((number, reason))
 
     def warn(self, more_to_say: str = "") -> None:
-        """One line on stderr that names the bad lines; nothing where there are none."""
+        """Print one line on stderr that names the bad lines, if there are any."""
         if self.bad:
             named = ", ".join(f"line {n}: {why}" for n, why in self.bad[:SHOWN])
-            more = f", and {len(self.bad) - SHOWN} more" if len(self.bad) > SHOWN else ""
-            print(f"{self.path}: {len(self.bad)} bad lines are left out ({named}{more}){more_to_say}", file=sys.stderr)
+            rest = f", and {len(self.bad) - SHOWN} more" if len(self.bad) > SHOWN else ""
+            print(f"{self.path}: {len(self.bad)} bad lines are left out ({named}{rest}){more_to_say}", file=sys.stderr)
 
 
 def read_lines(path: str | Path) -> Lines:
-    """All lines of a file; DataError where it cannot be read.
+    """All lines of a file; DataError if it cannot be read.
 
-    Behind a line with a checksum, one without is bad. A last line without its newline counts where it is whole.
+    After a line with a checksum, lines without are bad. A last line without newline counts if it is complete.
     """
     try:
         raw = Path(path).read_bytes()
@@ -117,19 +117,19 @@ def _split(raw: bytes) -> Iterator[bytes]:
 
 
 class LineFile:
-    """Appends sealed lines to a file, which one process at a time may do.
+    """Appends sealed lines to a file, for one process at a time.
 
-    Opening it cuts off a torn last line. The lock is the kernel's and ends with the process.
+    Opening cuts off a torn last line. The kernel releases the lock with the process.
 
     Parameters
     ----------
     path : Path
-        The file; made, with its folder, where it is missing.
+        The file; created with its folder if missing.
 
     Raises
     ------
     DataError
-        When another process writes it, or it cannot be opened, read or written. What stands in it stays.
+        If another process writes the file, or if it cannot be opened, read or written. Its content stays.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -159,16 +159,16 @@ class LineFile:
                 os.close(fd)
                 raise DataError(f"{self.path}: another process is writing it") from None
             except FileNotFoundError:
-                pass  # moved away between opening and locking, as the next lines find too
+                pass  # moved between opening and locking; the next lines detect it
             except OSError as error:
-                if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # a file system without locks
+                if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # no locks on this file system
                     return fd
                 os.close(fd)
                 raise
             os.close(fd)
 
     def _mend(self, raw: bytes) -> None:
-        """A whole line that lacks its newline gets it; a torn one goes."""
+        """Complete a valid last line with its newline; cut off a torn one."""
         tail = self.lines.end
         bad = self.lines.bad
         if bad and bad[-1][0] == raw.count(b"\n") + 1:
@@ -179,7 +179,7 @@ class LineFile:
             self._write(b"\n")
 
     def add(self, *records: Mapping[str, Any]) -> None:
-        """Append records; DataError where they cannot be written, and the file is as before."""
+        """Append records; DataError if they cannot be written, with the file unchanged."""
         with self._told():
             self._write(b"".join(map(seal, records)))
 
@@ -190,15 +190,15 @@ class LineFile:
                 n = os.pwrite(self._fd, view, end)
                 view, end = view[n:], end + n
         except OSError:
-            with contextlib.suppress(OSError):  # half a line; where even this fails, the next start cuts it off
+            with contextlib.suppress(OSError):  # a partial line; if this fails too, the next start cuts it off
                 os.ftruncate(self._fd, self._end)
             raise
         self._end = end
 
     def without(self, numbers: Iterable[int], *ahead: Mapping[str, Any]) -> Path:
-        """Leave these lines out and put the records `ahead` in front; the path at which the old file is kept.
+        """Remove these lines and put the records `ahead` in front; returns the path of the old file's copy.
 
-        Killed meanwhile, the file is the old or the new one.
+        The replacement is atomic.
         """
         out, part = set(numbers), self.path.with_name(f"{self.path.name}.new")
         with self._told():
@@ -218,12 +218,12 @@ class LineFile:
         return kept
 
     def sync(self) -> None:
-        """Wait until what was added is on the device."""
+        """Wait until added lines are on the device."""
         with self._told():
             os.fsync(self._fd)
 
     def close(self) -> None:
-        """Let go of the file and its lock."""
+        """Close the file and release its lock."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -247,7 +247,7 @@ class LineFile:
 
 
 def set_aside(path: Path, copy: bool = False) -> Path:
-    """Keep a file as `.NAME.old`, `.NAME.old.2`, ..., whichever is free; with `copy` it also stays in place."""
+    """Move a file to `.NAME.old`, `.NAME.old.2`, ..., the first free name; with `copy` it also stays in place."""
     number, kept = 1, path.with_name(f".{path.name.removeprefix('.')}.old")
     first = kept.name
     while kept.exists():

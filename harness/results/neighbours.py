@@ -1,8 +1,7 @@
 """Decoding requests beside arriving ones: a table from the records of `harness.experiments.serving.neighbours`.
 
-A gap is the time from one token of a neighbour to its next one, once all of them decode (`lead` tokens). Median, 99th
-percentile and the longest are taken over all gaps of all neighbours in a run, and of each the median over the runs that
-nothing disturbed.
+A gap is the time between two tokens of a neighbour, once all neighbours decode (`lead` tokens). Median, 99th percentile
+and maximum are taken over all gaps of all neighbours in a run; of each, the median over undisturbed runs.
 """
 
 from collections.abc import Sequence
@@ -15,13 +14,13 @@ from harness.metrics.bootstrap import ratio_of_medians
 from harness.results.intervals import as_json, median
 from harness.results.undisturbed import pick, together, too_few
 
-NOTHING = "nothing"  # the arm in which nobody arrives
+NOTHING = "nothing"  # the arm without arrivals
 _GAPS = {"median": lambda x: np.quantile(x, 0.5), "p99": lambda x: np.quantile(x, 0.99), "max": max, "mean": np.mean}
 _ABOUT = ("store", "tokens", "neighbours", "decode_tokens", "arrivals", "every_s", "system")
 
 
 def table(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row an arm that was measured; where nothing disturbed both, its 99th percentile over that of `nothing`."""
+    """One row per measured arm; if both are undisturbed, its 99th percentile relative to that of `nothing`."""
     cells = [r for r in records if r["kind"] == "neighbours" and r["runs"] and not r["failed"]]
     alone = next((c for c in cells if c["system"] == NOTHING), None)
     rows = []
@@ -32,14 +31,14 @@ def table(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             both = [together([a.get("quiet"), b.get("quiet")]) for a, b in runs]
             made["disturbed"] = made["disturbed"] or too_few(both)
             if not made["disturbed"]:
-                ours, theirs = ([_gap("p99", pair[i], cell["lead"]) for pair in pick(runs, both)] for i in (1, 0))
-                made["p99_over_nothing"] = as_json(ratio_of_medians(ours, theirs))
+                arm, nothing = ([_gap("p99", pair[i], cell["lead"]) for pair in pick(runs, both)] for i in (1, 0))
+                made["p99_over_nothing"] = as_json(ratio_of_medians(arm, nothing))
         rows.append(made)
     return rows
 
 
 def row(cell: dict[str, Any]) -> dict[str, Any]:
-    """Gaps in ms of one arm's neighbours, and the arrivals' TTFT from when they were due."""
+    """Gaps in ms of one arm's neighbours, and the arrivals' TTFT since they were due."""
     quiet = [run.get("quiet") for run in cell["runs"]]
     runs = pick(cell["runs"], quiet)
     made: dict[str, Any] = {name: cell[name] for name in _ABOUT}

@@ -1,4 +1,4 @@
-"""Where a result comes from: code, versions, hardware, configuration, data."""
+"""Provenance of a result: code, versions, hardware, configuration, data."""
 
 import hashlib
 import json
@@ -73,9 +73,9 @@ def config_hash(config: dict[str, Any]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What a measurement runs on: the code, the hardware, and the versions that can change its numbers.
+    """The machine of a measurement: code, hardware, and the versions that can change numbers.
 
-    In a copy of a checkout, whose own commit is none or another, the variable CACHESLIDE_COMMIT names it.
+    In a copy of a checkout without a commit of its own, the variable CACHESLIDE_COMMIT gives it.
     """
     return {
         "git_commit": os.environ.get("CACHESLIDE_COMMIT") or _git("rev-parse", "HEAD"),
@@ -90,7 +90,7 @@ def machine() -> dict[str, Any]:
 
 
 def provenance(config: dict[str, Any], data: dict[str, str], model_id: str) -> dict[str, Any]:
-    """Everything needed to say what made a result; `data` maps a data set's name to its hash."""
+    """Full provenance of a result; `data` maps a data set's name to its hash."""
     status = _git("status", "--porcelain", "--untracked-files=no")
     return machine() | {
         "git_dirty": None if status is None else bool(status),

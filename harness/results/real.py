@@ -1,10 +1,10 @@
 """Tables of the study on a real model: `python -m harness.results.real summary RECORDS --out FILE`.
 
-Every mean has a percentile bootstrap interval over prompts (over sessions where turns belong to one); comparisons are
-paired. KL is that of recompute's next-token distribution, in nats a token.
+Every mean has a percentile bootstrap interval over prompts (over sessions if turns belong to one); comparisons are
+paired. KL is relative to recompute's next-token distribution, in nats per token.
 
-`python -m harness.results.real layers RECORDS --out layers.json` chooses each rule's selection layer from the
-validation part: the one of the lowest mean KL on the answer.
+`python -m harness.results.real layers RECORDS --out layers.json` chooses each rule's selection layer on the validation
+part: the one with the lowest mean KL on the answer.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SCHEMA = "cacheslide.real/1"
 POOLED = "both"
 NOTHING, ISOLATED, OURS, RIVAL = "Nothing recomputed", "Isolated, nothing recomputed", "First tokens", "CacheBlend"
 RIVALS = (f"{RIVAL}, by V", f"{RIVAL}, by K")
-# Rules that are compared one by one, all over the KV that the turn before left: their arms, up to the layer.
+# Rules compared one by one, over the KV left by the turn before: prefixes of their arms' names, up to the layer.
 RULES = (
     *(f"{rule} {n} %" for rule in ("First tokens", "Remembered", "Overlap", "Canonical, remembered") for n in (5, 10)),
     *(f"{rule} 10 %" for rule in ("Remembered + boundary 32", "Overlap, half first", "Boundary", QUESTION)),
@@ -35,7 +35,7 @@ RULES = (
     "Shrinking 20 %",
     "Random tokens 10 %",
 )
-STUDY = ("model", "dtype", "seed", "lengths")  # what all records of a stage have in common
+STUDY = ("model", "dtype", "seed", "lengths")  # settings common to all records of a stage
 CONDITIONS = (*STUDY, "prompts", "swept", "validation", "sessions", "turns", "longest", "data", "best")
 Row = dict[str, Any]
 
@@ -43,12 +43,12 @@ Row = dict[str, Any]
 def read_stage(folder: Path, stage: str) -> tuple[list[Row], list[Row], list[Mapping[str, Any]]]:
     """Records, failures and settings of all shards of a stage, finished or not.
 
-    An id counts once, and as failed only where no shard measured it. Files that a run has set aside are not read.
-    DataError where two shards are of different studies, or a record is none of this stage.
+    An id counts once, and as failed only if no shard measured it. Files set aside by a run are not read. DataError if
+    two shards are of different studies, or for a record of another stage.
     """
     name = re.compile(rf"\.?({re.escape(stage)}-\d+of\d+\.jsonl)(\.part)?")
     named = {path: name.fullmatch(path.name) for path in sorted(folder.glob("*"))}
-    files = {found[1]: path for path, found in named.items() if found}  # a finished file behind its part
+    files = {match[1]: path for path, match in named.items() if match}  # a finished file replaces its part
     records, failures, settings = {}, {}, []
     for path in files.values():
         file = read_file(path)
@@ -65,12 +65,12 @@ def read_stage(folder: Path, stage: str) -> tuple[list[Row], list[Row], list[Map
 
 
 def setting_of(record: Row) -> str:
-    """The setting that a trial's id begins with."""
+    """The setting at the beginning of a trial's id."""
     return record["trial"].split(" ", 1)[0]
 
 
 def tabulate(records: Iterable[Row], keys: Callable[[Row], Iterable[tuple]]) -> list[Row]:
-    """One row a group of records; `keys` gives the groups that a record belongs to, the arm last."""
+    """One row per group of records; `keys` returns a record's groups, the arm last."""
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for record in records:
         for key in keys(record):
@@ -95,20 +95,21 @@ def _figures(members: Sequence[Row]) -> Row:
                 "agreement": _estimate([r[name]["agreement"] for r in members], clusters),
                 "nll_change": _estimate([r[name]["nll_change"] for r in members], clusters),
             }
-    # Where the most likely token differs first, greedy decoding takes another way. Both runs are scored alike, so that
-    # decoding token by token, which rounds otherwise, flips nothing by itself.
+    # Greedy decoding diverges at the first different most likely token. Both runs are scored by the same kind of pass,
+    # so
+    # rounding of token-by-token decoding does not count.
     out["flips"] = _estimate([float(r["greedy"]["agreement"] < 1) for r in members], clusters)
     return {k: short(v) for k, v in out.items()}
 
 
 def _estimate(values: Sequence[float], clusters: Sequence[str]) -> Row:
-    """A mean with its interval; the row says of how many trials."""
-    found = mean(values, clusters)
-    return {k: short(found[k]) for k in ("value", "low", "high")}
+    """A mean with its interval; the row holds the number of trials."""
+    estimate = mean(values, clusters)
+    return {k: short(estimate[k]) for k in ("value", "low", "high")}
 
 
 def short(value: Any) -> Any:
-    """A number to four significant digits: a table has hundreds of them, and intervals are far wider."""
+    """A number to four significant digits, which is finer than any interval of these tables."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
@@ -129,12 +130,12 @@ def by_agent(record: Row) -> Iterable[tuple]:
 
 
 def paired(records: Sequence[Row], one: str, other: str, setting: str, dataset: str = POOLED) -> Row | None:
-    """KL of `one` over KL of `other` on the answers of the prompts that both have; None without any."""
-    found: dict[str, dict[str, float]] = defaultdict(dict)
+    """KL of `one` over KL of `other` on the answers of prompts with both; None without any."""
+    kl: dict[str, dict[str, float]] = defaultdict(dict)
     for r in records:
         if setting_of(r) == setting and dataset in (POOLED, r["dataset"]) and r["arm"] in (one, other):
-            found[r["trial"]][r["arm"]] = r["answer"]["kl"]
-    both = {t: f for t, f in found.items() if len(f) == len({one, other})}
+            kl[r["trial"]][r["arm"]] = r["answer"]["kl"]
+    both = {t: f for t, f in kl.items() if len(f) == len({one, other})}
     if not both:
         return None
     a, b = ([f[name] for f in both.values()] for name in (one, other))
@@ -142,7 +143,7 @@ def paired(records: Sequence[Row], one: str, other: str, setting: str, dataset: 
 
 
 def choose_layers(records: Sequence[Row]) -> dict[str, int]:
-    """By rule: the layer of the lowest mean KL on the answers of the validation part."""
+    """By rule: the layer with the lowest mean KL on the answers of the validation part."""
     kl: dict[tuple[str, int], list[float]] = defaultdict(list)
     for r in records:
         line, layer = rule_and_layer(r["arm"])
@@ -156,41 +157,41 @@ def choose_layers(records: Sequence[Row]) -> dict[str, int]:
 
 
 def _within(rows: Sequence[Row], begins: str, most: float, setting: str, dataset: str) -> list[Row]:
-    """The rows of a setting whose arm's name begins so and whose mean compute fraction is at most `most`.
+    """The rows of a setting whose arms' names begin with `begins`, with a mean compute fraction of at most `most`.
 
-    Arms that ran on fewer than half of the setting's prompts are swept for a figure: other prompts, no comparison.
+    Arms that ran on fewer than half of the setting's prompts are sweeps for a figure and are left out.
     """
-    here = [r for r in rows if r["key"][:2] == [setting, dataset]]
-    prompts = max((r["n"] for r in here), default=0)
-    named = [r for r in here if r["key"][2].startswith(begins) and 2 * r["n"] >= prompts]
+    members = [r for r in rows if r["key"][:2] == [setting, dataset]]
+    prompts = max((r["n"] for r in members), default=0)
+    named = [r for r in members if r["key"][2].startswith(begins) and 2 * r["n"] >= prompts]
     return [r for r in named if r["compute_fraction"] <= most]
 
 
 def best_within(rows: Sequence[Row], begins: str, most: float, setting: str, dataset: str) -> Row | None:
-    """The row of the lowest KL among arms whose name begins so and whose mean compute fraction is at most `most`."""
+    """The row with the lowest KL among those of `_within`."""
     fitting = [r for r in _within(rows, begins, most, setting, dataset) if "stale" not in r["key"][2]]
     return min(fitting, key=lambda r: r["answer"]["kl"]["value"], default=None)
 
 
 def largest_within(rows: Sequence[Row], begins: str, most: float, setting: str, dataset: str) -> Row | None:
-    """The row of the highest compute fraction up to `most` among arms whose name begins so: no choice by outcome."""
+    """The row with the highest compute fraction among those of `_within`: not chosen by outcome."""
     return max(_within(rows, begins, most, setting, dataset), key=lambda r: r["compute_fraction"], default=None)
 
 
 def comparisons(records: Sequence[Row], rows: Sequence[Row], best: Mapping[str, int] | None = None) -> list[Row]:
-    """Paired ratios: ours over CacheBlend at its best within 33 % of compute, over nothing; RPDC over PIC; each rule.
+    """Paired ratios: ours over CacheBlend's best within 33 % of compute and over nothing, RPDC over PIC, each rule.
 
-    `best` has the layers that the validation part chose, by line.
+    `best` holds the layers chosen on the validation part, by rule.
     """
     out = []
     for setting, dataset in sorted({(r["key"][0], r["key"][1]) for r in rows}):
-        ours = largest_within(rows, OURS, 0.33, setting, dataset)
+        cacheslide = largest_within(rows, OURS, 0.33, setting, dataset)
         rival = best_within(rows, RIVAL, 0.33, setting, dataset)
         pairs = [("rpdc over pic", NOTHING, ISOLATED)]
-        if ours:
-            pairs.append(("ours over nothing recomputed", ours["key"][2], NOTHING))
-        if ours and rival:
-            pairs.append(("ours over the best CacheBlend", ours["key"][2], rival["key"][2]))
+        if cacheslide:
+            pairs.append(("ours over nothing recomputed", cacheslide["key"][2], NOTHING))
+        if cacheslide and rival:
+            pairs.append(("ours over the best CacheBlend", cacheslide["key"][2], rival["key"][2]))
         for name, one, other in pairs:
             ratio = paired(records, one, other, setting, dataset)
             if ratio is not None:
@@ -202,7 +203,7 @@ def comparisons(records: Sequence[Row], rows: Sequence[Row], best: Mapping[str, 
 def _rules(
     records: Sequence[Row], rows: Sequence[Row], best: Mapping[str, int], setting: str, dataset: str
 ) -> Iterator[Row]:
-    """Each rule over nothing recomputed, and over CacheBlend's 15 % at the layer that is best for it in hindsight."""
+    """Each rule over nothing recomputed, and over CacheBlend's 15 % at its best layer in hindsight."""
     arms = {r["key"][2] for r in _within(rows, "", 1.0, setting, dataset)}
     fifteen = [r for r in rows if rule_and_layer(r["key"][2])[0] in RIVALS and " 15 % " in r["key"][2]]
     rival = best_within(fifteen, RIVAL, 1.0, setting, dataset)
@@ -219,9 +220,9 @@ def _rules(
 
 
 def headline(rows: Sequence[Row], ratios: Sequence[Row], replayed: int) -> dict[str, Any]:
-    """The plain numbers of the setting *matter*, both data sets together."""
+    """The headline numbers of the setting *matter*, both data sets together."""
     at = {r["key"][2]: r for r in rows if r["key"][:2] == ["matter", POOLED]}
-    ours = largest_within(rows, OURS, 0.20, "matter", POOLED)
+    cacheslide = largest_within(rows, OURS, 0.20, "matter", POOLED)
     rival = best_within(rows, RIVAL, 0.33, "matter", POOLED)
     pic = [r for r in ratios if r["comparison"] == "rpdc over pic" and r["setting"] == "matter"]
     pic = [r for r in pic if r["dataset"] == POOLED]
@@ -233,16 +234,16 @@ def headline(rows: Sequence[Row], ratios: Sequence[Row], replayed: int) -> dict[
         "kl_nothing_recomputed": kl(at.get(NOTHING)),
         "kl_isolated": kl(at.get(ISOLATED)),
         "kl_cacheblend_best_at_33pct": kl(rival),
-        "kl_cacheslide_at_20pct_compute": kl(ours),
+        "kl_cacheslide_at_20pct_compute": kl(cacheslide),
         "kl_noise_floor": kl(at.get(NOISE)),
-        "greedy_flip_share_cacheslide": ours["flips"]["value"] if ours else None,
+        "greedy_flip_share_cacheslide": cacheslide["flips"]["value"] if cacheslide else None,
         "rpdc_over_pic_kl_ratio": pic[0]["value"] if pic else None,
         "real_sessions_replayed": replayed,
     }
 
 
 def summarise(folder: Path) -> dict[str, Any]:
-    """Everything that the records of `folder` say; DataError without records of the frontier."""
+    """All tables from the records in `folder`; DataError without records of the frontier."""
     records, failures, settings = read_stage(folder, "frontier")
     if not records:
         raise DataError(f"{folder} holds no records of the stage frontier")
@@ -266,14 +267,14 @@ def summarise(folder: Path) -> dict[str, Any]:
 
 
 def _about(settings: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The settings of a stage: those of the shards that know most layers, with the commits of all."""
+    """The settings of a stage: those of the shards with most layers, with the commits of all."""
     one = max(settings, key=lambda s: len(s.get("best") or {}))
     commits = sorted({str((s.get("provenance") or {}).get("git_commit")) for s in settings})
     return dict(one) | {"provenance": dict(one.get("provenance") or {}) | {"git_commits": commits}}
 
 
 def _kept(rows: Sequence[Row]) -> Iterator[Row]:
-    """What the file keeps: all of a row of both sets together; less of one set's, and of arms that few prompts ran."""
+    """The stored rows: full for both sets together, reduced for single sets and for arms with few prompts."""
     most: dict[str, int] = defaultdict(int)
     for row in rows:
         most[row["key"][1]] = max(most[row["key"][1]], row["n"])
@@ -285,7 +286,7 @@ def _kept(rows: Sequence[Row]) -> Iterator[Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Entry point."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=("layers", "summary"))
     p.add_argument("records", type=Path)

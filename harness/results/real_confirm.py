@@ -1,9 +1,9 @@
-"""Whether rules hold on prompts they were not chosen on: `python -m harness.results.real_confirm RECORDS --out FILE`.
+"""Confirms rules on prompts they were not chosen on: `python -m harness.results.real_confirm RECORDS --out FILE`.
 
-Records are of the stage `confirm` of the study on a real model. Each rule's KL on the answer over that of nothing
-recomputed, and over CacheBlend by V at 15 %, paired, with intervals over prompts. A rule is confirmed where it is at
-most `GOAL` of nothing recomputed in every setting, data sets together, over at least `LEAST` prompts and with all of
-the interval below 1.
+Records are of the stage `confirm` of the study on a real model. Each rule's KL on the answer is compared with that of
+nothing recomputed, and of CacheBlend by V at 15 %, paired, with intervals over prompts. A rule is confirmed if its
+ratio to nothing recomputed is at most `GOAL` in every setting, data sets together, over at least `LEAST` prompts and
+with the whole interval below 1.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from harness.step import command
 
 SCHEMA = "cacheslide.real-confirm/1"
 GOAL = 0.7  # of the KL with nothing recomputed
-LEAST = 30  # prompts: an interval over a few says nothing
+LEAST = 30  # prompts: fewer give no usable interval
 OVER_NOTHING, OVER_RIVAL = "over nothing recomputed", "over CacheBlend 15 %"
 ESTIMATE = ("value", "low", "high")
 
@@ -75,7 +75,7 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lines(summary: Mapping[str, Any]) -> list[str]:
-    """What is printed: KL and compute by arm, the ratios, and which rules are confirmed."""
+    """The printed summary: KL and compute by arm, the ratios, and the confirmed rules."""
     out = [f"{r['key'][0]}, {r['key'][1]}: KL {shown_estimate(r)}, {r['compute_fraction']:.2f} computed, n = {r['n']}"
            for r in summary["rows"]]  # fmt: skip
     for ratio in summary["ratios"]:
@@ -87,7 +87,7 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Entry point."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("records", type=Path)
     p.add_argument("--out", type=Path, required=True)

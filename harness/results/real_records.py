@@ -1,4 +1,4 @@
-"""What a record of the study on a real model must hold before the tables count it."""
+"""Checks the records of the study on a real model before tables count them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,22 +10,22 @@ from cacheslide.plain_values import shown
 TEXTS = ("trial", "dataset", "arm")
 NUMBERS = ("compute_fraction", "tokens", "tokens_reused")
 SCORES = ("kl", "agreement", "nll_change")
-ANSWERED = ("frontier", "layers", "confirm")  # stages whose every prompt has an answer
+ANSWERED = ("frontier", "layers", "confirm")  # stages in which every prompt has an answer
 LAYER = " at layer "
 LARGEST = 1e15  # sums of such numbers stay finite
 
 
 def rule_and_layer(arm: str) -> tuple[str, int | None]:
-    """An arm's name without its ratio and layer, and the layer."""
+    """An arm's name without ratio and layer, and its layer."""
     name, _, layer = arm.partition(LAYER)
     return name.rsplit(" ", 2)[0] if name.endswith(" %") else name, int(layer) if layer else None
 
 
 def check_record(record: Mapping[str, Any], stage: str, path: Path) -> None:
-    """DataError, naming file and record, for one that lacks what the tables of `stage` read or holds another kind."""
+    """Raise DataError, naming file and record, if a field of the tables of `stage` is missing or of a wrong type."""
 
-    def wrong(key: str, what: str, value: Any) -> DataError:
-        return DataError(f"{path}: record {shown(record['id'])}: {key} must be {what}, not {shown(value)}")
+    def wrong(key: str, wanted: str, value: Any) -> DataError:
+        return DataError(f"{path}: record {shown(record['id'])}: {key} must be {wanted}, not {shown(value)}")
 
     for key in TEXTS:
         if not isinstance(record.get(key), str):

@@ -1,7 +1,7 @@
 """Tables of the slice: `python -m harness.results.real_slice RECORDS --out FILE` writes them and prints the means.
 
 The slice is a few arms on at most 20 prompts on any machine (stage `slice` of the study on a real model). Its prompts
-are shorter than the study's, so its numbers stand by themselves.
+are shorter than the study's, so its numbers are not comparable with the study's.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def summarise(folder: Path) -> dict[str, Any]:
 
 
 def lines(summary: Mapping[str, Any]) -> list[str]:
-    """What is printed: KL and compute fraction by arm, both data sets together, and the ratios."""
+    """The printed summary: KL and compute fraction by arm, both data sets together, and the ratios."""
     out = []
     for row in summary["rows"]:
         setting, dataset, arm = row["key"]
@@ -63,7 +63,7 @@ def shown_estimate(estimate: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Entry point."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("records", type=Path)
     p.add_argument("--out", type=Path, required=True)

@@ -1,12 +1,12 @@
-"""Numbers of records and tables to the digits that say something."""
+"""Rounds numbers of records and tables to significant digits."""
 
 from typing import Any
 
-DIGITS = 6  # significant: more is noise in every line, and a third of a table's bytes
+DIGITS = 6  # significant: further ones are noise, and a third of a table's bytes
 
 
 def rounded(value: Any, digits: int = DIGITS) -> Any:
-    """`value` with its floats to `digits` significant digits, in dicts and lists too."""
+    """`value` with its floats rounded to `digits` significant digits, also inside dicts and lists."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}")
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Reads the files of one run: records with their settings, failures apart, whatever of them exists."""
+"""Reads the existing files of one run: records with their settings, and failures."""
 
 import json
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ BySystem = dict[str, RecordFile]
 
 @dataclass
 class Run:
-    """Everything measured under one configuration; parts that were not measured are empty or None.
+    """All measurements of one configuration; parts that were not measured are empty or None.
 
     `accuracy` and `equal_share` map data set, then system, to records; `latency` maps the nominal prompt length in
     tokens.
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def titles(self) -> dict[str, str]:
-        """What figures and tables call each system."""
+        """Display name of each system in figures and tables."""
         out = dict((self.prompts or {}).get("titles", {}))
         for timed in (*self.latency.values(), self.throughput):
             out |= timed.settings.get("titles", {}) if timed else {}
@@ -51,12 +51,12 @@ class Run:
         return out
 
     def order(self, systems: Iterable[str]) -> list[str]:
-        """`systems` in the configuration's order, then those on CoPE, then those it does not name, by name."""
+        """`systems` in the configuration's order, then those on CoPE, then unknown ones by name."""
         named = {s: i for i, s in enumerate([*self.config.get("systems", []), *cope_systems(self.config)])}
         return sorted(set(systems), key=lambda s: (named.get(s, len(named)), s))
 
     def failures(self) -> list[dict[str, Any]]:
-        """Every failed request, and where it failed."""
+        """Every failed request with its place."""
         out = []
         for stage in ("accuracy", "equal_share"):
             for dataset, files in getattr(self, stage).items():
@@ -74,13 +74,13 @@ class Run:
 
 
 def mix_of(dataset: str) -> str:
-    """The dependency mix of a data set called style-mix; any other data set is a group of its own."""
+    """The dependency mix of a data set named in the style of mix data sets; other data sets are their own group."""
     tail = dataset.rpartition("-")[2]
     return tail if tail in MIXES else dataset
 
 
 def load_run(config: dict[str, Any], **paths: Any) -> Run:
-    """Read what exists of a run.
+    """Read the existing files of a run.
 
     Parameters
     ----------
@@ -88,14 +88,14 @@ def load_run(config: dict[str, Any], **paths: Any) -> Run:
         The run's configuration.
     **paths
         `accuracy`, `equal_share`, `latency`, `agents`: lists of record files; `throughput`, `cksim`,
-        `cksim_cope`: one record file; `prompts`, `prompts_cope`, `layer`: one JSON file. Absent files are left out: the
-        summary says what is missing.
+        `cksim_cope`: one record file; `prompts`, `prompts_cope`, `layer`: one JSON file. Missing files are skipped: the
+        summary lists them.
     """
     run = Run(config)
     for stage in ("accuracy", "equal_share"):
         for path in _existing(paths.get(stage)):
             getattr(run, stage).setdefault(path.parent.name, {})[path.stem] = read_file(path)
-    for dataset, files in run.equal_share.items():  # those that recompute this share by themselves ran once
+    for dataset, files in run.equal_share.items():  # systems that recompute this share by themselves ran once
         own = run.accuracy.get(dataset, {})
         files |= {
             s: own[s]
@@ -118,7 +118,7 @@ def load_run(config: dict[str, Any], **paths: Any) -> Run:
 
 
 def read_json(path: str | Path) -> Any:
-    """The content of a JSON file; DataError naming it when it is none."""
+    """The content of a JSON file; DataError with its name if invalid."""
     try:
         return renamed.record(json.loads(Path(path).read_text(encoding="utf-8")))
     except (json.JSONDecodeError, RecursionError) as broken:

@@ -1,11 +1,11 @@
-"""From the records of `engine_ttft` and `neighbours` (`harness.experiments.serving`) to one file of tables:
+"""Tables from the records of `engine_ttft` and `neighbours` (`harness.experiments.serving`):
 
 `python -m harness.results.serving --records FILE ... --kernels FILE --out results/h200/serving.json`.
 
-A batch counts by the time until its last first token; beside it stand their mean and its requests per second. Ratios
-compare medians over turns in which the systems took turns. Executor efficiency is (share of row-layers computed x
-recompute's TTFT) / CacheSlide's TTFT: 1 if a row-layer cost what it costs in vLLM's own prefill and nothing else cost
-anything. Disturbed turns are left out; where too few are left, a row has no ratio, and `disturbed` says why.
+A batch's time is that until its last first token; rows also have the mean and requests per second. Ratios compare
+medians over turns that alternate between systems. Executor efficiency is (share of row-layers computed x recompute's
+TTFT) / CacheSlide's TTFT: 1 if a row-layer costs what it costs in vLLM's own prefill and nothing else costs anything.
+Disturbed turns are left out; if too few are left, a row has no ratio, and `disturbed` gives the reason.
 """
 
 import argparse
@@ -30,7 +30,7 @@ HEADLINE = (8192, 1, "cacheslide@0.26", "model")  # tokens, batch, system, store
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of one run, which may be packed (`.xz`); a torn last line is left out."""
+    """The records of one run, plain or packed (`.xz`); a torn last line is left out."""
     records = []
     try:
         with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as file:
@@ -49,31 +49,31 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def tables(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a cell that was measured; TTFT in ms, efficiency and ratios with their intervals."""
+    """One row per measured cell; TTFT in ms, efficiency and ratios with intervals."""
     cells = [r for r in records if r["kind"] == "cell" and r["runs"] and not r["failed"]]
     recompute = {(c["tokens"], c["batch"]): c for c in cells if c["system"] == "recompute"}
     rows = []
     for cell in cells:
-        whole, base = cell, recompute.get((cell["tokens"], cell["batch"]))
-        few = too_few(_readings(whole))
-        cell = whole | {"runs": pick(whole["runs"], _readings(whole))}
+        complete, base = cell, recompute.get((cell["tokens"], cell["batch"]))
+        few = too_few(_readings(complete))
+        cell = complete | {"runs": pick(complete["runs"], _readings(complete))}
         own = _makespans(cell)
         row = {name: cell[name] for name in ("tokens", "batch", "system", "store")}
         row |= {"ttft_ms": median([1e3 * x for x in own]), "mean_ttft_ms": 1e3 * _median(_means(cell))}
         row["requests_per_s"] = cell["batch"] / _median(_seconds(cell))
-        if "@" in cell["system"]:  # an arm of reuse, which has receipts
+        if "@" in cell["system"]:  # an arm with reuse, which has receipts
             share = _median([x for run in cell["runs"] for x in run["compute_fraction"]])
             row |= {"compute_fraction": share, "bytes_loaded": cell["runs"][0]["bytes_loaded"][0]}
         if base and cell["system"] != "recompute":
-            turns = min(len(base["runs"]), len(whole["runs"]))
-            both = [together(pair) for pair in zip(_readings(base)[:turns], _readings(whole)[:turns], strict=True)]
+            turns = min(len(base["runs"]), len(complete["runs"]))
+            both = [together(pair) for pair in zip(_readings(base)[:turns], _readings(complete)[:turns], strict=True)]
             few = few or too_few(both)
         row["disturbed"] = few
         if base and cell["system"] != "recompute" and not few:
-            row["recompute_over_ttft"] = ratio = _over(base, whole, both, _makespans)
+            row["recompute_over_ttft"] = ratio = _over(base, complete, both, _makespans)
             if cell["batch"] > 1:
-                row["recompute_over_mean_ttft"] = _over(base, whole, both, _means)
-                row["requests_per_s_over_recompute"] = _over(base, whole, both, _seconds)
+                row["recompute_over_mean_ttft"] = _over(base, complete, both, _means)
+                row["requests_per_s_over_recompute"] = _over(base, complete, both, _seconds)
             if "compute_fraction" in row:
                 row["efficiency"] = ratio | {k: share * v for k, v in ratio.items() if k in _ESTIMATE and v is not None}
         rows.append(row)
@@ -83,7 +83,7 @@ def tables(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _over(
     base: dict[str, Any], cell: dict[str, Any], both: Readings, times: Callable[[dict[str, Any]], list[float]]
 ) -> dict[str, Any]:
-    """Medians of `times` of `base` over those of `cell`, in the turns that disturbed neither."""
+    """Medians of `times` of `base` over those of `cell`, in turns undisturbed for both."""
     return as_json(ratio_of_medians(*(pick(times(c)[: len(both)], both) for c in (base, cell))))
 
 
@@ -100,7 +100,7 @@ def _means(cell: dict[str, Any]) -> list[float]:
 
 
 def _seconds(cell: dict[str, Any]) -> list[float]:
-    """Of each whole batch; records of before have its last first token alone."""
+    """Seconds of each whole batch; older records only have the last first token."""
     return [run.get("seconds", max(run["ttft"])) for run in cell["runs"]]
 
 
@@ -111,24 +111,24 @@ def _median(values: Sequence[float]) -> float:
 
 
 def plugin_overhead(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """What plain requests pay for the connector, in per cent: prefill of one prompt, and a batch of decodes."""
-    found = next((r for r in records if r["kind"] == "overhead"), None)
-    if found is None:
+    """The connector's cost for plain requests in per cent: prefill of one prompt, and a batch of decodes."""
+    record = next((r for r in records if r["kind"] == "overhead"), None)
+    if record is None:
         return None
-    out: dict[str, Any] = {"tokens": found["tokens"], "decode_tokens": found["decode_tokens"]}
-    quiet = found.get("quiet", [])
+    out: dict[str, Any] = {"tokens": record["tokens"], "decode_tokens": record["decode_tokens"]}
+    quiet = record.get("quiet", [])
     if few := too_few(quiet):
         return out | {"disturbed": few}
-    for what in ("ttft", "decode"):
-        pairs = [pick(found["runs"][engine][what], quiet) for engine in ("plugin", "vanilla")]
+    for part in ("ttft", "decode"):
+        pairs = [pick(record["runs"][engine][part], quiet) for engine in ("plugin", "vanilla")]
         ratio = as_json(ratio_of_medians(*pairs))
         scaled = {k: 100 * (ratio[k] - 1) if ratio[k] is not None else None for k in ("value", "low", "high")}
-        out[what] = ratio | scaled
+        out[part] = ratio | scaled
     return out
 
 
 def build(paths: Sequence[Path], kernels: Path | None) -> dict[str, Any]:
-    """All runs beside each other, and the headline of those that have it."""
+    """All runs, and the headline of runs that have it."""
     runs, headline = [], {}
     for path in paths:
         records = read(path)
@@ -173,15 +173,15 @@ def build(paths: Sequence[Path], kernels: Path | None) -> dict[str, Any]:
 
 
 def _headline(run: dict[str, Any]) -> dict[str, float]:
-    found = {}
+    numbers = {}
     if run["settings"]["shape"] == "mistral-7b":
         for row in run["table"]:
             if (row["tokens"], row["batch"], row["system"], row["store"]) == HEADLINE and "efficiency" in row:
-                found["executor_efficiency_8k"] = row["efficiency"]["value"]
-                found["ttft_ratio_8k_topk26"] = row["recompute_over_ttft"]["value"]
+                numbers["executor_efficiency_8k"] = row["efficiency"]["value"]
+                numbers["ttft_ratio_8k_topk26"] = row["recompute_over_ttft"]["value"]
     if (overhead := run["plugin_overhead_pct"]) is not None and not overhead.get("disturbed"):
-        found["plugin_overhead_pct"] = max(overhead["ttft"]["value"], overhead["decode"]["value"])
-    return found
+        numbers["plugin_overhead_pct"] = max(overhead["ttft"]["value"], overhead["decode"]["value"])
+    return numbers
 
 
 def main(argv: Sequence[str] | None = None) -> None:

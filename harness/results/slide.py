@@ -1,4 +1,4 @@
-"""The summary of SLIDE's experiments: what the records say, beside the paper's claims."""
+"""Summary of SLIDE's experiments, beside the paper's claims."""
 
 import json
 from collections import defaultdict
@@ -33,7 +33,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def reduction(less: list[float], more: list[float], resamples: int = 10_000) -> dict[str, Any]:
-    """1 - sum(less) / sum(more) in percent, with a bootstrap interval over the pairs; None where `more` is all zero."""
+    """1 - sum(less) / sum(more) in percent, with a bootstrap interval over the pairs; None if `more` is all zero."""
     a, b = np.asarray(less, float), np.asarray(more, float)
     if b.sum() <= 0:
         return {"value": None, "low": None, "high": None, "n": len(a), "why": "nothing to reduce was measured"}
@@ -46,7 +46,7 @@ def reduction(less: list[float], more: list[float], resamples: int = 10_000) -> 
 
 
 def _ratio(pairs: list[tuple[float, float]]) -> dict[str, Any]:
-    """Mean of a / b over pairs; None where a b is 0."""
+    """Mean of a / b over pairs; None if a b is 0."""
     if any(b == 0 for _, b in pairs):
         return {
             "value": None,
@@ -104,16 +104,16 @@ def compare(runs: list[dict[str, Any]], conditions: tuple[str, ...]) -> dict[str
 
 
 def gpu_pages(templates: list[Template], page_tokens: int, batches=(2, 4, 6, 8)) -> list[dict[str, Any]]:
-    """GPU bytes in pages, computed: B requests on one template, and B on as many templates.
+    """GPU bytes in pages, computed: B requests on one template, and B requests on B templates.
 
-    PromptCache as published keeps its modules and copies them into every request; with shared pages it would keep them
-    once. CacheSlide shares what WCA left alone and keeps a private page where it corrected a row; the reference page
-    under a private one may leave.
+    PromptCache as published copies its modules into every request; with shared pages it would store them once.
+    CacheSlide shares pages that WCA left unchanged and stores a private page for each one with corrected rows; the
+    reference page under a private one may be evicted.
     """
     out = []
     for batch in batches:
-        some = [templates[i % len(templates)] for i in range(batch)]
-        for kind, group in (("one template", [some[0]] * batch), ("a template each", some)):
+        chosen = [templates[i % len(templates)] for i in range(batch)]
+        for kind, group in (("one template", [chosen[0]] * batch), ("a template each", chosen)):
             distinct = {id(t): t for t in group}.values()
             reference = sum(pages_in_use([t], page_tokens)[0] for t in distinct)
             copies = sum(pages_in_use([t], page_tokens)[0] for t in group)
@@ -130,7 +130,7 @@ def gpu_pages(templates: list[Template], page_tokens: int, batches=(2, 4, 6, 8))
 
 
 def summarise(out: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """Headline and tables from the records in `out`; what was not measured is null, with the reason."""
+    """Headline and tables from the records in `out`; numbers not measured are null, with the reason."""
     runs = _lines(out / "volume.jsonl")
     faults, index, scan = _read(out / "faults.json"), _read(out / "index.json"), _read(out / "scan.json")
     orders = _orders(out)
@@ -185,36 +185,36 @@ def summarise(out: Path, about: dict[str, Any]) -> dict[str, Any]:
 
 
 def _orders(out: Path) -> dict[str, Any]:
-    """The load-write orders' records by device kind; of several GPUs' the newest."""
-    found = {"cuda": None, "cpu": _read(out / "orders_cpu.json")}
+    """The load-write orders' records by device kind; the newest of several GPUs."""
+    orders = {"cuda": None, "cpu": _read(out / "orders_cpu.json")}
     for path in sorted(out.glob("orders_*.json"), key=lambda p: p.stat().st_mtime):
         if path.name != "orders_cpu.json":
-            found["cuda"] = _read(path)
-    return found
+            orders["cuda"] = _read(path)
+    return orders
 
 
 def _latency(measured: dict[str, Any] | None) -> tuple[float | None, str]:
-    """Mean reduction over batches of `disjoint` against `locked`, from host memory, on a GPU; and how to say it."""
+    """Mean reduction over batches of `disjoint` relative to `locked`, from host memory, on a GPU; and a text for it."""
     if measured is None:
         return None, "not measured: needs a GPU (python -m harness.experiments.slide.steps orders summary)"
     host = {(r["order"], r["staging"]) for r in measured["rows"] if r["source"] == "host"}
     if not host >= {("disjoint", 1), ("relocate", 1), ("disjoint", 2)}:
         return None, "not measured: the run on the GPU ended before it had chunks in host memory"
-    value, said = reductions(measured, "disjoint", 1)
+    value, text = reductions(measured, "disjoint", 1)
     paper, ahead = reductions(measured, "relocate", 1), reductions(measured, "disjoint", 2)
     return value, (
         "order 'disjoint' against 'locked', chunks in pinned host memory, a layer's load starting with the layer; mean "
-        f"over batches, which were {said}. The paper's order, 'relocate': {paper[0]:.1f} ({paper[1]}). With the next "
+        f"over batches, which were {text}. The paper's order, 'relocate': {paper[0]:.1f} ({paper[1]}). With the next "
         f"layer's load running ahead in both, 'disjoint': {ahead[0]:.1f} ({ahead[1]})"
     )
 
 
 def reductions(measured: dict[str, Any], order: str, staging: int) -> tuple[float, str]:
-    """Mean reduction of an order in percent over batches, chunks in host memory, and each batch in words."""
+    """Mean reduction of an order in percent over batches, with chunks in host memory; and each batch as text."""
     rows = [r for r in measured["rows"] if (r["source"], r["order"], r["staging"]) == ("host", order, staging)]
-    said = []
+    texts = []
     for r in rows:
         e = r["reduction_pct"]
         limits = "no interval" if e["low"] is None else f"{e['low']:.1f}, {e['high']:.1f}"
-        said.append(f"batch {r['batch']}: {e['value']:.1f} [{limits}]")
-    return float(np.mean([r["reduction_pct"]["value"] for r in rows])), ", ".join(said)
+        texts.append(f"batch {r['batch']}: {e['value']:.1f} [{limits}]")
+    return float(np.mean([r["reduction_pct"]["value"] for r in rows])), ", ".join(texts)

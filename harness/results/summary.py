@@ -1,4 +1,4 @@
-"""summary.json: every table, the headline, conditions and provenance of one run. Figures and report read it."""
+"""summary.json: tables, headline, conditions and provenance of one run, for figures and report."""
 
 import json
 from collections.abc import Mapping
@@ -50,7 +50,7 @@ def summarize(config: Mapping[str, Any], output: str | Path, **paths: Any) -> di
 
 
 def build_summary(run: Run, progress: str | None = None) -> dict[str, Any]:
-    """The summary of a run. Parts that were not measured are empty, and the headline says why."""
+    """The summary of a run. Parts that were not measured are empty; the headline gives the reason."""
     summary: dict[str, Any] = {
         "schema": SCHEMA,
         "run": run.config.get("run"),
@@ -78,27 +78,27 @@ def build_summary(run: Run, progress: str | None = None) -> dict[str, Any]:
 
 
 def timings(run: Run) -> dict[str, dict[str, int]]:
-    """How many timed blocks each part of the run has, how many are disturbed and how many were not checked."""
-    found = {}
+    """For each part of the run: number of timed blocks, of disturbed ones and of unchecked ones."""
+    counts = {}
     if run.latency:
         records = [r for file in run.latency.values() for r in file.records]
-        found["latency"] = added(counted(rounds_of(r, s)) for r in records for s in _one_a_session(r))
+        counts["latency"] = added(counted(rounds_of(r, s)) for r in records for s in _one_a_session(r))
     if run.throughput:
-        found["throughput"] = added(counted(slices_of(r)[1]) for r in run.throughput.records)
+        counts["throughput"] = added(counted(slices_of(r)[1]) for r in run.throughput.records)
     for section, file in run.agents.items():
         of = {"load": cells_of, "series": cells_of, "replay": steps_of, "grid": steps_of}.get(section)
         if of and file.records:
-            found[f"agents/{section}"] = added(counted(of(r)) for r in file.records)
-    return found
+            counts[f"agents/{section}"] = added(counted(of(r)) for r in file.records)
+    return counts
 
 
 def _one_a_session(record: Mapping[str, Any]) -> list[str]:
-    """A system of every session of a latency record: systems of a session share their rounds."""
+    """One system of every session of a latency record: systems of a session share their rounds."""
     return [q["systems"][0] for q in record.get("quiet", ())] or list(record["systems"])[:1]
 
 
 def conditions(run: Run) -> dict[str, Any]:
-    """Under what the numbers hold: the configuration, and the configurations the records were made under."""
+    """Conditions of the numbers: the configuration, and the configurations of the records."""
     files = [f for stage in (run.accuracy, run.equal_share) for d in stage.values() for f in d.values()]
     files += [*run.agents.values(), *run.latency.values()]
     files += [f for f in (run.throughput, run.cksim, run.cksim_cope) if f]
@@ -118,14 +118,14 @@ def conditions(run: Run) -> dict[str, Any]:
 
 
 def own_hashes(config: Mapping[str, Any]) -> set[str]:
-    """The hashes that this configuration's records name: of the slice that their step reads.
+    """The hashes that this configuration's records may have: those of the slices that their steps read.
 
-    Records of before 2026-11-30 name all of the configuration, or all but the sections `cope` and `agents`, those of
-    before 2026-11-29 under older names of its keys.
+    Records before 2026-11-30 have the hash of the whole configuration, or of all but the sections `cope` and `agents`;
+    those before 2026-11-29 with older names of its keys.
     """
-    whole = (dict(config), _older_names(config))
+    configurations = (dict(config), _older_names(config))
     slices = (slice_of(config, step.reads) for step in STEPS if step.reads)
-    return {config_hash(of) for of in (*whole, *map(native, whole), *slices)}
+    return {config_hash(of) for of in (*configurations, *map(native, configurations), *slices)}
 
 
 def _older_names(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _older_names(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def data_hashes(run: Run) -> dict[str, str]:
-    """Hash of the prompts behind every result, from the records' own headers."""
+    """Hash of the prompts behind every result, from the records' headers."""
     out = {}
     for stage in ("accuracy", "equal_share"):
         for dataset, files in getattr(run, stage).items():
@@ -155,7 +155,7 @@ def data_hashes(run: Run) -> dict[str, str]:
 
 
 def model_hash(config: Mapping[str, Any]) -> str:
-    """Hash of the checkpoint's configuration and weights, or what stood in the way of taking it."""
+    """Hash of the checkpoint's configuration and weights, or the reason for not having one."""
     try:
         return fingerprint(Path(config["model"]))
     except (KeyError, OSError, ModelError) as missing:

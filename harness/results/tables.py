@@ -1,4 +1,4 @@
-"""Accuracy tables: by data set and dependency mix, with intervals clustered by prompt and pairs with recompute."""
+"""Accuracy tables by data set and dependency mix, with intervals clustered by prompt, paired with recompute."""
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
@@ -11,7 +11,7 @@ from tqdm import tqdm
 from harness.results import intervals
 from harness.results.runs import OURS, REFERENCE, BySystem, RecordFile, Run, mix_of
 
-SHARE_TOLERANCE = 0.01  # a share of the reused rows is rounded to whole rows of each prompt
+SHARE_TOLERANCE = 0.01  # shares are rounded to whole rows of each prompt
 SCORES = ("f1", "em", "rouge_l", "success")
 
 
@@ -34,7 +34,7 @@ class Answers:
 
 
 def collect(files: Mapping[str, RecordFile]) -> Answers:
-    """The answers in `files`, which map data set to one system's records."""
+    """The answers in `files`, which maps data sets to one system's records."""
     questions = {
         (dataset, record["id"], q["id"]): q
         for dataset, f in files.items()
@@ -47,8 +47,8 @@ def collect(files: Mapping[str, RecordFile]) -> Answers:
 def accuracy_table(run: Run, stage: str, progress: str | None = None) -> list[dict[str, Any]]:
     """One row per data set and system, then one per mix and system.
 
-    `stage` is "accuracy" or "equal_share". Losses are paired with recompute of the same stage, or of the
-    accuracy stage where the stage has none (the prompts are the same).
+    `stage` is "accuracy" or "equal_share". Losses are paired with recompute of the same stage, or of the accuracy
+    stage if the stage has none (the prompts are the same).
     """
     data = _with_fitting(run) if stage == "equal_share" else getattr(run, stage)
     scopes = [("dataset", d, [d]) for d in data]
@@ -75,9 +75,9 @@ def accuracy_table(run: Run, stage: str, progress: str | None = None) -> list[di
 
 
 def _with_fitting(run: Run) -> dict[str, BySystem]:
-    """The equal-share records, and the accuracy records of recompute and of systems that recompute that share anyway.
+    """Equal-share records, and accuracy records of recompute and of systems that recompute that share by default.
 
-    A run need not repeat the latter: they would give the same answers.
+    A run need not repeat the latter, whose answers would be the same.
     """
     out: dict[str, BySystem] = {}
     for dataset, files in run.equal_share.items():
@@ -93,21 +93,21 @@ def _with_fitting(run: Run) -> dict[str, BySystem]:
 def _recomputes(file: RecordFile, recompute_ratio: float | None) -> bool:
     if recompute_ratio is None or not file.records:
         return False
-    found = receipt_totals([r["receipt"] for r in file.records])["recomputed_share"]
-    return found is not None and abs(found - recompute_ratio) <= SHARE_TOLERANCE
+    share = receipt_totals([r["receipt"] for r in file.records])["recomputed_share"]
+    return share is not None and abs(share - recompute_ratio) <= SHARE_TOLERANCE
 
 
 def accuracy_ratios(run: Run) -> list[dict[str, Any]]:
-    """CacheSlide's mean F1 over each other system's, by mix, on the questions both answered."""
+    """CacheSlide's mean F1 over each other system's, by mix, on questions that both answered."""
     out = []
     for mix in dict.fromkeys(map(mix_of, run.accuracy)):
         members = {d: files for d, files in run.accuracy.items() if mix_of(d) == mix and OURS in files}
-        ours = collect({d: files[OURS] for d, files in members.items()})
+        cacheslide = collect({d: files[OURS] for d, files in members.items()})
         for system in run.order(s for files in members.values() for s in files if s != OURS):
             other = collect({d: files[system] for d, files in members.items() if system in files})
-            both = [key for key in ours.questions if key in other.questions]
+            both = [key for key in cacheslide.questions if key in other.questions]
             if both:
-                a, b = ([x.questions[key]["f1"] for key in both] for x in (ours, other))
+                a, b = ([x.questions[key]["f1"] for key in both] for x in (cacheslide, other))
                 f1_ratio = intervals.ratio_of_sums(a, b, [key[:2] for key in both])
                 out.append({"mix": mix, "system": system, "f1_ratio": f1_ratio})
     return out
@@ -149,7 +149,7 @@ def _loss(reference: Answers, answers: Answers) -> dict[str, Any] | None:
 
 
 def _strata(answers: Answers) -> dict[str, Any]:
-    """Mean F1 by hops, and of answers that depend on the updated text against those that do not."""
+    """Mean F1 by hops, and separately for answers that depend on updated text and others."""
     out: dict[str, list] = {"by_depth": [], "by_volatility": []}
     for field, target in (("depth", "by_depth"), ("volatile", "by_volatility")):
         for value in sorted({q[field] for q in answers.questions.values() if q.get(field) is not None}):
@@ -160,7 +160,7 @@ def _strata(answers: Answers) -> dict[str, Any]:
 
 
 def receipt_totals(receipts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a system's receipts say: means a request, and how often nothing was reused and why."""
+    """Totals of a system's receipts: means per request, and how often nothing was reused, by reason."""
     reused, recomputed = (sum(r[key] for r in receipts) for key in ("tokens_reused", "tokens_recomputed"))
     reasons = Counter(r["fallback"] for r in receipts if r.get("fallback"))
     return {

@@ -1,6 +1,6 @@
-"""Latency and throughput tables. Gate, then time: a speed-up needs proof of reuse and answers from the same run.
+"""Latency and throughput tables. A speed-up needs proof of reuse, and answers, from the same run.
 
-Disturbed rounds and slices are left out; where too few are left, `disturbed` says so and there is no ratio.
+Disturbed rounds and slices are left out; if too few are left, `disturbed` gives the reason and there is no ratio.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ NOT_COMPARED = "the reference of the comparison"
 
 
 def gate(samples: Sequence[Mapping[str, Any]]) -> str:
-    """Why no speed-up may be reported for a system's timed requests; empty when it may.
+    """Why no speed-up may be reported for a system's timed requests; empty if it may.
 
     Every request must have reused rows and every request's answers must have been scored in the same run.
     """
@@ -35,9 +35,8 @@ def gate(samples: Sequence[Mapping[str, Any]]) -> str:
 def latency_table(run: Run) -> list[dict[str, Any]]:
     """One row per prompt length and system. A prompt's repeats are reduced to their median first.
 
-    `ttft_ratio` is the median over prompts of TTFT / TTFT of recompute on the same prompt; `compute_fraction` is
-    the ratio that computing nothing but the active rows of each layer would give, and `efficiency` how much of it
-    was reached.
+    `ttft_ratio` is the median over prompts of TTFT / TTFT of recompute on the same prompt; `compute_fraction` is the
+    ratio if only the active rows of each layer cost time, and `efficiency` how close the measured ratio is to it.
     """
     rows = []
     for tokens, file in run.latency.items():
@@ -47,14 +46,14 @@ def latency_table(run: Run) -> list[dict[str, Any]]:
 
 
 def latency_ratios(run: Run) -> list[dict[str, Any]]:
-    """How many times CacheSlide's TTFT fits into each other system's, by prompt length (median over prompts)."""
+    """Each other system's TTFT over CacheSlide's, by prompt length (median over prompts)."""
     out = []
     for tokens, file in run.latency.items():
-        ours = _samples(file, OURS)
+        cacheslide = _samples(file, OURS)
         for system in run.order(name for r in file.records for name in r["systems"] if name != OURS):
             other = _samples(file, system)
-            both = [key for key in ours if key in other]
-            reason = gate([ours[key] for key in both])
+            both = [key for key in cacheslide if key in other]
+            reason = gate([cacheslide[key] for key in both])
             if not reason and system != REFERENCE:
                 reason = gate([other[key] for key in both])
                 reason = reason and f"{system}: {reason}"
@@ -72,10 +71,10 @@ def _samples(file: RecordFile, system: str) -> dict[str, dict[str, Any]]:
 
 
 def _times(file: RecordFile, keys: Sequence[str], *systems: str) -> tuple[dict[str, list[float]], str]:
-    """Median TTFT of each system by prompt over the same rounds, and why they are not to be compared.
+    """Median TTFT of each system by prompt over the same rounds, and why they cannot be compared.
 
-    The rounds are those undisturbed for all the systems; a prompt without one is left out. Where too few of all rounds
-    are undisturbed, all are taken, and the second value says so.
+    Rounds undisturbed for all the systems; prompts without one are left out. If too few rounds are undisturbed, all are
+    taken, and the second value gives the reason.
     """
     records = {r["id"]: r for r in file.records if r["id"] in set(keys)}
     rounds = {key: rounds_of(records[key], *systems) for key in keys}
@@ -124,7 +123,7 @@ def _latency_row(run: Run, tokens: int, file: RecordFile, system: str) -> dict[s
 def throughput_table(run: Run) -> list[dict[str, Any]]:
     """One row per system and batch size; intervals resample the rounds of the closed loop.
 
-    Rounds count that were undisturbed for the system and, where it was run, for recompute.
+    Only rounds undisturbed for the system and, if it ran, for recompute.
     """
     if run.throughput is None:
         return []
@@ -170,7 +169,7 @@ def _throughput_row(run: Run, record: Mapping[str, Any], reference: Mapping[str,
 
 
 def _kept_requests(record: Mapping[str, Any], reference: Mapping[str, Any] | None) -> tuple[list[bool], str]:
-    """Which requests count, by slice, and why the loop is not to be compared."""
+    """Which requests count, by slice, and why the loop cannot be compared."""
     sizes, readings = slices_of(record)
     if reference is not None and slices_of(reference)[0] == sizes:
         readings = [together(pair) for pair in zip(readings, slices_of(reference)[1], strict=True)]
@@ -200,7 +199,7 @@ def _rounds(record: Mapping[str, Any]) -> list[int]:
 
 
 def round_seconds(record: Mapping[str, Any]) -> list[float]:
-    """Every request's share of its round's time; they add up to the time of the whole loop."""
+    """Every request's part of its round's time; the sum is the time of the whole loop."""
     rounds = _rounds(record)
     ends = [0.0] * (max(rounds) + 1)
     for i, r in zip(rounds, record["requests"], strict=True):

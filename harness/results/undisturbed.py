@@ -1,7 +1,7 @@
-"""Which timed blocks count: those that `harness.quiet` did not mark. Records from before it are "not checked".
+"""Selects timed blocks that `harness.quiet` did not mark. Blocks of older records are "not checked".
 
-A table leaves disturbed blocks out. Where too few are left, it takes all of them, says so in the row's `disturbed` and
-gives no ratio: such times may be shown with that remark, and nothing is concluded from them.
+A table leaves disturbed blocks out. If too few are left, it takes all of them, gives the reason in the row's
+`disturbed` and no ratio: such times may be shown with that remark, but support no conclusion.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,31 +14,31 @@ FEW = "timings disturbed"
 
 
 def disturbed(reading: Reading | None) -> bool:
-    """Whether a block is marked. Without a reading (None, or one that was never finished) it is not."""
+    """Whether a block is marked. Blocks without a finished reading are not."""
     return bool(reading) and bool(reading.get("disturbed"))
 
 
 def too_few(readings: Readings) -> str:
-    """Why the blocks give no result: fewer than `KEPT` of them were undisturbed; empty when they do."""
+    """Why the blocks give no result: fewer than `KEPT` of them were undisturbed; empty if they give one."""
     bad = sum(map(disturbed, readings))
     return f"{FEW}: other work ran beside {bad} of {len(readings)} blocks" if bad > (1 - KEPT) * len(readings) else ""
 
 
 def kept(readings: Readings) -> list[bool]:
-    """Which blocks a table takes: the undisturbed ones, or all where those are too few."""
+    """Which blocks a table takes: the undisturbed ones, or all if those are too few."""
     every = bool(too_few(readings))
     return [every or not disturbed(r) for r in readings]
 
 
 def pick(values: Sequence[Any], readings: Readings) -> list[Any]:
-    """The values of the blocks that a table takes; all, where there are no readings."""
+    """The values of the blocks that a table takes; all if there are no readings."""
     return [v for v, ok in zip(values, kept(readings), strict=True) if ok] if readings else list(values)
 
 
 def counted(readings: Iterable[Reading | None]) -> dict[str, int]:
     """`blocks`, and how many of them are `disturbed` and `not_checked`."""
-    found = list(readings)
-    return {"blocks": len(found), "disturbed": sum(map(disturbed, found)), "not_checked": sum(not r for r in found)}
+    blocks = list(readings)
+    return {"blocks": len(blocks), "disturbed": sum(map(disturbed, blocks)), "not_checked": sum(not r for r in blocks)}
 
 
 def added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
@@ -50,17 +50,17 @@ def added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def rounds_of(record: Mapping[str, Any], *systems: str) -> Readings:
-    """A latency record's reading of every round of some systems: one that is marked, if any of theirs is."""
-    found = []
+    """A latency record's reading of every round of the given systems: a marked one if any is marked."""
+    by_system = []
     for system in systems:
         repeats = len(record["systems"][system]["ttft_seconds"])
         of = next((q["rounds"] for q in record.get("quiet", ()) if system in q["systems"]), [None] * repeats)
-        found.append(of)
-    return [next((r for r in each if disturbed(r)), each[0]) for each in zip(*found, strict=True)]
+        by_system.append(of)
+    return [next((r for r in each if disturbed(r)), each[0]) for each in zip(*by_system, strict=True)]
 
 
 def slices_of(record: Mapping[str, Any]) -> tuple[list[int], Readings]:
-    """A throughput record's slices: requests of each, and readings; one that was not checked where it has none."""
+    """A throughput record's slices: the requests of each, and readings; unchecked if it has none."""
     return record.get("slices", [len(record["requests"])]), record.get("quiet", [None])
 
 

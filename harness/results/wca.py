@@ -1,4 +1,4 @@
-"""Tables of the sweep of WCA's open points: F1 by hop depth and row-layers computed, every option against the default.
+"""Tables of the sweep of WCA's open points: F1 by hop depth and row-layers computed, each option vs. the default.
 
 Intervals are 95 % and resample prompts. A comparison is paired: both cells answered the same questions.
 """
@@ -12,12 +12,12 @@ from harness.results import intervals
 from harness.results.records import read_records, read_settings
 
 SCHEMA = "cacheslide.wca/1"
-DIGITS = 4  # significant, of a summary: intervals are far wider
+DIGITS = 4  # significant digits of a summary; intervals are far wider
 Records = dict[str, dict[str, dict[str, Any]]]  # cell -> example -> record
 
 
 class Described(Protocol):
-    """What a table needs to know of a cell."""
+    """The attributes of a cell that tables use."""
 
     name: str
 
@@ -26,25 +26,25 @@ class Described(Protocol):
 
 def read_sweep(path: Path) -> tuple[dict[str, Any], Records]:
     """Settings and records of one model's sweep."""
-    found: Records = defaultdict(dict)
+    records: Records = defaultdict(dict)
     for record in read_records(path):
-        found[record["cell"]][record["example"]] = record
-    return read_settings(path), dict(found)
+        records[record["cell"]][record["example"]] = record
+    return read_settings(path), dict(records)
 
 
 def tabulate(done: Mapping[str, tuple[dict[str, Any], Records]], cells: Sequence[Described]) -> dict[str, Any]:
-    """The content of summary.json: per model and mix one row a cell, in the order of `cells`."""
+    """The content of summary.json: one row per cell for each model and mix, in the order of `cells`."""
     out: dict[str, Any] = {"schema": SCHEMA, "level": intervals.LEVEL, "models": {}}
     for kind, (settings, records) in done.items():
-        mixes = sorted({r["mix"] for found in records.values() for r in found.values()})
+        mixes = sorted({r["mix"] for cell in records.values() for r in cell.values()})
         tables = {mix: _table(_of(records, mix), cells) for mix in mixes}
-        devices = sorted({r["device"] for found in records.values() for r in found.values()})
+        devices = sorted({r["device"] for cell in records.values() for r in cell.values()})
         out["models"][kind] = {"settings": settings, "devices": devices, "mixes": tables}
     return out
 
 
 def _of(records: Records, mix: str) -> Records:
-    return {c: {e: r for e, r in found.items() if r["mix"] == mix} for c, found in records.items()}
+    return {c: {e: r for e, r in examples.items() if r["mix"] == mix} for c, examples in records.items()}
 
 
 def _table(records: Records, cells: Sequence[Described]) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ def _table(records: Records, cells: Sequence[Described]) -> list[dict[str, Any]]
         row = {"cell": cell.name, **about, "prompts": len(own), **_means(own.values()), "f1": _f1(own.values())}
         depths = sorted({v for r in own.values() for v in r["depth"]})
         row["by_depth"] = [{"depth": v, "f1": _f1(own.values(), "depth", v)} for v in depths]
-        # All others are answered by nearly every cell: one number says what is left to say.
+        # Nearly every cell answers all others correctly: one number summarises them.
         volatile = [f1 for r in own.values() for f1, v in zip(r["f1"], r["volatile"], strict=True) if v]
         row["f1_volatile"] = sum(volatile) / len(volatile) if volatile else None
         row["loss_points"] = _paired(records.get("recompute"), own)
@@ -88,7 +88,7 @@ def _f1(own: Iterable[dict[str, Any]], field: str | None = None, value: Any = No
 
 
 def _paired(one: dict[str, dict] | None, two: dict[str, dict] | None) -> dict[str, Any] | None:
-    """Points of F1 that `one` is above `two`, over the prompts that both answered."""
+    """F1 points of `one` minus `two`, over prompts that both answered."""
     both = [e for e in one or {} if e in (two or {})]
     if not both:
         return None

@@ -1,1 +1,1 @@
-"""The study as a table of steps: what Snakemake's rules are made of, and what checks them."""
+"""The study as a table of steps, from which Snakemake's rules are made, and checks of that table."""

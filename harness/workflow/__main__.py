@@ -1,7 +1,7 @@
 """Checks the workflow itself: `python -m harness.workflow --out FILE`, a minute or two on two cores.
 
-The file holds, for each changed key of a configuration, the rules that Snakemake would run again (`rules_rerun`), and
-for each step of a small study, which is run for it, the files that it opens and does not declare (`undeclared_inputs`).
+The file holds the rules that Snakemake runs again for each changed key of a configuration (`rules_rerun`), and the
+files that each step of a small study opens without declaring them (`undeclared_inputs`).
 """
 
 import argparse
@@ -20,7 +20,7 @@ from harness.step import command
 from harness.workflow.reads import undeclared
 from harness.workflow.reruns import SCHEMA, rules_rerun
 
-SMALL: dict[str, Any] = {  # of config/smoke.yaml: every step, as little of each as there can be
+SMALL: dict[str, Any] = {  # of config/smoke.yaml: every step, with minimal work
     "run": "small",
     "systems": ["recompute", "prompt_cache", "cacheblend", "naive_reuse", "cacheslide"],
     "datasets": ["hotpotqa-deep"],
@@ -53,7 +53,7 @@ def small_study(folder: Path) -> dict[str, Any]:
 
 
 def undeclared_inputs() -> Mapping[str, list[str]]:
-    """The files that the steps of the small study open and do not declare, by step."""
+    """The files that the steps of the small study open without declaring them, by step."""
     before = Path.cwd()
     with TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -64,21 +64,21 @@ def undeclared_inputs() -> Mapping[str, list[str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write both lists."""
+    """Entry point: writes both lists."""
     parser = argparse.ArgumentParser(prog="python -m harness.workflow", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    rules, found = rules_rerun(), undeclared_inputs()
+    rules, undeclared = rules_rerun(), undeclared_inputs()
     write_json(
         args.out,
         {
-            "undeclared_inputs": found,
+            "undeclared_inputs": undeclared,
             "rules_rerun_for_latency_repeats": rules["latency.repeats"],
             "rules_rerun": rules,
             "provenance": machine(),
         },
     )
-    print(f"undeclared inputs: {sum(map(len, found.values()))}")
+    print(f"undeclared inputs: {sum(map(len, undeclared.values()))}")
     print(f"rules that run again for latency.repeats: {', '.join(rules['latency.repeats'])}")
 
 

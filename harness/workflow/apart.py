@@ -1,9 +1,9 @@
-"""Processes of which each does one piece of work, so that nothing that it leaves behind changes the next one's."""
+"""Pools of processes that each do one piece of work, so that no state is carried to the next one."""
 
 from multiprocessing import get_context
 from multiprocessing.pool import Pool
 
-# Imported once, in a process that does nothing else; every piece of work begins with a copy of it.
+# Imported once in the server process, from which every worker is forked.
 IMPORTED = [
     "snakemake.cli",
     "harness.experiments.agents.steps",
@@ -18,7 +18,7 @@ IMPORTED = [
 
 
 def processes(count: int) -> Pool:
-    """`count` processes at a time; a context manager."""
+    """A pool of `count` processes; a context manager."""
     context = get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     return context.Pool(count, maxtasksperchild=1)

@@ -17,14 +17,14 @@ def perform(
     Parameters
     ----------
     config : mapping
-        The slice `Step.reads` of a checked configuration, as `slice_of` makes it.
+        The slice `Step.reads` of a checked configuration, from `slice_of`.
     inputs : mapping
-        A path or a list of paths by name; one of the step's that is not there, as this configuration lacks it, is None.
+        Path or list of paths by name; an input of the step that this configuration lacks is None.
 
     Raises
     ------
     ConfigError
-        The step reads a key that it does not declare.
+        If the step reads a key that it does not declare.
     """
     step = step_named(name)
     module, _, function = step.call.partition(":")
@@ -36,9 +36,9 @@ def _arguments(
     call, step: Step, config: Mapping[str, Any], inputs: Mapping[str, Any], outputs: list[str], threads: int
 ) -> dict[str, Any]:
     read = dict(config) if step.reads == EVERYTHING else Slice(config, step.reads)
-    given = {**dict.fromkeys(step.inputs), **inputs, **step.options, "config": read}
-    given |= {"output": outputs[0], "outputs": outputs, "threads": threads}
+    arguments = {**dict.fromkeys(step.inputs), **inputs, **step.options, "config": read}
+    arguments |= {"output": outputs[0], "outputs": outputs, "threads": threads}
     names = inspect.signature(call).parameters
     if any(p.kind is p.VAR_KEYWORD for p in names.values()):
-        return {k: v for k, v in given.items() if k in names or k in inputs}
-    return {k: v for k, v in given.items() if k in names}
+        return {k: v for k, v in arguments.items() if k in names or k in inputs}
+    return {k: v for k, v in arguments.items() if k in names}

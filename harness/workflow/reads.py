@@ -1,8 +1,8 @@
-"""Which files the steps open, beside those that the table declares: every job is run and watched.
+"""Finds files that steps open without declaring them: every job is run and watched.
 
-Linux tells of every file that is opened in the run's own folder, by whatever library (inotify); Python tells of those
-that it opens under the repository. Code, its templates and what is installed are no inputs: an environment may lie in
-the checkout, and a package's metadata beside the package.
+inotify reports every file opened in the run's own folder, by any library; an audit hook reports files that Python opens
+in the repository. Code, its templates and installed packages do not count as inputs: an environment may lie in the
+checkout, and a package's metadata beside the package.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from harness.workflow.paths import Job, jobs_of
 from harness.workflow.perform import perform
 from harness.workflow.slices import slice_of
 
-OPENED, OVERFLOW, DIRECTORY = 0x20, 0x4000, 0x40000000  # of inotify
+OPENED, OVERFLOW, DIRECTORY = 0x20, 0x4000, 0x40000000  # inotify flags
 CODE = {".py", ".pyc", ".j2", ".so", ".toml"}
 HEAD = struct.Struct("iIII")
 
@@ -32,7 +32,7 @@ def is_code(path: Path) -> bool:
 
 
 class Watch:
-    """The files that are opened below a folder, and by Python below the repository, from each `begin` on."""
+    """Records the files opened below a folder, and those opened by Python below the repository, since `begin`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.seen = folder.resolve(), set[Path]()
@@ -50,27 +50,27 @@ class Watch:
                 self.seen.add(path)
 
     def begin(self) -> set[Path]:
-        """Watch every folder that is there now; returns the files that are there."""
-        there = set()
+        """Watch all existing folders; returns the existing files."""
+        existing = set()
         for folder, _, names in os.walk(self.folder):
             number = self._libc.inotify_add_watch(self._fd, os.fsencode(folder), OPENED)
             self._folders[number] = Path(folder)
-            there |= {Path(folder) / name for name in names}
+            existing |= {Path(folder) / name for name in names}
         self._opened()
         self.seen = set()
-        return there
+        return existing
 
     def end(self) -> set[Path]:
-        """What was opened since `begin`."""
+        """The files opened since `begin`."""
         return self.seen | self._opened()
 
     def _opened(self) -> set[Path]:
-        found = set()
+        files = set()
         while True:
             try:
                 data = os.read(self._fd, 1 << 16)
             except BlockingIOError:
-                return found
+                return files
             at = 0
             while at < len(data):
                 number, mask, _, length = HEAD.unpack_from(data, at)
@@ -79,23 +79,23 @@ class Watch:
                 if mask & OVERFLOW:
                     raise CacheSlideError("inotify: more files were opened than are kept")
                 if name and not mask & DIRECTORY:
-                    found.add(self._folders[number] / os.fsdecode(name))
+                    files.add(self._folders[number] / os.fsdecode(name))
 
 
 def undeclared(config: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:
-    """Run every job of `config` in `folder`; the files that each step opens and does not declare, by step.
+    """Run every job of `config` in `folder`; returns the files that each step opens without declaring them.
 
     Parameters
     ----------
     config : mapping
-        A checked configuration whose models lie in `folder`, which is the working folder.
+        A checked configuration whose models are in `folder`, the working folder.
     """
     out: dict[str, list[str]] = {}
     with processes(1) as one:
         for job in jobs_of(config):
             read = one.apply(opened, (folder, job.step.name, slice_of(config, job.step.reads), job.inputs, job.outputs))
-            if more := {p for p in read if not _declared(p, job)}:
-                shown = {str(p.relative_to(folder if p.is_relative_to(folder) else ROOT)) for p in more}
+            if undeclared_reads := {p for p in read if not _declared(p, job)}:
+                shown = {str(p.relative_to(folder if p.is_relative_to(folder) else ROOT)) for p in undeclared_reads}
                 out[job.step.name] = sorted({*out.get(job.step.name, ()), *shown})
     return out
 
@@ -103,14 +103,14 @@ def undeclared(config: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:
 def opened(
     folder: Path, name: str, config: Mapping[str, Any], inputs: Mapping[str, Any], outputs: Sequence[str]
 ) -> set[Path]:
-    """Run one job in `folder`, on one core; which files of before it opens there or, by Python, in the repository."""
+    """Run one job in `folder`, on one core; returns older files opened there, or by Python in the repository."""
     os.chdir(folder)
     watch = Watch(folder)
-    there = watch.begin()
+    existing = watch.begin()
     for path in outputs:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     perform(name, config, inputs, outputs, threads=1)
-    return {p for p in watch.end() if p in there or p.is_relative_to(ROOT)}
+    return {p for p in watch.end() if p in existing or p.is_relative_to(ROOT)}
 
 
 def _declared(path: Path, job: Job) -> bool:

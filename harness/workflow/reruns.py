@@ -1,6 +1,6 @@
-"""Which rules Snakemake runs again when one key of a configuration changes, behind a finished run.
+"""The rules that Snakemake runs again after a finished run when one key of the configuration changes.
 
-The finished run is made of empty files: `snakemake --touch` records with them what each rule was given, as a run does.
+The finished run consists of empty files: `snakemake --touch` records the rules' parameters for them, as a run does.
 """
 
 import os
@@ -23,9 +23,9 @@ from harness.workflow.apart import processes
 from harness.workflow.paths import jobs_of
 
 SCHEMA = ROOT / "workflows/schemas/config.schema.yaml"
-STUDY = "config/cpu.yaml"  # the one with every section
+STUDY = "config/cpu.yaml"  # has every section
 TARGETS = ("reproduce-all", "total")
-CHANGES: dict[str, Any] = {  # one key of each kind, and another value that it may have
+CHANGES: dict[str, Any] = {  # one key of each kind, with another valid value
     "seed": 1,
     "model": "models/tiny-agents-3m",
     "store_dtype": "float32",
@@ -49,7 +49,7 @@ CHANGES: dict[str, Any] = {  # one key of each kind, and another value that it m
 
 
 def changed(config: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """A copy of `config` with another value of `key`; ConfigError where it has no such key, or that value already."""
+    """A copy of `config` with another value of `key`; ConfigError if it has no such key, or that value already."""
     out: dict[str, Any] = deepcopy(dict(config))
     *sections, last = key.split(".")
     place = out
@@ -62,12 +62,12 @@ def changed(config: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 
 def rules_rerun(changes: Mapping[str, Any] = CHANGES, jobs: int = 2) -> dict[str, list[str]]:
-    """The rules that a dry run names for each changed key, sorted; `jobs` dry runs at a time.
+    """The rules that a dry run lists for each changed key, sorted; `jobs` dry runs at a time.
 
     Raises
     ------
     ConfigError
-        Snakemake ends with an error, or runs a rule again although nothing has changed.
+        If Snakemake fails, or runs a rule again although nothing has changed.
     """
     config = read_config(ROOT / STUDY)
     with TemporaryDirectory() as folder, processes(jobs) as pool:
@@ -77,15 +77,15 @@ def rules_rerun(changes: Mapping[str, Any] = CHANGES, jobs: int = 2) -> dict[str
             (Path(folder) / f"{number}.yaml").write_text(yaml.safe_dump(case, sort_keys=False))
         numbers = range(len(cases))
         pool.apply(_snakemake, (folder, "0.yaml", "--touch", "--forceall"))
-        found = pool.map(partial(_dry_run, folder), [f"{n}.yaml" for n in numbers], chunksize=1)
-    rules = dict(zip(cases, found, strict=True))
+        results = pool.map(partial(_dry_run, folder), [f"{n}.yaml" for n in numbers], chunksize=1)
+    rules = dict(zip(cases, results, strict=True))
     if rules.pop(""):
         raise ConfigError("a finished run is not finished: Snakemake would run rules again with nothing changed")
     return rules
 
 
 def _finish(folder: Path, config: Mapping[str, Any]) -> None:
-    """Empty files in the place of every output, beside the models."""
+    """Create empty files for every output, beside the models."""
     (folder / "models").symlink_to(ROOT / "models")
     checked = deepcopy(dict(config))
     check(checked, SCHEMA)
@@ -108,12 +108,12 @@ def _inside(folder: str | Path) -> Iterator[None]:
 
 
 def _dry_run(folder: str, config: str) -> list[str]:
-    said = _snakemake(folder, config, "--dry-run")
-    return sorted({name for name, _ in re.findall(r"^(\S+) +(\d+)$", said, re.MULTILINE)} - set(TARGETS))
+    output = _snakemake(folder, config, "--dry-run")
+    return sorted({name for name, _ in re.findall(r"^(\S+) +(\d+)$", output, re.MULTILINE)} - set(TARGETS))
 
 
 def _snakemake(folder: str, config: str, *options: str) -> str:
-    """What Snakemake prints; in this process, which is for it alone, since its import costs more than the run."""
+    """Snakemake's output; run inside this otherwise unused process, since importing it costs more than the run."""
     from snakemake.cli import main
 
     out = Path(folder) / f"{config}.out"

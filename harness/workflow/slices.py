@@ -1,4 +1,4 @@
-"""The part of a configuration that a step reads, and nothing else."""
+"""The part of a configuration that a step reads."""
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -10,43 +10,43 @@ from cacheslide.errors import ConfigError
 def slice_of(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     """The values of `keys` as plain nested dicts; keys that the configuration lacks are left out.
 
-    `systems` of a section that names none are those that it stands for, so that a step reads one key, not two.
+    An empty `systems` of a section is replaced by the systems it stands for, so that a step reads one key, not two.
 
     Parameters
     ----------
     config : mapping
         A checked configuration.
     keys : sequence of str
-        `seed`, `latency.repeats`, `agents.replay` (all of its keys); `*` is all of the configuration.
+        For example `seed`, `latency.repeats`, `agents.replay` (all of its keys); `*` is the whole configuration.
     """
     if "*" in keys:
         return deepcopy(dict(config))
     out: dict[str, Any] = {}
     for key in keys:
         *sections, last = key.split(".")
-        there, here = config, out
+        source, target = config, out
         for name in sections:
-            if name not in there:
+            if name not in source:
                 break
-            there, here = there[name], here.setdefault(name, {})
+            source, target = source[name], target.setdefault(name, {})
         else:
-            if last in there:
-                here[last] = deepcopy(there[last])
-                _fill_systems(config, key, here)
+            if last in source:
+                target[last] = deepcopy(source[last])
+                _fill_systems(config, key, target)
     return out
 
 
-def _fill_systems(config: Mapping[str, Any], key: str, here: dict[str, Any]) -> None:
-    """Put in the systems that an empty list in `latency`, `throughput` or a section of `agents` stands for."""
+def _fill_systems(config: Mapping[str, Any], key: str, part: dict[str, Any]) -> None:
+    """Replace an empty list of systems in `latency`, `throughput` or a section of `agents` by what it stands for."""
     section, _, last = key.rpartition(".")
     if section in ("latency", "throughput") and last == "systems":
-        here["systems"] = here["systems"] or list(config["systems"])
-    elif section == "agents" and isinstance(here[last], dict) and "systems" in here[last]:
-        here[last]["systems"] = here[last]["systems"] or list(config["agents"]["systems"])
+        part["systems"] = part["systems"] or list(config["systems"])
+    elif section == "agents" and isinstance(part[last], dict) and "systems" in part[last]:
+        part[last]["systems"] = part[last]["systems"] or list(config["agents"]["systems"])
 
 
 class Slice(dict):
-    """A slice that knows what was declared: reading any other key is a ConfigError that names it."""
+    """A slice that raises ConfigError, naming the key, when an undeclared key is read."""
 
     def __init__(self, values: Mapping[str, Any], keys: Sequence[str], section: str = "") -> None:
         self._names = {key.split(".")[0] for key in keys}
@@ -69,7 +69,7 @@ class Slice(dict):
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a declared key, or `default` where the configuration lacks it."""
+        """The value of a declared key, or `default` if the configuration lacks it."""
         self._declared(key)
         return super().get(key, default)
 

@@ -1,10 +1,9 @@
 """The table of the study's steps: `workflows/study.smk` makes one rule of each.
 
 A path is a pattern. `{dataset}` and the other names of `paths.lists` stand for every value of a list of the
-configuration, unless the step has them in `each`: then there is one job for each value. Any other name is a key of the
-configuration. `{model}/*` is the files of a checkpoint's folder, `{model}/tokenizer*` those of its tokenizer. What
-begins with `{root}/` is a committed record of another study, by its full path: it is read where it is there, and no run
-of this study makes it anew.
+configuration; names in the step's `each` give one job for each value. Other names are keys of the configuration.
+`{model}/*` are the files of a checkpoint's folder, `{model}/tokenizer*` those of its tokenizer. `{root}/` begins the
+full path of a committed record of another study: it is read if it exists, and never made by this study.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,21 +19,21 @@ MODEL = ("model", "backend", "device", "dtype")
 ENGINE = (*MODEL, "vllm", "store_dtype", "chunk_size", "suffix_len")
 AGENT = ("run", "seed", "device", "dtype", "store_dtype", "chunk_size", "suffix_len", "agents.model", "agents.layer")
 COPE = ("model", "device", "dtype", "cope.adapter")
-TIMED = ("dataset", "systems")  # of `latency` and `throughput`
+TIMED = ("dataset", "systems")  # keys of `latency` and `throughput`
 
 
 def always(config: Config) -> bool:
-    """Every configuration has this step."""
+    """True: every configuration has this step."""
     return True
 
 
 def with_cope(config: Config) -> bool:
-    """The configuration names a CoPE adapter."""
+    """Whether the configuration names a CoPE adapter."""
     return "cope" in config
 
 
 def with_section(section: str) -> Callable[[Config], bool]:
-    """The configuration has this section of `agents:`."""
+    """Predicate: the configuration has this section of `agents:`."""
     return lambda config: section in agent_sections(config)
 
 
@@ -47,26 +46,26 @@ class Step:
     name : str
         The rule's name.
     call : str
-        `module:function` within `harness`. It is called with those of its arguments' names that are an input, an
-        option, `config` (the slice `reads`), `output` (a path), `outputs` (all) and `threads`.
+        `module:function` within `harness`. It is called with those of its parameters that name an input, an option,
+        `config` (the slice `reads`), `output` (a path), `outputs` (all) or `threads`.
     reads : tuple of str
-        Keys of the configuration that it reads, such as `latency.repeats`; a section's name is all of its keys.
+        Keys of the configuration that it reads, such as `latency.repeats`; a section's name means all of its keys.
     inputs, outputs
-        Patterns of paths, inputs by name.
+        Patterns of paths; inputs by name.
     each : tuple of str
-        Names in the patterns whose every value is a job of its own.
+        Names in the patterns; each of their values is a job of its own.
     options : dict
-        Arguments that are the step's own.
+        Additional arguments of the function.
     runs_model : bool
-        It runs a model. On a GPU, or inside vLLM, nothing that runs a model runs beside it.
+        Whether it runs a model. On a GPU, or inside vLLM, no two such steps run at once.
     timed : bool
-        It times what it runs, so it takes every core and nothing runs beside it.
+        Whether it measures times: it takes every core, with nothing running beside it.
     priority : int
-        See Snakemake.
+        Snakemake's priority.
     of_records : bool
-        It makes tables, a figure or the report of results that are there.
+        Whether it makes tables, a figure or the report from existing results.
     temporary : bool
-        Its output is a folder that is removed when the last reader is done.
+        Whether its output is a folder that is removed after its last reader.
     when
         Whether a configuration has this step.
     """
@@ -97,12 +96,12 @@ def _of(section: str, *keys: str) -> tuple[str, ...]:
 
 
 def _figure(name: str) -> tuple[str, ...]:
-    """Vector for the web and for print, PNG to look at."""
+    """SVG and PDF for the web and print, PNG for viewing."""
     return tuple(f"{FIGURE}{name}.{kind}" for kind in ("svg", "pdf", "png"))
 
 
-def _drawn(name: str, source: str, when: Callable[[Config], bool], **more: str) -> Step:
-    inputs = {"source": RUN + source} | {k: RUN + v for k, v in more.items()}
+def _drawn(name: str, source: str, when: Callable[[Config], bool], **further: str) -> Step:
+    inputs = {"source": RUN + source} | {k: RUN + v for k, v in further.items()}
     call, options = "plots.render:render", {"name": name}
     return Step(name, call, (), inputs, _figure(name), options=options, of_records=True, when=when)
 
@@ -110,7 +109,7 @@ def _drawn(name: str, source: str, when: Callable[[Config], bool], **more: str) 
 DATA = f"{RUN}data/"
 LAYER = f"{RUN}selection_layer.json"
 TRACES = f"{RUN}agents/traces.jsonl"
-BESIDE = {"fig04a": {"cope": "cksim_cope.jsonl"}, "fig05": {"cope": "prompts_cope.json"}}  # read where they are there
+BESIDE = {"fig04a": {"cope": "cksim_cope.jsonl"}, "fig05": {"cope": "prompts_cope.json"}}  # read if they exist
 CHECKPOINT = {"model": "{model}/*"}
 ON_COPE = {**CHECKPOINT, "adapter": "{cope.adapter}/*"}
 
@@ -161,7 +160,7 @@ STEPS = (
         },
         (f"{RUN}prompts.json",),
     ),
-    Step(  # the largest thing on disk; it goes as soon as the evaluations of its data set are done
+    Step(  # the largest files; removed after the evaluations of their data set
         "build_chunks",
         "experiments.study.steps:step_chunks",
         (*ENGINE, "systems"),
@@ -172,7 +171,7 @@ STEPS = (
         temporary=True,
         when=has_chunk_files,
     ),
-    # All systems of a data set share one process: loading the model for each would cost more than the questions.
+    # All systems of a data set share one process: loading the model for each would take longer than the questions.
     # Priority: a data set is finished, and its chunk caches are removed, before the next one's are built.
     *(
         Step(
@@ -219,7 +218,7 @@ STEPS = (
         runs_model=True,
         when=has_cksim,
     ),
-    # On the model's CoPE adapter, in files of its own: it extends a run that was measured without.
+    # On the model's CoPE adapter, with files of its own: extends a run measured without it.
     Step(
         "evaluate_cope",
         "experiments.cope.steps:step_cope_accuracy",
@@ -265,7 +264,7 @@ STEPS = (
         )
         for section in ("replay", *AGENT_FIGURES)
     ),
-    # Tables, figures and the report read results only: each can be made again without running the model.
+    # Tables, figures and the report read results only and can be remade without running the model.
     Step(
         "summarize",
         "results.summary:summarize",
@@ -312,7 +311,7 @@ STEPS = (
 
 
 def steps_of(config: Config) -> list[Step]:
-    """The steps that `config` has."""
+    """The steps of `config`."""
     return [step for step in STEPS if step.when(config)]
 
 

@@ -43,19 +43,19 @@ def cope_attention(
 
     Notes
     -----
-    Nothing of the size (queries × keys) is ever held; scratch on CUDA is 4 * p_max bytes a query and head.
+    No tensor of size (queries × keys) is allocated; scratch on CUDA is 4 * p_max bytes a query and head.
     """
     return CopeAttention(rows, cu_rows, block_table, scale, max_row, slots)(q, kv, embedding, out)
 
 
 class CopeAttention:
-    """`cope_attention` of one set of rows in layer after layer: what layers have in common is checked and built once.
+    """`cope_attention` of one set of rows in every layer: checks and arguments common to layers are made once.
 
     Parameters
     ----------
     rows, cu_rows, block_table, scale, max_row, slots
-        See `cope_attention`. Their numbers may change between calls, `max_row` being a bound then; a call's queries
-        behind the last of `cu_rows` are left out, and their outputs hold anything.
+        See `cope_attention`. Their numbers may change between calls; `max_row` is then an upper bound. Queries behind
+        the last of `cu_rows` are not computed, and their outputs are undefined.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class CopeAttention:
         if scale is not None and scale <= 0:
             raise ValueError(f"scale must be above 0, not {scale}")
         self.shared, self.scale, self.max_row, self.slots = (rows, cu_rows, block_table), scale, max_row, slots
-        self._form: tuple | None = None  # the tensors' shapes, strides and dtypes in the call before
+        self._form: tuple | None = None  # the tensors' shapes, strides and dtypes in the previous call
         self._launch = None
 
     def __call__(
@@ -78,7 +78,7 @@ class CopeAttention:
     ) -> Tensor:
         """Attention of `q` [n, heads, head_dim] over one layer's cache and position table.
 
-        `offsets` [slots, heads] are the layer's, in place of those in `slots`.
+        `offsets` [slots, heads] are the layer's; they replace those in `slots`.
         """
         tensors = (q, kv, embedding) if out is None else (q, kv, embedding, out)
         form = *((x.shape, x.stride(), x.dtype) for x in tensors), offsets is None or offsets.shape
@@ -125,8 +125,8 @@ def cope_decode(
 ) -> Tensor:
     """CoPE attention of one query row a request: `cope_attention` with q [requests, heads, head_dim], split over keys.
 
-    A decoded row is never a fixed chunk's, so it crosses slots by live gates. Needs no host synchronisation, and
-    launches by shapes and `max_row` alone, so it can be captured in a CUDA graph.
+    A decoded row never belongs to a fixed chunk, so it crosses slots by live gates. It does not synchronise with the
+    host, and the launch depends on shapes and `max_row` alone, so it can be captured in a CUDA graph.
     """
     if scale is not None and scale <= 0:
         raise ValueError(f"scale must be above 0, not {scale}")

@@ -1,10 +1,10 @@
-"""Triton kernel: gradients of causal CoPE attention, gates recomputed, nothing of the size (queries × keys) in memory.
+"""Triton kernel: gradients of causal CoPE attention; gates are recomputed, O(queries × keys) memory is not needed.
 
 With x the scores incl. their entries, A the weights, p the positions: dx_ij = A_ij (do_i·v_j - delta_i); a gate's
-gradient is dg_ik = sum of dp_ij for j <= k, where dp_ij = dx_ij times the entries' slope at p_ij. Sums over gates run
-from the right, sums over dp from the left: a first pass over the unsaturated keys finds each row's total of dp, a
-second one, from right to left again, takes what is left of it. Gradients of keys and values are added up atomically:
-their last bits depend on the order in which programs run.
+gradient is dg_ik = sum of dp_ij for j <= k, where dp_ij = dx_ij times the entries' slope at p_ij. Gates are summed from
+the right, dp from the left: a first pass over the unsaturated keys sums each row's dp, and a second one, from right to
+left, subtracts from that total. Gradients of keys and values are added atomically: their last bits depend on the order
+in which programs run.
 """
 
 import triton
@@ -22,9 +22,9 @@ def _tile(
     """Keys first..first+BLOCK_N below `stop`: keys, gates, positions, weights, dx, dp, and the rows' gate sums."""
     d = tl.arange(0, PAD_DIM)
     at = first + tl.arange(0, BLOCK_N)
-    there = (d < HEAD_DIM)[None, :] & (at < stop)[:, None]
+    valid = (d < HEAD_DIM)[None, :] & (at < stop)[:, None]
     offsets = at.to(tl.int64)[:, None] * kv_row + d[None, :]
-    keys = tl.load(k + offsets, mask=there, other=0.0)
+    keys = tl.load(k + offsets, mask=valid, other=0.0)
     scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale
     seen = (at[None, :] <= q_rows[:, None]) & live[:, None]
     gates = tl.where(seen, gates_of(scores), 0.0)
@@ -38,7 +38,7 @@ def _tile(
     slope = tl.where(position < LAST, fetch(entries + BLOCK_M, index, ASM) - below, 0.0)
     scores += below + (bounded - low.to(tl.float32)) * slope
     weights = tl.where(seen, tl.exp2(scores - lse[:, None]), 0.0)
-    values = tl.load(v + offsets, mask=there, other=0.0)
+    values = tl.load(v + offsets, mask=valid, other=0.0)
     dx = weights * (tl.dot(do, tl.trans(values), input_precision=PRECISION) - delta[:, None])
     dp = dx * slope * 0.6931471805599453  # the entries are base 2
     return keys, gates, bounded, weights, dx, dp, carry
@@ -49,16 +49,16 @@ def _add_gradients(
     acc, ds, weights, q, do, keys, dk, dv, first, stop, scale, dkv_row,
     HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of the rows gathers in `acc`; dk and dv of the keys are added to memory."""
+    """Add dq of the rows to `acc`, and dk and dv of the keys to memory."""
     d = tl.arange(0, PAD_DIM)
     at = first + tl.arange(0, BLOCK_N)
-    there = (d < HEAD_DIM)[None, :] & (at < stop)[:, None]
+    valid = (d < HEAD_DIM)[None, :] & (at < stop)[:, None]
     offsets = at.to(tl.int64)[:, None] * dkv_row + d[None, :]
     ds = (ds * scale).to(q.dtype)
     acc = tl.dot(ds, keys, acc, input_precision=PRECISION)
-    tl.atomic_add(dk + offsets, tl.dot(tl.trans(ds), q, input_precision=PRECISION), mask=there, sem="relaxed")
+    tl.atomic_add(dk + offsets, tl.dot(tl.trans(ds), q, input_precision=PRECISION), mask=valid, sem="relaxed")
     weighted = tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision=PRECISION)
-    tl.atomic_add(dv + offsets, weighted, mask=there, sem="relaxed")
+    tl.atomic_add(dv + offsets, weighted, mask=valid, sem="relaxed")
     return acc
 
 
@@ -71,8 +71,8 @@ def _cope_backward(
 ):  # fmt: skip
     """One tile of rows of one head and sequence. `scale` is the scores' factor.
 
-    lse, delta, dq (float32), dz are [batch, heads, length (, width)] and contiguous; dq leaves out the entries' part,
-    which is dz @ embedding. `entries` is scratch, float32 [programs, PAD_P + 1, BLOCK_M].
+    lse, delta, dq (float32), dz are [batch, heads, length (, width)] and contiguous; dq lacks the entries' part, which
+    is dz @ embedding. `entries` is scratch, float32 [programs, PAD_P + 1, BLOCK_M].
     """
     LAST: tl.constexpr = P_MAX - 1
     tile = tl.num_programs(2) - 1 - tl.program_id(2)
@@ -83,11 +83,11 @@ def _cope_backward(
     row = tile * BLOCK_M + lane
     live = row < length
     wide = (d < HEAD_DIM)[None, :]
-    there = live[:, None] & wide
+    valid = live[:, None] & wide
     q += batch.to(tl.int64) * q_batch + head * q_head
     do += batch.to(tl.int64) * do_batch + head * do_head
-    queries = tl.load(q + row.to(tl.int64)[:, None] * q_row + d[None, :], mask=there, other=0.0)
-    errors = tl.load(do + row.to(tl.int64)[:, None] * do_row + d[None, :], mask=there, other=0.0)
+    queries = tl.load(q + row.to(tl.int64)[:, None] * q_row + d[None, :], mask=valid, other=0.0)
+    errors = tl.load(do + row.to(tl.int64)[:, None] * do_row + d[None, :], mask=valid, other=0.0)
     sums = tl.load(lse + sequence * length + row, mask=live, other=0.0)
     deltas = tl.load(delta + sequence * length + row, mask=live, other=0.0)
     entries += (sequence * tl.num_programs(2) + tile) * ((PAD_P + 1) * BLOCK_M)
@@ -95,7 +95,7 @@ def _cope_backward(
     logits = tl.dot(queries, tl.trans(embedded), input_precision=PRECISION) * 1.4426950408889634
     tl.store(entries + p[None, :] * BLOCK_M + lane[:, None], logits)
     tl.store(entries + PAD_P * BLOCK_M + lane, tl.zeros([BLOCK_M], tl.float32))
-    tl.debug_barrier()  # other threads of this program read what was stored
+    tl.debug_barrier()  # other threads of this program read the stored entries
 
     k += batch.to(tl.int64) * kv_batch + (head // GROUP) * kv_head
     v += batch.to(tl.int64) * kv_batch + (head // GROUP) * kv_head
@@ -106,7 +106,7 @@ def _cope_backward(
     base2 = scale * 1.4426950408889634
     end = tl.minimum((tile + 1) * BLOCK_M, length)
 
-    left = tl.zeros([BLOCK_M], tl.float32)  # what is left of each row's total of dp
+    left = tl.zeros([BLOCK_M], tl.float32)  # remainder of each row's total of dp
     carry = tl.zeros([BLOCK_M], tl.float32)
     tiles = (end - 1) // BLOCK_N + 1
     least = tl.min(carry, 0)
@@ -149,7 +149,7 @@ def _cope_backward(
     first = (tiles - 1 - done) * BLOCK_N
     constant = tl.load(entries + LAST * BLOCK_M + lane) - sums
     last = tl.zeros([BLOCK_M], tl.float32)
-    for i in range(0, first // BLOCK_N + 1):  # saturated: plain attention's gradients
+    for i in range(0, first // BLOCK_N + 1):  # saturated: gradients of plain attention
         start = first - i * BLOCK_N
         at = start + tl.arange(0, BLOCK_N)
         offsets = at.to(tl.int64)[:, None] * kv_row + d[None, :]
@@ -165,4 +165,4 @@ def _cope_backward(
         )  # fmt: skip
     tl.atomic_add(dz + row.to(tl.int64) * PAD_P + LAST, last, mask=live, sem="relaxed")
     at = dq + (sequence * length + row)[:, None] * HEAD_DIM + d[None, :]
-    tl.store(at, acc, mask=there)
+    tl.store(at, acc, mask=valid)

@@ -1,9 +1,9 @@
 """Triton kernels: CoPE attention of one row a request (decoding), split over the keys.
 
-Gate sums run from right to left, so a chunk of keys must know the gates of all chunks to its right. One launch reads
-the keys and leaves scores and each chunk's gate sum; the next reads scores and values. Scores are 4 bytes a query head
-and key, beside 4 * head_dim bytes of keys and values a KV head: keys and values are read once. Where the device can
-(Hopper's programmatic dependent launch) a launch's programs come up while the last ones of the launch before still run.
+Gate sums run from right to left, so a chunk of keys needs the gate sums of all chunks to its right. A first launch
+reads the keys and writes scores and each chunk's gate sum; a second one reads scores and values. Scores take 4 bytes a
+query head and key, keys and values 4 * head_dim bytes a KV head; keys and values are read once. With programmatic
+dependent launch (Hopper) the second launch's programs start before the first launch has ended.
 """
 
 import math
@@ -33,9 +33,9 @@ from cacheslide.kernels.row_attention.triton import _merge
 
 @dataclass(frozen=True)
 class DecodeTiling:
-    """`chunk` keys to a program, a power of two, `keys` of them at a time, and the launches' warps and stages.
+    """Each program takes `chunk` keys, a power of two, `keys` at a time; `warps` and `stages` are the launches'.
 
-    With `early` a launch's programs start before the launch in front has ended, if the device can do so.
+    With `early` a launch starts before the previous one has ended, where the device supports it.
     """
 
     chunk: int = 512
@@ -55,7 +55,7 @@ def _scores(
 ):  # fmt: skip
     """Scores and gate sum of one chunk of one request and KV head; the first chunk's program adds position logits.
 
-    `scale` includes log2(e): all of them are in base 2.
+    `scale` includes log2(e): scores are in base 2.
     """
     if EARLY:
         gdc_launch_dependents()
@@ -67,25 +67,25 @@ def _scores(
     if begin >= limit:
         return
     lane, d, inner = tl.arange(0, LANES), tl.arange(0, PAD_DIM), tl.arange(0, KEYS)
-    there = (lane < GROUP)[:, None]
+    valid = (lane < GROUP)[:, None]
     wide = (d < HEAD_DIM)[None, :]
     at = q + request.to(tl.int64) * q_row + ((pair % KV_HEADS) * GROUP + lane)[:, None] * q_head + d[None, :]
-    queries = tl.load(at, mask=there & wide, other=0.0)
+    queries = tl.load(at, mask=valid & wide, other=0.0)
     k += (pair % KV_HEADS).to(tl.int64) * kv_head
     table += request.to(tl.int64) * table_row
     scores += pair.to(tl.int64) * GROUP * span
     end = tl.minimum(begin + CHUNK, limit)
-    total = tl.zeros([LANES, KEYS], tl.float32)  # added up once, at the end: that needs all warps
+    total = tl.zeros([LANES, KEYS], tl.float32)  # summed once, at the end, since that needs all warps
     blocks = block_ids(table, begin, limit, BLOCK_SIZE, KEYS)
     for first in tl.range(begin, end, KEYS, num_stages=STAGES):
         offsets = key_offsets(blocks, first, limit, kv_block, kv_slot, BLOCK_SIZE, KEYS, True)
         blocks = block_ids(table, first + KEYS, limit, BLOCK_SIZE, KEYS)
         key_rows = load(k + offsets[:, None] + d[None, :], wide, PAD_DIM > HEAD_DIM)
-        found = tl.dot(queries, tl.trans(key_rows), input_precision=PRECISION) * scale
+        products = tl.dot(queries, tl.trans(key_rows), input_precision=PRECISION) * scale
         keys = first + inner
         seen = (keys < limit)[None, :]
-        tl.store(scores + lane[:, None].to(tl.int64) * span + keys[None, :], found, mask=there & seen)
-        total += tl.where(seen, gates_of(found), 0.0)
+        tl.store(scores + lane[:, None].to(tl.int64) * span + keys[None, :], products, mask=valid & seen)
+        total += tl.where(seen, gates_of(products), 0.0)
     tl.store(sums + (pair * chunks + chunk).to(tl.int64) * LANES + lane, tl.sum(total, 1))
     if chunk == 0:
         p = tl.arange(0, PAD_P)
@@ -117,7 +117,7 @@ def _attend(
     if begin >= limit:
         return
     lane, d, inner = tl.arange(0, LANES), tl.arange(0, PAD_DIM), tl.arange(0, KEYS)
-    there = (lane < GROUP)[:, None]
+    valid = (lane < GROUP)[:, None]
     wide = (d < HEAD_DIM)[None, :]
     v += (pair % KV_HEADS).to(tl.int64) * kv_head
     table += request.to(tl.int64) * table_row
@@ -125,12 +125,12 @@ def _attend(
     entries += pair.to(tl.int64) * ((PAD_P + 1) * LANES)
     sums += pair.to(tl.int64) * chunks * LANES
     if EARLY:
-        gdc_wait()  # what follows was left by the launch before
+        gdc_wait()  # the loads below read what the previous launch wrote
     carry = tl.zeros([LANES], tl.float32)
     for behind in range(chunk + 1, (limit - 1) // CHUNK + 1, AHEAD):
-        others = behind + tl.arange(0, AHEAD)
-        known = (others <= (limit - 1) // CHUNK)[:, None]
-        carry += tl.sum(tl.load(sums + others[:, None] * LANES + lane[None, :], mask=known, other=0.0), 0)
+        later_chunks = behind + tl.arange(0, AHEAD)
+        known = (later_chunks <= (limit - 1) // CHUNK)[:, None]
+        carry += tl.sum(tl.load(sums + later_chunks[:, None] * LANES + lane[None, :], mask=known, other=0.0), 0)
     top = tl.full([LANES], float("-inf"), tl.float32)
     mass = tl.zeros([LANES], tl.float32)
     acc = tl.zeros([LANES, PAD_DIM], tl.float32)
@@ -145,22 +145,22 @@ def _attend(
     start = begin + (tiles - 1) * KEYS
     blocks = block_ids(table, start, limit, BLOCK_SIZE, KEYS)
     scores += lane[:, None].to(tl.int64) * span + inner[None, :]
-    ahead = tl.load(scores + start, mask=there & (start + inner < limit)[None, :], other=float("-inf"))
+    ahead = tl.load(scores + start, mask=valid & (start + inner < limit)[None, :], other=float("-inf"))
     done = tl.min(tl.where(lane < GROUP, carry, LAST), 0) >= LAST
     for i in tl.range(0, tiles, num_stages=STAGES):
         first = start - i * KEYS
         offsets = key_offsets(blocks, first, limit, kv_block, kv_slot, BLOCK_SIZE, KEYS, True)
-        # Block ids and scores are read one tile ahead: what this tile waits for was asked for in the last one.
+        # Block ids and scores are loaded one tile ahead.
         blocks = block_ids(table, first - KEYS, limit, BLOCK_SIZE, KEYS)
         values = load(v + offsets[:, None] + d[None, :], wide, PAD_DIM > HEAD_DIM)
-        found = ahead
+        logits = ahead
         keys = first - KEYS + inner
-        more = there & ((keys >= begin) & (keys < limit))[None, :]
-        ahead = tl.load(scores + first - KEYS, mask=more, other=float("-inf"))
+        ahead_valid = valid & ((keys >= begin) & (keys < limit))[None, :]
+        ahead = tl.load(scores + first - KEYS, mask=ahead_valid, other=float("-inf"))
         if done:
-            found += constant[:, None]
+            logits += constant[:, None]
         else:
-            gates = gates_of(found)  # 0 where there is no key
+            gates = gates_of(logits)  # 0 where there is no key
             before = carry
             sums_here = tl.zeros([LANES, KEYS], tl.float32) + carry[:, None]
             position = tl.dot(gates.to(ones.dtype), ones, sums_here, input_precision=PRECISION)
@@ -170,15 +170,15 @@ def _attend(
                 base, level, slope, kink1, kink2 = hinges(entries, lane, before, LAST, LANES, ASM)
                 reach = beyond(base, carry, LAST)
             if reach > 3.0:
-                found += look_up(entries, lane, tl.maximum(position, 0.0), LAST, LANES, ASM)
+                logits += look_up(entries, lane, tl.maximum(position, 0.0), LAST, LANES, ASM)
             else:
-                found += position * slope[:, None] + level[:, None]
-                found += tl.maximum(position - (base + 1)[:, None], 0.0) * kink1[:, None]
-                found += tl.maximum(position - (base + 2)[:, None], 0.0) * kink2[:, None]
+                logits += position * slope[:, None] + level[:, None]
+                logits += tl.maximum(position - (base + 1)[:, None], 0.0) * kink1[:, None]
+                logits += tl.maximum(position - (base + 2)[:, None], 0.0) * kink2[:, None]
             done = tl.min(tl.where(lane < GROUP, carry, LAST), 0) >= LAST
-        higher = tl.maximum(top, tl.max(found, 1))
-        lower = tl.where(higher == float("-inf"), 0.0, higher)  # lanes that are no head's
-        weights = tl.exp2(found - lower[:, None])
+        higher = tl.maximum(top, tl.max(logits, 1))
+        lower = tl.where(higher == float("-inf"), 0.0, higher)  # lanes without a head
+        weights = tl.exp2(logits - lower[:, None])
         shrink = tl.exp2(top - lower)
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
         mass = mass * shrink + tl.sum(weights, 1)
@@ -187,11 +187,11 @@ def _attend(
     place = (request * heads + (pair % KV_HEADS) * GROUP + lane).to(tl.int64)
     tl.store(lse + chunk * lse_chunk + place, top + tl.log2(mass), mask=lane < GROUP)
     at = out + chunk.to(tl.int64) * out_chunk + place[:, None] * HEAD_DIM + d[None, :]
-    tl.store(at, acc / mass[:, None], mask=there & wide)
+    tl.store(at, acc / mass[:, None], mask=valid & wide)
 
 
 def choose_decode_tiling(requests: int, kv_heads: int, span: int, multiprocessors: int) -> DecodeTiling:
-    """By a sweep on an H200 (docs/log.md): where there are many keys, programs of one warp, which wait for no other."""
+    """Tiling from a sweep on an H200 (docs/log.md): with many keys one warp a program, which needs no barriers."""
     if requests * kv_heads * span >= 4 * multiprocessors * 1024:
         return DecodeTiling(chunk=1024, keys=32, warps=1)
     return DecodeTiling(chunk=512)

@@ -1,11 +1,11 @@
-"""Triton pieces of CoPE attention: keys left of where all rows of a tile have saturated.
+"""Triton pieces of CoPE attention: keys beyond the point where all rows of a tile have saturated.
 
-Their entries are one constant a row, so this is plain attention. Most keys of a long prompt are of this kind.
+Each row adds one constant to their scores, so this is plain attention. Most keys of a long prompt are of this kind.
 
-STEADY leaves the maximum where the near keys left it. A softmax may refer to any number: sums in float32 and weights of
-the same exponent range (float32, bfloat16) lose nothing and overflow only above 2^127 times the near keys' largest
-weight. That saves a tile the search for its maximum and the rescaling of its output. A sum above TOO_MUCH tells the
-caller that a row must be done again.
+With STEADY the softmax's reference stays the near keys' maximum. In float32 sums, with weights of the same exponent
+range (float32, bfloat16), any reference is exact enough; weights overflow only above 2^127 times the near keys'
+largest. That saves every tile the search for its maximum and the rescaling of its output. A sum above TOO_MUCH means
+that a row must be recomputed without STEADY.
 """
 
 import triton
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from cacheslide.kernels.cope.tiles import block_ids, key_offsets, load
 
-# Far below overflow, and so far above the near keys' share (less than 2^31) that float32 would not show it.
+# Far below overflow, and so far above the near keys' part (less than 2^31) that float32 cannot represent it.
 TOO_MUCH = tl.constexpr(2.0**100)
 
 
@@ -22,7 +22,7 @@ def _far_tile(
     acc, top, total, q, k, v, offsets, scale,
     HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr, STEADY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over a tile of keys that all rows see. With STEADY `total` is [rows, keys], not yet added up."""
+    """Online softmax over a tile of keys visible to all rows. With STEADY `total` is [rows, keys], not yet summed."""
     d = tl.arange(0, PAD_DIM)
     wide = (d < HEAD_DIM)[None, :]
     keys = load(k + offsets[:, None] + d[None, :], wide, PAD_DIM > HEAD_DIM)
@@ -48,9 +48,9 @@ def far_tiles(
     BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, FAR_N: tl.constexpr, STEADY: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Keys 0..stop, a multiple of BLOCK_N, are added to `acc` [rows, PAD_DIM], `top` and `total` [rows].
+    """Add keys 0..stop, a multiple of BLOCK_N, to `acc` [rows, PAD_DIM], `top` and `total` [rows].
 
-    `top` is the maximum (base 2) less the rows' constant. Keys are taken FAR_N, a multiple of BLOCK_N, at a time.
+    `top` is the maximum (base 2) minus the rows' constant. Keys are taken FAR_N, a multiple of BLOCK_N, at a time.
     """
     while stop % FAR_N != 0:
         stop -= BLOCK_N
@@ -60,7 +60,7 @@ def far_tiles(
     sums = total
     if STEADY:
         sums = tl.zeros([BLOCK_M, FAR_N], tl.float32)
-    # Block ids are read one tile ahead: loads that wait for loads do not pipeline well.
+    # Block ids are loaded one tile ahead: dependent loads do not pipeline well.
     blocks = block_ids(table, stop - FAR_N, limit, BLOCK_SIZE, FAR_N)
     for i in tl.range(0, stop // FAR_N, num_stages=STAGES):
         first = stop - (i + 1) * FAR_N

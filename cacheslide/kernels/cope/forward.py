@@ -1,8 +1,8 @@
 """Triton kernel: causal CoPE attention of scattered query rows over keys and values in blocks.
 
 As in row attention a tile holds neighbouring rows and, packed, the query heads of one KV head. Each tile walks its keys
-from right to left in pieces: single tiles with masks at the diagonal and at slot edges, runs of whole tiles elsewhere.
-Once every row's gate sum has reached p_max - 1 the keys further left share one entry a row: plain attention is left.
+from right to left: single tiles with masks at the diagonal and at slot edges, runs of unmasked tiles elsewhere. Once
+every row's gate sum has reached p_max - 1, all keys further left add the same entry, and plain attention remains.
 """
 
 import triton
@@ -12,7 +12,7 @@ from cacheslide.kernels.cope.far import TOO_MUCH, far_tiles
 from cacheslide.kernels.cope.tiles import NEVER, block_ids, fetch, gated_tile, key_offsets, load, triangle
 
 
-# Batches and block tables come in every size, a layer's slot offsets at any address: one compilation serves all.
+# Batch sizes, block table widths and the alignment of a layer's slot offsets vary: one compilation serves all.
 @triton.jit(do_not_specialize=["requests", "table_row"], do_not_specialize_on_alignment=["slot_offsets"])
 def _cope_attention(
     q, rows, cu_rows, table, k, v, embedding, entries, out, lse,
@@ -66,7 +66,7 @@ def _cope_attention(
     logits = tl.dot(queries, tl.trans(embedded), input_precision=PRECISION) * 1.4426950408889634
     tl.store(entries + p[None, :] * BLOCK_M + lane[:, None], logits)
     tl.store(entries + PAD_P * BLOCK_M + lane, tl.zeros([BLOCK_M], tl.float32))
-    tl.debug_barrier()  # other threads of this program read what was stored
+    tl.debug_barrier()  # other threads of this program read the stored entries
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -98,12 +98,12 @@ def _cope_attention(
             slot = tl.where(skip, slot - 1, slot)
             ahead = skip & (slot >= slot_begin)
         inside = False
-        # The sums with which a slot is entered are kept in memory: carried through the loop they trip the compiler.
+        # The sums at which a slot is entered are kept in memory: as loop-carried values they break the compiler.
         entered = entries + (PAD_P + 1) * BLOCK_M
         tl.store(entered + lane, carry)
         tl.debug_barrier()
     while (stop > 0) & ((not done) | (stop % BLOCK_N != 0) | (stop > free)):
-        edge = 0  # the next row at which something changes
+        edge = 0  # the next row at which a slot begins or ends
         if SLOTS:
             known = slot >= slot_begin
             at_slot = tl.maximum(slot, 0)
@@ -129,7 +129,7 @@ def _cope_attention(
             stop = low
         else:
             count = tl.minimum((stop - edge) // BLOCK_N, run)
-            # Block ids are read one tile ahead: loads that wait for loads do not pipeline well.
+            # Block ids are loaded one tile ahead: dependent loads do not pipeline well.
             blocks = block_ids(table, stop - BLOCK_N, limit, BLOCK_SIZE, BLOCK_N)
             for i in tl.range(0, count, num_stages=STAGES):
                 first = stop - (i + 1) * BLOCK_N
@@ -152,8 +152,8 @@ def _cope_attention(
         least = tl.min(carry, 0)
         done = least >= LAST
         if SLOTS:
-            done = done & (not inside)  # behind the slot a row may have less than inside it
-        # As many whole tiles as the slowest row will need at the rate of its keys so far.
+            done = done & (not inside)  # left of the slot a row's sum may be lower than inside it
+        # As many whole tiles as the slowest row needs at its rate so far.
         wanted = (LAST - least) / tl.maximum(least, 1e-3) * (lowest + 1 - stop).to(tl.float32) * (1.0 / BLOCK_N)
         run = tl.maximum(tl.minimum(wanted, RUN - 1.0), 0.0).to(tl.int32) + 1
 
@@ -172,7 +172,8 @@ def _cope_attention(
         tl.store(lse + row64 * lse_row + head, top + tl.log2(total), mask=live & ~heavy)
     tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=(live & ~heavy)[:, None] & wide)
     if STEADY and tl.max(heavy.to(tl.int32), 0) > 0:
-        # Next to far keys of such weight the near ones are nothing, in float32: these rows get the far ones alone.
+        # Beside far keys of such weight the near ones vanish in float32: these rows are computed from the far ones
+        # alone.
         acc, top, total = far_tiles(
             tl.zeros([BLOCK_M, PAD_DIM], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32),
             tl.zeros([BLOCK_M], tl.float32), queries, k, v, table, stop, limit, scale, kv_block, kv_slot,

@@ -1,4 +1,4 @@
-"""How CoPE attention is cut into tiles and launched."""
+"""Tiling and launch of CoPE attention."""
 
 import math
 import os
@@ -15,9 +15,9 @@ from cacheslide.kernels.row_attention.launch import Work
 from cacheslide.positions.ccpe import SlotOffsets
 
 _GATE = {torch.float32: tl.float32, torch.bfloat16: tl.float16, torch.float16: tl.float16}
-_ASM = os.environ.get("TRITON_INTERPRET") != "1"  # the interpreter knows no assembly
-_ANYWHERE = (12,)  # slot offsets: a layer's are a slice of all layers', at any alignment
-_LONG_RUN = 32  # whole tiles between two looks at whether all rows have saturated
+_ASM = os.environ.get("TRITON_INTERPRET") != "1"  # the interpreter does not run assembly
+_ANYWHERE = (12,)  # slot offsets: a slice of all layers' offsets, at any alignment
+_LONG_RUN = 32  # whole tiles between two checks whether all rows have saturated
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class CopeTiling:
     """`lanes` query lanes (rows times packed heads) by `keys` keys, the launch's warps and stages.
 
     Once all rows have saturated, keys are taken `far_keys` (a multiple of `keys`) at a time, in `far_stages` stages,
-    with `steady` under a maximum that stays (in float16 it must not: weights would overflow).
-    Wider tiles of 128 lanes and 8 warps were slower at every length and kind of gates on an H200 (docs/log.md); with
-    head_dim 16 Triton 3.6 also compiles them wrongly.
+    and with `steady` under a fixed maximum (not in float16, where weights would overflow). Wider tiles of 128 lanes and
+    8 warps were slower at every length and kind of gates on an H200 (docs/log.md); with head_dim 16 Triton 3.6 also
+    compiles them wrongly.
     """
 
     lanes: int = 64
@@ -50,26 +50,26 @@ class Blocks:
 
     @property
     def block_size(self) -> int:
-        """Slots of a block."""
+        """Slots per block."""
         return self.k.shape[2]
 
     @property
     def strides(self) -> tuple[int, int, int]:
-        """Of a block, a head and a slot."""
+        """Strides of a block, a head and a slot, in elements."""
         return self.k.stride()[:3]
 
 
 def paged(kv: Tensor, table: Tensor) -> Blocks:
-    """The two halves of a paged cache [blocks, kv_heads, block_size, 2 * head_dim]."""
+    """Views of the keys and the values of a paged cache [blocks, kv_heads, block_size, 2 * head_dim]."""
     dim = kv.shape[3] // 2
     return Blocks(kv[..., :dim], kv[..., dim:], table)
 
 
 def choose_tiling(work: Work) -> CopeTiling:
-    """The tiling for a call, by rule: dense rows are not packed."""
+    """The tiling for a call; dense rows are not packed."""
     group = work.heads // work.kv_heads
     least = triton.next_power_of_2(group)
-    if work.dtype == torch.float32:  # exact products run outside the tensor cores: small tiles, or registers spill
+    if work.dtype == torch.float32:  # full float32 products avoid tensor cores: small tiles, or registers spill
         return CopeTiling(lanes=max(32, least), keys=32, far_keys=32, far_stages=2)
     dense = 2 * work.rows >= work.span * work.requests
     if work.dim > 128:
@@ -78,12 +78,12 @@ def choose_tiling(work: Work) -> CopeTiling:
 
 
 class CopeLaunch:
-    """The launch of CoPE attention for one set of rows: grid and arguments, whatever layer's tensors it is given.
+    """The launch of CoPE attention for one set of rows: grid and arguments, for the tensors of any layer.
 
     Parameters
     ----------
     q, blocks, embedding, out, lse
-        Of the first call; later ones differ in their memory and in nothing else.
+        Tensors of the first call; those of later calls may differ only in their memory.
     rows, cu_rows, scale, max_row, slots
         See `cacheslide.kernels.cope.api.cope_attention`.
     tiling : CopeTiling, optional
@@ -142,16 +142,16 @@ class CopeLaunch:
         offsets: Tensor | None = None,
         lse: Tensor | None = None,
     ) -> Tensor:
-        """Attention of `q` [n, heads, head_dim]; `offsets` [slots, heads] are the layer's, in place of `slots`' own."""
+        """Attention of `q` [n, heads, head_dim]; `offsets` [slots, heads] replace those of `slots`."""
         out = torch.empty_like(q) if out is None else out
         if not len(q):
             return out
-        given = (out,) * 4
+        slot_args = (out,) * 4
         if (slots := self.slots) is not None:
-            given = slots.bounds, slots.cu_slots, slots.offsets if offsets is None else offsets, slots.canonical
+            slot_args = slots.bounds, slots.cu_slots, slots.offsets if offsets is None else offsets, slots.canonical
         entries = torch.empty(self.scratch, dtype=torch.float32, device=q.device)
         sums = out if lse is None else lse
-        self.attend((q, *self.shared, k, v, embedding, entries, out, sums, *given), self.numbers)
+        self.attend((q, *self.shared, k, v, embedding, entries, out, sums, *slot_args), self.numbers)
         return out
 
 
@@ -168,6 +168,6 @@ def cope_attention(
     lse: Tensor | None = None,
     tiling: CopeTiling | None = None,
 ) -> Tensor:
-    """See `kernels.cope.api.cope_attention`; `lse` [n, heads] float32 receives log2 of the softmax's sums."""
+    """See `kernels.cope.api.cope_attention`; `lse` [n, heads] float32 receives log2 of the softmax sums."""
     launch = CopeLaunch(q, rows, cu_rows, blocks, embedding, scale, out, max_row, slots, lse, tiling)
     return launch(q, blocks.k, blocks.v, embedding, out, lse=lse)

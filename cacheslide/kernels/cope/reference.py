@@ -1,4 +1,4 @@
-"""CoPE attention over a paged cache in plain PyTorch: what the CPU runs and what the kernels' tests compare with."""
+"""CoPE attention over a paged cache in plain PyTorch: runs on the CPU, and is the reference of the kernels' tests."""
 
 from itertools import pairwise
 
@@ -28,6 +28,6 @@ def cope_attention(
             continue
         part = slice(begin, end)
         keys, values = paged_rows(kv, block_table[request], int(rows[end - 1]) + 1)
-        mine = None if slots is None else slots.of(request, part)
-        out[part] = cope.cope_attention(q[part], keys, values, embedding, rows[part], scale, mine)
+        own_slots = None if slots is None else slots.of(request, part)
+        out[part] = cope.cope_attention(q[part], keys, values, embedding, rows[part], scale, own_slots)
     return out

@@ -1,25 +1,26 @@
-"""Triton pieces of CoPE attention: what one tile of queries does with one tile of keys.
+"""Triton pieces of CoPE attention: one tile of queries against one tile of keys.
 
 Keys are taken from right to left. A tile's gates are summed from the right by a product with a triangle of ones on the
 tensor cores; `carry` holds each row's sum over the keys already taken. The entry added to a score is piecewise linear
-in the position, with a kink at every integer. A tile in which no row passes more than two kinks (small gates) takes it
-from a line and two hinges, whose coefficients change only when a row leaves their reach; other tiles look it up.
+in the position, with a kink at every integer. A tile in which no row passes more than two kinks (small gates) computes
+entries from a line and two hinges, whose coefficients are reloaded only when a row leaves their range; other tiles look
+entries up.
 """
 
 import triton
 import triton.language as tl
 
-NEVER = tl.constexpr(-1e9)  # a base that no position can reach from: the coefficients must be read anew
+NEVER = tl.constexpr(-1e9)  # a base out of reach of every position: forces the coefficients to be loaded
 
 
 @triton.jit
-def load(at, there, MASKED: tl.constexpr):
-    return tl.load(at, mask=there, other=0.0) if MASKED else tl.load(at)
+def load(at, valid, MASKED: tl.constexpr):
+    return tl.load(at, mask=valid, other=0.0) if MASKED else tl.load(at)
 
 
 @triton.jit
 def block_ids(table, first, limit, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Block ids of keys first..first+BLOCK_N, which are cut to 0..limit: a scalar if one block holds them all."""
+    """Block ids of keys first..first+BLOCK_N, clamped to 0..limit: a scalar if one block holds them all."""
     if BLOCK_SIZE % BLOCK_N == 0:
         ids = tl.load(table + tl.maximum(tl.minimum(first, limit - 1), 0) // BLOCK_SIZE)
     else:
@@ -32,7 +33,7 @@ def block_ids(table, first, limit, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constex
 def key_offsets(
     blocks, first, limit, kv_block, kv_slot, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr
 ):
-    """Where the keys first..first+BLOCK_N lie, int64 [BLOCK_N]; keys from `limit` on stand for the last one."""
+    """Element offsets of keys first..first+BLOCK_N, int64 [BLOCK_N]; keys from `limit` on repeat the last one."""
     inner = tl.arange(0, BLOCK_N)
     if EDGE:
         inside = tl.minimum(first + inner, limit - 1) % BLOCK_SIZE
@@ -45,7 +46,7 @@ def key_offsets(
 
 @triton.jit
 def gates_of(scores):
-    """sigmoid of scores that are in units of log2(e): the square of a reciprocal root, where dividing costs more."""
+    """sigmoid of scores in units of log2(e), as the square of a reciprocal root, which is cheaper than a division."""
     root = tl.rsqrt(1.0 + tl.exp2(-scores))
     return root * root
 
@@ -59,10 +60,10 @@ def triangle(BLOCK_N: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def fetch(at, index, ASM: tl.constexpr):
-    """float32 at `at` + index, for every index of a tensor, in that tensor's own layout.
+    """float32 values at `at` + index for every index of a tensor, in that tensor's own layout.
 
-    A Triton load moves addresses and values to a layout that would suit neighbouring addresses, through shared memory,
-    and drags the scores along; these addresses have no order to gain from.
+    A Triton load would convert addresses and values through shared memory to a layout for neighbouring addresses, and
+    the scores with them; these addresses are in no order, so nothing is gained by that.
     """
     if ASM:
         value = tl.inline_asm_elementwise(
@@ -76,12 +77,12 @@ def fetch(at, index, ASM: tl.constexpr):
 
 @triton.jit
 def look_up(entries, lane, position, LAST: tl.constexpr, STRIDE: tl.constexpr, ASM: tl.constexpr):
-    """Entries at positions [rows, keys], each by two reads; `entries` [LAST + 2, STRIDE] of this tile's rows `lane`."""
+    """Entries at positions [rows, keys], interpolated between two reads; `entries` [LAST + 2, STRIDE], rows `lane`."""
     position = tl.minimum(position, LAST)
     low = position.to(tl.int32)  # positions are not negative
     at = low * STRIDE + lane[:, None]
     below = fetch(entries, at, ASM)
-    above = fetch(entries + STRIDE, at, ASM)  # behind the last one anything finite: its weight is 0
+    above = fetch(entries + STRIDE, at, ASM)  # past the last entry any finite value: its weight is 0
     return below + (position - low.to(tl.float32)) * (above - below)
 
 
@@ -100,7 +101,7 @@ def hinges(entries, lane, carry, LAST: tl.constexpr, STRIDE: tl.constexpr, ASM: 
 
 @triton.jit
 def beyond(base, carry, LAST: tl.constexpr):
-    """How far the sums have come past the rows' bases; a base near the end holds for every sum behind it."""
+    """How far the sums are past the rows' bases; a base near the end holds for all larger sums."""
     return tl.max(tl.where(base >= LAST - 2, 0.0, carry - base), 0)
 
 
@@ -151,7 +152,7 @@ def gated_tile(
     higher = tl.maximum(top, tl.max(scores, 1))
     lower = higher
     if EDGE:
-        lower = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen no key yet
+        lower = tl.where(higher == float("-inf"), 0.0, higher)  # a row without a key so far
     weights = tl.exp2(scores - lower[:, None])
     shrink = tl.exp2(top - lower)
     values = load(v + offsets[:, None] + d[None, :], wide, PAD_DIM > HEAD_DIM)

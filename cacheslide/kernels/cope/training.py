@@ -14,7 +14,7 @@ def cope_attention(q: Tensor, k: Tensor, v: Tensor, embedding: Tensor, scale: fl
     q : Tensor [batch, heads, length, head_dim]
     k, v : Tensor [batch, kv_heads, keys, head_dim]
         Not rotated. With more keys than queries the queries are the last rows (decoding; no gradients on CUDA then).
-        Sequences may be padded on the right: no row sees what follows it.
+        Sequences may be padded on the right: no row attends to later ones.
     embedding : Tensor [p_max, head_dim], of q's dtype
     scale : float, optional
         1 / sqrt(head_dim) by default.
@@ -25,8 +25,8 @@ def cope_attention(q: Tensor, k: Tensor, v: Tensor, embedding: Tensor, scale: fl
 
     Notes
     -----
-    Memory grows with length, not with its square, in both directions. On CUDA gradients of k and v are summed with
-    atomics, so their last bits vary from run to run.
+    Memory is linear in the length in both directions. On CUDA gradients of k and v are summed with atomics, so their
+    last bits vary from run to run.
     """
     if not q.dtype == k.dtype == v.dtype == embedding.dtype:
         raise ValueError(f"q {q.dtype}, k {k.dtype}, v {v.dtype} and the position table {embedding.dtype} must agree")
@@ -48,7 +48,7 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, embedding, scale):
-        """Saves outputs and the rows' softmax sums; gates are recomputed backwards."""
+        """Save outputs and the rows' softmax sums; the backward pass recomputes gates."""
         from cacheslide.kernels.cope import training_launch as launch
 
         q, k, v, embedding = launch.aligned(q, k, v, embedding)

@@ -1,4 +1,4 @@
-"""Launches of the CoPE kernels over whole sequences [batch, heads, length, head_dim], forwards and backwards."""
+"""Launches of the CoPE kernels over whole sequences [batch, heads, length, head_dim], forward and backward."""
 
 import torch
 import triton
@@ -7,7 +7,7 @@ from torch import Tensor
 from cacheslide.kernels.cope.backward import _cope_backward
 from cacheslide.kernels.cope.launch import _ASM, _GATE, Blocks, CopeTiling, cope_attention
 
-_ONE_BLOCK = 1 << 30  # a sequence is one block, whatever its length: no recompilation
+_ONE_BLOCK = 1 << 30  # a sequence of any length is one block: no recompilation
 
 
 class _Sequences(Blocks):
@@ -56,7 +56,7 @@ def backward(
     block_m: int | None = None,
     block_n: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the position table, of their dtypes; sums over rows and keys are float32."""
+    """Gradients of q, k, v and the position table, in their dtypes; sums over rows and keys are float32."""
     batch, heads, length, dim = q.shape
     if k.shape[2] != length:
         raise ValueError(f"gradients need as many keys as queries, not {k.shape[2]} and {length}")

@@ -1,4 +1,4 @@
-"""Cached rows moved to their places in a paged KV cache: Triton on CUDA, plain PyTorch elsewhere.
+"""Placement of cached rows in a paged KV cache: Triton on CUDA, plain PyTorch elsewhere.
 
 A cache `kv` is vLLM's view [blocks, kv_heads, block_size, 2 * head_dim]: any strides, but the last dimension is
 contiguous and holds the key beside the value. A slot is block * block_size + offset.
@@ -21,23 +21,23 @@ def place_layers(
     rotary: Rotary,
     pointers: Tensor | None = None,
 ) -> None:
-    """Rotate a chunk's keys to where its rows sit now and scatter keys and values, all layers in one launch.
+    """Rotate a chunk's keys to their rows' positions and scatter keys and values, all layers in one launch.
 
     Parameters
     ----------
     k, v : Tensor [layers, rows, kv_heads, head_dim]
-        As computed: keys rotated at their source positions. On the cache's device or in pinned host memory, from
-        which a GPU reads only the rows that are placed.
+        Keys rotated at their source positions. On the cache's device or in pinned host memory, from which a GPU reads
+        only the rows that are placed.
     slots : Tensor [rows], int64
-        Where each row goes; -1 skips it (the row is active and writes its own KV). No slot twice.
+        Destination of each row; -1 skips it (the row is active and writes its own KV). No slot twice.
     deltas : Tensor [rows], int32, optional
         Target minus source position; None places keys as they are stored.
     caches : sequence of Tensor [blocks, kv_heads, block_size, 2 * head_dim]
-        One a layer, all of one shape, layout and dtype.
+        One per layer, all of one shape, layout and dtype.
     rotary : Rotary
-        Tables on the cache's device that reach every |delta|; on CUDA a delta beyond them gives NaN keys.
+        Tables on the cache's device that cover every |delta|; on CUDA a delta beyond them gives NaN keys.
     pointers : Tensor [layers], int64, optional
-        `cache_pointers(caches)`, which saves making it anew.
+        `cache_pointers(caches)`, if made before.
     """
     if k.shape != v.shape or len(caches) != len(k) or len(slots) != k.shape[1]:
         raise ValueError(f"k {tuple(k.shape)}, v {tuple(v.shape)}, {len(caches)} caches, {len(slots)} slots disagree")
@@ -57,8 +57,8 @@ def place_layers(
 def row_deviation(fresh: Tensor, cached: Tensor, deltas: Tensor | None, rotary: Rotary) -> Tensor:
     """Squared distance of fresh keys from moved cached keys, summed over heads and head_dim: float32 [rows].
 
-    fresh, cached [rows, kv_heads, head_dim] and deltas [rows] as in `place_layers`; the moved key is rounded to the
-    dtype of `cached` first, as in the cache.
+    fresh, cached [rows, kv_heads, head_dim] and deltas [rows] as in `place_layers`. The moved key is first rounded to
+    the dtype of `cached`, as in the cache.
     """
     if fresh.shape != cached.shape:
         raise ValueError(f"fresh {tuple(fresh.shape)} and cached {tuple(cached.shape)} rows disagree")
@@ -71,7 +71,7 @@ def row_deviation(fresh: Tensor, cached: Tensor, deltas: Tensor | None, rotary: 
 
 
 def cache_pointers(caches: Sequence[Tensor]) -> Tensor:
-    """Addresses of CUDA caches, int64 [layers], for `place_layers`. Make it once a model: it copies from the host."""
+    """Addresses of CUDA caches, int64 [layers], for `place_layers`. Made once per model: it copies from the host."""
     from cacheslide.kernels.placement import triton
 
     return triton.cache_pointers(caches)

@@ -1,4 +1,4 @@
-"""Placement in plain PyTorch: what the CPU runs and what the tests compare with."""
+"""Placement in plain PyTorch: runs on the CPU, and is the reference of the tests."""
 
 from collections.abc import Sequence
 

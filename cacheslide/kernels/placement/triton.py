@@ -1,4 +1,4 @@
-"""Triton kernels: cached rows are delta-rotated and scattered into the paged cache, or compared with fresh keys.
+"""Triton kernels that delta-rotate cached rows: one scatters them into the paged cache, one compares with fresh keys.
 
 Both read a cached row once and keep the rotated key in registers. A lane is one head of one row.
 """
@@ -14,19 +14,19 @@ from torch import Tensor
 from cacheslide.kernels.bound import BoundKernel
 from cacheslide.positions.rope import Rotary
 
-_PAIRS = 1024  # rotation pairs a program turns: one 16-byte load a thread per half of a key in bf16
-_ANYWHERE = (2, 3, 4)  # a chunk's part of a request may start anywhere: `slots`, `deltas`, `caches` of `_place`
+_PAIRS = 1024  # rotation pairs of a program: one 16-byte load a thread per half of a key in bf16
+_ANYWHERE = (2, 3, 4)  # `slots`, `deltas`, `caches` of `_place`: a chunk's part of a request may start at any alignment
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit
-def _turn(k, at, delta, cos, sin, positions, there, HALF: tl.constexpr, d):
-    """Both halves of the keys at `at` [lanes], turned by `delta` [lanes] positions: float32 [lanes, PAD_HALF] each."""
-    a = tl.load(k + at[:, None] + d[None, :], mask=there, other=0.0).to(tl.float32)
-    b = tl.load(k + at[:, None] + HALF + d[None, :], mask=there, other=0.0).to(tl.float32)
+def _turn(k, at, delta, cos, sin, positions, valid, HALF: tl.constexpr, d):
+    """Both halves of the keys at `at` [lanes], rotated by `delta` [lanes] positions: float32 [lanes, PAD_HALF] each."""
+    a = tl.load(k + at[:, None] + d[None, :], mask=valid, other=0.0).to(tl.float32)
+    b = tl.load(k + at[:, None] + HALF + d[None, :], mask=valid, other=0.0).to(tl.float32)
     by = tl.abs(delta)
     angle = by.to(tl.int64)[:, None] * HALF + d[None, :]
-    known = there & (by < positions)[:, None]  # a turn beyond the tables gives NaN, never a wrong key
+    known = valid & (by < positions)[:, None]  # a turn beyond the tables gives NaN, never a wrong key
     c = tl.load(cos + angle, mask=known, other=float("nan"))
     s = tl.load(sin + angle, mask=known, other=float("nan")) * tl.where(delta < 0, -1.0, 1.0)[:, None]
     return a * c - b * s, b * c + a * s
@@ -45,28 +45,28 @@ def _place(
     head = (lane % heads).to(tl.int64)
     slot = tl.load(slots + row, mask=row < rows, other=-1)
     d = tl.arange(0, PAD_HALF)
-    there = (slot >= 0)[:, None] & (d < HALF)[None, :]
+    valid = (slot >= 0)[:, None] & (d < HALF)[None, :]
     row64 = row.to(tl.int64)
     from_k = layer.to(tl.int64) * k_layer + row64 * k_row + head * k_head
     from_v = layer.to(tl.int64) * v_layer + row64 * v_row + head * v_head
-    v_low = tl.load(v + from_v[:, None] + d[None, :], mask=there)
-    v_high = tl.load(v + from_v[:, None] + HALF + d[None, :], mask=there)
+    v_low = tl.load(v + from_v[:, None] + d[None, :], mask=valid)
+    v_high = tl.load(v + from_v[:, None] + HALF + d[None, :], mask=valid)
     if ROTATE:
         delta = tl.load(deltas + row, mask=row < rows, other=0)
-        k_low, k_high = _turn(k, from_k, delta, cos, sin, positions, there, HALF, d)
+        k_low, k_high = _turn(k, from_k, delta, cos, sin, positions, valid, HALF, d)
     else:
-        k_low = tl.load(k + from_k[:, None] + d[None, :], mask=there)
-        k_high = tl.load(k + from_k[:, None] + HALF + d[None, :], mask=there)
+        k_low = tl.load(k + from_k[:, None] + d[None, :], mask=valid)
+        k_high = tl.load(k + from_k[:, None] + HALF + d[None, :], mask=valid)
     cache = tl.multiple_of(tl.load(caches + layer).to(tl.pointer_type(DTYPE)), 16)
     to = (slot // BLOCK_SIZE) * kv_block + head * kv_head + (slot % BLOCK_SIZE) * kv_slot
     at = cache + to[:, None] + d[None, :]
-    tl.store(at, k_low.to(DTYPE), mask=there)
-    tl.store(at + HALF, k_high.to(DTYPE), mask=there)
-    tl.store(at + 2 * HALF, v_low.to(DTYPE), mask=there)
-    tl.store(at + 3 * HALF, v_high.to(DTYPE), mask=there)
+    tl.store(at, k_low.to(DTYPE), mask=valid)
+    tl.store(at + HALF, k_high.to(DTYPE), mask=valid)
+    tl.store(at + 2 * HALF, v_low.to(DTYPE), mask=valid)
+    tl.store(at + 3 * HALF, v_high.to(DTYPE), mask=valid)
 
 
-@triton.jit(do_not_specialize_on_alignment=["deltas", "out"])  # a chunk's part of a request may start anywhere
+@triton.jit(do_not_specialize_on_alignment=["deltas", "out"])  # chunk parts start at any alignment
 def _deviation(
     fresh, cached, deltas, cos, sin, out, heads, positions, fresh_row, fresh_head, cached_row, cached_head,
     HALF: tl.constexpr, PAD_HALF: tl.constexpr, PAD_HEADS: tl.constexpr, ROTATE: tl.constexpr,
@@ -74,26 +74,26 @@ def _deviation(
     row = tl.program_id(0)
     head = tl.arange(0, PAD_HEADS)
     d = tl.arange(0, PAD_HALF)
-    there = (head < heads)[:, None] & (d < HALF)[None, :]
+    valid = (head < heads)[:, None] & (d < HALF)[None, :]
     at = row.to(tl.int64) * cached_row + head * cached_head
     if ROTATE:
         delta = tl.load(deltas + row) + tl.zeros([PAD_HEADS], tl.int32)
-        low, high = _turn(cached, at, delta, cos, sin, positions, there, HALF, d)
-        # Rounded as a placed key is, so that an unchanged key deviates by exactly what it would in the cache.
+        low, high = _turn(cached, at, delta, cos, sin, positions, valid, HALF, d)
+        # Rounded like a placed key, so that the deviation equals that of the key in the cache.
         low = low.to(cached.dtype.element_ty).to(tl.float32)
         high = high.to(cached.dtype.element_ty).to(tl.float32)
     else:
-        low = tl.load(cached + at[:, None] + d[None, :], mask=there, other=0.0).to(tl.float32)
-        high = tl.load(cached + at[:, None] + HALF + d[None, :], mask=there, other=0.0).to(tl.float32)
+        low = tl.load(cached + at[:, None] + d[None, :], mask=valid, other=0.0).to(tl.float32)
+        high = tl.load(cached + at[:, None] + HALF + d[None, :], mask=valid, other=0.0).to(tl.float32)
     at = row.to(tl.int64) * fresh_row + head * fresh_head
-    low -= tl.load(fresh + at[:, None] + d[None, :], mask=there, other=0.0).to(tl.float32)
-    high -= tl.load(fresh + at[:, None] + HALF + d[None, :], mask=there, other=0.0).to(tl.float32)
-    squares = tl.where(there, low * low + high * high, 0.0)
+    low -= tl.load(fresh + at[:, None] + d[None, :], mask=valid, other=0.0).to(tl.float32)
+    high -= tl.load(fresh + at[:, None] + HALF + d[None, :], mask=valid, other=0.0).to(tl.float32)
+    squares = tl.where(valid, low * low + high * high, 0.0)
     tl.store(out + row, tl.sum(tl.sum(squares, 1), 0))
 
 
 def cache_pointers(caches: Sequence[Tensor]) -> Tensor:
-    """Addresses of the layers' caches, int64 [layers] on their device. Make it once: it copies from the host."""
+    """Addresses of the layers' caches, int64 [layers] on their device. Make them once: it copies from the host."""
     first = caches[0]
     for kv in caches:
         if kv.shape[1:] != first.shape[1:] or kv.stride() != first.stride() or kv.dtype != first.dtype:
@@ -115,7 +115,7 @@ def place_layers(
     """See `cacheslide.kernels.placement.api.place_layers`."""
     layers, rows, heads, dim = k.shape
     if not rows or not layers:
-        return  # a launch of no programs is an error
+        return  # a grid of size 0 is an error
     kv = caches[0]
     half = dim // 2
     padded = triton.next_power_of_2(half)
@@ -139,7 +139,7 @@ def _bound(
 ) -> BoundKernel:
     """The launch for chunks of one shape; a request has many of them, which may come in groups of layers.
 
-    Every argument tells one launch from another; `numbers`, `source` and `device` do nothing else.
+    All arguments are part of the cache key; `numbers`, `source` and `device` are used for nothing else.
     """
     half, padded, lanes, block = sizes
     constants = {"BLOCK_SIZE": block, "HALF": half, "PAD_HALF": padded, "LANES": lanes, "ROTATE": rotate}

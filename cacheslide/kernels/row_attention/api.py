@@ -26,20 +26,20 @@ def row_attention(
     Parameters
     ----------
     q : Tensor [n, heads, head_dim]
-        Queries of all requests behind each other; float32, bfloat16 or float16, like `kv`.
+        Queries of all requests, concatenated; float32, bfloat16 or float16, like `kv`.
     rows : Tensor [n], int32
         Each query's row in its request, ascending inside a request; it attends to keys 0..row of that request.
     cu_rows : Tensor [requests + 1], int32
         Request i owns queries cu_rows[i]..cu_rows[i + 1]; a request may own none.
     block_table : Tensor [requests, max_blocks], int32
-        Blocks of each request's keys, in order. Entries behind its last row are never followed.
+        Blocks of each request's keys, in order. Entries behind its last row are not read.
     kv : Tensor [blocks, kv_heads, block_size, 2 * head_dim]
-        Every key up to a request's last query row must have been written; anything else may hold NaN.
+        Every key up to a request's last query row must have been written; other slots may hold NaN.
     scale : float, optional
         Factor on the scores, above 0; 1 / sqrt(head_dim) by default.
     out : Tensor [n, heads, head_dim], optional
     max_row : int, optional
-        The largest row, known on the host: sharpens the division of work (the table's width bounds it otherwise).
+        The largest row, if known on the host: gives a better tiling than the bound from the table's width.
 
     Returns
     -------
@@ -49,13 +49,13 @@ def row_attention(
 
 
 class RowAttention:
-    """`row_attention` of one set of rows in layer after layer: what layers have in common is checked and built once.
+    """`row_attention` of one set of rows in every layer: checks and arguments common to layers are made once.
 
     Parameters
     ----------
     rows, cu_rows, block_table, scale, max_row
-        See `row_attention`. Their numbers may change between calls, `max_row` being a bound then; a call's queries
-        behind the last of `cu_rows` are left out, and their outputs hold anything.
+        See `row_attention`. Their numbers may change between calls; `max_row` is then an upper bound. Queries behind
+        the last of `cu_rows` are not computed, and their outputs are undefined.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class RowAttention:
         if scale is not None and scale <= 0:
             raise ValueError(f"scale must be above 0, not {scale}")
         self.shared, self.scale, self.max_row = (rows, cu_rows, block_table), scale, max_row
-        self._form: tuple | None = None  # the tensors' shapes, strides and dtypes in the call before
+        self._form: tuple | None = None  # the tensors' shapes, strides and dtypes in the previous call
         self._launch = None
 
     def __call__(self, q: Tensor, kv: Tensor, out: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""How row attention is cut into tiles and launched."""
+"""Tiling and launch of row attention."""
 
 import functools
 import math
@@ -14,10 +14,10 @@ from cacheslide.kernels.row_attention.triton import _merge, _row_attention
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the work is cut: `lanes` query lanes (rows times packed heads) by `keys` keys, and the launch's warps.
+    """`lanes` query lanes (rows times packed heads) by `keys` keys, and the launch's warps and stages.
 
-    `pack` puts the heads of a KV head into one tile; `chunk` > 0 also cuts the keys of every tile into chunks of that
-    many (a multiple of `keys`), which are merged by a second launch: for calls with too few tiles to fill the device.
+    `pack` puts the query heads of one KV head into one tile. `chunk` > 0 also splits every tile's keys into chunks of
+    that many (a multiple of `keys`), merged by a second launch: for calls with too few tiles to fill the device.
     """
 
     lanes: int = 128
@@ -30,9 +30,9 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Device:
-    """What the choice depends on; by default an H200 (bytes of shared memory that one block may use).
+    """Properties of a GPU that the tiling depends on; defaults are an H200's, shared memory in bytes per block.
 
-    `early_launch`: a launch can begin while the one before it ends (programmatic dependent launch, Hopper and later).
+    `early_launch`: programmatic dependent launch is available (Hopper and later).
     """
 
     multiprocessors: int = 132
@@ -42,7 +42,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Work:
-    """A call's sizes: `rows` query rows in all, of `requests` requests whose keys end before row `span`."""
+    """A call's sizes: `rows` query rows in total, of `requests` requests whose keys end before row `span`."""
 
     rows: int
     requests: int
@@ -54,17 +54,17 @@ class Work:
     dtype: torch.dtype
 
 
-SMALL = Tiling(lanes=64, warps=4, stages=3)  # two of these share a multiprocessor
+SMALL = Tiling(lanes=64, warps=4, stages=3)  # two of these fit on a multiprocessor
 
 
 def choose_tiling(work: Work, device: Device = Device()) -> Tiling:
-    """The tiling for a call, by rules read off a sweep on an H200 (docs/log.md)."""
+    """The tiling for a call, by rules from a sweep on an H200 (docs/log.md)."""
     group = work.heads // work.kv_heads
-    if work.dtype == torch.float32:  # exact products run outside the tensor cores: small tiles, or registers spill
+    if work.dtype == torch.float32:  # full float32 products avoid tensor cores: small tiles, or registers spill
         return Tiling(lanes=max(32, triton.next_power_of_2(group)), keys=32, warps=4, stages=2)
     wide = max(128, triton.next_power_of_2(group))
     dense = 2 * work.rows >= work.span * work.requests
-    # Of dense rows a tile of one head wastes little on the diagonal, and its loads are simpler.
+    # For dense rows, tiles of one head waste little on the diagonal, and their loads are simpler.
     base = Tiling(lanes=wide, pack=False, stages=3) if dense else Tiling(lanes=wide)
     if work.dim > 128:
         base = replace(SMALL, keys=32, lanes=max(64, triton.next_power_of_2(group)))
@@ -75,7 +75,7 @@ def choose_tiling(work: Work, device: Device = Device()) -> Tiling:
 
 
 def _spread(work: Work, base: Tiling, device: Device) -> Tiling:
-    """For calls with few tiles: smaller tiles, and the smallest chunks of keys that run in about one wave."""
+    """For calls with few tiles: smaller tiles, and the smallest chunks of keys that fit in about one wave."""
     group = work.heads // work.kv_heads
     for cut, slots in ((base, device.multiprocessors), (SMALL, 2 * device.multiprocessors)):
         if cut.lanes < group:
@@ -90,24 +90,24 @@ def _spread(work: Work, base: Tiling, device: Device) -> Tiling:
 
 
 def fitting(tiling: Tiling, dim: int, device: Device) -> Tiling:
-    """The same tiling with as many stages and keys as the device's shared memory holds."""
+    """The same tiling with stages and keys reduced to what the device's shared memory holds."""
     while tiling.stages > 2 and _shared_bytes(tiling, dim) > device.shared_bytes:
         tiling = replace(tiling, stages=tiling.stages - 1)
     return replace(tiling, keys=32) if _shared_bytes(tiling, dim) > device.shared_bytes else tiling
 
 
 def _shared_bytes(tiling: Tiling, dim: int) -> int:
-    """Shared memory of 16-bit queries and of every stage's keys and values."""
+    """Bytes of shared memory for 16-bit queries and every stage's keys and values."""
     return 2 * triton.next_power_of_2(dim) * (tiling.lanes + 2 * tiling.stages * tiling.keys)
 
 
 class RowLaunch:
-    """The launch of row attention for one set of rows: grid and arguments, whatever layer's tensors it is given.
+    """The launch of row attention for one set of rows: grid and arguments, for the tensors of any layer.
 
     Parameters
     ----------
     q, kv, out : Tensor
-        Of the first call; later ones differ in their memory and in nothing else.
+        Tensors of the first call; those of later calls may differ only in their memory.
     rows, cu_rows, block_table, scale, max_row
         See `cacheslide.kernels.row_attention.api.row_attention`.
     tiling : Tiling, optional
@@ -186,11 +186,11 @@ def row_attention(
 
 
 def device_of(x: Tensor) -> Device:
-    """The device a tensor lives on; under Triton's interpreter, one multiprocessor."""
+    """The properties of a tensor's device; under Triton's interpreter, one multiprocessor."""
     return _device(x.device.index or 0) if x.is_cuda else Device(1, early_launch=False)
 
 
 @functools.cache
 def _device(index: int) -> Device:
-    found = torch.cuda.get_device_properties(index)
-    return Device(found.multi_processor_count, found.shared_memory_per_block_optin, found.major >= 9)
+    properties = torch.cuda.get_device_properties(index)
+    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.major >= 9)

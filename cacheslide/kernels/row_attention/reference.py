@@ -1,4 +1,4 @@
-"""Row attention in plain PyTorch: what the CPU runs and what the tests compare with."""
+"""Row attention in plain PyTorch: runs on the CPU, and is the reference of the tests."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Query rows a call handles at once: bounds the mask and skips most masked keys. A GPU is faster with fewer launches.
+# Query rows per step: bounds the mask and skips most masked keys. A GPU is faster with fewer launches.
 _QUERY_BLOCK, _GPU_QUERY_BLOCK = 256, 1024
 
 
@@ -46,19 +46,19 @@ def by_blocks(
     ----------
     q : Tensor [n, heads, head_dim]
     k, v : Tensor [keys, kv_heads, head_dim]
-        Row j of the prompt at index j.
+        K and V of row j of the prompt at index j.
     rows : Tensor [n]
         Ascending; query i attends to keys 0..rows[i].
     scale : float, optional
         Default: 1 / sqrt(head_dim).
     window : int, optional
-        Query i attends to the last `window` of these keys only. A key outside of every query's window is not read.
+        Query i attends only to the last `window` of these keys. Keys outside every query's window are not read.
     on_host : Tensor [n], optional
-        `rows` in host memory; without it they are copied there.
+        `rows` in host memory; copied there if not given.
 
     Yields
     ------
-    The slice of query rows, and what they attend to [rows, heads, head_dim].
+    The slice of query rows, and their attention output [rows, heads, head_dim].
     """
     size = _GPU_QUERY_BLOCK if q.is_cuda else _QUERY_BLOCK
     for part, first, last in _blocks(rows.cpu() if on_host is None else on_host, window, size):
@@ -70,9 +70,9 @@ def by_blocks(
 
 
 def _blocks(rows: Tensor, window: int | None, size: int) -> Iterator[tuple[slice, int, int]]:
-    """Slices of at most `size` of `rows` [n] (ascending, on the host), and the keys [first, last) each attends to."""
+    """Slices of at most `size` of `rows` [n] (ascending, on the host), and the range [first, last) of keys of each."""
     ends = [len(rows)]
-    if window is not None:  # keys between two windows belong to no query: a block does not span them
+    if window is not None:  # keys between two windows belong to no query: a block must not span them
         ends = [*(torch.nonzero(rows.diff() > window)[:, 0] + 1).tolist(), len(rows)]
     begin = 0
     for end in ends:
@@ -86,8 +86,8 @@ def _blocks(rows: Tensor, window: int | None, size: int) -> Iterator[tuple[slice
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
     """Attention where `mask`, bool [n, keys], is set.
 
-    q [n, heads, head_dim] over k, v [keys, kv_heads, head_dim] -> [n, heads, head_dim]. A key that no query may see
-    still enters every sum with weight 0, so it must not be NaN.
+    q [n, heads, head_dim] over k, v [keys, kv_heads, head_dim] -> [n, heads, head_dim]. Masked keys enter every sum
+    with weight 0, so they must not be NaN.
     """
     if q.is_cuda and q.shape[1] != k.shape[1]:
         return grouped_attention(q, k, v, mask, scale)
@@ -98,9 +98,9 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
-    """The same with every KV head as one of a batch, which its query heads see without a copy.
+    """As `masked_attention`, with KV heads as the batch dimension, so that query heads share them without a copy.
 
-    On a GPU only the slowest of PyTorch's kernels takes a mask together with grouped heads.
+    On a GPU only PyTorch's slowest kernel supports a mask together with grouped heads.
     """
     kv_heads = k.shape[1]
     queries = q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
@@ -110,7 +110,7 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: floa
 
 
 def paged_rows(kv: Tensor, blocks: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [count, kv_heads, head_dim] of a request's rows 0..count-1, whose blocks are `blocks`."""
+    """Keys and values [count, kv_heads, head_dim] of rows 0..count-1 of the request with the block ids `blocks`."""
     needed = blocks[: -(-count // kv.shape[2])].long()
     both = kv[needed].transpose(1, 2).flatten(0, 1)[:count]
     return both.chunk(2, dim=-1)

@@ -1,8 +1,8 @@
 """Triton kernel: causal attention of scattered query rows over a paged KV cache.
 
-A tile holds the query heads that share a KV head (GQA) beside each other, for a few neighbouring rows: one load of a
-key serves all of them, and a tile of scattered rows spans fewer keys, so less of the diagonal is computed in vain.
-Keys up to the tile's first row need no mask and run in a loop of their own; keys behind its last row are never read.
+A tile holds a few neighbouring rows of all query heads that share a KV head (GQA): one load of a key serves all of
+them, and a tile of scattered rows spans fewer keys, so fewer masked products are computed. Keys up to the tile's first
+row need no mask and run in a separate loop; keys behind its last row are never read.
 """
 
 import triton
@@ -11,8 +11,8 @@ from triton.language.extra.cuda import gdc_wait
 
 
 @triton.jit
-def _load(at, there, MASKED: tl.constexpr):
-    return tl.load(at, mask=there, other=0.0) if MASKED else tl.load(at)
+def _load(at, valid, MASKED: tl.constexpr):
+    return tl.load(at, mask=valid, other=0.0) if MASKED else tl.load(at)
 
 
 @triton.jit
@@ -34,11 +34,11 @@ def _attend(
     """Online softmax over keys start..stop (in steps of BLOCK_N); with EDGE, masked by row and cut at `limit`."""
     inner = tl.arange(0, BLOCK_N)
     d = tl.arange(0, PAD_DIM)
-    # Block ids are read one tile ahead and carried through the loop: loads that wait for loads do not pipeline well.
+    # Block ids are loaded one tile ahead and carried through the loop: dependent loads do not pipeline well.
     blocks = _block_ids(table, start, limit, BLOCK_SIZE, BLOCK_N)
     for first in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         keys = first + inner
-        # Keys from `limit` on may hold anything, NaN included, and 0 * NaN is NaN: the last key stands in for them.
+        # Keys from `limit` on may be NaN, and 0 * NaN is NaN: the last key replaces them.
         if EDGE:
             inside = tl.minimum(keys, limit - 1) % BLOCK_SIZE
         elif BLOCK_N % BLOCK_SIZE == 0:
@@ -54,7 +54,7 @@ def _attend(
         if EDGE:
             scores = tl.where(keys[None, :] <= q_rows[:, None], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1) * scale)
-        # The first tile holds a key for every row that is stored, so -inf - -inf = NaN stays with rows that are not.
+        # The first tile has a key for every row that is stored; -inf - -inf = NaN occurs only in rows that are not.
         weights = tl.exp2(scores * scale - higher[:, None])
         shrink = tl.exp2(top - higher)
         v = _load(at + HEAD_DIM, wide, PAD_DIM > HEAD_DIM)
@@ -64,7 +64,7 @@ def _attend(
     return acc, top, total
 
 
-# Batches and block tables come in every size: one compilation serves all.
+# Batch sizes and block table widths vary: one compilation serves all.
 @triton.jit(do_not_specialize=["requests", "table_row"])
 def _row_attention(
     q, rows, cu_rows, table, kv, out, lse, requests, scale, chunk,
@@ -127,7 +127,7 @@ def _row_attention(
     keep = live
     if SPLIT:
         out += tl.program_id(2).to(tl.int64) * out_chunk
-        keep = live & (q_rows >= start)  # rows before this chunk have no share in it
+        keep = live & (q_rows >= start)  # rows before this chunk have no key in it
         tl.store(lse + tl.program_id(2) * lse_chunk + row64 * lse_row + head, top + tl.log2(total), mask=keep)
     at = out + row64[:, None] * out_row + head[:, None] * out_head + d[None, :]
     tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=keep[:, None] & (d < HEAD_DIM)[None, :])
@@ -138,10 +138,10 @@ def _merge(
     parts, lse, rows, out, count, heads, chunk, part_chunk, out_row, out_head,
     HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Weigh the chunks' outputs by their sums. parts [chunks, n, heads, HEAD_DIM], lse [chunks, n, heads], base 2.
+    """Merge the chunks' outputs, weighted by their sums: parts [chunks, n, heads, HEAD_DIM], lse [chunks, n, heads].
 
-    Where `rows` is so far below 0 that no chunk is its own, the output is 0. EARLY: launched while the programs that
-    leave them still run.
+    lse is in base 2. Rows of `rows` far enough below 0 have no chunk: their output is 0. EARLY: launched before the
+    programs that write the parts have ended.
     """
     if EARLY:
         gdc_wait()
@@ -156,16 +156,16 @@ def _merge(
     acc = tl.zeros([BLOCK, PAD_DIM], tl.float32)
     pair64 = pair.to(tl.int64)
     for i in range(tl.max(chunks, 0)):
-        here = i < chunks
-        s = tl.load(lse + i * (count * heads).to(tl.int64) + pair64, mask=here, other=float("-inf"))
+        valid = i < chunks
+        s = tl.load(lse + i * (count * heads).to(tl.int64) + pair64, mask=valid, other=float("-inf"))
         higher = tl.maximum(top, s)
-        weight = tl.where(here, tl.exp2(s - higher), 0.0)
-        shrink = tl.where(here & (i > 0), tl.exp2(top - higher), 1.0)
+        weight = tl.where(valid, tl.exp2(s - higher), 0.0)
+        shrink = tl.where(valid & (i > 0), tl.exp2(top - higher), 1.0)
         at = parts + i * part_chunk + pair64[:, None] * HEAD_DIM + d[None, :]
-        x = tl.load(at, mask=here[:, None] & wide, other=0.0)
+        x = tl.load(at, mask=valid[:, None] & wide, other=0.0)
         acc = acc * shrink[:, None] + x * weight[:, None]
         total = total * shrink + weight
-        top = tl.where(here, higher, top)
+        top = tl.where(valid, higher, top)
     at = out + row.to(tl.int64)[:, None] * out_row + (pair % heads)[:, None] * out_head + d[None, :]
     merged = tl.where((chunks > 0)[:, None], acc / total[:, None], 0.0)
     tl.store(at, merged.to(out.dtype.element_ty), mask=live[:, None] & wide)

@@ -1,1 +1,1 @@
-"""Tiers that outlive a process: chunks as checked records in files or on a server. What serving reads and writes."""
+"""Tiers that outlive a process: checksummed records of chunks in files or on a server, used for serving."""

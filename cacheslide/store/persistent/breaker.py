@@ -1,10 +1,10 @@
-"""A tier that fails is left alone for a while, longer each time, so that nobody waits for it again and again."""
+"""Circuit breaker: a failing tier is not used for a while, longer after each failure, so that callers do not wait."""
 
 import time
 
 
 class Breaker:
-    """Open after a failure; uses a monotonic clock, so that setting the wall clock changes nothing."""
+    """Open after a failure; uses a monotonic clock, which setting the wall clock does not affect."""
 
     def __init__(self, first_s: float = 0.5, longest_s: float = 30.0) -> None:
         self.first_s, self.longest_s = first_s, longest_s
@@ -13,15 +13,15 @@ class Breaker:
 
     @property
     def open(self) -> bool:
-        """Whether the tier should be left alone now."""
+        """Whether the tier should not be used now."""
         return time.monotonic() < self._until
 
     def failed(self, error: BaseException) -> None:
-        """Note a failure."""
+        """Record a failure."""
         self.failures += 1
         self.last_error = f"{type(error).__name__}: {error}"
         self._until = time.monotonic() + min(self.longest_s, self.first_s * 2 ** min(self.failures - 1, 16))
 
     def worked(self) -> None:
-        """Note a success."""
+        """Record a success."""
         self.failures, self._until = 0, 0.0

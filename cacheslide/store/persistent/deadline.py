@@ -1,6 +1,6 @@
-"""Connections to a Valkey or Redis server on which a whole request has one time limit, and an answer one size limit.
+"""Connections to a Valkey or Redis server with one time limit per request and one size limit per answer.
 
-A limit a `recv` alone lets a server that sends a byte now and then hold a reader for as long as it likes.
+With a limit per `recv` only, a server that sends a byte now and then could block a reader indefinitely.
 """
 
 import math
@@ -14,14 +14,14 @@ import redis
 
 
 class Allowance(threading.local):
-    """What is left of the request that this thread runs: seconds until `until`, and bytes to receive."""
+    """The rest of this thread's current request: time limit `until`, and bytes that may still be received."""
 
     until = math.inf
     room = math.inf
 
     @contextmanager
     def request(self, seconds: float, room: int) -> Iterator[None]:
-        """A request: it may take so long, and receive so many bytes."""
+        """Context of a request that may take `seconds` and receive `room` bytes."""
         self.until, self.room = time.monotonic() + seconds, room
         try:
             yield
@@ -30,21 +30,21 @@ class Allowance(threading.local):
 
     @property
     def left(self) -> float:
-        """Seconds that are left; TimeoutError when none are."""
+        """Seconds left; TimeoutError if there are none."""
         left = self.until - time.monotonic()
         if left <= 0:
             raise TimeoutError("the request took longer than its limit")
         return left
 
     def took(self, received: int) -> None:
-        """Count what came; OSError when it is more than any answer has."""
+        """Count received bytes; OSError if they exceed any valid answer."""
         self.room -= received
         if self.room < 0:
             raise OSError("the answer is larger than any record")
 
 
 class _Socket:
-    """A connected socket whose every call ends within the request's time."""
+    """A connected socket whose calls all end within the request's time."""
 
     def __init__(self, plain: Any, allowance: Allowance) -> None:
         self._plain, self._allowance = plain, allowance
@@ -54,12 +54,12 @@ class _Socket:
         return getattr(self._plain, name)
 
     def settimeout(self, seconds: float | None) -> None:
-        """As `socket.settimeout`; what is left of the request counts too."""
+        """As `socket.settimeout`, further limited by the request's time."""
         self._timeout = seconds
         self._plain.settimeout(seconds)
 
     def _limit(self) -> None:
-        if self._timeout != 0:  # 0 asks whether something has come, and waits for nothing
+        if self._timeout != 0:  # 0 only polls
             left = self._allowance.left
             self._plain.settimeout(self._timeout if left == math.inf else min(left, self._timeout or left))
 
@@ -78,13 +78,13 @@ class _Socket:
         return n
 
     def sendall(self, data: Any, flags: int = 0) -> None:
-        """As `socket.sendall`, which has one time limit as it is."""
+        """As `socket.sendall`, which has one time limit for the whole call."""
         self._limit()
         self._plain.sendall(data, flags)
 
 
 class _Limited:
-    """Mixed into a connection class of `redis`."""
+    """Mixin for the connection classes of `redis`."""
 
     def __init__(self, *args: Any, allowance: Allowance, **kwargs: Any) -> None:
         self._allowance = allowance

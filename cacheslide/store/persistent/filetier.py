@@ -1,4 +1,4 @@
-"""The file tier: chunks on disk, spread over shards, one namespace of them seen at a time."""
+"""The file tier: chunks on disk, distributed over shards."""
 
 import hashlib
 import json
@@ -25,14 +25,14 @@ from cacheslide.store.strict import is_count, parse_object
 _KEY = re.compile(r"[0-9a-f]{40}")
 _FORMAT = {"kind": "cacheslide-store", "format": 1}
 _NOTE_BYTES = 4096
-OPEN_S = 30.0  # opening takes in what is there for at most so long; the rest comes with look-ups
+OPEN_S = 30.0  # maximum time that opening spends on reading the index; look-ups read the rest
 
 
 def namespace_id(namespace: str, rank: int = 0, ranks: int = 1) -> bytes:
-    """Sixteen bytes that stand for a tenant and a rank's share of its KV heads, on disk and in the remote tier.
+    """Sixteen bytes that identify a tenant and a rank's KV heads on disk and in the remote tier.
 
-    A namespace without NUL is hashed with the rank behind a NUL, as it always was; one with NUL, which could imitate
-    that, has its length in front and a hash of its own kind.
+    A namespace without NUL is hashed together with NUL and the rank, as in older stores; one with NUL, which could
+    imitate that, is prefixed with its length and hashed with a separate tag.
     """
     if not 0 <= rank < ranks:
         raise StoreError(f"rank must lie in 0 to {ranks - 1}, not {rank}")
@@ -44,7 +44,7 @@ def namespace_id(namespace: str, rank: int = 0, ranks: int = 1) -> bytes:
 
 
 def chunk_name(namespace: bytes, key: ChunkKey) -> bytes:
-    """Namespace and key, 36 bytes; StoreError for anything that `chunk_keys` would not return."""
+    """Namespace and key, 36 bytes; StoreError for a key that `chunk_keys` cannot return."""
     if not isinstance(key, str) or not _KEY.fullmatch(key):
         raise StoreError(f"malformed chunk key {key!r}: 40 hexadecimal digits are expected")
     return namespace + bytes.fromhex(key)
@@ -54,8 +54,8 @@ def chunk_name(namespace: bytes, key: ChunkKey) -> bytes:
 class FileOptions:
     """Settings of the file tier.
 
-    `capacity` in bytes holds for the folder, whoever writes to it; it is divided evenly over `shards`, which is fixed
-    when the folder is made. The rest: see `Shard`; `shared` also holds for the folder itself.
+    `capacity` in bytes is that of the folder, for all writers; it is divided evenly over `shards`, which is fixed when
+    the folder is created. Other fields: see `Shard`; `shared` also applies to the folder itself.
     """
 
     path: Path
@@ -106,7 +106,7 @@ class FileTier:
             raise StoreError(f"cannot use {str(path)!r} as a chunk store: {wrong}") from None
 
     def _shards_on_disk(self, root: Folder) -> int:
-        """The folder's own number of shards; written once, by whoever comes first."""
+        """The folder's number of shards; written once, by the first process."""
         note = root.path / "format.json"
         try:
             raw = root.read("format.json", _NOTE_BYTES)
@@ -114,11 +114,11 @@ class FileTier:
             self._describe(root)
             raw = root.read("format.json", _NOTE_BYTES)
         try:
-            found = parse_object(raw, _NOTE_BYTES)
-            shards = found["shards"]
+            values = parse_object(raw, _NOTE_BYTES)
+            shards = values["shards"]
         except (ValueError, KeyError):
             raise StoreError(f"{note} is damaged: restore it, or remove the folder") from None
-        if {k: found.get(k) for k in _FORMAT} != _FORMAT or not is_count(shards, 1, 256):
+        if {k: values.get(k) for k in _FORMAT} != _FORMAT or not is_count(shards, 1, 256):
             raise StoreError(f"{note} describes another kind or version of store: use another folder")
         return shards
 
@@ -131,7 +131,7 @@ class FileTier:
             self.files.sync(fd)
         finally:
             self.files.close(fd)
-        root.settle(part, "format.json")  # unless another process was faster
+        root.settle(part, "format.json")  # unless another process has written it
         root.unlink(part)
 
     @property
@@ -140,11 +140,11 @@ class FileTier:
         return min(s.capacity for s in self.shards) - 2 * BLOCK
 
     def shard(self, name: bytes) -> Shard:
-        """The shard that keeps `name`; spread by the key, so all tenants share all shards."""
+        """The shard of `name`; chosen by the key, so all tenants share all shards."""
         return self.shards[name[16] % len(self.shards)]
 
     def contains(self, name: bytes) -> bool:
-        """Whether a record of this name is published; reads no page."""
+        """Whether a record of this name is published; does not read its pages."""
         return self.shard(name).index.find(name) is not None
 
     def read(self, name: bytes, runs: Runs | None = None, accept: Accept = anything) -> tuple[Head, Tensor] | None:
@@ -152,14 +152,14 @@ class FileTier:
         return self.shard(name).read(name, runs, accept)
 
     def head(self, name: bytes) -> Head | None:
-        """A record's layout, positions and checksums without its pages; None when it is not here."""
-        found = self.read(name, [])
-        return None if found is None else found[0]
+        """A record's layout, positions and checksums without its pages; None if there is none."""
+        record = self.read(name, [])
+        return None if record is None else record[0]
 
     def write(self, records: Iterable[Encoded]) -> int:
-        """Append records that are not there yet, one sequential write a shard; returns the bytes written.
+        """Append new records, in one sequential write per shard; returns the bytes written.
 
-        A shard whose folder is not the store's takes nothing; Foreign is raised after the others have been written.
+        A shard whose folder is not the store's writes nothing; Foreign is raised after the others have written.
         """
         groups: dict[int, list[Encoded]] = {}
         for r in records:
@@ -176,7 +176,7 @@ class FileTier:
         return written
 
     def names(self) -> Iterator[bytes]:
-        """Names of all records, every namespace's."""
+        """Names of all records of all namespaces."""
         for shard in self.shards:
             with suppress(Foreign):
                 shard.index.refresh()

@@ -1,4 +1,4 @@
-"""Where each chunk's newest record lies, rebuilt from the segments and kept up with other processes' writes."""
+"""Index of each chunk's newest record, built from the segments and updated with other processes' writes."""
 
 import errno
 import os
@@ -13,12 +13,12 @@ from cacheslide.store.folder import Foreign
 from cacheslide.store.persistent.record import NOBODY, PREAMBLE_BYTES, Preamble
 from cacheslide.store.persistent.segments import SegmentFolder, ShardHead
 
-_STRIDE = 1 << 20  # bytes read at a time where preambles are searched block by block
-REFRESH_S = 1.0  # a look-up takes in what is new for at most so long, and goes on where it stopped the next time
+_STRIDE = 1 << 20  # bytes per read when preambles are searched block by block
+REFRESH_S = 1.0  # maximum time that a look-up spends on new records; the next one continues
 
 
 def _guarded(method):
-    """Run a method under the index's lock."""
+    """Decorator: run a method under the index's lock."""
 
     @wraps(method)
     def locked(self, *args, **kwargs):
@@ -29,7 +29,7 @@ def _guarded(method):
 
 
 class Location:
-    """A record's place: segment, offset, size in bytes; `hits` counts reads since it was written (at most 3)."""
+    """Place of a record: segment, offset, size in bytes; `hits` counts reads since it was written (at most 3)."""
 
     __slots__ = ("hits", "offset", "payload_at", "segment", "seq", "size")
 
@@ -40,7 +40,7 @@ class Location:
 
 @dataclass
 class Segment:
-    """What the index knows of one segment: its salt and log, bytes scanned, file size, and names found in it."""
+    """Index state of one segment: its salt and log, bytes scanned, file size, and record names."""
 
     salt: bytes
     log: int
@@ -57,42 +57,41 @@ class ShardIndex:
         self.head = ShardHead()
         self.places: dict[bytes, Location] = {}
         self.segments: OrderedDict[int, Segment] = OrderedDict()
-        self.skipped = 0  # damaged stretches met while scanning
-        self.unread: dict[int, int] = {}  # files named like segments that are none, and their sizes
+        self.skipped = 0  # damaged stretches found while scanning
+        self.unread: dict[int, int] = {}  # files named like segments that are not segments, with their sizes
         self._until = 0.0
         self._raw = b"?"
         self._guard = threading.RLock()
 
     def find(self, name: bytes) -> Location | None:
-        """Where a record lies, looking at other processes' writes when it is not known here."""
+        """The place of a record; reads other processes' writes if it is unknown."""
         place = self.places.get(name)
         if place is None and self.refresh():
             place = self.places.get(name)
         return place
 
     def salt(self, place: Location) -> bytes | None:
-        """The salt of a location's segment, None when the segment is gone."""
+        """The salt of a location's segment; None if the segment no longer exists."""
         segment = self.segments.get(place.segment)
         return None if segment is None else segment.salt
 
     def published(self, head: ShardHead) -> None:
-        """Note the head that this process has just written."""
+        """Set the head that this process has just written."""
         with self._guard:
             self.head, self._raw = head, head.pack()
 
     @_guarded
     def refresh(self, force: bool = False, limit_s: float = REFRESH_S) -> bool:
-        """Take in what was published since the last call; one small read when nothing was. Whether anything was.
+        """Index records published since the last call; a single small read if there are none. Returns whether any were.
 
-        After `limit_s` seconds the rest is left to the next call. StoreError and OSError when the folder cannot be
-        used.
+        After `limit_s` seconds the rest is left to the next call. StoreError or OSError if the folder cannot be used.
         """
         raw = self.folder.raw_head()
         if raw == self._raw and not force:
             return False
         self._until = time.monotonic() + limit_s
         head, listing = ShardHead.unpack(raw), self.folder.listing()
-        if head is None:  # no store yet, or a damaged head: every segment is read to its end
+        if head is None:  # no store yet, or a damaged head: segments are read to their ends
             head = ShardHead(seq=self.head.seq, last=max(listing, default=0))
         self.head, self._raw = head, raw
         for gone in [i for i in self.segments if i not in listing]:
@@ -126,27 +125,27 @@ class ShardIndex:
             self._scan(segment, known, published)
 
     def _scan(self, number: int, segment: Segment, end: int) -> None:
-        """Read the preambles of [scanned, end); behind a damaged one, look for the next block that holds one."""
+        """Read the preambles in [scanned, end); after a damaged one, search for the next block with a valid one."""
         try:
             fd = self.folder.folder.open(self.folder.file(number))
         except (FileNotFoundError, Foreign):
             return
         try:
             at, window, start = segment.scanned, b"", 0
-            ahead = PREAMBLE_BYTES  # small records are read many at a time, large ones by their preambles alone
+            ahead = PREAMBLE_BYTES  # many small records per read, or only the preambles of large ones
             while at + PREAMBLE_BYTES <= end:
                 if at + PREAMBLE_BYTES > start + len(window):
                     window, start = os.pread(fd, ahead, at), at
                     if time.monotonic() >= self._until:
                         self._raw, segment.scanned = b"?", at
                         return
-                found = Preamble.unpack(window[at - start : at - start + PREAMBLE_BYTES], segment.salt, at)
-                size = 0 if found is None else found.size
-                if found is None or at + size > end or found.seq > self._newest:
+                preamble = Preamble.unpack(window[at - start : at - start + PREAMBLE_BYTES], segment.salt, at)
+                size = 0 if preamble is None else preamble.size
+                if preamble is None or at + size > end or preamble.seq > self._newest:
                     self.skipped += 1
                     at = self._next(fd, segment.salt, at + BLOCK, end)
                     continue
-                self.add(number, found, at)
+                self.add(number, preamble, at)
                 at += size
                 ahead = _STRIDE if size < _STRIDE // 32 else PREAMBLE_BYTES
         finally:
@@ -155,11 +154,11 @@ class ShardIndex:
 
     @property
     def _newest(self) -> int:
-        """The highest sequence number that a published record can have; any, where the head is damaged."""
+        """The highest valid sequence number of a published record; unlimited if the head is damaged."""
         return self.head.seq if self.head.epoch else 1 << 62
 
     def _next(self, fd: int, salt: bytes, at: int, end: int) -> int:
-        """The next block that holds a preamble, or where the search has to go on later."""
+        """The next block with a preamble, or the offset at which to continue searching later."""
         while at < end and time.monotonic() < self._until:
             at = _data(fd, at)
             raw = os.pread(fd, max(0, min(_STRIDE, end - at)), at)
@@ -171,7 +170,7 @@ class ShardIndex:
 
     @_guarded
     def add(self, segment: int, preamble: Preamble, offset: int, hits: int = 0) -> None:
-        """Note a record; an older one of the same name is superseded."""
+        """Add a record; it supersedes an older one of the same name."""
         if preamble.name == NOBODY:
             return
         old = self.places.get(preamble.name)
@@ -183,13 +182,13 @@ class ShardIndex:
 
     @_guarded
     def drop(self, name: bytes, place: Location) -> None:
-        """Forget a record that turned out damaged or gone, unless a newer one has taken its place."""
+        """Remove a damaged or missing record, unless a newer one has replaced it."""
         if self.places.get(name) is place:
             del self.places[name]
 
     @_guarded
     def forget(self, segment: int) -> None:
-        """Forget a segment and what only it held."""
+        """Remove a segment and its records."""
         for name in self.segments.pop(segment).names:
             place = self.places.get(name)
             if place is not None and place.segment == segment:
@@ -197,9 +196,9 @@ class ShardIndex:
 
     @_guarded
     def live(self, segment: int) -> list[tuple[bytes, Location]]:
-        """The records of a segment that no newer one supersedes, in file order."""
-        found = {name: self.places.get(name) for name in self.segments[segment].names}
-        return [(n, p) for n, p in found.items() if p is not None and p.segment == segment]
+        """The records of a segment that are not superseded, in file order."""
+        places = {name: self.places.get(name) for name in self.segments[segment].names}
+        return [(n, p) for n, p in places.items() if p is not None and p.segment == segment]
 
     @property
     def nbytes(self) -> int:
@@ -209,7 +208,7 @@ class ShardIndex:
 
 
 def _data(fd: int, at: int) -> int:
-    """The first block from `at` on that is not a hole of a sparse file; far behind its end when there is none."""
+    """The first block from `at` on outside a sparse file's holes; an offset far behind the end if there is none."""
     try:
         return max(at, os.lseek(fd, at, os.SEEK_DATA) // BLOCK * BLOCK)
     except OSError as none:

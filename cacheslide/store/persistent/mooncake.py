@@ -1,9 +1,9 @@
 """The remote tier on Mooncake Store: whole records in memory that the processes of a cluster put together.
 
-A master (`mooncake_master`) knows where records lie and makes room; the bytes go directly between the process that asks
-and the one whose memory holds them. The package is `mooncake-transfer-engine-non-cuda` (install `cacheslide[mooncake]`)
-or `mooncake-transfer-engine`, which has the same module and needs the CUDA driver. The client lives in a helper process
-(`mooncake_helper.py` says why), so that every call here ends in time and no fault of it reaches the engine.
+A master (`mooncake_master`) knows the places of records and makes room; bytes are sent directly between processes. The
+package is `mooncake-transfer-engine-non-cuda` (install `cacheslide[mooncake]`) or `mooncake-transfer-engine`, which has
+the same module and needs the CUDA driver. The client runs in a helper process (see `mooncake_helper.py`), so that every
+call here ends in time and its faults do not reach the engine.
 """
 
 import contextlib
@@ -28,27 +28,26 @@ from cacheslide.store.persistent.record import Accept, Encoded, Head, Misfit, No
 
 _SALT = bytes(16)
 _HELPER = Path(__file__).with_name("mooncake_helper.py")
-_START_S = 60.0  # for the interpreter and the import, on a machine that is busy
+_START_S = 60.0  # for starting the interpreter and the import on a busy machine
 _CLOSE_S = 5.0
-_LEAST = 16 << 20  # bytes of a segment
-# Mooncake's error codes (its types.h). What is in neither set is a refusal.
-_ABSENT = {-703, -704, -710, -712}  # being written, not there, and without a copy
+_LEAST = 16 << 20  # minimum bytes of a segment
+# Mooncake's error codes (its types.h). Codes in neither set are refusals.
+_ABSENT = {-703, -704, -710, -712}  # being written, not there, without a copy
 _NO_ROOM = {-10, -200}
-TOO_LARGE = -100_000  # the helper's own: the record is larger than was asked for
+TOO_LARGE = -100_000  # the helper's own code: the record exceeds the requested size
 _METRICS = 1 << 22  # bytes
-_UNREACHABLE = {-1, -101, -103, -707, -800, -1010}  # and the -900s: no answer, or not from who holds the record
+_UNREACHABLE = {-1, -101, -103, -707, -800, -1010}  # and -900 to -999: no answer, or none from the record's holder
 
 
 @dataclass(frozen=True)
 class MooncakeOptions:
-    """Where the master is, and what this process brings along.
+    """Address of the master, and this process's part of the pool.
 
-    `port` is the master's RPC port and `metrics_port` its HTTP port, which `nbytes` asks. `capacity` is the pool's size
-    in bytes as this store was told; larger records are not sent, since asking for their room would make others leave.
-    `segment` is the memory in bytes (0, or 16 MiB and more) that this process adds to the pool; what lies in it is gone
-    when the process ends.
-    `protocol` "rdma" with `devices` (comma-separated) has not been tested here. A call takes `timeout_s` at
-    most, or twice that when the helper process must be started again.
+    `port` is the master's RPC port and `metrics_port` its HTTP port, used by `nbytes`. `capacity` is the configured
+    size of the pool in bytes; larger records are not sent, since room for them would evict others. `segment` is the
+    memory in bytes (0, or at least 16 MiB) that this process adds to the pool; records in it are lost when the process
+    ends. `protocol` "rdma" with `devices` (comma-separated) has not been tested here. A call takes at most `timeout_s`,
+    or twice that if the helper process must be restarted.
     """
 
     host: str = "127.0.0.1"
@@ -68,18 +67,18 @@ class MooncakeOptions:
             raise ConfigError(f"Mooncake takes memory of at least {_LEAST} bytes a process, not {self.segment}")
 
 
-def why_not(said: str) -> str:
-    """What keeps a helper process that `said` something else than "ok" from working, and what to do."""
-    if "cannot open shared object file" in said and "libcuda" not in said:  # that one: the package without CUDA
-        return f"Mooncake needs a library of the system (on Debian libibverbs1, libnuma1 and libcurl4): {said}"
+def why_not(message: str) -> str:
+    """Explains a helper process's first message other than "ok", and how to repair the installation."""
+    if "cannot open shared object file" in message and "libcuda" not in message:  # the package without CUDA
+        return f"Mooncake needs a library of the system (on Debian libibverbs1, libnuma1 and libcurl4): {message}"
     return (
         "the remote tier needs the package `mooncake-transfer-engine-non-cuda` or `mooncake-transfer-engine`: "
-        f"pip install 'cacheslide[mooncake]' ({said or 'its helper process ended'})"
+        f"pip install 'cacheslide[mooncake]' ({message or 'its helper process ended'})"
     )
 
 
 class _Helper:
-    """The helper process and the socket that it lives by."""
+    """The helper process and its control socket."""
 
     def __init__(self, options: MooncakeOptions, limit_s: float) -> None:
         settings = {
@@ -93,15 +92,15 @@ class _Helper:
             "parent": os.getpid(),
         }
         limits = {"MC_STORE_CLIENT_SETUP_RETRIES": "1", "MC_RPC_TIMEOUT_MS": str(max(1, int(options.timeout_s * 1000)))}
-        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        self.control, helper_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with helper_end:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", str(_HELPER), json.dumps(settings)],  # -P: beside it lies another mooncake.py
-                stdin=theirs,
+                [sys.executable, "-P", str(_HELPER), json.dumps(settings)],  # -P: ignores the mooncake.py beside it
+                stdin=helper_end,
                 stdout=subprocess.DEVNULL,
-                # Its log repeats what the store's statistics say, several lines a second while a master is away.
+                # Its log repeats the store's statistics, several lines a second while the master is unreachable.
                 stderr=None if "MC_LOG_LEVEL" in os.environ else subprocess.DEVNULL,
-                start_new_session=True,  # an interrupt from the terminal is its parent's to handle
+                start_new_session=True,  # its parent handles an interrupt from the terminal
                 env=limits | os.environ,
             )
         self.control.settimeout(limit_s)
@@ -115,18 +114,18 @@ class _Helper:
             raise StoreError(why_not(hello))
 
     def connect(self) -> socket.socket:
-        """A new connection to it."""
-        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        """A new connection to the helper."""
+        own_end, helper_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with helper_end:
             try:
-                socket.send_fds(self.control, [b"+"], [theirs.fileno()])
+                socket.send_fds(self.control, [b"+"], [helper_end.fileno()])
             except OSError:
-                mine.close()
+                own_end.close()
                 raise
-        return mine
+        return own_end
 
     def stop(self, limit_s: float) -> None:
-        """End it, by force after `limit_s`."""
+        """End the helper, by force after `limit_s`."""
         self.control.close()
         try:
             self.process.wait(limit_s)
@@ -141,7 +140,7 @@ def _stop(running: list[_Helper]) -> None:
 
 
 def _cut_off(connection: http.client.HTTPConnection) -> None:
-    """End whatever waits for a connection."""
+    """Abort whatever waits for a connection."""
     with contextlib.suppress(OSError):
         if (plain := connection.sock) is not None:
             plain.shutdown(socket.SHUT_RDWR)
@@ -157,7 +156,7 @@ class MooncakeTier:
         self._idle: list[socket.socket] = []
         self._closed = False
         self._running = [_Helper(options, _START_S)]
-        self._end = weakref.finalize(self, _stop, self._running)  # at the latest when the interpreter ends
+        self._end = weakref.finalize(self, _stop, self._running)  # at interpreter exit at the latest
 
     def _key(self, name: bytes) -> str:
         return f"{self.options.prefix}:v1:{name[:16].hex()}:{name[16:].hex()}"
@@ -167,7 +166,7 @@ class MooncakeTier:
         return f"{self.options.host}:{self.options.port}"
 
     def _connection(self) -> socket.socket:
-        """A connection to the helper, which is started again when it died."""
+        """A connection to the helper, which is restarted if it has died."""
         if not self._lock.acquire(timeout=self.options.timeout_s):
             raise OSError("the helper process for Mooncake is being started")
         try:
@@ -183,7 +182,7 @@ class MooncakeTier:
             self._lock.release()
 
     def _ask(self, operation: str, name: bytes, file: int | None = None) -> tuple[int, int | None]:
-        """Answer and file of one request; OSError when none comes in time."""
+        """Answer and file of one request; OSError if none arrives in time."""
         until = time.monotonic() + self.options.timeout_s
         if not self._slots.acquire(timeout=self.options.timeout_s):
             raise OSError(f"all {self.options.connections} connections to Mooncake at {self._where} are busy")
@@ -197,7 +196,7 @@ class MooncakeTier:
                 if not raw:
                     raise OSError("its helper process ended")
             except OSError as gone:
-                connection.close()  # its answer may still come, and must not be taken for the next one's
+                connection.close()  # a late answer must not be taken for the next request's
                 raise OSError(f"Mooncake at {self._where} does not answer: {gone}") from None
             self._idle.append(connection)
         finally:
@@ -205,7 +204,7 @@ class MooncakeTier:
         return int(raw), files[0] if files else None
 
     def _checked(self, code: int) -> int:
-        """A result as it is; otherwise OSError when Mooncake cannot be reached, StoreError when it refuses."""
+        """A non-negative result; otherwise OSError if Mooncake cannot be reached, StoreError if it refuses."""
         if code >= 0:
             return code
         if code in _UNREACHABLE or -1000 < code <= -900:
@@ -219,11 +218,11 @@ class MooncakeTier:
         self.contains(bytes(36))
 
     def contains(self, name: bytes) -> bool:
-        """See `RemoteTier`. The master takes it for a use, and keeps the record for its lease."""
+        """See `RemoteTier`. The master counts it as a use and keeps the record for its lease."""
         return bool(self._checked(self._ask("e", name)[0]))
 
     def read(self, name: bytes, accept: Accept = anything) -> tuple[Head, Tensor] | None:
-        """See `RemoteTier`. A record that does not verify, or cannot be used, is removed."""
+        """See `RemoteTier`. A record that does not verify or is not accepted is removed."""
         most = min(accept.most, self.options.capacity)
         code, file = self._ask(f"r{most}:", name)
         try:
@@ -253,7 +252,7 @@ class MooncakeTier:
             self._checked(gone)
 
     def write(self, record: Encoded) -> int:
-        """See `RemoteTier`. NoRoom when it is larger than the pool, or when all that the pool holds is in use."""
+        """See `RemoteTier`. NoRoom if it is larger than the pool, or if everything in the pool is in use."""
         if record.size > self.options.capacity:
             raise NoRoom(f"a record is larger than the remote tier's {self.options.capacity} bytes")
         file = os.memfd_create("cacheslide")
@@ -265,11 +264,11 @@ class MooncakeTier:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the master has given out, by its metrics: of all its clients and tenants, not of this store alone."""
+        """Bytes allocated by the master, from its metrics: of all clients and tenants, not of this store alone."""
         connection = http.client.HTTPConnection(
             self.options.host, self.options.metrics_port, timeout=self.options.timeout_s
         )
-        late = threading.Timer(self.options.timeout_s, _cut_off, [connection])  # one limit for all of it, headers too
+        late = threading.Timer(self.options.timeout_s, _cut_off, [connection])  # one limit, headers included
         late.daemon = True
         try:
             late.start()
@@ -287,11 +286,11 @@ class MooncakeTier:
 
     @property
     def alive(self) -> bool:
-        """Whether the helper process runs; with it goes the memory that this process added to the pool."""
+        """Whether the helper process runs; if it ends, the memory that it added to the pool is lost."""
         return bool(self._running) and self._running[0].process.poll() is None
 
     def close(self) -> None:
-        """End the helper process; memory that it added to the pool is given back, with the records in it."""
+        """End the helper process; its memory leaves the pool with the records in it."""
         with self._lock:
             self._closed = True
             while self._idle:

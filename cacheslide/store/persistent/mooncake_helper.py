@@ -1,14 +1,13 @@
-"""The process that holds a Mooncake client for `MooncakeTier`; run as a script, it imports nothing of this package.
+"""Helper process with a Mooncake client for `MooncakeTier`; run as a script, it imports nothing of this package.
 
-The client has a process of its own because `setup` and `close` hold Python's lock while the master does not answer (4 s
-an attempt when it is gone, of 20 by default; 30 s when it hangs), a call after `close` is a segmentation fault, and
-loading it starts some thirty threads and installs handlers for SIGSEGV, SIGBUS, SIGFPE and SIGURG.
+The client needs its own process: `setup` and `close` hold the GIL while the master does not answer (4 s per attempt if
+it is down, 20 attempts by default; 30 s if it hangs), a call after `close` is a segmentation fault, and loading it
+starts some thirty threads and installs handlers for SIGSEGV, SIGBUS, SIGFPE and SIGURG.
 
-Standard input is a socket of messages. First this process says "ok", or why it cannot work; then every message brings
-one end of a connection, which a thread of its own serves until the other end closes. On it a request is an operation
-(one byte, for reading followed by the most bytes wanted and a colon) and a key, its answer a number: a result, or
-Mooncake's error when negative. Records travel beside them as anonymous files. The process ends when standard input
-ends, or its parent does.
+Standard input is a socket of messages. First this process sends "ok", or an error; then every message brings one end of
+a connection, served by a thread until the other end closes. A request on it is an operation (one byte, for reading
+followed by the maximum bytes wanted and a colon) and a key; the answer is a number, negative for Mooncake's errors.
+Records are passed as anonymous files. The process ends when standard input ends or its parent dies.
 """
 
 import ctypes
@@ -22,14 +21,14 @@ import threading
 import time
 
 NO_ROOM, NOT_CONNECTED = -200, -900  # Mooncake's NO_AVAILABLE_HANDLE and RPC_FAIL
-TOO_LARGE = -100_000  # its own: the record is larger than was asked for
-_NO_MASTER = -1  # what setup says then
-_PAUSES = (0.02, 0.04, 0.08, 0.16)  # seconds: the master makes room in the background, after it has refused once
+TOO_LARGE = -100_000  # own code: the record exceeds the requested size
+_NO_MASTER = -1  # result of `setup` without a master
+_PAUSES = (0.02, 0.04, 0.08, 0.16)  # seconds: the master makes room in the background after its first refusal
 _RETRY_S, _CLOSE_S = 0.5, 15
 
 
 class Client:
-    """A Mooncake client that connects in the background and is used by many threads."""
+    """A Mooncake client that connects in the background; used by many threads."""
 
     def __init__(self, kind: type, settings: dict) -> None:
         self._kind, self._settings, self._store, self._why = kind, settings, None, NOT_CONNECTED
@@ -40,7 +39,7 @@ class Client:
         s = self._settings
         while True:
             try:
-                # First to see whether anybody listens: `setup` takes 4 s to find out, and nothing else runs meanwhile.
+                # Tries the port first: without a listener `setup` blocks everything for 4 s.
                 with socket.create_connection((s["host"], s["port"]), s["timeout_s"]) as probe:
                     host, address = probe.getsockname()[0], probe.getpeername()[0]
                 store, master = self._kind(), f"{address}:{s['port']}"
@@ -55,7 +54,7 @@ class Client:
         self._connected.set()
 
     def run(self, operation: str, key: str, file: int | None) -> tuple[int, int | None]:
-        """The answer to one request, and the file that goes with it."""
+        """The answer to one request, and its file if any."""
         if not self._connected.wait(self._settings["timeout_s"]):
             return self._why, None
         if operation == "r":
@@ -78,8 +77,8 @@ class Client:
             raise
 
     def _write(self, key: str, file: int) -> int:
-        if (there := self._store.is_exist(key)) != 0:
-            return min(there, 0)
+        if (exists := self._store.is_exist(key)) != 0:
+            return min(exists, 0)
         size = os.fstat(file).st_size
         for pause in (*_PAUSES, 0.0):
             done = self._transfer(self._store.put_from, key, file, size)
@@ -100,10 +99,10 @@ class Client:
                 finally:
                     self._store.unregister_buffer(address)
             finally:
-                del first  # else the mapping cannot be closed
+                del first  # otherwise the mapping cannot be closed
 
     def close(self) -> None:
-        """Take this process's memory out of the pool, if the master can be told."""
+        """Remove this process's memory from the pool, if the master can be reached."""
         if self._connected.is_set():
             self._store.close()
 
@@ -123,7 +122,7 @@ def serve(connection: socket.socket, client: Client) -> None:
                     os.close(f)
             try:
                 socket.send_fds(connection, [str(answer).encode()], [] if file is None else [file])
-            except OSError:  # nobody waits for it any more
+            except OSError:  # the caller has given up
                 return
             finally:
                 if file is not None:
@@ -131,7 +130,7 @@ def serve(connection: socket.socket, client: Client) -> None:
 
 
 def main() -> None:
-    """Serve the process whose socket is standard input."""
+    """Serve the process at the other end of standard input."""
     settings = json.loads(sys.argv[1])
     control = socket.socket(fileno=0)
     try:
@@ -150,9 +149,9 @@ def main() -> None:
         if not raw:
             break
         threading.Thread(target=serve, args=(socket.socket(fileno=files[0]), client), daemon=True).start()
-    signal.alarm(_CLOSE_S)  # ends the process whatever `close` waits for, and whoever holds Python's lock
+    signal.alarm(_CLOSE_S)  # ends the process whatever `close` waits for, also if the GIL is held
     client.close()
-    os._exit(0)  # threads may be inside the client, which is gone now
+    os._exit(0)  # threads may still be inside the closed client
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`cacheslide store serve` for Mooncake: a master, and a process that gives it the pool's memory."""
+"""`cacheslide store serve` for Mooncake: a master, and a process that provides the pool's memory."""
 
 import ctypes
 import signal
@@ -21,19 +21,19 @@ def _die_with_parent() -> None:
 
 
 def serve(options: MooncakeOptions, bind: str) -> int:
-    """Run master and pool until SIGTERM or SIGINT; StoreError when either cannot start or ends by itself.
+    """Run master and pool until SIGTERM or SIGINT; StoreError if either cannot start or ends by itself.
 
-    The pool has `options.capacity` bytes; the master starts to make room before they are full. Called by a process's
-    main thread.
+    The pool has `options.capacity` bytes; the master begins to evict before it is full. Call from a process's main
+    thread.
     """
     options = replace(options, host=bind, segment=options.capacity, timeout_s=max(options.timeout_s, 10.0))
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    pool = MooncakeTier(options)  # first, since it says clearly when the package is missing; connects by itself
+    pool = MooncakeTier(options)  # first, for a clear error if the package is missing; connects by itself
     command = [sys.executable, "-P", "-m", "mooncake.cli", f"-rpc_address={bind}", f"-rpc_port={options.port}"]
     command += [f"-metrics_host={bind}", f"-metrics_port={options.metrics_port}"]
-    master = subprocess.Popen(command, preexec_fn=_die_with_parent)  # a pool without its master is of no use
+    master = subprocess.Popen(command, preexec_fn=_die_with_parent)  # a pool is useless without its master
     try:
         begun = time.monotonic()
         while not stop.is_set():

@@ -1,4 +1,4 @@
-"""A record whose place in a segment is known: read and checked, or struck out so that it hides no sound one."""
+"""Reading and checking a record at a known place in a segment, or striking it out so that it hides no sound one."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -34,9 +34,9 @@ def read_placed(
     buffer: Buffer,
     accept: Accept,
 ) -> tuple[Head, Tensor]:
-    """Head and pages of a record, all or those of `runs`, verified and accepted before the pages are read.
+    """Head and pages of a record, all or those of `runs`; verified, and accepted before the pages are read.
 
-    Damaged (Misfit when not accepted) for what is not the record, FileNotFoundError without its segment.
+    Damaged if it is not the record (Misfit if not accepted), FileNotFoundError if its segment is gone.
     """
 
     if place.size > accept.most:
@@ -76,11 +76,11 @@ def read_placed(
 
 
 def strike_out(segments: SegmentFolder, name: bytes, place: Location, salt: bytes) -> None:
-    """Give a record nobody's name, if it still stands where it stood. Call with the shard's lock held."""
+    """Replace a record's name by `NOBODY`, if it is still in its place. Call with the shard's lock held."""
     fd = segments.folder.open(segments.file(place.segment), write=True)
     try:
-        found = Preamble.unpack(os.pread(fd, PREAMBLE_BYTES, place.offset), salt, place.offset)
-        if found is not None and (found.name, found.seq) == (name, place.seq):
-            segments.files.write(fd, memoryview(found._replace(name=NOBODY).pack(salt, place.offset)), place.offset)
+        preamble = Preamble.unpack(os.pread(fd, PREAMBLE_BYTES, place.offset), salt, place.offset)
+        if preamble is not None and (preamble.name, preamble.seq) == (name, place.seq):
+            segments.files.write(fd, memoryview(preamble._replace(name=NOBODY).pack(salt, place.offset)), place.offset)
     finally:
         segments.files.close(fd)

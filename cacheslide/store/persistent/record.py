@@ -9,19 +9,19 @@
     payload    the pages, in order
     padding    to a block
 
-A record of version 2 is that of a chunk with scores, and is otherwise one of version 1, as which every other chunk is
-written: what wrote and read version 1 alone skips it. The head's checksum covers the scores. Scores that are not finite
-or below 0 are damage like any other: whoever wrote them wrote no chunk.
+Version 2 is written for chunks with scores, version 1 for all others; both are otherwise equal, and code that knows
+only version 1 skips records of version 2. The head's checksum covers the scores. Scores that are not finite or below 0
+count as damage.
 
-Reading some pages checks theirs; reading all takes the whole payload's checksum, since a call a page would hold
-Python's lock so often that whoever launches kernels beside it waits. Records from before it was written have none.
+Reading single pages checks their checksums. Reading all uses the payload's checksum: one call per page would take the
+GIL so often that threads which launch kernels would wait. Older records lack the payload's checksum.
 
-The preamble's own checksum covers its place in the file, so that neither a copy of a record elsewhere nor page bytes
-that look like one are taken for it. The salt is the shard's.
+The preamble's checksum covers its place in the file, so that neither a copy of a record elsewhere nor page bytes that
+look like one are accepted. The salt is the shard's.
 
-Checksums find damage; they do not say who wrote a record. Whatever one says is therefore bounded before anything is
-allocated for it, its header is read strictly, and an `Accept` compares it with the engine's own shape before its pages
-are used.
+Checksums detect damage; they do not authenticate the writer. All sizes in a record are therefore bounded before
+anything is allocated, its header is parsed strictly, and an `Accept` compares it with the engine's own shape before its
+pages are used.
 """
 
 import json
@@ -40,30 +40,30 @@ from cacheslide.store.files import align, aligned_buffer, tensor_view
 from cacheslide.store.pages import MOST_BYTES, MOST_PAGES, MOST_TOKENS, PageLayout, from_payload, to_payload
 from cacheslide.store.strict import is_count, parse_object
 
-MAGIC, FORMAT, SCORED = b"CSLDPAGE", 1, 2  # the version of a record without scores, and of one with them
+MAGIC, FORMAT, SCORED = b"CSLDPAGE", 1, 2  # version of a record without scores, and with scores
 _PREAMBLE = struct.Struct(
     "<8sIIQQ16s16s20sIQQ"
 )  # magic, format, head bytes, payload bytes, seq, salt, ns, key, -, sums
 PREAMBLE_BYTES = 128
 _SUM = struct.Struct("<Q")
 CUT_OFF = "the record ends before its pages do"
-NOBODY = bytes(36)  # the name of a record that was struck out
-_HEADER_BYTES = 1 << 16  # of JSON at most
-MOST_BYTES_BESIDE = 1 << 18  # of a record, beside what grows with its pages and tokens: its JSON and paddings
+NOBODY = bytes(36)  # name of a struck-out record
+_HEADER_BYTES = 1 << 16  # maximum bytes of JSON
+MOST_BYTES_BESIDE = 1 << 18  # of a record, besides parts that grow with pages and tokens: JSON and padding
 _MOST_HEAD = 8 + _HEADER_BYTES + 8 * (MOST_PAGES + 1) + (8 + 4) * MOST_TOKENS
 _MOST_COUNT = 1 << 62
 
 
 class Damaged(StoreError):
-    """A record does not hold what was written: torn, truncated, altered, or another record."""
+    """A record differs from what was written: torn, truncated, altered, or another record."""
 
 
 class Misfit(Damaged):
-    """A record is whole and of another shape than the engine that asks: forged, or of another model."""
+    """A sound record of another shape than the engine's: forged, or of another model."""
 
 
 class NoRoom(StoreError):
-    """A tier cannot keep this record; it works otherwise."""
+    """A tier has no room for this record; it works otherwise."""
 
 
 class Preamble(NamedTuple):
@@ -87,14 +87,14 @@ class Preamble(NamedTuple):
         return self.payload_at + align(self.payload)
 
     def pack(self, salt: bytes, offset: int) -> bytes:
-        """The 128 bytes, for a record at `offset` of its file."""
+        """The 128 bytes for a record at `offset` of its file."""
         fixed = (MAGIC, self.version, self.head, self.payload, self.seq, salt, self.name[:16], self.name[16:], 0)
         raw = _PREAMBLE.pack(*fixed, self.head_sum, offset).ljust(PREAMBLE_BYTES - 8, b"\0")
         return raw + _SUM.pack(xxhash.xxh3_64_intdigest(raw))
 
     @classmethod
     def unpack(cls, raw: bytes, salt: bytes, offset: int) -> "Preamble | None":
-        """The preamble in `raw`; None when it is none, damaged, of another format, or made for another place."""
+        """The preamble in `raw`; None if it is damaged, of another format, or made for another place."""
         if len(raw) < PREAMBLE_BYTES or raw[:8] != MAGIC:
             return None
         if _SUM.unpack_from(raw, PREAMBLE_BYTES - 8)[0] != xxhash.xxh3_64_intdigest(raw[: PREAMBLE_BYTES - 8]):
@@ -109,7 +109,7 @@ class Preamble(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """A chunk ready to be written: everything but its place. `payload` is uint8 [bytes] on the CPU."""
+    """A chunk encoded for writing, except for its place. `payload` is uint8 [bytes] on the CPU."""
 
     name: bytes
     layout: PageLayout
@@ -120,7 +120,7 @@ class Encoded:
 
     @classmethod
     def of(cls, name: bytes, chunk: ChunkKV, page_tokens: int) -> "Encoded":
-        """Pages and checksums of `chunk`."""
+        """Encode `chunk`: pages and checksums."""
         layout = PageLayout.of(chunk, page_tokens)
         payload = to_payload(chunk, layout).cpu()
         return cls.of_pages(name, layout, payload, chunk.positions, chunk.generation, chunk.scores)
@@ -135,23 +135,23 @@ class Encoded:
         generation: int,
         scores: Tensor | None = None,
     ) -> "Encoded":
-        """The same from pages in order."""
+        """Encode a chunk given as pages in order."""
         place = positions.cpu().to(torch.int64).contiguous().numpy().tobytes()
         behind = b"" if scores is None else scores.contiguous().numpy().tobytes()
         sums = [*page_sums(payload.numpy(), layout, 0, layout.pages), xxhash.xxh3_64_intdigest(place)]
-        whole = f"{xxhash.xxh3_64_intdigest(payload.numpy()):016x}"
-        about = {"layout": layout.as_dict(), "generation": generation, "whole": whole}
+        payload_sum = f"{xxhash.xxh3_64_intdigest(payload.numpy()):016x}"
+        about = {"layout": layout.as_dict(), "generation": generation, "whole": payload_sum}
         header = json.dumps(about, separators=(",", ":")).encode()
         head = _SUM.pack(len(header)) + header + np.array(sums, dtype="<u8").tobytes() + place + behind
         return cls(name, layout, generation, head, payload, FORMAT if scores is None else SCORED)
 
     @classmethod
     def of_head(cls, name: bytes, head: "Head", payload: Tensor) -> "Encoded":
-        """A record that was read, to be written once more."""
+        """Encode a record that was read, to write it again."""
         return cls.of_pages(name, head.layout, payload, head.positions, head.generation, head.scores)
 
     def preamble(self, seq: int) -> Preamble:
-        """Its preamble under sequence number `seq`."""
+        """The preamble with sequence number `seq`."""
         digest = xxhash.xxh3_64_intdigest(self.head)
         return Preamble(self.name, seq, len(self.head), len(self.payload), digest, self.version)
 
@@ -161,7 +161,7 @@ class Encoded:
         return self.preamble(0).size
 
     def write_into(self, out: memoryview, seq: int, salt: bytes, offset: int) -> Preamble:
-        """Lay the record down at the start of `out` (zeroed), for `offset` of its file."""
+        """Write the record to the start of `out` (zeroed), for `offset` of its file; returns its preamble."""
         preamble = self.preamble(seq)
         out[:PREAMBLE_BYTES] = preamble.pack(salt, offset)
         out[PREAMBLE_BYTES : PREAMBLE_BYTES + len(self.head)] = self.head
@@ -178,7 +178,7 @@ def page_sums(payload: np.ndarray, layout: PageLayout, first: int, last: int) ->
 
 @dataclass(frozen=True)
 class Head:
-    """What stands before a record's pages, verified."""
+    """A record's verified head: everything before its pages."""
 
     layout: PageLayout
     generation: int
@@ -190,7 +190,7 @@ class Head:
 
     @classmethod
     def parse(cls, raw: memoryview, preamble: Preamble) -> "Head":
-        """From the bytes behind the preamble; Damaged when they are not what was written."""
+        """Parse the bytes behind the preamble; Damaged if they differ from what was written."""
         if len(raw) != preamble.head or xxhash.xxh3_64_intdigest(raw) != preamble.head_sum:
             raise Damaged("the header does not match its checksum")
         try:
@@ -218,16 +218,16 @@ class Head:
         if xxhash.xxh3_64_intdigest(place) != int(sums[-1]):
             raise Damaged("the positions do not match their checksum")
         rows = torch.frombuffer(bytearray(place), dtype=torch.int64)
-        whole = None
+        payload_sum = None
         if "whole" in header:
-            whole = int(header["whole"], 16) if isinstance(header["whole"], str) else -1
+            payload_sum = int(header["whole"], 16) if isinstance(header["whole"], str) else -1
         scores = torch.frombuffer(bytearray(raw[behind:]), dtype=torch.float32) if scored else None
         if scores is not None and (why := bad_scores(scores, layout.tokens)):
             raise Damaged(why)
-        return cls(layout, generation, sums, rows, len(raw), whole, scores)
+        return cls(layout, generation, sums, rows, len(raw), payload_sum, scores)
 
     def check(self, payload: np.ndarray, first: int, last: int) -> None:
-        """Damaged unless `payload` holds pages [first, last) as they were written."""
+        """Raise Damaged unless `payload` holds pages [first, last) as written."""
         if (first, last) == (0, self.layout.pages) and self.whole == xxhash.xxh3_64_intdigest(payload):
             return
         got = np.array(page_sums(payload, self.layout, first, last), dtype=np.uint64)
@@ -238,22 +238,22 @@ class Head:
 
 
 class Accept:
-    """What an asker can use: this one, which knows no shape (`cacheslide store verify` is such), anything whole.
+    """Decides which records a reader can use. This base class (as in `cacheslide store verify`) accepts any sound one.
 
-    `most` is the size in bytes of the largest record that it can use: larger ones are not read.
+    `most` is the size in bytes of the largest usable record: larger ones are not read.
     """
 
     most = _MOST_HEAD + MOST_BYTES
 
     def __call__(self, head: Head) -> None:
-        """Misfit for a record that cannot be used."""
+        """Raise Misfit for a record that cannot be used."""
 
 
 anything = Accept()
 
 
 def decode_head(raw: memoryview, name: bytes, salt: bytes, offset: int) -> Head:
-    """The verified head of the record at the start of `raw`; Damaged when it is not that of `name`."""
+    """The verified head of the record at the start of `raw`; Damaged if it is not that of `name`."""
     preamble = Preamble.unpack(bytes(raw[:PREAMBLE_BYTES]), salt, offset)
     if preamble is None or preamble.name != name:
         raise Damaged("no record of this chunk stands where it should")
@@ -261,7 +261,7 @@ def decode_head(raw: memoryview, name: bytes, salt: bytes, offset: int) -> Head:
 
 
 def decode(raw: memoryview, name: bytes, salt: bytes, offset: int, accept: Accept = anything) -> tuple[Head, Tensor]:
-    """Head and payload of a whole record in memory, every checksum verified; Damaged otherwise, or not accepted."""
+    """Head and payload of a complete record in memory, every checksum verified; Damaged if invalid or not accepted."""
     head = decode_head(raw, name, salt, offset)
     accept(head)
     start = align(PREAMBLE_BYTES + head.nbytes)
@@ -274,7 +274,7 @@ def decode(raw: memoryview, name: bytes, salt: bytes, offset: int, accept: Accep
 
 
 def to_bytes(record: Encoded, seq: int = 0, salt: bytes = bytes(16)) -> memoryview:
-    """A record on its own, as the remote tier keeps it."""
+    """A stand-alone record, as stored in the remote tier."""
     out = aligned_buffer(record.size)
     record.write_into(out, seq, salt, 0)
     return out

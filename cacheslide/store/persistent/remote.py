@@ -1,8 +1,8 @@
 """The remote tier on Valkey or Redis: whole records under their names, capacity kept by the server for all clients.
 
-The client library is `redis` (install `cacheslide[remote]`). All commands have a time limit, for the whole answer, and
-are not retried: the store's breaker decides when to ask again. Order is kept by a counter on the server, not by clocks.
-Nothing that the server says is taken for granted.
+The client library is `redis` (install `cacheslide[remote]`). All commands have a time limit for the whole answer and
+are not retried: the store's breaker decides when to try again. Order is kept by a counter on the server, not by clocks.
+All answers of the server are checked.
 """
 
 from dataclasses import dataclass, field
@@ -17,16 +17,16 @@ from cacheslide.store.persistent.remote_scripts import SCRIPTS
 from cacheslide.store.strict import is_count
 
 _SALT = bytes(16)
-_REPLY = 1 << 20  # bytes of an answer beside the record in it
+_REPLY = 1 << 20  # bytes of an answer beside the record
 
 
 @dataclass(frozen=True)
 class RemoteOptions:
-    """Where the server is and how to talk to it.
+    """Address and settings of the server.
 
-    `capacity` in bytes holds for all clients together (bytes of records; the server's own overhead comes on top).
-    `timeout_s` limits every command. With `tls`, `ca_file` verifies the server and `cert_file`/`key_file` identify the
-    client; `tls_verify=False` is for tests with self-signed certificates only.
+    `capacity` in bytes is shared by all clients (bytes of records; the server's overhead comes on top). `timeout_s`
+    limits every command. With `tls`, `ca_file` verifies the server and `cert_file`/`key_file` identify the client;
+    `tls_verify=False` is for tests with self-signed certificates only.
     """
 
     host: str = "127.0.0.1"
@@ -46,7 +46,7 @@ class RemoteOptions:
 
 
 class ValkeyTier:
-    """A `RemoteTier` on one Valkey or Redis server (all keys share a hash tag, so a cluster keeps them on one node)."""
+    """A `RemoteTier` on one Valkey or Redis server (all keys have one hash tag, so a cluster has them on one node)."""
 
     def __init__(self, options: RemoteOptions) -> None:
         try:
@@ -83,15 +83,15 @@ class ValkeyTier:
         self._put, self._get, self._drop, self._sum = (self._client.register_script(s) for s in SCRIPTS)
         self._tag = f"{options.prefix}:{{v1}}"
         self._counters = [f"{self._tag}:{x}" for x in ("used", "order", "sizes", "clock")]
-        self._walk = b"0"  # how far the server's keys have been looked through for records that no counter knows of
+        self._walk = b"0"  # cursor of the scan over the server's keys for records missing in the counters
 
     def _key(self, name: bytes) -> str:
         return f"{self._tag}:chunk:{name[:16].hex()}:{name[16:].hex()}"
 
     def _ask(self, command, *args, room: int = _REPLY, **kwargs):
-        """Run a command; OSError when the server cannot be reached in time, StoreError when it refuses or babbles.
+        """Run a command; OSError if the server cannot be reached in time, StoreError for refusals and invalid answers.
 
-        The time limit holds for all of it, `room` bytes for all answers.
+        The time limit covers the whole command, `room` bytes all answers.
         """
         try:
             with self._allowance.request(self.options.timeout_s, room):
@@ -104,11 +104,11 @@ class ValkeyTier:
             if "TOOLARGE" in str(wrong):
                 raise NoRoom(f"a record is larger than the remote tier's {self.options.capacity} bytes") from None
             raise StoreError(f"the server at {self._where} cannot do this: {_line(wrong)}") from None
-        except Exception as nonsense:  # whatever an answer that is none makes of the client library
+        except Exception as nonsense:  # the client library may raise any exception on an invalid answer
             raise self._nonsense(type(nonsense).__name__) from None
 
-    def _nonsense(self, what: Any) -> StoreError:
-        return StoreError(f"the server at {self._where} answers nonsense: {_line(what)}")
+    def _nonsense(self, answer: Any) -> StoreError:
+        return StoreError(f"the server at {self._where} answers nonsense: {_line(answer)}")
 
     def _script(self, script, name: bytes, *args, room: int = _REPLY):
         return self._ask(script, keys=[*self._counters, self._key(name)], args=args, room=room)
@@ -118,19 +118,19 @@ class ValkeyTier:
         return f"{self.options.host}:{self.options.port}"
 
     def ping(self) -> None:
-        """OSError or StoreError unless the server can be used."""
+        """Raise OSError or StoreError unless the server can be used."""
         if self._ask(self._client.ping) is not True:
             raise self._nonsense("not a PONG")
 
     def contains(self, name: bytes) -> bool:
         """See `RemoteTier`."""
-        found = self._ask(self._client.exists, self._key(name))
-        if not is_count(found, 0, 1):
-            raise self._nonsense(repr(found))
-        return bool(found)
+        answer = self._ask(self._client.exists, self._key(name))
+        if not is_count(answer, 0, 1):
+            raise self._nonsense(repr(answer))
+        return bool(answer)
 
     def read(self, name: bytes, accept: Accept = anything) -> tuple[Head, Tensor] | None:
-        """See `RemoteTier`. A record that does not verify, or cannot be used, is removed."""
+        """See `RemoteTier`. A record that does not verify or is not accepted is removed."""
         most = min(accept.most, self.options.capacity)
         raw = self._script(self._get, name, most, room=most + _REPLY)
         if raw is None:
@@ -146,31 +146,33 @@ class ValkeyTier:
             raise
 
     def _remove(self, name: bytes, begins: bytes) -> None:
-        """Remove the record that was read, if the server still has it; StoreError when it says something else."""
+        """Remove the record that was read, if it is unchanged on the server; StoreError for an invalid answer."""
         if begins and not is_count(gone := self._script(self._drop, name, begins), 0, 1):
             raise self._nonsense(repr(gone))
 
     def write(self, record: Encoded) -> int:
-        """See `RemoteTier`. The least recently used records of all tenants make room."""
-        said = self._script(self._put, record.name, bytes(to_bytes(record)), self.options.capacity, self._walk)
-        fits = isinstance(said, list) and len(said) == 3 and said[0] in (0, record.size) and isinstance(said[2], bytes)
-        if not fits or not said[2].isdigit() or len(said[2]) > 20:
-            raise self._nonsense(repr(said))
-        self._walk = said[2]
-        return said[0]
+        """See `RemoteTier`. Evicts the least recently used records of all tenants."""
+        reply = self._script(self._put, record.name, bytes(to_bytes(record)), self.options.capacity, self._walk)
+        fits = (
+            isinstance(reply, list) and len(reply) == 3 and reply[0] in (0, record.size) and isinstance(reply[2], bytes)
+        )
+        if not fits or not reply[2].isdigit() or len(reply[2]) > 20:
+            raise self._nonsense(repr(reply))
+        self._walk = reply[2]
+        return reply[0]
 
     @property
     def nbytes(self) -> int:
         """See `RemoteTier`."""
-        if not is_count(found := self._script(self._sum, bytes(36))):
-            raise self._nonsense(repr(found))
-        return found
+        if not is_count(total := self._script(self._sum, bytes(36))):
+            raise self._nonsense(repr(total))
+        return total
 
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
 
 
-def _line(said: Any) -> str:
-    """What an exception or a server says, as one line of at most 200 characters."""
-    return " ".join(str(said)[:200].split())
+def _line(value: Any) -> str:
+    """An exception or an answer as one line of at most 200 characters."""
+    return " ".join(str(value)[:200].split())

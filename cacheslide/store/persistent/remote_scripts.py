@@ -1,12 +1,12 @@
-"""What the Valkey tier has the server do, in Lua: keep a record, give it out, take it away, add up what there is.
+"""Lua scripts of the Valkey tier, run by the server: store, read and remove a record, and sum up sizes.
 
-What the counters say is not believed: whoever can write them could let the store grow without end, or keep it empty.
-The sum is taken anew from the records themselves when it cannot be right, and about every 64th time in any case. Keys
-that do not begin as a record's name does are never removed, whatever the counters list.
+The counters are not trusted, since clients with access could make the store grow without limit or keep it empty. The
+sum is recomputed from the records when it cannot be right, and about every 64th time anyway. Keys that do not begin
+like a record's name are never removed, whatever the counters list.
 """
 
-# KEYS: used, order, sizes, clock, then the record's. Sizes are kept beside the values, so that a value that the server
-# dropped by itself is still taken off the account.
+# KEYS: used, order, sizes, clock, then the record's. Sizes are stored beside the values, so that a value evicted by the
+# server itself is still subtracted.
 _COUNT = """
 local prefix = string.match(KEYS[5], '^.*:chunk:')
 for i, want in ipairs({'string', 'zset', 'hash', 'string'}) do
@@ -52,8 +52,8 @@ local function forget(key)
   if ours(key) and bytes_of(key) >= 0 then redis.call('DEL', key) end
 end
 """
-# ARGV: record, capacity, where the walk over the server's keys has come to. Each call looks at some two hundred keys
-# more, for records that no counter knows of. Returns the bytes kept, the records that left, and how far the walk came.
+# ARGV: record, capacity, cursor of the scan over the server's keys. Each call scans some two hundred keys for records
+# missing in the counters. Returns bytes stored, records evicted, and the new cursor.
 _PUT = """
 local size, capacity, cursor = #ARGV[1], tonumber(ARGV[2]), ARGV[3]
 if size > capacity then return redis.error_reply('TOOLARGE') end
@@ -95,8 +95,8 @@ end
 keep(used + size)
 return {size, gone, cursor}
 """
-# ARGV: the most bytes that the asker can use. A value that is larger, of another type, or shorter than a preamble is
-# taken away: '' stands for it.
+# ARGV: maximum bytes that the caller can use. A value that is larger, of another type, or shorter than a preamble is
+# removed, and '' is returned.
 _GET = """
 local size = bytes_of(KEYS[5])
 if size < 0 then
@@ -107,7 +107,7 @@ if size < 128 or size > tonumber(ARGV[1]) then forget(KEYS[5]) return '' end
 redis.call('ZADD', KEYS[2], 'XX', tick(), KEYS[5])
 return redis.call('GET', KEYS[5])
 """
-# ARGV: how the record began that was read. Another client may have put a sound one in its place since.
+# ARGV: the first bytes of the record that was read. Another client may have replaced it by a sound one since.
 _DROP = """
 if bytes_of(KEYS[5]) < 0 or redis.call('GETRANGE', KEYS[5], 0, #ARGV[1] - 1) ~= ARGV[1] then return 0 end
 forget(KEYS[5])

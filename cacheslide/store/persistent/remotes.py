@@ -1,4 +1,4 @@
-"""The remote tier of a store: its settings, their check, and which engine they open."""
+"""Settings of a store's remote tier, their validation, and the choice of its engine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,28 +11,28 @@ from cacheslide.units import GIB
 
 ENGINES = ("valkey", "mooncake")
 PROTOCOLS = ("tcp", "rdma")
-# Fields of the configuration that mean something to one engine only.
+# Configuration fields that apply to one engine only.
 _VALKEY_ONLY = "remote_username remote_password_file remote_tls remote_ca_file remote_cert_file remote_key_file".split()
 _MOONCAKE_ONLY = "remote_segment_gib remote_metrics_port remote_metadata_server remote_protocol remote_devices".split()
 
 
 @dataclass(frozen=True)
 class RemoteSettings:
-    """Settings of the remote tier, as a store's configuration names them.
+    """Settings of the remote tier, under the names of a store's configuration.
 
     Attributes
     ----------
     remote_engine : str
         "valkey" (also Redis) or "mooncake".
     remote_host : str
-        Empty: no remote tier. The remaining fields: see `RemoteOptions` and `MooncakeOptions`; the password is read
-        from a file.
+        Empty: no remote tier. Other fields: see `RemoteOptions` and `MooncakeOptions`; the password is read from a
+        file.
     remote_gib : float
-        Capacity, for all processes together, GiB.
+        Capacity in GiB, shared by all processes.
     remote_segment_gib : float
-        Memory that every process that opens the store adds to Mooncake's pool, GiB.
+        Memory in GiB that every process which opens the store adds to Mooncake's pool.
     connections : int
-        Connections to the server at most.
+        Maximum connections to the server.
     """
 
     remote_engine: str = "valkey"
@@ -55,7 +55,7 @@ class RemoteSettings:
 
 
 def check_remote(config: RemoteSettings) -> None:
-    """ConfigError when the remote tier's settings make no sense together."""
+    """Raise ConfigError for contradictory settings of the remote tier."""
     if config.remote_engine not in ENGINES:
         raise ConfigError(f"unknown remote_engine {config.remote_engine!r}: choose {', '.join(ENGINES)}")
     for name in ("remote_port", "remote_metrics_port"):
@@ -75,7 +75,7 @@ def check_remote(config: RemoteSettings) -> None:
 
 
 def remote_options(config: RemoteSettings) -> RemoteOptions | MooncakeOptions | None:
-    """The remote tier's settings, None without one."""
+    """Settings of the remote tier; None without one."""
     if not config.remote_host:
         return None
     common = {
@@ -112,7 +112,7 @@ def remote_options(config: RemoteSettings) -> RemoteOptions | MooncakeOptions | 
 
 
 def open_remote(config: RemoteSettings) -> RemoteTier | None:
-    """The remote tier that a configuration describes, None without one; StoreError when its package is missing."""
+    """The remote tier of a configuration; None without one; StoreError if its package is missing."""
     options = remote_options(config)
     if options is None:
         return None

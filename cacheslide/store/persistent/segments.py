@@ -1,10 +1,10 @@
-"""The files of a shard: segments of records, and the head that says how far they are published.
+"""The files of a shard: segments of records, and the head with their published lengths.
 
-A segment starts with one block of JSON (format, salt, which log it belongs to) and is appended to; sealed segments
-never change. The head is 64 checksummed bytes: the open segment of each log and its published length. Data reaches
-the disk before the head names it, so what the head names is whole; whatever lies behind it was never published.
+A segment starts with one block of JSON (format, salt, its log) and is append-only; sealed segments never change. The
+head is 64 checksummed bytes: the open segment of each log and its published length. Data reaches the disk before the
+head refers to it, so published data is complete; data behind the published length was never published.
 
-Files that are no segments of this format, whatever they are called, are neither read nor counted nor removed.
+Files that are not segments of this format are neither read nor counted nor removed, whatever their names.
 """
 
 import json
@@ -28,8 +28,8 @@ YOUNG, KEPT = 0, 1
 _LENGTH_BITS = 34  # segments are below 16 GiB: id and length share 64 bits
 _LARGEST = (1 << _LENGTH_BITS) - 1
 MOST_NUMBER = (1 << 64 - _LENGTH_BITS) - 1
-_MOST_COUNT = 1 << 62  # of epochs and sequence numbers: more than a writer ever counts
-_MOST_SEGMENTS = 1 << 16  # of a shard; the newest ones are read
+_MOST_COUNT = 1 << 62  # limit of epochs and sequence numbers, above any real count
+_MOST_SEGMENTS = 1 << 16  # per shard; the newest are read
 _NAME = re.compile(r"seg-([0-9]{10})\.log")
 _BEGINS = b'{"format": 1, "kind": "cacheslide-segment", "salt": "'
 
@@ -51,7 +51,7 @@ class ShardHead:
 
     @classmethod
     def unpack(cls, raw: bytes) -> "ShardHead | None":
-        """None when the bytes are no intact head of this format, or one that no writer leaves behind."""
+        """The head in these bytes; None if they are damaged, of another format, or impossible for a writer."""
         if len(raw) != HEAD.size + 8 or raw[-8:] != struct.pack("<Q", xxhash.xxh3_64_intdigest(raw[:-8])):
             return None
         magic, version, _, epoch, seq, last, young, kept = HEAD.unpack(raw[:-8])
@@ -91,21 +91,21 @@ class SegmentFolder:
         return f"seg-{segment:010d}.log"
 
     def listing(self) -> dict[int, int]:
-        """Numbers and file sizes of what is named like a segment and has a size that one can have, ascending."""
-        found = self.folder.entries(lambda name: _NAME.fullmatch(name) is not None)
-        sizes = {int(name[4:-4]): status.st_size for name, status in found.items() if status.st_size <= _LARGEST}
+        """Numbers and sizes of files named like segments with a possible size, ascending."""
+        files = self.folder.entries(lambda name: _NAME.fullmatch(name) is not None)
+        sizes = {int(name[4:-4]): status.st_size for name, status in files.items() if status.st_size <= _LARGEST}
         numbers = sorted(n for n in sizes if n <= MOST_NUMBER)
         return {n: sizes[n] for n in numbers[-_MOST_SEGMENTS:]}
 
     def raw_head(self) -> bytes:
-        """The head's bytes; empty when there is none."""
+        """The head's bytes; empty if there is none."""
         try:
             return self.folder.read("head", HEAD.size + 8)
         except (FileNotFoundError, Foreign):
             return b""
 
     def publish(self, head: ShardHead) -> None:
-        """Replace the head's bytes in place: 64 bytes in one block, so readers see the old or the new."""
+        """Overwrite the head in place: 64 bytes in one block, so readers see the old or the new head."""
         fd = self.folder.open("head", create=True, write=True)
         try:
             self.files.write(fd, memoryview(head.pack()), 0)
@@ -113,7 +113,7 @@ class SegmentFolder:
             self.files.close(fd)
 
     def create(self, segment: int, salt: bytes, log: int) -> bool:
-        """A new segment with its first block; False when something has its name already."""
+        """Create a segment with its first block; False if the name exists."""
         try:
             fd = self.folder.open(self.file(segment), new=True, write=True)
         except (FileExistsError, Foreign):
@@ -130,11 +130,11 @@ class SegmentFolder:
         return True
 
     def remove(self, segment: int) -> None:
-        """Remove a segment's file if it is there."""
+        """Remove a segment's file if it exists."""
         self.folder.unlink(self.file(segment))
 
     def wrote(self, segment: int) -> bool:
-        """Whether a file without a readable first block is the store's: it begins like one, or holds a record."""
+        """Whether a file without a readable first block is the store's: it begins like one or holds a record."""
         try:
             raw = bytes(self.read(segment, 0, BLOCK + PREAMBLE_BYTES))
         except (OSError, StoreError):
@@ -144,24 +144,24 @@ class SegmentFolder:
         return raw.startswith(_BEGINS) or salted
 
     def read(self, segment: int, offset: int, length: int) -> memoryview:
-        """`length` bytes from `offset` (fewer at the end of the file), through whole blocks; OSError on failure."""
+        """`length` bytes from `offset` (fewer at the end of the file), read in whole blocks; OSError on failure."""
         start = offset // BLOCK * BLOCK
         buffer = aligned_buffer(offset + length - start)
-        whole = memoryview(buffer.obj)
+        blocks = memoryview(buffer.obj)
         fd = self.folder.open(self.file(segment), direct=self.direct)
         try:
-            n = self.files.read(fd, whole, start)
+            n = self.files.read(fd, blocks, start)
         finally:
             self.files.close(fd)
-        return whole[offset - start : max(offset - start, min(n, offset - start + length))]
+        return blocks[offset - start : max(offset - start, min(n, offset - start + length))]
 
     def read_record(
         self, segment: int, offset: int, head_bytes: int, room: Callable[[memoryview], Tensor]
     ) -> tuple[Tensor, int]:
-        """Read a record's first `head_bytes` bytes, then its payload into what `room` makes of them, uint8.
+        """Read a record's first `head_bytes` bytes, then its payload into the uint8 tensor returned by `room`.
 
-        Both start and end at whole blocks. Returns the payload's memory and the bytes that came of it, fewer at the end
-        of the file; OSError on failure, and whatever `room` raises.
+        Both start and end at block boundaries. Returns the payload's memory and the number of bytes read into it, fewer
+        at the end of the file; OSError on failure, and any exception of `room`.
         """
         head = aligned_buffer(head_bytes)
         fd = self.folder.open(self.file(segment), direct=self.direct)
@@ -172,7 +172,7 @@ class SegmentFolder:
             self.files.close(fd)
 
     def kind(self, segment: int) -> tuple[bytes, int] | None:
-        """Salt and log of a segment, None when its first block is not that of one."""
+        """Salt and log of a segment; None if its first block is invalid."""
         try:
             first = parse_object(bytes(self.read(segment, 0, BLOCK)).rstrip(b"\0"), BLOCK)
             if first["kind"] != "cacheslide-segment" or first["format"] != FORMAT:

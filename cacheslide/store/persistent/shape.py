@@ -1,4 +1,4 @@
-"""What a model's chunks look like, and whether one that comes from a file or a server does."""
+"""The shape of a model's chunks, and checks of chunks from files or servers against it."""
 
 from dataclasses import dataclass
 
@@ -15,18 +15,18 @@ from cacheslide.store.persistent.record import MOST_BYTES_BESIDE, Accept, Head, 
 
 @dataclass(frozen=True)
 class ChunkShape:
-    """Sizes of every chunk of one model on one rank, in elements; 0 (and an empty `dtype`) stand for "not known".
+    """Sizes of every chunk of one model on one rank, in elements; 0 (or an empty `dtype`) means unknown.
 
-    A chunk of another shape is never used: it would be read past its end, or as other numbers than were stored.
+    Chunks of another shape are never used: they would be read beyond their end or as other numbers.
 
     Attributes
     ----------
     dtype : str
-        Of K, V and layer inputs, as in "bfloat16".
+        Dtype of K, V and layer inputs, as in "bfloat16".
     hidden : int
         Width of layer inputs.
     max_positions : int
-        Position indices lie below it.
+        Upper bound of position indices.
     """
 
     layers: int = 0
@@ -37,13 +37,13 @@ class ChunkShape:
     max_positions: int = 0
 
     def misfit(self, layout: PageLayout, positions: Tensor, tokens: int | None = None) -> str:
-        """Why a chunk cannot be used, in one line; empty when it can.
+        """Why a chunk cannot be used, in one line; empty if it can.
 
         Parameters
         ----------
         positions : Tensor [n], int64, on the CPU
         tokens : int, optional
-            How many the asker wants; any number without it.
+            Required number of tokens; any number by default.
         """
         for name, want in (("layers", self.layers), ("kv_heads", self.kv_heads), ("head_dim", self.head_dim),
                            ("dtype", self.dtype), ("tokens", tokens)):  # fmt: skip
@@ -69,12 +69,12 @@ class ChunkShape:
 
 @dataclass(frozen=True)
 class Wanted(Accept):
-    """What one store can use: chunks of its model's shape in pages of its size.
+    """Accepts chunks of the store's shape and page size.
 
     Attributes
     ----------
     tokens : int, optional
-        How many the chunk that is asked for has.
+        Number of tokens of the requested chunk.
     """
 
     shape: ChunkShape
@@ -85,7 +85,7 @@ class Wanted(Accept):
 
     @property
     def most(self) -> int:
-        """See `Accept`; with layer inputs of every layer."""
+        """See `Accept`; allows for layer inputs of every layer."""
         if not self.tokens or not self.shape.layers:
             return Accept.most
         width = self.shape.hidden * DTYPES[self.shape.dtype].itemsize if self.shape.dtype in DTYPES else 0
@@ -103,11 +103,11 @@ class Wanted(Accept):
 
 
 def shape_of(model: ModelAdapter, store_dtype: torch.dtype) -> ChunkShape:
-    """What a model's chunks look like in a store of `store_dtype`."""
+    """The shape of a model's chunks in a store of `store_dtype`."""
     heads, dim, name = model.num_kv_heads, model.head_dim, name_of(store_dtype)
     return ChunkShape(model.num_layers, heads, dim, name, model.hidden_size, model.max_positions)
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """A dtype as records name it."""
+    """A dtype's name in records."""
     return str(dtype).removeprefix("torch.")

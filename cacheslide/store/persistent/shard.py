@@ -1,9 +1,8 @@
-"""One shard: an append-only, capacity-bound, crash-safe log of chunk records that several processes share.
+"""One shard: an append-only, bounded, crash-safe log of chunk records, shared by several processes.
 
-Two logs keep scans from washing out what is used: new chunks enter the young log; those that were read by the time
-their segment is emptied, and those that come back soon after they were dropped, move to the kept log (the idea of
-S3-FIFO, at the grain of segments). Room is made by removing whole segments, before anything is written: the files
-never take more than the capacity.
+Two logs protect used chunks from scans. New chunks enter the young log; chunks read before their segment is emptied,
+and chunks that return soon after they were dropped, move to the kept log (as in S3-FIFO, by segments). Room is made
+by removing segments before anything is written: the files never exceed the capacity.
 
 A record that cannot be used, damaged or of another shape, is struck out on disk, so that it does not hide a sound one.
 """
@@ -30,9 +29,9 @@ from cacheslide.store.persistent.segments import KEPT, MOST_NUMBER, YOUNG, Segme
 logger = logging.getLogger("cacheslide.store")
 
 MAX_HITS = 3
-_TRIES = 1000  # names for a new segment
-_MOST_STRUCK = 1000  # records that wait for the lock to be struck out
-_YOUNG_SHARE = 0.1  # of the capacity, before the young log is emptied ahead of the kept one
+_TRIES = 1000  # names tried for a new segment
+_MOST_STRUCK = 1000  # records waiting for the lock to be struck out
+_YOUNG_SHARE = 0.1  # of the capacity, up to which the young log is not emptied first
 
 
 @dataclass
@@ -54,21 +53,21 @@ class Shard:
     Parameters
     ----------
     capacity : int
-        Bytes that the segment files may take together, across all processes.
+        Maximum bytes of all segment files, across all processes.
     segment_bytes : int
         Size at which a segment is sealed; at most an eighth of the capacity.
     lock_timeout_s : float
-        How long a writer waits for another process.
+        Maximum wait of a writer for other processes.
     direct : bool
-        Bypass the page cache where the file system can.
+        Bypass the page cache if the file system supports it.
     durable : bool
-        Wait for the device before a record is published, so that it survives a power cut.
+        Sync data to the device before a record is published, so that it survives a power cut.
     shared : bool
         See `Folder`.
     strike : bool
-        Strike out records that cannot be used; False leaves the folder as it is.
+        Strike out records that cannot be used; False leaves the folder unchanged.
     limit_s : float
-        Seconds that taking in what is there may take now; the rest comes with later look-ups.
+        Seconds for indexing existing records now; later look-ups index the rest.
     """
 
     def __init__(
@@ -98,26 +97,25 @@ class Shard:
         try:
             folder.make()
             self.index.refresh(limit_s=limit_s)
-        except Foreign as wrong:  # the other shards are as good as before
+        except Foreign as wrong:  # other shards are not affected
             logger.warning("CacheSlide's store goes on without one of its folders: %s", wrong)
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def read(self, name: bytes, runs: Runs | None = None, accept: Accept = anything) -> tuple[Head, Tensor] | None:
-        """Head and payload, or the pages of `runs` ([first, last) each) one after the other; checksums verified.
+        """Head and payload, or the concatenated pages of `runs` ([first, last) each); checksums verified.
 
-        None when the chunk is not here (any more), Damaged when what is here is not what was written or not accepted
-        (the record is forgotten, and struck out), OSError when the disk fails, Foreign when the folder is not the
-        store's.
+        None if the chunk is not stored (any more), Damaged if the record was altered or is not accepted (it is then
+        forgotten and struck out), OSError if the disk fails, Foreign if the folder is not the store's.
         """
-        for _ in range(2):  # a record may move while it is looked up: once more, then it counts as gone
+        for _ in range(2):  # a record may move during the look-up: tried twice
             place = self.index.find(name)
             if place is None:
                 return None
             try:
                 if (salt := self.index.salt(place)) is None:
                     raise FileNotFoundError
-                found = read_placed(self.folder, name, place, salt, runs, self.files.buffer, accept)
+                record = read_placed(self.folder, name, place, salt, runs, self.files.buffer, accept)
             except FileNotFoundError:
                 self.index.drop(name, place)
                 self.index.refresh(force=True)
@@ -130,11 +128,11 @@ class Shard:
                     self._strike_out(name, place, salt)
                 raise
             place.hits = min(MAX_HITS, place.hits + 1)
-            return found
+            return record
         return None
 
     def _strike_out(self, name: bytes, place: Location, salt: bytes) -> None:
-        """Strike a record out now or, while another writer is at work, with the next append."""
+        """Strike a record out now or, while another writer holds the lock, with the next append."""
         if len(self._struck) < _MOST_STRUCK:
             self._struck.append((name, place, salt))
         with suppress(OSError, StoreError):
@@ -154,7 +152,7 @@ class Shard:
         """Write and publish records, oldest first, in sequential writes; returns the bytes written.
 
         Records too large for the shard raise StoreError before anything is written; StoreBusy and OSError leave the
-        shard as it was (a record is published whole or not at all).
+        shard as it was (a record is published completely or not at all).
         """
         limit = self.capacity - 2 * BLOCK
         for r in records:
@@ -176,7 +174,7 @@ class Shard:
             self.lock.release()
 
     def _recover(self, stale: bool) -> None:
-        """Cut off what a writer that died left unpublished; a damaged head is replaced by a sound one."""
+        """Cut off a dead writer's unpublished data; replace a damaged head."""
         self.index.refresh()
         intact = self.index.head.epoch > 0
         if not intact and self.index.segments:
@@ -188,7 +186,7 @@ class Shard:
             known = segment in self.index.segments
             if segment > self.index.head.last:
                 left_over = self.folder.wrote(segment)
-            else:  # its first block is damaged: nothing in it can be read
+            else:  # its first block is damaged: its records are unreadable
                 left_over = not known and segment in self.index.unread and self.folder.wrote(segment)
             if left_over:
                 self.folder.remove(segment)
@@ -217,7 +215,7 @@ class Shard:
             while rest and BLOCK + size + rest[0].size <= self.segment_bytes:
                 batch.append(rest.pop(0))
                 size += batch[-1].size
-            self._make_room(size + BLOCK)  # before the place is chosen: making room may append to this log too
+            self._make_room(size + BLOCK)  # first, since making room may append to this log too
             number, length = self._open_segment(log, size)
             self._write(number, log, length, batch, size, hits or {})
             written += size
@@ -248,7 +246,7 @@ class Shard:
             self.index.add(number, preamble, offset, hits.get(preamble.name, 0))
 
     def _open_segment(self, log: int, size: int) -> tuple[int, int]:
-        """Segment and published length to append `size` bytes at."""
+        """Segment and published length for appending `size` bytes."""
         number, length = self.index.head.open[log]
         if number in self.index.segments and (length == BLOCK or length + size <= self.segment_bytes):
             return number, length
@@ -259,7 +257,7 @@ class Shard:
         return number, BLOCK
 
     def _create(self, salt: bytes, log: int) -> int:
-        """A new segment, behind the last one; where something has that name already, behind that."""
+        """Create a segment with the next free number."""
         number = self.index.head.last
         for _ in range(_TRIES):
             number = number + 1 if number < MOST_NUMBER else 1
@@ -274,7 +272,7 @@ class Shard:
             self._empty(self._victim())
 
     def _victim(self) -> int:
-        """The oldest segment of the log that is to give way."""
+        """The oldest segment of the log to be emptied."""
         logs = {log: [i for i, s in self.index.segments.items() if s.log == log] for log in (YOUNG, KEPT)}
         young = sum(self.index.segments[i].size for i in logs[YOUNG])
         from_young = logs[YOUNG] and (not logs[KEPT] or young > self._young_limit)
@@ -288,9 +286,9 @@ class Shard:
         return max(self.segment_bytes, int(_YOUNG_SHARE * self.capacity))
 
     def compact(self, keep: Callable[[bytes], bool]) -> int:
-        """Rewrite every segment that holds damaged, superseded or unwanted records; returns the bytes given back.
+        """Rewrite every segment with damaged, superseded or unwanted records; returns the bytes freed.
 
-        `keep` says of a name (namespace and key) whether it stays. StoreBusy and OSError leave a sound shard.
+        `keep` returns whether a name (namespace and key) stays. StoreBusy and OSError leave a sound shard.
         """
         stale = self.lock.acquire()
         try:
@@ -308,7 +306,7 @@ class Shard:
             self.lock.release()
 
     def _survivors(self, number: int, keep: Callable[[bytes], bool]) -> tuple[list[Encoded], dict[bytes, int]]:
-        """The intact records of a segment that are to stay, and their hits."""
+        """The sound records of a segment that are kept, and their hits."""
         sound, hits = [], {}
         for name, place in self.index.live(number):
             if keep(name):
@@ -328,7 +326,7 @@ class Shard:
         self._publish(replace(self.index.head, epoch=self.index.head.epoch + 1))
 
     def _empty(self, number: int) -> None:
-        """Remove a segment; what was read since it was written goes on in the kept log."""
+        """Remove a segment; records read since they were written move to the kept log."""
         log, places = self.index.segments[number].log, self.index.places
         unread = [n for n, p in self.index.live(number) if p.hits == 0]
         for name in unread:

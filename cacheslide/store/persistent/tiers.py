@@ -1,6 +1,6 @@
-"""The tiers that outlive the process, file and remote, behind one face that turns every failure into a miss.
+"""The file and remote tiers behind one interface that turns every failure into a miss.
 
-Every kind of failure: what a file or a server makes the code below raise must not end the engine that asked.
+Any exception from a file or a server is caught: it must not end the engine.
 """
 
 from collections.abc import Sequence
@@ -18,39 +18,39 @@ from cacheslide.store.persistent.record import Accept, Damaged, Encoded, Head, M
 
 
 class RemoteTier(Protocol):
-    """A server that keeps whole records by name. Methods fail with OSError or StoreError, in bounded time."""
+    """A server that stores whole records by name. Methods fail with OSError or StoreError, in bounded time."""
 
     def contains(self, name: bytes) -> bool:
-        """Whether the record is there."""
+        """Whether the record is stored."""
         ...
 
     def read(self, name: bytes, accept: Accept = anything) -> tuple[Head, Tensor] | None:
-        """The verified record; None when it is not there, Damaged when it is not what was written or not accepted."""
+        """The verified record; None if there is none, Damaged if it was altered or is not accepted."""
         ...
 
     def write(self, record: Encoded) -> int:
-        """Keep a record; returns bytes sent, 0 when it was there already. NoRoom when it cannot be kept."""
+        """Store a record; returns bytes sent, 0 if it was stored already. NoRoom if there is no room for it."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """Bytes the server holds for this store."""
+        """Bytes stored on the server for this store."""
         ...
 
     def close(self) -> None:
-        """Let go of the server."""
+        """Disconnect."""
         ...
 
 
 @dataclass
 class TieredStats(StoreStats):
-    """Counts since the store was opened. Bytes are payload bytes unless said otherwise.
+    """Counts since the store was opened, in payload bytes unless noted.
 
-    `bytes_written` counts what went to disk, padding included: records, moves between the logs, and spilled pages.
-    A page is `clean_dropped` when it left memory without a write, `dirty_written` when it had to be spilled, and
-    `cancelled` or `released` when its owner gave it up before or without a write. `refused` counts chunks that are too
-    large for the file tier, that the remote tier has no room for, or that were built on corrected KV too often.
-    `damaged` records were not what had been written, `misfits` were whole and of another shape than the engine's.
+    `bytes_written` counts bytes written to disk including padding: records, moves between logs, spilled pages. A page
+    is `clean_dropped` if it left memory without a write, `dirty_written` if it was spilled, and `cancelled` or
+    `released` if its owner released it before or without a write. `refused` counts chunks too large for the file tier,
+    chunks without room in the remote tier, and chunks above the maximum generation. `damaged` records were altered;
+    `misfits` are sound but of another shape than the engine's.
     """
 
     hits_device: int = 0
@@ -77,14 +77,14 @@ class TieredStats(StoreStats):
     why: dict[str, int] = field(default_factory=dict)
 
     def note(self, why: str) -> None:
-        """Count a reason (its part before the first colon)."""
+        """Count a reason by its part before the first colon."""
         head = why.split(":")[0]
         self.why[head] = self.why.get(head, 0) + 1
 
 
 @dataclass
 class PersistentTiers:
-    """File and remote tier, either may be None."""
+    """File and remote tier; either may be None."""
 
     file: FileTier | None
     remote: RemoteTier | None
@@ -94,11 +94,11 @@ class PersistentTiers:
 
     @property
     def exists(self) -> bool:
-        """Whether there is a tier under memory."""
+        """Whether there is a tier."""
         return self.file is not None or self.remote is not None
 
     def where(self, name: bytes) -> str | None:
-        """Says "file", "remote" or None; a tier that fails or is left alone counts as not having it."""
+        """ "file", "remote" or None; a failing tier counts as not having the chunk."""
         if self.file is not None:
             try:
                 if self.file.contains(name):
@@ -107,28 +107,28 @@ class PersistentTiers:
                 self._file_failed(error, reading=True)
         if self.remote is not None and not self.remote_breaker.open:
             try:
-                found = self.remote.contains(name)
+                stored = self.remote.contains(name)
                 self.remote_breaker.worked()
-                return "remote" if found else None
+                return "remote" if stored else None
             except Exception as error:
                 self._remote_failed(error)
         return None
 
     def touch(self, name: bytes) -> None:
-        """Tell the file tier that a chunk was served from memory, so that it keeps its copy."""
+        """Count a use of a chunk served from memory, so that the file tier keeps its copy."""
         if self.file is not None:
             place = self.file.shard(name).index.places.get(name)
             if place is not None and place.hits < 3:
                 place.hits += 1
 
     def read(self, name: bytes, runs: Runs | None = None, accept: Accept = anything) -> tuple[Head, Tensor, str] | str:
-        """Verified head, payload (or the pages of `runs`) and tier; or the reason why there is nothing to serve."""
+        """Verified head, payload (or the pages of `runs`) and tier; or the reason for a miss."""
         why = "absent"
         if self.file is not None:
             try:
-                found = self.file.read(name, runs, accept)
-                if found is not None:
-                    return *found, "file"
+                record = self.file.read(name, runs, accept)
+                if record is not None:
+                    return *record, "file"
             except Damaged as damage:
                 why = self._bad(damage)
             except Exception as error:
@@ -139,7 +139,7 @@ class PersistentTiers:
         if self.remote_breaker.open:
             return f"remote unavailable: {self.remote_breaker.last_error}" if why == "absent" else why
         try:
-            found = self.remote.read(name, accept)
+            record = self.remote.read(name, accept)
             self.remote_breaker.worked()
         except Damaged as damage:
             self.remote_breaker.worked()
@@ -147,9 +147,9 @@ class PersistentTiers:
         except Exception as error:
             self._remote_failed(error)
             return f"remote unavailable: {error}"
-        if found is None:
+        if record is None:
             return why
-        head, payload = found
+        head, payload = record
         bounds = head.layout.bounds
         if runs is not None:
             if any(not 0 <= a < b <= head.layout.pages for a, b in runs):
@@ -158,7 +158,7 @@ class PersistentTiers:
         return head, payload, "remote"
 
     def _bad(self, damage: Damaged) -> str:
-        """Count a record that cannot be used, and say why."""
+        """Count a record that cannot be used; returns the reason."""
         if isinstance(damage, Misfit):
             self.stats.misfits += 1
             return f"misfit: {damage}"
@@ -166,7 +166,7 @@ class PersistentTiers:
         return f"damaged: {damage}"
 
     def write(self, records: Sequence[Encoded]) -> list[bool]:
-        """Publish records; which of them are now in a storage tier."""
+        """Publish records; returns for each whether it is now in a tier."""
         kept = [False] * len(records)
         if self.file is not None and not self.file_breaker.open:
             fitting = [r for r in records if r.size <= self.file.largest]

@@ -10,14 +10,14 @@ from cacheslide.store.slide.eviction import PageId, eviction
 
 
 class Arena:
-    """At most `capacity` bytes of pages, allocated once: the limit cannot be exceeded.
+    """At most `capacity` bytes of page slots, allocated once, so the limit cannot be exceeded.
 
     Parameters
     ----------
     name : str
         "device" or "host", for statistics.
     capacity, page_bytes : int
-        Bytes in all and of a slot.
+        Total bytes, and bytes per slot.
     policy : str
         See `eviction`.
     """
@@ -49,7 +49,7 @@ class Arena:
         return self.slots.numel()
 
     def insert(self, pages: Sequence[PageId], content: Tensor, dirty: Sequence[int]) -> None:
-        """Keep pages, replacing older versions; content uint8 [n, <= page_bytes]. There must be room for new ones."""
+        """Store pages, replacing older versions; content uint8 [n, <= page_bytes]. New pages need free slots."""
         where = []
         for page, count in zip(pages, dirty, strict=True):
             slot = self.held.get(page)
@@ -64,14 +64,14 @@ class Arena:
         self.slots[:, : content.shape[1]].index_copy_(0, index, content.to(self.device, non_blocking=True))
 
     def gather(self, pages: Sequence[PageId], touch: bool = True) -> Tensor:
-        """Copies of pages that are held: uint8 [n, page_bytes] on the tier's device."""
+        """Copies of stored pages: uint8 [n, page_bytes] on the tier's device."""
         if touch:
             for page in pages:
                 self.order.touch(page)
         return self.slots.index_select(0, torch.tensor([self.held[p] for p in pages], device=self.device))
 
     def drop(self, pages: Iterable[PageId]) -> None:
-        """Free the slots of pages; those not held are passed over."""
+        """Free the slots of pages; others are ignored."""
         for page in pages:
             slot = self.held.pop(page, None)
             if slot is not None:
@@ -79,7 +79,7 @@ class Arena:
                 self._free.append(slot)
 
     def mark(self, pages: Iterable[PageId], dirty: int) -> None:
-        """Set the dirty count of the pages that are held."""
+        """Set the dirty count of stored pages."""
         for page in pages:
             if page in self.held:
                 self.order.mark(page, dirty)

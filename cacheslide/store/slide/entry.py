@@ -1,4 +1,4 @@
-"""What the tiered store remembers of a chunk, or of one owner's corrected version of it, while it is in memory."""
+"""In-memory state of a chunk, or of one owner's corrected version of it, in the tiered store."""
 
 from dataclasses import dataclass, field
 
@@ -14,26 +14,26 @@ PAGE_BITS = MOST_PAGES.bit_length() - 1
 
 @dataclass
 class Entry:
-    """A chunk's reference version (`owner` None), or the pages that an owner's corrections made private.
+    """A chunk's reference version (`owner` None), or an owner's private pages with corrections.
 
     Attributes
     ----------
     persisted : bool
         The reference version is published in the file or remote tier: its pages are clean.
     scores : Tensor [tokens], float32, on the CPU, or None
-        What is remembered of the chunk's tokens; an owner's version has its reference version's.
+        Remembered deviations of the chunk's tokens; an owner's version has those of its reference version.
     pending : Tensor or None
-        The payload, while it waits to be written.
+        The payload while it is queued for writing.
     incoming : Tensor or None
-        The payload, while its pages are put into memory: they come in parts, and the first may have to leave again.
+        The payload while its pages enter memory: they enter in parts, and the first may be evicted again.
     selected : dict of int to bool array [rows]
-        An owner's private pages, and which of their rows were corrected.
+        An owner's private pages, and the corrected rows of each.
     spilled : dict of int to int
-        Private pages whose current version is in the spill file, and the slot.
+        Private pages whose current version is in the spill file, with their slots.
     holds : int
-        Pages held in memory tiers, counted once a tier.
+        Pages stored in memory tiers, counted once per tier.
     lost : str
-        Why the corrected version cannot be read any more.
+        Why the corrected version can no longer be read.
     """
 
     number: int
@@ -57,13 +57,13 @@ class Entry:
         return [base | p for p in pages]
 
     def dirty(self, page: int) -> int:
-        """Selected rows of a private page that is not spilled; all rows of a page that was never written; else 0."""
+        """Corrected rows of a private page that is not spilled; all rows of a page never written; else 0."""
         if self.owner is not None:
             return 0 if page in self.spilled else int(self.selected[page].sum())
         return 0 if self.persisted or self.pending is not None else self.layout.rows_of(page)
 
 
-Page = tuple[Entry, int]  # and the page's number
+Page = tuple[Entry, int]  # entry and page number
 
 
 @dataclass
@@ -91,5 +91,5 @@ def split(page: PageId) -> tuple[int, int]:
 
 
 def empty_pages(n: int, page_bytes: int, device: torch.device) -> Tensor:
-    """Room for pages."""
+    """Uninitialised memory for pages."""
     return torch.empty((n, page_bytes), dtype=torch.uint8, device=device)

@@ -1,9 +1,8 @@
-"""Which page leaves a full tier first. The policies differ in nothing else: they see the same dirty counts.
+"""Eviction orders of a full tier. The policies differ in the order only: they see the same dirty counts.
 
-A page is clean when a copy of the same version lies in a storage tier under it, so that dropping it writes nothing. A
-dirty page carries a count: the selected tokens it holds (WCA rewrote their rows), or all its rows while it was never
-written. A server's index of whole chunks orders their keys by the same classes (`vllm/scheduler/chunk_index.py`), with
-bytes for counts.
+A page is clean if a storage tier below holds a copy of its version: dropping it writes nothing. A dirty page has a
+count: the selected tokens in it (rows rewritten by WCA), or all its rows if it was never written. A server's index of
+chunks uses the same orders for keys (`vllm/scheduler/chunk_index.py`), with bytes as counts.
 """
 
 from abc import ABC, abstractmethod
@@ -14,38 +13,38 @@ from typing import Generic, TypeVar
 from cacheslide.errors import ConfigError
 
 PageId = int  # entry number << 20 | page number: one chunk's pages are adjacent
-K = TypeVar("K", bound=Hashable)  # what is ordered: pages of a tier by their ids, or chunks by their keys
+K = TypeVar("K", bound=Hashable)  # items ordered: page ids of a tier, or chunk keys
 
 
 class Eviction(ABC, Generic[K]):
-    """An order over the pages of one tier."""
+    """An order of one tier's pages."""
 
     @abstractmethod
     def add(self, page: K, dirty: int) -> None:
-        """A page has entered with this dirty count (0: clean)."""
+        """Add a page with this dirty count (0: clean)."""
 
     @abstractmethod
     def touch(self, page: K) -> None:
-        """A page was read or written."""
+        """Record a read or write of a page."""
 
     @abstractmethod
     def mark(self, page: K, dirty: int) -> None:
-        """A page's dirty count has changed."""
+        """Set a page's dirty count."""
 
     @abstractmethod
     def remove(self, page: K) -> None:
-        """A page has left."""
+        """Remove a page."""
 
     def yields_to_clean(self) -> int | None:
-        """Pages that may leave for a clean page that comes in (None: any).
+        """Number of pages that may be evicted for an incoming clean page (None: any).
 
-        The newcomer takes part in the order: where it would itself be the first victim, it is not let in.
+        The new page takes part in the order: if it would be the first victim itself, it is not stored.
         """
         return None
 
     @abstractmethod
     def victims(self) -> Iterator[K]:
-        """Pages in the order in which they should leave; the tier must not change while this runs."""
+        """Pages in the order of eviction; the tier must not change during iteration."""
 
 
 class Lru(Eviction[K]):
@@ -61,7 +60,7 @@ class Lru(Eviction[K]):
         self._pages.move_to_end(page)
 
     def mark(self, page: K, dirty: int) -> None:
-        """The order does not depend on it."""
+        """Does nothing: the order does not depend on dirty counts."""
 
     def remove(self, page: K) -> None:
         del self._pages[page]
@@ -74,7 +73,7 @@ class Fifo(Lru[K]):
     """First in, first out."""
 
     def touch(self, page: K) -> None:
-        """The order does not depend on it."""
+        """Does nothing: the order does not depend on uses."""
 
 
 class CleanFirst(Eviction[K]):
@@ -113,7 +112,7 @@ POLICIES = {"clean-first": CleanFirst, "lru": Lru, "fifo": Fifo}
 
 
 def eviction(name: str) -> Eviction:
-    """A new order of this name; ConfigError when there is none."""
+    """A new order by name; ConfigError for an unknown name."""
     if name not in POLICIES:
         raise ConfigError(f"unknown eviction policy {name!r}: choose {', '.join(POLICIES)}")
     return POLICIES[name]()

@@ -1,4 +1,4 @@
-"""Moves pages between the tiers: makes room in memory by the eviction order, queues writes, keeps track of versions."""
+"""Moves pages between tiers: evicts from memory, queues writes, and keeps versions apart."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,11 @@ from cacheslide.store.slide.eviction import PageId
 from cacheslide.store.slide.table import PageTable
 from cacheslide.store.slide.writer import PageWriter
 
-_BATCH = 64  # dirty pages that leave together, so that they are written in one go
+_BATCH = 64  # dirty pages evicted together, to be written in one go
 
 
 class _Plan:
-    """What making room takes: pages to drop, chunks to publish, private pages to spill, pages to move down."""
+    """Work for making room: pages to drop, chunks to publish, private pages to spill, pages to move down."""
 
     def __init__(self) -> None:
         self.drop: list[PageId] = []
@@ -27,7 +27,7 @@ class _Plan:
 
 
 class Mover:
-    """Makes room and fills it in one step, under the table's lock; it never waits while holding that."""
+    """Makes room and fills it in one step under the table's lock; never waits while holding the lock."""
 
     def __init__(self, table: PageTable, writer: PageWriter) -> None:
         self.table, self.stats, self.writer, self.queue = table, table.stats, writer, writer.queue
@@ -35,8 +35,8 @@ class Mover:
     # --- into memory -----------------------------------------------------------------------------------------------
 
     def insert(self, arena: Arena, pages: Sequence[Page], content: Tensor, only_current: bool = False) -> None:
-        """Put pages into a tier, making room first. `only_current`: skip what was replaced or given up meanwhile."""
-        step = max(1, len(arena.slots) // 2)  # never ask for more than half a tier at once
+        """Insert pages into a tier, making room first. `only_current`: skip replaced or released pages."""
+        step = max(1, len(arena.slots) // 2)  # at most half a tier at once
         for at in range(0, len(pages), step):
             self._insert(arena, pages[at : at + step], content[at : at + step], only_current)
 
@@ -55,7 +55,7 @@ class Mover:
                     self.table.place(arena, [pages[i] for i in keep], kept)
                     self.queue.release(reserved - used)
                     break
-            if reserved:  # never wait for more while holding some: two threads would wait for each other
+            if reserved:  # never wait with reserved bytes: two threads would wait for each other
                 self.queue.release(reserved)
             reserved = plan.nbytes if self.queue.reserve(plan.nbytes) else 0
             forced = not reserved
@@ -65,7 +65,7 @@ class Mover:
             self.table.arrived(down)
 
     def _wanted(self, arena: Arena, entry: Entry, page: int, only_current: bool) -> bool:
-        """Whether a page should still come into a tier: its entry is known, or is a reference that was forgotten."""
+        """Whether a page should still enter a tier: its entry is current, or a forgotten reference version."""
         number, known = entry.ids([page])[0], self.table.version(entry.name, entry.owner)
         if entry.lost or (known is not entry and (known is not None or entry.owner is not None)):
             return False
@@ -74,12 +74,12 @@ class Mover:
         if number in arena.held:
             return False
         top = arena is self.table.arenas[0]
-        if entry.owner is not None:  # from the spill file, or on its way down
+        if entry.owner is not None:  # from the spill file, or moving down
             return page in entry.spilled if top else self.table.on_its_way(number)
         return not top or len(self.table.arenas) == 1 or not entry.dirty(page) or not self.table.below(number)
 
     def _admitted(self, arena: Arena, pages: Sequence[Page], keep: list[int]) -> list[int]:
-        """Without the clean newcomers that would be the first to leave again."""
+        """`keep` without clean new pages that would be evicted first."""
         yielding = arena.order.yields_to_clean()
         if yielding is None:
             return keep
@@ -93,12 +93,12 @@ class Mover:
     # --- out of memory ---------------------------------------------------------------------------------------------
 
     def _plan(self, arena: Arena, need: int) -> _Plan:
-        """Choose victims for `need` slots in the tier's order; dirty ones leave in batches."""
+        """Choose victims for `need` slots in the tier's order; dirty ones in batches."""
         plan = _Plan()
         if need <= 0:
             return plan
         last = arena is self.table.arenas[-1]
-        extra = 0  # dirty pages chosen
+        extra = 0  # dirty pages chosen in addition
         for count, number in enumerate(arena.order.victims()):
             if count >= need and not (0 < extra < _BATCH):
                 break
@@ -122,18 +122,18 @@ class Mover:
         return plan
 
     def _execute(self, arena: Arena, plan: _Plan, forced: bool) -> tuple[tuple[list[Page], Tensor] | None, int]:
-        """Carry out a plan whose bytes were reserved; `forced`: nothing can be queued, so dirty pages are lost.
+        """Carry out a plan whose bytes were reserved; `forced`: nothing can be queued, and dirty pages are lost.
 
-        Returns what has to go to the next storage tier, and the reserved bytes that were used.
+        Returns the pages to move to the next tier, and the reserved bytes used.
         """
         used = 0
         for entry in plan.publish.values():
-            whole = self.table.gather(entry, range(entry.layout.pages), touch=False)
-            if forced or whole.missing or not self.writer.persistent.exists:  # never publish a part of a chunk
+            gathered = self.table.gather(entry, range(entry.layout.pages), touch=False)
+            if forced or gathered.missing or not self.writer.persistent.exists:  # never publish a partial chunk
                 self.table.lose(entry, "dropped: no storage tier took it in time")
                 self.stats.dirty_dropped += entry.layout.pages
             else:
-                payload = packed(whole.content, entry.layout).cpu()
+                payload = packed(gathered.content, entry.layout).cpu()
                 self.writer.submit_record(entry, payload)
                 used += len(payload)
         if plan.spill:

@@ -9,8 +9,8 @@ disjoint   both start at once; the cached selected rows come first, for fusion, 
            that are not recomputed: the two never write the same slot, so no spare slots are needed.
 
 Layers are read by threads into staging buffers (pinned beside a GPU) and copied on a stream of their own. On a GPU a
-layer arrives in one copy, from which the selected rows are taken first: gathering them on the host would take longer
-than the whole copy. The host waits for nothing there but the reads; events order the two streams.
+layer is copied once and its selected rows are gathered from the copy: gathering on the host would take longer than the
+whole copy. The host waits only for reads; events order the two streams.
 """
 
 import threading
@@ -29,29 +29,28 @@ ORDERS = ("locked", "relocate", "disjoint")
 
 
 class LayerSource(Protocol):
-    """Cached KV of a request's reused rows, in a storage tier under the GPU.
+    """Cached KV of a request's reused rows in a tier below the GPU.
 
-    One whose rows lie in host memory already says so by an attribute `resident`: its reads take no time worth holding
-    back.
+    The attribute `resident`, if true, marks rows in host memory, whose reads take no time worth delaying.
     """
 
     def read(self, layer: int, out: Tensor) -> Tensor:
-        """The layer's keys and values in row order, [rows, 2, kv_heads, head_dim] on the CPU.
+        """A layer's keys and values in row order, [rows, 2, kv_heads, head_dim] on the CPU.
 
-        Either `out`, filled, or memory of the source's own (pinned beside a GPU) that stays as it is.
+        Returns `out`, filled, or the source's own memory (pinned beside a GPU), which does not change.
         """
         ...
 
 
 class LayerWork(Protocol):
-    """What the model does in a layer. Called on the caller's stream, layer after layer."""
+    """The model's work in a layer. Called on the caller's stream, layer after layer."""
 
     def recompute(self, layer: int) -> Tensor:
         """Fresh K/V of the selected rows, [selected, 2, kv_heads, head_dim]; needs no cached KV of this layer."""
         ...
 
     def fuse(self, layer: int, fresh: Tensor, cached: Tensor) -> Tensor:
-        """The rows to write, from the fresh and the cached ones of the selected rows (WCA's fusion)."""
+        """The rows to write, from the fresh and the cached KV of the selected rows (WCA's fusion)."""
         ...
 
     def attend(self, layer: int, kv: Tensor, slots: Tensor) -> None:
@@ -61,15 +60,15 @@ class LayerWork(Protocol):
 
 @dataclass
 class PagedKV:
-    """A request's place in a paged KV cache.
+    """A request's slots in a paged KV cache.
 
     Attributes
     ----------
     kv : Tensor [layers, slots, 2, kv_heads, head_dim]
     slots : Tensor [layers, rows], int64, on the device of `kv`
-        Where each reused row sits in each layer; "relocate" repoints it.
+        Slot of each reused row in each layer; "relocate" changes it.
     spare : Tensor [n], int64
-        Free slots, for relocated rows; at least as many as rows are selected.
+        Free slots for relocated rows; at least as many as selected rows.
     """
 
     kv: Tensor
@@ -79,16 +78,16 @@ class PagedKV:
 
 @dataclass
 class RunReport:
-    """What a run took.
+    """Timings of a run.
 
     Attributes
     ----------
     layer_s : list of float
         Seconds from the end of the previous layer's work to the end of this one's; on a GPU by CUDA events.
     load_s : float
-        Seconds the loads took in all, reads and copies.
+        Total seconds of the loads, reads and copies.
     relocated : int
-        Rows that went to spare slots.
+        Number of rows moved to spare slots.
     """
 
     order: str
@@ -98,7 +97,7 @@ class RunReport:
 
 
 class _Loaded:
-    """One layer on its way in: cached selected rows on the device, and the end of the load."""
+    """A layer being loaded: cached selected rows on the device, and the end of the load."""
 
     def __init__(self, gate: "torch.cuda.Event | None") -> None:
         self.gate = gate
@@ -112,7 +111,7 @@ class _Loaded:
 
     @property
     def over(self) -> bool:
-        """Whether the rows are in place."""
+        """Whether the load has ended."""
         return self.done.done() and (self.mark is None or self.mark.query())
 
 
@@ -124,10 +123,10 @@ class LoadWrite:
     order : str
         "locked", "relocate" or "disjoint".
     staging : int
-        Layers under way at once, each with a buffer of its own. 1: a layer's load starts when the layer starts, that
-        is when the layer before has been computed; n: the loads of n - 1 more layers run ahead.
+        Layers in flight, each with its own buffer. 1: a layer's load starts when the layer before has been computed; n:
+        n - 1 more layers are loaded ahead.
     workers : int
-        Threads that read.
+        Reader threads.
     """
 
     def __init__(self, order: str, staging: int = 2, workers: int = 2) -> None:
@@ -163,7 +162,7 @@ class LoadWrite:
 
 
 class _Clock:
-    """Times between ticks: of the host, or of the device's current stream."""
+    """Times between ticks, on the host or on the device's current stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -171,7 +170,7 @@ class _Clock:
         self.tick()
 
     def tick(self) -> None:
-        """The end of a layer."""
+        """Mark the end of a layer."""
         if self.stream is None:
             self.marks.append(time.perf_counter())
             return
@@ -179,7 +178,7 @@ class _Clock:
         self.marks[-1].record(self.stream)
 
     def seconds(self) -> list[float]:
-        """Between one tick and the next; waits for the device."""
+        """Seconds between consecutive ticks; waits for the device."""
         if self.stream is None:
             return [b - a for a, b in pairwise(self.marks)]
         self.marks[-1].synchronize()
@@ -197,18 +196,18 @@ class _Run:
         mask = torch.ones(rows, dtype=torch.bool)
         mask[self.selected_host] = False
         self.rest = mask.nonzero()[:, 0].to(self.device)
-        self.home = target.slots.clone()  # where the loader puts rows, whatever is repointed meanwhile
+        self.home = target.slots.clone()  # the loader's slots, unaffected by relocation
         like = {"dtype": target.kv.dtype} | ({"pin_memory": True} if self.cuda else {})
-        # Buffers, each with the mark of the copy that may still read it.
+        # Buffers, each with the event of the copy that may still read it.
         self.free = [(torch.empty((rows, *shape), **like), None) for _ in range(plan.staging)]
         self.guard = threading.Condition()
         self.stream = None
         if self.cuda:
             self.stream = torch.cuda.Stream(self.device)
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # whatever prepared the target
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # waits for work that prepares the target
 
     def start(self, pool: ThreadPoolExecutor, layer: int, gate: "torch.cuda.Event | None") -> _Loaded:
-        """Begin to load a layer; on a GPU not before `gate`."""
+        """Start loading a layer; on a GPU not before `gate`."""
         loaded = _Loaded(gate)
         loaded.done = pool.submit(self._load, layer, loaded)
         return loaded
@@ -238,7 +237,7 @@ class _Run:
                 self.guard.notify()
 
     def _copy(self, layer: int, loaded: _Loaded, held: Tensor) -> None:
-        """Issue what brings a layer to the GPU and into its slots."""
+        """Issue the copy of a layer to the GPU and into its slots."""
         if loaded.gate is not None:
             self.stream.wait_event(loaded.gate)
         loaded.begun = self._mark(timing=True)
@@ -246,7 +245,7 @@ class _Run:
         loaded.mark = self._mark(timing=True)
 
     def _scatter(self, layer: int, loaded: _Loaded, rows: Tensor) -> None:
-        """The selected rows first, where they are wanted apart; then rows into the slots that are the loader's."""
+        """Copy the selected rows first, if needed separately, then the loader's rows into their slots."""
         slots = self.home[layer]
         if self.plan.order != "locked":
             loaded.first = rows[self.selected]
@@ -264,7 +263,7 @@ class _Run:
         return mark
 
     def seconds(self, loaded: _Loaded) -> float:
-        """What a layer's load took."""
+        """Duration of a layer's load."""
         copied = 0.0
         if loaded.mark is not None:
             loaded.mark.synchronize()
@@ -272,7 +271,7 @@ class _Run:
         return loaded.host_s + copied
 
     def layer(self, layer: int, loaded: _Loaded, work: LayerWork, report: RunReport) -> None:
-        """One layer in the chosen order."""
+        """Run one layer in the chosen order."""
         kv, slots = self.target.kv[layer], self.target.slots[layer]
         if self.plan.order == "locked":
             self._wait(loaded)
@@ -294,14 +293,14 @@ class _Run:
         """The cached selected rows, on the device."""
         loaded.first_ready.wait()
         if loaded.first is None:
-            loaded.done.result()  # raises what stopped the load
+            loaded.done.result()  # raises the load's exception
         if loaded.first_mark is not None:
             torch.cuda.current_stream(self.device).wait_event(loaded.first_mark)
             loaded.first.record_stream(torch.cuda.current_stream(self.device))
         return loaded.first
 
     def _wait(self, loaded: _Loaded) -> None:
-        """What follows finds the layer loaded; a failed load is raised here."""
+        """Make later work wait for the layer's load; raises the load's exception."""
         loaded.done.result()
         if loaded.mark is not None:
             torch.cuda.current_stream(self.device).wait_event(loaded.mark)

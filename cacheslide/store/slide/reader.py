@@ -1,4 +1,4 @@
-"""Finds the current version of pages, wherever they are, and lets what was read from storage climb into memory."""
+"""Reads the current version of pages from any tier, and moves pages read from storage into memory."""
 
 from collections.abc import Sequence
 
@@ -19,11 +19,11 @@ from cacheslide.store.slide.table import PageTable
 
 
 class Gone(Exception):
-    """A page cannot be had; the message says why."""
+    """A page is not available; the message is the reason."""
 
 
 class PageReader:
-    """Reads for one store what its records must be like (`wanted`), without holding the table's lock while it reads."""
+    """Reads for one store records accepted by `wanted`, without holding the table's lock during reads."""
 
     def __init__(self, table: PageTable, mover: Mover, persistent: PersistentTiers, wanted: Wanted) -> None:
         self.table, self.mover, self.persistent, self.wanted = table, mover, persistent, wanted
@@ -55,13 +55,13 @@ class PageReader:
             entry.lost = entry.lost or "corrected pages were lost: no room to spill them"
             raise Gone(entry.lost)
         try:
-            found = self.table.spill.read(slots)[:, : entry.layout.page_bytes]
+            pages = self.table.spill.read(slots)[:, : entry.layout.page_bytes]
         except (OSError, StoreError) as error:
             self.table.stats.read_errors += 1
             entry.lost = f"corrected pages were lost: {error}"
             raise Gone(entry.lost) from None
-        self.table.stats.spill_read_bytes += found.numel()
-        return found
+        self.table.stats.spill_read_bytes += pages.numel()
+        return pages
 
     def _base_pages(self, entry: Entry, pages: list[int]) -> tuple[Tensor, str]:
         """Pages of the reference version, from its memory tiers or from storage."""
@@ -73,13 +73,13 @@ class PageReader:
                 )
             return self.pages(base, pages)
         wanted: Runs = [(pages[a], pages[b - 1] + 1) for a, b in runs(pages)]
-        found = self.persistent.read(entry.name, wanted, self.wanted)
-        if isinstance(found, str):
+        record = self.persistent.read(entry.name, wanted, self.wanted)
+        if isinstance(record, str):
             with self.table.lock:
                 if entry.pending is None:
-                    self.table.lose(entry, found)
-            raise Gone(found)
-        head, payload, tier = found
+                    self.table.lose(entry, record)
+            raise Gone(record)
+        head, payload, tier = record
         if head.layout != entry.layout:
             raise Gone("another layout: written with other page sizes")
         self.table.is_stored(entry)
@@ -91,11 +91,11 @@ class PageReader:
         return torch.stack(parts), tier
 
     def load(self, name: bytes, wanted: Wanted) -> tuple[ChunkKV, str]:
-        """A chunk that memory knows nothing of."""
-        found = self.persistent.read(name, accept=wanted)
-        if isinstance(found, str):
-            raise Gone(found)
-        head, payload, tier = found
+        """Load a chunk that has no entry in memory."""
+        record = self.persistent.read(name, accept=wanted)
+        if isinstance(record, str):
+            raise Gone(record)
+        head, payload, tier = record
         if tier == "remote" and self.persistent.file is not None:
             self.persistent.write([Encoded.of_head(name, head, payload)])
         payload = payload.to(self.table.arenas[0].device)

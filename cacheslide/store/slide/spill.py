@@ -1,9 +1,9 @@
-"""Where a process's corrected pages go when memory is short: its own file of page slots.
+"""A process's spill file for corrected pages: page slots on disk.
 
-Corrected pages belong to one request or session of one process and mean nothing after it, so they are not published:
-checksums and places are kept in memory, and the file's lock tells other processes whether its owner still lives. A
-file whose owner died is removed by the next process that wants room. Space is reserved under a lock of the folder, so
-that all processes together stay below the capacity.
+Corrected pages belong to one request or session of one process and are useless after it, so they are not published:
+checksums and slots are kept in memory, and the file's lock shows other processes whether its owner lives. The file of a
+dead owner is removed by the next process that needs room. Space is reserved under a lock of the folder, so that all
+processes together stay below the capacity.
 """
 
 import contextlib
@@ -30,21 +30,21 @@ _NAME = re.compile(r"[0-9]{1,10}-[0-9a-f]{32}\.spill")
 
 
 class SpillFull(OSError):
-    """No room left for corrected pages."""
+    """The capacity for corrected pages is exhausted."""
 
 
 class SpillFile:
-    """Page slots on disk. Thread-safe, as long as nobody reads slots while they are given back.
+    """Page slots on disk. Thread-safe, provided that slots are not read while they are freed.
 
     Parameters
     ----------
     folder : Path
-        Shared by the processes of one store.
+        Shared by the processes of a store.
     capacity : int
-        Bytes that all processes' spill files may take together.
+        Maximum bytes of all processes' spill files together.
     page_bytes : int
     shared : bool
-        See `Folder`, which also raises Foreign for a folder that is not the store's.
+        See `Folder`, which raises Foreign for a folder that is not the store's.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class SpillFile:
         self.folder.make()
         self.path = folder / f"{os.getpid()}-{uuid.uuid4().hex}.spill"
         self._folder_lock = WriterLock(self.folder, 10.0)
-        self._folder_lock.acquire()  # nobody may take the file for a dead process's before it is locked
+        self._folder_lock.acquire()  # before the file is locked it could be taken for a dead process's
         try:
             self._fd = self.folder.open(self.path.name, new=True, write=True, direct=direct)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,7 +78,7 @@ class SpillFile:
     def write(self, content: Tensor) -> list[int]:
         """Write pages, uint8 [n, page_bytes], into as few runs of slots as possible; returns their slots.
 
-        SpillFull when the capacity is reached, OSError when the disk fails: nothing is kept then.
+        SpillFull if the capacity is reached, OSError if the disk fails; nothing is stored then.
         """
         slots = self._allocate(len(content))
         buffer = aligned_buffer(len(content) * self.slot_bytes)
@@ -98,7 +98,7 @@ class SpillFile:
         return slots
 
     def read(self, slots: Sequence[int]) -> Tensor:
-        """Pages of `slots`: uint8 [n, page_bytes]; Damaged when one is not what was written."""
+        """Pages of `slots`: uint8 [n, page_bytes]; Damaged if one was altered."""
         buffer = aligned_buffer(len(slots) * self.slot_bytes)
         for first, last in runs(slots):
             part = buffer[first * self.slot_bytes : last * self.slot_bytes]
@@ -110,7 +110,7 @@ class SpillFile:
         return tensor_view(buffer).view(len(slots), self.slot_bytes)[:, : self.page_bytes]
 
     def free(self, slots: Sequence[int]) -> None:
-        """Give slots back."""
+        """Free slots."""
         with self._guard:
             self._used[list(slots)] = False
             for slot in slots:
@@ -130,7 +130,7 @@ class SpillFile:
             self._fd = None
 
     def _allocate(self, n: int) -> list[int]:
-        """`n` free slots: the first run that is long enough, else the longest runs there are."""
+        """`n` free slots: the first run that is long enough, else the longest runs."""
         with self._guard:
             free = np.flatnonzero(~self._used)
             if len(free) < n:
@@ -140,15 +140,15 @@ class SpillFile:
 
     def _choose(self, free: np.ndarray, n: int) -> list[int]:
         cuts = np.flatnonzero(np.diff(free) != 1) + 1
-        found = np.split(free, cuts)
-        fitting = next((r for r in found if len(r) >= n), None)
-        chosen = fitting if fitting is not None else np.concatenate(sorted(found, key=len, reverse=True))
+        stretches = np.split(free, cuts)
+        fitting = next((r for r in stretches if len(r) >= n), None)
+        chosen = fitting if fitting is not None else np.concatenate(sorted(stretches, key=len, reverse=True))
         slots = sorted(int(s) for s in chosen[:n])
         self._used[slots] = True
         return slots
 
     def _grow(self, slots: int) -> None:
-        """Reserve more of the folder's capacity; the file is extended, so that others see what is taken."""
+        """Reserve more of the folder's capacity; the file is extended, so that other processes see it."""
         self._folder_lock.acquire()
         try:
             own = len(self._used) * self.slot_bytes
@@ -162,22 +162,22 @@ class SpillFile:
             self._folder_lock.release()
 
     def _others(self) -> int:
-        """Bytes of the other processes' files; those without a living owner are removed."""
+        """Bytes of other processes' files; files without a living owner are removed."""
         self.removed_stale += stale_spills(self.folder, self.path.name)
         return sum(size for name, size in spills(self.folder).items() if name != self.path.name)
 
 
 def spills(folder: Folder) -> dict[str, int]:
-    """Names and bytes of the spill files in a folder; none where there is no folder."""
+    """Names and bytes of a folder's spill files; empty if there is no folder."""
     try:
-        found = folder.entries(lambda name: _NAME.fullmatch(name) is not None)
+        files = folder.entries(lambda name: _NAME.fullmatch(name) is not None)
     except FileNotFoundError:
         return {}
-    return {name: status.st_size for name, status in found.items()}
+    return {name: status.st_size for name, status in files.items()}
 
 
 def stale_spills(folder: Folder, own: str = "") -> int:
-    """Remove the spill files of processes that are gone (their locks are free); returns how many."""
+    """Remove spill files of dead processes (their locks are free); returns their number."""
     removed = 0
     for name in spills(folder):
         if name == own:
@@ -196,6 +196,6 @@ def stale_spills(folder: Folder, own: str = "") -> int:
 
 
 def runs(slots: Sequence[int]) -> list[tuple[int, int]]:
-    """Stretches [first, last) of indices over which `slots` count up by one."""
+    """Ranges [first, last) of indices over which `slots` are consecutive."""
     cuts = [0, *(i for i in range(1, len(slots)) if slots[i] != slots[i - 1] + 1), len(slots)]
     return [(a, b) for a, b in pairwise(cuts) if b > a]

@@ -1,4 +1,4 @@
-"""One store's pages under one lock: its entries, its memory tiers, pages on their way down, and what changes them."""
+"""A store's pages under one lock: entries, memory tiers, pages being moved, and all changes of them."""
 
 import itertools
 import threading
@@ -19,19 +19,19 @@ from cacheslide.store.slide.spill import SpillFile
 
 @dataclass
 class Gathered:
-    """What memory had of some pages at one moment; numbers count within the pages that were asked for.
+    """The pages that memory had at one moment; numbers are indices into the requested pages.
 
     Attributes
     ----------
     content : Tensor [n, page_bytes], uint8
-        On the first tier's device; what is `missing` is undefined in it.
+        On the first tier's device; undefined for `missing` pages.
     tiers : set of str
-        Where the others were.
+        Tiers of the other pages.
     missing : list of int
     climbing : list of int
-        Clean pages of a lower tier.
+        Clean pages in a lower tier.
     slots : dict of int to (int or None)
-        Of the missing ones the private pages, and their places in the spill file (None: lost).
+        Private pages among the missing ones, with their slots in the spill file (None: lost).
     """
 
     content: Tensor
@@ -42,16 +42,16 @@ class Gathered:
 
 
 class PageTable:
-    """The state of a store's pages. Thread-safe; every method changes memory only, and none waits for a disk.
+    """The state of a store's pages. Thread-safe; methods change memory only, and none waits for a disk.
 
-    Whoever has to take several steps at once holds `lock`, which every method takes as well.
+    To make several steps atomic, hold `lock`, which every method takes too.
 
     Parameters
     ----------
     arenas : list of Arena
         Memory tiers, the fastest first.
     spill : SpillFile or None
-        Where private pages go; the table gives their slots back.
+        Spill file of private pages; the table frees its slots.
     """
 
     def __init__(self, arenas: list[Arena], spill: SpillFile | None, stats: TieredStats) -> None:
@@ -60,28 +60,28 @@ class PageTable:
         self._places: dict[tuple[bytes, str | None], Entry] = {}
         self._numbers: dict[int, Entry] = {}
         self._owned: dict[str, set[bytes]] = {}
-        self._flight: dict[PageId, Tensor] = {}  # pages that left one tier and have not arrived in the next
+        self._flight: dict[PageId, Tensor] = {}  # pages moving between tiers
         self._next = itertools.count()
 
     # --- entries ---------------------------------------------------------------------------------------------------
 
     def find(self, name: bytes, owner: str | None = None) -> Entry | None:
-        """An owner's version of a chunk, or else its reference version."""
+        """An owner's version of a chunk, or else the reference version."""
         with self.lock:
             return self._places.get((name, owner)) or self._places.get((name, None))
 
     def version(self, name: bytes, owner: str | None) -> Entry | None:
-        """An owner's version of a chunk alone; the reference version for None."""
+        """An owner's version of a chunk only; the reference version for None."""
         with self.lock:
             return self._places.get((name, owner))
 
     def page(self, number: PageId) -> Page:
-        """The entry and the page number of a page that is held or on its way."""
+        """Entry and page number of a page that is stored or being moved."""
         entry, page = split(number)
         return self._numbers[entry], page
 
     def references(self) -> set[bytes]:
-        """Names of the chunks that memory knows of."""
+        """Names of all chunks with an entry."""
         with self.lock:
             return {name for (name, owner), e in self._places.items() if owner is None and not e.lost}
 
@@ -95,7 +95,7 @@ class PageTable:
         persisted: bool = False,
         scores: Tensor | None = None,
     ) -> Entry:
-        """The entry of a place, made when there is none that can still be completed."""
+        """The entry of a version; a new one if there is none that can still be completed."""
         with self.lock:
             entry = self._places.get((name, owner))
             if entry is None or entry.lost:
@@ -109,7 +109,7 @@ class PageTable:
         self._places[entry.name, entry.owner] = self._numbers[entry.number] = entry
 
     def retire(self, entry: Entry) -> None:
-        """Forget a reference entry of which memory holds nothing."""
+        """Remove a reference entry without pages in memory."""
         with self.lock:
             if entry.owner is None and not entry.holds and entry.pending is None:
                 if self._places.get((entry.name, None)) is entry:
@@ -117,7 +117,7 @@ class PageTable:
                 self._numbers.pop(entry.number, None)
 
     def lose(self, entry: Entry, why: str) -> None:
-        """Drop a reference chunk from memory: it cannot be completed any more."""
+        """Drop a reference chunk from memory, since it can no longer be completed."""
         with self.lock:
             entry.lost = why
             self.stats.lost += 1
@@ -129,25 +129,25 @@ class PageTable:
     # --- a chunk's way into storage --------------------------------------------------------------------------------
 
     def begin(self, entry: Entry, payload: Tensor, scores: Tensor | None) -> None:
-        """A new chunk's pages are about to come in, from `payload`."""
+        """Start inserting a new chunk's pages from `payload`."""
         with self.lock:
             entry.incoming, entry.persisted, entry.scores = payload, False, scores
             self.stats.puts += 1
 
     def settled(self, entry: Entry) -> None:
-        """The pages of a chunk have come in, or were not let in."""
+        """A chunk's pages have been inserted or refused."""
         with self.lock:
             entry.incoming = None
             self.retire(entry)
 
     def queued(self, entry: Entry, payload: Tensor) -> None:
-        """A chunk waits to be written: its pages are clean from now on."""
+        """A chunk was queued for writing: its pages are clean from now on."""
         with self.lock:
             entry.pending = payload
             self._mark(entry)
 
     def published(self, entry: Entry, done: bool) -> None:
-        """The writing of a chunk has ended; where it failed, and pages are gone, the chunk is lost."""
+        """Writing a chunk has ended; if it failed and pages are gone, the chunk is lost."""
         with self.lock:
             entry.pending, entry.persisted = None, done
             if not done and not all(
@@ -159,14 +159,14 @@ class PageTable:
             self.retire(entry)
 
     def is_stored(self, entry: Entry) -> None:
-        """A storage tier has the chunk: it was read from there."""
+        """A storage tier has the chunk, which was read from there."""
         with self.lock:
-            if not entry.persisted:  # another thread's copy of the chunk was published meanwhile
+            if not entry.persisted:  # another thread's copy was published meanwhile
                 entry.persisted = True
                 self._mark(entry)
 
     def _mark(self, entry: Entry) -> None:
-        """Tell the tiers a chunk's dirty counts after they changed."""
+        """Update the tiers with a chunk's changed dirty counts."""
         for arena in self.arenas:
             for page, number in enumerate(entry.ids(range(entry.layout.pages))):
                 if number in arena.held:
@@ -175,20 +175,20 @@ class PageTable:
     # --- private pages ---------------------------------------------------------------------------------------------
 
     def correct(self, entry: Entry, masks: Mapping[int, np.ndarray]) -> None:
-        """Pages get new versions, with these corrected rows; what is kept of older ones is dropped."""
+        """Give pages new versions with these corrected rows; older versions are dropped."""
         with self.lock:
             self._forget_versions(entry, list(masks))
             entry.selected.update(masks)
 
     def begin_private(self, entry: Entry, payload: Tensor) -> None:
-        """All pages of an owner's version are about to come in, from `payload`."""
+        """Start inserting all pages of an owner's version from `payload`."""
         with self.lock:
             rows = entry.layout.rows_of
             self.correct(entry, {p: np.ones(rows(p), bool) for p in range(entry.layout.pages)})
             entry.incoming = payload
 
     def release(self, owner: str) -> int:
-        """Drop all private pages of an owner unwritten; returns how many there were."""
+        """Drop all private pages of an owner unwritten; returns their number."""
         count = 0
         with self.lock:
             for name in self._owned.pop(owner, ()):
@@ -211,13 +211,13 @@ class PageTable:
             self.spill.free(slots)
 
     def waits(self, entry: Entry, page: int, content: Tensor) -> bool:
-        """Whether a page that was queued for the spill file is still the version that is wanted."""
+        """Whether a page queued for the spill file is still its current version."""
         with self.lock:
             waiting = self._flight.get(entry.ids([page])[0])
             return waiting is not None and waiting.data_ptr() == content.data_ptr()
 
     def spilled(self, entry: Entry, page: int, slot: int) -> None:
-        """A queued page lies in the spill file: it is clean."""
+        """A queued page was written to the spill file: it is clean."""
         with self.lock:
             number = entry.ids([page])[0]
             del self._flight[number]
@@ -234,7 +234,7 @@ class PageTable:
     # --- memory ----------------------------------------------------------------------------------------------------
 
     def tier_of(self, entry: Entry) -> str | None:
-        """The highest memory tier that has all of a chunk ("queue": it waits to be written), None when none has."""
+        """The highest memory tier with all of a chunk ("queue": it is queued for writing); None if there is none."""
         with self.lock:
             ids = entry.ids(range(entry.layout.pages))
             for arena in self.arenas:
@@ -245,15 +245,15 @@ class PageTable:
             return self.arenas[-1].name if all(any(i in a.held for a in self.arenas) for i in ids) else None
 
     def below(self, number: PageId) -> bool:
-        """Whether a page is in the lower memory tier, or on its way down."""
+        """Whether a page is in the lower memory tier, or moving there."""
         return number in self.arenas[1].held or number in self._flight
 
     def on_its_way(self, number: PageId) -> bool:
-        """Whether a page has left a tier and not arrived in the next."""
+        """Whether a page is being moved between tiers."""
         return number in self._flight
 
     def place(self, arena: Arena, pages: Sequence[Page], content: Tensor) -> None:
-        """Hold pages in a tier that has room for them."""
+        """Store pages in a tier with free slots for them."""
         if not pages:
             return
         with self.lock:
@@ -263,7 +263,7 @@ class PageTable:
             arena.insert([e.ids([p])[0] for e, p in pages], content, [e.dirty(p) for e, p in pages])
 
     def drop(self, arena: Arena, numbers: Sequence[PageId], retire: bool = True) -> None:
-        """Take pages out of a tier; with `retire`, forget entries of which nothing is left."""
+        """Remove pages from a tier; with `retire`, remove entries that have no pages left."""
         with self.lock:
             for n in numbers:
                 if n in arena.held:
@@ -274,33 +274,33 @@ class PageTable:
                         self.retire(entry)
 
     def depart(self, arena: Arena, numbers: Sequence[PageId]) -> Tensor:
-        """Pages that leave a tier for the next: their content on the host, to be read until they have arrived."""
+        """Take pages out of a tier to move them: their content on the host, readable until they have arrived."""
         with self.lock:
             content = arena.gather(numbers, touch=False).cpu()
             self._flight.update(zip(numbers, content, strict=True))
             return content
 
     def arrived(self, pages: Sequence[Page]) -> None:
-        """Pages are where they were moved to, or no longer wanted there."""
+        """Pages have been moved, or are no longer needed."""
         with self.lock:
             for entry, page in pages:
                 self._flight.pop(entry.ids([page])[0], None)
 
     def gather(self, entry: Entry, pages: Sequence[int], touch: bool = True) -> Gathered:
-        """Current versions of pages, as far as memory has them."""
+        """Current versions of pages that memory has."""
         with self.lock:
             ids, width = entry.ids(pages), entry.layout.page_bytes
             got = Gathered(empty_pages(len(pages), width, self.arenas[0].device), missing=list(range(len(pages))))
             out = got.content
             for arena in self.arenas:
-                here = [i for i in got.missing if ids[i] in arena.held]
-                if here:
-                    rows = arena.gather([ids[i] for i in here], touch)[:, :width]
-                    out[torch.tensor(here, device=out.device)] = rows.to(out.device)
+                present = [i for i in got.missing if ids[i] in arena.held]
+                if present:
+                    rows = arena.gather([ids[i] for i in present], touch)[:, :width]
+                    out[torch.tensor(present, device=out.device)] = rows.to(out.device)
                     got.tiers.add(arena.name)
                     got.missing = [i for i in got.missing if ids[i] not in arena.held]
                     if arena is not self.arenas[0]:
-                        got.climbing = [i for i in here if entry.dirty(pages[i]) == 0]
+                        got.climbing = [i for i in present if entry.dirty(pages[i]) == 0]
             for i in list(got.missing):
                 if (waiting := self._flight.get(ids[i])) is not None:
                     out[i] = waiting[:width].to(out.device)

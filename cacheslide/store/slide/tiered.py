@@ -1,9 +1,9 @@
 """SLIDE's store (paper section 4.4): chunks in pages over GPU, host memory, files and a remote server.
 
-Reference chunks are immutable and published once. What WCA changes is kept apart: `correct` gives an owner (a request
-or a session) private versions of the pages that hold its selected rows; the other pages stay shared. Evicting a clean
-page writes nothing, evicting a private page spills it, and an owner's pages are dropped unwritten when it is done.
-docs/store.md has the whole story.
+Reference chunks are immutable and published once. WCA's changes are kept apart: `correct` gives an owner (a request or
+a session) private versions of the pages with its selected rows; other pages stay shared. Evicting a clean page writes
+nothing, evicting a private page spills it, and an owner's pages are dropped unwritten when it is done. Details:
+docs/store.md.
 """
 
 from dataclasses import replace
@@ -35,27 +35,27 @@ class TieredChunkStore(ChunkStore):
     Parameters
     ----------
     page_tokens : int
-        Tokens a page.
+        Tokens per page.
     page_bytes : int
         Bytes of a page of this model: the slot size of the memory tiers.
     device, host : Arena or None
         Memory tiers; at least one. Chunks are returned on the first one's device.
     file, remote : FileTier, RemoteTier or None
-        Where pages outlive memory.
+        Tiers in which pages outlive memory.
     spill : SpillFile or None
-        Where corrected pages go; without it they are lost when memory is short, and the owner is told.
+        Spill file of corrected pages; without it they are lost when memory is short, and the owner is told.
     namespace : str
-        The tenant. Nothing of another namespace can be read.
+        The tenant's namespace. Other namespaces cannot be read.
     rank, ranks : int
-        Under tensor parallelism each rank keeps its own KV heads, apart from the others' under the same keys.
+        Under tensor parallelism each rank stores its own KV heads separately under the same keys.
     write_back : str
-        "through": a new chunk is queued for writing at once; "evict": when it has to leave memory.
+        "through": a new chunk is queued for writing at once; "evict": when it is evicted from memory.
     queue_bytes, batch_bytes, stall_limit_s, workers
         See `WriteBack`.
     max_generation : int
-        Chunks built on corrected KV more often than this are refused: they must be re-encoded exactly.
+        Chunks of a higher generation are refused: they must be re-encoded exactly.
     shape : ChunkShape, optional
-        What the model's chunks look like; records of another shape are misses.
+        Shape of the model's chunks; records of another shape are misses.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class TieredChunkStore(ChunkStore):
         return self.tier_of(key) is not None
 
     def tier_of(self, key: ChunkKey) -> str | None:
-        """The highest tier that has all of the chunk ("queue": it waits to be written), None when none has."""
+        """The highest tier with all of the chunk ("queue": it is queued for writing); None if there is none."""
         name = chunk_name(self.namespace, key)
         entry = self.table.version(name, None)
         if entry is not None and not entry.lost and (tier := self.table.tier_of(entry)):
@@ -110,7 +110,7 @@ class TieredChunkStore(ChunkStore):
         return self.persistent.where(name)
 
     def get(self, key: ChunkKey, owner: str | None = None) -> ChunkKV | None:
-        """The chunk, with the owner's corrections when one is given; None when it must be computed (again)."""
+        """The chunk, with the owner's corrections if one is given; None if it must be computed (again)."""
         return self.fetch(key, owner).chunk
 
     def fetch(
@@ -120,16 +120,16 @@ class TieredChunkStore(ChunkStore):
         shape: ChunkShape | None = None,
         tokens: int | None = None,
     ) -> Fetched:
-        """`get`, and from where, or why not. Damage and failing tiers are reasons, never exceptions.
+        """As `get`, with the tier or the reason for a miss. Damage and failing tiers are reasons, never exceptions.
 
-        A chunk of another shape (without `shape`: than the store's), or of another number of tokens, is none.
+        A chunk of another shape (by default: than the store's), or of another number of tokens, is a miss.
         """
         wanted = replace(self.wanted, shape=shape or self.wanted.shape, tokens=tokens)
         name = chunk_name(self.namespace, key)
         entry = self.table.find(name, owner)
         try:
             if entry is None:
-                found = self.reader.load(name, wanted)
+                result = self.reader.load(name, wanted)
             elif why := wanted.shape.misfit(entry.layout, entry.positions, tokens):
                 raise Gone(f"misfit: {why}")
             else:
@@ -137,12 +137,12 @@ class TieredChunkStore(ChunkStore):
                 payload = packed(content, entry.layout)
                 generation = entry.generation + (entry.owner is not None)
                 positions = entry.positions.clone()
-                found = from_payload(payload, entry.layout, positions, generation, entry.scores), tier
+                result = from_payload(payload, entry.layout, positions, generation, entry.scores), tier
         except Gone as gone:
             self.stats.misses += 1
             self.stats.note(str(gone))
             return Fetched(None, why=str(gone))
-        chunk, tier = found
+        chunk, tier = result
         self.stats.hits += 1
         self.stats.bytes_read += chunk.nbytes
         setattr(self.stats, f"hits_{tier}", getattr(self.stats, f"hits_{tier}") + 1)
@@ -151,7 +151,7 @@ class TieredChunkStore(ChunkStore):
         return Fetched(chunk, tier)
 
     def put(self, key: ChunkKey, chunk: ChunkKV) -> None:
-        """Keep a chunk; StoreError when its pages do not fit this store's."""
+        """Store a chunk; StoreError if its pages do not fit this store's slots."""
         name = chunk_name(self.namespace, key)
         if chunk.generation > self.max_generation:
             self.stats.refused += 1
@@ -164,9 +164,9 @@ class TieredChunkStore(ChunkStore):
         if not fits and not self.persistent.exists:
             raise StoreError(f"a chunk of {layout.pages} pages cannot fit {len(self.arenas[0].slots)} page slots")
         payload = to_payload(chunk, layout).to(self.arenas[0].device)
-        with self.table.lock:  # whoever finds the entry finds its pages
+        with self.table.lock:  # an entry is visible only with its pages
             entry = self.table.entry(name, layout, chunk.positions.cpu().clone(), chunk.generation)
-            self.table.begin(entry, payload, chunk.scores)  # no storage tier had it a moment ago
+            self.table.begin(entry, payload, chunk.scores)  # no storage tier had it just now
         try:
             if self.persistent.exists and (self.write_back == "through" or not fits):
                 self.writer.publish(entry, payload.cpu())
@@ -189,10 +189,10 @@ class TieredChunkStore(ChunkStore):
             return True
 
     def __len__(self) -> int:
-        held = self.table.references()
+        names = self.table.references()
         if self.persistent.file is not None:
-            held |= {n for n in self.persistent.file.names() if n.startswith(self.namespace)}
-        return len(held)
+            names |= {n for n in self.persistent.file.names() if n.startswith(self.namespace)}
+        return len(names)
 
     @property
     def nbytes(self) -> int:
@@ -213,18 +213,18 @@ class TieredChunkStore(ChunkStore):
         v: Tensor,
         reference: ChunkKV | None = None,
     ) -> None:
-        """Give `owner` its own version of the rows that WCA recomputed in one layer.
+        """Give `owner` its own version of rows that WCA recomputed in one layer.
 
         Parameters
         ----------
         rows : Tensor [r], int64
-            Ascending rows of the chunk. The pages that hold them become dirty, with one more selected token a row.
+            Ascending rows of the chunk. Their pages become dirty, with one more selected token per row.
         k, v : Tensor [r, kv_heads, head_dim]
             Keys rotated as the owner reads them back.
         reference : ChunkKV, optional
-            The chunk as `get` returned it: saves reading the rest of the rows' pages again.
+            The chunk as returned by `get`: saves reading the pages' other rows again.
 
-        Raises StoreError when the chunk is gone: it must be built again first.
+        Raises StoreError if the chunk is gone: it must be stored again first.
         """
         name = chunk_name(self.namespace, key)
         entry = self._owned_entry(name, owner)
@@ -268,9 +268,9 @@ class TieredChunkStore(ChunkStore):
     def put_private(self, key: ChunkKey, owner: str, chunk: ChunkKV) -> None:
         """Give `owner` a whole chunk of corrected KV, which needs no reference version.
 
-        All its pages are the owner's: they are spilled when they must leave memory, never published, and dropped by
-        `release`. StoreError when they do not fit this store's, when the owner has a version of the chunk already, and
-        for exact chunks (`put` is for those).
+        All its pages are the owner's: spilled on eviction, never published, and dropped by `release`. StoreError if
+        they do not fit this store's slots, if the owner has a version of the chunk already, and for exact chunks (use
+        `put`).
         """
         if chunk.generation < 1:
             raise StoreError("exact KV is nobody's own: put it for all")
@@ -292,7 +292,7 @@ class TieredChunkStore(ChunkStore):
             self.table.settled(entry)
 
     def release(self, owner: str) -> int:
-        """The owner is done, or its update has changed: drop its private pages unwritten; returns how many."""
+        """Drop an owner's private pages unwritten, when it is done or its update has changed; returns their number."""
         count = self.table.release(owner)
         self.stats.released += count
         return count
@@ -306,10 +306,10 @@ class TieredChunkStore(ChunkStore):
                 return entry
             base = self.table.version(name, None)
         if base is None:
-            found = self.persistent.read(name, [(0, 1)], self.wanted)
-            if isinstance(found, str):
-                raise StoreError(f"chunk {name[16:].hex()} cannot be corrected ({found}): build it again")
-            head: Head = found[0]
+            record = self.persistent.read(name, [(0, 1)], self.wanted)
+            if isinstance(record, str):
+                raise StoreError(f"chunk {name[16:].hex()} cannot be corrected ({record}): build it again")
+            head: Head = record[0]
             layout, positions, generation, scores = head.layout, head.positions, head.generation, head.scores
         else:
             layout, positions, generation, scores = base.layout, base.positions, base.generation, base.scores
@@ -318,7 +318,7 @@ class TieredChunkStore(ChunkStore):
     # --- housekeeping ----------------------------------------------------------------------------------------------
 
     def check(self, layout: PageLayout) -> None:
-        """StoreError unless pages of this layout fit the slots."""
+        """Raise StoreError unless pages of this layout fit the slots."""
         if layout.page_bytes > self.page_bytes or layout.page_tokens != self.page_tokens:
             raise StoreError(
                 f"pages of {layout.page_tokens} tokens and {layout.page_bytes} bytes do not fit this store's "
@@ -326,11 +326,11 @@ class TieredChunkStore(ChunkStore):
             )
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until everything queued is written; False when the time was too short."""
+        """Wait until everything queued is written; False if `timeout_s` was too short."""
         return self.queue.flush(timeout_s)
 
     def close(self, timeout_s: float = 30.0) -> bool:
-        """Write what is queued and let go of files and server; False when the time was too short."""
+        """Write what is queued and close files and server; False if `timeout_s` was too short."""
         done = self.queue.close(timeout_s)
         if self.spill is not None:
             self.spill.close()

@@ -1,4 +1,4 @@
-"""Asynchronous write-back: a queue bounded in bytes, and back-pressure on whoever fills it."""
+"""Asynchronous write-back: a queue bounded in bytes that blocks its producers."""
 
 import atexit
 import threading
@@ -9,24 +9,24 @@ from typing import Protocol
 
 
 class Job(Protocol):
-    """Something to write. `nbytes` counts against the queue's limit until it is done."""
+    """A write. `nbytes` counts against the queue's limit until it is done."""
 
     nbytes: int
 
 
 class WriteBack:
-    """Runs `write` on batches of jobs in threads of its own.
+    """Runs `write` on batches of jobs in its own threads.
 
     Parameters
     ----------
     write : callable
         Takes a list of jobs; must handle its own failures.
     limit : int
-        Bytes of jobs waiting or being written. A job larger than this is let in when nothing else is there.
+        Maximum bytes of jobs queued or being written. A larger job is accepted when nothing else is queued.
     batch : int
-        Bytes handed to `write` at a time, unless one job has more.
+        Bytes given to `write` at a time, unless one job has more.
     stall_limit_s : float
-        Longest wait for room; then `reserve` gives up, so that a dead disk cannot stop a request.
+        Longest wait for room; then `reserve` fails, so that a dead disk cannot block a request.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class WriteBack:
         self._threads = [threading.Thread(target=self._work, daemon=True, name=name) for _ in range(workers)]
         for t in self._threads:
             t.start()
-        atexit.register(self.close)  # a thread that is cut off while it writes takes the interpreter down
+        atexit.register(self.close)  # a thread killed while writing would crash the interpreter
 
     def reserve(self, nbytes: int) -> bool:
-        """Wait for room for `nbytes`; False when the time limit passed or the queue is closed."""
+        """Wait for room for `nbytes`; False after the time limit or if the queue is closed."""
         start = time.monotonic()
         with self._changed:
             fits = self._changed.wait_for(
@@ -63,7 +63,7 @@ class WriteBack:
             return True
 
     def release(self, nbytes: int) -> None:
-        """Give back reserved room that is not needed."""
+        """Give back reserved bytes that are not needed."""
         with self._changed:
             self._taken -= nbytes
             self._changed.notify_all()
@@ -75,12 +75,12 @@ class WriteBack:
             self._changed.notify_all()
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until everything submitted so far is written; False when the time was too short."""
+        """Wait until everything submitted so far is written; False if `timeout_s` was too short."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._jobs and not self._running, timeout_s)
 
     def close(self, timeout_s: float = 30.0) -> bool:
-        """Write what is queued, then stop; False when the time was too short."""
+        """Write what is queued, then stop; False if `timeout_s` was too short."""
         atexit.unregister(self.close)
         done = self.flush(timeout_s)
         with self._changed:
@@ -104,7 +104,7 @@ class WriteBack:
                 self._running += 1
             try:
                 self._write(jobs)
-            except Exception as error:  # the thread must live: what it could not write is lost, and said to be
+            except Exception as error:  # the thread must go on: unwritten jobs are lost, and logged
                 self.errors.append(f"{type(error).__name__}: {error}")
             finally:
                 with self._changed:

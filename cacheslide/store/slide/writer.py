@@ -1,4 +1,4 @@
-"""The write-back threads' work: publish chunks, spill corrected pages, and note what is clean afterwards."""
+"""Work of the write-back threads: publish chunks, spill corrected pages, and mark pages clean."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from cacheslide.store.slide.writeback import WriteBack
 
 
 class PageWriter:
-    """Writes for one store, in the threads of its queue; see `WriteBack` for the queue's limits."""
+    """Writes for one store in its queue's threads; see `WriteBack` for the queue's limits."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class PageWriter:
         self.queue = WriteBack(self.write, queue_bytes, batch_bytes, stall_s, workers)
 
     def publish(self, entry: Entry, payload: Tensor) -> None:
-        """Queue a new chunk for writing, waiting for room in the queue; when there is none it stays unwritten."""
+        """Queue a new chunk for writing, waiting for room; without room it stays unwritten."""
         if self.queue.reserve(len(payload)):
             self.submit_record(entry, payload)
         else:
@@ -41,7 +41,7 @@ class PageWriter:
         self.queue.submit(RecordJob(entry, payload, len(payload)))
 
     def write(self, jobs: Sequence[RecordJob | PagesJob]) -> None:
-        """The queue's thread."""
+        """Run a batch of jobs, in a thread of the queue."""
         records = [j for j in jobs if isinstance(j, RecordJob)]
         if records:
             self._write_records(records)
@@ -61,7 +61,7 @@ class PageWriter:
 
     def _write_pages(self, jobs: list[PagesJob]) -> None:
         queued = [t for j in jobs for t in zip(j.entries, j.pages, j.content, strict=True)]
-        todo = [t for t in queued if self.table.waits(*t)]  # what was replaced or given up need not be written
+        todo = [t for t in queued if self.table.waits(*t)]  # replaced or released pages need not be written
         self.stats.cancelled += len(queued) - len(todo)
         todo.sort(key=lambda t: (t[0].number, t[1]))
         slots: list[int] = []

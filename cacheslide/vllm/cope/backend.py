@@ -1,8 +1,8 @@
-"""CoPE as an attention backend of vLLM: the paged cache holds unrotated keys, the position tables lie in the layers.
+"""CoPE as an attention backend of vLLM: the paged cache holds unrotated keys, layers hold their position tables.
 
-Decoding rows and others take kernels of their own; vLLM puts requests that decode in front of a batch. On a CPU both
-are the plain reference. Whole CUDA graphs hold batches of decoding rows only: there a launch depends on the batch's
-size and the engine's longest sequence alone, and the rows lie in a buffer that every step fills anew.
+Decoding rows and other rows use different kernels; vLLM orders decoding requests first in a batch. On a CPU both use
+the plain reference. Full CUDA graphs contain batches of decoding rows only: their launch depends only on the batch size
+and the engine's longest sequence, and their rows lie in a buffer that is refilled every step.
 """
 
 from dataclasses import dataclass
@@ -32,11 +32,12 @@ from cacheslide.vllm.cope.slots import LayerOffsets
 
 @dataclass
 class CopeMetadata(AttentionMetadata):
-    """A batch of one step.
+    """Metadata of one step's batch.
 
-    The first `decodes` requests have one token each, at the rows `decoding` int32 [decodes] of their prompts, and the
-    block table `decode_table` int32 [decodes, blocks]. The others' tokens follow: their `rows` int32 [rest], offsets
-    `bounds` int32 [requests - decodes + 1] and `block_table`; None without any. No row lies behind `max_row`.
+    The first `decodes` requests have one token each, at rows `decoding` int32 [decodes] of their prompts, with the
+    block table `decode_table` int32 [decodes, blocks]. The other requests' tokens follow: their `rows` int32 [n],
+    offsets `bounds` int32 [requests - decodes + 1] and `block_table`; None if there are none. `max_row` bounds all
+    rows.
     """
 
     num_actual_tokens: int
@@ -47,19 +48,19 @@ class CopeMetadata(AttentionMetadata):
     rows: Tensor | None = None
     bounds: Tensor | None = None
     block_table: Tensor | None = None
-    slots: list[SlotOffsets] | None = None  # of the layers
-    looked: bool = False  # for slots
+    slots: list[SlotOffsets] | None = None  # one per layer
+    looked: bool = False  # whether slots have been looked up
 
     def slots_of(self, layer: int, offsets: LayerOffsets, block_size: int) -> SlotOffsets | None:
-        """The slots that rows behind the decoding ones cross by their calibrated offset."""
-        if not self.looked:  # made in the forward: the connector speaks between build and forward
+        """The slots that non-decoding rows cross by their calibrated offsets."""
+        if not self.looked:  # in the forward: the connector sets slots between build and forward
             self.looked = True
             self.slots = offsets.of_batch(self.rows, self.bounds, self.block_table, block_size)
         return None if self.slots is None else self.slots[layer]
 
 
 class CopeMetadataBuilder(AttentionMetadataBuilder[CopeMetadata]):
-    """Fills `CopeMetadata`; never waits for the device."""
+    """Builds `CopeMetadata` without waiting for the device."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
@@ -72,7 +73,7 @@ class CopeMetadataBuilder(AttentionMetadataBuilder[CopeMetadata]):
             vllm_config.scheduler_config.max_num_seqs,
             *(vllm_config.compilation_config.cudagraph_capture_sizes or ()),
         )
-        self.decoding = torch.zeros(max(sizes), dtype=torch.int32, device=device)  # captured graphs read it
+        self.decoding = torch.zeros(max(sizes), dtype=torch.int32, device=device)  # read by captured graphs
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -80,28 +81,29 @@ class CopeMetadataBuilder(AttentionMetadataBuilder[CopeMetadata]):
         """See `AttentionMetadataBuilder.build`."""
         batch = common_attn_metadata
         tokens = batch.num_actual_tokens
-        # A prompt's last row alone in a step may be a fixed chunk's, which crosses slots: no row to decode.
+        # A prompt's last row alone in a step may belong to a fixed chunk, which crosses slots: it is not a decoding
+        # row.
         short = self.has_offsets and batch.is_prefilling is not None and bool(batch.is_prefilling.any())
         decodes, _, decoding, _ = split_decodes_and_prefills(batch, treat_short_extends_as_decodes=not short)
         if decoding != decodes:
             raise RuntimeError(f"{decodes} decoding requests have {decoding} rows")
         decoding, table = self.decoding[:decodes], batch.block_table_tensor
-        # A request that pads a graph's batch has length 0: row 0 of the block table's first block is there to be read.
+        # Requests that pad a graph's batch have length 0: they read row 0 of the block table's first block.
         torch.sub(batch.seq_lens[:decodes], 1, out=decoding).clamp_(min=0)
         made = CopeMetadata(tokens, decodes, batch.max_seq_len - 1, decoding, table[:decodes])
         if decodes < tokens:
             ends = batch.query_start_loc[decodes + 1 :]
             lengths = ends - batch.query_start_loc[decodes:-1]
-            first = batch.seq_lens[decodes:] - ends  # a token's row is its place in the batch and this
+            first = batch.seq_lens[decodes:] - ends  # row = index in the batch + this
             offsets = torch.repeat_interleave(first, lengths, output_size=tokens - decodes)
             made.rows = offsets + torch.arange(decodes, tokens, dtype=torch.int32, device=offsets.device)
             made.bounds = batch.query_start_loc[decodes:] - decodes
-            # Memory of its own begins at an aligned address: another alignment is another compilation of the kernel.
+            # A separate allocation begins at an aligned address: another alignment would compile the kernel anew.
             made.block_table = table[decodes:].clone() if decodes else table
         return made
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> CopeMetadata:
-        """A batch whose graph holds for any rows; while it is captured all of them are the first."""
+        """A batch whose graph is valid for any rows; during capture all of them are row 0."""
         metadata = self.build(0, common_attn_metadata)
         metadata.max_row = self.vllm_config.model_config.max_model_len - 1
         metadata.decoding.zero_()
@@ -109,9 +111,9 @@ class CopeMetadataBuilder(AttentionMetadataBuilder[CopeMetadata]):
 
 
 class CopeImpl(AttentionImpl[CopeMetadata]):
-    """Attention of one layer: its number is `cope_layer`, its position table [p_max, head_dim] `cope_positions`.
+    """Attention of one layer; `cope_layer` is its index, `cope_positions` its position table [p_max, head_dim].
 
-    `cope_offsets`, shared by all layers, says which rows of a batch cross updated slots by their calibrated offset.
+    `cope_offsets`, shared by all layers, holds the rows of a batch that cross updated slots by their calibrated offset.
     """
 
     def __init__(
@@ -139,12 +141,12 @@ class CopeImpl(AttentionImpl[CopeMetadata]):
             f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
             "KV shared between layers": kv_sharing_target_layer_name is not None,
         }
-        for what, asked in refusals.items():
-            if asked:
-                raise ModelError(f"CoPE attention does not work with {what}")
+        for feature, wanted in refusals.items():
+            if wanted:
+                raise ModelError(f"CoPE attention does not work with {feature}")
 
     def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor):
-        """Store key, value [n, kv_heads, head_size] at `slot_mapping` [n]; nothing at slots below 0."""
+        """Store key, value [n, kv_heads, head_size] at `slot_mapping` [n]; slots below 0 are skipped."""
         if kv_cache.is_cuda:
             halves = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
             scales = layer._k_scale, layer._v_scale
@@ -167,30 +169,30 @@ class CopeImpl(AttentionImpl[CopeMetadata]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """See `AttentionImpl.forward`: query, output [tokens, heads, head_size]; keys are in the cache by now."""
+        """See `AttentionImpl.forward`: query, output [tokens, heads, head_size]; keys are in the cache already."""
         positions = layer.cope_positions
-        if attn_metadata is None:  # a profiling run, which must see the scratch of a whole batch's position logits
+        if attn_metadata is None:  # profiling: must allocate the scratch for a whole batch's position logits
             if query.is_cuda:
                 torch.empty(query.shape[0] * query.shape[1] * (len(positions) + 2), device=query.device)
             return output.fill_(0)
         batch = attn_metadata
-        tokens, some = batch.num_actual_tokens, batch.decodes
-        if some:
+        tokens, decodes = batch.num_actual_tokens, batch.decodes
+        if decodes:
             cope_decode(
-                query[:some], batch.decoding, batch.decode_table, kv_cache, positions, self.scale, output[:some],
+                query[:decodes], batch.decoding, batch.decode_table, kv_cache, positions, self.scale, output[:decodes],
                 batch.max_row,
             )  # fmt: skip
-        if some < tokens:
+        if decodes < tokens:
             slots = batch.slots_of(layer.cope_layer, layer.cope_offsets, kv_cache.shape[2])
             cope_attention(
-                query[some:tokens], batch.rows, batch.bounds, batch.block_table, kv_cache, positions, self.scale,
-                output[some:tokens], batch.max_row, slots,
+                query[decodes:tokens], batch.rows, batch.bounds, batch.block_table, kv_cache, positions, self.scale,
+                output[decodes:tokens], batch.max_row, slots,
             )  # fmt: skip
         return output
 
 
 class CopeBackend(AttentionBackend):
-    """What vLLM asks about the backend. A model's attention layers name it; no selection leads here."""
+    """Description of the backend for vLLM. Attention layers name it directly; vLLM never selects it."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]

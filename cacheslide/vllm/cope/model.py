@@ -1,4 +1,4 @@
-"""Llama and Mistral with a CoPE adapter, as a model of vLLM: LoRA merged while loading, no rotation, CoPE attention."""
+"""Llama and Mistral with a CoPE adapter as a vLLM model: LoRA merged on loading, no rotation, CoPE attention."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -20,10 +20,10 @@ from cacheslide.vllm.support import check_cope
 
 
 class Unrotated(nn.Module):
-    """Takes the place of a rotary embedding: angle 0 everywhere."""
+    """Replaces a rotary embedding by the identity."""
 
     def forward(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """The query and the key as they are."""
+        """Returns query and key unchanged."""
         return query, key
 
 
@@ -32,7 +32,7 @@ class CopeAttention(LlamaAttention):
 
     def __init__(self, *args, cache_config=None, quant_config=None, prefix: str = "", **kwargs) -> None:
         super().__init__(*args, cache_config=cache_config, quant_config=quant_config, prefix=prefix, **kwargs)
-        # Llama leaves no choice of the backend: its own layer makes room for ours, under the same name.
+        # Llama does not let the backend be chosen: its attention layer is replaced by one of the same name.
         del get_current_vllm_config().compilation_config.static_forward_context[self.attn.layer_name]
         self.attn = Attention(
             self.num_heads,
@@ -51,16 +51,16 @@ class CopeAttention(LlamaAttention):
 
 
 class CopeDecoderLayer(LlamaDecoderLayer):
-    """A Llama layer with CoPE attention. Mistral's, without what `check_cope` refuses, is the same."""
+    """A Llama layer with CoPE attention. Mistral's is the same, given what `check_cope` refuses."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str = "", config=None) -> None:
         super().__init__(vllm_config, prefix, config, attn_layer_type=CopeAttention)
 
 
 class CacheSlideCopeForCausalLM(LlamaForCausalLM):
-    """The base model with the adapter that its configuration names (see `cope_setting.overrides`).
+    """The base model with the adapter named in its configuration (see `cope/setting.py`, `overrides`).
 
-    Position tables are replicated on all ranks, projections and heads are split as in the base model.
+    Position tables are replicated on all ranks; projections and heads are split as in the base model.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -68,7 +68,7 @@ class CacheSlideCopeForCausalLM(LlamaForCausalLM):
         check_cope(vllm_config)
         setup = setup_of(model.hf_config)
         if setup.slot_offsets is not None and current_platform.is_cuda() and not vllm_config.use_v2_model_runner:
-            # Its graphs of decoding batches take a prompt's last row for a decoded one, which crosses no slot.
+            # Full graphs of decoding batches would treat a prompt's last row as a decoded one, which crosses no slot.
             raise ConfigError(
                 "calibrated slot offsets need vLLM's second model runner on a GPU: start with --cope-live"
             )
@@ -92,15 +92,15 @@ class CacheSlideCopeForCausalLM(LlamaForCausalLM):
         if (offsets.shape[0], offsets.shape[2]) != (len(self.model.layers), attention.total_num_heads):
             raise ModelError(f"slot offsets {tuple(offsets.shape)} do not fit the model's layers and heads")
         first = get_tensor_model_parallel_rank() * attention.num_heads
-        mine = offsets[:, :, first : first + attention.num_heads]
+        rank_offsets = offsets[:, :, first : first + attention.num_heads]
         device = self.model.layers[0].input_layernorm.weight.device
-        return LayerOffsets(mine.to(device, torch.float32).contiguous(), self.setup.cap)
+        return LayerOffsets(rank_offsets.to(device, torch.float32).contiguous(), self.setup.cap)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """The base's weights, LoRA added; ModelError unless they are those that the adapter was trained on."""
+        """Load the base's weights plus LoRA; ModelError unless the adapter was trained on these weights."""
         weights = iter(weights)
-        first = next(weights)  # from here on the files are on this machine
-        if get_tensor_model_parallel_rank() == 0:  # hashing takes seconds: once is enough
+        first = next(weights)  # downloads finish here
+        if get_tensor_model_parallel_rank() == 0:  # hashing takes seconds: one rank suffices
             self.setup.adapter.check_base(fingerprint_of(*self.source), self.source[0])
         missing = self.setup.adapter.changes
         loaded = super().load_weights(self._merged(chain([first], weights), missing))

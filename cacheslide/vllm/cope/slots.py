@@ -1,7 +1,7 @@
-"""CCPE in vLLM's own forward: which rows of a batch cross which updated slots by their calibrated offset.
+"""CCPE in vLLM's own forward: rows of a batch that cross updated slots by their calibrated offset.
 
-The connector knows the slots of annotated requests, the attention backend sees a batch without names. They meet in the
-blocks: the block that takes a request's first row of a step is written by that request alone.
+The connector knows the slots of annotated requests by id; the attention backend has a batch without ids. They are
+matched by block: the block of a request's first row in a step is written by that request alone.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from cacheslide.positions.ccpe import NOWHERE, PromptSlots, SlotOffsets
 
 @dataclass(frozen=True)
 class SlotRows:
-    """An annotated request in the coming step: vLLM computes its rows [first, end), `block_ids` are the scheduler's."""
+    """An annotated request of the next step: vLLM computes its rows [first, end); `block_ids` are the scheduler's."""
 
     block_ids: tuple[int, ...]
     first: int
@@ -25,12 +25,12 @@ class SlotRows:
 
 
 class LayerOffsets:
-    """Γ of this rank's heads, shared by a model's layers, and what the connector says about the coming step.
+    """Γ of this rank's heads, shared by a model's layers, and the slots of the next step's requests.
 
     Parameters
     ----------
     offsets : Tensor [layers, slots, heads], float32, optional
-        On the model's device; without it all gates are live.
+        On the model's device; None if all gates are live.
     cap : bool
         See `SlotOffsets`.
     """
@@ -43,22 +43,22 @@ class LayerOffsets:
         self._manager_block = 1
 
     def expect(self, step: Sequence[SlotRows], manager_block: int) -> None:
-        """The requests of the coming step that have slots; none once it is over."""
+        """Set the next step's requests with slots; called with none when the step is over."""
         self._step, self._manager_block = step, manager_block
 
     def of_batch(self, rows: Tensor, bounds: Tensor, table: Tensor, block_size: int) -> list[SlotOffsets] | None:
-        """Slots of a batch for every layer, None where all gates are live. Never waits for the device.
+        """Slots of a batch for every layer, None where all gates are live. Does not wait for the device.
 
-        A batch whose slots cannot be said takes live gates, and `fault` holds why: nothing is raised into a forward.
+        On an error the batch uses live gates and the exception is kept in `fault`, since the forward must not raise.
 
         Parameters
         ----------
         rows : Tensor [n], int32
-            The tokens' rows.
+            Rows of the tokens.
         bounds : Tensor [requests + 1], int32
             Request i owns tokens bounds[i]..bounds[i + 1], at least one.
         table : Tensor [requests, blocks], int32
-            In blocks of `block_size` rows.
+            Block ids, in blocks of `block_size` rows.
         """
         if not self._step:
             return None
@@ -71,28 +71,29 @@ class LayerOffsets:
     def _of_batch(self, rows: Tensor, bounds: Tensor, table: Tensor, block_size: int) -> list[SlotOffsets]:
         device, requests = rows.device, len(bounds) - 1
         most = max(len(s.slots.bounds) for s in self._step)
-        said, lengths, flags = [], [], []
+        entries, lengths, flags = [], [], []
         for s in self._step:
             pieces = self._manager_block // block_size
             block = s.block_ids[s.first // self._manager_block] * pieces + s.first % self._manager_block // block_size
             pairs = [x for pair in s.slots.bounds for x in pair]
-            said.append([block, *pairs, *[NOWHERE] * (2 * most - len(pairs))])
+            entries.append([block, *pairs, *[NOWHERE] * (2 * most - len(pairs))])
             lengths.append(s.end - s.first)
-            mine = s.slots.canonical[s.first : s.end]
-            flags.append(torch.nn.functional.pad(mine, (0, lengths[-1] - len(mine))))  # generated rows are behind it
-        told = send(torch.tensor(said, dtype=torch.int32), device)
+            own = s.slots.canonical[s.first : s.end]
+            flags.append(torch.nn.functional.pad(own, (0, lengths[-1] - len(own))))  # then generated rows
+        known = send(torch.tensor(entries, dtype=torch.int32), device)
         sizes, flags = send(torch.tensor(lengths), device), send(torch.cat(flags), device)
 
         starts = bounds[:-1].long()
-        blocks = table.gather(1, (rows[starts].long() // block_size)[:, None])[:, 0]  # where each request writes first
-        same = told[:, :1] == blocks
-        found, where = same.any(1), same.int().argmax(1)
+        # The block that each request writes first.
+        blocks = table.gather(1, (rows[starts].long() // block_size)[:, None])[:, 0]
+        equal = known[:, :1] == blocks
+        matched, where = equal.any(1), equal.int().argmax(1)
         pairs = torch.full((requests + 1, 2 * most), NOWHERE, dtype=torch.int32, device=device)
-        pairs.index_copy_(0, torch.where(found, where, requests), told[:, 1:])  # one more row for what is not there
+        pairs.index_copy_(0, torch.where(matched, where, requests), known[:, 1:])  # index `requests`: no match
         total, every = len(flags), torch.repeat_interleave
         inside = torch.arange(total, device=device) - every(sizes.cumsum(0) - sizes, sizes, output_size=total)
         canonical = torch.zeros(len(rows) + total, dtype=torch.bool, device=device)
-        at = every(torch.where(found, starts[where], len(rows)), sizes, output_size=total) + inside
+        at = every(torch.where(matched, starts[where], len(rows)), sizes, output_size=total) + inside
         canonical.index_copy_(0, at, flags)
         cu_slots = torch.arange(requests + 1, dtype=torch.int32, device=device) * most
         offsets = self.offsets[:, :most].repeat(1, requests, 1)

@@ -1,4 +1,4 @@
-"""Annotations are checked where vLLM takes requests in (`hooks.py`); all ways to annotate become token spans there."""
+"""Checks annotations when vLLM receives a request (`hooks.py`), and turns all their forms into token spans."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,45 +13,46 @@ from cacheslide.vllm.limits import NOTE, check_depth, check_sendable, check_text
 from cacheslide.vllm.options import DOOR_KEYS, FIELD, Annotations, ServerOptions, raw_annotations
 from cacheslide.vllm.tenants import ambiguous, salted
 
-CHAT = "cacheslide_chat"  # beside a rendered prompt: the messages it was rendered from, and how
-_REFUSALS = 4096  # remembered at most
-_REFUSED: dict[int, str] = {}  # hash of a template, its settings and messages that it does not render, and why
-_ENGINES = 8  # whose options are remembered
-_OPTIONS: list[tuple[Any, dict, ServerOptions]] = []  # of the latest engines: what their options were read from
+CHAT = "cacheslide_chat"  # beside a rendered prompt: its messages and rendering options
+_REFUSALS = 4096  # maximum number remembered
+_REFUSED: dict[int, str] = {}  # hash of a template with settings and messages that it does not render -> error
+_ENGINES = 8  # maximum number of engines whose options are cached
+# Of the latest engines: configuration, its content, parsed options.
+_OPTIONS: list[tuple[Any, dict, ServerOptions]] = []
 
 
 class Resolved(dict):
-    """Annotations that were checked and turned into spans. No client can send one: parsers make plain objects."""
+    """Annotations that were checked and turned into spans. Clients cannot send one: parsers make plain dicts."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine can run: tokens of a prompt and what is generated, layers; None where that is not known."""
+    """Limits of an engine: maximum tokens of prompt plus output, number of layers; None where unknown."""
 
     max_model_len: int | None = None
     layers: int | None = None
 
     @classmethod
     def of(cls, vllm_config) -> "Limits":
-        """Those of an engine with this configuration."""
+        """The limits of an engine with this configuration."""
         model = vllm_config.model_config
         return cls(model.max_model_len, model.get_num_layers(vllm_config.parallel_config))
 
 
 def resolved(params) -> bool:
-    """Whether a request's sampling parameters carry annotations that the door has seen."""
+    """Whether a request's sampling parameters carry annotations that were resolved already."""
     given = (getattr(params, "extra_args", None) or {}).get("kv_transfer_params")
     return isinstance(given, Mapping) and isinstance(given.get(FIELD), Resolved)
 
 
 def serves(vllm_config) -> bool:
-    """Whether this engine runs with our connector."""
+    """Whether an engine has this connector."""
     transfer = vllm_config.kv_transfer_config
     return transfer is not None and transfer.kv_connector == CONNECTOR
 
 
 def options_of(extra_config: Mapping[str, Any]) -> ServerOptions:
-    """The connector's options; read once an engine, not once a request: a store's configuration may be a file."""
+    """The connector's options, cached per engine: a store's configuration may have to be read from a file."""
     for given, content, options in _OPTIONS:
         if given is extra_config and content == extra_config:
             return options
@@ -61,11 +62,11 @@ def options_of(extra_config: Mapping[str, Any]) -> ServerOptions:
 
 
 def admit(request, prompt, renderer, extra_config: Mapping[str, Any], limits: Limits | None = None) -> None:
-    """Resolve and check a request's annotations; VLLMValidationError (HTTP 400) says what is wrong with them.
+    """Resolve and check a request's annotations; VLLMValidationError (HTTP 400) for invalid ones.
 
-    `request` is vLLM's EngineCoreRequest, or has as much of it as is read here; `prompt` is what it was made from.
-    Separators leave its token ids, a namespace becomes part of its `cache_salt`, and its `kv_transfer_params` name
-    token spans afterwards (`Resolved`).
+    `request` is vLLM's EngineCoreRequest, or an object with the attributes used here; `prompt` is its source.
+    Separators are removed from its token ids, a namespace is added to its `cache_salt`, and its `kv_transfer_params`
+    then hold token spans (`Resolved`).
     """
     from vllm.exceptions import VLLMValidationError
 
@@ -84,22 +85,22 @@ def admit(request, prompt, renderer, extra_config: Mapping[str, Any], limits: Li
     namespace = annotations.namespace if annotations is not None else ""
     if namespace or ambiguous(salt):
         request.cache_salt = salted(namespace, salt)
-    if annotations is not None:  # a dictionary of its own: requests of one batch may share the client's
+    if annotations is not None:  # a new dict: requests of one batch may share the client's
         request.sampling_params.extra_args = {**extra, "kv_transfer_params": {**params, FIELD: spans}}
 
 
 def _annotations(
     raw, request, prompt, renderer, options: ServerOptions, limits: Limits
 ) -> tuple[Annotations, Resolved]:
-    """A request's annotations as spans, parsed and not; takes separators out of the request."""
+    """A request's annotations as spans, parsed and raw; removes separators from the request."""
     if getattr(request, "resumable", False):
         raise PromptError("a prompt that is streamed in pieces cannot be annotated: its end is not known")
     if "family" in raw:
         raise PromptError(f"{FIELD}: family is set by beam search alone; a request cannot send it")
     before = request.prompt_token_ids
-    found = Resolved(_resolve(raw, request, prompt, renderer, options))
-    annotations = Annotations.parse({FIELD: found})
-    if request.prompt_token_ids is not before:  # vLLM has seen, or will see, the others
+    spans = Resolved(_resolve(raw, request, prompt, renderer, options))
+    annotations = Annotations.parse({FIELD: spans})
+    if request.prompt_token_ids is not before:  # vLLM uses the original ids elsewhere
         _check_length(len(before), len(request.prompt_token_ids), limits)
     policy = annotations.system(options.policy)
     if limits.layers is not None:
@@ -107,14 +108,15 @@ def _annotations(
     annotated = annotations.prompt(request.prompt_token_ids or ())
     if policy.transform(annotated) != annotated:
         raise PolicyError(f"{policy.name} rewrites prompts: apply its transform before sending")
-    return annotations, found
+    return annotations, spans
 
 
 def _asked(params: Any, extra: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """A request's annotations, unread; PromptError where they, or anything beside them, cannot be meant or sent."""
+    """A request's raw annotations; PromptError if they, or keys beside them, are misplaced or cannot be sent."""
     raw = raw_annotations(params)
     if params is not None:
-        check_depth({name: value for name, value in params.items() if name != FIELD})  # of ours nothing nested passes
+        # The depth of our own object is checked elsewhere.
+        check_depth({name: value for name, value in params.items() if name != FIELD})
     check_places(params, extra)
     if raw is None and params is not None:
         check_sendable(params)
@@ -130,18 +132,18 @@ def _check_length(came: int, runs: int, limits: Limits) -> None:
 
 
 def _resolve(raw: Mapping[str, Any], request, prompt, renderer, options: ServerOptions) -> Mapping[str, Any]:
-    """The annotations with spans in place of a separator or messages; takes separators out of the request."""
+    """The annotations with spans in place of a separator or messages; removes separators from the request."""
     separator = raw.get("separator") or (True if "roles" in raw else None)
     ways = {"segments": "segments" in raw, "separator": separator, "messages": raw.get("messages")}
     ways["find"] = raw.get("find")
-    asked = [name for name, value in ways.items() if value is not None and value is not False]
-    if len(asked) > 1:
-        raise PromptError(f"{FIELD}: {' and '.join(asked)} are two ways to annotate a request: choose one")
+    given = [name for name, value in ways.items() if value is not None and value is not False]
+    if len(given) > 1:
+        raise PromptError(f"{FIELD}: {' and '.join(given)} are two ways to annotate a request: choose one")
     rest = {key: value for key, value in raw.items() if key not in ("separator", "roles", "messages")}
     for name in DOOR_KEYS:
         if name in raw and (raw[name] is None or raw[name] is False):
             raise PromptError(f"{FIELD}: {name} cannot be {shown(raw[name])}: leave it out")
-    if asked == ["separator"]:
+    if given == ["separator"]:
         separator = _separator(separator, options)
         if not request.prompt_token_ids or request.mm_features:
             raise PromptError("a separator needs a prompt of text or token ids alone")
@@ -149,7 +151,7 @@ def _resolve(raw: Mapping[str, Any], request, prompt, renderer, options: ServerO
         ids, spans = cut(separator, raw.get("roles"), text_of(prompt), request.prompt_token_ids, tokenizer)
         request.prompt_token_ids = ids
         return rest | {"segments": spans}
-    if asked == ["messages"]:
+    if given == ["messages"]:
         if "note" in raw:
             check_text(f"{FIELD}: note", raw["note"], NOTE)
         spans, note = _chat_spans(raw["messages"], request, prompt, renderer)
@@ -157,9 +159,9 @@ def _resolve(raw: Mapping[str, Any], request, prompt, renderer, options: ServerO
     return raw
 
 
-def _separator(asked: Any, options: ServerOptions) -> str | Sequence[int]:
-    separator = options.own_separator if asked is True else asked
-    if asked is True and not separator:
+def _separator(value: Any, options: ServerOptions) -> str | Sequence[int]:
+    separator = options.own_separator if value is True else value
+    if value is True and not separator:
         raise PromptError("this server has no separator of its own (option separator): name one")
     ids = isinstance(separator, list | tuple) and all(type(t) is int and t >= 0 for t in separator)
     if not isinstance(separator, str) and not ids:
@@ -168,7 +170,7 @@ def _separator(asked: Any, options: ServerOptions) -> str | Sequence[int]:
 
 
 def text_of(prompt: Any) -> str | None:
-    """The text a prompt came as, if it did."""
+    """The prompt's text, None if it was given as tokens."""
     return prompt if isinstance(prompt, str) else prompt.get("prompt") if isinstance(prompt, Mapping) else None
 
 
@@ -187,8 +189,8 @@ def _chat_spans(annotations: Any, request, prompt, renderer) -> tuple[list[tuple
         return hash((chat_params.chat_template, repr(settings), repr(messages[:k])))
 
     def prefix(k: int, special: bool) -> list[int]:
-        # A template may look at anything, and its error may quote it: only the very same chat has the very same error.
-        # Asked again, vLLM would write it into its log for every request.
+        # A template's error may depend on and quote anything in the chat, so it is cached for the identical chat only.
+        # Without the cache vLLM would log it for every request.
         if _REFUSED and (known := _REFUSED.get(chat(k))) is not None:
             raise PromptError(known)
         try:
@@ -203,6 +205,6 @@ def _chat_spans(annotations: Any, request, prompt, renderer) -> tuple[list[tuple
 
     ids = request.prompt_token_ids
     spans, why = spans_of(roles, ids, lambda k: prefix(k, False))
-    if not spans:  # a request may ask for special tokens that the template has not written
+    if not spans:  # the request may ask for special tokens that the template does not write
         spans, why = spans_of(roles, ids, lambda k: prefix(k, True))
     return spans, why if why or spans else "no message of this chat is fixed"

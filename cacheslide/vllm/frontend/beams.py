@@ -1,8 +1,8 @@
-"""Annotations in beam search, which vLLM makes of many requests: one for every beam and token, each its own prompt.
+"""Annotations in beam search, which vLLM runs as one request for every beam and token, each with its own prompt.
 
-The annotations are resolved once, on the prompt. Every step then carries token spans and the name of the search's
-family (`scheduler/beam_groups.py`), so that the first step completes the prompt by reuse and the others find its KV in
-vLLM's own prefix cache. A search has one receipt, that of its first step, and says what the others did.
+The annotations are resolved once, for the prompt. Every step then carries token spans and the name of the search's
+family (`scheduler/beam_groups.py`): the first step completes the prompt by reuse, the others find its KV in vLLM's
+prefix cache. A search has one receipt, that of its first step, with counts of the others.
 """
 
 import copy
@@ -21,32 +21,32 @@ _NO_HISTORY = "a beam search retains no history"
 def start_search(
     vllm_config, renderer, prompt: Mapping[str, Any], params: Any, max_tokens: int | None = None
 ) -> "Search | None":
-    """The search of a rendered `prompt` with these `kv_transfer_params`; None where it is not ours to annotate.
+    """The search of a rendered `prompt` with these `kv_transfer_params`; None without annotations.
 
-    `max_tokens` are to be generated: with the prompt that runs they must fit the model. VLLMValidationError says what
-    is wrong with the annotations.
+    `max_tokens` is the number of tokens to generate; with the resolved prompt they must fit the model.
+    VLLMValidationError for invalid annotations.
     """
     if not serves(vllm_config) or "prompt_token_ids" not in prompt:
         return None
     extra = vllm_config.kv_transfer_config.kv_connector_extra_config
     if extra.get("find_spans") and FIELD not in (params or {}):
         params = {**(params or {}), FIELD: {"find": True}}
-    asked = SimpleNamespace(
+    draft = SimpleNamespace(
         prompt_token_ids=prompt["prompt_token_ids"],
         mm_features=prompt.get("mm_placeholders"),
         sampling_params=SimpleNamespace(extra_args={"kv_transfer_params": params}),
         cache_salt=prompt.get("cache_salt"),
     )
-    admit(asked, prompt, renderer, extra, Limits.of(vllm_config))
-    annotations = (asked.sampling_params.extra_args["kv_transfer_params"] or {}).get(FIELD)
+    admit(draft, prompt, renderer, extra, Limits.of(vllm_config))
+    annotations = (draft.sampling_params.extra_args["kv_transfer_params"] or {}).get(FIELD)
     if annotations is None or (annotations.get("find") is False and not annotations.get("segments")):
         return None
-    if asked.prompt_token_ids is not prompt["prompt_token_ids"]:
-        lengths = len(prompt["prompt_token_ids"]), len(asked.prompt_token_ids)
+    if draft.prompt_token_ids is not prompt["prompt_token_ids"]:
+        lengths = len(prompt["prompt_token_ids"]), len(draft.prompt_token_ids)
         max_tokens = fitted(max_tokens, *lengths, vllm_config.model_config.max_model_len)
-        prompt = {**prompt, **retold(prompt, asked.prompt_token_ids, renderer.tokenizer)}
-    if asked.cache_salt is not None:
-        prompt = {**prompt, "cache_salt": asked.cache_salt}
+        prompt = {**prompt, **retold(prompt, draft.prompt_token_ids, renderer.tokenizer)}
+    if draft.cache_salt is not None:
+        prompt = {**prompt, "cache_salt": draft.cache_salt}
     return Search(prompt, params, annotations, max_tokens)
 
 
@@ -56,13 +56,13 @@ class Search:
     Parameters
     ----------
     prompt : mapping
-        What vLLM's beam search is to search from; its token ids are those that `annotations` speak of.
+        The prompt for vLLM's beam search; `annotations` refer to its token ids.
     params : mapping
         The request's `kv_transfer_params`.
     annotations : mapping
-        What they hold for us, resolved.
+        The resolved annotations in them.
     max_tokens : int, optional
-        Tokens to generate, where they are known: no more than fit behind the prompt that runs.
+        Tokens to generate, if known: no more than fit behind the prompt.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class Search:
         self._params = {**params, FIELD: Resolved({**annotations, "history": None, "release": False, "family": family})}
 
     def step(self, sampling):
-        """The sampling parameters of one of its requests, with annotations."""
+        """The sampling parameters, with annotations, of one of the search's requests."""
         sampling = copy.copy(sampling)
         sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": self._params}
         return sampling
 
     def on_output(self, output) -> None:
-        """What one of its requests gave back."""
+        """Take the output of one of the search's requests."""
         if not output.finished:
             return
         self.requests += 1
@@ -96,10 +96,10 @@ class Search:
 
     @property
     def kv_transfer_params(self) -> dict[str, Any] | None:
-        """For the response: the first step's receipt, with the search's requests and how often reuse was paid for."""
+        """For the response: the first step's receipt, with counts of requests and of reuse."""
         if self.receipt is None:
             return None
-        said = self.receipt | {"beams": {"requests": self.requests, "completed_by_reuse": self.completed}}
+        receipt = self.receipt | {"beams": {"requests": self.requests, "completed_by_reuse": self.completed}}
         if self._retains_history:
-            said |= {"history": None, "note": "; ".join(x for x in (said.get("note"), _NO_HISTORY) if x)}
-        return {FIELD: said}
+            receipt |= {"history": None, "note": "; ".join(x for x in (receipt.get("note"), _NO_HISTORY) if x)}
+        return {FIELD: receipt}

@@ -1,7 +1,7 @@
-"""An HTTP server's JSON bodies are looked at for annotations at a place where nothing reads them (`misplaced.py`).
+"""Searches an HTTP server's JSON bodies for misplaced annotations (`misplaced.py`).
 
-vLLM drops keys that it does not know. Only bodies that hold our name are parsed here: others cost one search of their
-bytes.
+vLLM drops unknown keys silently. Only bodies that contain the annotations' name are parsed here; others cost one search
+of their bytes.
 """
 
 import json
@@ -10,14 +10,14 @@ from typing import Any
 
 from cacheslide.vllm.frontend.misplaced import misplaced
 
-# Our name as a key's end, each letter as it is or as JSON's escape for it; or a body of two or four bytes a character.
+# The name as the end of a key, each letter plain or as JSON's escape; or a body of two or four bytes a character.
 _LETTERS = (rb"(?:%c|%c|\\u00(?:%02x|%02x))" % (c, c - 32, c, c - 32) for c in b"cacheslide")
 _SIGN = rb"(?:[-_]|\\u00(?:2[dD]|5[fF]))*"
 _OURS = re.compile(rb"\0|" + _SIGN.join(_LETTERS), re.IGNORECASE)
 
 
 class MarksInPlace:
-    """ASGI middleware: a 400 with the right place for misplaced annotations; everything else goes on as it came."""
+    """ASGI middleware: answers misplaced annotations with a 400 naming the right place, and passes on all else."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -44,7 +44,7 @@ def _is_json(scope: dict[str, Any]) -> bool:
 
 
 async def _read(receive: Any) -> tuple[bytes, dict[str, Any] | None]:
-    """A request's whole body, and the message that ended it too early, if one did."""
+    """A request's whole body, and the message that ended it early, if any."""
     parts = []
     while True:
         message = await receive()
@@ -60,7 +60,7 @@ def _wrong(scope: dict[str, Any], body: bytes) -> str:
         return ""
     try:
         parsed = json.loads(body)
-    except (ValueError, RecursionError):  # vLLM's own parser refuses it, too
+    except (ValueError, RecursionError):  # vLLM's parser refuses it too
         return ""
     return misplaced(scope["path"].removeprefix(scope.get("root_path", "")), parsed)
 

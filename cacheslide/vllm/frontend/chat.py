@@ -1,7 +1,7 @@
-"""Annotations by chat message: which messages are fixed text, and where they lie in the tokens of the rendered chat.
+"""Annotations by chat message: which messages are fixed text, and their token spans in the rendered chat.
 
-A boundary behind message k is taken only where the first k messages, rendered and tokenised alone, are the prompt's
-first tokens; a template that writes a message differently when others follow it has no boundary there.
+A boundary after message k is used only if the first k messages, rendered and tokenised alone, give the prompt's first
+tokens; a template that renders a message differently when others follow has no boundary there.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,19 +14,19 @@ from cacheslide.vllm.limits import NOTE, sayable, shown
 from cacheslide.vllm.options import FIELD
 
 _KEYS = ("roles", "updated", "fixed")
-_RENDERED = 64  # boundaries that are looked for in one chat: each renders and tokenises what lies before it
+_RENDERED = 64  # maximum number of boundaries tried in a chat: each renders and tokenises the messages before it
 
 
 @dataclass(frozen=True)
 class AnnotatedChat:
-    """A rendered chat: its tokens, the fixed spans in them, and which boundaries the template did not allow."""
+    """A rendered chat: its tokens, their fixed spans, and the boundaries that the template did not allow."""
 
     token_ids: list[int]
     segments: list[tuple[int, int]]
     note: str = ""
 
     def params(self, **options: Any) -> dict[str, Any]:
-        """`kv_transfer_params` for a request with these tokens (or with the messages they were rendered from)."""
+        """`kv_transfer_params` for a request with these tokens, or with the messages they were rendered from."""
         annotations = {"segments": [list(s) for s in self.segments], **options}
         return {FIELD: annotations | ({"note": sayable(self.note, NOTE)} if self.note else {})}
 
@@ -37,9 +37,9 @@ def message_roles(annotations: Any, messages: Sequence[Mapping[str, Any]]) -> li
     Parameters
     ----------
     annotations : "auto", list or mapping
-        "auto": everything is fixed but the last user message. A list names one role per message ("reuse" or
+        "auto": everything is fixed except the last user message. A list gives one role per message ("reuse" or
         "recompute"). A mapping changes "auto": `roles` gives a role to all messages of a sender ({"tool":
-        "recompute"}), then `updated` and `fixed` to single messages by index (-1 is the last one).
+        "recompute"}), then `updated` and `fixed` set single messages by index (-1 is the last one).
     """
     if isinstance(annotations, list | tuple):
         if len(annotations) != len(messages):
@@ -78,10 +78,10 @@ def _role(value: Any) -> Role:
 def spans_of(
     roles: Sequence[Role], token_ids: Sequence[int], prefix: Callable[[int], Sequence[int]]
 ) -> tuple[list[tuple[int, int]], str]:
-    """Fixed spans of a rendered chat, and what the template did not allow.
+    """Fixed spans of a rendered chat, and a note on boundaries that the template did not allow.
 
-    `prefix(k)` gives the tokens of the first k messages alone and may raise. Runs of fixed messages give up messages
-    at their edges until a boundary holds. After `_RENDERED` calls of `prefix` no further boundary is looked for.
+    `prefix(k)` returns the tokens of the first k messages alone and may raise. Runs of fixed messages are shortened at
+    their edges until a boundary holds. At most `_RENDERED` calls of `prefix` are made.
     """
     rows: dict[int, int | None] = {0: 0}
     why: list[str] = []
@@ -94,7 +94,7 @@ def spans_of(
                 return None
             try:
                 alone = list(prefix(k))
-            except Exception as error:  # a template raises what it likes
+            except Exception as error:  # a template may raise any exception
                 why.append(
                     f"the chat template does not render the first {k} messages alone ({sayable(str(error), 200)})"
                 )
@@ -134,14 +134,14 @@ def annotate_messages(
     add_generation_prompt: bool = True,
     **template: Any,
 ) -> AnnotatedChat:
-    """Render a chat on the client's side and annotate it.
+    """Render a chat on the client and annotate it.
 
     Parameters
     ----------
     tokenizer : Hugging Face tokenizer
     messages, annotations : see `message_roles`
     **template
-        What else `apply_chat_template` takes: tools, chat_template, variables of the template.
+        Further arguments of `apply_chat_template`: tools, chat_template, variables of the template.
     """
     messages = [dict(m) for m in messages]
     roles = message_roles(annotations, messages)

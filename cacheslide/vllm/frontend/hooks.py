@@ -1,8 +1,8 @@
-"""Where vLLM takes requests in: annotations are checked there, and every way to annotate becomes token spans.
+"""Hooks where vLLM receives requests: annotations are checked there and turned into token spans.
 
-A connector meets a request only in the engine, where raising would take every other request down with it and where
-neither text nor messages are known any more. A server's requests are checked before anything of them is scheduled or
-streamed: all prompts of a body, so that one that is wrong refuses the body and leaves nothing behind.
+A connector sees a request only inside the engine, where an exception would end every other request too, and where
+neither text nor messages are available. A server's requests are checked before any part is scheduled or streamed: all
+prompts of a body, so that one invalid prompt refuses the whole body.
 """
 
 from functools import wraps
@@ -14,7 +14,7 @@ from cacheslide.vllm.support import keep_connector
 
 
 def install() -> None:
-    """Wrap the entries of vLLM's engines (once a process)."""
+    """Wrap the request methods of vLLM's engines (once a process)."""
     from vllm.renderers.base import BaseRenderer
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
@@ -30,7 +30,7 @@ def install() -> None:
         if not kwargs.get("resumable"):
             prompt, params = taken(self.vllm_config, self.renderer, prompt, params)
         request = plain(self, request_id, prompt, params, *args, **kwargs)
-        if getattr(params, "extra_args", None):  # of prompts that vLLM has rendered only now, or streams in pieces
+        if getattr(params, "extra_args", None):  # prompts rendered only now, or streamed in pieces
             extra = self.vllm_config.kv_transfer_config.kv_connector_extra_config
             admit(request, prompt, self.renderer, extra, Limits.of(self.vllm_config))
         return request
@@ -43,22 +43,22 @@ def install() -> None:
 
 
 def is_installed() -> bool:
-    """Whether requests that this process takes in are checked."""
+    """Whether requests received by this process are checked."""
     from vllm.v1.engine.input_processor import InputProcessor
 
     return hasattr(InputProcessor.process_inputs, "checks_annotations")
 
 
 def _check_early(engine_class) -> None:
-    """Have a server's engine check annotations when it is asked, before what it gives back is awaited."""
+    """Make a server's engine check annotations on the call itself, before its result is awaited."""
     plain, opened = engine_class.generate, engine_class.__init__
 
     @wraps(opened)
     def __init__(self, vllm_config, *args, **kwargs):
         opened(self, vllm_config, *args, **kwargs)
         if serves(vllm_config):
-            adapt_servers(bodies=True)  # by now a server has loaded its modules
-            options_of(vllm_config.kv_transfer_config.kv_connector_extra_config).system  # noqa: B018 (read and kept)
+            adapt_servers(bodies=True)  # the server has loaded its modules by now
+            options_of(vllm_config.kv_transfer_config.kv_connector_extra_config).system  # noqa: B018 (cached)
 
     @wraps(plain)
     def generate(self, prompt, sampling_params, *args, **kwargs):
@@ -70,7 +70,7 @@ def _check_early(engine_class) -> None:
 
 
 def _keep_messages(renderer_class) -> None:
-    """Have a rendered chat carry its messages as far as `admit`."""
+    """Make a rendered chat carry its messages to `admit`."""
     render_chat, render_chat_async = renderer_class.render_chat, renderer_class.render_chat_async
     render_cmpl_async = renderer_class.render_cmpl_async
 
@@ -86,7 +86,7 @@ def _keep_messages(renderer_class) -> None:
 
     @wraps(render_chat_async)
     async def chat_async(self, conversations, chat_params, *args, **kwargs):
-        adapt_servers()  # by now a server has loaded its modules
+        adapt_servers()  # the server has loaded its modules by now
         rendered = await render_chat_async(self, conversations, chat_params, *args, **kwargs)
         return noted(self, conversations, chat_params, rendered)
 

@@ -1,7 +1,7 @@
-"""Annotations at a place where nothing would read them are refused with the place that they belong to, not passed over.
+"""Refuses annotations at a place where they would be ignored, naming the right place.
 
-A request's annotations are the object `cacheslide` in `kv_transfer_params`. The walk over a whole HTTP body leaves out
-what belongs to the user: schemas, arguments of tools, metadata.
+A request's annotations are the object `cacheslide` in `kv_transfer_params`. The search of an HTTP body skips user data:
+schemas, arguments of tools, metadata.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from cacheslide.vllm.options import DOOR_KEYS, FIELD, Annotations, raw_annotatio
 PARAMS = "kv_transfer_params"
 _PLACES = ((PARAMS, FIELD), ("sampling_params", "extra_args", PARAMS, FIELD))
 _OWN = frozenset(Annotations.__dataclass_fields__) | set(DOOR_KEYS) | REQUEST.keys()
-_USERS = frozenset(  # keys whose objects are the user's own
+_USERS = frozenset(  # keys whose objects hold user data
     "tools functions response_format structured_outputs guided_json json_schema schema input_schema parameters "
     "arguments input metadata documents chat_template_kwargs default properties".split()
 )
@@ -28,7 +28,7 @@ _NO_ANNOTATIONS = frozenset(
 def check_places(params: Mapping[str, Any] | None, extra: Mapping[str, Any]) -> None:
     """Raise PromptError for annotations beside or below the place where they belong.
 
-    `params` are a request's `kv_transfer_params`, of bounded depth, `extra` what is beside them (`extra_args`).
+    `params` are a request's `kv_transfer_params`, of bounded depth; `extra` holds the keys beside them (`extra_args`).
     """
     for name in extra:
         if _alike(name):
@@ -45,9 +45,9 @@ def check_places(params: Mapping[str, Any] | None, extra: Mapping[str, Any]) -> 
 
 
 def misplaced(path: str, body: Any) -> str:
-    """What is wrong with the places of annotations in the parsed JSON of a request to `path`; "" for nothing.
+    """The error in the places of annotations in a request's parsed JSON body to `path`; "" if there is none.
 
-    Takes time linear in the body; levels below `DEPTH` are not looked at, but refused where annotations are read.
+    Time is linear in the body. Levels below `DEPTH` are skipped here; annotations there are refused on reading.
     """
     for name in (PARAMS, "sampling_params"):
         try:
@@ -70,13 +70,13 @@ def misplaced(path: str, body: Any) -> str:
 
 
 def _malformed(body: Mapping[str, Any], way: tuple[str, ...]) -> str:
-    """What is wrong with annotations that are only handed on, as far as it shows without the text; "" for nothing."""
+    """The error in annotations that are only passed on, as far as it is visible without the text; "" for none."""
     annotations = body
     for name in way:
         annotations = annotations[name]
     try:
         raw = raw_annotations({FIELD: annotations})
-        if raw is not None and any(name in raw for name in DOOR_KEYS):  # the spans come of these and the text
+        if raw is not None and any(name in raw for name in DOOR_KEYS):  # spans are made from these and the text
             raw = {name: value for name, value in raw.items() if name not in DOOR_KEYS} | {"segments": []}
         Annotations.parse({FIELD: raw})
     except PromptError as error:
@@ -95,7 +95,7 @@ def _alike(name: Any) -> bool:
 
 
 def _named(value: Any, way: tuple, users: frozenset[str]) -> Iterator[tuple]:
-    """The ways to keys like ours inside `value`, which itself lies at `way`; not into objects of `users`."""
+    """Paths to keys like `cacheslide` inside `value`, which lies at `way`; skips objects of `users`."""
     level = [(way, value)]
     for _ in range(DEPTH):
         below: list[tuple[tuple, Any]] = []
@@ -104,7 +104,7 @@ def _named(value: Any, way: tuple, users: frozenset[str]) -> Iterator[tuple]:
             for name, inner in outer.items() if named else enumerate(outer) if isinstance(outer, list | tuple) else ():
                 if named and _alike(name):
                     yield (*at, name)
-                users_own = named and name in users and (at or name != "input")  # that of a request holds messages
+                users_own = named and name in users and (at or name != "input")  # a request's own input holds messages
                 if isinstance(inner, dict | list | tuple) and not users_own:
                     below.append(((*at, name), inner))
         level = below

@@ -1,8 +1,8 @@
-"""What vLLM's OpenAI servers leave out: receipts in streamed answers, and the annotations of a beam search.
+"""Adds to vLLM's OpenAI servers: receipts in streamed answers, and annotations in beam search.
 
-vLLM sends `kv_transfer_params` with whole answers only. A stream gets one event more before [DONE]; it has no choices,
-as the event with the usage, so that clients which know only choices pass over it. Beam search drops the parameters on
-its way to the requests it is made of: they are handed on (`beams.py`).
+vLLM sends `kv_transfer_params` with complete answers only. A stream gets one more event before [DONE], without choices
+like the usage event, so that clients which read only choices skip it. vLLM's beam search drops the parameters before
+it makes its requests; here they are passed on (`beams.py`).
 """
 
 import copy
@@ -42,9 +42,9 @@ _TOOLS = ("vllm.entrypoints.openai.responses.serving", "OpenAIServingResponses",
 
 
 def adapt_servers(bodies: bool = False) -> None:
-    """Wrap those servers that this process has loaded (each once); with `bodies`, also the app that it will build.
+    """Wrap the servers that this process has loaded (each once); with `bodies`, also the app that will be built.
 
-    One that is not as it was stays as vLLM has it.
+    A server whose code is not as expected is left unchanged.
     """
     try:
         if bodies:
@@ -65,16 +65,16 @@ def _adapt_loaded() -> None:
 
 def _adapt(module: str, owner: str | None, name: str, wrap: Callable) -> None:
     if (loaded := sys.modules.get(module)) is not None:
-        held = loaded if owner is None else getattr(loaded, owner)
-        plain = getattr(held, name)
+        original = loaded if owner is None else getattr(loaded, owner)
+        plain = getattr(original, name)
         if not hasattr(plain, "adapted"):
             wrapped = wrap(plain)
             wrapped.adapted = True
-            setattr(held, name, wrapped)
+            setattr(original, name, wrapped)
 
 
 def _reading(plain):
-    """Every JSON body is searched for misplaced annotations, behind vLLM's own middleware (which knows who may ask)."""
+    """Search every JSON body for misplaced annotations, behind vLLM's own middleware, which authenticates."""
 
     @wraps(plain)
     def init_entrypoints_middleware(args, app, *rest: Any, **kwargs: Any):
@@ -85,7 +85,7 @@ def _reading(plain):
 
 
 def _checked(plain):
-    """The Responses API starts its requests late, in a stream that has begun: they are checked before."""
+    """Check requests of the Responses API early: vLLM starts them only after the stream has begun."""
 
     @wraps(plain)
     def _generate_with_builtin_tools(self, *args: Any, **kwargs: Any):
@@ -101,7 +101,7 @@ def _checked(plain):
 
 
 def _with_annotations(plain):
-    """Beam search parameters that keep the request's `kv_transfer_params`, which vLLM leaves out of them."""
+    """Keep the request's `kv_transfer_params` in beam search parameters; vLLM drops them."""
 
     @wraps(plain)
     def to_beam_search_params(self, *args: Any, **kwargs: Any):
@@ -113,12 +113,12 @@ def _with_annotations(plain):
 
 
 def _searched(plain):
-    """Beam search whose steps carry annotations, with one receipt; wrong annotations are refused before it starts."""
+    """Beam search with annotated steps and one receipt; invalid annotations are refused before it starts."""
 
     @wraps(plain)
     def beam_search(self, prompt, request_id, params, *args: Any, **kwargs: Any):
-        asked = getattr(params, "kv_transfer_params", None)
-        search = start_search(self.engine_client.vllm_config, self.renderer, prompt, asked, params.max_tokens)
+        transfer_params = getattr(params, "kv_transfer_params", None)
+        search = start_search(self.engine_client.vllm_config, self.renderer, prompt, transfer_params, params.max_tokens)
         if search is None:
             return plain(self, prompt, request_id, params, *args, **kwargs)
         if search.max_tokens != params.max_tokens:
@@ -136,7 +136,7 @@ async def _observed(results: AsyncIterator[Any], search: Search) -> AsyncIterato
 
 
 class _Serving:
-    """As much of a serving object as beam search uses; its engine gets the steps with their annotations."""
+    """The attributes of a serving object that beam search uses; its engine client receives annotated steps."""
 
     def __init__(self, serving, search: Search) -> None:
         self.renderer, self.engine_client = serving.renderer, self
@@ -158,10 +158,10 @@ def _with_receipt(plain, kind: str):
     @wraps(plain)
     async def stream(self, request, *args: Any, **kwargs: Any) -> AsyncIterator[str]:
         call = signature.bind(self, request, *args, **kwargs)
-        found: dict[str, Any] = {}
-        call.arguments["result_generator"] = _watched(call.arguments["result_generator"], found)
+        receipt: dict[str, Any] = {}
+        call.arguments["result_generator"] = _watched(call.arguments["result_generator"], receipt)
         async for event in plain(*call.args, **call.kwargs):
-            if event == _DONE and found and (last := _last(kind, call.arguments, found)):
+            if event == _DONE and receipt and (last := _last(kind, call.arguments, receipt)):
                 yield last
             yield event
 
@@ -169,7 +169,7 @@ def _with_receipt(plain, kind: str):
 
 
 def _last(kind: str, call: dict[str, Any], receipt: dict[str, Any]) -> str:
-    """The event with the receipt; "" where a fault has cost it, which the answer does not suffer for."""
+    """The event with the receipt; "" if building it failed, so that the answer is not affected."""
     try:
         return f"data: {json.dumps(_event(kind, call, receipt))}\n\n"
     except Exception as error:
@@ -183,13 +183,13 @@ def _event(kind: str, call: dict[str, Any], receipt: dict[str, Any]) -> dict[str
     return head | {"kv_transfer_params": receipt}
 
 
-async def _watched(results: AsyncIterator[Any], found: dict[str, Any]) -> AsyncIterator[Any]:
-    """The results, with the receipt of the first one that has one left in `found`."""
+async def _watched(results: AsyncIterator[Any], receipt: dict[str, Any]) -> AsyncIterator[Any]:
+    """Pass on the results, copying the first receipt among them into `receipt`."""
     async for result in results:
         try:
             output = result[1] if isinstance(result, tuple) else result
-            if not found and FIELD in (output.kv_transfer_params or {}):
-                found |= output.kv_transfer_params
+            if not receipt and FIELD in (output.kv_transfer_params or {}):
+                receipt |= output.kv_transfer_params
         except Exception as error:
             SERVER.note("server", error)
         yield result

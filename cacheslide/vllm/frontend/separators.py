@@ -1,7 +1,7 @@
-"""Annotations by separator: the prompt is cut where a separator stands, and the separator itself is taken out.
+"""Annotations by separator: cuts the prompt at each separator and removes the separators.
 
-A separator in a text is found before tokenisation, and the parts are tokenised one by one: whatever stands beside it, a
-part has the same tokens every turn. In a prompt that arrives as ids it is found by its ids.
+A separator in a text is found before tokenisation and the parts are tokenised one by one: a part has the same tokens
+every turn, whatever its neighbours. In a prompt given as ids it is found by its ids.
 """
 
 from collections.abc import Sequence
@@ -23,18 +23,18 @@ def cut(
     Parameters
     ----------
     separator : str or sequence of int
-        A text, or token ids.
+        Text or token ids.
     roles : sequence of str, optional
-        "reuse" or "recompute" for every part; parts alternate without it, the first one fixed.
+        "reuse" or "recompute" for every part; by default parts alternate, starting with "reuse".
     text : str, optional
-        The prompt's text, where it came as one; `ids` are its tokens.
+        The prompt's text, if it was given as text; `ids` are its tokens.
     tokenizer : Hugging Face tokenizer or None
-        Needed for a separator that is a text.
+        Needed for a text separator.
 
     Raises
     ------
     PromptError
-        For a separator that does not occur, is too long or cuts into too many parts, or roles that do not fit them.
+        If the separator does not occur, is too long or gives too many parts, or if roles do not match the parts.
     """
     if not len(separator):
         raise PromptError("the separator is empty")
@@ -63,12 +63,12 @@ def cut(
 
 
 def text_after(text: str, before: Sequence[int], after: Sequence[int], tokenizer: Any) -> str:
-    """The text of the tokens that are left of a prompt, as `text` is that of the tokens it came with.
+    """The text of `after`, the tokens left of a prompt; `text` is that of the tokens `before`.
 
-    Special tokens that the tokenizer put before the text are in neither.
+    Special tokens that the tokenizer puts before the text are in neither text.
     """
-    whole, left = tokenizer.decode(before), tokenizer.decode(after)
-    head = whole.removesuffix(text) if text and whole.endswith(text) else None
+    original, left = tokenizer.decode(before), tokenizer.decode(after)
+    head = original.removesuffix(text) if text and original.endswith(text) else None
     if head is not None and left.startswith(head):
         return left[len(head) :]
     return tokenizer.decode(after, skip_special_tokens=True)
@@ -98,7 +98,7 @@ def _split_text(separator: str, text: str, ids: Sequence[int], tokenizer: Any) -
     if text.count(separator) >= SEGMENTS:
         raise PromptError(f"the separator cuts the prompt into more than {SEGMENTS} parts")
     plain, ids = tokenizer.encode(text, add_special_tokens=False), list(ids)
-    head = len(ids) - len(plain)  # special tokens that the tokenizer put before the text
+    head = len(ids) - len(plain)  # special tokens that the tokenizer puts before the text
     if head < 0 or ids[head:] != plain:
         raise PromptError(
             "the prompt's tokens are not those of its text (was it truncated?): separate token ids instead"

@@ -1,8 +1,8 @@
-"""Requests that continue one prompt share its corrected KV: the steps of a beam search.
+"""Families: requests that continue one prompt and share its corrected KV, as the steps of a beam search do.
 
 vLLM's beam search sends a new request for every beam and token. The first one completes the prompt by reuse; its blocks
-carry a secret of the family (`prefix_cache.py`), so that vLLM's own prefix cache hands them to the later ones and to
-nobody else. What the first request's decision was, exact or corrected, holds for the whole family.
+carry the family's secret (`prefix_cache.py`), so vLLM's prefix cache gives them to the family's later requests only.
+The first request's outcome, exact or corrected, holds for the whole family.
 """
 
 from collections import OrderedDict
@@ -11,23 +11,23 @@ from dataclasses import replace
 from cacheslide.vllm.options import Annotations
 from cacheslide.vllm.scheduler.request_state import Family, FromStorage, Tracked
 
-_KNOWN = 256  # families remembered; a forgotten one plans, and completes its prompt, once more
+_KNOWN = 256  # families remembered; a forgotten one is planned, and its prompt completed, once more
 
 
 class Families:
-    """The latest families, by tenant and name."""
+    """The latest families by tenant and name."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[tuple[str, str], Family] = OrderedDict()
 
     def get(self, tenant: str, name: str) -> Family | None:
-        """The family, if it is known."""
+        """The family, or None if unknown."""
         if (tenant, name) in self._known:
             self._known.move_to_end((tenant, name))
         return self._known.get((tenant, name))
 
     def add(self, tenant: str, name: str, plan: Tracked, annotations: Annotations) -> Family:
-        """A new family, whose first member with these `annotations` is planned as `plan`."""
+        """Add a family whose first member has these `annotations` and the plan `plan`."""
         self._known[tenant, name] = family = Family(
             replace(plan, storage=FromStorage()), annotations, reason=plan.reason
         )
@@ -36,5 +36,5 @@ class Families:
         return family
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Remove all families."""
         self._known.clear()

@@ -1,4 +1,4 @@
-"""The scheduler's index of chunks: which ones the workers hold, and which leave when others need their room."""
+"""The scheduler's index of chunks: which ones the workers hold, and the order of eviction."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
@@ -7,34 +7,34 @@ from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
 from cacheslide.store.slide.eviction import Eviction, eviction
 
-# Times as much as fits has made room for others since a corrected chunk was used: nobody comes back for it.
+# A corrected chunk is taken as abandoned once chunks of this many times the capacity made room since its last use.
 PATIENCE = 8
 
 
 class ChunkIndex:
-    """Authoritative: workers retain and drop exactly what it says, in the order it says it.
+    """Authoritative: workers store and drop exactly what the index says, in its order.
 
-    A chunk that is being read from storage has its room but is not "in" the index before it is loaded. Chunks under a
-    lease stay until the request that waits with them has used them.
+    A chunk being read from storage has room reserved, but is in the index only once loaded. Leased chunks stay until
+    the request that waits for them has used them.
 
-    What leaves first is the choice of one of SLIDE's eviction policies (`store/slide/eviction.py`), with bytes for the
-    dirty count. Exact chunks are clean, since they are queued for storage when they are made, and so are corrected ones
-    that came back from storage, where their pages still are. Corrected ones made here are dirty: leaving costs a write.
-    A session that never says that it has ended leaves such chunks behind, so under clean-first those that were not used
-    for `PATIENCE` times as long as least recently used chunks would stay leave before clean ones do.
+    The order of eviction is one of SLIDE's policies (`store/slide/eviction.py`), with bytes as the dirty count. Exact
+    chunks are clean, since they are queued for storage when made, and so are corrected ones that came back from
+    storage, where their pages still are. Corrected chunks made here are dirty: evicting one costs a write. Sessions
+    that never end explicitly leave such chunks behind; under clean-first, those unused for `PATIENCE` times as long as
+    least recently used chunks would stay are evicted before clean ones.
 
     Parameters
     ----------
     capacity : int
-        Bytes of chunk KV a worker may hold.
+        Capacity of a worker for chunk KV, in bytes.
     policy : str
         "clean-first", "lru" or "fifo".
 
     Attributes
     ----------
     scored : set of ChunkKey
-        Chunks that have scores, or will have when the step is over that was planned last. One whose scores could not be
-        made counts as well: it is not tried again.
+        Chunks that have scores, or will have at the end of the last planned step. A chunk whose scores could not be
+        computed is included: it is not tried again.
     """
 
     def __init__(self, capacity: int, policy: str = "lru") -> None:
@@ -42,9 +42,9 @@ class ChunkIndex:
         self.order: Eviction[ChunkKey] = eviction(policy)
         self.patience = PATIENCE * capacity if policy == "clean-first" else None
         self._sizes: OrderedDict[ChunkKey, int] = OrderedDict()
-        self._generations: dict[ChunkKey, int] = {}  # of corrected chunks only
+        self._generations: dict[ChunkKey, int] = {}  # corrected chunks only
         self._dirty: set[ChunkKey] = set()
-        self._used: dict[ChunkKey, int] = {}  # bytes that had made room when a chunk was last used
+        self._used: dict[ChunkKey, int] = {}  # total bytes that had made room at a chunk's last use
         self._made_room = 0
         self._pending: set[ChunkKey] = set()
         self.scored: set[ChunkKey] = set()
@@ -58,11 +58,11 @@ class ChunkIndex:
         return len(self._sizes)
 
     def keys(self) -> list[ChunkKey]:
-        """Everything that has room, the least recently used first."""
+        """All keys with room, the least recently used first."""
         return list(self._sizes)
 
     def has_room(self, key: ChunkKey) -> bool:
-        """Whether the workers hold the chunk, or will when it is loaded."""
+        """Whether the workers hold the chunk, or will once it is loaded."""
         return key in self._sizes
 
     def touch(self, keys) -> None:
@@ -74,21 +74,21 @@ class ChunkIndex:
                 self.order.touch(key)
 
     def generation(self, key: ChunkKey) -> int:
-        """0 for exact KV; see `ChunkKV.generation`."""
+        """The chunk's `ChunkKV.generation`; 0 for exact KV."""
         return self._generations.get(key, 0)
 
     def is_exact(self, key: ChunkKey) -> bool:
-        """Whether the chunk is here, and its KV exact."""
+        """Whether the chunk is in the index and its KV exact."""
         return key in self and key not in self._generations
 
     def set_exact(self, keys) -> None:
-        """Corrected chunks are about to be replaced by exact ones."""
+        """Mark corrected chunks as exact: they are about to be replaced."""
         for key in keys:
             self._generations.pop(key, None)
             self._mark(key, False)
 
     def _mark(self, key: ChunkKey, dirty: bool) -> None:
-        """Whether a chunk that has room is nowhere but in memory, and worth a write when it leaves."""
+        """Set whether a chunk exists only in memory and is worth a write on eviction."""
         (self._dirty.add if dirty else self._dirty.discard)(key)
         if key in self._sizes:
             self.order.mark(key, self._sizes[key] if dirty else 0)
@@ -96,9 +96,9 @@ class ChunkIndex:
     def reserve(self, sizes: Mapping[ChunkKey, int], generation: int = 0, pending: bool = False) -> list[ChunkKey]:
         """Make room for chunks of these sizes in bytes; returns the keys to evict first, in the policy's order.
 
-        `generation` is that of the chunks which are new here; `pending` ones are there only after `on_loaded`.
-        The chunks asked for are never evicted to make room for one another, nor are those under a lease or on their
-        way: StoreError when there is no room beside them, and nothing has changed then.
+        `generation` is that of the new chunks; `pending` ones are in the index only after `on_loaded`. The given chunks
+        are never evicted for one another, nor are leased or pending ones. StoreError, with nothing changed, if there is
+        no room beside them.
         """
         if sum(sizes.values()) > self.capacity:
             raise StoreError(f"{sum(sizes.values())} bytes of chunks cannot fit a store of {self.capacity} bytes")
@@ -134,7 +134,7 @@ class ChunkIndex:
         return evicted
 
     def _victims(self) -> Iterator[ChunkKey]:
-        """Keys in the order in which they should leave: those given up, then as the policy says."""
+        """Keys in the order of eviction: abandoned ones, then by policy."""
         given_up = set()
         for key in self._sizes if self.patience is not None else ():
             if self._made_room - self._used[key] <= self.patience:
@@ -145,12 +145,12 @@ class ChunkIndex:
         yield from (key for key in self.order.victims() if key not in given_up)
 
     def take_counts(self) -> dict[str, int]:
-        """Chunks that made room since the last call, and their bytes, by whether a write was due for them."""
+        """Numbers and bytes of chunks evicted since the last call, by whether they had to be written."""
         counts, self._counts = dict(self._counts), Counter()
         return counts
 
     def on_loaded(self, key: ChunkKey, generation: int, scored: bool = False) -> None:
-        """A pending chunk is in all workers' memory; one that was stored anew meanwhile stays as it is."""
+        """A pending chunk is in all workers' memory; one stored anew meanwhile is left as it is."""
         if key in self._pending:
             self._pending.remove(key)
             if generation:
@@ -159,23 +159,23 @@ class ChunkIndex:
                 self.scored.add(key)
 
     def failed(self, key: ChunkKey) -> bool:
-        """A pending chunk could not be read: its room is free again; False where it was stored anew meanwhile."""
+        """Free the room of a pending chunk that could not be read; False if it was stored anew meanwhile."""
         if key not in self._pending:
             return False
         self.discard(key)
         return True
 
     def lease(self, keys) -> None:
-        """Keep `keys` from leaving until they are released as often."""
+        """Protect `keys` from eviction until released as many times."""
         self._leases.update(keys)
 
     def release(self, keys) -> None:
         """End a lease."""
         self._leases.subtract(keys)
-        self._leases += Counter()  # drops what is zero
+        self._leases += Counter()  # drops zero counts
 
     def discard(self, key: ChunkKey) -> None:
-        """Forget a chunk that makes room, or that turned out to be missing."""
+        """Remove a chunk that was evicted or found missing."""
         if key in self._sizes:
             self.nbytes -= self._sizes.pop(key)
             self.order.remove(key)
@@ -186,6 +186,6 @@ class ChunkIndex:
         self.scored.discard(key)
 
     def clear(self) -> None:
-        """Forget everything; leases stay with those who took them."""
+        """Remove all chunks; leases stay."""
         for key in self.keys():
             self.discard(key)

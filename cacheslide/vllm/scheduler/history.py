@@ -1,10 +1,10 @@
-"""Generated text becomes the next turn's history: its KV is retained under the keys that the next turn will look up.
+"""Stores generated text as history: its KV is kept under the keys that the next turn looks up.
 
-The last generated token has no KV yet, so a history ends before it; the receipt names the rows that were retained. KV
-encoded in the prompt is copied out of the finished request's blocks before the next step can give them away. Where
-rows of the request were corrected, the copy is one generation older than the oldest chunk it was built on, and beyond
-the server's limit all corrected chunks of the prompt are encoded anew, exactly. Other encodings always get an exact
-prefill of their own.
+The last generated token has no KV yet, so a history ends before it; the receipt gives the rows stored. KV encoded in
+the prompt is copied from the finished request's blocks before the next step can reassign them. If rows of the request
+were corrected, the copy's generation is one more than the highest among the reused chunks; beyond the server's limit
+all corrected chunks of the prompt are encoded exactly instead. Other encodings always get an exact prefill of their
+own.
 """
 
 from typing import Any
@@ -19,21 +19,21 @@ from cacheslide.vllm.scheduler.retention import job_of
 
 
 def retain_history(retention, request, tracked: Tracked, block_ids: list[int]) -> dict[str, Any] | None:
-    """Retain a finished request's rows from `tracked.history` on.
+    """Store a finished request's rows from `tracked.history` on.
 
     Parameters
     ----------
     retention : ChunkRetention
     request : vLLM's Request
-    tracked : what the scheduler's half knows about it, with a plan
+    tracked : Tracked, with a plan
     block_ids : list of int
-        The blocks of its computed rows.
+        Blocks of its computed rows.
 
     Returns
     -------
     dict or None
-        For the receipt: `start` and `end` of the rows retained, their `generation`, and whether they were copied
-        "blocks" or will be prefilled ("encode"). None where nothing was generated or nothing can be retained.
+        For the receipt: `start` and `end` of the stored rows, their `generation`, and "blocks" if copied or "encode" if
+        prefilled. None if nothing was generated or can be stored.
     """
     ids, policy = list(request.all_token_ids), tracked.policy
     start, end = tracked.history, len(ids) - 1
@@ -46,7 +46,7 @@ def retain_history(retention, request, tracked: Tracked, block_ids: list[int]) -
             policy, tracked.identity, prompt, retention.options.chunk_size, retention.geometry.max_positions
         )
         retention.geometry.slots_of(prompt)
-    except PromptError:  # a schema has no slot left for it, or a CoPE model no offset
+    except PromptError:  # no slot of the schema, or no offset of a CoPE model, is left
         return None
     last = len(plan.prompt.segments) - 1
     missing = {k: c for k, c in plan.keyed if c.segment == last and k not in retention.index}

@@ -1,4 +1,4 @@
-"""What one request's load is, in a step that vLLM has scheduled."""
+"""The load of one request in a step that vLLM has scheduled."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from cacheslide.vllm.scheduler.request_state import Tracked
 
 
 def load_plan(req_id: str, tracked: Tracked, end: int, suffix_len: int) -> LoadPlan:
-    """Complete the request's rows up to `end`; the last `suffix_len` of its prompt are always recomputed."""
+    """A load that completes the request's rows up to `end`; the last `suffix_len` prompt rows are recomputed."""
     plan, policy = tracked.plan, tracked.policy
     return LoadPlan(
         req_id,
@@ -25,7 +25,7 @@ def load_plan(req_id: str, tracked: Tracked, end: int, suffix_len: int) -> LoadP
 
 
 def computed_rows(output: Any, req_id: str) -> int:
-    """Rows of a scheduled request that were complete before this step, ours included."""
+    """Rows of a scheduled request complete before this step, including rows completed by reuse."""
     for new in output.scheduled_new_reqs:
         if new.req_id == req_id:
             return new.num_computed_tokens

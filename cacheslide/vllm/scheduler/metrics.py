@@ -1,4 +1,4 @@
-"""Counters of what reuse did, for vLLM's log line and its Prometheus endpoint."""
+"""Counters of reuse for vLLM's log line and its Prometheus endpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ COUNTERS = {
     "chunks_hit": "Chunks found in the store",
     "bytes_loaded": "Bytes of chunk KV read",
 }
-# The same counts under the names of the version before, for dashboards that ask for those.
+# The same counts under the names of the previous version, for existing dashboards.
 OLD_COUNTERS = {old: new for old, new in RECEIPT.items() if new in COUNTERS}
 
 
-STATES = ("clean", "dirty")  # of chunks that leave memory (`ChunkIndex`)
-# Counters with one label more: its name, its values, and what is counted.
+STATES = ("clean", "dirty")  # of evicted chunks (`ChunkIndex`)
+# Counters with one more label: its name, its values, and the counted quantity.
 LABELLED = {
     "fallbacks": ("reason", KINDS, "Annotated requests computed exactly, in part or whole, by reason"),
     "store_chunks": ("tier", TIERS, "Chunks used, by the tier that had them when the request came"),
@@ -44,23 +44,23 @@ class ReuseStats(KVConnectorStats):
 
     def record(self, receipt: Mapping[str, Any]) -> None:
         """Count one finished request."""
-        found = {"requests": 1} | {name: receipt[name] for name in COUNTERS if name != "requests"}
-        found |= {old: receipt[new] for old, new in OLD_COUNTERS.items()}
+        counted = {"requests": 1} | {name: receipt[name] for name in COUNTERS if name != "requests"}
+        counted |= {old: receipt[new] for old, new in OLD_COUNTERS.items()}
         if kind := kind_of(receipt["fallback"]):
-            found[f"fallbacks.{kind}"] = 1
+            counted[f"fallbacks.{kind}"] = 1
         for tier, counts in receipt.get("tiers", {}).items():
-            found[f"store_chunks.{tier}"], found[f"store_bytes.{tier}"] = counts["chunks"], counts["bytes"]
-        self.count(found)
+            counted[f"store_chunks.{tier}"], counted[f"store_bytes.{tier}"] = counts["chunks"], counts["bytes"]
+        self.count(counted)
         for why in receipt.get("store_failures", {}).values():
             self.count({f"store_failures.{failure_of(why)}": 1})
 
     def count(self, counts: Mapping[str, int]) -> None:
-        """Add counts of the same names."""
+        """Add counts under these names."""
         for name, count in counts.items():
             self.data[name] = self.data.get(name, 0) + count
 
     def reset(self) -> None:
-        """Start counting anew."""
+        """Reset all counts."""
         self.data = {}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
@@ -69,16 +69,16 @@ class ReuseStats(KVConnectorStats):
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """What vLLM logs."""
+        """The counts that vLLM logs."""
         return dict(self.data)
 
     def is_empty(self) -> bool:
-        """Whether nothing was counted."""
+        """Whether there are no counts."""
         return not self.data
 
 
 def _unregister() -> None:
-    """Drop the counters of an engine that this process had before, as vLLM does with its own."""
+    """Unregister counters of an earlier engine in this process, as vLLM does with its own."""
     for collector in list(REGISTRY._collector_to_names):
         if str(getattr(collector, "_name", "")).startswith("cacheslide:"):
             REGISTRY.unregister(collector)
@@ -92,13 +92,13 @@ class ReuseMetrics(KVConnectorPromMetrics):
         _unregister()
         self.counters, self.faults = {}, SERVER
         old = {name: f"Old name of {new}" for name, new in OLD_COUNTERS.items()}
-        for name, what in (COUNTERS | old).items():
-            counter = self._counter_cls(name=f"cacheslide:{name}", documentation=what, labelnames=labelnames)
+        for name, description in (COUNTERS | old).items():
+            counter = self._counter_cls(name=f"cacheslide:{name}", documentation=description, labelnames=labelnames)
             for engine, labels in per_engine_labelvalues.items():
                 self.counters[engine, name] = counter.labels(*labels)
-        for name, (label, values, what) in LABELLED.items():
+        for name, (label, values, description) in LABELLED.items():
             names = [*labelnames, label]
-            counter = self._counter_cls(name=f"cacheslide:{name}", documentation=what, labelnames=names)
+            counter = self._counter_cls(name=f"cacheslide:{name}", documentation=description, labelnames=names)
             for engine, labels in per_engine_labelvalues.items():
                 for value in values:
                     self.counters[engine, f"{name}.{value}"] = counter.labels(*labels, value)

@@ -1,8 +1,7 @@
-"""How much of a step is reuse: requests begin in vLLM's order, and a step packs no more than keeps the device busy.
+"""Limits the reuse in a step: requests start in vLLM's order, and a step packs no more than keeps the device busy.
 
-Requests that are completed in one step get their first token together, when the last row of all is done. Two half as
-large steps cost the same where each has enough rows to fill the device's matrix products, and half of the requests are
-done after the first.
+Requests completed in one step all get their first token at its end. Two half steps cost the same, if each has enough
+rows to fill the device's matrix products, and half of the requests are done after the first.
 """
 
 from collections.abc import Sequence
@@ -16,14 +15,14 @@ from cacheslide.vllm.options import ServerOptions
 
 
 class Packing:
-    """The loads of the step that vLLM schedules.
+    """The loads of the step being scheduled.
 
     Attributes
     ----------
     full : bool
-        A request did not fit into this step. Whatever vLLM asks for behind it waits too, so that none overtakes it:
-        requests without annotations as well, since vLLM gives the prefill of one that has begun all tokens of the next
-        steps before it comes back to those that wait.
+        A request did not fit into this step. Every later one then waits too, so that none overtakes it, including
+        requests without annotations: vLLM gives a started prefill all tokens of the next steps before it returns to
+        waiting requests.
     """
 
     def __init__(self, options: ServerOptions) -> None:
@@ -31,14 +30,14 @@ class Packing:
         self.begin()
 
     def begin(self) -> None:
-        """A new step."""
+        """Start a step."""
         self.completed = self.computed = 0
         self.full = False
 
     def takes(self, completed: int, computed: int) -> bool:
-        """Whether a request of which `completed` rows come by reuse, `computed` of them computed, joins the step.
+        """Whether a request with `completed` rows by reuse, `computed` of them computed, is added to this step.
 
-        The first one always does, however large it is.
+        The first request always is, whatever its size.
         """
         within = self.completed + completed <= self.completed_limit and self.computed + computed <= self.computed_limit
         self.full = self.full or bool(self.completed and not within)
@@ -50,11 +49,11 @@ class Packing:
 def computed_tokens(
     correction: Correction, reuse: Sequence[tuple[ChunkKey, Chunk]], rows: range, limit: int, layers: int
 ) -> int:
-    """How many rows a load computes, estimated before it starts: the average over the `layers` of the model.
+    """Estimate the rows that a load computes, as the mean over the model's `layers`.
 
-    It completes `rows`, those of the chunks `reuse` before row `limit` from cached KV. Text between them is computed,
-    and of the reused tokens the rule's `total_ratio`. Without a ratio it is what lengths alone say, and all of them
-    where scores or layers decide. Layers in front of `first_layer` compute every row.
+    The load completes `rows` from the chunks `reuse` below row `limit`. Text between chunks is computed, and the rule's
+    `total_ratio` of the reused tokens. Without a ratio the estimate follows from the runs' lengths, or is all of them
+    where scores or layers decide. Layers below `first_layer` compute every row.
     """
     lengths = [n for _, chunk in reuse if (n := min(chunk.end, limit) - max(chunk.start, rows.start)) > 0]
     reused, ratio = sum(lengths), correction.total_ratio

@@ -1,4 +1,4 @@
-"""What a request may reuse, decided when it arrives: annotations, policy, spans found in it, its prompt's chunks."""
+"""Plans a request on arrival: its annotations, policy, spans found in it, and its prompt's chunks."""
 
 import secrets
 from dataclasses import replace
@@ -16,7 +16,7 @@ from cacheslide.vllm.tenants import tenant_of, unsalted
 
 
 class Planner:
-    """Plans requests, and remembers what helps with later ones: spans that were seen, families under way."""
+    """Plans requests, with memories of spans seen before and of current families."""
 
     def __init__(self, options: ServerOptions, geometry: Geometry) -> None:
         self.options, self.geometry = options, geometry
@@ -24,9 +24,9 @@ class Planner:
         self.memory = SpanMemory(options.span_tokens, options.spans_known)
 
     def plan(self, request) -> Tracked | None:
-        """What is tracked of vLLM's `request`; None where it is like any request of an engine without reuse.
+        """The state to track for vLLM's `request`; None for a request that reuses nothing.
 
-        Whatever is wrong with its annotations makes it exact, never fails the engine.
+        A request with invalid annotations is computed exactly; it never fails the engine.
         """
         try:
             annotations = Annotations.parse(request.kv_transfer_params) or self._unannotated(request)
@@ -39,29 +39,27 @@ class Planner:
             return Tracked(request.num_prompt_tokens, "", reason=str(wrong), retained=True)
 
     def clear(self) -> None:
-        """Forget what earlier requests held."""
+        """Clear both memories."""
         self.memory.clear()
         self.families.clear()
 
     def rename_model(self) -> None:
-        """The same text has chunks of other names from here on."""
+        """Change the model's name in chunk keys: the same text gets new keys."""
         self.geometry = replace(self.geometry, model_id=f"{self.geometry.model_id} {secrets.token_hex(16)}")
 
     def _unannotated(self, request) -> Annotations | None:
-        """Annotations of a request without any, where the server looks for spans by itself."""
+        """Annotations for a request without any, if the server finds spans itself."""
         sampling = request.sampling_params
         if not self.options.find_spans or sampling is None or request.prompt_token_ids is None:
             return None
-        one_beam = (
-            sampling.max_tokens == 1 and not sampling.detokenize
-        )  # a new request each token: see openai_server.py
+        one_beam = sampling.max_tokens == 1 and not sampling.detokenize  # a new request per token: see openai_server.py
         return None if one_beam else Annotations(find=True)
 
     def _member(self, request, annotations: Annotations) -> Tracked | None:
-        """A family's first member is planned as any request; a later one follows it (None: exactly, as all of it).
+        """State of a family's first member, planned as any request, or of a later one (None: computed exactly).
 
-        A family is of one tenant and one prompt: a request with other tokens, annotations or another tenant under its
-        name is planned alone.
+        A family has one tenant and one prompt: a request under its name with other tokens, annotations or tenant is
+        planned by itself.
         """
         tenant, name = self._tenant(request, annotations), annotations.family["name"]
         family = self.families.get(tenant, name)
@@ -104,5 +102,5 @@ class Planner:
             nothing = f"{policy.name} reuses nothing of this prompt"
             tracked.reason = reasons.NOT_SEEN if annotations.find and policy.reuses else annotations.note or nothing
         elif tracked.schema:
-            request.skip_reading_prefix_cache = True  # shared blocks hold keys at other positions than the schema's
+            request.skip_reading_prefix_cache = True  # shared blocks hold keys at positions other than the schema's
         return tracked

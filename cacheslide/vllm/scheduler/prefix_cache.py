@@ -1,8 +1,8 @@
-"""Keeps approximate KV out of exact requests' reach: block hashes that no other request can have.
+"""Hides approximate KV from exact requests by giving its blocks hashes that no other request has.
 
-vLLM finds shared blocks by a chain of hashes. From the first block that holds a row vLLM itself did not compute, the
-chain of that request is mixed with a secret of its own. Blocks before it stay shared; the request still finds its own
-blocks again after a preemption, and requests of one family (`beam_groups.py`), which share a secret, find each other's.
+vLLM finds shared blocks by a chain of hashes. From the first block with a row that vLLM did not compute itself, a
+request's chain is mixed with a secret. Blocks before it stay shared; the request still finds its own blocks after a
+preemption, and requests of a family (`beam_groups.py`), which share a secret, find each other's.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from vllm.v1.request import RequestStatus
 
 
 class _ApartHasher:
-    """A request's block hasher whose hashes from block `first` on carry `salt`."""
+    """A request's block hasher; hashes from block `first` on are mixed with `salt`."""
 
     def __init__(self, plain, first: int, salt: bytes) -> None:
         self.plain, self.first, self.salt = plain, first, salt
@@ -25,9 +25,9 @@ class _ApartHasher:
         return [*plain[:shared], *self.own(plain[shared:])]
 
     def own(self, plain: Sequence[bytes]) -> list[bytes]:
-        """The hashes that take the places of `plain` ones: each differs by a mask that is made of the secret.
+        """Hashes that replace the `plain` ones, each XORed with a mask derived from the secret.
 
-        To meet another request's hash so, one would have to know the mask or invert the hash.
+        A collision with another request's hash would require the mask or inverting the hash.
         """
         if not plain:
             return []
@@ -38,14 +38,14 @@ class _ApartHasher:
 
 
 def new_secret() -> bytes:
-    """A secret that nobody can guess."""
+    """A random secret."""
     return secrets.token_bytes(16)
 
 
 def key_apart(request, first: int, secret: bytes | None = None) -> None:
-    """Give blocks `first`, `first` + 1, ... of a vLLM `request` hashes of their own, also those yet to come.
+    """Give blocks `first`, `first` + 1, ... of a vLLM `request` hashes of their own, including future blocks.
 
-    Requests with the same tokens, `first` and `secret` have the same hashes (None: a secret that no other request has).
+    Requests with equal tokens, `first` and `secret` have equal hashes; None makes a new secret.
     """
     hasher = request._block_hasher
     if hasher is None:  # prefix caching is off
@@ -53,7 +53,7 @@ def key_apart(request, first: int, secret: bytes | None = None) -> None:
     if isinstance(hasher, _ApartHasher):
         if first >= hasher.first:
             return
-        hasher = hasher.plain  # rows are computed anew: a new secret, lest old blocks join the new ones
+        hasher = hasher.plain  # rows are computed anew: a new secret, so that old blocks do not match
         request._block_hasher = hasher
         request.block_hashes.clear()
         request.update_block_hashes()
@@ -62,15 +62,15 @@ def key_apart(request, first: int, secret: bytes | None = None) -> None:
 
 
 def shares_unfilled_blocks(request, hits: int, running: Iterable, block_size: int) -> bool:
-    """Whether a request's first `hits` blocks, from the prefix cache, are in part those that this step's forward fills.
+    """Whether the first `hits` cached blocks of a request include blocks that this step's forward fills.
 
-    vLLM shares a block as soon as the request that computes it is scheduled. Its own attention then finds the rows
-    there, but reuse runs before the forward. Hashes are chained, so one comparison a running request is enough.
+    vLLM shares a block as soon as the request that computes it is scheduled: its attention then finds the rows, but
+    reuse runs before the forward. Hashes are chained, so one comparison per running request suffices.
     """
     for other in running:
         if other.status != RequestStatus.RUNNING:
             continue
-        unfilled = other.num_computed_tokens // block_size  # its first block that is not full yet
+        unfilled = other.num_computed_tokens // block_size  # its first incomplete block
         if unfilled < min(hits, len(other.block_hashes)):
             shared = other.block_hashes[unfilled] == request.block_hashes[unfilled]
             if shared:

@@ -1,4 +1,4 @@
-"""What an annotated request's receipt says that no worker measures."""
+"""The parts of a receipt that no worker measures."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from cacheslide.vllm.scheduler.request_state import Tracked
 
 
 def forecast(tracked: Tracked) -> dict[str, Any]:
-    """The receipt of an exactly computed request, or of one whose worker has not reported yet."""
+    """The receipt of a request computed exactly, or whose worker has not reported yet."""
     receipt = Receipt(tracked.system, tracked.rows, chunks=len(tracked.plan.chunks) if tracked.plan else 0)
     receipt.fallback = tracked.reason
     if not tracked.exact:
@@ -19,15 +19,15 @@ def forecast(tracked: Tracked) -> dict[str, Any]:
 
 
 def bare(rows: int, why: str) -> dict[str, Any]:
-    """The receipt of a request about which nothing else is known any more."""
-    said = Receipt("", rows, fallback=why).as_dict()
-    return said | {"tokens_prefix_cached": 0, "measured": False, "generation": 0, "tiers": {}}
+    """The receipt of a request of which only its rows are known."""
+    receipt = Receipt("", rows, fallback=why).as_dict()
+    return receipt | {"tokens_prefix_cached": 0, "measured": False, "generation": 0, "tiers": {}}
 
 
 def tiers_of(
     tracked: Tracked, receipt: Mapping[str, Any], geometry: Geometry, store_device: str
 ) -> dict[str, dict[str, int]]:
-    """Chunks used and their bytes (of one rank), by the tier that had them when the request came."""
+    """Chunks used and their bytes (per rank), by the tier that held them when the request arrived."""
     out: dict[str, dict[str, int]] = {}
     if not receipt["chunks_hit"]:
         return out
@@ -35,7 +35,7 @@ def tiers_of(
     for key, chunk in tracked.reuse:
         in_memory = MEMORY[store_device], geometry.chunk_bytes(len(chunk), probes, scores)
         tier, nbytes = tracked.storage.tiers.get(key, in_memory)
-        found = out.setdefault(tier, {"chunks": 0, "bytes": 0})
-        found["chunks"] += 1
-        found["bytes"] += nbytes
+        totals = out.setdefault(tier, {"chunks": 0, "bytes": 0})
+        totals["chunks"] += 1
+        totals["bytes"] += nbytes
     return out

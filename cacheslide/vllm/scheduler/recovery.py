@@ -1,9 +1,8 @@
-"""A load that failed: its request starts over, computed exactly by vLLM.
+"""Recovery from a failed load: the request starts over and vLLM computes it exactly.
 
-vLLM's own recovery (`kv_load_failure_policy`) fails such requests by default, and under async scheduling, where the
-next step is under way already, its "recompute" ends the engine: a later step embeds the placeholder of a token that was
-dropped. Preemption is made for that: the blocks are given back, output in flight is dropped, and the request comes back
-as one that claims nothing.
+vLLM's own recovery (`kv_load_failure_policy`) fails such requests by default. Its "recompute" ends the engine under
+async scheduling, where the next step has started already: a later step embeds the placeholder of a dropped token.
+Preemption avoids this: it frees the blocks, drops output in flight, and the request returns and claims nothing.
 """
 
 import time
@@ -15,7 +14,7 @@ from cacheslide.vllm.scheduler.side import SchedulerSide
 
 
 def install() -> None:
-    """Have vLLM's schedulers recover our loads that way (once a process); other connectors' stay theirs."""
+    """Install this recovery in vLLM's schedulers (once a process), for this connector's loads only."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     plain = Scheduler._handle_invalid_blocks
@@ -27,7 +26,7 @@ def install() -> None:
         side = getattr(self.connector, "scheduler", None)
         if not isinstance(side, SchedulerSide):
             return plain(self, invalid_block_ids, num_scheduled_tokens)
-        self.recompute_kv_load_failures = True  # else it ends the requests that it is told of
+        self.recompute_kv_load_failures = True  # otherwise vLLM ends the affected requests
         return start_over(self, side, invalid_block_ids)
 
     handle.starts_over = True
@@ -35,12 +34,12 @@ def install() -> None:
 
 
 def start_over(scheduler: Any, side: SchedulerSide, invalid: set[int]) -> set[str]:
-    """Preempt the requests of vLLM's `scheduler` whose rows lie in `invalid` blocks.
+    """Preempt the requests of vLLM's `scheduler` with rows in `invalid` blocks.
 
-    Nobody finds these blocks by their hashes any more. Returns the requests whose sampled tokens of this step are void.
+    These blocks' hashes are removed. Returns the ids of requests whose tokens sampled in this step are void.
     """
     lost = set()
-    for request in reversed(list(scheduler.running)):  # each comes back in front of the others
+    for request in reversed(list(scheduler.running)):  # each is put at the head of the queue
         (blocks,) = scheduler.kv_cache_manager.get_block_ids(request.request_id)
         first = next((i for i, block in enumerate(blocks) if block in invalid), None)
         if first is None:
@@ -54,7 +53,7 @@ def start_over(scheduler: Any, side: SchedulerSide, invalid: set[int]) -> set[st
     for request in side.claims.lost(invalid):
         if request.request_id in lost or request.is_finished():
             continue
-        # Preempted while the step was under way: what it sampled from these rows is not to be delivered.
+        # Preempted during the step: tokens sampled from these rows must not be delivered.
         give_up(side, request, "start_load_kv")
         scheduler.kv_cache_manager.evict_blocks(set(side.claims.blocks[request.request_id][1]))
         request.drop_stale_output = True

@@ -1,4 +1,4 @@
-"""What the scheduler's half knows about one request, and about requests that continue one prompt."""
+"""State of one request on the scheduler side, and of families of requests that continue one prompt."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -17,25 +17,25 @@ from cacheslide.vllm.scheduler.reasons import AS_FAMILY
 
 @dataclass
 class FromStorage:
-    """What a request has to do with chunks in storage tiers (`storage.py`).
+    """A request's chunks in storage tiers (`storage.py`).
 
-    The look-up under way, where each chunk lies ("" for nowhere), which reads were asked for, the chunks that wait with
-    it, the tier and bytes of those that came, why others did not, and whether a fault has ended all this.
+    The pending look-up, each chunk's tier ("" for none), the requested reads, chunks leased for it, tier and bytes of
+    loaded chunks, failures of others, and whether a fault has ended storage reads for it.
     """
 
     lookup: Future[dict[ChunkKey, str]] | None = None
-    since: float = 0.0  # of the look-up, monotonic seconds
+    since: float = 0.0  # start of the look-up, monotonic seconds
     places: dict[ChunkKey, str] = field(default_factory=dict)
     tried: set[ChunkKey] = field(default_factory=set)
     leased: set[ChunkKey] = field(default_factory=set)
     tiers: dict[ChunkKey, tuple[str, int]] = field(default_factory=dict)
     failures: dict[ChunkKey, str] = field(default_factory=dict)
-    faulty: bool = False  # nothing more is looked for
+    faulty: bool = False  # no further look-ups or reads
 
 
 @dataclass
 class Tracked:
-    """An annotated request from its arrival to its end."""
+    """State of an annotated request from arrival to end."""
 
     rows: int
     system: str
@@ -43,14 +43,14 @@ class Tracked:
     policy: ReusePolicy | None = None
     plan: Plan | None = None
     encode: str = "later"
-    slots: PromptSlots | None = None  # that a calibrated CoPE model crosses
-    schema: bool = False  # its rows' positions are not their indices
-    exact: bool = True  # every row so far was computed by vLLM itself
+    slots: PromptSlots | None = None  # slots that a calibrated CoPE model crosses
+    schema: bool = False  # positions of rows differ from their indices
+    exact: bool = True  # every row so far was computed by vLLM
     identity: CacheIdentity | None = None
-    spans: tuple[tuple[int, int], ...] = ()  # fixed, in tokens
+    spans: tuple[tuple[int, int], ...] = ()  # fixed spans, in tokens
     history: int | None = None  # rows from here on are fixed text of the next turn
-    last: bool = False  # its session ends with it: corrected chunks of its prompt are dropped
-    generation: int = 0  # the highest one of the chunks it reuses
+    last: bool = False  # the session ends: corrected chunks of its prompt are dropped
+    generation: int = 0  # the highest generation among reused chunks
     note: str = ""
     retained: bool = False
     start: int = 0  # rows before it come from vLLM's prefix cache
@@ -65,10 +65,10 @@ class Tracked:
 
 @dataclass
 class Family:
-    """What the scheduler's half keeps of a family.
+    """State of a family.
 
-    `annotations` are those of its first member, whose prompt all members have. `first` is the block from which on its
-    KV is its own, None before a member was corrected; `reason` says why its first member was computed exactly.
+    `annotations` are those of its first member; all members have its prompt. `first` is the block from which on the
+    family's KV is its own, None until a member was corrected; `reason` is why its first member was computed exactly.
     """
 
     plan: Tracked
@@ -87,13 +87,13 @@ class Family:
         )
 
     def corrected_from(self, first: int) -> None:
-        """A member's rows from block `first` on are completed by reuse."""
+        """Record that a member's rows from block `first` on are completed by reuse."""
         if self.first is not None and first < self.first:
             self.secret = new_secret()
         self.first = first if self.first is None else min(first, self.first)
 
     def exactly(self) -> Tracked | None:
-        """What is tracked of a later member where the first one was computed exactly: the slots it crosses, if any."""
+        """State of a later member if the first was computed exactly: only the slots it crosses; None without slots."""
         if self.plan.slots is None:
             return None
         return replace(
@@ -101,7 +101,7 @@ class Family:
         )
 
     def join(self, request) -> Tracked:
-        """What is tracked of a later member, whose vLLM `request` looks up the family's blocks from now on."""
+        """State of a later member; its vLLM `request` looks up the family's blocks from now on."""
         member = replace(
             self.plan, block_ids=[], exact=False, retained=True, follows=True, family=self, storage=FromStorage()
         )

@@ -1,4 +1,4 @@
-"""What is retained of prompts: the index of chunks, their copies out of the paged cache, prefills they wait for."""
+"""Storing chunks of prompts: the index of chunks, copies from the paged cache, and queued prefills."""
 
 import logging
 from collections.abc import Mapping
@@ -18,21 +18,21 @@ from cacheslide.vllm.scheduler.chunk_index import ChunkIndex
 from cacheslide.vllm.scheduler.request_state import Tracked
 from cacheslide.vllm.scheduler.storage import StorageTierView
 
-PATIENCE = 32  # steps with loads in a row that jobs wait for; a busy server has no others
-# Steps from a prompt's last one to its jobs: with asynchronous scheduling the next step is launched before the prompt's
-# first token is looked at, and a job in it would keep the token back as long as it takes.
+PATIENCE = 32  # consecutive steps with loads after which jobs run anyway, on a server that is always busy
+# Steps between a prompt's last step and its jobs. With asynchronous scheduling the next step is launched before the
+# prompt's first token is returned; a job in it would delay the token.
 BEHIND = 2
-logger = logging.getLogger("vllm.cacheslide")  # below vLLM's logger, so that its handler prints it
+logger = logging.getLogger("vllm.cacheslide")  # a child of vLLM's logger, whose handler prints it
 
 
 def job_of(policy: ReusePolicy, plan: Plan, renew: bool = False) -> EncodeJob:
-    """The prefill that makes what is missing of a plan's chunks."""
+    """The prefill that makes the missing chunks of a plan."""
     return EncodeJob(policy.encoding, policy.probe_layers, plan, renew=renew, scored=policy.needs_scores)
 
 
 @dataclass
 class Waiting:
-    """A job, whether it may not wait, and the steps that were planned since the one that asked for it."""
+    """A job, whether it is urgent, and the number of steps planned since it was requested."""
 
     job: EncodeJob | ScoreJob
     urgent: bool
@@ -44,15 +44,15 @@ class ChunkRetention:
 
     def __init__(self, options: ServerOptions, geometry: Geometry) -> None:
         self.options, self.geometry = options, geometry
-        tiers = options.tiers  # without them nothing is clean: no chunk can be had again
+        tiers = options.tiers  # without tiers nothing is clean: a dropped chunk is lost
         self.index = ChunkIndex(int(options.store_gib * GIB), "lru" if tiers is None else tiers.policy)
         self.jobs: list[Waiting] = []
         self.score_jobs: list[Waiting] = []
-        self.history_saves: list[SavePlan] = []  # of requests that finished since the last step
-        self.released: list[ChunkKey] = []  # corrected chunks that such requests were the last to want
+        self.history_saves: list[SavePlan] = []  # of requests finished since the last step
+        self.released: list[ChunkKey] = []  # corrected chunks that no other request needs
         self.storage_tier: StorageTierView | None = None  # the tiers under memory
-        self.unsettled = False  # the workers may hold others than the index says
-        self.held_back = 0  # steps in a row in which jobs waited because of loads
+        self.unsettled = False  # the workers may hold chunks other than the index's
+        self.held_back = 0  # consecutive steps in which loads delayed jobs
 
     @property
     def pending(self) -> bool:
@@ -60,7 +60,7 @@ class ChunkRetention:
         return bool(self.jobs or self.score_jobs or self.history_saves or self.released)
 
     def drop_work(self) -> None:
-        """After a fault: what waits is not done, lest an idle engine step for it for ever; the index is in doubt."""
+        """After a fault: drop queued work, so that an idle engine stops stepping; the index is unsettled."""
         self.jobs.clear()
         self.score_jobs.clear()
         self.history_saves.clear()
@@ -68,7 +68,7 @@ class ChunkRetention:
         self.unsettled = True
 
     def retain(self, tracked: Tracked, step: StepPlan) -> None:
-        """The request's prompt is complete in this step: retain its chunks, or have them encoded."""
+        """Store the chunks of a prompt completed in this step by copying, or queue their prefill."""
         plan, policy = tracked.plan, tracked.policy
         missing = {k: c for k, c in plan.keyed if k not in self.index}
         if tracked.encode == "off":
@@ -76,7 +76,7 @@ class ChunkRetention:
         self.score(policy, plan, tracked.encode)
         if not missing:
             return
-        # Reused rows are loaded in this very step, and a load may fail: only what vLLM computes is copied behind it.
+        # Reused rows are loaded in this step and the load may fail: only rows computed by vLLM are copied.
         in_place = tracked.exact and not tracked.schema
         oldest = tracked.generation
         if generation_of_copy(policy, exact=tracked.exact, oldest=oldest, limit=0, in_place=in_place) is not None:
@@ -88,12 +88,12 @@ class ChunkRetention:
         self.enqueue(job_of(policy, plan), tracked.encode)
 
     def enqueue(self, job: EncodeJob, when: str) -> None:
-        """Have a job done, unless it waits already."""
+        """Queue a job, unless it is queued already."""
         if all(job.plan.keys != waiting.job.plan.keys for waiting in self.jobs):
             self.jobs.append(Waiting(job, when == "now"))
 
     def score(self, policy: ReusePolicy, plan: Plan, when: str) -> None:
-        """Have the exact chunks of a plan scored that have no scores, where the policy needs them; never when "off"."""
+        """Queue scoring of a plan's exact unscored chunks, if the policy needs scores; never when "off"."""
         if when == "off" or not policy.needs_scores or not plan.chunks:
             return
         if all(plan.keys != w.job.plan.keys for w in self.score_jobs):
@@ -102,7 +102,7 @@ class ChunkRetention:
     def reserve(
         self, chunks: Mapping[ChunkKey, Chunk], probes: int, generation: int = 0, scored: bool = False
     ) -> tuple[ChunkKey, ...] | None:
-        """Room in the index for `chunks` with the inputs of `probes` layers: the keys that leave, None if too large."""
+        """Reserve room for `chunks` with inputs of `probes` layers: the keys to evict, None if too large."""
         sizes = {key: self.geometry.chunk_bytes(len(chunk), probes, scored) for key, chunk in chunks.items()}
         try:
             evict = tuple(self.index.reserve(sizes, generation))
@@ -114,7 +114,7 @@ class ChunkRetention:
         return evict
 
     def release(self, plan: Plan) -> None:
-        """A session is over: the corrected chunks of its last prompt leave, unwritten; exact ones stay."""
+        """End a session: drop the corrected chunks of its last prompt, unwritten; exact ones stay."""
         saving = {key for save in self.history_saves for key, _ in save.chunks}
         coming = set() if self.storage_tier is None else self.storage_tier.coming.keys()
         gone = [k for k in plan.keys if k not in saving and k not in coming and not self.index.is_exact(k)]
@@ -125,7 +125,7 @@ class ChunkRetention:
     def hand_out(self, step: StepPlan, idle: bool) -> None:
         """Hand out jobs: urgent ones at once, others `BEHIND` steps later.
 
-        A step with loads is left to them, but not for ever (`PATIENCE`).
+        Steps with loads get no others, at most `PATIENCE` times in a row.
         """
         busy = bool(step.loads) and not idle
         self.held_back = self.held_back + 1 if busy and (self.jobs or self.score_jobs) else 0
@@ -137,7 +137,7 @@ class ChunkRetention:
         self._hand_out_scores(step, budget, busy)
 
     def _hand_out_encodes(self, step: StepPlan, budget: int, busy: bool) -> int:
-        """Hand out encode jobs; the tokens of `budget` that are left."""
+        """Hand out encode jobs; returns the rest of `budget`, in tokens."""
         waiting = []
         for entry in self.jobs:
             job = entry.job
@@ -158,12 +158,12 @@ class ChunkRetention:
         return budget
 
     def _hand_out_scores(self, step: StepPlan, budget: int, busy: bool) -> None:
-        """Hand out score jobs of what is or will be there, with what encode jobs left of the budget."""
-        still, waiting = {key for entry in self.jobs for key in entry.job.plan.keys}, []
+        """Hand out score jobs of chunks that are or will be stored, within the rest of the budget."""
+        unencoded, waiting = {key for entry in self.jobs for key in entry.job.plan.keys}, []
         for entry in self.score_jobs:
             wanted = {k for k in entry.job.plan.keys if k in self.index and not self.index.generation(k)}
             job = entry.job.of(wanted - self.index.scored)
-            if not still.isdisjoint(entry.job.plan.keys):
+            if not unencoded.isdisjoint(entry.job.plan.keys):
                 waiting.append(entry)
                 continue
             if not job.plan.chunks:
@@ -177,7 +177,7 @@ class ChunkRetention:
         self.score_jobs = waiting
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Clear the index and all queues."""
         self.index.clear()
         self.jobs.clear()
         self.score_jobs.clear()
@@ -186,5 +186,5 @@ class ChunkRetention:
 
 
 def _goes(entry: Waiting, fits: bool, busy: bool) -> bool:
-    """Whether a job goes in this step."""
+    """Whether a job runs in this step."""
     return entry.urgent or (fits and entry.steps >= BEHIND and not busy)

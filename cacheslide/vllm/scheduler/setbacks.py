@@ -1,4 +1,4 @@
-"""What the scheduler's half does about a request that a fault has hit: vLLM computes it, and in the end it is gone."""
+"""Fallbacks of the scheduler side for a request hit by a fault: vLLM computes it, and its state is removed."""
 
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ from cacheslide.vllm.scheduler.request_state import Tracked
 
 
 class Half(Protocol):
-    """What is needed of the scheduler's half (`SchedulerSide`)."""
+    """The part of `SchedulerSide` that is used here."""
 
     tracked: dict[str, Tracked]
     prefilling: dict[str, Any]
@@ -20,21 +20,21 @@ class Half(Protocol):
     block_size: int
 
     def release(self, tracked: Tracked) -> None:
-        """End what a request waits for in storage."""
+        """Release the request's waits in storage."""
         ...
 
     def forget_request(self, req_id: str) -> tuple[Tracked | None, Any]:
-        """What was tracked of a request and its measured receipt, if any; neither is kept."""
+        """Remove a request; returns its tracked state and its measured receipt, if any."""
         ...
 
 
 def annotated(request: Any) -> bool:
-    """Whether vLLM's `request` asked for reuse."""
+    """Whether vLLM's `request` has annotations."""
     return (getattr(request, "kv_transfer_params", None) or {}).get(FIELD) is not None
 
 
 def give_up(side: Half, request: Any, entry: str) -> None:
-    """From here on vLLM computes the request exactly; its receipt says that a fault at `entry` is why."""
+    """Have vLLM compute the request exactly from now on; its receipt names a fault at `entry`."""
     req_id = request.request_id
     tracked = side.tracked.get(req_id)
     side.box.pop(req_id, None)
@@ -44,7 +44,7 @@ def give_up(side: Half, request: Any, entry: str) -> None:
         return
     tracked.reason, tracked.receipt, tracked.reuse, tracked.loading = reason(entry), None, (), False
     tracked.exact = not tracked.follows
-    if tracked.slots is not None:  # live gates: what it computes is not what the keys of its chunks say
+    if tracked.slots is not None:  # live gates: the computed KV is not what its chunks' keys name
         tracked.slots, tracked.retained = None, True
     if tracked.family is not None:
         tracked.family.reason = tracked.reason
@@ -52,9 +52,9 @@ def give_up(side: Half, request: Any, entry: str) -> None:
 
 
 def check_claim(side: Half, request: Any, computed: int, rows: int | None) -> None:
-    """Raise unless `rows` behind the `computed` ones may be claimed, whatever the plan of the request says.
+    """Raise unless `rows` behind the `computed` ones may be claimed, whatever the request's plan.
 
-    vLLM ends when a claim leaves no row of the prompt to it, and rows of another text are another's answer.
+    vLLM ends when a claim leaves it no row of the prompt, and rows of another prompt would give a wrong answer.
     """
     if not rows:
         return
@@ -66,7 +66,7 @@ def check_claim(side: Half, request: Any, computed: int, rows: int | None) -> No
 
 
 def finish_anyhow(side: Half, request: Any) -> dict[str, Any] | None:
-    """In place of `SchedulerSide.finish`: forget the request; a bare receipt for one with annotations."""
+    """Fallback of `SchedulerSide.finish`: removes the request; a bare receipt if it has annotations."""
     tracked, _ = side.forget_request(request.request_id)
     if tracked is not None:
         side.release(tracked)
@@ -76,7 +76,7 @@ def finish_anyhow(side: Half, request: Any) -> dict[str, Any] | None:
 
 
 def unplanned(side: Half, output: Any, step: StepPlan) -> None:
-    """`step` broke off: requests whose rows need slots and are not in it have failed; all else can wait."""
+    """Planning `step` broke off: mark requests that need slots and are not in it as failed; others can wait."""
     side.packing.begin()
     side.retention.drop_work()
     done, state = {rows.block_ids for rows in step.slots}, output.kv_connector_block_state
@@ -91,7 +91,7 @@ def unplanned(side: Half, output: Any, step: StepPlan) -> None:
 
 
 def cannot(side: Half, req_id: str, step: StepPlan) -> None:
-    """A request could not be planned: nothing of it is loaded; rows that cross slots are not to be trusted."""
+    """A request could not be planned: load nothing of it, and mark rows that cross slots as failed."""
     step.loads = [load for load in step.loads if load.req_id != req_id]
     side.prefilling.pop(req_id, None)
     tracked = side.tracked.get(req_id)

@@ -1,4 +1,4 @@
-"""The scheduler's half: what each annotated request reuses, what is retained of it, and what its receipt says."""
+"""The scheduler side: plans reuse and storage of each annotated request, and gives its receipt."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,7 +27,7 @@ from cacheslide.vllm.scheduler.storage import StorageTierView
 
 
 class SchedulerSide:
-    """Follows requests and plans steps. `vllm_config` and `geometry` describe the engine it serves."""
+    """Tracks requests and plans steps of the engine described by `vllm_config` and `geometry`."""
 
     def __init__(self, vllm_config, options: ServerOptions, geometry: Geometry) -> None:
         self.options, self.planner = options, Planner(options, geometry)
@@ -42,19 +42,19 @@ class SchedulerSide:
                 tiers, options.namespace, ranks, self.index, geometry
             )
         self.tracked: dict[str, Tracked] = {}
-        self.running: dict[str, Any] = {}  # vLLM's requests that have blocks, annotated or not
-        self.prefilling: dict[str, None] = {}  # tracked requests whose prompt is not complete yet, in order of arrival
+        self.running: dict[str, Any] = {}  # vLLM's requests with blocks, annotated or not
+        self.prefilling: dict[str, None] = {}  # tracked requests with an incomplete prompt, by arrival
         self.stats, self.faults = ReuseStats(), Faults()
         self.claims = Claims(self.block_size)
         self.packing = Packing(options)  # the loads of the step being scheduled
         self.forget = False
-        self.workers_wait = False  # they have work for an idle step
-        self.off = ""  # why nothing is reused
+        self.workers_wait = False  # workers have work for an idle step
+        self.off = ""  # why reuse is off, "" if it is on
 
     # --- a request's way -------------------------------------------------------------------------------------------
 
     def arrive(self, request) -> None:
-        """Track a request that may reuse something; its chunks are looked up in the storage tier at once."""
+        """Track a request that may reuse chunks; starts the look-up of its chunks in the storage tier."""
         tracked = self.planner.plan(request)
         if tracked is None:
             return
@@ -68,15 +68,15 @@ class SchedulerSide:
                 self.storage_tier.look(tracked, tracked.plan.keys)
             except Exception as error:
                 self.faults.note("look_up", error)
-        if tracked.slots is not None:  # the rows behind the first slot are not those of a request without annotations
+        if tracked.slots is not None:  # rows behind the first slot differ from those of a plain request
             secret = tracked.family.secret if tracked.family is not None else None
             key_apart(request, tracked.slots.bounds[0][1] // self.block_size, secret)
 
     def claim(self, request, computed: int) -> int | None:
-        """Rows the worker will complete by reuse beyond the `computed` ones; None to be asked again in a later step."""
+        """Rows beyond the `computed` ones to complete by reuse; None to be asked again in a later step."""
         tracked = self.tracked.get(request.request_id)
         if tracked is None or tracked.reason not in reasons.RETRY:
-            # A request that has begun before goes on at once: those that wait are all later ones.
+            # A request that has started before continues at once: waiting requests are all later ones.
             return None if self.packing.full and request.status != RequestStatus.PREEMPTED else 0
         if self.off:
             give_up(self, request, self.off)
@@ -93,13 +93,14 @@ class SchedulerSide:
         ]
         if self._waits(tracked, wanted):
             return None
-        self.index.touch(tracked.plan.keys)  # also while it waits for its turn
+        self.index.touch(tracked.plan.keys)  # also while it waits
         if self.packing.full:
             return None
         reuse = tuple((key, chunk) for key, chunk in wanted if key in self.index)
         tracked.start, tracked.reuse = computed, reuse
-        # Behind the last reused row the text is exact work over completed KV: vLLM does it best itself, together with
-        # the last row, for which it reads all weights anyway.
+        # Text behind the last reused row is exact work over complete KV: vLLM computes it together with the last row,
+        # for
+        # which it reads all weights anyway.
         want = min(limit, max((chunk.end for _, chunk in reuse), default=tracked.rows)) - computed
         if want <= 0 or not reuse:
             stored = any(key in self.index for key in tracked.plan.keys)
@@ -111,7 +112,7 @@ class SchedulerSide:
             elif tracked.family is not None:
                 tracked.family.reason = tracked.reason
             return 0
-        if tracked.follows and want < self.block_size:  # a block that the first member left open
+        if tracked.follows and want < self.block_size:  # a block that the first member left incomplete
             tracked.reuse = ()
             return 0
         if shares_unfilled_blocks(request, computed // self.block_size, self.running.values(), self.block_size):
@@ -128,12 +129,12 @@ class SchedulerSide:
         return want
 
     def _computed(self, tracked: Tracked, rows: int, limit: int) -> int:
-        """Rows that are computed where `rows` behind the request's start come by reuse."""
+        """Rows to compute if `rows` behind the request's start are completed by reuse."""
         load, layers = range(tracked.start, tracked.start + rows), self.planner.geometry.num_layers
         return computed_tokens(tracked.policy.correction, tracked.reuse, load, limit, layers)
 
     def _waits(self, tracked: Tracked, wanted) -> bool:
-        """Whether chunks in storage are worth waiting for; a fault among them means those in memory only."""
+        """Whether to wait for chunks in storage; after a storage fault only chunks in memory are used."""
         if self.storage_tier is None or tracked.storage.faulty:
             return False
         try:
@@ -144,20 +145,20 @@ class SchedulerSide:
             return False
 
     def release(self, tracked: Tracked) -> None:
-        """Whatever the request waited for is loaded in this step, or not needed."""
+        """Release storage waits: the chunks are loaded in this step, or not needed."""
         if self.storage_tier is not None:
             self.storage_tier.release(tracked)
 
     def allocated(self, request, external: int) -> None:
-        """vLLM gave the request its blocks; `external` of its rows are ours to complete."""
+        """vLLM gave the request blocks; `external` of its rows are completed by reuse."""
         self.running[request.request_id] = request
         tracked = self.tracked.get(request.request_id)
         if tracked is not None:
             tracked.loading = external > 0
-            self.prefilling[request.request_id] = None  # again, when it comes back from a preemption
+            self.prefilling[request.request_id] = None  # added again after a preemption
 
     def finish(self, request, block_ids: Sequence[int] = ()) -> dict[str, Any] | None:
-        """Forget the request, whose rows lie in `block_ids`; returns its receipt, None for one without annotations."""
+        """Remove the request, whose rows lie in `block_ids`; returns its receipt, None without annotations."""
         tracked, measured = self.forget_request(request.request_id)
         if tracked is None:
             return None
@@ -172,13 +173,13 @@ class SchedulerSide:
             receipt |= {"history": retained}
         if tracked.last and tracked.plan is not None:
             self._survive("retain", self.retention.release, tracked.plan)
-        # A family is one request while its blocks last.
+        # A family counts as one request while its blocks last.
         if not tracked.follows or tracked.reuse or tracked.reason not in ("", reasons.AS_FAMILY):
             self.stats.record(receipt)
         return receipt
 
     def forget_request(self, req_id: str) -> tuple[Tracked | None, dict[str, Any] | None]:
-        """Drop all that is known of a request: what was tracked of it, and the receipt a worker has left."""
+        """Remove a request; returns its tracked state and the receipt left by a worker."""
         self.running.pop(req_id, None)
         self.prefilling.pop(req_id, None)
         self.claims.forget(req_id)
@@ -187,14 +188,14 @@ class SchedulerSide:
     # --- a step's plan ---------------------------------------------------------------------------------------------
 
     def step(self, output, step: StepPlan | None = None) -> StepPlan:
-        """What the workers do in the step that `output` describes; planned into `step`, if one is given."""
+        """The workers' plan for the step described by `output`; fills `step` if given."""
         step = StepPlan() if step is None else step
         step.forget, self.forget = self.forget, False
         self.packing.begin()
         step.history_saves, self.retention.history_saves = self.retention.history_saves, []
         step.released, self.retention.released = self.retention.released, []
         step.idle = not output.num_scheduled_tokens
-        self.workers_wait &= not step.idle  # if this step was not enough, they say so again
+        self.workers_wait &= not step.idle  # workers report again if this step was not enough
         for req_id in [r for r in self.prefilling if r in output.num_scheduled_tokens]:
             try:
                 self._plan(req_id, output, step)
@@ -211,7 +212,7 @@ class SchedulerSide:
         return step
 
     def _survive(self, entry: str, does: Callable[..., Any], *args: Any) -> Any:
-        """What `does` returns; after a fault None, and the index is compared with what the workers hold."""
+        """The result of `does`; after a fault None, and the index is marked for comparison with the workers."""
         try:
             return does(*args)
         except Exception as error:
@@ -220,14 +221,14 @@ class SchedulerSide:
             return None
 
     def settle(self, output, step: StepPlan) -> None:
-        """The plan is made: what was claimed for it and is not in it has failed; the index, where it is in doubt."""
+        """Complete a plan: unplanned claims have failed; an unsettled index is attached."""
         self.claims.settle(step, output)
         if self.retention.unsettled:
             step.index = {key: key in self.index for key in self.index.keys()}  # noqa: SIM118
             self.retention.unsettled = False
 
     def _plan(self, req_id: str, output, step: StepPlan) -> None:
-        """One request's part of a step that computes rows of its prompt."""
+        """Plan one request's part of a step that computes rows of its prompt."""
         tracked, state = self.tracked[req_id], output.kv_connector_block_state
         if state is not None and req_id in state.block_ids:
             tracked.block_ids = list(state.block_ids[req_id][0])
@@ -244,10 +245,10 @@ class SchedulerSide:
                 tracked.retained = True
                 self._survive("retain", self.retention.retain, tracked, step)
 
-    # --- what comes back -------------------------------------------------------------------------------------------
+    # --- reports ---------------------------------------------------------------------------------------------------
 
     def on_worker_report(self, report: WorkerReport) -> None:
-        """Receipts of this step's loads, and chunks to strike off the index."""
+        """Take a step's receipts, and remove missing chunks from the index."""
         for req_id, receipt in report.receipts.items():
             if req_id in self.tracked:
                 self.tracked[req_id].receipt = receipt
@@ -268,9 +269,9 @@ class SchedulerSide:
         return stats
 
     def reset(self) -> None:
-        """Forget every chunk, here and in the workers (the weights have changed).
+        """Drop every chunk, here and in the workers (the weights have changed).
 
-        What the storage tier holds belongs to the weights that were loaded at first: keys of another name from here on.
+        The storage tier's chunks belong to the first weights, so the model gets a new name in keys.
         """
         self.forget, self.off = True, "reset_cache"
         self.retention.clear()
@@ -281,7 +282,7 @@ class SchedulerSide:
         self.off = ""
 
     def close(self) -> None:
-        """The engine stops."""
+        """Close the receipt box and the storage tier."""
         close_box(self.engine_id)
         if self.storage_tier is not None:
             self.storage_tier.close()

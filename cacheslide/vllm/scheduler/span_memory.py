@@ -1,7 +1,7 @@
-"""Finds what a prompt shares with earlier ones, without annotations: content-defined spans, matched in order.
+"""Finds text shared with earlier prompts without annotations: content-defined spans, matched in order.
 
-A prompt is cut where a rolling hash over its last tokens says so, so that an insertion moves the cuts around it but not
-those behind it. The order of the matches is that of the earlier prompt: RPDC (section 3) holds for what is found.
+A prompt is cut where a rolling hash over its last tokens decides, so that an insertion moves the cuts around it but not
+those behind it. Matches keep the order of the earlier prompt, as RPDC (section 3) requires.
 """
 
 import hashlib
@@ -13,8 +13,8 @@ from itertools import islice
 
 import numpy as np
 
-_WINDOW = 8  # tokens that decide whether there is a cut
-_RECENT = 8  # earlier prompts that are looked at for one span
+_WINDOW = 8  # tokens that decide a cut
+_RECENT = 8  # earlier prompts compared for one span
 _NOWHERE: OrderedDict[int, None] = OrderedDict()
 
 
@@ -33,7 +33,7 @@ def content_cuts(token_ids: Sequence[int], least: int, average: int, most: int) 
 
 
 def _cuts(token_ids: Sequence[int], rate: int) -> list[int]:
-    """Rows before which the tokens say: cut here; on average one in `rate`."""
+    """Rows before which to cut, on average one in `rate`."""
     x = np.asarray(token_ids, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
@@ -46,7 +46,7 @@ def _cuts(token_ids: Sequence[int], rate: int) -> list[int]:
 
 @dataclass
 class _Seen:
-    """The spans of an earlier prompt, in order, and which of them were taken for fixed text."""
+    """The spans of an earlier prompt, in order, and which of them were fixed text."""
 
     tenant: str
     spans: list[bytes]
@@ -54,14 +54,14 @@ class _Seen:
 
 
 class SpanMemory:
-    """Remembers the spans of prompts (their hashes only), the latest `known` of them.
+    """Remembers hashes of the spans of prompts, the latest `known` spans.
 
     Parameters
     ----------
     tokens : int
-        Average tokens of a span; spans have between a quarter of it and four times as many.
+        Average tokens of a span; spans have between a quarter and four times as many.
     known : int
-        Spans remembered over all prompts and tenants; the least recently seen prompts leave first.
+        Spans remembered over all prompts and tenants; the least recently seen prompts are dropped first.
     """
 
     def __init__(self, tokens: int, known: int) -> None:
@@ -71,23 +71,23 @@ class SpanMemory:
         self._next = 0
 
     def match(self, tenant: str, token_ids: Sequence[int]) -> list[tuple[int, int]]:
-        """Spans of `token_ids` that an earlier prompt of `tenant` had, in its order; learns the prompt."""
+        """Spans of `token_ids` shared with an earlier prompt of `tenant`, in its order; adds the prompt."""
         cuts = content_cuts(token_ids, *self.sizes)
         names = [_name(token_ids[a:b]) for a, b in cuts]
         best = self._most_alike(tenant, names, cuts)
-        found: list[int] = []
+        fixed: list[int] = []
         if best is not None:
             seen = self._prompts[best]
             pairs = _in_order(names, seen.spans)
-            found = _fixed(pairs, seen.fixed)
+            fixed = _fixed(pairs, seen.fixed)
             self._prompts.move_to_end(best)
-            if len(pairs) == len(seen.spans):  # the prompt has grown: one memory of it is enough
+            if len(pairs) == len(seen.spans):  # the prompt has grown: the new entry replaces the old one
                 self._forget(best)
-        self._learn(tenant, names, frozenset(found))
-        return [cuts[i] for i in found]
+        self._learn(tenant, names, frozenset(fixed))
+        return [cuts[i] for i in fixed]
 
     def _most_alike(self, tenant: str, names: Sequence[bytes], cuts: Sequence[tuple[int, int]]) -> int | None:
-        """The earlier prompt that shares most tokens, the latest one of equals."""
+        """The earlier prompt that shares most tokens, the latest of equals."""
         shared: Counter[int] = Counter()
         for name, (start, end) in zip(names, cuts, strict=True):
             for prompt in islice(reversed(self._where.get((tenant, name), _NOWHERE)), _RECENT):
@@ -115,7 +115,7 @@ class SpanMemory:
                 del self._where[seen.tenant, name]
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all prompts."""
         self._prompts.clear()
         self._where.clear()
         self.held = 0
@@ -128,8 +128,8 @@ def _name(token_ids: Sequence[int]) -> bytes:
 def _fixed(pairs: Sequence[tuple[int, int]], before: frozenset[int]) -> list[int]:
     """The matched spans that count as fixed text.
 
-    Updated text that happens to stay for a turn would come between the fixed spans and change the key of every one
-    behind it. So among them only those count that counted before; behind the last of them everything does.
+    Updated text that stays unchanged for one turn would change the keys of all fixed spans behind it. So up to the last
+    span that was fixed before, only spans fixed before count; behind it all do.
     """
     last = max((old for _, old in pairs if old in before), default=-1)
     return [new for new, old in pairs if old in before or old > last]
@@ -140,15 +140,15 @@ def _in_order(new: Sequence[bytes], old: Sequence[bytes]) -> list[tuple[int, int
     places: dict[bytes, list[int]] = {}
     for j, name in enumerate(old):
         places.setdefault(name, []).append(j)
-    ends: list[int] = []  # the smallest place in `old` at which a subsequence of each length can end
+    ends: list[int] = []  # smallest index in `old` at which a subsequence of each length can end
     links: list[tuple[tuple[int, int], object]] = []
     for i, name in enumerate(new):
         for j in reversed(places.get(name, ())):
             at = bisect_left(ends, j)
             link = ((i, j), links[at - 1] if at else None)
             ends[at : at + 1], links[at : at + 1] = [j], [link]
-    found, link = [], links[-1] if links else None
+    pairs, link = [], links[-1] if links else None
     while link is not None:
-        found.append(link[0])
+        pairs.append(link[0])
         link = link[1]
-    return found[::-1]
+    return pairs[::-1]

@@ -1,8 +1,8 @@
-"""The scheduler's view of the storage tier under its workers' memory: looked up, read while a request waits, leased.
+"""The scheduler's view of the storage tiers under its workers' memory: look-ups, reads and leases.
 
-A request whose chunks lie in files or on a server is put off, step by step, while the workers' threads read them; other
-requests go on. Chunks enter the index only when every rank has its share, so that all ranks do the same work. What
-cannot be read is computed, and the receipt says why.
+A request with chunks in files or on a server is put off step by step while the workers' threads read them; other
+requests proceed. A chunk enters the index only when every rank has loaded it, so that all ranks do the same work.
+Chunks that cannot be read are computed, and the receipt gives the reason.
 """
 
 import itertools
@@ -25,13 +25,13 @@ from cacheslide.vllm.scheduler.request_state import Tracked
 
 logger = logging.getLogger("vllm.cacheslide")
 
-_PATIENCE_S = 0.002  # a claim waits so long for a look-up that a thread has under way
-_EVICTED = 100_000  # keys remembered that left memory: the workers' storage tiers may have them though no file does yet
+_PATIENCE_S = 0.002  # maximum wait of a claim for a pending look-up
+_EVICTED = 100_000  # evicted keys remembered: the workers' storage tiers may hold them before any file does
 
 
 @dataclass
 class _Coming:
-    """A chunk that the workers read: what was loaded, a rank each, and the requests that wait for it."""
+    """A chunk being read by the workers: results per rank, and the requests that wait for it."""
 
     ticket: int
     waiters: list[Tracked]
@@ -46,9 +46,9 @@ class StorageTierView:
     ----------
     config : StoreConfig
     namespace : str
-        The server's.
+        The server's namespace.
     ranks : int
-        Workers, each with the KV heads of its own.
+        Number of workers; each has its own KV heads.
     index : ChunkIndex
     geometry : Geometry
     """
@@ -56,7 +56,7 @@ class StorageTierView:
     def __init__(self, config: StoreConfig, namespace: str, ranks: int, index: ChunkIndex, geometry: Geometry) -> None:
         self.index, self.geometry, self.ranks, self.limit_s = index, geometry, ranks, config.stall_limit_s
         self.persistent = open_persistent(config)
-        self.namespace = namespace_id(namespace, 0, ranks)  # what one rank has, all have, as a rule
+        self.namespace = namespace_id(namespace, 0, ranks)  # normally all ranks hold the same chunks
         self.coming: dict[ChunkKey, _Coming] = {}
         self.fetches: list[FetchPlan] = []
         self.drops: list[ChunkKey] = []
@@ -67,7 +67,7 @@ class StorageTierView:
     # --- a request's way -------------------------------------------------------------------------------------------
 
     def look(self, tracked: Tracked, keys: Iterable[ChunkKey]) -> None:
-        """Start to look up those of `keys` that memory does not have."""
+        """Start to look up those of `keys` that are not in memory."""
         unknown = [k for k in keys if k not in self.index and k not in tracked.storage.places]
         if unknown:
             tracked.storage.lookup, tracked.storage.since = self._pool.submit(self._where, unknown), time.monotonic()
@@ -77,7 +77,7 @@ class StorageTierView:
         return {k: place or ("memory" if k in self._evicted else "") for k, place in places.items()}
 
     def waits(self, tracked: Tracked, wanted: Sequence[tuple[ChunkKey, Chunk]]) -> bool:
-        """Whether a request had better wait: its chunks are being looked up, or read. Starts what is needed."""
+        """Whether a request should wait for look-ups or reads of its chunks; starts them as needed."""
         if tracked.storage.lookup is None:
             self.look(tracked, [key for key, _ in wanted])
         if tracked.storage.lookup is not None:
@@ -86,7 +86,7 @@ class StorageTierView:
             except TimeoutError:
                 if time.monotonic() - tracked.storage.since < self.limit_s:
                     return True
-                tracked.storage.places |= dict.fromkeys((key for key, _ in wanted), "")  # a tier that hangs has nothing
+                tracked.storage.places |= dict.fromkeys((key for key, _ in wanted), "")  # a hanging tier is empty
             tracked.storage.lookup = None
         for key, chunk in wanted:
             if key in self.index or key in tracked.storage.tried:
@@ -115,7 +115,7 @@ class StorageTierView:
         self.evicted(evict)
         self.coming[key] = _Coming(next(self._tickets), [tracked], time.monotonic())
         self.fetches.append(FetchPlan(key, tuple(evict), self.coming[key].ticket, len(chunk)))
-        self._lease(tracked, [key])  # before the next one makes room for itself
+        self._lease(tracked, [key])  # before room is made for the next one
         return True
 
     def _lease(self, tracked: Tracked, keys: Iterable[ChunkKey]) -> None:
@@ -124,13 +124,13 @@ class StorageTierView:
         self.index.lease(new)
 
     def release(self, tracked: Tracked) -> None:
-        """The request loads its chunks in this step, or needs them no more."""
+        """Release a request's leases: its chunks are loaded in this step, or not needed."""
         self.index.release(tracked.storage.leased)
         tracked.storage.leased = set()
-        tracked.storage.tried.clear()  # after a preemption it asks anew
+        tracked.storage.tried.clear()  # after a preemption it tries again
 
     def evicted(self, keys: Iterable[ChunkKey]) -> None:
-        """These have left the workers' memory."""
+        """Record keys evicted from the workers' memory."""
         for key in keys:
             self._evicted[key] = None
         while len(self._evicted) > _EVICTED:
@@ -139,18 +139,18 @@ class StorageTierView:
     # --- steps -----------------------------------------------------------------------------------------------------
 
     def take(self) -> tuple[list[FetchPlan], list[ChunkKey]]:
-        """Reads to start and chunks to drop in this step, whose other plans are made."""
-        late = time.monotonic() - 2 * self.limit_s  # nobody asks for it any more, and its report was lost
+        """Reads to start and chunks to drop in this step, after its other plans are made."""
+        late = time.monotonic() - 2 * self.limit_s  # abandoned, and its report was lost
         for key in [k for k, coming in self.coming.items() if coming.since < late]:
             self._fail(key, "read error: no answer", everywhere=True)
-        # What a read evicted may have been stored anew by this very step, and it is dropped at the step's end.
+        # A chunk evicted by a read may have been stored anew in this step, and is dropped at the step's end.
         fetches = [replace(f, evict=tuple(k for k in f.evict if not self.index.has_room(k))) for f in self.fetches]
         drops = [k for k in self.drops if not self.index.has_room(k)]
         self.fetches, self.drops = [], []
         return fetches, drops
 
     def on_worker_report(self, report: WorkerReport) -> None:
-        """How reads have ended."""
+        """Take the results of reads."""
         for key, parts in report.loaded.items():
             coming = self.coming.get(key)
             if coming is None:
@@ -170,7 +170,7 @@ class StorageTierView:
             self._fail(key, why, everywhere=self.ranks > 1)
 
     def _fail(self, key: ChunkKey, why: str, everywhere: bool) -> None:
-        """A chunk cannot be had; `everywhere`: ranks that have it, or read it still, let go of it."""
+        """A chunk is not available; with `everywhere` ranks that hold or still read it drop it."""
         coming = self.coming.pop(key)
         self._evicted.pop(key, None)
         if self.index.failed(key) and everywhere:
@@ -178,12 +178,12 @@ class StorageTierView:
         for waiter in coming.waiters:
             waiter.storage.places[key] = ""
             if why != "absent":
-                # Receipts go to clients: no path of a file, no address of a server.
+                # Receipts are sent to clients: no file paths or server addresses.
                 waiter.storage.failures[key] = why if why.startswith("damaged") else why.split(":")[0]
                 logger.warning("CacheSlide computes chunk %s again: %s", key, why)
 
     def forget(self) -> None:
-        """The weights have changed: nothing that is read now is wanted."""
+        """The weights have changed: discard all current reads."""
         for coming in self.coming.values():
             for waiter in coming.waiters:
                 waiter.storage.places.clear()
@@ -192,5 +192,5 @@ class StorageTierView:
         self._evicted.clear()
 
     def close(self) -> None:
-        """The engine stops."""
+        """Stop the look-up threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)

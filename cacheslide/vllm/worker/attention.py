@@ -1,4 +1,4 @@
-"""Attention of scattered rows over paged KV: our kernel where the layout is open, gathered rows where it is not."""
+"""Attention of scattered rows over paged KV: the row kernel for the open layout, gathered rows for other layouts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -12,12 +12,12 @@ from cacheslide.models.adapter import RowGroup
 from cacheslide.models.attention import row_attention
 
 PagedAttention = Callable[[int, Tensor, Sequence[RowGroup], float], Tensor]
-# layer, its queries, its cache, memory for the result -> what they attend to
+# (layer, queries, cache, output tensor) -> attention output
 Launch = Callable[[int, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def gathered(layer: int, q: Tensor, groups: Sequence[RowGroup], scale: float) -> Tensor:
-    """Read each request's keys out of the cache and attend in plain PyTorch; right for every layout."""
+    """Read each request's keys from the cache and attend in plain PyTorch; correct for every layout."""
     out = []
     for part, group in zip(q.split([len(g.rows) for g in groups]), groups, strict=True):
         if len(group.rows):
@@ -27,26 +27,26 @@ def gathered(layer: int, q: Tensor, groups: Sequence[RowGroup], scale: float) ->
 
 
 class Room(Protocol):
-    """Memory of fixed addresses for what an attention takes beside rows; padding in it changes no row."""
+    """Tensors at fixed addresses for an attention's inputs beside rows; padding in them must not change any row."""
 
     def at(self, rows: int, requests: int) -> "Room":
-        """Its first part, for `rows` rows of `requests` requests, in the same memory."""
+        """The first part of this memory, for `rows` rows of `requests` requests."""
         ...
 
     def clear(self) -> None:
-        """Padding only."""
+        """Fill with padding."""
         ...
 
     def fill(self, groups: Sequence[RowGroup]) -> None:
-        """Take in what a run's requests bring; everything behind them becomes padding."""
+        """Copy a run's inputs in; the rest becomes padding."""
         ...
 
 
 class RowKernel:
-    """All requests in one launch over the paged cache, where keys and values of a slot lie beside each other.
+    """All requests in one launch over a paged cache in the open layout (key and value of a slot are adjacent).
 
-    An attention that takes more than rows is a class of its own on top of this one (`cope_rows.py`): `extras` are a
-    run's, `launch` attends with them, and `room` holds them for recorded layers.
+    An attention with further inputs is a subclass (`cope_rows.py`): `extras` are a run's inputs, `launch` attends with
+    them, and `room` holds them for captured layers.
     """
 
     def __init__(self) -> None:
@@ -58,36 +58,36 @@ class RowKernel:
         return launch(layer, q, groups[0].kv.layers[layer].cache, None)
 
     def _shared(self, groups: tuple[RowGroup, ...], device: torch.device, scale: float) -> Launch:
-        """The launch that all layers between two selections have in common, so that it is made once."""
-        same = len(groups) == len(self._groups) and all(a is b for a, b in zip(groups, self._groups, strict=True))
-        if not same:
+        """The launch common to all layers between two selections, made once."""
+        unchanged = len(groups) == len(self._groups) and all(a is b for a, b in zip(groups, self._groups, strict=True))
+        if not unchanged:
             rows = packed_rows(groups, device)
             self._groups, self._made = groups, self.launch(*rows, scale, self.extras(groups))
         return self._made
 
     def extras(self, groups: Sequence[RowGroup]) -> Any:
-        """What attention of these requests takes beside their rows; None for nothing."""
+        """Inputs of these requests' attention beside their rows; None without any."""
         return None
 
     def launch(self, rows: Tensor, cu_rows: Tensor, table: Tensor, scale: float, extras: Any = None) -> Launch:
-        """What attends in any layer, for rows as `kernels.row_attention` takes them and their `extras` or `Room`."""
+        """A callable for attention of any layer; rows as in `kernels.row_attention`, and their `extras` or `Room`."""
         attend = kernels.RowAttention(rows, cu_rows, table, scale)
         return lambda layer, q, cache, out: attend(q, cache, out)
 
     def variant(self, groups: Sequence[RowGroup]) -> str:
-        """The kind of launch that these requests lead to; layers recorded for one kind serve no other."""
+        """The kind of launch for these requests; layers captured for one kind serve no other."""
         return ""
 
     def unfit(self, groups: Sequence[RowGroup]) -> str | None:
-        """Why these requests' extras have no room in recorded layers."""
+        """Why these requests' extras do not fit captured layers; None if they do."""
         return None
 
     def room(self, rows: int, requests: int, device: torch.device) -> Room | None:
-        """Room for the extras of up to so many rows and requests; None where there never are any."""
+        """Room for the extras of up to that many rows and requests; None if there are never any."""
         return None
 
     def forget(self) -> None:
-        """Let go of the last call's requests."""
+        """Release the last call's requests."""
         self._groups = ()
 
 
@@ -98,10 +98,10 @@ def packed_rows(groups: Sequence[RowGroup], device: torch.device) -> tuple[Tenso
 
 
 def offsets(groups: Sequence[RowGroup]) -> Tensor:
-    """Where each request's rows begin, and the last one's end: int32 [requests + 1], on the host."""
+    """First row of each request in the packed tensor, and the end: int32 [requests + 1], on the host."""
     return torch.tensor([0, *(len(g.rows) for g in groups)]).cumsum(0, dtype=torch.int32)
 
 
 def table_of(groups: Sequence[RowGroup]) -> Tensor:
-    """The requests' blocks, int32 [requests, blocks]; shorter ones end in zeros."""
+    """The requests' block tables, int32 [requests, blocks]; shorter ones are padded with zeros."""
     return torch.nn.utils.rnn.pad_sequence([g.kv.table for g in groups], batch_first=True)

@@ -1,4 +1,4 @@
-"""Which attention the executor runs: by the cache's layout and by what vLLM's layers carry."""
+"""Choice of the executor's attention by the cache's layout and by attributes of vLLM's layers."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from cacheslide.vllm.worker.kv_layout import PagedLayer
 
 
 def choose(paged: Sequence[PagedLayer]) -> PagedAttention:
-    """The attention that fits the layers' caches."""
+    """The attention for these layers' caches."""
     if paged[0].packed:
         return gathered
     if not hasattr(paged[0].attention, "cope_positions"):

@@ -1,4 +1,4 @@
-"""A worker's chunks: an in-memory store that retains and drops what the scheduler's index says."""
+"""A worker's chunks: an in-memory store that follows the scheduler's index."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -15,10 +15,10 @@ from cacheslide.vllm.worker.storage import StorageTier
 
 
 class WorkerStore(MemoryChunkStore):
-    """Chunks on `device`; the index bounds it, not itself.
+    """Chunks on `device`; bounded by the scheduler's index, not by itself.
 
-    With `copies` the device is the host beside a GPU. A chunk is then here as soon as its copy has been issued, and
-    whoever reads it waits for the copy: the host in `get`, streams in `lend`. New chunks are written through to the
+    With `copies` the device is the host beside a GPU. A chunk is then stored as soon as its copy has been issued;
+    readers wait for the copy: the host in `get`, streams in `lend`. New chunks are written through to the
     `storage_tier`, if there is one.
     """
 
@@ -28,15 +28,15 @@ class WorkerStore(MemoryChunkStore):
         super().__init__()
         self.device, self.copies, self.storage_tier = device, copies, storage_tier
         self._arriving: dict[ChunkKey, torch.cuda.Event] = {}
-        self.awaiting: set[ChunkKey] = set()  # chunks that are written through when they have got their scores
+        self.awaiting: set[ChunkKey] = set()  # chunks to be written through once they have scores
 
     def put(self, key: ChunkKey, chunk: ChunkKV) -> None:
-        """See `ChunkStore.put`. The chunk's tensors must not be written to afterwards."""
+        """See `ChunkStore.put`. The chunk's tensors must not be modified afterwards."""
         if self.contains(key):
             super().put(key, chunk)
             return
         if self.storage_tier is not None:
-            self.storage_tier.release([key])  # this is a newer version
+            self.storage_tier.release([key])  # replaced by this version
         tensors = [chunk.k, chunk.v, *chunk.layer_inputs.values()]
         if self.copies is None:
             k, v, *inputs = (t.to(self.device) for t in tensors)
@@ -52,33 +52,33 @@ class WorkerStore(MemoryChunkStore):
             self.storage_tier.write(key, self._chunks[key], self._arriving.get(key))
 
     def await_no_more(self, keys: Iterable[ChunkKey]) -> None:
-        """Write chunks through that have waited for scores, with those that they have got."""
+        """Write through chunks that waited for scores, with the scores they have."""
         for key in self.awaiting.intersection(keys):
             self.awaiting.discard(key)
             if key in self._chunks:
                 self._write(key)
 
     def put_loaded(self, key: ChunkKey, chunk: ChunkKV) -> None:
-        """`put` of a chunk read from the storage tier, in the kind of host memory that `StorageTier` was asked for."""
+        """`put` of a chunk read from the storage tier, in the host memory that `StorageTier` was configured with."""
         if not self.contains(key):
             both = side_by_side(chunk.k, chunk.v)
             pair = (chunk.k, chunk.v) if both is None else (both,)
-            # From pinned memory to a GPU this does not wait for what is queued there.
-            held = [t.to(self.device, non_blocking=True) for t in (*pair, *chunk.layer_inputs.values())]
-            k, v = held[:2] if both is None else held[0].unbind(2)
-            self._hold(key, chunk, k, v, held[len(pair) :])
+            # From pinned memory to a GPU this does not wait for queued work.
+            tensors = [t.to(self.device, non_blocking=True) for t in (*pair, *chunk.layer_inputs.values())]
+            k, v = tensors[:2] if both is None else tensors[0].unbind(2)
+            self._hold(key, chunk, k, v, tensors[len(pair) :])
 
     def _hold(self, key: ChunkKey, chunk: ChunkKV, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> None:
-        positions = chunk.positions.cpu()  # read by the host alone
+        positions = chunk.positions.cpu()  # read only by the host
         layer_inputs = dict(zip(chunk.layer_inputs, inputs, strict=True))
         super().put(key, replace(chunk, k=k, v=v, positions=positions, layer_inputs=layer_inputs))
 
     def get(self, key: ChunkKey) -> ChunkKV | None:
-        """See `ChunkStore.get`; the host may read it."""
+        """See `ChunkStore.get`; readable by the host."""
         return self.lend(key, ())
 
     def lend(self, key: ChunkKey, streams: "Sequence[torch.cuda.Stream]") -> ChunkKV | None:
-        """The chunk for work that `streams` are given from now on; without any, for the host."""
+        """The chunk, for work issued to `streams` from now on; without streams, for the host."""
         if (done := self._arriving.get(key)) is not None:
             if done.query():
                 del self._arriving[key]
@@ -90,25 +90,25 @@ class WorkerStore(MemoryChunkStore):
         return super().get(key)
 
     def first_position(self, key: ChunkKey) -> int:
-        """Where a chunk that is here was encoded from; nothing waits for its KV."""
+        """First position of a stored chunk; does not wait for its KV."""
         return int(self._chunks[key].positions[0])
 
     def settle(self) -> None:
-        """Give back what copies that are done needed on the device."""
+        """Free device memory of finished copies."""
         if self.copies is not None:
             self.copies.settle()
 
     def drop(self, keys) -> None:
-        """Forget `keys`; those that are not here are none of its business."""
+        """Drop `keys`; missing ones are ignored."""
         for key in keys:
             self.await_no_more([key])
-            self._arriving.pop(key, None)  # pinned memory is given away only once the copies into it are done
+            self._arriving.pop(key, None)  # pinned memory is freed only after the copies into it
             if (chunk := self._chunks.pop(key, None)) is not None:
                 self._bytes -= chunk.nbytes
                 self.stats.evictions += 1
 
     def evict(self, keys: Iterable[ChunkKey]) -> None:
-        """Forget `keys`, which make room for others; corrected chunks that are nowhere else go to the storage tier."""
+        """Drop `keys` to make room; corrected chunks stored nowhere else go to the storage tier."""
         for key in keys:
             chunk = self._chunks.get(key)
             if chunk is not None and self.storage_tier is not None:
@@ -116,26 +116,26 @@ class WorkerStore(MemoryChunkStore):
             self.drop([key])
 
     def release(self, keys: Iterable[ChunkKey]) -> None:
-        """Forget the corrected chunks among `keys`, wherever they are, unwritten; exact ones stay."""
+        """Drop the corrected chunks among `keys` in all tiers, unwritten; exact ones stay."""
         keys = list(keys)
         self.drop([key for key in keys if key in self._chunks and self._chunks[key].generation])
         if self.storage_tier is not None:
             self.storage_tier.release(keys)
 
     def hand_over(self, to: "WorkerStore") -> None:
-        """Give every chunk to another store and forget it."""
+        """Move every chunk to another store."""
         to.awaiting, self.awaiting = self.awaiting, set()
         for key in list(self._chunks):
             to.put(key, self.get(key))
             self.drop([key])
 
     def clear(self) -> None:
-        """Forget everything; what waits for scores is not written."""
+        """Drop everything; chunks that wait for scores are not written."""
         self.awaiting.clear()
         self.drop(list(self._chunks))
 
     def close(self) -> None:
-        """Forget everything, once no copy is on its way any more."""
+        """Drop everything, after all copies have finished."""
         if self.copies is not None:
             self.copies.finish()
         self.clear()

@@ -1,4 +1,4 @@
-"""CoPE attention of scattered rows over paged KV, with position tables and slot offsets that lie in vLLM's layers."""
+"""CoPE attention of scattered rows over paged KV; position tables and slot offsets come from vLLM's layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from cacheslide.positions.ccpe import NOWHERE, SlotOffsets, canonical_rows, pack
 from cacheslide.vllm.cope.slots import LayerOffsets
 from cacheslide.vllm.worker.attention import Launch, RowKernel
 
-MOST_SLOTS = 32  # of a request that recorded layers have room for
+MOST_SLOTS = 32  # maximum slots of a request in captured layers
 
 
 class LayerSlots(Protocol):
@@ -26,7 +26,7 @@ class LayerSlots(Protocol):
 
 @dataclass(frozen=True)
 class RunSlots:
-    """The `LayerSlots` of one run."""
+    """`LayerSlots` of one run."""
 
     slots: SlotOffsets
     layers: Sequence[Tensor]
@@ -34,7 +34,7 @@ class RunSlots:
 
 @dataclass(frozen=True)
 class SlotRoom:
-    """The same in fixed memory: a `Room`. Every request has `most` slots; those it lacks lie behind all rows.
+    """`LayerSlots` at fixed addresses: a `Room`. Every request has `most` slots; unused ones lie behind all rows.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class SlotRoom:
     cu_slots : Tensor [requests + 1], int32
     canonical : Tensor [rows], bool
     layers : list of Tensor [requests * most, heads], float32
-        Offsets of slot i of each request are those of calibrated slot i: a run changes nothing in them.
+        Offsets of slot i of each request are those of calibrated slot i, in every run.
     """
 
     bounds: Tensor
@@ -54,7 +54,7 @@ class SlotRoom:
 
     @classmethod
     def make(cls, offsets: LayerOffsets, rows: int, requests: int, device: torch.device) -> "SlotRoom":
-        """For up to `rows` rows of `requests` requests."""
+        """Tensors for up to `rows` rows of `requests` requests."""
         most = min(offsets.known, MOST_SLOTS)
         return cls(
             torch.full((requests * most, 2), NOWHERE, dtype=torch.int32, device=device),
@@ -125,7 +125,7 @@ class CopeRows(RowKernel):
         return lambda layer, q, cache, out: attend(q, cache, tables[layer], out, layers[layer])
 
     def variant(self, groups: Sequence[RowGroup]) -> str:
-        """See `RowKernel.variant`: the kernel without slots is the faster one."""
+        """See `RowKernel.variant`; the kernel without slots is faster."""
         return "slots" if self._most(groups) else ""
 
     def unfit(self, groups: Sequence[RowGroup]) -> str | None:

@@ -1,8 +1,8 @@
-"""Loads begin before vLLM prepares a step's inputs, so that the device works while the host prepares.
+"""Begins loads before vLLM prepares a step's inputs, so that the device works while the host prepares.
 
-vLLM calls a connector only when the inputs of a step's forward are ready: milliseconds of host time, in which the
-device idles. A load needs nothing of them. So the plugin begins it where the worker takes up the step; everything that
-the forward needs is launched behind it on the same stream, and waits there instead of on the host.
+vLLM calls a connector only when the inputs of a step's forward are ready: milliseconds of host time in which the device
+idles. A load does not need these inputs, so the plugin begins it when the worker receives the step; the forward's work
+is launched behind it on the same stream and waits there.
 """
 
 from functools import wraps
@@ -12,7 +12,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_
 
 
 def install() -> None:
-    """Have vLLM's workers begin our loads first (once a process); steps without loads go their old way."""
+    """Make vLLM's workers begin loads first (once a process); steps without loads are unchanged."""
     from vllm.v1.worker.gpu_worker import Worker
 
     plain = Worker.execute_model
@@ -29,7 +29,7 @@ def install() -> None:
 
 
 def begin_loads(step: Any) -> None:
-    """Begin the loads of a step's plan, if it is ours and has any."""
+    """Begin the loads of a step's plan, if it is this connector's and has any."""
     if not has_kv_transfer_group() or not getattr(step, "loads", None):
         return
     connector = get_kv_transfer_group()

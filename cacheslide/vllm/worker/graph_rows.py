@@ -1,8 +1,8 @@
-"""Device tensors of fixed addresses that hold a run's rows, padded to one of a few sizes: what recorded layers use.
+"""Device tensors at fixed addresses that hold a run's rows, padded to one of a few sizes: inputs of captured layers.
 
-Padding must not show: its rows write to slot -1, which the cache's kernel skips, and belong to no request, so that
-attention reads nothing for them. What is computed for them stays finite, since a quantised projection may scale all
-rows by their largest number.
+Padding must not have effects: padded rows write to slot -1, which the cache's kernel skips, and belong to no request,
+so attention reads nothing for them. Their values stay finite, since a quantised projection may scale all rows by their
+largest number.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from cacheslide.core.tensors import send
 from cacheslide.models.adapter import RowGroup
 from cacheslide.vllm.worker.attention import Room, offsets, table_of
 
-MOST_ROWS = 4096  # with more the device takes longer than the host needs to launch its work
+MOST_ROWS = 4096  # above this the device takes longer than the host needs to launch its work
 REQUESTS = (1, 8, 64)
-NOBODY = -(2**30)  # the row of a query that attends to nothing
+NOBODY = -(2**30)  # row index of a query that attends to nothing
 _LEAST_ROWS, _LEAST_BLOCKS = 64, 16
 
 
 @dataclass(frozen=True)
 class Size:
-    """Room for `rows` rows of `requests` requests whose block tables have `blocks` entries; see `RowKernel.variant`."""
+    """Capacity for `rows` rows of `requests` requests with `blocks` table entries; see `RowKernel.variant`."""
 
     rows: int
     requests: int
@@ -32,11 +32,11 @@ class Size:
 
 
 def size_for(rows: int, requests: int, blocks: int, most_blocks: int, variant: str = "") -> Size | None:
-    """The smallest size that holds a run; None where none does.
+    """The smallest size that holds a run; None if none does.
 
-    Rows are rounded up by at most a quarter, since what is padded is computed, and above 512 to whole tiles of matrix
-    products (docs/performance.md). A table's width bounds the keys of a request, and with them the division of
-    attention's work: it is rounded up by at most a half.
+    Rows are rounded up by at most a quarter, since padding is computed, and above 512 to whole tiles of matrix products
+    (docs/performance.md). The table's width bounds a request's keys and so the tiling of attention: it is rounded up by
+    at most a half.
     """
     if not 0 < rows <= MOST_ROWS or requests > REQUESTS[-1] or blocks > most_blocks:
         return None
@@ -45,7 +45,7 @@ def size_for(rows: int, requests: int, blocks: int, most_blocks: int, variant: s
 
 
 def _rounded_rows(rows: int) -> int:
-    """Above 512 rows a multiple of 128, above 2048 of 256."""
+    """Rounded up to a multiple of 128 above 512 rows, of 256 above 2048."""
     if rows <= 512:
         return _rounded(rows, _LEAST_ROWS, 4)
     step = 128 if rows <= 2048 else 256
@@ -63,25 +63,25 @@ def _rounded(count: int, least: int, parts: int) -> int:
 
 @dataclass
 class StaticRows:
-    """The tensors; `make` allocates them for the largest size, `at` gives those of one size, in the same memory.
+    """The tensors; `make` allocates them for the largest size, `at` returns those of one size in the same memory.
 
     Attributes
     ----------
     hidden : Tensor [rows, hidden_size]
-        A layer's input, and behind the layer its output.
+        Input of a layer, overwritten by its output.
     positions, slots : Tensor [rows], int64
-        Position indices, and slots in the paged cache; -1 is padding's.
+        Position indices, and slots in the paged cache; -1 for padding.
     attended : Tensor [rows, heads, head_dim]
-        What attention leaves; padding's is 0, or what a real row has left there.
+        Output of attention; for padding 0, or a real row's earlier value.
     rows : Tensor [rows], int32
-        `NOBODY` is padding's.
+        Row indices; `NOBODY` for padding.
     cu_rows : Tensor [requests + 1], int32
     table : Tensor [requests, blocks], int32
-        As `kernels.row_attention` takes them.
+        As in `kernels.row_attention`.
     extras : Room or None
-        What this model's attention takes beside them; None in sizes of a variant that takes nothing.
+        Further inputs of this model's attention; None for variants without any.
     size : Size or None
-        Which one these are of.
+        Size of these tensors.
     """
 
     hidden: Tensor
@@ -96,7 +96,7 @@ class StaticRows:
 
     @classmethod
     def make(cls, model, blocks: int) -> "StaticRows":
-        """For every size with tables of up to `blocks` entries, of the rows of a `VllmModel`."""
+        """Tensors of a `VllmModel` for every size with tables of up to `blocks` entries."""
         most, requests, to = MOST_ROWS, REQUESTS[-1], {"device": model.device}
         return cls(
             torch.zeros(most, model.hidden_size, dtype=model.dtype, **to),
@@ -118,7 +118,7 @@ class StaticRows:
         return replace(self, **of_rows, cu_rows=cu_rows, table=table, extras=extras, size=size)
 
     def clear(self) -> None:
-        """Padding only: a layer run over it changes nothing but `hidden`."""
+        """Fill with padding: a layer run over it changes nothing but `hidden`."""
         for x in (self.hidden, self.attended, self.positions, self.cu_rows, self.table):
             x.zero_()
         self.slots.fill_(-1)
@@ -127,9 +127,9 @@ class StaticRows:
             self.extras.clear()
 
     def fill(self, hidden: Tensor, positions: Tensor, groups: Sequence[RowGroup]) -> None:
-        """Take in packed rows, hidden [n, hidden_size] and positions [n], of requests in the paged cache.
+        """Copy in packed rows, hidden [n, hidden_size] and positions [n], of requests in the paged cache.
 
-        All of it lies on the device but the requests' offsets, the one thing that is copied there.
+        Only the requests' offsets are copied from the host.
         """
         n, table = len(hidden), table_of(groups)
         rows, slots = torch.cat([g.rows for g in groups]), torch.cat([g.kv.slots[g.rows] for g in groups])

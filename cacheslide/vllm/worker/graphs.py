@@ -1,16 +1,15 @@
-"""Static layers replayed from CUDA graphs: a layer costs the host one launch instead of some fifteen.
+"""Static layers replayed from CUDA graphs: one launch from the host per layer instead of about fifteen.
 
-A layer's qkv, write, attention and finish are recorded once for a size (`graph_rows.py`), layer by layer. One graph of
-all layers would save thirty launches of ten microseconds more, but then cached rows could not arrive while it runs:
-between two layers the loop goes on as ever, so that rows are placed, and those in host memory waited for on the device,
-where they always were. It also lets a rule with a selection layer replay the layers behind it.
+A layer's qkv, write, attention and finish are captured once per size (`graph_rows.py`), layer by layer. One graph of
+all layers would save another thirty launches of ten microseconds, but cached rows could not arrive while it runs:
+between two layers the loop places rows, and waits on the device for those in host memory, as without graphs. It also
+lets a rule with a selection layer replay the layers behind it.
 
-Recording takes as long as a run or two, and many a size never comes again: a size that was met is recorded when the
-engine is idle, or when it is met for the second time. What cannot be replayed runs as `StaticPrefill` does, and is
-counted by reason; so does a run whose recording or replay fails, from its first static layer on: launched layers write
-again whatever replays have written.
+Capturing takes as long as a run or two, and many sizes never recur: a size is captured when the engine is idle, or at
+its second use. Runs that cannot be replayed run as in `StaticPrefill` and are counted by reason; so does a run whose
+capture or replay fails, from its first static layer on, since launched layers rewrite all that replays have written.
 
-An attention takes part by what `attention.RowKernel` asks of it; nothing here knows which one it is.
+The attention takes part through the methods of `attention.RowKernel`; this module does not depend on its class.
 """
 
 import gc
@@ -35,37 +34,37 @@ from cacheslide.vllm.worker.kv_layout import addresses, in_one_cache
 
 logger = logging.getLogger("vllm.cacheslide")
 ENTRY = "graphs"
-RECORD_AT = 2  # times that a size is met before it is recorded
+RECORD_AT = 2  # uses of a size until it is captured
 MOST_SIZES = 64
 Step = Callable[[], None]
 
 
 class Recorder(Protocol):
-    """Makes work repeatable."""
+    """Captures work for replay."""
 
     def record(self, step: Step) -> Step:
-        """What does on the device what `step` would do, over the same memory. It may leave `step` undone now."""
+        """A callable that repeats on the device what `step` does, over the same memory; `step` may not run now."""
         ...
 
     def settle(self) -> None:
-        """Wait until nothing recorded is running."""
+        """Wait until no captured work is running."""
         ...
 
     def free(self) -> int:
-        """Bytes of the device that nobody has taken."""
+        """Free bytes of device memory."""
         ...
 
 
 class CudaRecorder:
-    """CUDA graphs over one pool of memory, which all of them use one after the other.
+    """CUDA graphs over one memory pool, which they use one after the other.
 
-    The pool is not vLLM's: its graphs' outputs may still be read while ours run. What it takes comes on top of
-    vLLM's budget (docs/vllm.md, "Known limits").
+    The pool is not vLLM's, whose graphs' outputs may still be read while these run. Its memory comes on top of vLLM's
+    budget (docs/vllm.md, "Known limits").
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-        with torch.cuda.stream(self.stream):  # the matrix library's workspace of this stream lies outside of the pool
+        with torch.cuda.stream(self.stream):  # allocates the matrix library's workspace of this stream outside the pool
             square = torch.zeros(16, 16, dtype=dtype, device=device)
             torch.mm(square, square)
 
@@ -74,15 +73,16 @@ class CudaRecorder:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         collects = gc.isenabled()
-        gc.disable()  # what a collection frees may call what a capture forbids
+        gc.disable()  # garbage collection may call what a capture forbids
         try:
             with torch.cuda.stream(self.stream):
-                # Other threads copy chunks and pin memory meanwhile, which only a capture of this thread allows.
+                # Other threads copy chunks and pin memory meanwhile, which is allowed only if the capture is of this
+                # thread.
                 graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                 try:
                     step()
                 except BaseException:
-                    with suppress(RuntimeError):  # a capture that failed fails to end as well
+                    with suppress(RuntimeError):  # a failed capture also fails to end
                         graph.capture_end()
                     raise
                 graph.capture_end()
@@ -102,25 +102,25 @@ class CudaRecorder:
 
 
 class LayerGraphs:
-    """The layers of a model over rows of one size, recorded.
+    """The captured layers of a model over rows of one size.
 
     Parameters
     ----------
     model : VllmModel
     rows : StaticRows
-        Of this size. Whatever is in there is lost.
+        Tensors of this size. Their contents are overwritten.
     """
 
     def __init__(self, model, rows: StaticRows, recorder: Recorder) -> None:
         self.model, self.rows = model, rows
         self.attend = model.attend_paged.launch(rows.rows, rows.cu_rows, rows.table, model.scale, rows.extras)
         rows.clear()
-        for layer in range(model.num_layers):  # compiles kernels and makes what a layer makes at its first run
+        for layer in range(model.num_layers):  # compiles kernels and makes what a layer allocates at its first run
             self._step(layer)
         self._replays = [recorder.record(partial(self._step, layer)) for layer in range(model.num_layers)]
 
     def replay(self, layer: int) -> None:
-        """Do on the device what the layer does, over `rows`."""
+        """Run a layer on the device over `rows`."""
         self._replays[layer]()
 
     def _step(self, layer: int) -> None:
@@ -134,28 +134,28 @@ class LayerGraphs:
 
 
 class GraphedPrefill(StaticPrefill):
-    """`StaticPrefill` that replays layers where it can.
+    """`StaticPrefill` that replays layers where possible.
 
     Parameters
     ----------
     model : VllmModel
-        Over caches of open layout.
+        With caches in the open layout.
     max_tokens : int
-        Of a prompt and its answer.
+        Maximum tokens of a prompt and its answer.
     make_recorder : callable, optional
-        Gives the `Recorder`; CUDA graphs by default.
+        Returns the `Recorder`; CUDA graphs by default.
     faults : Faults, optional
-        Where failed recordings and replays are counted.
+        Counts failed captures and replays.
 
     Attributes
     ----------
     enabled : bool
     replayed : int
-        Runs that were replayed.
+        Number of replayed runs.
     eager : Counter of str
-        Runs that were not, by reason.
+        Number of runs not replayed, by reason.
     nbytes : int
-        Bytes of the device that recording has taken so far, buffers and compiled kernels included.
+        Device bytes taken by captures so far, including buffers and compiled kernels.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class GraphedPrefill(StaticPrefill):
         super().__init__(model)
         self.faults = faults or Faults()
         self.make_recorder = make_recorder or partial(CudaRecorder, model.device, model.dtype)
-        self.most_blocks = -(-max_tokens // model.paged[0].block_size) + 1  # the next token's may be there already
+        self.most_blocks = -(-max_tokens // model.paged[0].block_size) + 1  # the next token may have a block already
         self.enabled, self.replayed, self.eager = True, 0, Counter()
         self.buffers: StaticRows | None = None
         self.recorder: Recorder | None = None
@@ -176,14 +176,14 @@ class GraphedPrefill(StaticPrefill):
 
     def _empty(self) -> None:
         self.recorded: dict[Size, LayerGraphs] = {}
-        self.waiting: dict[Size, None] = {}  # met and not recorded, in that order
+        self.waiting: dict[Size, None] = {}  # sizes used and not captured, in order
         self.met, self.failed, self.nbytes = Counter(), set(), 0
 
     def _layers(self, states: Sequence[ActiveTokens], hidden: Tensor, first: int) -> Tensor:
         groups = [s.group for s in states]
         try:
             graphs = self._graphs(groups, len(hidden))
-        except Exception as error:  # the run itself can do without
+        except Exception as error:  # the run itself continues without graphs
             self.faults.note(ENTRY, error)
             graphs = "fault"
         if isinstance(graphs, str):
@@ -192,7 +192,7 @@ class GraphedPrefill(StaticPrefill):
         rows = graphs.rows
         works = self._tried(rows.fill, hidden, packed([s.active_positions for s in states]), groups)
         for layer in range(first, self.model.num_layers) if works else ():
-            place(states, layer)  # a fault here is the run's: a source that failed cannot go on
+            place(states, layer)  # errors here are the run's: it cannot continue with a failed source
             if not (works := self._tried(graphs.replay, layer)):
                 break
         if not works:
@@ -203,7 +203,7 @@ class GraphedPrefill(StaticPrefill):
         return rows.hidden[: len(hidden)].clone()
 
     def _tried(self, does: Callable[..., None], *args: Any) -> bool:
-        """Whether something was done; its failure is a fault that costs replaying."""
+        """Whether `does` succeeded; a failure is counted as a fault and disables replay."""
         try:
             does(*args)
         except Exception as error:
@@ -212,7 +212,7 @@ class GraphedPrefill(StaticPrefill):
         return True
 
     def _graphs(self, groups: Sequence[RowGroup], rows: int) -> LayerGraphs | str:
-        """What a run replays, or why it does not."""
+        """The graphs for a run, or the reason for having none."""
         if reason := self._unfit(groups):
             return reason
         blocks, variant = max(len(g.kv.table) for g in groups), self.model.attend_paged.variant(groups)
@@ -233,9 +233,9 @@ class GraphedPrefill(StaticPrefill):
         return self._record(size)
 
     def record_waiting(self, idle: bool) -> bool:
-        """At a step's end: record a size that waits, if the step is `idle`; whether more are waiting.
+        """At the end of a step, capture a waiting size if the step is `idle`; returns whether more are waiting.
 
-        One a step, since a request may come any moment.
+        One per step, since a request may arrive at any moment.
         """
         if idle:
             self._follow_caches()
@@ -245,7 +245,7 @@ class GraphedPrefill(StaticPrefill):
         return bool(self.waiting)
 
     def _follow_caches(self) -> None:
-        """Where vLLM has moved its caches, what was recorded over the old ones goes."""
+        """Drop what was captured over caches that vLLM has moved."""
         if self.recorded and addresses(self.model.paged) != self._at:
             self.forget()
 
@@ -253,7 +253,7 @@ class GraphedPrefill(StaticPrefill):
         model = self.model
         if not self.enabled:
             return "switched off"
-        if model.ranks > 1:  # a rank that fails inside a run has to know how many of its sums are done
+        if model.ranks > 1:  # a rank that fails inside a run must know how many of its sums are done
             return "tensor parallelism"
         if not isinstance(model.attend_paged, RowKernel):
             return "attention"
@@ -282,15 +282,15 @@ class GraphedPrefill(StaticPrefill):
             self.faults.note(ENTRY, error)
             return "not recorded"
         self.recorded[size] = recorded
-        took, held = 1e3 * (time.perf_counter() - started), self.nbytes / 2**20
-        logger.info("CacheSlide: recorded layers of %s in %.0f ms; all sizes hold %.0f MiB", size, took, held)
+        took, mib = 1e3 * (time.perf_counter() - started), self.nbytes / 2**20
+        logger.info("CacheSlide: recorded layers of %s in %.0f ms; all sizes hold %.0f MiB", size, took, mib)
         return recorded
 
     def forget(self) -> None:
-        """Let go of everything recorded: what it was recorded over has changed."""
+        """Release all captures: the memory or weights they were made over have changed."""
         try:
             if self.recorder is not None:
                 self.recorder.settle()
-        finally:  # nothing of it may be replayed, whatever became of the wait
+        finally:  # nothing may be replayed, even if the wait failed
             self._empty()
             self.recorder = None

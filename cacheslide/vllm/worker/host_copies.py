@@ -1,6 +1,6 @@
-"""Chunks on their way from the GPU into pinned host memory, behind the back of the step that saves them.
+"""Copies of chunks from the GPU into pinned host memory, asynchronous to the step that saves them.
 
-The copies run on a stream of their own. Whoever reads one waits for its event: a stream on the device, or the host.
+The copies run on a stream of their own. Readers wait for a copy's event, on the host or on their stream.
 """
 
 from collections import deque
@@ -12,20 +12,20 @@ from torch import Tensor
 from cacheslide.units import GIB
 from cacheslide.vllm.worker.pinned import PinnedMemory
 
-UNDER_WAY = GIB  # bytes of device memory whose copies are under way at most; later saves wait on the device
+UNDER_WAY = GIB  # maximum device bytes of unfinished copies; later saves wait on the device
 
 
 class HostCopies:
-    """Copies tensors of a GPU into pinned memory without making the host wait.
+    """Copies GPU tensors into pinned memory without blocking the host.
 
     Parameters
     ----------
     device : torch.device
     under_way : int
-        Bytes of device memory that copies may hold. Beyond it the stream that saves waits for the oldest copy, since
-        the next step's forward needs that memory.
+        Maximum device bytes held by copies. Beyond it the saving stream waits for the oldest copy, since the next
+        step's forward needs that memory.
     memory : PinnedMemory, optional
-        Where the copies lie; without it torch pins memory for each.
+        Destination of the copies; without it torch pins memory for each.
     """
 
     def __init__(self, device: torch.device, under_way: int = UNDER_WAY, memory: PinnedMemory | None = None) -> None:
@@ -35,31 +35,31 @@ class HostCopies:
         self._sources: deque[tuple[torch.cuda.Event, list[Tensor], int]] = deque()
 
     def send(self, tensors: Sequence[Tensor]) -> "tuple[list[Tensor], torch.cuda.Event]":
-        """Pinned tensors that hold what `tensors` hold now, once the event has happened."""
+        """Pinned copies of `tensors`, valid once the returned event has happened."""
         tensors = list(tensors)
         nbytes = sum(t.numel() * t.element_size() for t in tensors)
         current = torch.cuda.current_stream(self.device)
         self._make_room(nbytes, current)
-        self.memory.settle()  # what was evicted for these makes room for them
-        held = [self.memory.for_stream(t.shape, t.dtype, self.stream) for t in tensors]
+        self.memory.settle()  # evicted chunks make room for these
+        copies = [self.memory.for_stream(t.shape, t.dtype, self.stream) for t in tensors]
         self.stream.wait_stream(current)
         done = torch.cuda.Event()
         with torch.cuda.stream(self.stream):
-            for to, source in zip(held, tensors, strict=True):
+            for to, source in zip(copies, tensors, strict=True):
                 to.copy_(source, non_blocking=True)
             done.record(self.stream)
         self._sources.append((done, tensors, nbytes))
         self.held += nbytes
-        return held, done
+        return copies, done
 
     def finish(self) -> None:
-        """Have the host wait for all copies, and let go of their sources."""
+        """Wait on the host for all copies, and release their sources."""
         self.stream.synchronize()
         self._sources.clear()
         self.held = 0
 
     def settle(self) -> None:
-        """Let go of what has been copied."""
+        """Release the sources of finished copies."""
         while self._sources and self._sources[0][0].query():
             self._let_go()
 
@@ -69,7 +69,7 @@ class HostCopies:
         return done
 
     def _make_room(self, nbytes: int, current: "torch.cuda.Stream") -> None:
-        """What is let go before it has been copied is written to only by work behind `current`'s wait."""
+        """Release the oldest sources until `nbytes` fit; the stream `current` waits for their copies."""
         self.settle()
         while self._sources and self.held + nbytes > self.under_way:
             current.wait_event(self._let_go())

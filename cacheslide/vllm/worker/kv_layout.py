@@ -1,8 +1,8 @@
-"""Rows in and out of vLLM's paged KV cache, whatever its layout.
+"""Reads and writes rows of vLLM's paged KV cache in any layout.
 
 A layer's cache is a view [blocks, kv_heads, block_size, 2 * head_dim]; a slot is block * block_size + offset. GPU
-backends keep key and value of a slot beside each other, at any strides. The CPU backend packs every (block, head)
-region in an order of its own, which depends on the processor: it is learnt by writing marked rows into a scratch block.
+backends keep key and value of a slot adjacent, at any strides. The CPU backend packs every (block, head) region in an
+order that depends on the processor; the order is found by writing marked rows into a scratch block.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from cacheslide.core.tensors import send, tensor_of
 from cacheslide.models.adapter import RowGroup
 from cacheslide.positions.ccpe import PromptSlots
 
-_DIGIT = 7  # bits of an index written at once: up to 127 is exact in every dtype a cache may have
+_DIGIT = 7  # bits of an index written at once: numbers up to 127 are exact in every cache dtype
 
 
 class PagedLayer:
@@ -24,7 +24,7 @@ class PagedLayer:
     Parameters
     ----------
     attention : vllm Attention
-        Holds the cache, and an implementation that knows how to write into it.
+        Holds the cache, and an implementation that writes into it.
     """
 
     def __init__(self, attention) -> None:
@@ -33,12 +33,12 @@ class PagedLayer:
 
     @property
     def cache(self) -> Tensor:
-        """The view itself; asked for anew each time, since vLLM may allocate it again."""
+        """The view itself; read each time, since vLLM may reallocate it."""
         return self.attention.kv_cache
 
     @property
     def block_size(self) -> int:
-        """Slots of a block, as the attention kernel sees it."""
+        """Slots per block, as seen by the attention kernel."""
         return self.cache.shape[2]
 
     def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
@@ -59,19 +59,19 @@ class PagedLayer:
     def _update(self, cache: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
         if len(slots):  # an empty launch is an error on CUDA
             k, v = k.to(cache.dtype), v.to(cache.dtype)
-            if self.packed:  # the open layout's kernel takes rows at any stride
+            if self.packed:  # the open layout's kernel accepts rows at any stride
                 k, v = k.contiguous(), v.contiguous()
             self.attention.impl.do_kv_cache_update(self.attention, k, v, cache, slots)
 
     @cached_property
     def _orders(self) -> tuple[Tensor, Tensor]:
-        """Where element (slot, d) of keys, and of values, lies in a packed region: int64 [block_size * head_dim]."""
+        """Index of element (slot, d) of keys, and of values, in a packed region: int64 [block_size * head_dim]."""
         _, heads, size, width = self.cache.shape
         dim = width // 2
-        index = torch.arange(size * dim).view(size, 1, dim).expand(size, heads, dim) + 1  # 0 means: not written
+        index = torch.arange(size * dim).view(size, 1, dim).expand(size, heads, dim) + 1  # 0 means not written
         orders = []
         for which in range(2):
-            found = torch.zeros(size * width, dtype=torch.int64)
+            indices = torch.zeros(size * width, dtype=torch.int64)
             for shift in range(0, (size * dim).bit_length(), _DIGIT):
                 digit = ((index >> shift) & ((1 << _DIGIT) - 1)).to(self.cache.dtype)
                 pair = [torch.zeros_like(digit), torch.zeros_like(digit)]
@@ -81,11 +81,11 @@ class PagedLayer:
                 regions = scratch.view(heads, -1).long()
                 if not torch.equal(regions, regions[:1].expand_as(regions)):
                     raise RuntimeError("the CPU attention backend packs its heads in different orders")
-                found += regions[0] << shift
-            place = found.nonzero()[:, 0]
+                indices += regions[0] << shift
+            place = indices.nonzero()[:, 0]
             order = torch.empty(size * dim, dtype=torch.int64)
-            order[found[place] - 1] = place
-            if len(place) != size * dim or not torch.equal(found[order], torch.arange(size * dim) + 1):
+            order[indices[place] - 1] = place
+            if len(place) != size * dim or not torch.equal(indices[order], torch.arange(size * dim) + 1):
                 raise RuntimeError("the CPU attention backend's cache layout could not be learnt")
             orders.append(order)
         return tuple(orders)
@@ -99,6 +99,7 @@ class PagedKV:
     layers : sequence of PagedLayer
     block_ids : sequence of int
         The request's blocks as the scheduler counts them, each `manager_block` tokens.
+    The request's blocks as counted by the scheduler, of `manager_block` tokens each.
     """
 
     def __init__(self, layers: Sequence[PagedLayer], block_ids: Sequence[int], manager_block: int) -> None:
@@ -109,7 +110,7 @@ class PagedKV:
         self.blocks = send((ids[:, None] * pieces + torch.arange(pieces)).flatten(), device)
         self.table = self.blocks.to(torch.int32)
         self.slots = (self.blocks[:, None] * size + torch.arange(size, device=device)).flatten()
-        self.updated: PromptSlots | None = None  # where a calibrated CoPE model's prompt has its updated slots
+        self.updated: PromptSlots | None = None  # a calibrated CoPE model's updated slots in the prompt
         self._asked: tuple[Tensor, Tensor] | None = None
 
     def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
@@ -121,26 +122,26 @@ class PagedKV:
         return self.layers[layer].read(self._slots_of(rows))
 
     def _slots_of(self, rows: Tensor) -> Tensor:
-        if self._asked is None or self._asked[0] is not rows:  # every layer asks for the same rows: look once
+        if self._asked is None or self._asked[0] is not rows:  # all layers use the same rows: computed once
             self._asked = rows, self.slots[rows]
         return self._asked[1]
 
 
 class PackedSlots:
-    """Where the rows of packed requests lie in one cache: looked up once for all layers."""
+    """Slots of packed rows in one cache, computed once for all layers."""
 
     def __init__(self) -> None:
         self._groups: tuple[RowGroup, ...] = ()
 
     def of(self, groups: Sequence[RowGroup]) -> Tensor:
-        """Slots [n], int64, of the rows of `groups`, whose KV is all `PagedKV` over the same layers."""
+        """Slots [n], int64, of the rows of `groups`, whose KV is `PagedKV` over the same layers."""
         groups = tuple(groups)
         if len(groups) != len(self._groups) or any(a is not b for a, b in zip(groups, self._groups, strict=True)):
             self._groups, self._slots = groups, torch.cat([g.kv.slots[g.rows] for g in groups])
         return self._slots
 
     def forget(self) -> None:
-        """Let go of the last call's requests."""
+        """Release the last call's requests."""
         self._groups = ()
 
 
@@ -151,12 +152,12 @@ def in_one_cache(groups: Sequence[RowGroup]) -> bool:
 
 
 def addresses(layers: Sequence[PagedLayer]) -> tuple[int, ...]:
-    """Where the layers' caches lie: all of them, since memory freed and taken again may give one its old place."""
+    """Addresses of all layers' caches: one alone may be equal after a reallocation."""
     return tuple(layer.cache.data_ptr() for layer in layers)
 
 
 class OpenLayer:
-    """A layer's cache in the open layout, owned by nobody else: scratch for prefills outside vLLM's cache."""
+    """A cache in the open layout outside vLLM's: scratch memory for prefills."""
 
     def __init__(self, cache: Tensor) -> None:
         self.cache, self.block_size, self.packed = cache, cache.shape[2], False

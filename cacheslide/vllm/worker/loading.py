@@ -1,7 +1,7 @@
-"""A worker's loads: rows of requests completed from cached chunks, all of a step in one packed run.
+"""A worker's loads: completes rows of requests from cached chunks, all of a step in one packed run.
 
-When that run fails each request is run alone, then without cached rows, which is exact; what fails even then is left to
-vLLM. The ranks of tensor parallelism take every step of this together.
+If that run fails, each request is run alone, and then without cached rows, which is exact; what still fails is left to
+vLLM. The ranks of tensor parallelism take each of these steps together.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from cacheslide.vllm.scheduler.reasons import LOST
 from cacheslide.vllm.worker.requests import PagedRequests
 
 ENTRY = "start_load_kv"
-Held = dict[tuple[str, int], ChunkKV]  # chunks by request and number in its plan
+Held = dict[tuple[str, int], ChunkKV]  # chunks by (request id, number in its plan)
 
 
 class Loading:
@@ -40,10 +40,10 @@ class Loading:
         streams = () if worker.stream is None else (worker.stream, torch.cuda.current_stream(self.model.device))
         self.streams: Sequence[torch.cuda.Stream] = streams
         self.requests = PagedRequests(worker.model, None if worker.stream is None else worker.rings)
-        self.faulty: set[str] = set()  # requests that a fault has cost cached rows
+        self.faulty: set[str] = set()  # requests that lost cached rows to a fault
 
     def run(self) -> None:
-        """Complete the rows; what cannot be completed stays open in the worker's `loads`."""
+        """Complete the rows; incomplete ones stay pending in the worker's `loads`."""
         held = self._lend()
         if held is None or self._complete(self.loads, held):
             return
@@ -53,30 +53,30 @@ class Loading:
             self._complete([load], None)
 
     def _lend(self) -> Held | None:
-        """Chunks by request and number in its plan, those that all ranks have; None where a rank takes no part."""
+        """The chunks that all ranks have; None if a rank takes no part."""
         held = {(load.req_id, i): self._one(load, i) for load in self.loads for i in range(len(load.reuse))}
         digests = {at: _mark(chunk) for at, chunk in held.items()} if self._scored else {}
         self.worker.joined = True
-        together, *found = self.worker.team.agree([True, *(chunk is not None for chunk in held.values())])
+        together, *everywhere = self.worker.team.agree([True, *(chunk is not None for chunk in held.values())])
         if not together:
             return None
-        held = {at: chunk for (at, chunk), there in zip(held.items(), found, strict=True) if there}
+        held = {at: chunk for (at, chunk), present in zip(held.items(), everywhere, strict=True) if present}
         return self._agreed(held, digests) if self._scored else held
 
     @property
     def _scored(self) -> bool:
-        """Whether scores decide which rows are recomputed, on ranks that may have different ones."""
+        """Whether scores decide which rows are recomputed; ranks may have different scores."""
         return self.worker.team.group is not None and any(load.correction.needs_scores for load in self.loads)
 
     def _agreed(self, held: Held, digests: dict[tuple[str, int], int]) -> Held:
-        """The same chunks, without scores where those of the ranks differ.
+        """The same chunks, without scores where ranks have different ones.
 
-        Every rank would choose other rows by them, and what is summed over the ranks would be of different tokens. A
-        fault leaves one rank without scores, and so does a record in storage that only one rank has written anew.
+        With different scores every rank would choose other rows, and sums over ranks would mix tokens. Scores differ
+        after a fault on one rank, or when only one rank has rewritten a record in storage.
         """
         alike = self.worker.team.alike([digests[at] for at in held])
         pairs = zip(held.items(), alike, strict=True)
-        return {at: chunk if same else replace(chunk, scores=None) for (at, chunk), same in pairs}
+        return {at: chunk if equal else replace(chunk, scores=None) for (at, chunk), equal in pairs}
 
     def _one(self, load: LoadPlan, number: int) -> ChunkKV | None:
         key, chunk = load.reuse[number]
@@ -90,15 +90,15 @@ class Loading:
             return None
 
     def _complete(self, loads: Sequence[LoadPlan], held: Held | None) -> bool:
-        """One run over the rows of `loads` with the chunks of `held`, exact without; False where it failed.
+        """One run over the rows of `loads` with the chunks of `held`, exact without; False if it failed.
 
         It fails on all ranks or on none.
         """
         worker, model = self.worker, self.model
         try:
             with worker.team.unit():
-                receipts, found = zip(*(self._find(load, held) for load in loads), strict=True)
-                pairs = list(zip(loads, found, strict=True))
+                receipts, reused = zip(*(self._find(load, held) for load in loads), strict=True)
+                pairs = list(zip(loads, reused, strict=True))
                 self.requests.reserve((cached.pieces, load.correction) for load, cached in pairs)
                 requests = [self._prepare(load, cached) for load, cached in pairs]
                 with model.running(any(load.plan.schema for load in loads)):
@@ -108,16 +108,16 @@ class Loading:
             return False
         finally:
             worker.rings.run_over()
-        for load, *said in zip(loads, requests, receipts, outputs, strict=True):
+        for load, *results in zip(loads, requests, receipts, outputs, strict=True):
             worker.loads.done(load.req_id)
             try:
-                self._note(load, *said)
-            except Exception as error:  # the rows are there, only nobody says so
+                self._note(load, *results)
+            except Exception as error:  # the rows are complete; only the report is missing
                 worker.faults.note(ENTRY, error)
         return True
 
     def _find(self, load: LoadPlan, held: Held | None) -> tuple[Receipt, Found]:
-        """The cached pieces of a request, those of `held` that are there."""
+        """A receipt, and the cached pieces of a request whose chunks are in `held`."""
         receipt = Receipt(load.system, load.rows, chunks=len(load.plan.chunks))
 
         def fetch(number: int, key: ChunkKey, chunk: Chunk) -> ChunkKV | None:
@@ -126,36 +126,36 @@ class Loading:
                 self.worker.report.missing.add(key)
             return kv
 
-        found = find_pieces(() if held is None else load.reuse, load.start, load.limit, fetch, receipt)
+        cached = find_pieces(() if held is None else load.reuse, load.start, load.limit, fetch, receipt)
         if held is None or load.req_id in self.faulty:
             receipt.fallback = reason(ENTRY)
-        return receipt, found
+        return receipt, cached
 
-    def _prepare(self, load: LoadPlan, found: Found) -> PrefillRequest:
+    def _prepare(self, load: LoadPlan, cached: Found) -> PrefillRequest:
         plan, rows = load.plan, slice(load.start, load.end)
         return self.requests.build(
             plan.prompt.token_ids[rows],
             plan.positions[rows],
             self.model.paged_kv(load.block_ids, self.worker.block_size),
-            found=found,
+            found=cached,
             placement=load.placement,
             correction=load.correction,
             start=load.start,
-            # vLLM numbers the last row, and what it generates, by row: a schema moves as a whole to meet it.
+            # vLLM numbers the last row and generated ones by row index: a schema's positions are shifted to match.
             shift=load.rows - 1 - plan.positions[-1],
             slots=load.slots,
             behind=plan.prompt.token_ids[load.end :],
         )
 
     def _note(self, load: LoadPlan, request: PrefillRequest, receipt: Receipt, output: PrefillOutput) -> None:
-        receipt.complete(output, len(request.reused), load.rows - load.end)  # vLLM itself computes the rows behind it
-        said = receipt.as_dict() | {"tokens_prefix_cached": load.start, "measured": True}
-        self.worker.report.receipts[load.req_id] = said
-        post(self.worker.engine_id, load.req_id, said)
+        receipt.complete(output, len(request.reused), load.rows - load.end)  # vLLM computes the rows behind it
+        record = receipt.as_dict() | {"tokens_prefix_cached": load.start, "measured": True}
+        self.worker.report.receipts[load.req_id] = record
+        post(self.worker.engine_id, load.req_id, record)
 
 
 def _mark(chunk: ChunkKV | None) -> int:
-    """A number of 63 bits that tells a chunk's scores from others; -1 without any."""
+    """A 63-bit hash of a chunk's scores; -1 without scores."""
     if chunk is None or chunk.scores is None:
         return -1
     return xxhash.xxh3_64_intdigest(chunk.scores.contiguous().numpy()) >> 1

@@ -1,4 +1,4 @@
-"""A `ModelAdapter` over the model that vLLM has loaded: its own projections, norms and MLP, called layer by layer."""
+"""A `ModelAdapter` over the model loaded by vLLM: calls its projections, norms and MLP layer by layer."""
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,18 +25,18 @@ from cacheslide.vllm.worker.kv_layout import PackedSlots, PagedKV, PagedLayer, i
 from cacheslide.vllm.worker.operators import fused_norms, operators
 from cacheslide.vllm.worker.paged_source import Caches
 
-_PROBED = 1024  # positions at which the model's rotation is compared with ours
-MLP_ROWS = 8192  # rows whose MLP runs at once: bounds activation memory that vLLM's profiling run has not seen
+_PROBED = 1024  # positions at which both rotations are compared
+MLP_ROWS = 8192  # rows per MLP call: bounds activation memory, which vLLM's profiling run does not include
 
 
 def find_model(static_forward_context: Mapping[str, object]) -> torch.nn.Module:
     """The loaded causal language model whose attention layers vLLM registered in `static_forward_context`.
 
-    vLLM hands a connector the KV caches but not the model. Looking for it once among the live modules leaves the
-    model registry, and with it every other server of this installation, untouched.
+    vLLM gives a connector the KV caches but not the model. Searching the live modules once avoids changes to the model
+    registry, which would affect every server of this installation.
     """
     for module in gc.get_objects():
-        # issubclass, since isinstance would ask every live object for its __class__, which proxies compute
+        # issubclass, since isinstance would evaluate __class__ of every live object, which proxies compute
         if issubclass(type(module), torch.nn.Module):
             layers = getattr(getattr(module, "model", None), "layers", None)
             attention = getattr(getattr(layers[0], "self_attn", None), "attn", None) if layers else None
@@ -47,40 +47,40 @@ def find_model(static_forward_context: Mapping[str, object]) -> torch.nn.Module:
 
 
 def rotary_of(model: torch.nn.Module, config) -> Rotary:
-    """Our rotation tables for the model's; ModelError unless they are the same rotation."""
-    theirs = model.model.layers[0].self_attn.rotary_emb
+    """Rotation tables for the model; ModelError unless they equal the model's rotation."""
+    embedding = model.model.layers[0].self_attn.rotary_emb
     parameters = dict(config.rope_parameters)
-    inv = inverse_frequencies(theirs.head_size, float(parameters.pop("rope_theta", 10000.0)), parameters)
-    cos, sin = theirs.cos_sin_cache.float().chunk(2, dim=-1)
-    ours = Rotary(inv, len(cos), cos.device)
-    if not theirs.is_neox_style or cos.shape != ours.cos.shape:
+    inv = inverse_frequencies(embedding.head_size, float(parameters.pop("rope_theta", 10000.0)), parameters)
+    cos, sin = embedding.cos_sin_cache.float().chunk(2, dim=-1)
+    rotary = Rotary(inv, len(cos), cos.device)
+    if not embedding.is_neox_style or cos.shape != rotary.cos.shape:
         raise ModelError("only full rotary embeddings in the half-split layout are supported")
-    # Their angles are float32: the further out, the further off. A wrong schedule shows in the first positions.
-    apart = max((x[:_PROBED] - y[:_PROBED]).abs().max().item() for x, y in ((cos, ours.cos), (sin, ours.sin)))
-    if apart > {torch.bfloat16: 5e-3, torch.float16: 1e-3}.get(theirs.cos_sin_cache.dtype, 3e-4):
+    # The model's angles are float32: errors grow with the position. A wrong schedule shows in the first positions.
+    apart = max((x[:_PROBED] - y[:_PROBED]).abs().max().item() for x, y in ((cos, rotary.cos), (sin, rotary.sin)))
+    if apart > {torch.bfloat16: 5e-3, torch.float16: 1e-3}.get(embedding.cos_sin_cache.dtype, 3e-4):
         raise ModelError(f"the model rotates differently from what its rope parameters say: {config.rope_parameters}")
-    if theirs.cos_sin_cache.dtype == torch.float32:  # one table for rotating and for moving; a rounded one moves worse
-        ours.cos, ours.sin = cos, sin
-    return ours
+    if embedding.cos_sin_cache.dtype == torch.float32:  # one table for both uses; a rounded one moves worse
+        rotary.cos, rotary.sin = cos, sin
+    return rotary
 
 
 def unrotated(model: torch.nn.Module) -> Rotary:
-    """Tables for a CoPE model: nothing is ever turned, so that angle 0 at the first position is all they hold."""
+    """Tables for a CoPE model: angle 0, one position, since nothing is rotated."""
     first = model.model.layers[0]
     return Rotary(torch.zeros(first.self_attn.head_dim // 2), 1, first.input_layernorm.weight.device)
 
 
 class VllmModel:
-    """A loaded Llama, Mistral (CoPE or not), Qwen2 or Qwen3 as the executor sees it; this rank's heads only.
+    """A loaded Llama, Mistral (CoPE or not), Qwen2 or Qwen3 for the executor; this rank's heads only.
 
     Parameters
     ----------
     model : torch.nn.Module
-        What vLLM loaded.
+        The model loaded by vLLM.
     config : transformers PretrainedConfig
         Its text configuration.
     geometry : Geometry
-        Of this engine: the model's name and its positions.
+        Of this engine: gives the model's name and its positions.
     """
 
     def __init__(self, model: torch.nn.Module, config, geometry: Geometry) -> None:
@@ -93,7 +93,7 @@ class VllmModel:
         self.rotaries = [rotary] * self.num_layers  # models with more than one are refused (`vllm/support.py`)
         self.ranks = get_tensor_model_parallel_world_size()
         self.paged = [PagedLayer(layer.self_attn.attn) for layer in self.layers]
-        self.open = not self.paged[0].packed  # the cache's layout
+        self.open = not self.paged[0].packed  # layout of the cache
         self.caches = Caches(self.paged)
         self.attend_paged, self.slots = choose(self.paged), PackedSlots()
         first = self.layers[0].self_attn
@@ -109,14 +109,14 @@ class VllmModel:
     def new_kv(self, capacity: int) -> DenseKV | PagedKV:
         """Scratch KV outside the paged cache, for encoding chunks."""
         if self.open:
-            block = self.paged[0].block_size  # the kernels are compiled for it
+            block = self.paged[0].block_size  # kernels are compiled for this size
             sizes = self.num_layers, capacity, self.num_kv_heads, self.head_dim
             return scratch_kv(*sizes, self.dtype, self.device, block)
         return DenseKV(self, capacity, self.dtype, self.device)
 
     @contextmanager
     def running(self, schema_positions: bool = False) -> Iterator[None]:
-        """Around a run. `schema_positions`: its rows may sit at positions below 0, which vLLM's tables lack."""
+        """Context of a run. `schema_positions`: rows may have positions below 0, which vLLM's tables lack."""
         self.schema_positions = schema_positions and self.rotates
         try:
             with fused_norms(self.device):
@@ -128,7 +128,7 @@ class VllmModel:
                 self.attend_paged.forget()
 
     def describe(self, kv: PagedKV, slots: PromptSlots) -> None:
-        """See `ModelAdapter.describe`; nothing to say to a model without calibrated slot offsets."""
+        """See `ModelAdapter.describe`; does nothing for models without calibrated slot offsets."""
         if self.slot_offsets is not None and self.slot_offsets.known:
             check_slots(slots, self.slot_offsets.known)
             kv.updated = PromptSlots(slots.bounds, send(slots.canonical, self.device))
@@ -162,7 +162,7 @@ class VllmModel:
         return q, k, v
 
     def write(self, layer: int, groups: Sequence[RowGroup], k: Tensor, v: Tensor) -> None:
-        """See `ModelAdapter.write`: one call where all requests lie in one cache."""
+        """See `ModelAdapter.write`; one call if all requests are in one cache."""
         if in_one_cache(groups):
             groups[0].kv.layers[layer].write(self.slots.of(groups), k, v)
         else:

@@ -1,4 +1,4 @@
-"""Cached rows on their way into the paged cache of a GPU: placed by the fused kernel, without tensors in between."""
+"""Cached rows placed into a GPU's paged cache by the fused kernel, without intermediate tensors."""
 
 from collections.abc import Sequence
 from itertools import accumulate, groupby, pairwise
@@ -15,7 +15,7 @@ from cacheslide.vllm.worker.prefetch import LayerFetch, Parts
 
 
 class Caches:
-    """The layers' paged caches as one launch addresses them; made anew only when vLLM has moved them."""
+    """The layers' paged caches with their addresses; updated only when vLLM has moved them."""
 
     def __init__(self, layers: Sequence[PagedLayer]) -> None:
         self.layers = layers
@@ -31,13 +31,13 @@ class Caches:
 
 
 class PagedChunks(PlacedChunks):
-    """A `KVSource` whose rows go straight into a paged cache of open layout.
+    """A `KVSource` that writes rows directly into a paged cache of the open layout.
 
     Parameters
     ----------
     caches : Caches
     fetch : LayerFetch, optional
-        Brings chunks from host memory, layer by layer. Without it they lie on the cache's device.
+        Fetches chunks from host memory, layer by layer. Without it they are on the cache's device.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class PagedChunks(PlacedChunks):
         self.fetch = fetch
         ends = list(accumulate((p.length for p in pieces), initial=0))
         self.spans, self.rows = [slice(a, b) for a, b in pairwise(ends)], ends[-1]
-        self._index: Tensor | None = None  # the rows that were placed last,
-        self._slots: Tensor | None = None  # where they went,
-        self._placed = 0  # and the first layer in which they have not been placed
+        self._index: Tensor | None = None  # the rows placed last,
+        self._slots: Tensor | None = None  # their slots,
+        self._placed = 0  # and the first layer in which they are not placed
 
     def place(self, layer: int, index: Tensor, kv: KVBuffer, rows: Tensor) -> None:
-        """See `KVSource.place`. Whatever is on the device is placed at once, in all layers from `layer` on."""
+        """See `KVSource.place`. Chunks on the device are placed at once in all layers from `layer` on."""
         if not isinstance(kv, PagedKV):
             super().place(layer, index, kv, rows)
             return
@@ -77,17 +77,17 @@ class PagedChunks(PlacedChunks):
                 self._launch(k, v, span, layer)
 
     def _parts(self, layer: int) -> tuple[int, Parts]:
-        """Keys and values [layers, rows, ...] of every piece in layers [layer, end) at once, and that end."""
+        """Keys and values [layers, rows, ...] of every piece in layers [layer, end), and `end`."""
         if self.fetch is not None:
             return self.fetch.group(layer)
         held = [(p.chunk.k[layer:, p.rows], p.chunk.v[layer:, p.rows]) for p in self.pieces]
         return len(self.caches), held
 
     def _launch(self, k: Tensor, v: Tensor, span: slice, layer: int) -> None:
-        """One launch for all layers of one rotation that follow each other."""
+        """One launch per sequence of layers with the same rotation."""
         turns, first = None if self.turns is None else self.turns[span], layer
-        for _, same in groupby(self.rotaries[layer : layer + len(k)], id):
-            end = first + len(list(same))
+        for _, layers_of in groupby(self.rotaries[layer : layer + len(k)], id):
+            end = first + len(list(layers_of))
             layers, held = slice(first, end), slice(first - layer, end - layer)
             pointers = None if self.pointers is None else self.pointers[layers]
             rotary, caches = self.rotaries[first], self.caches[layers]
@@ -98,13 +98,13 @@ class PagedChunks(PlacedChunks):
         """See `KVSource.deviation`."""
         if len(index) != self.rows:
             return super().deviation(layer, index, k, v, metric)
-        found = [self._deviation(layer, fresh, name) for name, fresh in (("k", k), ("v", v)) if name in metric]
-        return found[0] if len(found) == 1 else found[0] + found[1]
+        parts = [self._deviation(layer, fresh, name) for name, fresh in (("k", k), ("v", v)) if name in metric]
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def _deviation(self, layer: int, fresh: Tensor, name: str) -> Tensor:
-        """Of all rows; only keys turn."""
-        turns, found = self.turns if name == "k" else None, []
+        """Deviation of all rows; only keys are rotated."""
+        turns, parts = self.turns if name == "k" else None, []
         for pair, span in zip(self._parts(layer)[1], self.spans, strict=True):
             cached, by = pair["kv".index(name)][0], None if turns is None else turns[span]
-            found.append(kernels.row_deviation(fresh[span], cached, by, self.rotaries[layer]))
-        return torch.cat(found)
+            parts.append(kernels.row_deviation(fresh[span], cached, by, self.rotaries[layer]))
+        return torch.cat(parts)

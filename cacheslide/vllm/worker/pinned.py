@@ -1,8 +1,8 @@
-"""Pinned host memory for chunks, taken in one piece when the engine starts.
+"""Pinned host memory for chunks, allocated in one piece when the engine starts.
 
-Pinning a gigabyte takes a third of a second, in which no kernel can be launched: a worker that pinned memory chunk by
-chunk would make every turn wait until all of its memory is in use. Here a turn takes a region of what is pinned
-already. What does not fit is pinned on its own, by torch's allocator.
+Pinning a gigabyte takes a third of a second, during which no kernel can be launched: pinning chunk by chunk would delay
+every turn until all memory is in use. Here chunks take regions of memory pinned before. What does not fit is pinned by
+torch's allocator.
 """
 
 import bisect
@@ -25,25 +25,25 @@ from cacheslide.units import GIB
 
 logger = logging.getLogger("vllm.cacheslide")
 
-_THREADS = 8  # that touch fresh pages: the kernel clears them, one page at a time each
+_THREADS = 8  # that touch fresh pages: the kernel clears each page on first touch
 _PORTABLE = 1  # cudaHostRegisterPortable
 
 
 class Event(Protocol):
-    """Of `torch.cuda.Event` what is used here."""
+    """The methods of `torch.cuda.Event` used here."""
 
     def query(self) -> bool:
         """Whether it has happened."""
         ...
 
     def synchronize(self) -> None:
-        """Have the host wait for it."""
+        """Wait for it on the host."""
         ...
 
 
 @dataclass
 class _Region:
-    """Bytes [start, end) that nobody holds; work that reads or writes them is over once `events` have happened."""
+    """Free bytes [start, end); work that reads or writes them is over once `events` have happened."""
 
     start: int
     end: int
@@ -51,53 +51,54 @@ class _Region:
 
 
 class PinnedMemory:
-    """Regions of one pinned piece, taken by any thread and given back by the garbage collector.
+    """Regions of one pinned piece, taken by any thread and returned by the garbage collector.
 
-    Work on the device that uses a region may outlive the tensors over it, so a region that comes back is stamped with
-    events on every stream of the worker; whoever takes it before they have happened has to wait for them.
+    Device work on a region may outlive its tensors, so a returned region is stamped with events on every stream of the
+    worker; before those have happened, a new owner must wait for them.
 
     Parameters
     ----------
     memory : ndarray of uint8, optional
-        The piece, from `pin`. None: every region is torch's own.
+        The piece, from `pin`. None: every region is allocated by torch.
     stamp : callable
-        Records an event on every stream that works on regions; called by `settle`, in the thread that feeds them.
+        Records an event on every stream that works on regions; called by `settle`, in the thread that issues their
+        work.
     """
 
     def __init__(self, memory: np.ndarray | None, stamp: Callable[[], Sequence[Event]]) -> None:
         self._memory, self._stamp = memory, stamp
         self._free = [] if memory is None else [_Region(0, len(memory), [])]
-        self._returned: deque[tuple[int, int]] = deque()  # appended to while garbage is collected: no lock
+        self._returned: deque[tuple[int, int]] = deque()  # appended to during garbage collection: must not lock
         self._guard = threading.Lock()
         self.elsewhere = 0  # regions that did not fit
 
     def take(self, nbytes: int) -> tuple[Tensor, list[Event]]:
-        """uint8 [nbytes] at a block boundary, and the events that whoever writes to it has to wait for."""
+        """uint8 [nbytes] at a block boundary, and the events to wait for before writing to it."""
         with self._guard:
             region = self._fit(align(nbytes))
         if region is None:
             self.elsewhere += self._memory is not None
             return self._apart(nbytes), []
-        held = self._memory[region.start : region.start + nbytes]
-        weakref.finalize(held, self._returned.append, (region.start, region.end)).atexit = False
-        return torch.from_numpy(held), region.events
+        taken = self._memory[region.start : region.start + nbytes]
+        weakref.finalize(taken, self._returned.append, (region.start, region.end)).atexit = False
+        return torch.from_numpy(taken), region.events
 
     def for_host(self, nbytes: int) -> Tensor:
-        """A region that the host may write to."""
+        """A region for the host to write to."""
         out, events = self.take(nbytes)
         for event in events:
             event.synchronize()
         return out
 
     def for_stream(self, shape: Sequence[int], dtype: torch.dtype, stream: "torch.cuda.Stream") -> Tensor:
-        """An uninitialised tensor that work on `stream` may write to."""
+        """An uninitialised tensor for work on `stream` to write to."""
         out, events = self.take(torch.Size(shape).numel() * dtype.itemsize)
         for event in events:
             stream.wait_event(event)
         return out.view(dtype).view(*shape)
 
     def settle(self) -> None:
-        """Make what has been given back available. Call it where work for the device is issued, and nowhere else."""
+        """Make returned regions available. Call only from the thread that issues work to the device."""
         if not self._returned:
             return
         events = list(self._stamp())
@@ -106,11 +107,11 @@ class PinnedMemory:
                 self._give(*self._returned.popleft(), events)
 
     def _apart(self, nbytes: int) -> Tensor:
-        """Pinned memory of torch's own."""
+        """Pinned memory from torch."""
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def _fit(self, size: int) -> _Region | None:
-        """Take `size` bytes out of the smallest free region that has them."""
+        """Take `size` bytes from the smallest free region that is large enough."""
         fitting = [r for r in self._free if r.end - r.start >= size]
         if not fitting:
             return None
@@ -123,7 +124,7 @@ class PinnedMemory:
         return taken
 
     def _give(self, start: int, end: int, events: list[Event]) -> None:
-        """Put a region back, joined with its neighbours."""
+        """Return a region, merged with its neighbours."""
         at = bisect.bisect(self._free, start, key=lambda r: r.start)
         region = _Region(start, end, list(events))
         if at < len(self._free) and self._free[at].start == end:
@@ -141,15 +142,15 @@ class PinnedMemory:
 
 
 def pin(nbytes: int) -> np.ndarray | None:
-    """uint8 [nbytes] of pinned memory, cut to whole blocks; None, and a warning, where the host has not got as much.
+    """uint8 [nbytes] of pinned memory, in whole blocks; None, with a warning, if the host lacks the memory.
 
-    It is unpinned when the array and all its slices are gone.
+    It is unpinned when the array and all its slices are deleted.
     """
     nbytes = nbytes // BLOCK * BLOCK
     if not nbytes:
         return None
-    if nbytes > (there := psutil.virtual_memory().available):
-        logger.warning("CacheSlide pins memory as chunks come: %.1f of %.1f GiB are free", there / GIB, nbytes / GIB)
+    if nbytes > (free := psutil.virtual_memory().available):
+        logger.warning("CacheSlide pins memory as chunks come: %.1f of %.1f GiB are free", free / GIB, nbytes / GIB)
         return None
     memory = np.frombuffer(aligned_buffer(nbytes), dtype=np.uint8)
     cut = align(-(-nbytes // _THREADS))

@@ -1,8 +1,8 @@
-"""Layer-wise prefetch: cached rows travel from pinned host memory to the GPU a few layers ahead of their use.
+"""Layer-wise prefetch: cached rows are copied from pinned host memory to the GPU a few layers ahead of their use.
 
-The copies run on a stream of their own, so that layer l computes while later layers arrive (the paper's load-compute
-overlap, section 4.4). Layers travel in groups, since every copy costs the host tens of microseconds whatever its size;
-a ring of groups bounds the memory.
+The copies run on a stream of their own, so layer l is computed while later layers arrive (the paper's load-compute
+overlap, section 4.4). Layers are copied in groups, since every copy costs the host tens of microseconds at any size; a
+ring of groups bounds the memory.
 """
 
 import math
@@ -15,16 +15,16 @@ from cacheslide.core.placement import Piece
 from cacheslide.store.base import ChunkKV
 from cacheslide.store.pages import side_by_side
 
-GROUP, DEPTH = 4, 2  # layers of a group, groups under way
+GROUP, DEPTH = 4, 2  # layers per group, groups in flight
 _ALIGNED = 256  # bytes
 Parts = list[tuple[Tensor, Tensor]]
 
 
 class Rings:
-    """Device memory for what is under way, kept from run to run: a prefetch must not wait for an allocator.
+    """Device memory for copies in flight, reused between runs, so that a prefetch never waits for an allocator.
 
-    A run takes its memory piece by piece and gives it back as a whole with `run_over`; the next run's copies wait for
-    what was issued until then, and not for vLLM's own work since.
+    A run takes memory piece by piece and returns all of it with `run_over`; the next run's copies wait for work issued
+    before that, and not for vLLM's later work.
     """
 
     def __init__(self, device: torch.device, stream: "torch.cuda.Stream | None" = None) -> None:
@@ -32,23 +32,23 @@ class Rings:
         self.memory, self.used = torch.empty(0, dtype=torch.uint8), 0
 
     def reserve(self, nbytes: int) -> None:
-        """Room for a run that takes `nbytes` in all."""
+        """Reserve `nbytes` for a run."""
         if nbytes > len(self.memory):
-            if self.stream is not None:  # copies that nobody waited for may still be writing
+            if self.stream is not None:  # copies that nothing waited for may still be writing
                 torch.cuda.current_stream(self.device).wait_stream(self.stream)
-            self.memory = torch.empty(0, dtype=torch.uint8)  # give the old memory back before asking for more
+            self.memory = torch.empty(0, dtype=torch.uint8)  # free the old memory before allocating
             self.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-            self.run_over()  # the allocator hands out memory that work already issued may still use
+            self.run_over()  # the allocator may return memory that issued work still uses
         self.used = 0
 
     def run_over(self) -> None:
-        """Everything that reads what was taken has been issued."""
+        """All work that reads the memory taken has been issued."""
         if self.stream is not None:
             self.idle = torch.cuda.Event()
             self.idle.record(torch.cuda.current_stream(self.device))
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor out of what was reserved, at a multiple of 256 bytes."""
+        """An uninitialised tensor from the reserved memory, at a multiple of 256 bytes."""
         nbytes = math.prod(shape) * dtype.itemsize
         part = self.memory[self.used : self.used + nbytes]
         if len(part) < nbytes:
@@ -58,35 +58,35 @@ class Rings:
 
 
 def _cut(layers: int, group: int, depth: int) -> tuple[int, int]:
-    """Layers of a group and groups under way, where there are only `layers` layers."""
+    """Layers per group and groups in flight, for only `layers` layers."""
     size = max(1, min(group, layers))
     return size, max(1, min(depth, -(-layers // size)))
 
 
 def ring_bytes(pieces: Sequence[Piece], layers: int, group: int = GROUP, depth: int = DEPTH) -> int:
-    """Device bytes that a prefetch of `layers` layers of `pieces` takes."""
+    """Device bytes needed to prefetch `layers` layers of `pieces`."""
     size, depth = _cut(layers, group, depth)
     one = [2 * size * p.chunk.k[0].numel() * p.chunk.k.dtype.itemsize for p in pieces]
     return depth * sum(-(-n // _ALIGNED) * _ALIGNED for n in one)
 
 
 def _held(chunk: ChunkKV) -> tuple[Tensor, ...]:
-    """What there is to copy: keys and values, or both at once [layers, rows, 2, ...] where they lie side by side."""
+    """The tensors to copy: keys and values, or both as one [layers, rows, 2, ...] if they are adjacent."""
     both = side_by_side(chunk.k, chunk.v)
     return (chunk.k, chunk.v) if both is None else (both,)
 
 
 class LayerFetch:
-    """The chunks of `pieces`, group after group.
+    """The chunks of `pieces`, fetched group by group.
 
     Parameters
     ----------
     pieces : sequence of Piece
-        Their chunks' K and V lie in pinned host memory (any memory without `stream`).
+        Chunks whose K and V are in pinned host memory (in any memory without a stream).
     first, end : int
-        Layers [first, end) will be asked for in order, each as often as wanted until the next group's turn.
+        Layers [first, end) are requested in order, each any number of times until the next group's turn.
     rings : Rings
-        With at least `ring_bytes` reserved. The copies run on its stream; without one they run in place, at once.
+        With at least `ring_bytes` reserved. Copies run on its stream; without one they run synchronously.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class LayerFetch:
         self.size, self.depth = _cut(end - first, group, depth)
         self.held = [_held(p.chunk) for p in pieces]
         self.ring = [self._room(rings) for _ in range(self.depth)]
-        self.oldest = self.next = 0  # groups that may still be asked for, and the first that is not under way
+        self.oldest = self.next = 0  # first group still available, and first group not in flight
         if self.stream is not None:
             self.ready = [torch.cuda.Event() for _ in range(self.depth)]
             self.stream.wait_event(rings.idle)
@@ -111,7 +111,7 @@ class LayerFetch:
             self._issue()
 
     def _room(self, rings: Rings) -> list[tuple[Tensor, ...]]:
-        """Per piece, room for a group's layers of what is held."""
+        """For each piece, room for one group's layers of its tensors."""
         rooms = []
         for held in self.held:
             room = rings.take((len(held), self.size, *held[0].shape[1:]), held[0].dtype)
@@ -139,10 +139,10 @@ class LayerFetch:
     def _copy(self, start: int, stop: int, rooms: list[tuple[Tensor, ...]]) -> None:
         for room, held in zip(rooms, self.held, strict=True):
             for to, source in zip(room, held, strict=True):
-                to[: stop - start].copy_(source[start:stop], non_blocking=True)  # whole chunks: one block of memory
+                to[: stop - start].copy_(source[start:stop], non_blocking=True)  # whole chunks are contiguous memory
 
     def group(self, layer: int) -> tuple[int, Parts]:
-        """The end of the group that holds `layer`, and from `layer` on its keys and values [layers, rows, ...]."""
+        """The end of the group with `layer`, and keys and values [layers, rows, ...] from `layer` to that end."""
         number = (layer - self.first) // self.size
         if number < self.oldest or layer >= self.end:
             raise LookupError(f"layer {layer} is not under way: groups {self.oldest} to {self.next - 1} are")
@@ -158,7 +158,7 @@ class LayerFetch:
         return stop, parts
 
     def _retire(self, number: int) -> None:
-        """Groups before `number` have been used, by work already issued: later ones take their places."""
+        """Free groups before `number`, whose uses have been issued, for later groups."""
         if number == self.oldest:
             return
         if self.stream is not None:

@@ -1,7 +1,7 @@
-"""The ranks of tensor parallelism at one run: all of them do it, or none, and a fault on one leaves no other waiting.
+"""Runs of all tensor-parallel ranks together: all ranks complete a run or none does, and a fault blocks no other rank.
 
-Inside a run every layer sums its output over the ranks. A rank that fails there keeps its appointments: it goes through
-the rest of the run with zeros, so that the others' sums end, and then all of them throw the run away.
+Inside a run every layer sums its output over the ranks. A rank that fails inside takes part in the remaining sums with
+zeros, so that the others do not hang; then all ranks discard the run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +20,11 @@ from cacheslide.errors import CacheSlideError
 
 
 class PeerFault(CacheSlideError, RuntimeError):
-    """Another rank could not do what this one could."""
+    """Another rank failed at work that succeeded on this rank."""
 
 
 class Team:
-    """The ranks that share a model; alone (`group` None) it agrees with itself.
+    """The ranks that share a model; without `group`, this rank alone.
 
     Parameters
     ----------
@@ -33,18 +33,18 @@ class Team:
 
     def __init__(self, group: Any = None) -> None:
         self.group = group if group is not None and group.world_size > 1 else None
-        self.entered = False  # this rank has come as far as the run of its unit
+        self.entered = False  # whether this rank has reached its unit's run
 
     def agree(self, flags: Sequence[bool]) -> list[bool]:
-        """What holds on all ranks, of `flags` in the same order on each. Waits for the others, not for the device."""
+        """For each of `flags`, whether it is set on all ranks. Waits for the other ranks, not for the device."""
         if self.group is None or not flags:
             return list(flags)
-        said = torch.tensor([int(f) for f in flags], dtype=torch.int32)
-        torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MIN, group=self.group.cpu_group)
-        return [bool(x) for x in said.tolist()]
+        agreed = torch.tensor([int(f) for f in flags], dtype=torch.int32)
+        torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN, group=self.group.cpu_group)
+        return [bool(x) for x in agreed.tolist()]
 
     def alike(self, numbers: Sequence[int]) -> list[bool]:
-        """Which of `numbers`, of 63 bits and in the same order on each rank, are the same on all; waits as `agree`."""
+        """For each of `numbers` (63 bits, same order on each rank), whether all ranks agree; waits like `agree`."""
         if self.group is None or not numbers:
             return [True] * len(numbers)
         both = torch.tensor([list(numbers), [-x for x in numbers]], dtype=torch.int64)
@@ -52,7 +52,7 @@ class Team:
         return (both[0] == -both[1]).tolist()
 
     def summing(self, reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """`reduce` for one sum in a unit of its own: it is done on all ranks, or raises on all of them."""
+        """`reduce` for one sum in a unit of its own: done on all ranks, or raises on all of them."""
 
         def summed(sums: Tensor) -> Tensor:
             self.entered = True
@@ -77,7 +77,7 @@ class Team:
 
     @contextmanager
     def unit(self) -> Iterator[None]:
-        """Around what leads to one run: a rank that fails before it says so where the others wait for it."""
+        """Context of what leads to one run: a rank that fails before the run reports it where the others wait."""
         self.entered = False
         try:
             yield
@@ -88,7 +88,7 @@ class Team:
 
 
 class TeamPrefill(SelectivePrefill):
-    """`SelectivePrefill` by all ranks of a team. Raises on all of them where one has failed."""
+    """`SelectivePrefill` by all ranks of a team. Raises on all of them if one has failed."""
 
     def __init__(self, model: Any, team: Team, mlp_rows: int, static: StaticPrefill | None = None) -> None:
         super().__init__(model, static)
@@ -110,25 +110,25 @@ class TeamPrefill(SelectivePrefill):
             except Exception as raised:
                 error = raised
         if error is not None:
-            with suppress(Exception):  # whatever stops it stops the others at the same place
+            with suppress(Exception):  # any failure here happens on the other ranks at the same place
                 self._keep_appointments(requests, sums)
         if not team.agree([error is None])[0]:
             raise error or PeerFault("another rank failed within the run")
         return outputs
 
     def compute(self, requests: Sequence[PrefillRequest], capture: frozenset[int] = frozenset()) -> list[PrefillOutput]:
-        """The run itself, on this rank."""
+        """The run itself on this rank."""
         return super().run(requests, capture)
 
     def _keep_appointments(self, requests: Sequence[PrefillRequest], sums: list[Tensor | None]) -> None:
-        """Take part in the sums that a run over `requests` still has, after those that are done."""
+        """Take part in the remaining sums of a run over `requests`; `sums` are those already done."""
         hollow = [replace(r, kv=_Nowhere(self.model), source=_Zeros(r, self.model)) for r in requests]
         SelectivePrefill(_Hollow(self.model, self.team.group, sums, self.mlp_rows)).run(hollow)
 
 
 @contextmanager
 def _counted(group: Any) -> Iterator[list[Tensor | None]]:
-    """The sums over `group` that have been done: scores as they came out, None for rows of hidden states."""
+    """Record the sums over `group`: results of scores, None for hidden states."""
     done: list[Tensor | None] = []
     plain = group.all_reduce
 
@@ -145,7 +145,7 @@ def _counted(group: Any) -> Iterator[list[Tensor | None]]:
 
 
 class _Hollow:
-    """`DecoderSteps` that compute nothing and meet the other ranks where the real ones do."""
+    """`DecoderSteps` that compute nothing and only take part in the ranks' sums."""
 
     def __init__(self, model: Any, group: Any, done: Sequence[Tensor | None], mlp_rows: int) -> None:
         self.model, self.group, self.done, self.mlp_rows = model, group, list(done), mlp_rows
@@ -170,7 +170,7 @@ class _Hollow:
         return q, k, v
 
     def write(self, layer: int, groups: Sequence[Any], k: Tensor, v: Tensor) -> None:
-        """Nothing is kept."""
+        """Does nothing."""
 
     def attend(self, layer: int, q: Tensor, groups: Sequence[Any]) -> Tensor:
         return q
@@ -186,7 +186,7 @@ class _Hollow:
 
 
 class _Nowhere:
-    """A KV buffer that keeps nothing, and holds zeros."""
+    """A KV buffer of zeros that ignores writes."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -197,7 +197,7 @@ class _Nowhere:
         return zeros, zeros
 
     def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
-        """Nothing is kept."""
+        """Does nothing."""
 
 
 class _Zeros(SimpleNamespace):
@@ -213,7 +213,7 @@ class _Zeros(SimpleNamespace):
         return zeros, zeros
 
     def place(self, layer: int, index: Tensor, kv: Any, rows: Tensor) -> None:
-        """Nothing is placed."""
+        """Does nothing."""
 
     def deviation(self, layer: int, index: Tensor, k: Tensor, v: Tensor, metric: str) -> Tensor:
         return torch.zeros(len(index), device=self.model.device)

@@ -1,4 +1,4 @@
-"""Prefill requests in vLLM's paged cache, and the device memory through which their chunks travel."""
+"""Prefill requests in vLLM's paged cache, and the device memory for fetching their chunks."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,13 +14,13 @@ from cacheslide.vllm.worker.prefetch import LayerFetch, Rings, ring_bytes
 
 
 class PagedRequests(RequestBuilder):
-    """Cached rows are placed by a kernel where the cache's layout is open.
+    """Builds requests whose cached rows are placed by a kernel if the cache's layout is open.
 
     Parameters
     ----------
     model : VllmModel
     rings : Rings, optional
-        For chunks in pinned host memory, which are fetched layer by layer; None where they lie on the device.
+        Device memory for chunks fetched from pinned host memory; None if chunks are on the device.
     """
 
     def __init__(self, model: VllmModel, rings: Rings | None = None) -> None:
@@ -28,7 +28,7 @@ class PagedRequests(RequestBuilder):
         self.rings = rings
 
     def reserve(self, parts: Iterable[tuple[Sequence[Piece], Correction]]) -> None:
-        """Device memory for all fetches of a run, given each request's pieces and rule."""
+        """Reserve device memory for all fetches of a run, from each request's pieces and rule."""
         if self.rings is not None:
             layers = self.model.num_layers
             self.rings.reserve(sum(ring_bytes(pieces, layers - rule.first_layer) for pieces, rule in parts))

@@ -1,7 +1,7 @@
-"""A worker's score jobs: remembered deviation of chunks that it holds, against their other context in scratch KV.
+"""A worker's score jobs: remembered deviations of its chunks, against their other context in scratch KV.
 
-Nothing is stored but scores. All ranks have the same ones: what a rank's heads add up to is summed over all of them. A
-chunk whose scores cannot be made stays without, and is written through to the storage tier as it is.
+Only scores are stored. They are summed over all ranks' heads, so all ranks have the same. A chunk that cannot be scored
+stays without scores and is written through to the storage tier as it is.
 """
 
 import torch
@@ -13,7 +13,7 @@ from cacheslide.vllm.protocol import ScoreJob
 
 
 class Scorer:
-    """Does the score jobs of one worker.
+    """Runs the score jobs of one worker.
 
     Parameters
     ----------
@@ -26,34 +26,34 @@ class Scorer:
     def run(self, job: ScoreJob) -> None:
         """Score the chunks of a job that all ranks hold.
 
-        Not those that one rank has from a prompt with updated text before them and another from one without: only the
-        first of these ranks would have something to sum.
+        Skips chunks that one rank has encoded behind updated text and another without: only the first would have a sum
+        to contribute.
         """
         worker, keys = self.worker, job.plan.keys
-        same, other = self._held(job)
-        worker.scored += 1  # from here on this rank meets the others by itself
-        _, *everywhere = self.team.agree([True, *same, *other])  # a rank that takes no part has none of them
+        equal, different = self._held(job)
+        worker.scored += 1  # the sums below keep the ranks together
+        _, *everywhere = self.team.agree([True, *equal, *different])  # all False for a rank that takes no part
         halves = everywhere[: len(keys)], everywhere[len(keys) :]
-        same, other = ({key for key, there in zip(keys, half, strict=True) if there} for half in halves)
-        for key, chunk in job.of(same).plan.keyed:  # nothing is summed: whoever fails here has nobody to tell
+        equal, different = ({key for key, present in zip(keys, half, strict=True) if present} for half in halves)
+        for key, chunk in job.of(equal).plan.keyed:  # nothing is summed: a failure here concerns no other rank
             worker.survive("score", self.store.rescore, key, torch.zeros(len(chunk)))
-        if other:
-            worker.survive("score", self._score, job.of(other))
+        if different:
+            worker.survive("score", self._score, job.of(different))
         self.store.await_no_more(keys)
 
     def skip(self, job: ScoreJob) -> None:
-        """In place of `run`: other ranks do not wait for this one."""
+        """Fallback of `run`: lets the other ranks continue."""
         self.worker.scored += 1
         self.team.agree([False] * (1 + 2 * len(job.plan.keys)))
         self.store.await_no_more(job.plan.keys)
 
     def _held(self, job: ScoreJob) -> tuple[list[bool], list[bool]]:
-        """Which of a job's chunks are here: those whose contexts are one (`Contrast.same`), and those others."""
+        """Which of a job's chunks are held: those whose contexts are equal (`Contrast.same`), and the others."""
         contrast = self._contrast(job)
         pairs = list(enumerate(job.plan.keys))
         held = [self.worker.holds(key) for _, key in pairs]
-        same = [h and contrast.same(i, self.store.first_position(k)) for h, (i, k) in zip(held, pairs, strict=True)]
-        return same, [h and not s for h, s in zip(held, same, strict=True)]
+        equal = [h and contrast.same(i, self.store.first_position(k)) for h, (i, k) in zip(held, pairs, strict=True)]
+        return equal, [h and not s for h, s in zip(held, equal, strict=True)]
 
     def _contrast(self, job: ScoreJob) -> Contrast:
         encoder = ChunkEncoder(self.model, self.store, self.model.dtype)
@@ -64,7 +64,7 @@ class Scorer:
         with self.team.unit(), self.model.running():
             contrast = self._contrast(job)
             contrast.prepare()
-        for number, key in enumerate(job.plan.keys):  # whatever happens to one, the ranks meet at the next
+        for number, key in enumerate(job.plan.keys):  # ranks stay together whatever happens to one chunk
             self.worker.survive("score", self._one, contrast, number, key)
 
     def _one(self, contrast: Contrast, number: int, key: ChunkKey) -> None:

@@ -1,4 +1,4 @@
-"""The worker's half: completes prompts from cached chunks, copies chunks out of the paged cache, encodes others."""
+"""The worker side: completes prompts from cached chunks, copies chunks from the paged cache, encodes others."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -29,7 +29,7 @@ from cacheslide.vllm.worker.storage import StorageTier
 
 
 class WorkerSide:
-    """One rank's chunks and the runs over its share of the model."""
+    """One rank's chunks, and the runs over its part of the model."""
 
     def __init__(self, vllm_config, options: ServerOptions) -> None:
         self.vllm_config, self.options = vllm_config, options
@@ -40,13 +40,13 @@ class WorkerSide:
         self.report, self.faults = WorkerReport(), Faults()
         self.loads = Loads(self.block_size)
         self.unsure: set[ChunkKey] = set()  # chunks that could not be dropped
-        self.joined, self.encoded, self.scored = False, 0, 0  # how far this rank has come with the others in this step
+        self.joined, self.encoded, self.scored = False, 0, 0  # this rank's progress in the step, relative to the others
 
     def attach(self) -> None:
         """Find the loaded model; the paged cache exists by now."""
         config = self.vllm_config
-        found = find_model(config.compilation_config.static_forward_context)
-        self.model = VllmModel(found, config.model_config.hf_text_config, Geometry.of(config))
+        model = find_model(config.compilation_config.static_forward_context)
+        self.model = VllmModel(model, config.model_config.hf_text_config, Geometry.of(config))
         self.memory = self._pinned_memory()
         self.storage_tier = self._open_storage_tier()
         self.store = self._open_store(self.options.store_device)
@@ -55,22 +55,22 @@ class WorkerSide:
         self.executor = self.new_executor(self.graphs)
         self.faults.device = self.model.device
         if self.model.device.type == "cuda":
-            from cacheslide.vllm.worker.warmup import warm_up  # Triton is there only with a GPU
+            from cacheslide.vllm.worker.warmup import warm_up  # Triton exists only with a GPU
 
             warm_up(self.model, config.model_config.max_model_len)
 
     def new_executor(self, graphs: GraphedPrefill | None = None) -> TeamPrefill:
-        """Runs requests on all ranks together."""
+        """An executor that runs requests on all ranks together."""
         return TeamPrefill(self.model, self.team, MLP_ROWS, graphs)
 
     def _graphs(self) -> GraphedPrefill | None:
-        """Replays layers of loads; only on a GPU, and only over caches that the row kernel reads."""
+        """Replay of loads' layers; None without a GPU or the open cache layout."""
         wanted = self.options.executor_graphs and self.model.device.type == "cuda" and self.model.open
         tokens = self.vllm_config.model_config.max_model_len
         return GraphedPrefill(self.model, tokens, faults=self.faults) if wanted else None
 
     def _pinned_memory(self) -> PinnedMemory | None:
-        """Beside a GPU: the host memory that chunks may take, pinned now rather than while requests wait."""
+        """On a GPU: pinned host memory for chunks, allocated now rather than while requests wait."""
         if self.model.device.type != "cuda":
             return None
         on_host = self.options.store_device == "cpu"
@@ -83,7 +83,7 @@ class WorkerSide:
         return [stream.record_event() for stream in streams if stream is not None]
 
     def _open_storage_tier(self) -> StorageTier | None:
-        """This rank's share of the storage tiers."""
+        """This rank's part of the storage tiers."""
         if (tiers := self.options.tiers) is None:
             return None
         model, rank = self.model, get_tensor_model_parallel_rank()
@@ -92,7 +92,7 @@ class WorkerSide:
         return StorageTier(tiers, row_bytes, self.options.namespace, rank, model.ranks, self.memory, shape)
 
     def _open_store(self, where: str) -> WorkerStore:
-        """An empty store; one in host memory beside a GPU is pinned, and read and written on streams of its own."""
+        """An empty store; in host memory beside a GPU it is pinned and uses its own streams."""
         device = torch.device("cpu") if where == "cpu" else self.model.device
         pinned = where == "cpu" and self.model.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.model.device) if pinned else None
@@ -104,12 +104,12 @@ class WorkerSide:
         """Move all chunks to the host ("cpu") or to the model's device ("model")."""
         before, self.store = self.store, self._open_store(where)
         before.hand_over(self.store)
-        if self.memory is not None:  # what comes back from now on is stamped on the new streams alone
+        if self.memory is not None:  # regions returned from now on are stamped on the new streams only
             torch.cuda.synchronize(self.model.device)
 
     @torch.inference_mode()
     def begin(self, step: StepPlan) -> None:
-        """Before anything writes to the cache in this step: save what finished requests leave in their old blocks."""
+        """Before anything writes to the cache in this step: save chunks from blocks of finished requests."""
         self.joined, self.encoded, self.scored = False, 0, 0
         offsets = self.model.slot_offsets
         if offsets is not None:
@@ -129,7 +129,7 @@ class WorkerSide:
             self._save(plan)
 
     def begin_nothing(self, step: StepPlan) -> None:
-        """In place of `begin`: what was to be saved or read is not here."""
+        """Fallback of `begin`: reports chunks that were to be saved or read as missing."""
         self.joined, self.encoded, self.scored, self.report.unsettled = False, 0, 0, True
         if step.forget:
             self._forget()
@@ -139,7 +139,7 @@ class WorkerSide:
         self.report.failed |= {fetch.key: (fetch.ticket, reason("on_loaded")) for fetch in step.fetches}
 
     def survive(self, entry: str, does: Callable[..., Any], *args: Any) -> bool:
-        """Do something whose failure is a fault at `entry` and nothing else; whether it was done."""
+        """Call `does`; a failure is only counted as a fault at `entry`. Returns whether it succeeded."""
         try:
             does(*args)
         except Exception as error:
@@ -148,21 +148,21 @@ class WorkerSide:
         return True
 
     def _forget(self) -> None:
-        """The weights have changed: no chunk is what its key says. One that cannot be dropped is never lent."""
-        held = list(self.store._chunks)
+        """Drop all chunks, since the weights have changed. A chunk that cannot be dropped is never used again."""
+        keys = list(self.store._chunks)
         self.survive("reset_cache", self.store.clear)
         if self.graphs is not None:
             self.survive("reset_cache", self.graphs.forget)
-        self.drop(held)
+        self.drop(keys)
         if self.storage_tier is not None:
             self.survive("reset_cache", self.storage_tier.forget)
 
     def drop(self, keys: Iterable[ChunkKey]) -> None:
-        """Let go of chunks; what stays in spite of that counts as gone, and is dropped another time."""
+        """Drop chunks; those that cannot be dropped count as missing and are dropped later."""
         self._let_go(keys, self.store.drop)
 
     def evict(self, keys: Iterable[ChunkKey]) -> None:
-        """`drop` of chunks that make room for others: corrected ones are spilled."""
+        """Drop chunks to make room; corrected ones are spilled."""
         self._let_go(keys, self.store.evict)
 
     def _let_go(self, keys: Iterable[ChunkKey], does: Callable[[list[ChunkKey]], None]) -> None:
@@ -177,19 +177,19 @@ class WorkerSide:
             Loading(self, step.loads).run()
 
     def load_nothing(self, step: StepPlan) -> None:
-        """In place of `load`: other ranks do not wait for this one. The rows stay open."""
+        """Fallback of `load`: lets the other ranks continue. The rows stay incomplete."""
         if step.loads and not self.joined:
             self.joined = True
             self.team.agree([False] * (1 + sum(len(plan.reuse) for plan in step.loads)))
 
     @torch.inference_mode()
     def save(self, step: StepPlan) -> None:
-        """Copy chunks of exactly prefilled requests out of the paged cache, before its blocks can be reused.
+        """Copy chunks of exactly prefilled requests from the paged cache, before its blocks can be reused.
 
-        Nothing here waits for the device: rows are gathered behind the forward, and leave it on a stream of their own.
+        Does not wait for the device: rows are gathered behind the forward and copied on a stream of their own.
         """
         offsets = self.model.slot_offsets
-        if offsets is not None and offsets.fault is not None:  # its rows are not what their keys say
+        if offsets is not None and offsets.fault is not None:  # its rows are not what their keys name
             self.faults.note("slots", offsets.fault)
             offsets.fault = None
             for rows in step.slots:
@@ -201,7 +201,7 @@ class WorkerSide:
             self._save(plan)
 
     def save_nothing(self, step: StepPlan) -> None:
-        """In place of `save`: what the index names since this step is not here."""
+        """Fallback of `save`: reports chunks that the index names since this step as missing."""
         self._not_saved(step.saves)
 
     def _not_saved(self, plans: Iterable[SavePlan]) -> None:
@@ -210,7 +210,7 @@ class WorkerSide:
             self.report.missing.update(key for key, _ in plan.chunks)
 
     def _save(self, plan: SavePlan) -> None:
-        """Copy a plan's chunks, one by one: those that cannot be retained leave the index."""
+        """Copy a plan's chunks one by one; those that cannot be stored are reported as missing."""
         self.evict(plan.evict)
         self.store.awaiting.update(key for key, _ in plan.chunks if plan.scored)
         for key, chunk in plan.chunks:
@@ -224,7 +224,7 @@ class WorkerSide:
 
     @torch.inference_mode()
     def encode(self, step: StepPlan) -> None:
-        """The forward is over: prefill chunks that no request's own prefill provides."""
+        """After the forward: prefill chunks that no request's own prefill provides."""
         if self.model.slot_offsets is not None:
             self.model.slot_offsets.expect((), self.block_size)
         for job in step.encodes:
@@ -234,7 +234,7 @@ class WorkerSide:
             if not together:
                 self._not_encoded(job)
                 continue
-            missing = {key for key, there in zip(job.plan.keys, everywhere, strict=True) if not there}
+            missing = {key for key, present in zip(job.plan.keys, everywhere, strict=True) if not present}
             self.drop(missing)
             self.store.awaiting.update(missing if job.scored else ())
             for part in job.parts():
@@ -246,7 +246,7 @@ class WorkerSide:
             self.report.wants_idle = self.graphs.record_waiting(step.idle)
 
     def encode_nothing(self, step: StepPlan) -> None:
-        """In place of `encode`: other ranks do not wait for this one, and what the index names is not here."""
+        """Fallback of `encode`: lets the other ranks continue, and reports the jobs' chunks as missing."""
         for job in step.encodes[self.encoded :]:
             self.encoded += 1
             self._make_room(job)
@@ -256,12 +256,12 @@ class WorkerSide:
             Scorer(self).skip(job)
 
     def _make_room(self, job: EncodeJob) -> None:
-        """Let go of what leaves for a job's chunks, and of corrected copies that it replaces by exact ones."""
+        """Drop chunks evicted for a job, and corrected copies that it replaces by exact ones."""
         self.evict(job.evict)
         self._let_go(job.renewed, self.store.release)
 
     def holds(self, key: ChunkKey) -> bool:
-        """Whether a chunk is here and may be used."""
+        """Whether a chunk is stored and usable."""
         return key not in self.unsure and self.store.contains(key)
 
     def _encode(self, job: EncodeJob) -> None:
@@ -274,43 +274,43 @@ class WorkerSide:
         self.report.missing.update(k for k in job.plan.keys if not self.holds(k))
 
     def on_loaded(self, step: StepPlan) -> None:
-        """Take in chunks that were read from the storage tier."""
+        """Store chunks that were read from the storage tier."""
         if self.storage_tier is None:
             return
         for fetch in step.fetches:
             self.evict(fetch.evict)
-        for key, ticket, found in self.storage_tier.arrivals(step.idle):
-            if found.chunk is None:
-                self.report.failed[key] = ticket, found.why
-            elif key in self.unsure or not self.survive("on_loaded", self.store.put_loaded, key, found.chunk):
+        for key, ticket, fetched in self.storage_tier.arrivals(step.idle):
+            if fetched.chunk is None:
+                self.report.failed[key] = ticket, fetched.why
+            elif key in self.unsure or not self.survive("on_loaded", self.store.put_loaded, key, fetched.chunk):
                 self.drop([key])
                 self.report.failed[key] = ticket, reason("on_loaded")
             else:
-                chunk, scored = found.chunk, found.chunk.scores is not None
-                self.report.loaded[key] = [ChunkLoaded(ticket, found.tier, chunk.nbytes, chunk.generation, scored)]
+                chunk, scored = fetched.chunk, fetched.chunk.scores is not None
+                self.report.loaded[key] = [ChunkLoaded(ticket, fetched.tier, chunk.nbytes, chunk.generation, scored)]
 
     def on_none_loaded(self, step: StepPlan) -> None:
-        """In place of `on_loaded`: what has been read waits for the next step."""
+        """Fallback of `on_loaded`: chunks that were read wait for the next step."""
         self.report.unsettled = True
         for fetch in step.fetches:
             self.evict(fetch.evict)
 
     def compare(self, step: StepPlan) -> None:
-        """At a step's end, when the index asks for it: drop what it does not name, report what is not here."""
+        """At the end of a step, if the index is attached: drop chunks it does not name, report missing ones."""
         if step.index is None:
             return
         self.drop([key for key in self.store._chunks if key not in step.index])
         self.report.missing.update(key for key, due in step.index.items() if due and not self.holds(key))
 
     def take_report(self) -> WorkerReport | None:
-        """What happened since the last call."""
+        """Events since the last call; None without any."""
         report, self.report = self.report, WorkerReport()
         return report or None
 
     def close(self) -> None:
-        """The engine stops: nothing of ours is on its way any more, and nothing holds its model or its memory.
+        """Stop: no copies or reads are left in flight, and nothing holds the model or its memory.
 
-        What is queued for the storage tier is written first.
+        Chunks queued for the storage tier are written first.
         """
         if self.model is not None:
             if self.storage_tier is not None:

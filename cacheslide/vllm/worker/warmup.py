@@ -1,4 +1,4 @@
-"""Compiles the kernels before the first request needs them: compiling takes seconds, a prefill less."""
+"""Compiles the kernels before the first request: compiling takes seconds, longer than a prefill."""
 
 import logging
 import time
@@ -17,25 +17,25 @@ _ROWS, _SPANS = (16, 128, 512, 1024, 2048, 4096, 8192), (2048, 8192, 32768)
 
 
 def warm_up(model: VllmModel, max_tokens: int) -> None:
-    """Launch every kernel once in the variants that prompts of up to `max_tokens` tokens lead to."""
+    """Launch every kernel once in all variants needed by prompts of up to `max_tokens` tokens."""
     started = time.perf_counter()
     attention = model.layers[0].self_attn
     heads, kv_heads, dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
     kv, device = model.paged[0].cache, model.device
-    size, count = kv.shape[2], 64  # rows of the launches; only their variants matter
+    size, count = kv.shape[2], 64  # rows of the launches; only the variants matter
     q = torch.zeros(count, heads, dim, dtype=model.dtype, device=device)
     rows, bounds = torch.arange(count, dtype=torch.int32, device=device), torch.tensor([0, count], dtype=torch.int32)
     table = torch.zeros(1, -(-max_tokens // size), dtype=torch.int32, device=device)
     cope = model.slot_offsets is not None
-    found = set()
+    tilings = set()
     for span in _SPANS:
         for n in _ROWS:
             if n <= span <= max(max_tokens, _SPANS[0]):
                 work = launch.Work(n, 1, span, heads, kv_heads, dim, size, model.dtype)
                 rule = cope_launch.choose_tiling(work) if cope else launch.choose_tiling(work, launch.device_of(q))
-                found.add(rule)
+                tilings.add(rule)
     shared = q, rows, bounds.to(device)
-    for tiling in found:
+    for tiling in tilings:
         if cope:
             _launch_cope(model, shared, cope_launch.paged(kv, table), tiling)
         else:
@@ -50,7 +50,7 @@ def warm_up(model: VllmModel, max_tokens: int) -> None:
         kernels.place_layers(k, k, nowhere, deltas, caches, model.rotaries[0], pointers)
         kernels.row_deviation(k[0], k[0], deltas, model.rotaries[0])
     torch.cuda.synchronize(device)
-    logger.info("CacheSlide's kernels: %d tilings, %.1f s", len(found), time.perf_counter() - started)
+    logger.info("CacheSlide's kernels: %d tilings, %.1f s", len(tilings), time.perf_counter() - started)
 
 
 def _launch_cope(
@@ -59,7 +59,7 @@ def _launch_cope(
     blocks: cope_launch.Blocks,
     tiling: cope_launch.CopeTiling,
 ) -> None:
-    """CoPE attention without slots, and with them where the model has offsets."""
+    """CoPE attention without slots, and with them if the model has offsets."""
     table, offsets = model.layers[0].self_attn.attn.cope_positions, model.slot_offsets
     rows = shared[1]
     kinds = [None]
@@ -73,7 +73,7 @@ def _launch_cope(
 
 
 def _launch_decoding(model: VllmModel, q: torch.Tensor, table: torch.Tensor, max_tokens: int) -> None:
-    """CoPE attention of decoding rows at both tilings: steps that no graph holds choose by their batch and length."""
+    """CoPE attention of decoding rows at both tilings; steps without a graph choose by batch and length."""
     blocks = cope_launch.paged(model.paged[0].cache, table)
     rows = torch.zeros(1, dtype=torch.int32, device=q.device)
     embedding, units = model.layers[0].self_attn.attn.cope_positions, launch.device_of(q).multiprocessors

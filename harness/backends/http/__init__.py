@@ -1,1 +1,1 @@
-"""A client of OpenAI-compatible servers: what a user of the server sees, measured from outside."""
+"""A client of OpenAI-compatible servers, which measures them from outside."""

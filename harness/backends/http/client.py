@@ -1,4 +1,4 @@
-"""A server as a client: requests over HTTP, each with the time of every token."""
+"""A client of a server: HTTP requests with the time of every token."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -13,7 +13,7 @@ Send = Callable[[Request], Awaitable[Result]]
 
 
 class HttpClient(Client):
-    """Requests to an OpenAI-compatible server. It holds nothing between runs and may be used from many threads."""
+    """Requests to an OpenAI-compatible server. Stateless between runs, and usable from many threads."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
@@ -32,18 +32,18 @@ class HttpClient(Client):
         return self.with_session(work)
 
     def with_session(self, work: Callable[[Send], Awaitable[list[Result]]]) -> list[Result]:
-        """What `work` gives, which sends requests by the function it is handed; as many at once as it likes."""
+        """The result of `work`, which gets a function to send requests with; it may send any number at once."""
 
         async def main() -> list[Result]:
-            connector = aiohttp.TCPConnector(limit=0)  # aiohttp's own limit would hold requests back unseen
+            connector = aiohttp.TCPConnector(limit=0)  # aiohttp's own limit would delay requests silently
             async with aiohttp.ClientSession(connector=connector) as session:
                 return await work(lambda request: send(session, self.endpoint, request))
 
         return asyncio.run(main())
 
     def reset(self) -> None:
-        """ConfigError: a server's caches are not a client's to empty."""
+        """Raises ConfigError: a client cannot empty a server's caches."""
         raise ConfigError("a client cannot empty a server's caches: give requests a salt of their own")
 
     def close(self) -> None:
-        """Nothing is open between runs."""
+        """Does nothing: no connection is open between runs."""

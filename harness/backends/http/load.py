@@ -1,4 +1,4 @@
-"""Loads: a closed loop of clients that wait for their answers, and an open loop of Poisson arrivals that do not."""
+"""Loads: a closed loop of clients that wait for their answers, and an open loop of Poisson arrivals."""
 
 import asyncio
 import time
@@ -12,7 +12,7 @@ from harness.load.arrivals import Poisson
 
 @dataclass(frozen=True)
 class Load:
-    """A load that has run: results in order of sending, its start (`time.perf_counter`) and its seconds."""
+    """A finished load: results in order of sending, its start (`time.perf_counter`) and its duration in seconds."""
 
     results: list[Result]
     started: float
@@ -20,10 +20,10 @@ class Load:
 
 
 def closed_loop(client: Client, requests: Sequence[Request], clients: int) -> Load:
-    """`clients` clients, of which each waits for the end of an answer before it sends its next request.
+    """`clients` clients, each sending its next request after its last answer has ended.
 
-    See `Client.run`: `requests` holds the first of every client, then the second of every client, and so on. The load
-    lasts from the first request sent to the end of the last answer.
+    See `Client.run`: `requests` holds the first request of every client, then the second of every client, and so on.
+    The load lasts from the first request sent to the end of the last answer.
     """
     results = _by_sending(client.run(requests, clients))
     if not results:
@@ -32,7 +32,7 @@ def closed_loop(client: Client, requests: Sequence[Request], clients: int) -> Lo
 
 
 def open_loop(client: HttpClient, requests: Sequence[Request], rate: float, seed: int = 0) -> Load:
-    """Requests arrive as a Poisson process of `rate` a second, whatever becomes of those before them.
+    """Requests arrive as a Poisson process of `rate` a second, independent of earlier ones.
 
     The gaps between arrivals are exponential and drawn from `seed`; the load begins with the first gap.
     """

@@ -17,7 +17,7 @@ from harness.backends.http.stream import Endpoint
 from harness.backends.in_process import EngineOptions, environment
 
 HOST = "127.0.0.1"
-TAIL = 30  # lines of the log that a failure shows
+TAIL = 30  # lines of the log in an error
 
 
 class ServerError(CacheSlideError):
@@ -25,19 +25,19 @@ class ServerError(CacheSlideError):
 
 
 def vanilla_command(model: str, prefix_caching: bool, arguments: Sequence[str]) -> list[str]:
-    """vLLM's OpenAI server by itself."""
+    """Command line of vLLM's OpenAI server without the connector."""
     switch = "--enable-prefix-caching" if prefix_caching else "--no-enable-prefix-caching"
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, switch, *arguments]
 
 
 def connector_command(model: str, options: Mapping[str, Any], arguments: Sequence[str]) -> list[str]:
-    """The same with the connector; `options` are those of `cacheslide.vllm.options.ServerOptions`."""
+    """Command line of vLLM's server with the connector; `options` are those of `ServerOptions`."""
     flags = [x for name, value in options.items() for x in (f"--{name.replace('_', '-')}", str(value))]
     return [sys.executable, "-m", "cacheslide.cli.serve", model, *flags, *arguments]
 
 
 def engine_flags(options: EngineOptions, dtype: str) -> list[str]:
-    """vLLM's flags for engine options; those of the chunk store belong to the connector."""
+    """vLLM's flags for engine options; the chunk store's options belong to the connector."""
     out = ["--dtype", dtype]
     for name, value in options.arguments().items():
         flag = f"--{name.replace('_', '-')}"
@@ -54,15 +54,15 @@ class Server:
     command : list of str
         Its command line, without host and port; see `vanilla_command` and `connector_command`.
     model : str
-        The model's name in requests (the folder it was started with).
+        The model's name in requests (the folder that the server was started with).
     log : Path
-        Where its output goes.
+        File of its output.
     device : str
-        "cpu" or "cuda": what it is prepared for.
+        "cpu" or "cuda".
     eager : bool
         Whether it runs without compilation.
     timeout : float
-        Seconds it may take to start.
+        Maximum seconds to start.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class Server:
         self.command = [*command, "--host", HOST, "--port", str(self.port)]
         self.endpoint = Endpoint(f"http://{HOST}:{self.port}", model)
         self.environment = {**os.environ, **environment(device, eager)}
-        self.environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # of engines in this process, not of a server's
+        self.environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # meant for engines in this process
         self.process: subprocess.Popen | None = None
 
     def __enter__(self) -> "Server":
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("w", encoding="utf-8") as output:
-            self.process = subprocess.Popen(  # a session of its own, so that its workers end with it
+            self.process = subprocess.Popen(  # its own session, so that its workers end with it
                 self.command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -114,14 +114,14 @@ class Server:
         raise ServerError(f"the server did not answer within {self.timeout:.0f} s:\n{self.tail()}")
 
     def tail(self) -> str:
-        """The last lines of the log, for an error."""
+        """The last lines of the log, for an error message."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(lines[-TAIL:]) or "(its log is empty)"
 
     def version(self) -> str | None:
-        """vLLM's version, as the server says."""
-        found = _get(self.port, "/version")
-        return json.loads(found).get("version") if found else None
+        """vLLM's version as reported by the server."""
+        body = _get(self.port, "/version")
+        return json.loads(body).get("version") if body else None
 
     def stop(self) -> None:
         """End the server and everything it started."""
@@ -159,7 +159,7 @@ def _free_port() -> int:
 
 
 def _get(port: int, path: str) -> bytes | None:
-    """The body of an answer of status 200, else None. By hand: a proxy of the environment must not come between."""
+    """The body of an answer of status 200, else None. Ignores proxies of the environment."""
     connection = http.client.HTTPConnection(HOST, port, timeout=5)
     try:
         connection.request("GET", path)

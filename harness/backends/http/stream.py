@@ -1,4 +1,4 @@
-"""One streamed completion: token ids out, the time of every token back. A failure is a result, not an exception."""
+"""One streamed completion with the time of every token. A failure is a result, not an exception."""
 
 import asyncio
 import json
@@ -12,16 +12,16 @@ import aiohttp
 from cacheslide.vllm.options import receipt_in
 from harness.backends.client import Request, Result
 
-_TOKEN_CHARS = 1000  # no tokenizer has longer ones
+_TOKEN_CHARS = 1000  # no tokenizer has longer tokens
 _EXPECTED = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError)
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where requests go: `url` up to and without `path`.
+    """Destination of requests: `url`, without `path`.
 
-    `extensions` sends fields that vLLM knows and other servers may refuse. With `token_ids` vLLM sends an answer's ids
-    too, and the prompt's back. `timeout` bounds a whole request, `silence` the time without a byte, both in seconds.
+    `extensions` sends fields of vLLM that other servers may refuse. With `token_ids` vLLM also sends the ids of answer
+    and prompt. `timeout` limits a whole request, `silence` the time without a byte, both in seconds.
     """
 
     url: str
@@ -35,7 +35,7 @@ class Endpoint:
 
 
 def body_of(request: Request, endpoint: Endpoint) -> dict[str, Any]:
-    """The JSON to post; ValueError where a server cannot be asked for what the request wants."""
+    """The JSON body; ValueError for a request that a server cannot serve."""
     if not request.read_prefix_cache:
         raise ValueError("a server's requests cannot decline its prefix cache: give them a salt of their own")
     if request.stop_ids and not endpoint.extensions:
@@ -51,7 +51,7 @@ def body_of(request: Request, endpoint: Endpoint) -> dict[str, Any]:
         out["stream_options"] = {"include_usage": True}
     if endpoint.extensions:
         out["ignore_eos"] = request.ignore_eos
-        if request.stream:  # a chunk may hold several tokens; this says how many
+        if request.stream:  # a chunk may hold several tokens; this gives their number
             out["stream_options"]["continuous_usage_stats"] = True
         if endpoint.token_ids:
             out["return_token_ids"] = True
@@ -67,7 +67,7 @@ def body_of(request: Request, endpoint: Endpoint) -> dict[str, Any]:
 
 
 def take(result: Result, message: Mapping[str, Any], now: float, stop_ids: frozenset[int] = frozenset()) -> None:
-    """Take one piece of an answer into its result; ValueError for an error sent in its place."""
+    """Add one piece of an answer to its result; ValueError for an error sent in its place."""
     if "error" in message:
         raise ValueError(str(message["error"]))
     before, usage = result.tokens, message.get("usage")
@@ -78,7 +78,7 @@ def take(result: Result, message: Mapping[str, Any], now: float, stop_ids: froze
         if reason := choice.get("finish_reason"):
             result.end(reason, choice.get("stop_reason"), stop_ids)
         if not usage and choice.get("text"):
-            result.tokens += 1  # a server that does not count: one a piece
+            result.tokens += 1  # for servers that do not count: one per piece
     if usage:
         result.tokens = max(result.tokens, usage.get("completion_tokens") or 0)
         result.prompt_tokens = usage.get("prompt_tokens", result.prompt_tokens)
@@ -128,7 +128,7 @@ async def _follow(response: aiohttp.ClientResponse, out: Result, request: Reques
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[str]:
-    """The data of server-sent events. Not aiohttp's lines, which are bounded."""
+    """The data of server-sent events, read without aiohttp's bounded lines."""
     rest = b""
     async for piece in response.content.iter_any():
         *events, rest = (rest + piece).replace(b"\r\n", b"\n").split(b"\n\n")

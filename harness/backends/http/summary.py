@@ -1,4 +1,4 @@
-"""A load in numbers: medians and tails with intervals, failures apart, and whether reuse really happened."""
+"""Statistics of a load: medians and tails with intervals, failures, and whether reuse really happened."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from harness.results import intervals
 
 
 def summarize_load(load: Load) -> dict[str, Any]:
-    """Times in seconds over the answered requests; None where nothing was measured."""
+    """Statistics in seconds over answered requests; None where nothing was measured."""
     answered = [r for r in load.results if not r.failure]
     return {
         "requests": len(load.results),
@@ -31,7 +31,7 @@ def _of(statistic, values: Sequence[float | None]) -> dict[str, Any] | None:
 
 
 def reused_rows(result: Result) -> int:
-    """Rows whose cached KV was used: by the receipt, else what the server's prefix cache held."""
+    """Rows whose cached KV was used: by the receipt, else by the server's prefix cache."""
     return result.receipt["tokens_reused"] if result.receipt else result.cached_tokens or 0
 
 
@@ -58,7 +58,7 @@ def reuse(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def no_speed(load: Load) -> str:
-    """Why no speed-up may be reported of a load; empty when every request was answered and reused rows."""
+    """Why no speed-up may be reported for a load; empty if every request was answered and reused rows."""
     failed = sum(bool(r.failure) for r in load.results)
     if failed:
         return f"{failed} of {len(load.results)} requests failed"

@@ -1,4 +1,4 @@
-"""Synthetic conversations: fixed chunks that stay, updated text between them that changes and moves them every turn."""
+"""Synthetic conversations: fixed chunks, with updated text between them that changes and moves them every turn."""
 
 import random
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from cacheslide.errors import DataError
 
 @dataclass(frozen=True)
 class Shape:
-    """Prompts of exactly `tokens` ids below `vocab`; the share `reused` of them lies in `chunks` fixed chunks.
+    """Prompts of exactly `tokens` ids below `vocab`; `reused` is the share of them in `chunks` fixed chunks.
 
-    The prompt starts and ends with updated ids. Ids in the lowest eighth of the vocabulary, where special tokens live,
-    are not used. The ids mean nothing: speed can be measured with them, quality cannot.
+    The prompt starts and ends with updated ids. Ids in the lowest eighth of the vocabulary, the usual place of special
+    tokens, are not used. Random ids measure speed, not quality.
     """
 
     tokens: int
@@ -31,14 +31,14 @@ class Shape:
 
     @property
     def updated(self) -> int:
-        """Updated tokens a prompt."""
+        """Updated tokens per prompt."""
         return self.tokens - round(self.reused * self.tokens)
 
 
 class Conversation:
-    """One client's prompts, turn by turn; the same for every system that is measured.
+    """One client's prompts by turn; the same for every measured system.
 
-    Every turn has new updated ids, and the first chunk starts elsewhere than in the turn before.
+    Every turn has new updated ids, and its first chunk starts at another row than in the turn before.
     """
 
     def __init__(self, shape: Shape, seed: int, number: int) -> None:

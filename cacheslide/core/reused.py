@@ -22,12 +22,15 @@ class ReusedTokens:
         nothing is remembered of any.
     token_ids : sequence of int, or Tensor, int64, on the host
         The ids of all local rows, reused or not, and of the prompt's text behind them; empty where a host does not say.
+    before : int
+        Rows of the prompt that were complete before the request: local row 0 is the prompt's row `before`.
     """
 
     starts: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
     scores: Tensor | None = None
     token_ids: Sequence[int] | Tensor = ()
+    before: int = 0
 
     @classmethod
     def of(cls, *lengths: int, scores: Sequence[float] | None = None) -> "ReusedTokens":

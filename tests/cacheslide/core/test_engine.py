@@ -18,6 +18,8 @@ SYSTEMS = [
     "prompt_cache",
     "cacheblend",
     "cacheblend_stale",
+    "cacheblend_gradual",
+    "cacheblend_code",
     "epic",
     "epic_stale",
     "window_padding",

@@ -98,6 +98,8 @@ SYSTEMS = {
     "cacheblend_code": {"layer": 2},
     "epic": {"recompute_ratio": 0.26},  # its 64 edge rows would cover these chunks whole
     "epic_stale": {"recompute_ratio": 0.26},
+    "epic_0": {},
+    "epic_8": {},
     "window_padding": {},
     "naive_reuse": {},
     "cacheslide": {},

@@ -92,6 +92,7 @@ def exact_turns(served, path) -> Iterator[None]:
 SYSTEMS = {
     "context_cache": {},
     "prompt_cache": {},
+    "prompt_cache_joint": {},
     "cacheblend": {},
     "cacheblend_stale": {"layer": 2},
     "cacheblend_gradual": {"recompute_ratio": 0.4},
@@ -110,7 +111,7 @@ SYSTEMS = {
     "cacheslide_overlap": {"recompute_ratio": 0.3},
     "cacheslide_mixed": {"recompute_ratio": 0.4},
 }
-SCHEMAS = ("prompt_cache",)  # text lies at other positions than its rows
+SCHEMAS = ("prompt_cache", "prompt_cache_joint")  # text lies at other positions than its rows
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

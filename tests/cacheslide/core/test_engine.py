@@ -15,6 +15,7 @@ from tests.helpers.token_ids import random_ids
 SYSTEMS = [
     "recompute",
     "context_cache",
+    "reorder",
     "prompt_cache",
     "prompt_cache_joint",
     "prompt_cache_joint_16",

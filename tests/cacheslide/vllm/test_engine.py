@@ -91,6 +91,7 @@ def exact_turns(served, path) -> Iterator[None]:
 
 SYSTEMS = {
     "context_cache": {},
+    "reorder": {},
     "prompt_cache": {},
     "prompt_cache_joint": {},
     "cacheblend": {},

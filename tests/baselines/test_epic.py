@@ -6,6 +6,7 @@ import torch
 from baselines.epic import LINKS, LegoLink
 from cacheslide.core.engine import ReuseEngine
 from cacheslide.core.prompt import Prompt, Role, Segment
+from cacheslide.core.request_builder import RequestBuilder
 from cacheslide.core.reused import ReusedTokens
 from cacheslide.errors import PolicyError
 from cacheslide.policies.registry import load_policy
@@ -52,6 +53,12 @@ def test_a_prompt_that_begins_with_updated_text_has_no_first_chunk(model):
     engine = ReuseEngine(model, load_policy("epic_8"), MemoryChunkStore())
     engine.build(now)
     assert engine.prefill(now).output.selected.tolist() == list(range(5, 13))
+
+
+def test_a_request_behind_a_prefix_knows_that_its_first_chunk_is_not_the_prompts(model):
+    builder = RequestBuilder(model)
+    requests = [builder.build((1, 2), range(at, at + 2), model.new_kv(at + 2), start=at) for at in (0, 3)]
+    assert [r.runs.before for r in requests] == [0, 3]
 
 
 def test_k_is_a_number_of_tokens_at_any_ratio():

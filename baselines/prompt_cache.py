@@ -1,11 +1,21 @@
-"""PromptCache (PDC, arXiv 2311.04934): modules encoded in isolation at schema-assigned positions."""
+"""PromptCache (PDC, arXiv 2311.04934): fixed text has KV at the positions that a schema gives it.
 
-from cacheslide.core.keys import ContentKeying
+The paper encodes modules in isolation, as the CacheSlide paper took it (`policy`). Its public code encodes all modules
+of a schema in one pass, each seeing those before it (`joint`). One number says how often either can reuse: the slot,
+the places that an updated segment is given. Text that needs another number of slots moves everything behind it, which
+is then computed anew.
+"""
+
+from functools import partial
+
+from baselines.joint_modules import JointModules
+from cacheslide.core.keys import ContentKeying, FixedChainKeying
 from cacheslide.core.placement import Placement
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.policies.encodings import Isolated
 
 SLOT = 256  # positions a schema reserves for an updated segment, in multiples; one stored copy per position
+SLOTS = (16, 32, 64, 128)  # what is swept beside it
 
 
 def policy() -> ReusePolicy:
@@ -17,3 +27,18 @@ def policy() -> ReusePolicy:
         encoding=Isolated(at_slot=True),
         placement=Placement("stored", slot=SLOT),
     )
+
+
+def joint(slot: int = SLOT) -> ReusePolicy:
+    """Modules encoded jointly; slots of another size than `SLOT` are part of the name."""
+    name, title = "prompt_cache_joint", "PromptCache, joint"
+    return ReusePolicy(
+        name if slot == SLOT else f"{name}_{slot}",
+        title if slot == SLOT else f"{title}, slot {slot}",
+        keying=FixedChainKeying(positioned=True),
+        encoding=JointModules(),
+        placement=Placement("stored", slot=slot),
+    )
+
+
+joint_16, joint_32, joint_64, joint_128 = (partial(joint, slot) for slot in SLOTS)

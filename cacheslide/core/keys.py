@@ -133,8 +133,12 @@ class ContentKeying:
 
 @dataclass(frozen=True)
 class FixedChainKeying:
-    """RPDC (section 3): the chain over the fixed chunks only; the updated segments between them are skipped."""
+    """RPDC (section 3): the chain over the fixed chunks only; the updated segments between them are skipped.
 
+    With `positioned` the chain also covers every chunk's first position: a schema's fixed text and its slots.
+    """
+
+    positioned: bool = False
     name: ClassVar[str] = "fixedchain"
     matches: ClassVar[bool] = True
     exact: ClassVar[bool] = False
@@ -144,7 +148,8 @@ class FixedChainKeying:
     def digests(self, prompt: Prompt, chunks: Sequence[Chunk], positions: Sequence[int]) -> list[bytes]:
         out, link = [], b"fixed-chain"
         for chunk in chunks:
-            link = _digest(link, _ids(prompt.token_ids[chunk.start : chunk.end]))
+            where = (positions[chunk.start].to_bytes(4, "little"),) if self.positioned else ()
+            link = _digest(link, *where, _ids(prompt.token_ids[chunk.start : chunk.end]))
             out.append(link)
         return out
 

@@ -133,7 +133,7 @@ class RequestBuilder:
                 placement, shift = Placement("stored"), 0
             source = self.source(found.pieces, where[rows], placement, shift, correction)
         ids = tensor_of(token_ids)
-        runs = replace(found.runs, token_ids=torch.cat([ids, tensor_of(behind)]))
+        runs = replace(found.runs, token_ids=torch.cat([ids, tensor_of(behind)]), before=start)
         ids, where, rows = send_together((ids, where, rows), model.device)
         return PrefillRequest(ids, where, kv, rows, source, correction, runs, start)
 

@@ -22,12 +22,15 @@ class ReusedTokens:
         one.
     token_ids : sequence of int, or Tensor, int64, on the host
         Ids of all local rows and of the prompt's text behind them; empty where the host does not give them.
+    before : int
+        Rows of the prompt that were complete before the request: local row 0 is the prompt's row `before`.
     """
 
     starts: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
     scores: Tensor | None = None
     token_ids: Sequence[int] | Tensor = ()
+    before: int = 0
 
     @classmethod
     def of(cls, *lengths: int, scores: Sequence[float] | None = None) -> "ReusedTokens":

@@ -49,8 +49,12 @@ CURVES = {
     "Isolated": (ORANGE, "o", "isolated chunks (PIC), nothing or random"),
     "CacheBlend, by V": (ORANGE, "^", "CacheBlend, by V (layer 1, chosen layer)"),
     "CacheBlend, by K": (ORANGE, "<", "CacheBlend, by K² (likewise)"),
+    "CacheBlend, gradual": (ORANGE, "s", "CacheBlend, gradual filtering (likewise)"),
+    "CacheBlend, as its code": (ORANGE, "D", "CacheBlend, as its code (likewise)"),
     "EPIC": (GREEN, "P", "EPIC"),
     "PromptCache": (BLACK, "d", "PromptCache"),
+    "PromptCache, joint": (BLACK, "D", "PromptCache, encoded jointly, slots of 16 to 256"),
+    "Reordered": (GREEN, "*", "updated text last, prefix caching"),
     "Chain, stale": (GREY, "1", "stale positions"),
     "CacheBlend, stale": (GREY, "2", "CacheBlend, stale positions"),
 }

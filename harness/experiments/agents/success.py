@@ -34,7 +34,10 @@ from harness.step import command
 from harness.systems import first_look
 
 NO_CONTEXT = "no_context"
-BASELINES = ("naive_reuse", "cacheblend", "epic", "prompt_cache", "context_cache", "window_padding")
+BASELINES = (
+    *("naive_reuse", "cacheblend", "cacheblend_gradual", "epic", "prompt_cache", "prompt_cache_joint"),
+    *("context_cache", "reorder", "window_padding"),
+)
 SYSTEMS = (REFERENCE, NO_CONTEXT, OURS, "cacheslide_promote", *BASELINES)
 EXACT = ("context_cache",)  # a prefix cache: nothing is approximated, and only an unchanged prefix is reused
 MOST = 0.99  # recomputed share from which on a system counts as reusing nothing

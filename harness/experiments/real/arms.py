@@ -6,13 +6,16 @@ chain    as the previous turn left it (RPDC; CacheSlide as Algorithm 1 stores it
 canon    encoded in the chain of fixed text alone (RPDC; this project's default)
 iso      every passage encoded alone (PIC: CacheBlend, EPIC)
 stale    chain or iso without moving keys to their new positions
-other    systems with keys of their own: ContextCache, PromptCache, window padding
+other    systems with keys of their own: ContextCache, PromptCache, window padding, reordering
 exact    recompute by another batching: the noise floor
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from baselines.epic import LINKS, LegoLink
+from baselines.gradual_filtering import GradualFiltering
+from baselines.prompt_cache import SLOT, SLOTS, joint
 from baselines.random_tokens import RandomTokens
 from cacheslide.core.placement import Placement
 from cacheslide.policies.base import Correction, ReusePolicy
@@ -148,8 +151,10 @@ def frontier(best: Mapping[str, int] | None = None) -> list[Arm]:
         *swept("CacheBlend, by V", "iso", TopDeviation(0.15, metric="v"), (0.05, 0.15, 0.3, 0.5),
                layers("CacheBlend, by V")),
         *swept("CacheBlend, by K", "iso", TopDeviation(0.15), (0.15, 0.3), layers("CacheBlend, by K")),
+        *swept("CacheBlend, gradual", "iso", GradualFiltering(0.15), (0.05, 0.15, 0.3), layers("CacheBlend, by V")),
+        *swept("CacheBlend, as its code", "iso", GradualFiltering(0.15, steps=1), (0.15,), layers("CacheBlend, by V")),
         arm("EPIC 32 + 32", "iso", EdgeTokens(32, 32)),
-        *[arm(f"EPIC {n}", "iso", EdgeTokens(n, 0)) for n in (8, 16, 32)],
+        *[arm(f"EPIC {k}", "iso", LegoLink(k)) for k in LINKS],
         *others(),
     ]  # fmt: skip
 
@@ -182,7 +187,11 @@ def core(best: Mapping[str, int] | None = None) -> list[Arm]:
         f"{QUESTION} 10 % at layer {chosen[QUESTION]}",
         f"CacheSlide, by K 26 % at layer {chosen['CacheSlide, by K']}",
         f"CacheBlend, by V 15 % at layer {chosen['CacheBlend, by V']}",
+        *(f"CacheBlend, gradual 15 % at layer {layer}" for layer in (1, 3)),
+        "PromptCache, joint, slot 256",
+        "Reordered",
         "EPIC 8",
+        "EPIC 16",
         "EPIC 32",
         "EPIC 32 + 32",
         "Chain, stale positions",
@@ -201,6 +210,8 @@ def others() -> list[Arm]:
             replace(iso, correction=TopDeviation(0.15)), 0.15, 1),
         Arm("ContextCache", "ContextCache", "other", load_policy("context_cache")),
         Arm("PromptCache", "PromptCache", "other", load_policy("prompt_cache")),
+        *[Arm(f"PromptCache, joint, slot {n}", "PromptCache, joint", "other", joint(n)) for n in (*SLOTS, SLOT)],
+        Arm("Reordered", "Reordered", "other", load_policy("reorder")),
         Arm("Window padding", "Window padding", "other", load_policy("window_padding")),
     ]  # fmt: skip
 

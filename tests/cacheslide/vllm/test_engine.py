@@ -91,11 +91,17 @@ def exact_turns(served, path) -> Iterator[None]:
 
 SYSTEMS = {
     "context_cache": {},
+    "reorder": {},
     "prompt_cache": {},
+    "prompt_cache_joint": {},
     "cacheblend": {},
     "cacheblend_stale": {"layer": 2},
+    "cacheblend_gradual": {"recompute_ratio": 0.4},
+    "cacheblend_code": {"layer": 2},
     "epic": {"recompute_ratio": 0.26},  # its 64 edge rows would cover these chunks whole
     "epic_stale": {"recompute_ratio": 0.26},
+    "epic_0": {},
+    "epic_8": {},
     "window_padding": {},
     "naive_reuse": {},
     "cacheslide": {},
@@ -106,12 +112,13 @@ SYSTEMS = {
     "cacheslide_overlap": {"recompute_ratio": 0.3},
     "cacheslide_mixed": {"recompute_ratio": 0.4},
 }
+SCHEMAS = ("prompt_cache", "prompt_cache_joint")  # text lies at other positions than its rows
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_system_leaves_the_kv_that_the_reference_engine_leaves(served, reference, path, system):
     # Only a schema's positions are turned back: everything else is compared with the tables that vLLM made.
-    with exact_turns(served, path) if system == "prompt_cache" else nullcontext():
+    with exact_turns(served, path) if system in SCHEMAS else nullcontext():
         check_the_kv(served, reference, system)
 
 
@@ -161,7 +168,7 @@ def check_the_kv(served, reference, system) -> None:
     rows = min(len(second), BLOCK * len(served.plans[-1].block_ids))  # those behind the last chunk are vLLM's own
     k, v = served.kv(rows)
     shift = want.next_position - len(second)  # a schema's positions run ahead of vLLM's by as much
-    assert (shift > 0) is (system == "prompt_cache")
+    assert (shift > 0) is (system in SCHEMAS)
     if shift:
         k = torch.stack([reference.rotaries[0].rotate(x, torch.full((rows,), shift)) for x in k])
     assert_same(k, want.kv.k[:, :rows])

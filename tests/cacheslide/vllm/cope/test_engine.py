@@ -46,7 +46,9 @@ SYSTEMS = {
     "cacheslide": {"layer": 2},
     "cacheslide_promote": {},
     "cacheblend": {},
+    "cacheblend_gradual": {"recompute_ratio": 0.4},
     "prompt_cache": {},
+    "prompt_cache_joint": {},
     "epic": {"recompute_ratio": 0.26},
     "naive_reuse": {},
 }

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from baselines.gradual_filtering import GradualFiltering
 from cacheslide.core.engine import ReuseEngine
 from cacheslide.core.receipt import Receipt
 from cacheslide.core.request_builder import find_pieces
@@ -69,7 +70,13 @@ def request_of(model, rule):
     return engine.builder.build(*given, found=found, placement=engine.policy.placement, correction=rule, start=START)
 
 
-RULES = [FirstTokens(0.3), TopDeviation(0.3, 1), QuestionAware(0.3, 2), ShrinkingTokens(0.5, 0.3, 2)]
+RULES = [
+    FirstTokens(0.3),
+    TopDeviation(0.3, 1),
+    QuestionAware(0.3, 2),
+    ShrinkingTokens(0.5, 0.3, 2),
+    GradualFiltering(0.3, spread=0.8),
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)

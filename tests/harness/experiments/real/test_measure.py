@@ -6,8 +6,10 @@ from functools import cache
 import pytest
 import torch
 
+from baselines.reorder import updated_last
 from cacheslide.policies.first_tokens import FirstTokens
 from cacheslide.policies.none import NoCorrection
+from cacheslide.quality.divergence import divergence
 from cacheslide.store import MemoryChunkStore
 from harness.experiments.real import arms as systems
 from harness.experiments.real import measure as measuring
@@ -61,7 +63,7 @@ def test_the_core_has_every_arm_that_it_names():
     best = {"CacheSlide as printed": 6}
     names = {a.name for a in core(best)}
     assert (
-        len(names) == 50
+        len(names) == 55
         and names < {a.name for a in frontier(best)}
         and {"CacheSlide as printed 26 % at layer 6", "CacheSlide as printed, updated keys only 26 % at layer 6"}
         < names
@@ -74,7 +76,7 @@ def test_the_core_follows_the_layers_that_were_chosen():
     best = {"CacheSlide, by K": 9, "CacheBlend, by V": 7, "Question-aware": 4}
     names = {a.name for a in core(best)}
     assert {"CacheSlide, by K 26 % at layer 9", "CacheBlend, by V 15 % at layer 7"} < names
-    assert "Question-aware 10 % at layer 4" in names and len(names) == 52
+    assert "Question-aware 10 % at layer 4" in names and len(names) == 57
     assert {"Question-aware 10 % at layer 5", "CacheSlide, by K 26 % at layer 1"} < {a.name for a in core()}
 
 
@@ -215,6 +217,16 @@ def test_no_row_of_a_buffer_is_read_before_it_is_written(monkeypatch):
 
     monkeypatch.setattr(gemma().model, "new_kv", poisoned)
     assert list(measure(gemma(), trial(), arms, set())) == clean and "failure" not in str(clean)
+
+
+def test_a_reordered_prompt_is_compared_with_recompute_of_the_prompt_as_given():
+    given = Reference(gemma(), trial().prompt, trial().answer)
+    moved = Reference(gemma(), updated_last(trial().prompt), trial().answer)
+    [one] = [a for a in systems.others() if a.name == "Reordered"]
+    got = run_arm(gemma(), given, trial(), one, MemoryChunkStore())
+    want = divergence(given.on_answer, moved.on_answer, trial().answer)
+    assert got["answer"]["kl"] == pytest.approx(want.kl, rel=1e-3) and want.kl > 1e-3
+    assert got["tokens"] == len(trial().prompt) and got["tokens_reused"] > 0 == got["tokens_recomputed"]
 
 
 def test_what_is_done_is_not_measured_again(monkeypatch):

@@ -1,0 +1,29 @@
+"""Reordering: what a user can do without any of this. Updated text goes behind the fixed text; prefix caching does the
+rest."""
+
+from cacheslide.core.keys import PrefixKeying
+from cacheslide.core.placement import Placement
+from cacheslide.core.prompt import Prompt, Role
+from cacheslide.errors import PolicyError
+from cacheslide.policies.base import ReusePolicy
+
+
+def updated_last(prompt: Prompt) -> Prompt:
+    """All fixed segments, then all updated ones, each kind in its order: a question at the end stays the end.
+
+    PolicyError for a prompt that begins with updated text: its first token may be the one that begins a sequence.
+    """
+    if prompt.segments[0].role is not Role.REUSE:
+        raise PolicyError("reorder moves updated text behind fixed text: a prompt must begin with fixed text")
+    return Prompt(tuple(sorted(prompt.segments, key=lambda s: s.role is not Role.REUSE)))
+
+
+def policy() -> ReusePolicy:
+    """Exact for the prompt it makes: every fixed token is a prefix. That prompt is another one than was given."""
+    return ReusePolicy(
+        "reorder",
+        "Reordered, prefix caching",
+        keying=PrefixKeying(),
+        placement=Placement("stored"),
+        transform=updated_last,
+    )

@@ -1,6 +1,6 @@
 """What a rule knows of a request's reused tokens before the request starts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +22,16 @@ class ReusedTokens:
         nothing is remembered of any.
     token_ids : sequence of int, or Tensor, int64, on the host
         The ids of all local rows, reused or not, and of the prompt's text behind them; empty where a host does not say.
+    notes : tuple of Mapping of str to Tensor
+        Of each run: what is kept beside its chunk (`ChunkKV.notes`), whose tokens are counted from the run's first one;
+        empty where nothing is kept beside any, or a run begins inside of its chunk.
     """
 
     starts: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
     scores: Tensor | None = None
     token_ids: Sequence[int] | Tensor = ()
+    notes: tuple[Mapping[str, Tensor], ...] = ()
 
     @classmethod
     def of(cls, *lengths: int, scores: Sequence[float] | None = None) -> "ReusedTokens":

@@ -30,6 +30,9 @@ class ChunkKV:
     scores : Tensor [n], float32, on the host, optional
         Remembered deviation: how far each token's KV was from that of another context, summed over layers
         (`core/remembering.py`); finite and at least 0.
+    notes : dict of str to Tensor
+        What the policy's memory keeps beside the chunk (`policies/memory.py`). Stores in memory and in a folder of one
+        file a chunk keep them; tiers and serving keep a chunk without.
     """
 
     k: Tensor
@@ -38,6 +41,7 @@ class ChunkKV:
     layer_inputs: dict[int, Tensor] = field(default_factory=dict)
     generation: int = 0
     scores: Tensor | None = None
+    notes: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.positions)
@@ -51,7 +55,7 @@ class ChunkKV:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = [self.k, self.v, self.positions, *self.layer_inputs.values()]
+        tensors = [self.k, self.v, self.positions, *self.layer_inputs.values(), *self.notes.values()]
         tensors += [] if self.scores is None else [self.scores]
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -64,6 +68,7 @@ class ChunkKV:
             {layer: x.to(dtype, copy=True) for layer, x in self.layer_inputs.items()},
             self.generation,
             self.scores,
+            self.notes,
         )
 
 

@@ -29,6 +29,9 @@ SYSTEMS = [
     "cacheslide_overlap",
     "cacheslide_mixed",
     "naive_reuse",
+    "kvcomm",
+    "prophetkv",
+    "cache_craft",
 ]
 
 

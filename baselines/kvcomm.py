@@ -147,7 +147,7 @@ def fits(chunk: Any, width: int) -> bool:
     if notes["id"].dtype != torch.int64 or not all(notes[n].is_floating_point() for n in ("prefix", "k", "v")):
         return False
     count, layers, shape = len(notes["id"]), len(chunk.k), chunk.k.shape[1:]
-    offsets = all(notes[n].shape == (count * layers, *shape) and bool(notes[n].isfinite().all()) for n in "kv")
+    offsets = all(notes[n].shape == (count * layers, *shape) and bool(notes[n].float().isfinite().all()) for n in "kv")
     return count > 0 and offsets and notes["prefix"].shape == (count, width) and bool(notes["prefix"].isfinite().all())
 
 

@@ -9,11 +9,10 @@ what comes out becomes an anchor. At most 20 anchors are kept.
 What differs here. The paper has one prefix an agent and other text in its placeholders, so its anchors are other texts
 under the same prefix; a fixed chunk is one text under prefixes that change, so its anchors are other prefixes of the
 same text, and a prefix is what is compared: the mean of its input embeddings. Assumptions, where the paper says nothing
-of such anchors: an anchor counts where the prefix is nearer to it than to no prefix at all, whose offset is 0;
-distances are relative to the prefix's own embedding, with a temperature of 0.05, since the paper's, over all KV of a
-text, are large numbers; one anchor is enough (the authors' code wants two); an anchor of the very same prefix is taken
-alone; the oldest anchor leaves, not the least used of the oldest five. Nothing is recomputed in part: the paper has no
-correction.
+of such anchors: an anchor counts where the prefix is nearer to it than to no prefix at all, whose offset is 0; a
+distance is that of the means times the prefix's tokens, in norms of a token's embedding, since the paper's grow with a
+text, too; one anchor is enough (the authors' code wants two); an anchor of the very same prefix is taken alone; the
+oldest anchor leaves, not the least used of the oldest five. Nothing is recomputed in part: the paper has no correction.
 """
 
 import math
@@ -31,8 +30,7 @@ from cacheslide.policies.base import ReusePolicy
 from cacheslide.policies.encodings import Isolated
 from cacheslide.policies.memory import NoMemory, Notes
 
-ANCHORS, GAMMA = 20, 0.3  # the authors' settings
-TEMPERATURE = 0.05
+ANCHORS, GAMMA, TEMPERATURE = 20, 0.3, 1.0  # the authors' settings
 
 
 @dataclass(frozen=True)
@@ -90,9 +88,10 @@ class Anchors(NoMemory):
         same = (notes["id"] == content_id(before)).float()
         if bool(same.any()):
             return same / same.sum()
-        here = mean_embedding(model, before)
-        distance = (notes["prefix"].to(here) - here).norm(dim=1) / here.norm().clamp_min(1e-12)
-        near = distance < 1
+        embedded = embeddings(model, before)
+        here, token = embedded.mean(0), embedded.norm(dim=1).mean().clamp_min(1e-12)
+        apart = (notes["prefix"].to(here) - here).norm(dim=1)
+        near, distance = apart < here.norm(), len(before) * apart / token
         count = int(near.sum())
         if count < self.least:
             return None
@@ -101,9 +100,9 @@ class Anchors(NoMemory):
         return None if float(entropy) > self.gamma * math.log(count) + 1e-6 else weights.cpu()
 
 
-def mean_embedding(model: Any, token_ids: tuple[int, ...]) -> Tensor:
-    """Mean input embedding of a text, float32 [hidden_size]."""
-    return model.embed(torch.tensor(token_ids, device=model.device)).float().mean(0)
+def embeddings(model: Any, token_ids: tuple[int, ...]) -> Tensor:
+    """Input embeddings of a text of n tokens, float32 [n, hidden_size]."""
+    return model.embed(torch.tensor(token_ids, device=model.device)).float()
 
 
 def anchor(model: Any, plan: Any, number: int, chunk: Any, kv: Any) -> Notes:
@@ -118,7 +117,7 @@ def anchor(model: Any, plan: Any, number: int, chunk: Any, kv: Any) -> Notes:
         for name, there, base in (("k", k, chunk.k), ("v", v, chunk.v)):
             offsets[name].append((there.float() - base[layer].to(there.device).float()).to(base.dtype).cpu())
     before = plan.prompt.token_ids[: where.start]
-    about = {"prefix": mean_embedding(model, before)[None].cpu(), "id": torch.tensor([content_id(before)])}
+    about = {"prefix": embeddings(model, before).mean(0)[None].cpu(), "id": torch.tensor([content_id(before)])}
     return about | {name: torch.stack(x) for name, x in offsets.items()}
 
 

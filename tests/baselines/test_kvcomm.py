@@ -17,7 +17,7 @@ from cacheslide.store import DirectoryChunkStore, MemoryChunkStore
 from tests.helpers.prompts import dense, isolated, run
 from tests.helpers.token_ids import random_ids
 
-NEAR = Anchors(temperature=1.0, gamma=1.0)
+NEAR = Anchors(temperature=3.0, gamma=1.0)
 
 
 def prompt_of(*updated: int) -> Prompt:
@@ -86,9 +86,10 @@ def test_offsets_follow_their_weights(model):
     chunk, place = teach(engine, prompt_of(*B), 1), plan.chunks[1]
     assert len(chunk.notes["id"]) == 2
     embed = [model.embed(torch.tensor((*now.token_ids[:6], *x))).mean(0) for x in (A, B, (*MIX, *C[:4]))]
-    distances = torch.stack([(e - embed[2]).norm() / embed[2].norm() for e in embed[:2]])
+    token = model.embed(torch.tensor(now.token_ids[: place.start])).norm(dim=1).mean()
+    distances = torch.stack([place.start * (e - embed[2]).norm() / token for e in embed[:2]])
     weights = memory.weights(model, chunk, now.token_ids[: place.start])
-    torch.testing.assert_close(weights, (-distances).softmax(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(weights, (-distances / 3).softmax(0), atol=1e-5, rtol=1e-4)
     assert weights[0] > weights[1] > 0.05
     found = memory.recall(model, plan, pieces(engine, now))[0]
     want = torch.zeros_like(chunk.k)

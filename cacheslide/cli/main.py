@@ -68,7 +68,7 @@ def _systems(args: argparse.Namespace) -> int:
 
     for name in policy_names():
         policy = load_policy(name)
-        parts = (policy.keying, policy.encoding.name, policy.placement, policy.correction)
+        parts = (policy.keying, policy.kind, policy.placement, policy.correction)
         print(f"{name:24} {policy.title}\n{'':24} {' · '.join(map(str, parts))}")
     return 0
 

@@ -1,6 +1,6 @@
 """Computes a policy's cached chunks exactly, in the context that its encoding names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -16,7 +16,8 @@ from cacheslide.core.selective_prefill import SelectivePrefill
 from cacheslide.core.tensors import tensor_of
 from cacheslide.models.adapter import KVBuffer, ModelAdapter
 from cacheslide.policies.base import Encoding
-from cacheslide.positions.ccpe import PromptSlots
+from cacheslide.policies.memory import Memory, NoMemory
+from cacheslide.positions.ccpe import PromptSlots, slots_in
 from cacheslide.store.base import ChunkKV, ChunkStore
 from cacheslide.store.persistent.shape import shape_of
 
@@ -44,6 +45,8 @@ class ChunkEncoder:
         Layers whose inputs are stored with every chunk.
     scores : bool
         Store remembered deviations with every chunk; they take a prefill of its other context (`Contrast`).
+    memory : Memory, optional
+        Makes the notes that are stored with every chunk.
 
     Attributes
     ----------
@@ -58,7 +61,9 @@ class ChunkEncoder:
         store_dtype: torch.dtype,
         capture: frozenset[int] = frozenset(),
         scores: bool = False,
+        memory: Memory | None = None,
     ) -> None:
+        self.memory = NoMemory() if memory is None else memory
         self.model, self.store, self.store_dtype, self.capture, self.scores = model, store, store_dtype, capture, scores
         self.shape = shape_of(model, store_dtype)
         self.builder, self.executor = RequestBuilder(model), SelectivePrefill(model)
@@ -81,16 +86,34 @@ class ChunkEncoder:
         missing = [key in anew or not self.store.contains(key) for key in plan.keys]
         if any(missing):
             contrast = self.contrast(encoding, plan, served) if self.scores else None
+            prompts: list[KVBuffer] = []
             parts = encoding.encode(self, plan.prompt, plan.positions, plan.chunks, plan.keys, missing)
             for number, exact, start, end in parts:
                 scores = None
                 if contrast is not None:
                     own = TokenKV.of_rows(exact.kv, exact.positions, start, end, self.model.device)
                     scores = contrast.scores(number, own)
-                self.store_chunk(plan.keys[number], exact, start, end, scores)
+                chunk = self._chunk(exact, start, end, scores)
+                if self.memory.name:
+                    known = exact.kv if encoding.in_prompt else served
+                    notes = self.memory.notes(self.model, plan, number, chunk, self._prompt(plan, known, prompts))
+                    chunk = replace(chunk, notes=notes)
+                self.store_chunk(plan.keys[number], chunk)
             if contrast is not None and contrast.ready:
                 self._score({i: unscored[k] for i, k in enumerate(plan.keys) if k in unscored}, contrast, missing)
         return sum(missing)
+
+    def _prompt(self, plan: Plan, known: KVBuffer | None, made: list[KVBuffer]) -> Callable[[], KVBuffer]:
+        """Exact KV of the plan's prompt when asked for: `known`, or that of a prefill, made once."""
+
+        def prompt() -> KVBuffer:
+            if known is None and not made:
+                end = plan.chunks[-1].end
+                ids, positions = plan.prompt.token_ids[:end], plan.positions[:end]
+                made.append(self.prefill(ids, positions, slots=slots_in(plan.prompt), inputs=False).kv)
+            return made[0] if known is None else known
+
+        return prompt
 
     def _score(self, stored: Mapping[int, ChunkKV], contrast: Contrast, missing: Sequence[bool]) -> None:
         """Score stored chunks that have no scores; `stored` maps their number in the plan to the chunk."""
@@ -129,11 +152,14 @@ class ChunkEncoder:
         self.row_layers += sum(out.tokens_computed)
         return ExactKV(kv, positions, out.layer_inputs, done)
 
-    def store_chunk(self, key: ChunkKey, exact: "ExactKV", start: int, end: int, scores: Tensor | None = None) -> None:
-        """Store rows [start, end) of an exact prefill as the chunk `key`, replacing a chunk that can be replaced."""
+    def _chunk(self, exact: "ExactKV", start: int, end: int, scores: Tensor | None) -> ChunkKV:
+        """Rows [start, end) of an exact prefill as a chunk."""
         offset = exact.first_input
         layers = {layer: x[start - offset : end - offset] for layer, x in exact.layer_inputs.items()}
-        chunk = replace(self.cut(exact.kv, exact.positions, start, end, layer_inputs=layers), scores=scores)
+        return replace(self.cut(exact.kv, exact.positions, start, end, layer_inputs=layers), scores=scores)
+
+    def store_chunk(self, key: ChunkKey, chunk: ChunkKV) -> None:
+        """Store a chunk, in place of what can be replaced."""
         if not self.store.replace(key, chunk):
             self.store.put(key, chunk)
 

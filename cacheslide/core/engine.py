@@ -10,6 +10,7 @@ from torch import Tensor
 from cacheslide.core.encoder import ChunkEncoder
 from cacheslide.core.greedy import greedy
 from cacheslide.core.keys import CacheIdentity, ChunkKey
+from cacheslide.core.learning import learn
 from cacheslide.core.plan import Plan, make_plan
 from cacheslide.core.prefill_request import PrefillOutput, PrefillRequest
 from cacheslide.core.prompt import Prompt
@@ -97,7 +98,8 @@ class ReuseEngine:
         self.chunk_size, self.suffix_len, self.max_deviation = chunk_size, suffix_len, max_deviation
         store_dtype = store_dtype or model.dtype
         self.identity = CacheIdentity(model.model_id, str(store_dtype), namespace=namespace)
-        self.encoder = ChunkEncoder(model, store, store_dtype, capture | policy.probe_layers, policy.needs_scores)
+        captured = capture | policy.probe_layers
+        self.encoder = ChunkEncoder(model, store, store_dtype, captured, policy.needs_scores, policy.memory)
         self.builder, self.executor = RequestBuilder(model), SelectivePrefill(model)
 
     def plan(self, prompt: Prompt) -> Plan:
@@ -138,6 +140,8 @@ class ReuseEngine:
         if limit < 0:
             raise PromptError(f"a limit of generations is at least 0, not {limit}")
         plan = self.plan(prompt)
+        if not state.receipt.chunks_hit:
+            learn(self.model, self.policy.memory, self.store, state.plan, state.kv)
         count, past = self._refresh(state)
         anew = past & set(plan.keys) if self.policy.encoding.in_prompt else frozenset()
         if not plan.chunks or (not anew and all(map(self._has, plan.keys))):
@@ -224,6 +228,9 @@ class ReuseEngine:
         receipt = Receipt(self.policy.name, rows, chunks=len(plan.chunks))
         limit = rows - max(0, self.suffix_len - following)
         cached = find_pieces(plan.keyed, 0, limit, lambda _, key, c: self._fetch(key, len(c), receipt), receipt)
+        if cached.pieces and self.policy.memory.name:
+            cached, why = self.policy.memory.recall(self.model, plan, cached)
+            receipt.chunks_hit, receipt.fallback = len(cached.pieces), why or receipt.fallback
         if plan.chunks and not cached.pieces and not receipt.fallback:
             receipt.fallback = "no chunk of this prompt is in the store"
         request = self.builder.build(

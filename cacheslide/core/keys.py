@@ -156,15 +156,23 @@ class FixedChainKeying:
 
 def chunk_keys(
     keying: Keying,
-    encoding: str,
+    kind: str,
     identity: CacheIdentity,
     prompt: Prompt,
     chunks: Sequence[Chunk],
     positions: Sequence[int],
 ) -> list[ChunkKey]:
-    """The store's keys of `chunks`, 40 hexadecimal characters each; empty when the keying matches nothing."""
+    """The store's keys of `chunks`, 40 hexadecimal characters each; empty when the keying matches nothing.
+
+    `kind` identifies what the chunks contain (`ReusePolicy.kind`).
+    """
     head = identity.digest()
-    return [_digest(head, encoding.encode(), d).hex() for d in keying.digests(prompt, chunks, positions)]
+    return [_digest(head, kind.encode(), d).hex() for d in keying.digests(prompt, chunks, positions)]
+
+
+def content_id(token_ids: Sequence[int]) -> int:
+    """A text as a number, int64: texts of one number are taken for the same."""
+    return int.from_bytes(_digest(_ids(token_ids))[:8], "little", signed=True)
 
 
 def fixed_text(prompt: Prompt) -> tuple[int, ...]:

@@ -49,5 +49,5 @@ def make_plan(
     if positions[-1] >= max_positions:
         raise PromptError(f"the prompt needs {positions[-1] + 1} positions, the model has {max_positions}")
     chunks = prompt.chunks(chunk_size) if policy.reuses else ()
-    keys = chunk_keys(policy.keying, policy.encoding.name, identity, prompt, chunks, positions)
+    keys = chunk_keys(policy.keying, policy.kind, identity, prompt, chunks, positions)
     return Plan(prompt, positions, chunks, tuple(keys))

@@ -41,7 +41,11 @@ class Found:
         scores = None
         if any(p.chunk.scores is not None for p in self.pieces):
             scores = torch.cat([p.scores for p in self.pieces])
-        return ReusedTokens(tuple(s.start for s in self.spans), tuple(p.length for p in self.pieces), scores)
+        notes: tuple = ()
+        if any(p.chunk.notes for p in self.pieces):
+            notes = tuple({} if p.first else p.chunk.notes for p in self.pieces)
+        starts, lengths = tuple(s.start for s in self.spans), tuple(p.length for p in self.pieces)
+        return ReusedTokens(starts, lengths, scores, notes=notes)
 
     def scores_of(self, start: int, end: int) -> Tensor | None:
         """Scores of rows [start, end), float32 [end - start]; None where one of them has none."""

@@ -1,6 +1,6 @@
 """A request's reused tokens, as a correction sees them before the request starts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,9 @@ class ReusedTokens:
         Ids of all local rows and of the prompt's text behind them; empty where the host does not give them.
     before : int
         Rows of the prompt that were complete before the request: local row 0 is the prompt's row `before`.
+    notes : tuple of Mapping of str to Tensor
+        Per run: the notes of its chunk (`ChunkKV.notes`), with tokens counted from the run's first one; empty where no
+        chunk has notes, or where a run begins inside its chunk.
     """
 
     starts: tuple[int, ...] = ()
@@ -31,6 +34,7 @@ class ReusedTokens:
     scores: Tensor | None = None
     token_ids: Sequence[int] | Tensor = ()
     before: int = 0
+    notes: tuple[Mapping[str, Tensor], ...] = ()
 
     @classmethod
     def of(cls, *lengths: int, scores: Sequence[float] | None = None) -> "ReusedTokens":

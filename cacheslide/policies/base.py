@@ -1,4 +1,4 @@
-"""A reuse policy is four choices, each a protocol: keying, encoding, placement, correction.
+"""A reuse policy is four choices, each a protocol: keying, encoding, placement, correction; and maybe a memory.
 
 A new rule is one file with a class that answers a protocol's questions; nothing else asks for its type.
 """
@@ -15,6 +15,7 @@ from cacheslide.core.prompt import Chunk, Prompt
 from cacheslide.core.reused import ReusedTokens
 from cacheslide.errors import PolicyError
 from cacheslide.policies.encodings import Encoded, InPrompt
+from cacheslide.policies.memory import Memory, NoMemory
 from cacheslide.policies.none import NoCorrection
 
 
@@ -95,6 +96,8 @@ class Correction(Protocol):
         Share of the reused tokens recomputed in the end; None where the rule names no share.
     needs_scores : bool
         Whether the rule reads `ReusedTokens.scores`, so that chunks are kept with their remembered deviation.
+    asks : bool
+        Whether the rule looks at the prompt's question, so that every question needs a prefill of its own.
     """
 
     first_layer: int
@@ -102,6 +105,7 @@ class Correction(Protocol):
     probe_layers: frozenset[int]
     total_ratio: float | None
     needs_scores: bool
+    asks: bool
 
     def check(self, name: str, layers: int) -> None:
         """Raise PolicyError, naming the system `name`, where a model of `layers` layers cannot run the rule."""
@@ -141,7 +145,8 @@ def unchanged(prompt: Prompt) -> Prompt:
 class ReusePolicy:
     """One system of the study.
 
-    `transform` rewrites the prompt before anything else (window padding); `title` is what figures print.
+    `transform` rewrites the prompt before anything else (window padding); `title` is what figures print; `memory` is
+    what is kept beside chunks.
     """
 
     name: str
@@ -151,6 +156,7 @@ class ReusePolicy:
     placement: Placement = field(default_factory=Placement)
     correction: Correction = field(default_factory=NoCorrection)
     transform: Callable[[Prompt], Prompt] = unchanged
+    memory: Memory = field(default_factory=NoMemory)
 
     def __post_init__(self) -> None:
         try:
@@ -166,13 +172,18 @@ class ReusePolicy:
         return self.keying.matches
 
     @property
+    def kind(self) -> str:
+        """What its chunks hold, as part of their keys: in what context their KV is, and what is kept beside it."""
+        return f"{self.encoding.name}+{self.memory.name}" if self.memory.name else self.encoding.name
+
+    @property
     def recipe(self) -> str:
         """Names the chunk caches this policy reads; policies of equal recipe share them."""
         if not self.reuses:
             return "none"
         slot = f"_slot{self.placement.slot}" if self.placement.slot else ""
         moved = "" if self.transform is unchanged else f"_{self.name}"
-        return f"{self.keying.name}_{self.encoding.name}{slot}{moved}"
+        return f"{self.keying.name}_{self.kind}{slot}{moved}"
 
     @property
     def probe_layers(self) -> frozenset[int]:
@@ -185,9 +196,14 @@ class ReusePolicy:
         return self.correction.needs_scores
 
     @property
+    def asks(self) -> bool:
+        """Whether every question needs a prefill of its own."""
+        return self.correction.asks
+
+    @property
     def copyable(self) -> bool:
-        """Whether chunks may be copied out of a request's KV: theirs is that of the prompt, without layer inputs."""
-        return self.encoding.in_prompt and not self.probe_layers
+        """Whether chunks may be copied out of a request's KV: theirs is that of the prompt, and nothing beside it."""
+        return self.encoding.in_prompt and not self.probe_layers and not self.memory.name
 
     def at_layer(self, layer: int) -> "ReusePolicy":
         """The same policy selecting at `layer`; promotion layers below it move up to it."""

@@ -4,17 +4,17 @@ The question is the updated text behind all reused text. Its tokens alone pass t
 cached KV: a few dozen tokens against the thousands that a selection layer asks of every other rule.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cacheslide.core.reused import ReusedTokens
 from cacheslide.errors import PolicyError
 from cacheslide.models.adapter import RowGroup
+from cacheslide.policies.attention_weights import OneLayerKV, weights_of
 from cacheslide.policies.deviation import tokens_of_ratio, top_rows
 from cacheslide.policies.static import RatioCorrection, StaticRun
 
@@ -22,14 +22,59 @@ QUESTION = 64  # its last tokens are asked, at most so many
 
 
 @dataclass(frozen=True)
-class QuestionAware(RatioCorrection):
-    """The `recompute_ratio` of a prompt's reused tokens that the question's tokens attend to most at `layer`.
+class QuestionRule(RatioCorrection):
+    """The `recompute_ratio` of a prompt's reused tokens of the highest `mass` in the eyes of the question.
 
-    A token's mass is its attention weight, summed over the question's last `QUESTION` tokens and over all heads. The
-    question sees cached text, and what was complete before the request, but no other updated text, which has no KV yet;
-    a sliding window counts the tokens that are there, and what lies outside of it has no mass. Ties go to the earlier
-    token. A request that ends with reused text has no question in it, as in vLLM, which computes the text behind cached
-    chunks by itself: there the first tokens are recomputed.
+    The question sees cached text, and what was complete before the request, but no other updated text, which has no KV
+    yet. Ties go to the earlier token. A request that ends with reused text has no question in it, as in vLLM, which
+    computes the text behind cached chunks by itself: there the first tokens are recomputed. A rule adds `mass` and
+    `passes`.
+    """
+
+    @property
+    def asks(self) -> bool:
+        """See `Correction.asks`."""
+        return True
+
+    def known_before_start(self, reused: ReusedTokens) -> None:
+        """The question has to be asked first: see `choose`."""
+
+    def mass(self, request: Any, model: Any, n: int) -> Tensor:
+        """What the request's last n tokens, behind all reused ones, make of each of these: float32 [R]."""
+        raise NotImplementedError
+
+    def passes(self, layers: int) -> int:
+        """Layers of a model of `layers` that the question passes beforehand, the one it is asked at included."""
+        raise NotImplementedError
+
+    def limit(self, behind: int) -> int:
+        """Of `behind` tokens of a question, how many (the last ones) are asked."""
+        return behind
+
+    def choose(self, request: Any, model: Any) -> Tensor:
+        """See `Correction.choose`: how many there are is known beforehand."""
+        count = tokens_of_ratio(self.recompute_ratio, len(request.reused))
+        if not self.asked(request):
+            return torch.arange(count, device=request.reused.device)
+        return top_rows(self.mass(request, model, self.asked(request)), count)
+
+    def asked(self, request: Any) -> int:
+        """Tokens of the request's question that pass layers beforehand: 0 without one, and where nothing is open."""
+        runs, count = request.runs, tokens_of_ratio(self.recompute_ratio, len(request.reused))
+        behind = len(request.token_ids) - runs.starts[-1] - runs.lengths[-1]
+        return self.limit(behind) if 0 < count < len(request.reused) else 0
+
+    def begin(self, tokens) -> "QuestionRun":
+        """See `Correction.begin`."""
+        return QuestionRun(tokens, self.passes(tokens.model.num_layers), self.asked(tokens.request))
+
+
+@dataclass(frozen=True)
+class QuestionAware(QuestionRule):
+    """`QuestionRule` by the question's attention at one `layer`.
+
+    A token's mass is its attention weight, summed over the question's last `QUESTION` tokens and over all heads; a
+    sliding window counts the tokens that are there, and what lies outside of it has no mass.
     """
 
     layer: int = 5
@@ -53,41 +98,33 @@ class QuestionAware(RatioCorrection):
         if self.layer >= layers:
             raise PolicyError(f"{name} selects at layer {self.layer}, but the model has layers 0 to {layers - 1}")
 
-    def known_before_start(self, reused: ReusedTokens) -> None:
-        """The question has to be asked first: see `choose`."""
+    def mass(self, request: Any, model: Any, n: int) -> Tensor:
+        """See `QuestionRule.mass`."""
+        return attention_mass(request, model, self.layer, n)
 
-    def choose(self, request: Any, model: Any) -> Tensor:
-        """See `Correction.choose`: how many there are is known beforehand."""
-        count = tokens_of_ratio(self.recompute_ratio, len(request.reused))
-        if not self.asked(request):
-            return torch.arange(count, device=request.reused.device)
-        return top_rows(attention_mass(request, model, self.layer, self.asked(request)), count)
+    def passes(self, layers: int) -> int:
+        """See `QuestionRule.passes`."""
+        return self.layer + 1
 
-    def asked(self, request: Any) -> int:
-        """Tokens of the request's question that pass layers beforehand: 0 without one, and where nothing is open."""
-        runs, count = request.runs, tokens_of_ratio(self.recompute_ratio, len(request.reused))
-        behind = len(request.token_ids) - runs.starts[-1] - runs.lengths[-1]
-        return min(QUESTION, behind) if 0 < count < len(request.reused) else 0
-
-    def begin(self, tokens) -> "QuestionRun":
-        """See `Correction.begin`."""
-        return QuestionRun(tokens, self.layer, self.asked(tokens.request))
+    def limit(self, behind: int) -> int:
+        """See `QuestionRule.limit`."""
+        return min(QUESTION, behind)
 
 
 class QuestionRun(StaticRun):
-    """Counts the layers that `passes` tokens of the question passed beforehand; the active tokens stay the same.
+    """Counts the `layers` that `passes` tokens of the question passed beforehand; the active tokens stay the same.
 
-    At `layer` itself, where only their attention to keys is computed, they are counted as in a whole layer.
+    In the last of them, where only their attention to keys is computed, they are counted as in a whole layer.
     """
 
     static_from = None  # it counts layer by layer
 
-    def __init__(self, tokens, layer: int, passes: int) -> None:
-        self.tokens, self.layer, self.passes = tokens, layer, passes
+    def __init__(self, tokens, layers: int, passes: int) -> None:
+        self.tokens, self.layers, self.passes = tokens, layers, passes
 
     def leave(self, layer: int, hidden: Tensor) -> Tensor:
         """See `CorrectionRun.leave`."""
-        if layer <= self.layer:
+        if layer < self.layers:
             self.tokens.output.tokens_computed[layer] += self.passes
         return hidden
 
@@ -97,50 +134,28 @@ def attention_mass(request: Any, model: Any, layer: int, n: int) -> Tensor:
 
     The last n tokens must stand behind all reused ones.
     """
+    for at, q, keys, rows in asking(request, model, layer + 1, n):
+        if at == layer:
+            mass = weights_of(model, layer, q, keys, rows)
+    return model.reduce_scores(mass[request.start : len(keys) - n].contiguous())
+
+
+def asking(request: Any, model: Any, layers: int, n: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """The request's last n tokens pass `layers` layers alone, over what was complete before it and the cached KV.
+
+    Yields a layer, its queries [n, heads, head_dim], the keys [start + R + n, kv_heads, head_dim] that they see, and
+    the rows [n] of the queries among these.
+    """
     device = request.token_ids.device
     positions, before = request.positions[-n:], torch.arange(request.start, device=device)
     hidden = model.embed(request.token_ids[-n:])
-    for at in range(layer + 1):
+    for at in range(layers):
         q, k, v = model.qkv(at, hidden, positions)
         parts = [request.source.layer(at), (k, v)]
         if request.start:
             parts.insert(0, request.kv.read(at, before))
         keys, values = (torch.cat([p[i].to(k.dtype) for p in parts]) for i in (0, 1))
         rows = torch.arange(len(keys) - n, len(keys), device=device)
-        if at < layer:
+        yield at, q, keys, rows
+        if at < layers - 1:
             hidden = model.finish(at, hidden, model.attend(at, q, [RowGroup(OneLayerKV(at, keys, values), rows)]))
-    mass = weights_of(model, layer, q, keys, rows)
-    return model.reduce_scores(mass[request.start : len(keys) - n].contiguous())
-
-
-def weights_of(model: Any, layer: int, q: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
-    """Attention weights of each key, float32 [keys], summed over queries q [n, heads, head_dim] at `rows` and heads.
-
-    They are read through the model's own attention, whose scale, windows and positions nobody else has to know: where
-    key i alone has the value 1 in column c, column c of the result is the weight of key i. So every head_dim keys take
-    one call.
-    """
-    total, heads, dim = keys.shape
-    out = torch.empty(0, device=keys.device)
-    for first in range(0, total, dim):
-        count = min(dim, total - first)
-        ones = torch.eye(count, dim, dtype=keys.dtype, device=keys.device)
-        values = F.pad(ones, (0, 0, first, total - first - count))[:, None].expand(total, heads, dim).contiguous()
-        attended = model.attend(layer, q, [RowGroup(OneLayerKV(layer, keys, values), rows)])
-        out = torch.cat((out, attended.float().sum(dim=(0, 1))[:count]))
-    return out
-
-
-@dataclass
-class OneLayerKV:
-    """KV of one layer, as plain tensors [rows, kv_heads, head_dim], for attention outside of a request's KV."""
-
-    layer: int
-    keys: Tensor
-    values: Tensor
-    slots: None = None  # a CoPE model finds no updated slots described
-    k: Mapping[int, Tensor] = field(init=False)
-    v: Mapping[int, Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.k, self.v = {self.layer: self.keys}, {self.layer: self.values}

@@ -51,6 +51,11 @@ class StaticCorrection:
         """No score is read."""
         return False
 
+    @property
+    def asks(self) -> bool:
+        """No question is looked at."""
+        return False
+
     def check(self, name: str, layers: int) -> None:
         """Every model can run it."""
 

@@ -120,6 +120,11 @@ class TopDeviation:
         """See `Correction.needs_scores`: the selection layer's own deviation decides."""
         return False
 
+    @property
+    def asks(self) -> bool:
+        """See `Correction.asks`: deviation alone decides."""
+        return False
+
     def at_layer(self, layer: int) -> "TopDeviation":
         """The same rule selecting at `layer`; promotion layers below it move up to it."""
         first = self.promote[0].layer if self.promote else layer

@@ -29,6 +29,9 @@ class ChunkKV:
         0 for exactly computed KV; otherwise how many times in a row corrected KV was computed over corrected KV.
     scores : Tensor [n], float32, on the host, optional
         Remembered deviation of each token's KV, summed over layers (`core/remembering.py`); finite and at least 0.
+    notes : dict of str to Tensor
+        Tensors of the policy's memory (`policies/memory.py`). The in-memory store and `DirectoryChunkStore` store them;
+        storage tiers and serving drop them.
     """
 
     k: Tensor
@@ -37,6 +40,7 @@ class ChunkKV:
     layer_inputs: dict[int, Tensor] = field(default_factory=dict)
     generation: int = 0
     scores: Tensor | None = None
+    notes: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.positions)
@@ -50,7 +54,7 @@ class ChunkKV:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = [self.k, self.v, self.positions, *self.layer_inputs.values()]
+        tensors = [self.k, self.v, self.positions, *self.layer_inputs.values(), *self.notes.values()]
         tensors += [] if self.scores is None else [self.scores]
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -63,6 +67,7 @@ class ChunkKV:
             {layer: x.to(dtype, copy=True) for layer, x in self.layer_inputs.items()},
             self.generation,
             self.scores,
+            self.notes,
         )
 
 

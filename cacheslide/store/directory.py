@@ -17,10 +17,12 @@ from cacheslide.store.folder import Folder, Foreign
 from cacheslide.store.persistent.shape import ChunkShape
 from cacheslide.store.tensorfile import TensorFile
 
-_FORMAT, _SCORED = "1", "2"  # format of files without scores, and of files with scores
+_FORMAT, _SCORED, _NOTED = "1", "2", "3"  # format of a file with KV alone, with scores, with notes as well
+_FORMATS = (_FORMAT, _SCORED, _NOTED)
 _KEY = re.compile(r"[0-9a-f]{1,128}")
 _FILE = re.compile(r"[0-9a-f]{1,128}\.safetensors")
 _INPUT = re.compile(r"layer_input\.(0|[1-9][0-9]{0,8})")
+_NOTE = re.compile(r"note\.[a-z_]{1,32}")
 logger = logging.getLogger("cacheslide.store")
 
 
@@ -60,7 +62,7 @@ class DirectoryChunkStore(ChunkStore):
         except (OSError, Foreign):
             return False
         try:
-            return TensorFile.of(fd).metadata.get("format") in (_FORMAT, _SCORED)
+            return TensorFile.of(fd).metadata.get("format") in _FORMATS
         except (OSError, ValueError):
             return False
         finally:
@@ -109,11 +111,13 @@ class DirectoryChunkStore(ChunkStore):
         tensors = {"k": chunk.k, "v": chunk.v, "positions": chunk.positions}
         tensors |= {} if chunk.scores is None else {"scores": chunk.scores}
         tensors |= {f"layer_input.{layer}": x for layer, x in chunk.layer_inputs.items()}
+        tensors |= {f"note.{name}": x for name, x in chunk.notes.items()}
+        format = _NOTED if chunk.notes else _FORMAT if chunk.scores is None else _SCORED
         part = f"{uuid.uuid4().hex}.tmp"
         try:
             raw = save(
                 {n: t.contiguous() for n, t in tensors.items()},
-                metadata={"format": _FORMAT if chunk.scores is None else _SCORED, "generation": str(chunk.generation)},
+                metadata={"format": format, "generation": str(chunk.generation)},
             )
             self._write(part, raw)
             kept = self.folder.settle(part, name)  # an existing file is not replaced
@@ -150,7 +154,7 @@ def _written(fd: int) -> tuple[int, int] | None:
     except OSError:
         return None
     status = os.fstat(fd)
-    formats = (b'"format":"' + number.encode() + b'"' for number in (_FORMAT, _SCORED))
+    formats = (b'"format":"' + number.encode() + b'"' for number in _FORMATS)
     own_format = head.startswith(b'{"__metadata__":{') and any(part in head for part in formats)
     own_format = own_format and all(part in head for part in (b'"generation":"', b'"positions":{'))
     return (status.st_ino, status.st_mtime_ns) if own_format else None
@@ -159,9 +163,11 @@ def _written(fd: int) -> tuple[int, int] | None:
 def _chunk(fd: int, files: Files) -> ChunkKV:
     """The chunk in a file; ValueError, KeyError or StoreError for an invalid file."""
     file = TensorFile.of(fd)
-    if file.metadata.get("format") not in (_FORMAT, _SCORED):
+    if file.metadata.get("format") not in _FORMATS:
         raise ValueError(f"it has chunk format {str(file.metadata.get('format'))[:20]!r}, expected {_FORMAT!r}")
     beside = {"positions", "scores"} if file.metadata["format"] == _SCORED else {"positions"}
+    if file.metadata["format"] == _NOTED:
+        beside |= {name for name in file.places if name == "scores" or _NOTE.fullmatch(name)}
     generation = file.metadata["generation"]
     if not re.fullmatch(r"[0-9]{1,9}", generation):
         raise ValueError("its generation is no count")
@@ -177,4 +183,5 @@ def _chunk(fd: int, files: Files) -> ChunkKV:
     held = file.read(fd, files)
     inputs = {int(match[1]): held[name] for name, match in sorted(layers.items())}
     scores = held["scores"] if "scores" in beside else None
-    return ChunkKV(held["k"], held["v"], held["positions"], inputs, int(generation), scores)
+    notes = {name.removeprefix("note."): held[name] for name in sorted(beside) if name.startswith("note.")}
+    return ChunkKV(held["k"], held["v"], held["positions"], inputs, int(generation), scores, notes)

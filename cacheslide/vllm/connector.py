@@ -21,6 +21,7 @@ from cacheslide.vllm.scheduler.metrics import ReuseMetrics, ReuseStats
 from cacheslide.vllm.scheduler.setbacks import check_claim, finish_anyhow, give_up, unplanned
 from cacheslide.vllm.scheduler.side import SchedulerSide
 from cacheslide.vllm.support import check, check_place, check_spans
+from cacheslide.vllm.systems import check_served
 from cacheslide.vllm.worker import early_start
 from cacheslide.vllm.worker.side import WorkerSide
 
@@ -35,7 +36,7 @@ class CacheSlideConnector(KVConnectorBase_V1, SupportsHMA):
         options = ServerOptions.from_extra_config(self._kv_transfer_config.kv_connector_extra_config)
         shared = options.tiers is not None and role == KVConnectorRole.SCHEDULER  # the scheduler names chunks
         geometry = Geometry.of(vllm_config, by_content=shared)
-        options.system.check(geometry.num_layers)
+        check_served(options.system, geometry.num_layers)
         check_spans(options.find_spans, geometry.slots)
         self.scheduler: SchedulerSide | None = None
         self.worker: WorkerSide | None = None

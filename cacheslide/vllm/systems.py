@@ -31,3 +31,14 @@ def _registered(name: str) -> ReusePolicy:
         raise
     except Exception as error:  # a third party's entry point may raise any exception
         raise PolicyError(f"the system {name!r} does not load ({type(error).__name__}: {error})") from error
+
+
+def check_served(policy: ReusePolicy, layers: int | None = None) -> None:
+    """Raise PolicyError for a system that serving cannot run, or that a model of `layers` layers cannot."""
+    if policy.memory.name:
+        raise PolicyError(
+            f"{policy.name} keeps notes beside its chunks ({policy.memory.name}), which vLLM's workers do not: it runs "
+            "in the reference host only"
+        )
+    if layers is not None:
+        policy.check(layers)

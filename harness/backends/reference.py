@@ -95,6 +95,17 @@ class ReferenceBackend(Tokens):
         ids = answer_branches(self.model, state, self.questions(example), max_new_tokens, self.stop_ids())
         return [self.decode(a) for a in ids]
 
+    def answers_each(
+        self, engine: ReuseEngine, example: TaskExample, max_new_tokens: int
+    ) -> tuple[list[str], list[Prefilled]]:
+        """The answers where each question is part of a prompt of its own, decoded, and what each prefill left."""
+        texts, states = [], []
+        for question in example.questions:
+            state = engine.prefill(self.prompt(example.segments, question.text), room=max_new_tokens)
+            states.append(state)
+            texts.append(self.decode(engine.generate(state, state.logits, max_new_tokens, self.stop_ids())))
+        return texts, states
+
     def room(self, example: TaskExample, max_new_tokens: int) -> int:
         """Rows behind a context for all of its questions and their answers."""
         return branch_room(self.questions(example), max_new_tokens)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from cacheslide.core.encoder import prefill_exact
+from cacheslide.core.engine import Prefilled
 from cacheslide.core.prompt import Prompt, Role
 from cacheslide.policies.base import ReusePolicy, unchanged
 from cacheslide.quality.similarity import cksim
@@ -93,18 +94,29 @@ class ReferenceResponder:
 
     def respond(self, system: ReusePolicy, example: TaskExample, max_new_tokens: int) -> Response:
         """See `Responder.respond`. The context is prefilled once and each question follows it: equal to prefilling both
-        together (tested), at a fraction of the cost."""
+        together (tested), at a fraction of the cost. A system whose rule uses the question gets one prefill a question,
+        whose time includes the answer, so none is reported."""
         backend, engine = self.backend, self._engine(system)
         prompt = backend.prompt(example.segments)
+        if system.asks:
+            texts, states = backend.answers_each(engine, example, max_new_tokens)
+            similar = self._similar(system, example, prompt, states[0])
+            return Response(None, [s.receipt.as_dict() for s in states], texts, similar)
         shortest = min(map(len, backend.questions(example)))
         started = time.perf_counter()
         state = engine.prefill(prompt, following=shortest, room=backend.room(example, max_new_tokens))
         seconds = time.perf_counter() - started
-        similar = None
-        if self.similarity and system.transform is unchanged and not system.placement.slot:
-            similar = self._compare(example, prompt, state.kv.k)  # row i is row i of recompute
+        similar = self._similar(system, example, prompt, state)
         texts = backend.answers(state, example, max_new_tokens)
         return Response(seconds, [state.receipt.as_dict()], texts, similar)
+
+    def _similar(
+        self, system: ReusePolicy, example: TaskExample, prompt: Prompt, state: Prefilled
+    ) -> list[float] | None:
+        """CKSim of a prefilled prompt, where it is asked for and its rows lie where recompute's do."""
+        if self.similarity and system.transform is unchanged and not system.placement.slot:
+            return self._compare(example, prompt, state.kv.k)  # row i is row i of recompute, at the same position
+        return None
 
     def _compare(self, example: TaskExample, prompt: Prompt, got: torch.Tensor) -> list[float]:
         """CKSim per layer over the fixed rows, after reuse and correction, relative to an exact prefill."""
@@ -117,7 +129,8 @@ class ReferenceResponder:
 
     def first_token(self, system: ReusePolicy, example: TaskExample, max_new_tokens: int, answer: bool) -> Response:
         """See `Responder.first_token`. Lookup, load, placement, prefill and logits are timed; answers come from the
-        timed state after its question's rows are dropped."""
+        timed state after its question's rows are dropped. A system whose rule uses the question answers each question
+        with a prefill of its own."""
         backend, engine = self.backend, self._engine(system)
         prompt = backend.prompt(example.segments, example.questions[0].text)
         room = backend.room(example, max_new_tokens)
@@ -127,7 +140,9 @@ class ReferenceResponder:
         int(state.logits.argmax())
         seconds = time.perf_counter() - started
         response = Response(seconds, [state.receipt.as_dict()])
-        if answer:
+        if answer and system.asks:
+            response.texts, _ = backend.answers_each(engine, example, max_new_tokens)
+        elif answer:
             plan = engine.plan(backend.prompt(example.segments))
             state.length, state.next_position = len(plan.prompt), plan.positions[-1] + 1
             response.texts = backend.answers(state, example, max_new_tokens)

@@ -11,6 +11,7 @@ from cacheslide.vllm.frontend.misplaced import check_places
 from cacheslide.vllm.frontend.separators import cut
 from cacheslide.vllm.limits import NOTE, check_depth, check_sendable, check_text, sayable, shown
 from cacheslide.vllm.options import DOOR_KEYS, FIELD, Annotations, ServerOptions, raw_annotations
+from cacheslide.vllm.systems import check_served
 from cacheslide.vllm.tenants import ambiguous, salted
 
 CHAT = "cacheslide_chat"  # beside a rendered prompt: its messages and rendering options
@@ -103,8 +104,7 @@ def _annotations(
     if request.prompt_token_ids is not before:  # vLLM uses the original ids elsewhere
         _check_length(len(before), len(request.prompt_token_ids), limits)
     policy = annotations.system(options.policy)
-    if limits.layers is not None:
-        policy.check(limits.layers)
+    check_served(policy, limits.layers)
     annotated = annotations.prompt(request.prompt_token_ids or ())
     if policy.transform(annotated) != annotated:
         raise PolicyError(f"{policy.name} rewrites prompts: apply its transform before sending")

@@ -12,6 +12,7 @@ from cacheslide.vllm.scheduler import reasons
 from cacheslide.vllm.scheduler.beam_groups import Families
 from cacheslide.vllm.scheduler.request_state import Tracked
 from cacheslide.vllm.scheduler.span_memory import SpanMemory
+from cacheslide.vllm.systems import check_served
 from cacheslide.vllm.tenants import tenant_of, unsalted
 
 
@@ -78,7 +79,7 @@ class Planner:
         if annotations.find and self.geometry.slots:
             raise PromptError("spans that are looked for follow no template, which calibrated slot offsets (CCPE) need")
         policy = annotations.system(self.options.policy)
-        policy.check(self.geometry.num_layers)
+        check_served(policy, self.geometry.num_layers)
         tenant = self._tenant(request, annotations)
         if annotations.find:
             rows = annotations.family and annotations.family["rows"]

@@ -4,18 +4,21 @@ An arm is a reuse policy with its ratio and layer set. Families say where the KV
 
 chain    as the previous turn left it (RPDC; CacheSlide as Algorithm 1 stores it)
 canon    encoded in the chain of fixed text alone (RPDC; this project's default)
-iso      every passage encoded alone (PIC: CacheBlend, EPIC)
+iso      every passage encoded alone (PIC: CacheBlend, EPIC, ProphetKV)
 stale    chain or iso without moving keys to their new positions
-other    systems with keys of their own: ContextCache, PromptCache, window padding, reordering
+other    systems with keys or notes of their own: ContextCache, PromptCache, window padding, reordering, KVComm,
+         Cache-Craft
 exact    recompute by another batching: the noise floor
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from baselines.cache_craft import CacheFix
 from baselines.epic import LINKS, LegoLink
 from baselines.gradual_filtering import GradualFiltering
 from baselines.prompt_cache import SLOT, SLOTS, joint
+from baselines.prophetkv import QueryDriven
 from baselines.random_tokens import RandomTokens
 from cacheslide.core.placement import Placement
 from cacheslide.policies.base import Correction, ReusePolicy
@@ -155,6 +158,7 @@ def frontier(best: Mapping[str, int] | None = None) -> list[Arm]:
         *swept("CacheBlend, as its code", "iso", GradualFiltering(0.15, steps=1), (0.15,), layers("CacheBlend, by V")),
         arm("EPIC 32 + 32", "iso", EdgeTokens(32, 32)),
         *[arm(f"EPIC {k}", "iso", LegoLink(k)) for k in LINKS],
+        *swept("ProphetKV", "iso", QueryDriven(), (0.1, 0.2, 0.4), [None]),
         *others(),
     ]  # fmt: skip
 
@@ -204,6 +208,7 @@ def others() -> list[Arm]:
     """Systems with keys or positions of their own, and stale positions."""
     stale = Placement("stored")
     chain, iso = (replace(load_policy(SOURCES[f]), placement=stale) for f in ("chain", "iso"))
+    craft = load_policy("cache_craft")
     return [
         Arm("Chain, stale positions", "Stale positions", "stale", replace(chain, correction=NoCorrection())),
         Arm("CacheBlend, stale positions 15 % at layer 1", "Stale positions", "stale",
@@ -213,6 +218,9 @@ def others() -> list[Arm]:
         *[Arm(f"PromptCache, joint, slot {n}", "PromptCache, joint", "other", joint(n)) for n in (*SLOTS, SLOT)],
         Arm("Reordered", "Reordered", "other", load_policy("reorder")),
         Arm("Window padding", "Window padding", "other", load_policy("window_padding")),
+        Arm("KVComm", "KVComm", "other", load_policy("kvcomm")),
+        *[Arm(f"Cache-Craft, α = {a:g}", "Cache-Craft", "other", replace(craft, correction=CacheFix(a)))
+          for a in (0.5, 1.0, 2.0)],
     ]  # fmt: skip
 
 
@@ -240,6 +248,7 @@ def history_arms(best: Mapping[str, int] | None = None) -> list[Arm]:
         *swept("CacheSlide, by K", "chain", TopDeviation(0.26), (0.26,), [1]),
         arm("Isolated, nothing recomputed", "iso", NoCorrection()),
         *swept("CacheBlend, by V", "iso", TopDeviation(0.15, metric="v"), (0.15,), [layer]),
+        Arm("KVComm", "KVComm", "other", load_policy("kvcomm")),  # its anchors are earlier turns
     ]
 
 
@@ -258,8 +267,9 @@ def confirm_arms(best: Mapping[str, int] | None = None) -> list[Arm]:
 
 
 def replay_arms(best: Mapping[str, int] | None = None) -> list[Arm]:
-    """The same without rules that need scores: what a recorded turn left is kept without."""
-    return [one for one in history_arms(best) if one.policy is None or not one.policy.needs_scores]
+    """The same without systems that need scores or notes: what a recorded turn left is kept without."""
+    bare = [one for one in history_arms(best) if one.policy is None or not one.policy.memory.name]
+    return [one for one in bare if one.policy is None or not one.policy.needs_scores]
 
 
 def unique(arms: Sequence[Arm]) -> list[Arm]:

@@ -98,13 +98,8 @@ def answered(
         shortest, room = min(map(len, backend.questions(example))), backend.room(example, NEW_TOKENS)
         state = engine.prefill(backend.prompt(example.segments), following=shortest, room=room)
         return backend.answers(state, example, NEW_TOKENS), [state.receipt]
-    answers, receipts = [], []
-    for question in example.questions:
-        state = engine.prefill(backend.prompt(example.segments, question.text), room=NEW_TOKENS)
-        said = engine.generate(state, state.logits, NEW_TOKENS, backend.stop_ids())
-        answers.append(backend.decode([t for t in said if t not in backend.stop_ids()]))
-        receipts.append(state.receipt)
-    return answers, receipts
+    answers, states = backend.answers_each(engine, example, NEW_TOKENS)
+    return answers, [state.receipt for state in states]
 
 
 def prompt_id(example: TaskExample) -> str:

@@ -41,6 +41,9 @@ SYSTEMS = [
     "cacheslide_overlap",
     "cacheslide_mixed",
     "naive_reuse",
+    "kvcomm",
+    "prophetkv",
+    "cache_craft",
 ]
 
 

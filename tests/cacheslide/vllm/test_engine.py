@@ -494,6 +494,7 @@ def test_namespaces_and_salts_keep_tenants_apart(served):
         ({"segments": [[0, 10]], "polcy": "epic"}, "unknown key polcy"),
         ({"segments": [[0, 10]], "recompute_ratio": 1.5}, "recompute_ratio must lie in"),
         ({"segments": [[6, 59], [70, 80]], "policy": "window_padding"}, "rewrites prompts"),
+        ({"segments": [[0, 10]], "policy": "kvcomm"}, "kvcomm keeps notes beside its chunks"),
     ],
 )
 def test_malformed_annotations_are_refused_at_the_door(served, annotations, reason):

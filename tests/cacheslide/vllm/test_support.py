@@ -15,6 +15,7 @@ from cacheslide.vllm import CONNECTOR
 from cacheslide.vllm.geometry import weights_id
 from cacheslide.vllm.options import policy_of
 from cacheslide.vllm.support import check, check_place
+from cacheslide.vllm.systems import check_served
 from cacheslide.vllm.worker.model_adapter import rotary_of
 
 pytestmark = pytest.mark.slow
@@ -87,6 +88,10 @@ def test_systems_that_a_model_cannot_run():
     with pytest.raises(PolicyError, match="layer 5, but the model has layers 0 to 4"):
         policy_of("cacheslide", None, 5).check(5)
     policy_of("cacheslide", None, 4).check(5)
+    check_served(policy_of("prophetkv"), 5)
+    for name, notes in (("kvcomm", "anchors"), ("cache_craft", "attention")):
+        with pytest.raises(PolicyError, match=rf"{name} keeps notes beside its chunks \({notes}\).*host only"):
+            check_served(policy_of(name), 5)
 
 
 @pytest.mark.fault("multi_connector")

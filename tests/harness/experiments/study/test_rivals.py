@@ -1,0 +1,85 @@
+"""Rivals with notes beside their chunks, and with a prefill a question, through the study's steps."""
+
+import pytest
+
+from cacheslide.policies.registry import load_policy
+from harness.backends.reference import EngineSettings, ReferenceBackend
+from harness.backends.responders import ReferenceResponder
+from harness.experiments.study import steps as study
+from harness.results.records import read_failures, read_records
+from harness.results.tables import receipt_totals
+from harness.tasks.data import read_examples, write_dataset
+
+pytestmark = pytest.mark.slow
+
+SYSTEMS = ["naive_reuse", "kvcomm", "prophetkv", "cache_craft"]
+CONFIG = {
+    "run": "test",
+    "seed": 0,
+    "model": "models/tiny-llama-12m",
+    "device": "cpu",
+    "dtype": "float32",
+    "store_dtype": "float32",
+    "systems": SYSTEMS,
+    "chunk_size": 1024,
+    "suffix_len": 1,
+    "recompute_ratio": 0.26,
+    "accuracy": {"questions": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "hotpotqa-deep.jsonl"
+    write_dataset(path, "hotpotqa-deep", "test", 3, 2, 700)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def records(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("accuracy")
+    study.step_chunks(CONFIG, data, 3, str(folder / "chunks"), 2)
+    outputs = [str(folder / f"{name}.jsonl") for name in SYSTEMS]
+    study.step_accuracy(CONFIG, data, str(folder / "chunks"), 3, outputs, 2)
+    assert not any(read_failures(path) for path in outputs)
+    return {name: list(read_records(path)) for name, path in zip(SYSTEMS, outputs, strict=True)}
+
+
+def f1(records) -> float:
+    scores = [q["f1"] for r in records for q in r["questions"]]
+    return sum(scores) / len(scores)
+
+
+def test_a_rule_that_asks_has_a_prefill_and_a_receipt_a_question(records):
+    for record in records["prophetkv"]:
+        assert len(record["receipts"]) == len(record["questions"]) == 4 and record["prefill_seconds"] is None
+        assert len({r["tokens"] for r in record["receipts"]} | {record["tokens"]}) > 1  # questions are part of prompts
+        share = [r["tokens_recomputed"] / (r["tokens_recomputed"] + r["tokens_reused"]) for r in record["receipts"]]
+        assert share == pytest.approx([0.2] * 4, abs=0.002) and min(record["cksim"]) > 0.5
+    assert 0.2 < receipt_totals(records["prophetkv"][0]["receipts"])["compute_fraction"] < 0.5
+    assert f1(records["prophetkv"]) >= 0.9 > f1(records["naive_reuse"])
+
+
+def test_with_one_turn_before_kvcomm_serves_what_that_turn_left(records):
+    """Base and offset of its only anchor are naive reuse's KV."""
+    for ours, naive in zip(records["kvcomm"], records["naive_reuse"], strict=True):
+        assert ours["receipt"]["tokens_reused"] == naive["receipt"]["tokens_reused"] > 500
+        assert ours["cksim"] == pytest.approx(naive["cksim"], abs=1e-4)
+        assert [q["f1"] for q in ours["questions"]] == [q["f1"] for q in naive["questions"]]
+
+
+def test_cache_craft_mends_some_of_every_chunk_behind_an_update(records):
+    receipts = [r["receipt"] for r in records["cache_craft"]]
+    assert all(0 < r["tokens_recomputed"] < r["tokens_reused"] + r["tokens_recomputed"] for r in receipts)
+    assert all(r["chunks_hit"] == r["chunks"] for r in receipts) and "receipts" not in records["cache_craft"][0]
+
+
+def test_a_timed_first_token_and_answers_of_a_rule_that_asks(data):
+    """The answers are those of a prefill a question, not of the first question's."""
+    [example, *_] = read_examples(data, questions=4)
+    responder = ReferenceResponder(ReferenceBackend(CONFIG["model"]), EngineSettings())
+    policy = load_policy("prophetkv").at_ratio(0.05)
+    responder.fill([example], [policy])
+    timed = responder.first_token(policy, example, 4, answer=True)
+    assert timed.texts == responder.respond(policy, example, 4).texts and timed.seconds > 0
+    assert len(timed.receipts) == 1

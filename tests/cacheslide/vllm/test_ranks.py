@@ -1,19 +1,14 @@
 """Tensor parallelism: two ranks say and report what one says and reports, turn after turn."""
 
-import json
 import os
-import signal
-import subprocess
-import sys
-from contextlib import suppress
 
 import pytest
 
 pytest.importorskip("vllm")
 
 from harness.robustness.faulty_ranks import SEAMS
+from tests.helpers.rank_processes import last_line
 from tests.helpers.vllm_turns import answers
-from tests.helpers.vllm_variables import VLLM_ENVIRONMENT
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_environment")]
 
@@ -42,27 +37,11 @@ def test_two_ranks_find_their_heads_again(tmp_path):
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="vLLM binds each rank to a core of its own")
 def test_a_fault_on_one_rank_reaches_both_and_nothing_hangs(rank):
     """While preparing, within the run between a layer's sums, while keeping, while encoding; then all is well."""
-    found = run_ranks("harness.robustness.faulty_ranks", str(rank))
+    found = last_line("harness.robustness.faulty_ranks", str(rank))
     assert [o["seam"] for o in found] == [seam for seam, _, _ in SEAMS]
     for outcome in found:
         assert not outcome["wrong"] and outcome["faults"][rank] and outcome["reused"] > 0, outcome
 
 
 def two_ranks(*store: str) -> list[dict]:
-    return run_ranks("tests.helpers.vllm_turns", "2", *store)
-
-
-def run_ranks(module: str, *args: str) -> list[dict]:
-    environment = {**os.environ, **VLLM_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # the ranks are processes
-    command = [sys.executable, "-m", module, *args]
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        out, error = process.communicate(timeout=600)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # ranks that hang would take the cores of every test behind this one
-    assert process.returncode == 0, error[-3000:]
-    return json.loads(out.splitlines()[-1])
+    return last_line("tests.helpers.vllm_turns", "2", *store)

@@ -1,16 +1,13 @@
 """Scores under tensor parallelism: two ranks have those of one, and a fault on one leaves neither waiting."""
 
-import json
 import os
-import subprocess
-import sys
 
 import pytest
 
 pytest.importorskip("vllm")
 
+from tests.helpers.rank_processes import last_line
 from tests.helpers.vllm_scores import FAULTS
-from tests.helpers.vllm_variables import VLLM_ENVIRONMENT
 
 pytestmark = [
     pytest.mark.vllm,
@@ -37,14 +34,9 @@ def installed(tmp_path_factory):
 
 
 def outcomes(installed, ranks: int) -> dict[str, list]:
-    environment = {**os.environ, **VLLM_ENVIRONMENT, "OMP_NUM_THREADS": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))}
-    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # the ranks are processes
-    environment["PYTHONPATH"] = os.pathsep.join([str(installed), os.environ.get("PYTHONPATH", os.getcwd())])
-    command = [sys.executable, "-m", "tests.helpers.vllm_scores", str(ranks)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    path = os.pathsep.join([str(installed), os.environ.get("PYTHONPATH", os.getcwd())])
+    variables = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "PYTHONPATH": path}
+    return last_line("tests.helpers.vllm_scores", str(ranks), variables=variables, ranks=ranks)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,6 @@
 """CoPE models inside vLLM (CPU): parity with the reference model, reuse, batches, prefix cache, ranks."""
 
-import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,6 +19,7 @@ from cacheslide.vllm.offline import beam_search
 from cacheslide.vllm.options import annotations_of, policy_of
 from tests.helpers.adapter_protocol import check
 from tests.helpers.checkpoints import save_random, save_random_adapter
+from tests.helpers.rank_processes import last_line
 from tests.helpers.served import BLOCK, CHUNK, assert_same, logprobs, receipt, tokens
 from tests.helpers.token_ids import random_ids
 from tests.helpers.vllm_cope import (
@@ -38,7 +36,6 @@ from tests.helpers.vllm_cope import (
     save_setup,
     turn,
 )
-from tests.helpers.vllm_variables import VLLM_ENVIRONMENT
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_environment")]
 
@@ -257,11 +254,8 @@ def test_beams_cross_their_slots(served, calibrated, recompute_ratio):
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="vLLM binds each rank to a core of its own")
 def test_two_ranks_are_one(served, path, adapter):
-    environment = {**os.environ, **VLLM_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.helpers.vllm_cope", str(path), str(adapter)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = last_line("tests.helpers.vllm_cope", str(path), str(adapter))
     served.fresh()
-    for (their_ids, theirs), (ids, mine) in zip(json.loads(done.stdout.splitlines()[-1]), said(served), strict=True):
+    for (their_ids, theirs), (ids, mine) in zip(printed, said(served), strict=True):
         assert their_ids == ids
         torch.testing.assert_close(torch.tensor(theirs), torch.tensor(mine), **CLOSE)

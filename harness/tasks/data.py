@@ -1,7 +1,7 @@
-"""Data files of a run: written from the synthetic family or taken from a real data set, read back as examples.
+"""Data files of a run: written from a synthetic family or taken from a real data set, read back as examples.
 
-A data set's name is `style-mix` for the synthetic family (hotpotqa-sparse, hotpotqa-deep, swebench-sparse,
-swebench-deep) or a name of `harness.tasks.registry`.
+A data set's name is `style-mix` for the stress task (hotpotqa-sparse, hotpotqa-deep, swebench-sparse, swebench-deep)
+or a name of `harness.tasks.registry`.
 """
 
 from dataclasses import replace
@@ -9,7 +9,9 @@ from pathlib import Path
 
 from cacheslide.errors import DataError
 from harness.tasks.example import TaskExample, take
-from harness.tasks.synthetic import MIXES, STYLES, read_rows, write_rows
+from harness.tasks.synthetic import MIXES, STYLES, examples, read_rows, write_rows
+
+STRESS = "stress"  # the first family's label: an adversarial test with a known shortcut, no picture of real text
 
 
 def synthetic_names() -> list[str]:
@@ -17,10 +19,27 @@ def synthetic_names() -> list[str]:
     return [f"{style}-{mix}" for style in STYLES for mix in MIXES]
 
 
-def write_dataset(path: str | Path, name: str, split: str, seed: int, count: int, tokens: int) -> str:
-    """Write `count` prompts of about `tokens` tokens of the synthetic data set `name`; returns the file's SHA-256."""
+def family_of(name: str) -> str:
+    """What figures and reports call the family of the synthetic data set `name`."""
+    _check(name)
+    return STRESS
+
+
+def draw_examples(name: str, split: str, seed: int, count: int, tokens: int) -> list[TaskExample]:
+    """`count` prompts of about `tokens` tokens of the synthetic data set `name`, without a file."""
+    _check(name)
+    style, mix = name.split("-")
+    return list(examples(style, mix, split, seed, count, tokens))
+
+
+def _check(name: str) -> None:
     if name not in synthetic_names():
         raise DataError(f"unknown synthetic data set {name!r} (known: {', '.join(synthetic_names())})")
+
+
+def write_dataset(path: str | Path, name: str, split: str, seed: int, count: int, tokens: int) -> str:
+    """Write `count` prompts of about `tokens` tokens of the synthetic data set `name`; returns the file's SHA-256."""
+    _check(name)
     style, mix = name.split("-")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return write_rows(Path(path), style, mix, split, seed, count, tokens)

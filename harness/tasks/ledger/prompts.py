@@ -175,7 +175,7 @@ def _report(rng: Random, style: str, entries, named, shape: Shape, used: set[str
         if title not in used:
             used.add(title)
             break
-    body = _told(rng, style, entries, shape)
+    body = _told(rng, style, entries, named, shape)
     room = 0
     if shape.chunk_tokens:
         low, high = shape.chunk_tokens
@@ -190,14 +190,16 @@ def _fresh(rng: Random, style: str, heading: tuple[str, str], entries, named, sh
         order[i], order[j] = order[j], order[i]
     others = [other_sentence(rng, style, named, shape) for _ in range(int(rng.random() * (shape.notes_filler + 1)))]
     title, head = heading
-    return Document(title, tuple(head.split("|")), _mixed(rng, _told(rng, style, order, shape), others), updated=True)
+    return Document(
+        title, tuple(head.split("|")), _mixed(rng, _told(rng, style, order, named, shape), others), updated=True
+    )
 
 
-def _told(rng: Random, style: str, entries: Sequence[Entry], shape: Shape) -> list[Sentence]:
+def _told(rng: Random, style: str, entries: Sequence[Entry], named: Sequence[Pair], shape: Shape) -> list[Sentence]:
     out, at = [], 0
     while at < len(entries):
         size = 2 if rng.random() < shape.joined else 1
-        out.append(entry_sentence(rng, style, entries[at : at + size], shape))
+        out.append(entry_sentence(rng, style, entries[at : at + size], named, shape))
         at += size
     return out
 

@@ -94,6 +94,8 @@ TAILS = {
         "as the WHO DID",
         "WHERE the WHAT",
         ", which the WHO DID WHEN",
+        "while N left WHEN",
+        "long before N and the WHO DID the WHAT",
         "before the WHO DID the HOW WHAT WHERE the WHAT",
         "and the WHO DID a HOW WHAT and the WHO DID the WHAT WHEN",
     ),
@@ -102,11 +104,14 @@ TAILS = {
         "# the WHO DID",
         "# WHERE the WHAT",
         "# see HOW WHAT WHERE the WHAT",
+        "# not N WHEN",
+        "# as N and the WHO DID the WHAT",
         "# the WHO DID the HOW WHAT WHERE the WHAT WHEN",
     ),
 }
 JOINTS = {"hotpotqa": ("and", "while", ", but"), "swebench": (";", "&&")}
 ENDS = {"hotpotqa": " .", "swebench": "\n"}
+# Words drawn from a list; N is any name of the prompt.
 _LISTS = {"WHO": "who", "DID": "did", "HOW": "how", "WHAT": "what", "WHERE": "where", "WHEN": "when"}
 
 
@@ -133,7 +138,7 @@ def entry_clause(rng: Random, style: str, entry: Entry, shape: Shape) -> tuple[P
     return tuple(pieces), evidence
 
 
-def entry_sentence(rng: Random, style: str, entries: Sequence[Entry], shape: Shape) -> Sentence:
+def entry_sentence(rng: Random, style: str, entries: Sequence[Entry], named: Sequence[Pair], shape: Shape) -> Sentence:
     """One or more entries in one sentence, with or without words in front and behind."""
     pieces: list[str] = []
     told = []
@@ -146,7 +151,7 @@ def entry_sentence(rng: Random, style: str, entries: Sequence[Entry], shape: Sha
         told.append((entry, len(pieces) + evidence))
         pieces += clause
     if rng.random() < shape.tail:
-        pieces += _filled(rng, pick(rng, TAILS[style]))
+        pieces += _filled(rng, pick(rng, TAILS[style]), named)
     return Sentence((*pieces, ENDS[style]), tuple(told))
 
 
@@ -164,7 +169,7 @@ def other_sentence(rng: Random, style: str, named: Sequence[Pair], shape: Shape)
         else:
             pieces += _filled(rng, {"F": FIELDS[field], "V": pick(rng, VALUES[field])}.get(word, word))
     if rng.random() < shape.tail:
-        pieces += _filled(rng, pick(rng, TAILS[style]))
+        pieces += _filled(rng, pick(rng, TAILS[style]), named)
     return Sentence((*pieces, ENDS[style]))
 
 
@@ -173,8 +178,11 @@ def words(name: Pair) -> Pieces:
     return f" {name[0]}", f" {name[1]}"
 
 
-def _filled(rng: Random, form: str) -> list[str]:
-    return [" " + (pick(rng, FILLER[_LISTS[w]]) if w in _LISTS else w) for w in form.split(" ")]
+def _filled(rng: Random, form: str, named: Sequence[Pair] = ()) -> list[str]:
+    out: list[str] = []
+    for w in form.split(" "):
+        out += words(pick(rng, named)) if w == "N" else [" " + (pick(rng, FILLER[_LISTS[w]]) if w in _LISTS else w)]
+    return out
 
 
 @cache
@@ -183,4 +191,4 @@ def form_pieces() -> frozenset[str]:
     forms = (SETS, COPIES, DECOYS, LEADS, TAILS, JOINTS)
     told = {w for group in forms for style in STYLES for form in group[style] for w in form.split(" ")}
     told = {w.removeprefix("*") for w in told}
-    return frozenset(f" {w}" for w in told - {"S", "R", "F", "V", *_LISTS}) | set(ENDS.values())
+    return frozenset(f" {w}" for w in told - {"S", "R", "F", "V", "N", *_LISTS}) | set(ENDS.values())

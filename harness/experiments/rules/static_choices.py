@@ -7,7 +7,7 @@ go beside FILE, which holds F1 with intervals, the gain over random in points, a
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -18,12 +18,12 @@ from cacheslide.models.weights import fingerprint
 from harness.backends.reference import ReferenceBackend
 from harness.experiments.rules.static_cells import ISOLATED, NAIVE, STALE, Forms, static_cells
 from harness.experiments.wca.sweep import Job, sweep
-from harness.results.provenance import provenance
+from harness.results.provenance import file_hash, provenance
 from harness.results.records import write_json
 from harness.results.rounding import rounded
 from harness.results.wca import DIGITS, read_sweep, tabulate
 from harness.step import command
-from harness.tasks.data import draw_examples, family_of, synthetic_names
+from harness.tasks.data import draw_examples, family_of, read_examples, synthetic_names
 from harness.tasks.example import TaskExample
 
 SCHEMA = "cacheslide.static_choices/1"
@@ -32,8 +32,12 @@ SPLIT = "validation"
 
 
 def prompts_of(datasets: Sequence[str], count: int, tokens: int, seed: int) -> list[TaskExample]:
-    """`count` prompts of every data set, taking turns: a run that ends early has seen all kinds."""
-    kinds = [draw_examples(name, SPLIT, seed, count, tokens) for name in datasets]
+    """`count` prompts of every data set."""
+    return taking_turns(draw_examples(name, SPLIT, seed, count, tokens) for name in datasets)
+
+
+def taking_turns(kinds: Iterable[Sequence[TaskExample]]) -> list[TaskExample]:
+    """One of each kind after the other: a run that ends early has seen all kinds."""
     return [x for group in zip_longest(*kinds) for x in group if x is not None]
 
 
@@ -74,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("models/tiny-llama-12m"))
     parser.add_argument("--datasets", nargs="+", default=["hotpotqa-deep", "swebench-deep"], choices=synthetic_names())
+    parser.add_argument("--data", nargs="+", type=Path, help="files of such data sets, in place of prompts drawn here")
     parser.add_argument("--out", type=Path, required=True, help="a JSON file")
     parser.add_argument("--prompts", type=int, default=20, help="prompts of every data set")
     parser.add_argument("--tokens", type=int, default=768)
@@ -82,9 +87,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=0, help="processes side by side; 0: none but this one")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop measuring after this many")
     args = parser.parse_args(argv)
-    given = prompts_of(args.datasets, args.prompts, args.tokens, args.seed)
-    about = {"split": SPLIT, "tokens": args.tokens, "seed": args.seed, "model": fingerprint(args.model)}
-    about["datasets"] = args.datasets
+    about: dict[str, Any] = {"model": fingerprint(args.model)}
+    if args.data:
+        about["data"] = {path.stem: file_hash(path) for path in args.data}
+        given = taking_turns(read_examples(path, args.prompts) for path in args.data)
+    else:
+        about |= {"split": SPLIT, "tokens": args.tokens, "seed": args.seed, "datasets": args.datasets}
+        given = prompts_of(args.datasets, args.prompts, args.tokens, args.seed)
     backend = ReferenceBackend(args.model)
     cells = partial(static_cells, forms=Forms.of(backend.tokenizer))
     records = args.out.with_suffix(".jsonl")
@@ -99,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tables = tabulate({"rope": read_sweep(records)}, cells(backend.num_layers))["models"]["rope"]["mixes"]
     for mix, rows in tables.items():
         print(f"{mix}\n{show(rows)}", flush=True)
-    families = sorted({family_of(name) for name in args.datasets})
+    families = sorted({family_of(name) for name in about.get("data", args.datasets)})
     result = {"schema": SCHEMA, "settings": about, "families": families}
     result |= {"headline": {mix: headline(rows) for mix, rows in tables.items()}, "mixes": tables}
     write_json(args.out, rounded(result, DIGITS) | {"provenance": provenance(about, {}, about["model"])})

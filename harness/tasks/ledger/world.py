@@ -172,18 +172,24 @@ class _Writer:
     def _slot(self, here: set[Slot]) -> Slot | None:
         rng = self.rng
         again = [s for s in self.set if s not in here]
+        whole = len(self.set) > len(self.half)  # a name has both fields, so that there is one to ask for
+        if self.half and not whole:
+            return self._other_field()
         if again and (rng.random() < self.shape.rebound or not (self.half or self.unused)):
             return pick(rng, again)
         if self.half and (rng.random() < 0.6 or not self.unused):
-            slot = self.half.pop(int(rng.random() * len(self.half)))
-        elif self.unused:
+            return self._other_field()
+        if self.unused:
             field = int(rng.random() * 2)
             slot = self.unused.pop(), field
             self.half.append((slot[0], 1 - field))
-        else:
-            return None
-        self.set.append(slot)
-        return slot
+            self.set.append(slot)
+            return slot
+        return None
+
+    def _other_field(self) -> Slot:
+        self.set.append(self.half.pop(int(self.rng.random() * len(self.half))))
+        return self.set[-1]
 
     def _entry(self, slot: Slot) -> Entry:
         rng, shape, (name, field) = self.rng, self.shape, slot

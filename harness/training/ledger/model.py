@@ -52,22 +52,24 @@ class Block(nn.Module):
         sizes = [self.heads * self.dim, self.kv_heads * self.dim, self.kv_heads * self.dim]
         projected = F.linear(norm(x, self.input_norm), self.qkv).split(sizes, -1)
         q, k, v = (p.view(batch, length, -1, self.dim).transpose(1, 2) for p in projected)
-        q, k = rotate(norm(q, self.q_norm), cos, sin), rotate(norm(k, self.k_norm), cos, sin)
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        q, k = (rotate(norm(t, w), cos, sin).to(v.dtype) for t, w in ((q, self.q_norm), (k, self.k_norm)))
+        # Repeated by hand: with grouped queries some backends fall back to scores of length² that a GPU cannot hold.
+        keys, values = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
+        a = F.scaled_dot_product_attention(q, keys, values, is_causal=True)
         x = x + F.linear(a.transpose(1, 2).flatten(2), self.out)
         gate, up = F.linear(norm(x, self.mlp_norm), self.gate_up).chunk(2, -1)
         return x + F.linear(F.silu(gate) * up, self.down), q, k
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
-    """RMS norm over the last dimension, in x's dtype."""
-    return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), EPS)
+    """RMS norm over the last dimension, in float32."""
+    return F.rms_norm(x.float(), (x.shape[-1],), weight, EPS)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, halves convention; cos and sin [length, head_dim]."""
     a, b = x.chunk(2, -1)
-    return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+    return x * cos + torch.cat([-b, a], -1) * sin
 
 
 class LedgerModel(nn.Module):
@@ -90,16 +92,14 @@ class LedgerModel(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def compile(self) -> None:
-        """Compile one layer for all of them; shapes must be few."""
-        compiled = torch.compile(Block.forward, dynamic=False)
+        """Compile one layer for all of them: for the first shape, and once more for all others."""
+        compiled = torch.compile(Block.forward)
         self.run = [lambda x, c, s, b=block: compiled(b, x, c, s) for block in self.blocks]
 
     def forward(self, ids: Tensor, watched: frozenset[int]) -> tuple[list[Tensor], dict[int, tuple[Tensor, Tensor]]]:
         """States after every layer [batch, length, hidden], and queries and keys of the `watched` layers."""
-        x = F.embedding(ids, self.embedding)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        cos, sin = (t[: ids.shape[1]].to(x.dtype) for t in (self.cos, self.sin))
+        x = F.embedding(ids, self.embedding)  # the residual stream stays in float32, also under autocast
+        cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
         states, looks = [], {}
         for i, run in enumerate(self.run):
             x, q, k = run(x, cos, sin)

@@ -111,8 +111,8 @@ def _labels(sentence: Sentence, start: int, latest: dict, held: dict, table: dic
             depth, look = depth + 1, latest[entry.source, entry.field]
         held[entry.slot] = depth, value
         told = (place(subject), place(copied or entry.value), place(FIELDS[entry.field]), look, depth)
-        heard = (table[f" {subject}"], table[f" {copied}"] if copied else NONE, table[f" {value}"])
-        yield entry, (start + offset, COPY if copied else SET, *told, *heard)
+        named = (table[f" {subject}"], table[f" {copied}"] if copied else NONE, table[f" {value}"])
+        yield entry, (start + offset, COPY if copied else SET, *told, *named)
         begin = offset + 1
 
 

@@ -1,7 +1,7 @@
 """Control: tokens whose cached keys are longest are recomputed, from layer 0. The cache is read, nothing is compared.
 
-Keys of equal length in every layer (query-key norm) leave this rule little to choose by; without that norm the length
-of a key is a trace of what the token has come to mean.
+Where keys are normed to one length in every layer this rule has nothing to choose by; otherwise the length of a key is
+a trace of what the token has come to mean.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from baselines.static_choice import first_ranked
 from cacheslide.core.reused import ReusedTokens
-from cacheslide.policies.deviation import tokens_of_ratio, top_rows
+from cacheslide.policies.deviation import tokens_of_ratio
 from cacheslide.policies.static import RatioCorrection
 
 
@@ -19,11 +20,13 @@ from cacheslide.policies.static import RatioCorrection
 class KeyNorm(RatioCorrection):
     """The `recompute_ratio` of the reused tokens with the longest keys, or with `smallest` the shortest ones.
 
-    A token's score is the sum over all layers of its key's length, all KV heads as one vector, divided by the layer's
-    mean length. Rotation changes no length.
+    A token's score is the mean over all layers of its key's length, all KV heads as one vector, divided by the layer's
+    mean length. Rotation changes no length. Scores that differ by less than a thousandth are equal, and equal ones are
+    drawn from `seed`: what is left of a norm is rounding.
     """
 
     smallest: bool = False
+    seed: int = 0
 
     def known_before_start(self, reused: ReusedTokens) -> None:
         """The keys are in the cache: see `choose`."""
@@ -36,4 +39,6 @@ class KeyNorm(RatioCorrection):
             keys, _ = request.source.layer(layer)
             length = keys.float().flatten(1).norm(dim=1)
             score += length / length.mean().clamp_min(1e-12)
-        return top_rows(-score if self.smallest else score, count)
+        rank = (score.cpu() * (1000 / model.num_layers)).round()
+        chosen = first_ranked(rank if self.smallest else -rank, count, self.seed)
+        return chosen.nonzero()[:, 0].to(request.reused.device)

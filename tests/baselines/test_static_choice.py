@@ -70,3 +70,15 @@ def test_key_norm_reads_the_cache():
     assert KeyNorm(1 / 3).choose(request, model).tolist() == [1]
     assert KeyNorm(1 / 3, smallest=True).choose(request, model).tolist() == [2]
     assert KeyNorm(2 / 3).known_before_start(reused(1)) is None
+
+
+def test_keys_of_one_length_but_for_rounding_are_chosen_at_random():
+    count, noise = 200, torch.rand(200, generator=torch.Generator().manual_seed(0)).sort().values * 1e-5
+
+    class Equal:
+        def layer(self, layer: int):
+            return (1 + noise)[:, None, None] * torch.tensor([0.6, 0.8]), None
+
+    request = type("Request", (), {"reused": torch.arange(count), "source": Equal()})
+    chosen = KeyNorm(0.2).choose(request, type("Model", (), {"num_layers": 2}))
+    assert len(chosen) == 40 and 60 < chosen.float().mean() < 140 and (chosen.diff() > 0).all()

@@ -82,9 +82,10 @@ def _cells(layers: int, forms: Forms) -> Iterator[Cell]:
         yield cell("control", RANDOM, at, replace(chain, correction=RandomTokens(ratio)))
         for rule, made in forms.rules().items():
             yield cell("static", rule, at, replace(chain, correction=made.at_ratio(ratio)), random)
-        remembered = replace(chain, correction=RememberedDeviation(ratio))
+        remembered, told = replace(chain, correction=RememberedDeviation(ratio)), f"remembered, {ratio:.0%}"
         yield cell("deviation", "remembered", at, remembered, random)
-        yield cell("deviation", f"remembered, {STALE}", at, replace(remembered, placement=Placement("stored")), random)
+        stale = replace(remembered, placement=Placement("stored"))
+        yield cell("deviation", f"remembered, {STALE}", at, stale, told)
     for layer in sorted({layers // 4, layers // 2}):
         option = f"26%, layer {layer}"
         yield cell("deviation", "by K", option, replace(chain, correction=TopDeviation(0.26, layer)), f"{RANDOM}, 26%")

@@ -51,7 +51,7 @@ class Shape:
     roots : names whose two fields the notes bind, as the updates bind `update_roots` others
     overruled : slots of the documents in front of the updates that the updates set anew, at most
     links, volatile : share of entries that copy; of these, share that copies what a turn's own text has entered
-    rebound : share of entries that set a slot again
+    rebound : share of entries that set a slot again, behind the updates every other time one that the updates set
     depth : most entries that a copy goes through; `deeper` is the share of copies that want more than one
     notes_filler : most sentences without an entry in the notes, and in the updates
     lead, tail, joined, decoys : shares of sentences with words in front, words behind, two entries; of other sentences,
@@ -63,7 +63,7 @@ class Shape:
     chunk_tokens: tuple[int, int] | None = (256, 330)
     roots: int = 6
     update_roots: int = 3
-    overruled: int = 6
+    overruled: int = 8
     links: float = 0.75
     volatile: float = 0.5
     rebound: float = 0.3
@@ -123,6 +123,7 @@ def build_world(rng: Random, split: str, documents: int, shape: Shape, turns: in
         follow(entries, state[turn])
         anew.append(tuple(entries))
     updates = tuple(a + b for a, b in zip(fresh, anew, strict=True))
+    writer.overruled = sorted({e.slot for entries in anew for e in entries})
     behind = tuple(writer.document() for _ in range(documents - documents // 2))
     return World(notes, before, updates, behind)
 
@@ -154,6 +155,7 @@ class _Writer:
         self.rng, self.shape, self.unused, self.state = rng, shape, unused, state
         self.half: list[Slot] = []  # the other field of names that have one
         self.set: list[Slot] = []
+        self.overruled: list[Slot] = []  # what the updates have set anew, in any turn
 
     def document(self) -> tuple[Entry, ...]:
         """One document's entries, each of another slot."""
@@ -176,7 +178,8 @@ class _Writer:
         if self.half and not whole:
             return self._other_field()
         if again and (rng.random() < self.shape.rebound or not (self.half or self.unused)):
-            return pick(rng, again)
+            late = [s for s in self.overruled if s not in here]
+            return pick(rng, late if late and rng.random() < 0.5 else again)
         if self.half and (rng.random() < 0.6 or not self.unused):
             return self._other_field()
         if self.unused:

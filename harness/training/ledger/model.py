@@ -44,7 +44,8 @@ class Block(nn.Module):
         self.input_norm, self.mlp_norm = nn.Parameter(torch.ones(s.hidden)), nn.Parameter(torch.ones(s.hidden))
         # Normed queries and keys give scores of at most w² sqrt(head_dim): enough to single out one of 8k tokens.
         self.q_norm = nn.Parameter(torch.full((s.head_dim,), 1.5))
-        self.k_norm = nn.Parameter(torch.full((s.head_dim,), 1.5))
+        # Keys are all of one length: with a weight a dimension, what is looked up often would have longer ones.
+        self.register_buffer("k_norm", torch.full((s.head_dim,), 1.5), persistent=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [batch, length, hidden] -> the same, rotated queries [batch, heads, length, head_dim], and keys."""

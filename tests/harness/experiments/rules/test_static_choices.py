@@ -61,8 +61,10 @@ def test_headline_takes_the_best_static_choice_at_the_judged_ratios():
             row("a, 10%", "static", "10%", 2),
             row("b, 26%", "static", "26%", 7),
             row("remembered, 26%", "deviation", "26%", 60),
+            row("remembered, stale positions, 26%", "deviation", "26%", -20),
         ]
     )
     assert told["static_choice_gain_points"] == {"value": 7, "low": 6, "high": 9, "choice": "b, 26%"}
     assert told["stale_loss_points"] == {"value": 12, "low": 10, "high": 13}
+    assert told["stale_corrected_loss_points"] == {"value": 20, "low": 18, "high": 21}
     assert told["naive_loss_points"]["value"] == 40 and "isolated_loss_points" not in told

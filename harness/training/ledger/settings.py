@@ -19,14 +19,16 @@ class Settings:
 
     Attributes
     ----------
-    stages : list of {pass, rows}; a stage ends when the share of right answers reaches `pass`. A row spec holds the
-        fields of `RowSpec`, and those of its shape under `shape`
+    stages : list of {pass, by, rows}; a stage ends when the share of right answers reaches `pass`, at the latest when
+        the share `by` (all where it is left out) of the time is over. A row spec holds the fields of `RowSpec`, and
+        those of its shape under `shape`
     model : fields of `Size`
     seconds : length of the run, of which the last share `decay` lowers the learning rate to its fiftieth
     warmup : steps
     pointers : weight of the attention that is shown where to look
     again : how often a row is shown, in other words each time
     workers : processes that draw rows
+    state : whether what `--resume` needs is written, 13 times the size of the model
     """
 
     stages: list[dict]
@@ -43,6 +45,7 @@ class Settings:
     workers: int = 14
     log_every: int = 25
     save_seconds: float = 45.0
+    state: bool = True
     eval_tokens: tuple[int, ...] = (1024, 4096)
     eval_prompts: int = 24
 
@@ -66,8 +69,8 @@ def read_settings(path: Path, changes: list[str] = ()) -> Settings:
     settings = _made(Settings, raw, str(path))
     settings.size()
     for number, stage in enumerate(settings.stages):
-        if not isinstance(stage, dict) or set(stage) != {"pass", "rows"}:
-            raise ConfigError(f"{path}: stages[{number}] must hold pass and rows, nothing else")
+        if not isinstance(stage, dict) or not {"pass", "rows"} <= set(stage) <= {"pass", "by", "rows"}:
+            raise ConfigError(f"{path}: stages[{number}] must hold pass and rows, may hold by, nothing else")
         settings.specs(number)
     return settings
 

@@ -81,12 +81,17 @@ class Run:
                     saved = self.seconds
                 if self.over():
                     return
-                if report and not last and report["answer"] > self.s.stages[self.stage]["pass"]:
+                if report and not last and self.passed(report):
                     self.stage += 1
                     told = {"stage": self.stage, "step": self.step, "seconds": round(self.seconds)}
                     self.switches.append(told | {"tokens": self.tokens})
                     print(f"-> stage {self.stage} at step {self.step}, {self.seconds:.0f} s", flush=True)
                     break
+
+    def passed(self, report: dict) -> bool:
+        """Whether the stage ends: by its answers, or by the clock."""
+        stage = self.s.stages[self.stage]
+        return report["answer"] > stage["pass"] or self.seconds > stage.get("by", 1.0) * self.s.seconds
 
     def _batches(self) -> DataLoader:
         s = self.s
@@ -123,7 +128,8 @@ class Run:
         checkpoint.export(self.model, ledger_tokenizer()[0], self.out)
         told = {"step": self.step, "stage": self.stage, "tokens": self.tokens, "seconds": round(self.seconds, 1)}
         kept = told | {"curve": self.curve, "switches": self.switches}
-        checkpoint.save_state(self.model, self.optimizer, self.out, {"run": json.dumps(kept)})
+        if self.s.state:
+            checkpoint.save_state(self.model, self.optimizer, self.out, {"run": json.dumps(kept)})
         device = torch.cuda.get_device_name() if self.device == "cuda" else "CPU"
         log = {"settings": vars(self.s), **told, "device": device, "torch": torch.__version__}
         log |= {"switches": self.switches, "scores": scores or {}}

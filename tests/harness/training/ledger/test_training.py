@@ -165,6 +165,16 @@ def test_seeds_are_trained_by_one_command_and_compared(tmp_path):
         seeds.main([*given, "--set", "steps=3", "lr=x"])
 
 
+def test_a_stage_ends_by_its_answers_or_by_the_clock(tmp_path):
+    run = train.Run(read_settings(FULL, ["seconds=100", "model={layers: 6, hidden: 32}"]), tmp_path)
+    run.started -= 5
+    assert run.passed({"answer": 0.91}) and not run.passed({"answer": 0.89})
+    run.started -= 6
+    assert run.passed({"answer": 0.1})
+    run.stage = len(run.s.stages) - 1
+    assert not run.passed({"answer": 1.0})
+
+
 def test_settings_are_checked_when_read(tmp_path):
     full = read_settings(FULL)
     size = full.size()
@@ -172,7 +182,7 @@ def test_settings_are_checked_when_read(tmp_path):
     assert size.layers >= 24 and 2 * weights <= 8 * 2**20
     assert max(s.length for i in range(len(full.stages)) for s in full.specs(i)) == 8192
     for change, said in (
-        ("stages=[{rows: []}]", "must hold pass and rows"),
+        ("stages=[{rows: []}]", "must hold pass and rows, may"),
         ("stages=[{pass: 1, rows: [{lenght: 3}]}]", "unknown keys lenght"),
         ("stages=[{pass: 1, rows: [{length: 3}]}]", "missing"),
         ("model={width: 3}", "unknown keys width"),

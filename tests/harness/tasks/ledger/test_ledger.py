@@ -160,7 +160,7 @@ def test_evidence_lies_at_words_of_every_kind_and_at_all_places_of_a_sentence():
                         word, told = s.pieces[at].strip(), {"value": entry.value, "set": entry.name[1]}
                         told |= {"source": entry.source and entry.source[1]} | {f: f for f in FIELDS}
                         kinds[next((k for k, w in told.items() if w == word), "verb")] += 1
-                        behind[min(len(s.pieces) - 1 - at, 8)] += nxt is None
+                        behind[len(s.pieces) - 1 - at] += nxt is None
                 assert all(a < b for a, b in pairwise(at for _, at in d.evidence())) and pieces
     n = kinds.total()
     assert set(kinds) == {*FIELDS, "value", "set", "source", "verb"} and max(kinds.values()) / n < 0.5

@@ -18,20 +18,21 @@ from pathlib import Path
 from cacheslide.errors import CacheSlideError, DataError
 from harness.backends.scripted import Engine, add_arguments, from_arguments
 from harness.scoring import compared_as, score
-from harness.tasks.data import synthetic_names
+from harness.tasks import ledger, synthetic
+from harness.tasks.data import LEDGER, synthetic_names
 from harness.tasks.example import TaskExample, TextSegment
-from harness.tasks.synthetic import read_rows
 
 NAMES = {"hotpot_qa": "hotpotqa", "swe_bench": "swebench_oracle"}  # as the data sets are called on the hub
 SPLITS = {"hotpotqa": "validation", "musique": "validation", "2wikimqa": "validation"}  # "test" for the others
 
 
 def load_examples(dataset: str, split: str | None, data: str | None, count: int) -> list[TaskExample]:
-    """At most `count` examples of a data set, or of the file `data`: in its schema, or of the synthetic family."""
+    """At most `count` examples of a data set, or of the file `data`: in its schema, or of a synthetic family."""
     if data is not None and not Path(data).is_file():
         raise DataError(f"no data at {data}")
     if data is not None and Path(data).stem.startswith(tuple(synthetic_names())):
-        return list(islice(read_rows(Path(data)), count))
+        family = ledger if f"-{LEDGER}" in Path(data).stem else synthetic
+        return list(islice(family.read_rows(Path(data)), count))
     from harness.tasks import registry  # imports Hugging Face's `datasets`, which takes seconds
 
     name = NAMES.get(dataset, dataset)

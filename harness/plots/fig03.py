@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from harness.inventory import AGENT_NAMES
 from harness.plots.style import BLACK, BLUE, GREY, new_figure, nothing
+from harness.plots.task_labels import task_of
 from harness.results.runs import read_json
 
 load = read_json
@@ -34,7 +35,7 @@ def draw(results: dict[str, Any]) -> Figure:
         axes.text(1.03, i, text, va="center", color=BLACK, transform=axes.get_yaxis_transform())
     if agents and len(agents) < len(datasets):
         axes.axhline(len(agents) - 0.5, color=GREY, lw=0.8, ls=":")
-    axes.set_yticks(range(len(datasets)), list(datasets))
+    axes.set_yticks(range(len(datasets)), [_named(name) for name in datasets])
     axes.set(xlim=(0, 1), ylim=(len(datasets) - 0.5, -0.5), xlabel="fixed tokens / all tokens")
     axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f} %")
     axes.grid(axis="y", visible=False)
@@ -42,3 +43,8 @@ def draw(results: dict[str, Any]) -> Figure:
     axes.text(0, 1.01, legend, fontsize=8, color=GREY, transform=axes.transAxes, va="bottom")
     axes.set_title("Share of the prompt that is reusable", pad=18)
     return figure
+
+
+def _named(name: str) -> str:
+    """A data set's name with its task."""
+    return f"{name}\n({task_of(name)})" if task_of(name) else name

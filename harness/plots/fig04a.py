@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.plots.style import BLACK, BLUE, GREEN, GREY, PURPLE, VERMILLION, new_figure, nothing
+from harness.plots.task_labels import of_task
 from harness.results.curves import cksim_rows
 from harness.results.runs import read_file
 
@@ -30,7 +31,8 @@ PREDICTED = (0.16, 0.28)  # stale RoPE keys of isotropic content at shift 1000, 
 def load(path: str | Path) -> list[dict[str, Any]]:
     """The table of CKSim by shift; with the CoPE model's, where that was measured beside it."""
     path = Path(path)
-    rows = {r["shift"]: r for r in cksim_rows(read_file(path).records)}
+    file = read_file(path)
+    rows = {r["shift"]: r | {"dataset": file.settings.get("dataset")} for r in cksim_rows(file.records)}
     beside = path.with_name(COPE_FILE)
     for row in cksim_rows(read_file(beside).records) if beside.is_file() else ():
         rows[row["shift"]] = row | rows.get(row["shift"], {})
@@ -43,7 +45,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     figure = new_figure(4.6 * len(shown), 4.9)
     panels = figure.subplots(1, len(shown), sharey=True)
     for axes, (why, title) in zip(panels, shown, strict=True):
-        axes.set_title(title)
+        axes.set_title(of_task(title, {r.get("dataset") for r in rows}) if axes is panels[0] else title)
         if rows:
             _panel(axes, rows, why)
         else:

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from harness.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, look, new_figure, nothing
+from harness.plots.task_labels import of_task
 from harness.results.runs import read_json
 
 COPE_FILE = "prompts_cope.json"  # beside the native model's
@@ -24,7 +25,8 @@ def draw(results: dict[str, Any]) -> Figure:
     """Every prompt as a point; systems whose keys sit at the same distances everywhere share a series."""
     figure = new_figure(8.2, 4.2)
     axes = figure.add_subplot()
-    axes.set_title("How far cached keys are from where their rows sit now")
+    title = "How far cached keys are from where their rows sit now"
+    axes.set_title(of_task(title, results.get("datasets", {})))
     moves = [m for content in results.get("datasets", {}).values() for m in content["moves"]]
     if not moves:
         nothing(axes, "no moves were measured")

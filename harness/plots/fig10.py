@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from harness.inventory import AGENT_NAMES
 from harness.plots.labels import Label, place
 from harness.plots.style import GREY, error_bar, look, new_figure, nothing, remark, shown_disturbed
+from harness.plots.task_labels import of_task
 from harness.results.runs import OURS, REFERENCE, read_json
 from harness.systems import COPE
 
@@ -69,7 +70,7 @@ def _accuracy_panels(summary: dict[str, Any]) -> Iterable[dict[str, Any]]:
         own = [r for r in rows if r["name"] == mix]
         prompts, tokens = max(r["prompts"] for r in own), max(r["tokens"] for r in own)
         yield {
-            "title": f"{mix} mix: {prompts} prompts of about {tokens:,.0f} tokens",
+            "title": of_task(f"{mix} mix: {prompts} prompts of about {tokens:,.0f} tokens", [mix]),
             "xlabel": "share of row-layers computed",
             "points": [
                 Point(r["system"], r["title"], r["compute_fraction"], r["f1"]["value"], None, _ends(r["f1"]))
@@ -82,13 +83,16 @@ def _accuracy_panels(summary: dict[str, Any]) -> Iterable[dict[str, Any]]:
 def _latency_panels(summary: dict[str, Any]) -> Iterable[dict[str, Any]]:
     rows = [r for r in summary["latency"] if r["prompts"]]
     device = str(summary["conditions"].get("device", "")).upper()
+    dataset = summary["conditions"].get("config", {}).get("latency", {}).get("dataset")
     for tokens in dict.fromkeys(r["tokens"] for r in rows):
         own = [r for r in rows if r["tokens"] == tokens]
         good = [r for r in own if r["f1"] and (r["ttft_ratio"] or r["system"] == REFERENCE or shown_disturbed(r))]
         left_out = [look(r["system"], r["title"]).label for r in own if r not in good]
         ms = 1000.0
         yield {
-            "title": f"{tokens:,} tokens, {device}: {max(r['prompts'] for r in own)} prompts{remark(good)}",
+            "title": of_task(
+                f"{tokens:,} tokens, {device}: {max(r['prompts'] for r in own)} prompts{remark(good)}", [dataset]
+            ),
             "xlabel": "TTFT (ms, median over prompts)",
             "points": [
                 Point(

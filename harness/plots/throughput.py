@@ -8,13 +8,15 @@ from matplotlib.figure import Figure
 
 from harness.plots.labels import spread
 from harness.plots.style import GREY, look, new_figure, nothing, remark, shown_disturbed
+from harness.plots.task_labels import of_task
 from harness.results.runs import REFERENCE, Run, read_file
 from harness.results.timing import throughput_table
 
 
 def load(path: str | Path) -> list[dict[str, Any]]:
     """The throughput table of a record file."""
-    return throughput_table(Run({}, throughput=read_file(path)))
+    file = read_file(path)
+    return [r | {"dataset": file.settings.get("dataset")} for r in throughput_table(Run({}, throughput=file))]
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
@@ -25,7 +27,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     good = [r for r in rows if r["qps_ratio"] or r["system"] == REFERENCE or shown_disturbed(r)]
     titles = (("qps", "Requests a second"), ("qps_correct", "Correctly answered requests a second"))
     for axes, (key, title) in zip(panels, titles, strict=True):
-        axes.set_title(f"{title}{remark(good)}")
+        axes.set_title(of_task(f"{title}{remark(good)}", {r.get("dataset") for r in rows}))
         if good:
             _panel(axes, good, key)
         else:

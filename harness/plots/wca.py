@@ -18,6 +18,7 @@ from harness.plots.style import (
     new_figure,
     nothing,
 )
+from harness.plots.task_labels import of_task
 from harness.results.runs import read_json
 
 load = read_json
@@ -46,6 +47,7 @@ def draw(summary: dict[str, Any]) -> Figure:
     depths = sorted({d["depth"] for rows in tables.values() for row in rows for d in row["by_depth"]})
     figure = new_figure(2.7 * len(depths) + 0.6, 2.9 * len(tables) + 1.1)
     grid = figure.subplots(len(tables), len(depths), sharex=True, sharey=True, squeeze=False)
+    figure.suptitle(of_task(f"{MIX} mix", [MIX]), x=0.01, ha="left", fontsize=10)
     for line, (model, rows) in zip(grid, tables.items(), strict=True):
         for axes, depth in zip(line, depths, strict=True):
             answers = max(d["f1"]["values"] for row in rows for d in row["by_depth"] if d["depth"] == depth)

@@ -1,0 +1,1 @@
+"""Training of the deep, thin model that answers the ledger task."""

@@ -19,7 +19,7 @@ from harness.tasks.ledger.prompts import Prompt, answer, draw_prompt, prompts
 from harness.tasks.ledger.world import FIELDS, Shape
 from harness.tasks.synthetic.words import names
 from harness.training.ledger.tokens import ledger_tokenizer
-from tests.harness.tasks.ledger.readers import answers_with, read_text
+from tests.helpers.ledger_readers import answers_with, read_text
 
 GAIN = 3.0  # points of F1 that a static choice may gain over random tokens
 

@@ -21,7 +21,7 @@ from harness.training.ledger.losses import Plan, attention_loss, training_loss
 from harness.training.ledger.model import LedgerModel, Size, plain_weights
 from harness.training.ledger.settings import read_settings
 from harness.training.ledger.tokens import ledger_pieces, ledger_tokenizer
-from tests.harness.tasks.ledger.readers import read_text
+from tests.helpers.ledger_readers import read_text
 from tests.helpers.places import ROOT
 
 SMOKE, FULL = (ROOT / "config" / f"training-ledger{n}.yaml" for n in ("-smoke", ""))

@@ -25,6 +25,9 @@ from harness.results.runs import read_json
 from harness.step import command
 
 
+FAST = ("-n", "2", "--dist", "loadfile", "--fast")  # as `make test-fast` runs them
+
+
 def fast_tests(root: Path) -> dict[str, Any]:
     """Run `pytest --fast` in a process of its own.
 
@@ -41,7 +44,7 @@ def fast_tests(root: Path) -> dict[str, Any]:
     with watched() as quiet:
         begin = time.perf_counter()
         run = subprocess.run(
-            [sys.executable, "-m", "pytest", "--fast", "-q", "-p", "no:cacheprovider"],
+            [sys.executable, "-m", "pytest", *FAST, "-q", "-p", "no:cacheprovider"],
             cwd=root,
             capture_output=True,
             text=True,

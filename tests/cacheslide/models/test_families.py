@@ -29,6 +29,8 @@ from tests.helpers.checkpoints import SHAPE
 from tests.helpers.families import FAMILIES, WINDOW, save_family, theirs
 from tests.helpers.token_ids import random_ids
 
+pytestmark = pytest.mark.slow
+
 TIGHT = {"atol": 1e-5, "rtol": 1e-5}
 
 

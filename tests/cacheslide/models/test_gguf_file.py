@@ -15,6 +15,8 @@ from cacheslide.models.weights import fingerprint
 from tests.helpers.checkpoints import save_random
 from tests.helpers.gguf_writing import write_gguf
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "num_hidden_layers": 3, "spread": 0.2}
 CHANGES = {
     "llama": {},

@@ -14,6 +14,8 @@ from harness.results.summary import SCHEMA, build_summary, summarize
 from harness.results.timing import gate, round_seconds
 from tests.helpers import made_run
 
+pytestmark = pytest.mark.slow
+
 SYSTEMS = ["recompute", "naive_reuse", "cacheslide", "cacheslide_promote"]
 # F1 of four questions (two prompts of two) by mix
 SCORES = {

@@ -20,6 +20,8 @@ from cacheslide.store.persistent.filetier import FileOptions, FileTier, chunk_na
 from cacheslide.store.persistent.record import Damaged, Encoded, chunk_of, page_sums
 from tests.helpers.chunks import MIB, assert_same, chunk, encoded, name, segment_files, tier
 
+pytestmark = pytest.mark.slow
+
 
 def read(store: FileTier, i: int) -> ChunkKV | None:
     found = store.read(name(i))

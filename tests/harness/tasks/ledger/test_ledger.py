@@ -21,6 +21,8 @@ from harness.tasks.synthetic.words import names
 from harness.training.ledger.tokens import ledger_tokenizer
 from tests.helpers.ledger_readers import answers_with, read_text
 
+pytestmark = pytest.mark.slow
+
 GAIN = 3.0  # points of F1 that a static choice may gain over random tokens
 
 

@@ -5,10 +5,10 @@ receipts and greedy tokens, no bits.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
+from cacheslide.errors import DataError
 from harness.frozen import compare, kernels, reference, served
 from harness.results.provenance import machine
 from harness.results.records import write_json
@@ -41,7 +41,10 @@ def main(argv: list[str] | None = None) -> int:
         write_json(args.file, {"outcomes": outcomes, "machine": machine()})
         print(", ".join(f"{part}: {len(found)} outcomes" for part, found in outcomes.items()))
         return 0
-    sides = [json.loads(path.read_text())["outcomes"] for path in (args.before, args.after)]
+    try:
+        sides = [compare.outcomes_of(path) for path in (args.before, args.after)]
+    except DataError as wrong:
+        comparing.error(str(wrong))
     found = compare.differences(*sides, bits=not args.numbers)
     print("\n".join(found) or "nothing differs")
     return int(bool(found))

@@ -3,11 +3,25 @@
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from cacheslide import renamed
+from cacheslide.errors import DataError
+from harness.results.runs import read_json
 
 ROUNDING = 1e-6  # of numbers that are no counts, where bits are not compared
+
+
+def outcomes_of(path: Path) -> dict[str, dict]:
+    """Outcomes by part in a file of `record`; DataError for any other file."""
+    try:
+        outcomes = read_json(path)["outcomes"]
+    except OSError as missing:
+        raise DataError(f"{path} cannot be read: {missing.strerror}") from None
+    except (KeyError, TypeError):
+        raise DataError(f"{path} holds no outcomes: `python -m harness.frozen record {path}` writes them") from None
+    return outcomes
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], bits: bool = True) -> list[str]:

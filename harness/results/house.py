@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import CacheSlideError
-from harness.frozen.compare import differences
+from harness.frozen.compare import differences, outcomes_of
 from harness.quiet import watched
 from harness.results.provenance import ROOT, machine
 from harness.results.records import write_json
 from harness.results.runs import read_json
 from harness.step import command
-
 
 FAST = ("-n", "2", "--dist", "loadfile", "--fast")  # as `make test-fast` runs them
 
@@ -103,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     changed = None
     if args.recorded is not None and args.now is not None:
-        changed = differences(*(read_json(path)["outcomes"] for path in (args.recorded, args.now)))
+        changed = differences(*(outcomes_of(path) for path in (args.recorded, args.now)))
     record = summary(ROOT / "results", fast_tests(ROOT), changed)
     write_json(args.out, record)
     print(json.dumps(record["headline"], indent=1))

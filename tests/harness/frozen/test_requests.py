@@ -5,6 +5,7 @@ import json
 import pytest
 
 from harness.frozen import kernels
+from harness.frozen.__main__ import main
 from harness.frozen.compare import differences
 from tests.helpers.places import DATA, ROOT
 
@@ -59,3 +60,16 @@ def test_vllm_answers_as_recorded(monkeypatch):
 
     monkeypatch.chdir(ROOT)
     assert differences(recorded("served"), served.run("models/tiny-llama-12m"), bits=False) == []
+
+
+@pytest.mark.parametrize(
+    "content, reason", [(None, "cannot be read"), ("{}", "holds no outcomes"), ("{", "is not JSON")]
+)
+def test_a_file_without_outcomes_is_one_line(tmp_path, capsys, content, reason):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit):
+        main(["compare", str(path), str(RECORDED)])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert reason in error and str(path) in error

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.frozen.compare import differences, outcomes_of
+from harness.frozen.compare import compared
 from harness.results.provenance import ROOT, machine
 from harness.results.records import write_json
 from harness.step import command
@@ -103,7 +103,7 @@ def summary(root: Path, recorded: Path | None, now: Path | None) -> dict[str, An
     base = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
     changed = None
     if recorded is not None and now is not None:
-        changed = differences(*(outcomes_of(path) for path in (recorded, now)))
+        changed, _ = compared(recorded, now)
     return {
         "headline": {
             "files_touched_by_new_correction": touched_by_own_policy(root),

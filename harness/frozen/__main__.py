@@ -42,12 +42,13 @@ def main(argv: list[str] | None = None) -> int:
         print(", ".join(f"{part}: {len(found)} outcomes" for part, found in outcomes.items()))
         return 0
     try:
-        sides = [compare.outcomes_of(path) for path in (args.before, args.after)]
+        changed, added = compare.compared(args.before, args.after, bits=not args.numbers)
     except DataError as wrong:
         comparing.error(str(wrong))
-    found = compare.differences(*sides, bits=not args.numbers)
-    print("\n".join(found) or "nothing differs")
-    return int(bool(found))
+    print("\n".join(changed) or "nothing differs")
+    if added:
+        print(f"{len(added)} outcomes are new: {added[0]}, ...")
+    return int(bool(changed))
 
 
 if __name__ == "__main__":

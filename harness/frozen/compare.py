@@ -13,15 +13,39 @@ from harness.results.runs import read_json
 ROUNDING = 1e-6  # of numbers that are no counts, where bits are not compared
 
 
-def outcomes_of(path: Path) -> dict[str, dict]:
-    """Outcomes by part in a file of `record`; DataError for any other file."""
+def recorded(path: Path) -> dict[str, Any]:
+    """Content of a file of `record`, `outcomes` by part and `machine`; DataError for any other file."""
     try:
-        outcomes = read_json(path)["outcomes"]
+        content = read_json(path)
+        return {"outcomes": content["outcomes"], "machine": content["machine"]}
     except OSError as missing:
         raise DataError(f"{path} cannot be read: {missing.strerror}") from None
     except (KeyError, TypeError):
         raise DataError(f"{path} holds no outcomes: `python -m harness.frozen record {path}` writes them") from None
-    return outcomes
+
+
+def compared(before: Path, after: Path, bits: bool = True) -> tuple[list[str], list[str]]:
+    """`differences` of two files of `record`, and the outcomes that only the second one has.
+
+    Raises
+    ------
+    DataError
+        If a file is none of `record`, or if bits are compared that were computed with different numbers of threads.
+    """
+    first, second = recorded(before), recorded(after)
+    threads = [side["machine"].get("torch_threads") for side in (first, second)]
+    if bits and threads[0] != threads[1]:
+        raise DataError(
+            f"{before} was recorded with {threads[0]} threads, {after} with {threads[1]}, so their bits differ: "
+            "record both with the same OMP_NUM_THREADS, or compare --numbers"
+        )
+    common, added = {}, []
+    for part, outcomes in second["outcomes"].items():
+        known = first["outcomes"].get(part, {})
+        if part in first["outcomes"]:
+            common[part] = {name: outcome for name, outcome in outcomes.items() if name in known}
+        added += [f"{part}/{name}" for name in outcomes if name not in known]
+    return differences(first["outcomes"], common, bits=bits), added
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], bits: bool = True) -> list[str]:

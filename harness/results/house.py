@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import CacheSlideError
-from harness.frozen.compare import differences, outcomes_of
+from harness.frozen.compare import compared
 from harness.quiet import watched
 from harness.results.provenance import ROOT, machine
 from harness.results.records import write_json
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     changed = None
     if args.recorded is not None and args.now is not None:
-        changed = differences(*(outcomes_of(path) for path in (args.recorded, args.now)))
+        changed, _ = compared(args.recorded, args.now)
     record = summary(ROOT / "results", fast_tests(ROOT), changed)
     write_json(args.out, record)
     print(json.dumps(record["headline"], indent=1))

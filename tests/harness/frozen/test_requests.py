@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from cacheslide.errors import DataError
 from harness.frozen import kernels
 from harness.frozen.__main__ import main
-from harness.frozen.compare import differences
+from harness.frozen.compare import compared, differences
 from tests.helpers.places import DATA, ROOT
 
 pytestmark = pytest.mark.slow
@@ -73,3 +74,26 @@ def test_a_file_without_outcomes_is_one_line(tmp_path, capsys, content, reason):
         main(["compare", str(path), str(RECORDED)])
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert reason in error and str(path) in error
+
+
+def record_of(path, outcomes: dict, threads: int = 1):
+    path.write_text(json.dumps({"outcomes": outcomes, "machine": {"torch_threads": threads}}))
+    return path
+
+
+def test_new_outcomes_are_no_change_and_lost_ones_are(tmp_path, capsys):
+    one, two = ({"receipt": {"tokens": n}, "bits": "x"} for n in (1, 2))
+    before = record_of(tmp_path / "before.json", {"served": {"a": one}})
+    more = record_of(tmp_path / "more.json", {"served": {"a": one, "b/0": two}, "kernels": {"c": two}})
+    assert compared(before, more) == ([], ["served/b/0", "kernels/c"])
+    assert main(["compare", str(before), str(more)]) == 0 and "2 outcomes are new" in capsys.readouterr().out
+    assert [line.split(":")[0] for line in compared(more, before)[0]] == ["/kernels", "/served/b/0"]
+    other = record_of(tmp_path / "other.json", {"served": {"a": one | {"tokens": []}}})
+    assert compared(before, other) == (["/served/a/tokens: only after"], [])
+
+
+def test_bits_of_other_threads_are_not_compared(tmp_path):
+    before, after = (record_of(tmp_path / f"{n}.json", {"served": {"a": {"bits": str(n)}}}, n) for n in (1, 2))
+    with pytest.raises(DataError, match="OMP_NUM_THREADS"):
+        compared(before, after)
+    assert compared(before, after, bits=False) == ([], [])

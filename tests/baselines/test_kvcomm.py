@@ -175,7 +175,7 @@ def test_in_a_folder_chunks_keep_the_anchor_they_were_written_with(model, tmp_pa
     assert len(engine.store.get(engine.plan(now).keys[1]).notes["id"]) == 1
 
 
-@pytest.mark.parametrize("damage", ["missing", "shape", "nan", "width", "ids"])
+@pytest.mark.parametrize("damage", ["missing", "shape", "nan", "width", "ids", "eight bits"])
 def test_notes_that_are_no_anchors_are_none(model, damage):
     now = prompt_of(*A)
     engine = served(model, Anchors(), now)
@@ -190,8 +190,10 @@ def test_notes_that_are_no_anchors_are_none(model, damage):
         notes["v"] = notes["v"].clone().fill_(torch.nan)
     elif damage == "width":
         notes["prefix"], notes["id"] = notes["prefix"][:, 1:], notes["id"] + 1
-    else:
+    elif damage == "ids":
         notes["id"] = notes["id"].float()
+    else:
+        notes["prefix"], notes["id"] = (notes["prefix"] + torch.nan).to(torch.float8_e4m3fn), notes["id"] + 1
     engine.store.replace(key, replace(chunk, notes=notes))
     done = engine.prefill(now)
     assert done.receipt.compute_fraction == 1.0 and "no anchors" in done.receipt.fallback

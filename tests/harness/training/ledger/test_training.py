@@ -1,6 +1,7 @@
 """Training of the ledger model: rows and their labels, what is supervised, what is served afterwards, going on."""
 
 import json
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -15,7 +16,7 @@ from harness.tasks.ledger.sentences import STYLES
 from harness.tasks.ledger.world import Shape
 from harness.tasks.synthetic.words import names
 from harness.training.ledger import seeds, train
-from harness.training.ledger.checkpoint import export
+from harness.training.ledger.checkpoint import export, save_state
 from harness.training.ledger.data import ASK, COPY, FIELDS_OF_LABEL, NONE, Relabel, RowSpec, Stream, prompt_rows
 from harness.training.ledger.losses import Plan, attention_loss, training_loss
 from harness.training.ledger.model import LedgerModel, Size, plain_weights
@@ -151,6 +152,25 @@ def test_a_run_learns_stops_and_goes_on(tmp_path):
         assert all(torch.equal(own[k].reshape(-1), other[k].reshape(-1)) for k in own)
     again.train()
     assert again.step == 40 and again.curve[-1]["loss"] < losses[0]
+
+
+def test_what_cannot_be_gone_on_with_is_refused(tmp_path):
+    few = ["steps=0", "model={layers: 6, hidden: 32, head_dim: 16, ff: 48}"]
+    settings, state = read_settings(SMOKE, few), tmp_path / "training-state.safetensors"
+    run = train.Run(settings, tmp_path)
+    run.stage = 2
+    run.save()
+    whole = state.read_bytes()
+    assert train.Run(settings, tmp_path, resume=True).stage == 2
+    with pytest.raises(ConfigError, match="more stages"):
+        train.Run(replace(settings, stages=settings.stages[:2]), tmp_path, resume=True)
+    state.write_bytes(whole[:1000])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        train.Run(settings, tmp_path, resume=True)
+    state.write_bytes(whole)
+    save_state(run.model, run.optimizer, tmp_path, {})
+    with pytest.raises(ConfigError, match="does not say how far"):
+        train.Run(settings, tmp_path, resume=True)
 
 
 @pytest.mark.slow

@@ -202,6 +202,18 @@ def test_notes_that_are_no_anchors_are_none(model, damage):
     assert engine.prefill(now).receipt.tokens_reused == 46
 
 
+def test_a_chunk_of_another_model_is_neither_reused_nor_learned_of(model):
+    now = prompt_of(*A)
+    engine = served(model, Anchors(), now)
+    for key in engine.plan(now).keys:
+        chunk = engine.store.get(key)
+        engine.store.replace(key, replace(chunk, k=chunk.k[:1], v=chunk.v[:1], notes={}))
+    done = engine.prefill(now)
+    assert not done.receipt.chunks_hit
+    engine.retain(done, now, 0)
+    assert not any(engine.store.get(key).notes for key in engine.plan(now).keys)
+
+
 def test_bad_settings_are_refused():
     for settings, why in (({"least": 0}, "least must lie in"), ({"least": 3, "most": 2}, "least must lie in")):
         with pytest.raises(PolicyError, match=why):

@@ -165,6 +165,7 @@ def fits(notes: Mapping[str, Tensor], tokens: int) -> bool:
     if any(not x.is_floating_point() for x in real) or any(x.dtype != torch.int64 for x in whole):
         return False
     counts = len(notes["token"]) >= tokens and len(notes["intra"]) == 1
+    real = [x.float() for x in real]  # of eight bits nothing can be asked
     counts = counts and len(notes["inter"]) == len(notes["length"]) == len(notes["id"])
     return counts and all(bool((x.isfinite() & (x >= 0)).all()) for x in real) and bool((notes["length"] > 0).all())
 

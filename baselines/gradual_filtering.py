@@ -101,7 +101,8 @@ class GradualFiltering:
         line = [mean + slope * (1 - 2 * i / (n - 1)) if n > 1 else mean for i in range(n)]
         steps = n if self.steps is None else min(self.steps, n)
         groups = [range(-(-s * n // steps), -(-(s + 1) * n // steps)) for s in range(steps)]
-        return [sum(line[i] for i in group) / len(group) for group in groups for _ in group]
+        # A group's mean is that of its ends: on a line, and a sum of floats may lie above that of the group before.
+        return [(line[group[0]] + line[group[-1]]) / 2 for group in groups for _ in group]
 
     def counts(self, layers: int, reused: int) -> list[int]:
         """Tokens recomputed in `layer` and each layer behind it, of `reused`; they never rise."""

@@ -147,7 +147,12 @@ def fits(chunk: Any, width: int) -> bool:
         return False
     count, layers, shape = len(notes["id"]), len(chunk.k), chunk.k.shape[1:]
     offsets = all(notes[n].shape == (count * layers, *shape) and bool(notes[n].float().isfinite().all()) for n in "kv")
-    return count > 0 and offsets and notes["prefix"].shape == (count, width) and bool(notes["prefix"].isfinite().all())
+    return (
+        count > 0
+        and offsets
+        and notes["prefix"].shape == (count, width)
+        and bool(notes["prefix"].float().isfinite().all())
+    )
 
 
 def policy() -> ReusePolicy:

@@ -141,7 +141,7 @@ class ReuseEngine:
             raise PromptError(f"a limit of generations is at least 0, not {limit}")
         plan = self.plan(prompt)
         if not state.receipt.chunks_hit:
-            learn(self.model, self.policy.memory, self.store, state.plan, state.kv)
+            learn(self.model, self.policy.memory, self.store, state.plan, state.kv, self.encoder.shape)
         count, past = self._refresh(state)
         anew = past & set(plan.keys) if self.policy.encoding.in_prompt else frozenset()
         if not plan.chunks or (not anew and all(map(self._has, plan.keys))):

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-Notes = dict[str, Tensor]  # at most 4 dimensions, of int64 or a floating dtype: what stores can hold
+# What stores can hold (`store.base.bad_notes`): of int64 or a chunk's dtypes, at most 4 dimensions.
+Notes = dict[str, Tensor]
 
 
 class Memory(Protocol):

@@ -1,5 +1,6 @@
 """The store's interface and its unit, the KV of one chunk."""
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -10,6 +11,8 @@ from torch import Tensor
 from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
 
+_NOTE = re.compile(r"[a-z_]{1,32}")
+_NOTE_DTYPES = (torch.int64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 MAX_GENERATION = 3  # highest generation of stored corrected KV, unless a server or a store sets another
 
 
@@ -50,6 +53,8 @@ class ChunkKV:
             raise StoreError(f"layer inputs must hold {n} rows each")
         if self.scores is not None and (why := bad_scores(self.scores, n)):
             raise StoreError(why)
+        if self.notes and (why := bad_notes(self.notes)):
+            raise StoreError(why)
 
     @property
     def nbytes(self) -> int:
@@ -76,6 +81,16 @@ def bad_scores(scores: Tensor, tokens: int) -> str:
     if scores.shape != (tokens,) or scores.dtype != torch.float32:
         return f"scores must be float32 [{tokens}], not {scores.dtype} {tuple(scores.shape)}"
     return "" if bool((scores.isfinite() & (scores >= 0)).all()) else "scores must be finite and at least 0"
+
+
+def bad_notes(notes: dict[str, Tensor]) -> str:
+    """Why no store could give these notes back, in one line; empty if one can."""
+    for name, x in notes.items():
+        if not isinstance(name, str) or not _NOTE.fullmatch(name):
+            return f"a note's name is up to 32 letters a to z and underscores, not {name!r}"
+        if x.dtype not in _NOTE_DTYPES or x.dim() > 4:
+            return f"note {name!r} must have at most 4 dimensions of a dtype of chunks, not {x.dtype} {tuple(x.shape)}"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class DirectoryChunkStore(ChunkStore):
         tensors = {"k": chunk.k, "v": chunk.v, "positions": chunk.positions}
         tensors |= {} if chunk.scores is None else {"scores": chunk.scores}
         tensors |= {f"layer_input.{layer}": x for layer, x in chunk.layer_inputs.items()}
-        tensors |= {f"note.{name}": x for name, x in chunk.notes.items()}
+        tensors |= {f"note.{name}": x.clone() for name, x in chunk.notes.items()}  # one may be a view of K
         format = _NOTED if chunk.notes else _FORMAT if chunk.scores is None else _SCORED
         part = f"{uuid.uuid4().hex}.tmp"
         try:

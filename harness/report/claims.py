@@ -62,7 +62,7 @@ def stale_rope(summary: Summary) -> Finding:
 def predicted_stale(summary: Summary) -> Finding:
     """Our prediction for stale RoPE keys at shift 1000."""
     kept = _shift_1000(summary)["position_stale"]
-    low, high = kept["low"] or kept["value"], kept["high"] or kept["value"]
+    low, high = (kept["value"] if kept[end] is None else kept[end] for end in ("low", "high"))
     inside, touches = 0.16 <= kept["value"] <= 0.28, low <= 0.28 and high >= 0.16
     verdict = Verdict.REPRODUCED if inside else Verdict.PARTLY if touches else Verdict.NOT_REPRODUCED
     return Finding(verdict, f"{number(kept['value'])} {interval(kept)} is left; {prompts(kept)}")

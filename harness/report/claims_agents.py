@@ -29,11 +29,8 @@ def section(summary: Summary, name: str) -> Any:
 def inverse(e: dict[str, Any]) -> dict[str, Any]:
     """1 / an estimate, its ends exchanged."""
     ends = {"low": e["high"], "high": e["low"]}
-    return (
-        e
-        | {"value": 1 / e["value"]}
-        | {k: None if v is None else 1 / v if v else float("inf") for k, v in ends.items()}
-    )
+    over = {k: 1 / v if v else float("inf") for k, v in ({"value": e["value"]} | ends).items() if v is not None}
+    return e | ends | over
 
 
 def episodes(e: dict[str, Any]) -> str:

@@ -94,6 +94,14 @@ def test_the_papers_numbers_by_hand():
     assert context_impact(notes(intra=0.0)) == 1.0 and context_impact(notes(inter=(0.0, 0.0), intra=0.0)) == 0.5
 
 
+@pytest.mark.parametrize("name", ["token", "inter", "intra"])
+def test_notes_of_eight_bits_are_read(name):
+    """A folder's file may hold them, and torch knows no `isfinite` of them."""
+    made = notes()
+    assert fits(made | {name: made[name].to(torch.float8_e4m3fn)}, 4)
+    assert not fits(made | {name: (made[name] + torch.nan).to(torch.float8_e4m3fn)}, 4)
+
+
 def test_order_penalty_is_kendalls_distance():
     for new in permutations(range(4)):
         swaps = sum(new.index(a) > new.index(b) for a in range(4) for b in range(a + 1, 4))

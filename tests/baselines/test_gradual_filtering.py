@@ -39,6 +39,18 @@ def test_the_mean_over_layers_is_the_stated_ratio(layers, steps, ratio):
         assert ratios[0] == pytest.approx(0.27) and ratios[-1] == pytest.approx(0.09)
 
 
+@pytest.mark.parametrize("layers", [5, 7, 28])
+@pytest.mark.parametrize("steps", [2, 3, 5])
+@pytest.mark.parametrize("spread", [0.0, 0.1])
+def test_no_layer_recomputes_more_tokens_than_the_one_before(layers, steps, spread):
+    """Also where a share lies between two counts, which rounding errors of a mean would tell apart."""
+    for ratio in (0.1, 0.3, 0.7, 0.9):
+        for reused in (5, 50, 12345):
+            counts = GradualFiltering(ratio, 0, spread, steps).counts(layers, reused)
+            assert all(a >= b for a, b in pairwise(counts))
+            assert spread or counts == [tokens_of_ratio(ratio, reused)] * layers
+
+
 def narrowed(model, request, rule):
     """Plainly: a dense forward in which ever more rows have placed K/V, each from the layer behind its last fresh one.
 

@@ -175,7 +175,7 @@ def test_in_a_folder_chunks_keep_the_anchor_they_were_written_with(model, tmp_pa
     assert len(engine.store.get(engine.plan(now).keys[1]).notes["id"]) == 1
 
 
-@pytest.mark.parametrize("damage", ["missing", "shape", "nan", "width", "ids"])
+@pytest.mark.parametrize("damage", ["missing", "shape", "nan", "width", "ids", "eight bits"])
 def test_notes_that_are_no_anchors_are_none(model, damage):
     now = prompt_of(*A)
     engine = served(model, Anchors(), now)
@@ -190,14 +190,28 @@ def test_notes_that_are_no_anchors_are_none(model, damage):
         notes["v"] = notes["v"].clone().fill_(torch.nan)
     elif damage == "width":
         notes["prefix"], notes["id"] = notes["prefix"][:, 1:], notes["id"] + 1
-    else:
+    elif damage == "ids":
         notes["id"] = notes["id"].float()
+    else:
+        notes["prefix"], notes["id"] = (notes["prefix"] + torch.nan).to(torch.float8_e4m3fn), notes["id"] + 1
     engine.store.replace(key, replace(chunk, notes=notes))
     done = engine.prefill(now)
     assert done.receipt.compute_fraction == 1.0 and "no anchors" in done.receipt.fallback
     engine.retain(done, now, 0)
     torch.testing.assert_close(engine.prefill(now).logits, done.logits, atol=1e-3, rtol=1e-3)
     assert engine.prefill(now).receipt.tokens_reused == 46
+
+
+def test_a_chunk_of_another_model_is_neither_reused_nor_learned_of(model):
+    now = prompt_of(*A)
+    engine = served(model, Anchors(), now)
+    for key in engine.plan(now).keys:
+        chunk = engine.store.get(key)
+        engine.store.replace(key, replace(chunk, k=chunk.k[:1], v=chunk.v[:1], notes={}))
+    done = engine.prefill(now)
+    assert not done.receipt.chunks_hit
+    engine.retain(done, now, 0)
+    assert not any(engine.store.get(key).notes for key in engine.plan(now).keys)
 
 
 def test_bad_settings_are_refused():

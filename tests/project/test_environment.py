@@ -169,6 +169,8 @@ def test_the_slurm_profile_gives_every_measuring_rule_its_gpu():
     wanted = {step.name for step in STEPS if step.runs_model}
     assert set(profile["set-resources"]) == set(profile["set-threads"]) == wanted
     assert all(of["gpu"] == 1 for of in profile["set-resources"].values())
+    alone = {name for name, of in profile["set-resources"].items() if "--exclusive" in of.get("slurm_extra", "")}
+    assert alone == {step.name for step in STEPS if step.timed}  # other jobs of the host disturb a timing
 
 
 def test_every_schema_section_refuses_unknown_keys():

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
@@ -67,8 +67,11 @@ def save_state(model: LedgerModel, optimizer: torch.optim.Optimizer, folder: Pat
 
 def load_state(model: LedgerModel, optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, str]:
     """Read what `save_state` wrote; returns its text. ConfigError where it does not fit the model."""
-    with safe_open(folder / STATE, "pt") as file:
-        tensors, told = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+    try:
+        with safe_open(folder / STATE, "pt") as file:
+            tensors, told = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as broken:
+        raise ConfigError(f"{folder / STATE} cannot be read: {broken}") from None
     for name, p in model.named_parameters():
         kept = tensors.get(f"parameter.{name}")
         if kept is None or kept.shape != p.shape:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cacheslide.errors import ConfigError
+from cacheslide.plain_values import at_least
 from harness.step import command
 from harness.training.ledger.settings import read_settings
 
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, help="of training, in place of the configuration's")
-    parser.add_argument("--together", type=int, default=3, help="runs at once")
+    parser.add_argument("--together", type=at_least(1), default=3, help="runs at once")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--audit-only", action="store_true")
     parser.add_argument("--audit", nargs="*", metavar="ARGUMENT", help="further arguments of the audit; - for no audit")
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     folders = [args.out / f"seed-{n}" for n in args.seeds]
     if not args.audit_only:
         workers = max(1, ((os.cpu_count() or 1) - 1) // min(args.together, len(args.seeds)))
-        given = [f"workers={workers}", *args.set] + ([f"seconds={args.seconds}"] if args.seconds else [])
+        given = [f"workers={workers}", *args.set] + ([f"seconds={args.seconds}"] if args.seconds is not None else [])
         common = ["--config", str(args.config), *(["--resume"] if args.resume else []), "--set", *given]
         pairs = zip(folders, args.seeds, strict=True)
         trained = [[TRAIN, "--out", str(f), "--seed", str(n), *common] for f, n in pairs]

@@ -9,6 +9,8 @@ import yaml
 from cacheslide.errors import ConfigError
 from harness.inventory import read_config
 from harness.tasks.ledger.world import Shape
+from harness.training.ledger.bounds import check_rows, check_run, check_size
+from harness.training.ledger.bounds import number as check_number
 from harness.training.ledger.data import RowSpec
 from harness.training.ledger.model import Size
 
@@ -65,22 +67,37 @@ def read_settings(path: Path, changes: list[str] = ()) -> Settings:
         key, equals, value = change.partition("=")
         if not equals:
             raise ConfigError(f"{change!r} is not of the form key=value")
-        raw[key] = yaml.safe_load(value)
+        try:
+            raw[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"{change!r}: the value is not valid YAML") from None
     settings = _made(Settings, raw, str(path))
-    settings.size()
+    check_run(settings, str(path))
+    check_size(settings.size())
+    if not isinstance(settings.stages, list) or not settings.stages:
+        raise ConfigError(f"{path}: stages must be a list of at least one stage")
     for number, stage in enumerate(settings.stages):
         if not isinstance(stage, dict) or not {"pass", "rows"} <= set(stage) <= {"pass", "by", "rows"}:
             raise ConfigError(f"{path}: stages[{number}] must hold pass and rows, may hold by, nothing else")
-        settings.specs(number)
+        if not isinstance(stage["rows"], list) or not stage["rows"]:
+            raise ConfigError(f"{path}: stages[{number}].rows must be a list of at least one row spec")
+        for name in {"pass", "by"} & set(stage):
+            check_number(stage[name], f"{path}: stages[{number}].{name}", 0.0, 1.0)
+        for spec in settings.specs(number):
+            check_rows(spec, settings.size().positions, f"{path}: stages[{number}].rows")
     return settings
 
 
 def _spec(raw: dict[str, Any], where: str) -> RowSpec:
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where}: keys and values are expected, not {raw!r}")
     return _made(RowSpec, dict(raw) | {"shape": _made(Shape, raw.get("shape") or {}, f"{where}.shape")}, where)
 
 
 def _made(kind: type, raw: dict[str, Any], where: str) -> Any:
     """A dataclass from plain values; lists become tuples."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where}: keys and values are expected, not {raw!r}")
     known = {f.name for f in fields(kind)}
     if unknown := sorted(set(raw) - known):
         raise ConfigError(f"{where}: unknown keys {', '.join(unknown)}")

@@ -51,9 +51,14 @@ class Run:
     def _resume(self) -> None:
         if not (self.out / checkpoint.STATE).is_file():
             raise ConfigError(f"nothing to resume in {self.out}: {checkpoint.STATE} is missing")
-        told = json.loads(checkpoint.load_state(self.model, self.optimizer, self.out)["run"])
+        kept = checkpoint.load_state(self.model, self.optimizer, self.out)
+        if "run" not in kept:
+            raise ConfigError(f"{self.out / checkpoint.STATE} does not say how far its run was")
+        told = json.loads(kept["run"])
         self.step, self.stage, self.tokens, self.spent = (told[k] for k in ("step", "stage", "tokens", "seconds"))
         self.curve, self.switches = told["curve"], told["switches"]
+        if self.stage >= len(self.s.stages):
+            raise ConfigError(f"the run in {self.out} is at stage {self.stage} of a configuration with more stages")
 
     @property
     def seconds(self) -> float:

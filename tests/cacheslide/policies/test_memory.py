@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from cacheslide.core.engine import ReuseEngine
 from cacheslide.core.keys import CacheIdentity, ContentKeying
 from cacheslide.core.plan import make_plan
+from cacheslide.errors import StoreError
 from cacheslide.models.reference import ReferenceDecoder
 from cacheslide.policies.base import ReusePolicy
 from cacheslide.policies.encodings import ENCODINGS
@@ -132,3 +133,25 @@ def test_notes_under_an_older_format_are_no_chunk(tmp_path):
     path = tmp_path / f"{key(1)}.safetensors"
     save_file(load_file(path), path, metadata={"format": "1", "generation": "1"})
     assert folder.fetch(key(1)).chunk is None
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("k2", torch.ones(1)),
+        ("of", torch.ones(1, dtype=torch.float64)),
+        ("of", torch.ones(1, dtype=torch.int32)),
+        ("of", torch.ones(1, 1, 1, 1, 1)),
+    ],
+)
+def test_notes_that_no_store_gives_back_are_refused_before_they_are_written(name, note):
+    """A folder would write the file, call it damaged at the next read, and remove it, every time."""
+    with pytest.raises(StoreError, match="note"):
+        replace(chunk(3), notes={name: note})
+
+
+def test_a_note_may_be_a_view_of_the_chunk(tmp_path):
+    made = chunk(3)
+    folder = DirectoryChunkStore(tmp_path)
+    folder.put("ab", replace(made, notes={"of": made.k, "part": made.v[0]}))
+    assert torch.equal(folder.get("ab").notes["part"], made.v[0])

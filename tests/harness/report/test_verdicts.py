@@ -5,11 +5,12 @@ import copy
 import pytest
 
 from harness.report import own_rules, tally
+from harness.report.claims import predicted_stale
 from harness.report.paper import CLAIMS
 from harness.report.table import rows
 from harness.report.verdicts import Basis, Grade, Verdict, at_most, grade, joined, judge, raced, slower
 from tests.helpers.failing_claims import FAILING
-from tests.helpers.made_claims import MIXES, condition, estimate, passing
+from tests.helpers.made_claims import MIXES, condition, estimate, passing, row_of
 
 BY_KEY = {c.key: c for c in CLAIMS}
 RULED = [c.key for c in CLAIMS if c.has_rule]
@@ -194,3 +195,17 @@ def test_grades_and_verdicts():
     assert slower(of(2.0, 1.0, 3.0), of(0.99, 0.5, 1.5)) and not slower(of(1.0, 0.5, 1.5))
     assert raced([of(0.99, 0.9, 1.1)], [Grade.NONE, Grade.FULL]) is Verdict.NOT_REPRODUCED
     assert raced([of(1.1, 0.9, 1.2)], [Grade.NONE, Grade.FULL]) is Verdict.PARTLY
+
+
+def test_a_rate_that_does_not_vary_is_steadier_than_any():
+    """σ of 0 over a rival's: its inverse is infinite, not an error."""
+    record = passing("fig13")
+    for system in ("cacheblend", "epic"):
+        row_of(record["agents"]["series"], system=system)["std_ratio"] = {"value": 0.0, "low": 0.0, "high": 0.0, "n": 9}
+    assert verdict("fig13", record) is Verdict.REPRODUCED
+
+
+def test_an_interval_that_begins_at_nothing_is_an_interval():
+    """Of stale keys 0.3 are left, between 0 and 0.5: our prediction, 0.16 to 0.28, lies within."""
+    left = {"value": 0.3, "low": 0.0, "high": 0.5, "n": 9}
+    assert predicted_stale({"cksim": [{"shift": 1000, "position_stale": left}]}).verdict is Verdict.PARTLY

@@ -1,6 +1,7 @@
 """Training of the ledger model: rows and their labels, what is supervised, what is served afterwards, going on."""
 
 import json
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -15,7 +16,7 @@ from harness.tasks.ledger.sentences import STYLES
 from harness.tasks.ledger.world import Shape
 from harness.tasks.synthetic.words import names
 from harness.training.ledger import seeds, train
-from harness.training.ledger.checkpoint import export
+from harness.training.ledger.checkpoint import export, save_state
 from harness.training.ledger.data import ASK, COPY, FIELDS_OF_LABEL, NONE, Relabel, RowSpec, Stream, prompt_rows
 from harness.training.ledger.losses import Plan, attention_loss, training_loss
 from harness.training.ledger.model import LedgerModel, Size, plain_weights
@@ -153,6 +154,25 @@ def test_a_run_learns_stops_and_goes_on(tmp_path):
     assert again.step == 40 and again.curve[-1]["loss"] < losses[0]
 
 
+def test_what_cannot_be_gone_on_with_is_refused(tmp_path):
+    few = ["steps=0", "model={layers: 6, hidden: 32, head_dim: 16, ff: 48}"]
+    settings, state = read_settings(SMOKE, few), tmp_path / "training-state.safetensors"
+    run = train.Run(settings, tmp_path)
+    run.stage = 2
+    run.save()
+    whole = state.read_bytes()
+    assert train.Run(settings, tmp_path, resume=True).stage == 2
+    with pytest.raises(ConfigError, match="more stages"):
+        train.Run(replace(settings, stages=settings.stages[:2]), tmp_path, resume=True)
+    state.write_bytes(whole[:1000])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        train.Run(settings, tmp_path, resume=True)
+    state.write_bytes(whole)
+    save_state(run.model, run.optimizer, tmp_path, {})
+    with pytest.raises(ConfigError, match="does not say how far"):
+        train.Run(settings, tmp_path, resume=True)
+
+
 @pytest.mark.slow
 def test_seeds_are_trained_by_one_command_and_compared(tmp_path):
     given = ["--config", str(SMOKE), "--out", str(tmp_path), "--seeds", "0", "1", "--audit", "-"]
@@ -162,7 +182,14 @@ def test_seeds_are_trained_by_one_command_and_compared(tmp_path):
     one, two = ((tmp_path / n / "model.safetensors").read_bytes() for n in told)
     assert one != two
     with pytest.raises(ConfigError, match="seed-0, seed-1 ended with an error"):
-        seeds.main([*given, "--set", "steps=3", "lr=x"])
+        seeds.main([*given, "--out", str(tmp_path / "other"), "--resume", "--set", "steps=3"])
+    with pytest.raises(ConfigError, match="lr must be"):
+        seeds.main([*given, "--set", "lr=x"])
+    with pytest.raises(SystemExit):
+        seeds.main([*given, "--together", "0"])
+    seeds.main([*given, "--seconds", "0", "--set", "eval_tokens=[]"])  # not the configuration's ten minutes
+    told = json.loads((tmp_path / "summary.json").read_text())["seeds"]
+    assert [t["step"] for t in told.values()] == [0, 0]
 
 
 def test_a_stage_ends_by_its_answers_or_by_the_clock(tmp_path):
@@ -188,6 +215,29 @@ def test_settings_are_checked_when_read(tmp_path):
         ("model={width: 3}", "unknown keys width"),
         ("secnds=3", "unknown keys secnds"),
         ("seconds", "not of the form"),
+        ("lr=[", "not valid YAML"),
+        ("warmup=0", "warmup must be an integer of at least 1"),
+        ("log_every=0", "log_every must be"),
+        ("decay=0", "decay must be"),
+        ("lr=2e-3", "lr must be a number"),
+        ("workers=-1", "workers must be"),
+        ("steps=-1", "steps must be"),
+        ("eval_tokens=5", "eval_tokens must be a list"),
+        ("eval_tokens=[5]", "eval_tokens: ledger prompts have 800 to 8300 tokens"),
+        ("stages=[]", "at least one stage"),
+        ("stages=[{pass: 1, rows: 3}]", "at least one row spec"),
+        ("stages=[{pass: 1, rows: [3]}]", "keys and values are expected"),
+        ("stages=[{pass: x, rows: [{documents: [1, 1], length: 2304, batch: 1}]}]", "pass must be a number"),
+        ("stages=[{pass: 1, rows: [{documents: [1, 1], length: 99, batch: 1}]}]", "none of 20 prompts fits into 99"),
+        ("stages=[{pass: 1, rows: [{documents: [1, 1], length: 99999, batch: 1}]}]", "more than the model's 16384"),
+        ("stages=[{pass: 1, rows: [{documents: [2, 1], length: 2304, batch: 1}]}]", "documents must be an integer of"),
+        ("stages=[{pass: 1, rows: [{documents: [1, 1], length: 9, batch: 1, shape: {roots: 999}}]}]", "can be drawn"),
+        ("stages=[{pass: 1, rows: [{documents: [1, 1], length: 9, batch: 1, shape: {lead: 2}}]}]", "lead must be"),
+        ("model=3", "keys and values are expected"),
+        ("model={heads: 3, kv_heads: 2}", "multiple of kv_heads"),
+        ("model={layers: 1}", "too few"),
+        ("model={vocab: 3}", "words, not 3"),
+        ("model={hidden: -3}", "hidden must be"),
     ):
         with pytest.raises(ConfigError, match=said):
             read_settings(FULL, [change])

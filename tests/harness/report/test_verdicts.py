@@ -209,3 +209,10 @@ def test_an_interval_that_begins_at_nothing_is_an_interval():
     """Of stale keys 0.3 are left, between 0 and 0.5: our prediction, 0.16 to 0.28, lies within."""
     left = {"value": 0.3, "low": 0.0, "high": 0.5, "n": 9}
     assert predicted_stale({"cksim": [{"shift": 1000, "position_stale": left}]}).verdict is Verdict.PARTLY
+
+
+def test_throughput_at_another_ratio_is_not_judged():
+    record = passing()
+    record["conditions"] = record["conditions"] | {"config": {"recompute_ratio": 0.1}}
+    found = judge(BY_KEY["headline-throughput"], record)
+    assert found.verdict is Verdict.NOT_JUDGED and "recomputed 10 %" in found.measured

@@ -6,6 +6,7 @@ Preemption avoids this: it frees the blocks, drops output in flight, and the req
 """
 
 import time
+from collections.abc import Collection
 from functools import wraps
 from typing import Any
 
@@ -27,16 +28,17 @@ def install() -> None:
         if not isinstance(side, SchedulerSide):
             return plain(self, invalid_block_ids, num_scheduled_tokens)
         self.recompute_kv_load_failures = True  # otherwise vLLM ends the affected requests
-        return start_over(self, side, invalid_block_ids)
+        return start_over(self, side, invalid_block_ids, num_scheduled_tokens)
 
     handle.starts_over = True
     Scheduler._handle_invalid_blocks = handle
 
 
-def start_over(scheduler: Any, side: SchedulerSide, invalid: set[int]) -> set[str]:
+def start_over(scheduler: Any, side: SchedulerSide, invalid: set[int], scheduled: Collection[str]) -> set[str]:
     """Preempt the requests of vLLM's `scheduler` with rows in `invalid` blocks.
 
-    These blocks' hashes are removed. Returns the ids of requests whose tokens sampled in this step are void.
+    These blocks' hashes are removed. `scheduled` are the ids of the step's requests. Returns the ids of those whose
+    tokens sampled in this step are void: vLLM drops them, so a request that keeps its rows must not be among them.
     """
     lost = set()
     for request in reversed(list(scheduler.running)):  # each is put at the head of the queue
@@ -45,17 +47,22 @@ def start_over(scheduler: Any, side: SchedulerSide, invalid: set[int]) -> set[st
         if first is None:
             continue
         give_up(side, request, "start_load_kv")
+        side.claims.blocks.pop(request.request_id, None)  # another request may get these blocks
         scheduler.kv_cache_manager.evict_blocks(set(blocks[first:]))
         scheduler.running.remove(request)
         scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
         scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
         lost.add(request.request_id)
+    scheduler.kv_cache_manager.evict_blocks(set(invalid))
+    running = {request.request_id for request in scheduler.running}
     for request in side.claims.lost(invalid):
-        if request.request_id in lost or request.is_finished():
-            continue
+        req_id = request.request_id
+        if req_id in lost or req_id in running or req_id not in scheduled or request.is_finished():
+            continue  # a running request has other blocks by now: these belong to another request's load
         # Preempted during the step: tokens sampled from these rows must not be delivered.
         give_up(side, request, "start_load_kv")
-        scheduler.kv_cache_manager.evict_blocks(set(side.claims.blocks[request.request_id][1]))
+        _, blocks = side.claims.blocks.pop(req_id)
+        scheduler.kv_cache_manager.evict_blocks(set(blocks))
         request.drop_stale_output = True
-        lost.add(request.request_id)
+        lost.add(req_id)
     return lost

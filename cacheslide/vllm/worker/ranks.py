@@ -56,10 +56,10 @@ class Team:
 
         def summed(sums: Tensor) -> Tensor:
             self.entered = True
-            if self.group is None:
-                return reduce(sums)
             if not self.agree([True])[0]:
                 raise PeerFault("another rank has nothing to add to the sum")
+            if self.group is None:
+                return reduce(sums)
             error, out = None, sums
             with _counted(self.group) as done:
                 try:

@@ -243,6 +243,9 @@ def ask(engine: LLM, asked: Sequence[Case], preempt: bool = False) -> list[tuple
         steps += 1
         if preempt and steps == 4:
             engine.reset_prefix_cache(reset_running_requests=True)
+    ended = {o.request_id for _, o in outputs}
+    if left := [number for number in names if number not in ended]:
+        engine.llm_engine.abort_request(left)  # what one fault left hanging is not the next one's
     return outputs
 
 

@@ -20,6 +20,7 @@ from cacheslide.vllm.protocol import StepPlan
 from cacheslide.vllm.scheduler.metrics import ReuseStats
 from cacheslide.vllm.scheduler.setbacks import check_claim
 from cacheslide.vllm.worker.ranks import Team, TeamPrefill
+from harness.robustness import faulty_rounds
 from harness.robustness.faulty_rounds import Rounds, alike, answers, cases, open_plain, open_reusing, truths
 from harness.robustness.seams import ENTRY_SEAMS, SEAMS, owner_of, raising
 from tests.helpers.scheduling import FIXED_END, TURN, know, request, side, step_output
@@ -94,6 +95,18 @@ def test_a_fault_costs_reuse_and_nothing_else(rounds, seam, mode):
     out = rounds.round(seam, mode, RuntimeError, beams=beams, heal=heal)
     assert not out.died and not out.wrong, out
     assert out.raised and (out.faults or seam.startswith("worker.storage_tier.store")), out
+
+
+@pytest.mark.vllm
+def test_requests_that_do_not_end_in_time_are_aborted(rounds, monkeypatch):
+    """One round that hangs is one failure, not one of every round behind it."""
+    asked = cases(rounds.engine.get_tokenizer(), 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(faulty_rounds, "LIMIT_S", 0.0)
+        assert answers(rounds.engine, asked) == {}
+    rounds._idle()
+    rounds._poison()
+    assert answers(rounds.engine, asked).keys() == {case.name for case in asked}
 
 
 @pytest.mark.vllm

@@ -21,7 +21,7 @@ SERIES = (
     ("ccpe", PURPLE, "D", ":", "CCPE: CoPE, the slot at its calibrated offset"),
 )
 PANELS = (
-    ("position", "Position only: the segment does not see the prefix"),
+    ("position", "Position only: no attention to the prefix"),
     ("context", "With context: the segment attends to the prefix"),
     ("chain", "In a prompt: cached behind the system prompt alone"),
 )

@@ -1,16 +1,16 @@
-"""Lists on a command line: values with commas between them."""
+"""Comma-separated lists on a command line."""
 
 
 def names(text: str) -> list[str]:
-    """Strings as they stand."""
+    """The values as strings."""
     return text.split(",")
 
 
 def ints(text: str) -> list[int]:
-    """Whole numbers; ValueError where one is none."""
+    """The values as integers; ValueError if one is not an integer."""
     return [int(x) for x in text.split(",")]
 
 
 def floats(text: str) -> list[float]:
-    """Numbers; ValueError where one is none."""
+    """The values as floats; ValueError if one is not a number."""
     return [float(x) for x in text.split(",")]

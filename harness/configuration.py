@@ -1,4 +1,4 @@
-"""Checks a configuration before anything is run: types and keys by the schema, then what the schema cannot say."""
+"""Checks a configuration before a run: types and keys by the schema, then rules beyond the schema."""
 
 from collections.abc import Mapping, MutableMapping
 from copy import deepcopy
@@ -16,7 +16,7 @@ from cacheslide.policies.registry import policy_names
 from harness.systems import VANILLA
 
 TIMED = ("latency", "throughput")
-LONGEST = 600  # characters of a reason
+LONGEST = 600  # characters of an error message
 
 
 def check(config: MutableMapping[str, Any], schema: str | Path) -> None:
@@ -26,14 +26,14 @@ def check(config: MutableMapping[str, Any], schema: str | Path) -> None:
     ----------
     config : dict
         The content of a config/*.yaml; config/README.md explains its keys. Changed in place; on vLLM, whose CoPE is
-        not part of the study yet, it loses its section `cope`.
+        not part of the study yet, its section `cope` is removed.
     schema : path
         The JSON schema, as YAML.
     """
     check_plain(config, ConfigError)
     try:
         _check(config, yaml.safe_load(Path(schema).read_text()))
-    except ConfigError as wrong:  # a message quotes the value, which may be of any length
+    except ConfigError as wrong:  # the message quotes the value, of any length
         said = str(wrong)
         raise ConfigError(said if len(said) <= LONGEST else f"{said[:LONGEST]}…") from None
 
@@ -84,7 +84,7 @@ def _check_agents(agents: Mapping[str, Any]) -> None:
 
 
 def native(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without CoPE's and the agents' parts: what the native model answers on the data sets does not depend on them."""
+    """The configuration without CoPE and agents, on which the native model's answers do not depend."""
     return {key: value for key, value in config.items() if key not in ("cope", "agents")}
 
 

@@ -1,4 +1,4 @@
-"""What a configuration is made of: prompt files and figures."""
+"""The prompt files and figures of a configuration."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ import yaml
 from cacheslide.errors import ConfigError
 from cacheslide.plain_values import check_plain
 
-FIGURES = {  # and the result that each is drawn from
+FIGURES = {  # figure, and the result it is drawn from
     "fig03": "prompts.json",
     "fig04a": "cksim.jsonl",
     "fig05": "prompts.json",
@@ -34,7 +34,7 @@ NO_CKSIM = "CKSim reads the KV of every layer, which only backend: reference sho
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The keys of a YAML file; ConfigError in one line where it cannot be read or holds none."""
+    """The keys of a YAML file; one-line ConfigError if it is unreadable or holds no mapping."""
     try:
         raw = yaml.load(Path(path).read_text(encoding="utf-8"), _OnceLoader)
     except OSError as error:
@@ -51,7 +51,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """A key that stands twice is a mistake, not the second value."""
+    """YAML loader that rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag.endswith(":str")]
@@ -61,17 +61,17 @@ class _OnceLoader(yaml.SafeLoader):
 
 
 def has_cksim(config: Mapping[str, Any]) -> bool:
-    """Whether this configuration measures CKSim; `NO_CKSIM` says why not."""
+    """Whether this configuration measures CKSim; `NO_CKSIM` holds the reason why not."""
     return config.get("backend", "reference") == "reference"
 
 
 def has_agents(config: Mapping[str, Any]) -> bool:
-    """Whether this configuration measures agents; `NO_AGENTS` says why not where it names some."""
+    """Whether this configuration measures agents; if it names some and does not, `NO_AGENTS` holds the reason."""
     return "agents" in config and config.get("backend", "reference") == "reference"
 
 
 def has_chunk_files(config: Mapping[str, Any]) -> bool:
-    """Whether chunk caches are files between two steps; vLLM's live in the engine that encoded them."""
+    """Whether chunk caches are files passed between steps; vLLM keeps them inside the engine."""
     return config.get("backend", "reference") == "reference"
 
 
@@ -87,7 +87,7 @@ def agent_sections(config: Mapping[str, Any]) -> list[str]:
 
 
 def data_spec(config: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """What to generate for one part of the study: split, prompts, tokens a prompt.
+    """Prompts to generate for one part of the study: split, number of prompts, tokens per prompt.
 
     `part` is accuracy, validation, throughput, cksim or latency-TOKENS.
     """

@@ -5,6 +5,6 @@ import sys
 
 
 def first_on_path() -> None:
-    """Let `python` be the one beside this process's own, also where its environment is not activated."""
+    """Put this interpreter's folder first on PATH, so that `python` is this one without an activated environment."""
     folder = os.path.dirname(sys.executable)
     os.environ["PATH"] = os.pathsep.join([folder, os.environ.get("PATH", os.defpath)])

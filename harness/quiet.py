@@ -1,23 +1,24 @@
-"""Whether anything else ran beside a timed block: readings before and after it, and the rule that marks it.
+"""Detects other load during a timed block: readings before and after it, and the rule that marks it disturbed.
 
     with watched() as quiet:
-        ...                # what is timed
+        ...                # the timed work
     record["quiet"] = quiet
 
-A reading is what a record keeps:
+Fields of a reading, which records keep:
 
 load_before, load_after                    load average over the last minute
 calibration_before_s, calibration_after_s  seconds of the fixed work `calibrate`
 calibration_best_s                         its fastest time in this process so far
-seconds, cores                             length of the block; cores of the machine, since others' time is of all of
-                                           them: where this process may use few of many, the calibration tells more
+seconds, cores                             length of the block; cores of the machine, over all of which others' time is
+                                           counted: for a process limited to few cores, calibration is more sensitive
 others_cpu_share                           share of all cores' time that other processes and the hypervisor took; None
-                                           where the system does not say
-others_seconds                             the time that this share is of: the block's, and around one shorter than
-                                           `SPAN_S` what came before it (earlier blocks of one `Watch`) or right behind
-disturbed, why                             what `judge` made of the rest
+                                           if the system does not report it
+others_seconds                             the time this share is taken over: the block; if shorter than `SPAN_S`,
+                                           also earlier blocks of the same `Watch` or the time right after it
+disturbed, why                             the verdict of `judge`
 
-Only ever a mark: nothing is timed again and nothing fails. CPU work on the host is seen, other work of a GPU is not.
+A disturbed block is only marked: it is not repeated and no error is raised. Load on the host CPU is detected, other
+load on a GPU is not.
 """
 
 import os
@@ -33,26 +34,26 @@ import torch
 
 Reading = dict[str, Any]
 
-OTHERS_SHARE = 0.05  # of all cores' time: what daemons take is below, one busy neighbour on up to 16 cores is above
+OTHERS_SHARE = 0.05  # of all cores' time: daemons stay below, one busy process on up to 16 cores is above
 SLACK_SECONDS = 0.05  # CPU time that the counters' ticks of 10 ms may misplace, however short the time between readings
-SPAN_S = 0.3  # seconds at least over which others' time is taken: the slack is then a twelfth of two cores
+SPAN_S = 0.3  # minimum seconds over which others' time is taken: the slack is then a twelfth of two cores
 SLOWER = 1.3  # times the fastest calibration; a core's clock alone changes by less
-LOAD_OVER = 1.25  # running processes a core, where others' CPU time is not known
+LOAD_OVER = 1.25  # running processes per core; used if others' CPU time is not known
 KEPT = 0.5  # a number is published if at least this share of its timed blocks was undisturbed
 
 _STEPS, _SIZE, _PRODUCTS, _TRIES = 60_000, 512, 3, 3
-_CERTAIN = 3.0  # times the fastest: somebody is there, whatever a further try says
+_CERTAIN = 3.0  # times the fastest: certainly disturbed, no further try needed
 
 
 def judge(reading: Mapping[str, Any]) -> str:
-    """Why the block was disturbed; empty when it was not. Decides by the reading alone.
+    """Why the block was disturbed, from its reading alone; empty if it was not.
 
-    Disturbed is a block in which others took more than `OTHERS_SHARE` of all cores' time (and `SLACK_SECONDS`), or
-    beside which the calibration took more than `SLOWER` times its fastest. Where others' time is not known, the load
-    average decides in its place: more than `LOAD_OVER` a core. (Known, it says nothing more: it lags by a minute.)
+    A block is disturbed if others took more than `OTHERS_SHARE` of all cores' time (and `SLACK_SECONDS`), or if the
+    calibration beside it took more than `SLOWER` times its fastest. If others' time is not known, the load average is
+    used instead: more than `LOAD_OVER` per core. (Otherwise it is ignored, since it lags by a minute.)
     """
     others, cores = reading["others_cpu_share"], reading["cores"]
-    over = reading.get("others_seconds", reading["seconds"])  # records of before have the block's time alone
+    over = reading.get("others_seconds", reading["seconds"])  # older records have only the block's time
     if others is None:
         load = max(reading["load_before"], reading["load_after"])
         if load > LOAD_OVER * cores:
@@ -66,7 +67,7 @@ def judge(reading: Mapping[str, Any]) -> str:
 class Calibration:
     """A fixed piece of work, about 10 ms: a loop in Python on one core, matrix products on all cores that PyTorch uses.
 
-    Each call runs it up to `_TRIES` times and takes the fastest, so that a single interrupt is not a neighbour.
+    Each call runs it up to `_TRIES` times and takes the fastest, so that a single interrupt does not count as load.
     """
 
     def __init__(self) -> None:
@@ -75,14 +76,14 @@ class Calibration:
         self._x = torch.full((_SIZE, _SIZE), 1.0 / _SIZE)
 
     def __call__(self) -> float:
-        """Seconds of the work now."""
-        if self._threads != torch.get_num_threads():  # other threads are another work: not comparable, and start slowly
+        """Seconds that the work takes now."""
+        if self._threads != torch.get_num_threads():  # another thread count: not comparable, and starts slowly
             self._threads, self.best = torch.get_num_threads(), None
             self._once()
         taken = self._once()
         for _ in range(_TRIES - 1):
             if self.best is not None and not SLOWER < taken / self.best <= _CERTAIN:
-                break  # nobody is here, or somebody for certain: no need to ask again
+                break  # clearly undisturbed or clearly disturbed: no further try needed
             taken = min(taken, self._once())
         self.best = taken if self.best is None else min(self.best, taken)
         return taken
@@ -101,7 +102,7 @@ calibrate = Calibration()
 
 
 def machine_cpu_s() -> float | None:
-    """CPU seconds that anything has used on this machine, time the hypervisor took away included; None if unknown."""
+    """CPU seconds used on this machine by all processes, including stolen time; None if unknown."""
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
         user, nice, system, _, _, irq, softirq, steal = map(int, fields[1:9])
@@ -112,20 +113,20 @@ def machine_cpu_s() -> float | None:
 
 
 def own_cpu_s() -> float:
-    """CPU seconds of this process and of all it has started, servers and workers too, whether they still run or not."""
+    """CPU seconds of this process and all its descendants (servers, workers), running or ended."""
     me, total = psutil.Process(), 0.0
     for process in (me, *me.children(recursive=True)):
         try:
             times = process.cpu_times()
         except psutil.Error:
-            continue  # it has just ended; its parent's times have it
+            continue  # it has just ended; its time is in its parent's
         total += times.user + times.system + times.children_user + times.children_system
     return total
 
 
 @dataclass(frozen=True)
 class _Counters:
-    """CPU seconds of the machine and of this process and its children so far, at a time by `perf_counter`."""
+    """CPU seconds so far of the machine and of this process with its children, at a `perf_counter` time."""
 
     at: float
     machine: float | None
@@ -136,7 +137,7 @@ class _Counters:
         return cls(time.perf_counter(), machine_cpu_s(), own_cpu_s())
 
     def others_since(self, begun: "_Counters", cores: int) -> float | None:
-        """The share of all cores' time that others took since `begun`; None where the system does not say."""
+        """The share of all cores' time that others took since `begun`; None if not reported."""
         if self.machine is None or begun.machine is None:
             return None
         spent = (self.machine - begun.machine) - (self.own - begun.own)
@@ -144,14 +145,14 @@ class _Counters:
 
 
 class Watch:
-    """Readings of blocks that follow each other: the calibration behind one is the one in front of the next.
+    """Readings of consecutive blocks: the calibration after one block is the calibration before the next.
 
-    The counters' ticks are too coarse for a short block. Others' time is then taken over at least `SPAN_S`, from the
-    blocks before it on; a first block that is short waits behind its end until so much time has passed.
+    The counters' ticks are too coarse for a short block. Others' time is then taken over at least `SPAN_S`,
+    including the blocks before it; after a short first block, `lap` waits until that much time has passed.
     """
 
     def __init__(self) -> None:
-        self._marks = [_Counters.read()]  # where blocks began and ended, as far back as a next block may need them
+        self._marks = [_Counters.read()]  # block boundaries, as far back as the next block may need
         self._before, self._load = calibrate(), os.getloadavg()[0]
         self._open()
 
@@ -160,7 +161,7 @@ class Watch:
         self._begun = time.perf_counter()
 
     def lap(self) -> Reading:
-        """The reading of the block that ends here; the next one begins."""
+        """End the current block, return its reading and begin the next."""
         seconds, end = time.perf_counter() - self._begun, _Counters.read()
         while end.at - self._marks[0].at < SPAN_S:
             time.sleep(max(0.001, SPAN_S - (end.at - self._marks[0].at)))
@@ -190,7 +191,7 @@ class Watch:
 
 @contextmanager
 def watched() -> Iterator[Reading]:
-    """Around a timed block: a dictionary that holds its reading once the block has ended without an exception."""
+    """Yield a dictionary that holds the timed block's reading once it has ended without an exception."""
     reading: Reading = {}
     watch = Watch()
     yield reading

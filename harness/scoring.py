@@ -1,4 +1,4 @@
-"""Scores one answer by every metric; an example's own metric decides what counts as its score."""
+"""Scores one answer by every metric; the example's own metric selects its score."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ PATCH, ANSWER = "patch", "answer"
 
 
 def compared_as(answers: Sequence[str]) -> str:
-    """How a prediction is held against these gold answers: as a patch where one of them is a unified diff."""
+    """How a prediction is compared with these gold answers: as a patch if one of them is a unified diff."""
     return PATCH if any(map(is_patch, answers)) else ANSWER
 
 
@@ -30,7 +30,7 @@ def score(prediction: str, answers: Sequence[str]) -> dict[str, float]:
 
 
 def question_record(example: TaskExample, question: Question, prediction: str) -> dict:
-    """One question's part of a record. `success` is an exact match: an equal answer, or the gold patch's change."""
+    """One question's part of a record. `success` is an exact match: an equal answer, or the change of a gold patch."""
     scores = score(prediction, question.answers)
     return {
         "id": question.id,

@@ -1,4 +1,4 @@
-"""What every workflow script and command does around its work: an expected error ends it with one line."""
+"""Wrapper of every workflow script and command: an expected error ends it with one line."""
 
 import sys
 import traceback
@@ -41,7 +41,7 @@ def step(log: str | Path, name: str) -> Iterator[None]:
             print(f"{name}: {error}", file=sys.stderr)
             sys.exit(1)
         except Exception:
-            traceback.print_exc()  # a defect: its trace belongs into the log too
+            traceback.print_exc()  # a defect: its trace goes to the log too
             sys.exit(1)
         finally:
             sys.stderr = before

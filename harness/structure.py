@@ -1,7 +1,7 @@
 """The structure of the code in numbers: `python -m harness.structure --out results/house/summary.json`.
 
-Which module imports which, circles of such imports, and questions for the type of a policy's part outside its own room;
-with --recorded and --now, the outcomes of the frozen requests (`harness.frozen`) that changed.
+The import graph of modules, its cycles, and type checks of policy parts outside the policies package; with --recorded
+and --now, the outcomes of the frozen requests (`harness.frozen`) that changed.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from harness.step import command
 PACKAGES = ("cacheslide", "baselines", "harness")
 PARTS = r"Correction|TopDeviation|EdgeTokens|\w*Keying|InPrompt|FixedChain|Isolated|Placement"
 ASKED = re.compile(rf"isinstance\([^)]*\b({PARTS})\b|(encoding|correction|keying)\.(kind|name) ==")
-# Defines a correction and an encoding, and serves them in both hosts.
+# The test that defines a correction and an encoding and serves them in both hosts.
 OWN_POLICY = "tests/cacheslide/policies/test_own_policy.py"
 
 
@@ -36,7 +36,7 @@ def module_files(root: Path = ROOT) -> dict[str, Path]:
 
 
 def module_arrows(root: Path = ROOT) -> dict[str, set[str]]:
-    """Which module imports which, at any depth: an import inside a function, or for annotations, is an arrow too."""
+    """The import graph by module, including imports inside functions and for annotations."""
     names = module_files(root)
     arrows: dict[str, set[str]] = {name: set() for name in names}
     for name, path in names.items():
@@ -52,14 +52,14 @@ def module_arrows(root: Path = ROOT) -> dict[str, set[str]]:
 
 
 def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:
-    """Full names that an import may mean: modules, or names inside them."""
+    """Full names an import may refer to: modules, or names inside them."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     return [f"{node.module}.{alias.name}" for alias in node.names]
 
 
 def cycles(arrows: dict[str, set[str]]) -> list[frozenset[str]]:
-    """Groups of modules that reach each other."""
+    """Groups of modules that import each other, directly or not."""
     reached: dict[str, set[str]] = {}
     for name in arrows:
         seen, left = set(), [name]
@@ -73,7 +73,7 @@ def cycles(arrows: dict[str, set[str]]) -> list[frozenset[str]]:
 
 
 def type_questions(root: Path = ROOT) -> list[str]:
-    """Places that ask for the type or the name of a policy's part, outside the room of policies."""
+    """Places outside the policies package that check the type or the name of a policy's part."""
     tops = (*PACKAGES, "workflows", "scripts", "models")
     return [
         f"{path.relative_to(root)}:{number}"
@@ -91,13 +91,13 @@ def tree_bytes(root: Path = ROOT) -> int:
 
 
 def touched_by_own_policy(root: Path = ROOT) -> int:
-    """Files outside the test that name the system which only it defines."""
+    """Files that name the system defined only in the test, besides the test itself."""
     name = re.search(r'^NAME = "(\w+)"', (root / OWN_POLICY).read_text(), re.M)[1]
     return sum(f'"{name}"' in path.read_text() for path in module_files(root).values())
 
 
 def summary(root: Path, recorded: Path | None, now: Path | None) -> dict[str, Any]:
-    """The numbers, and the places behind them."""
+    """The counts, and the places counted."""
     arrows = module_arrows(root)
     circles, asked = cycles(arrows), type_questions(root)
     base = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]

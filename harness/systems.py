@@ -10,7 +10,7 @@ from cacheslide.policies.registry import load_policy
 
 @dataclass(frozen=True)
 class Vanilla:
-    """vLLM by itself: no connector, no annotations. Only backend: vllm runs it."""
+    """vLLM without connector and annotations; needs `backend: vllm`."""
 
     name: str
     title: str
@@ -18,19 +18,19 @@ class Vanilla:
 
     @property
     def reuses(self) -> bool:
-        """It reads no chunk caches."""
+        """False: it reads no chunk caches."""
         return False
 
 
 System = ReusePolicy | Vanilla
-COPE = "_cope"  # behind a policy's name: the same policy on the model's CoPE adapter
+COPE = "_cope"  # suffix of a policy's name: the same policy on the model's CoPE adapter
 VANILLA = {
     s.name: s for s in (Vanilla("vllm", "vLLM", False), Vanilla("vllm_prefix_cache", "vLLM, prefix cache", True))
 }
 
 
 def on_cope(names: Iterable[str]) -> list[str]:
-    """What the policies `names` are called when they run on the CoPE model."""
+    """Names of the policies `names` when they run on the CoPE model."""
     return [f"{name}{COPE}" for name in names]
 
 
@@ -40,7 +40,7 @@ def cope_systems(config: Mapping[str, Any]) -> list[str]:
 
 
 def policy_of(name: str) -> ReusePolicy:
-    """The registered policy behind a system's name; on the CoPE model it keeps that name and is titled so."""
+    """The registered policy of a system's name; on the CoPE model with the system's name and title."""
     policy = load_policy(name.removesuffix(COPE))
     return replace(policy, name=name, title=f"{policy.title}, CoPE") if name.endswith(COPE) else policy
 
@@ -62,21 +62,21 @@ def resolve(names: Iterable[str], layer: int | None = None, recompute_ratio: flo
 
 
 def first_look(policy: ReusePolicy, layer: int) -> int:
-    """Where `policy` selects in a run whose common selection layer is `layer`.
+    """The layer at which `policy` first selects in a run whose common selection layer is `layer`.
 
-    There; with promotion at half of it, because a second look follows: on the validation split that costs 0.61 of the
-    row-layers where promotion from the common layer costs 0.92 and one selection there 0.69 (results/wca).
+    It is `layer`; with promotion, half of it, because a second selection follows: on the validation split this costs
+    0.61 of the row-layers; promotion from the common layer costs 0.92 and one selection there 0.69 (results/wca).
     """
     return max(min(layer, 1), layer // 2) if policy.probe_layers else layer
 
 
 def scalable(names: Iterable[str]) -> list[str]:
-    """Those systems whose number of recomputed rows can be set: the ones that are compared at an equal ratio."""
+    """The systems whose number of recomputed rows can be set, which are compared at an equal ratio."""
     return [n for n in names if n not in VANILLA and _rule(n, 0.5) != _rule(n, 0.25)]
 
 
 def to_scale(names: Iterable[str], recompute_ratio: float) -> list[str]:
-    """The scalable systems with another recompute ratio of their own: those worth running again at this one."""
+    """The scalable systems whose own recompute ratio differs from this one, to be run again at it."""
     return [n for n in scalable(names) if _rule(n, recompute_ratio) != policy_of(n).correction]
 
 
@@ -87,7 +87,7 @@ def _rule(name: str, recompute_ratio: float) -> Correction:
 def recipes(policies: Sequence[System]) -> dict[str, tuple[ReusePolicy, frozenset[int]]]:
     """For each kind of chunk cache: one policy that can build it, and the layer inputs its readers need.
 
-    It is one that keeps chunks with their scores where a reader needs those.
+    The policy keeps scores with chunks if a reader needs scores.
     """
     out: dict[str, tuple[ReusePolicy, frozenset[int]]] = {}
     for policy in policies:

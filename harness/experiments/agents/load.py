@@ -1,10 +1,9 @@
 """Agents under load: TTFT and throughput with n agents at once, with beams, and throughput over time (figs 11, 13).
 
-Closed loops of teacher-forced agents on the in-process engine, which packs whatever waits (`Together`): all systems
-are asked for exactly the same work, in turns, and a ratio is taken within one repeat (each with its reading of
-`harness.quiet`). Chunks of the agents' first
-prompts are there before the clock starts, as in a server that has been running; later ones are kept while it runs, and
-that work delays whoever waits.
+Closed loops of teacher-forced agents on the in-process engine, which batches all waiting requests (`Together`): all
+systems serve exactly the same requests, in turns, and a ratio is taken within one repeat (each with its reading of
+`harness.quiet`). Chunks of the agents' first prompts are stored before timing starts, as in a server that has been
+running; later ones are stored during the run, and that work delays waiting requests.
 """
 
 import random
@@ -30,7 +29,7 @@ from harness.results.records import RecordWriter, guarded
 
 
 class Watched(Forced):
-    """A teacher-forced completer that notes every request's times, in seconds after `begin`."""
+    """A teacher-forced completer that records every request's times, in seconds after `begin`."""
 
     def __init__(self, inner: Any, episodes: Sequence[Episode], max_tokens: dict[tuple[str, int], int]) -> None:
         super().__init__(inner, episodes)
@@ -54,7 +53,7 @@ def closed_loop(
     concurrent: int,
     settings: EngineSettings,
 ) -> list[Done]:
-    """The requests of `episodes` with `concurrent` agents at work, in the order of their ends."""
+    """The requests of `episodes` of `concurrent` agents at a time, in order of completion."""
     inner = variant.serve(backend, settings)
     for episode in episodes:
         inner.engine.build(backend.prompt(episode.steps[0].segments))
@@ -64,7 +63,7 @@ def closed_loop(
 def loop_on(
     completer: Completer, tokens: Tokens, tasks: Sequence[Any], episodes: Sequence[Episode], concurrent: int
 ) -> list[Done]:
-    """The same on any completer; `tokens` measures the recorded answers."""
+    """As `closed_loop`, on any completer; `tokens` counts the recorded answers' tokens."""
     limits = {(e.task_id, s.index): request_of(tokens, e, s).max_tokens for e in episodes for s in e.steps}
     watched = Watched(completer, episodes, limits)
     drive(tasks, entry(episodes[0].agent).agent, watched, Closed(concurrent), LONG)
@@ -74,7 +73,7 @@ def loop_on(
 def beams(
     backend: ReferenceBackend, variant: Variant, episode: Episode, width: int, settings: EngineSettings, branch: bool
 ) -> list[Done]:
-    """One agent whose every request asks for `width` beams.
+    """One agent whose requests each use `width` beams.
 
     With `branch`, a beam search over one prefill (`backends.beams`). Without, `width` copies of the request in one
     packed run: the reading in which the beam width is the batch size.

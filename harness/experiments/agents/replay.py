@@ -1,8 +1,8 @@
-"""Teacher-forced replay: every variant serves the same recorded turns, taking turns within each step.
+"""Teacher-forced replay: every variant serves the same recorded turns, alternating within each step.
 
-A variant is a system, or a system with one setting changed. Each keeps chunks of its own, from the episode's first
-turn on, so that whatever its reuse does wrong is there for its later turns, and that no variant finds what another one
-kept of the same turn.
+A variant is a system, or a system with one setting changed. Each has its own chunk store from the
+episode's first turn on, so that its reuse errors carry over to its later turns and no variant reads the chunks of
+another.
 """
 
 import random
@@ -32,7 +32,7 @@ LONG = Stops(turns=400)
 
 @dataclass(frozen=True)
 class Variant:
-    """What is compared. `generations` as in `InProcess`."""
+    """One compared setting. `generations` as in `InProcess`."""
 
     name: str
     title: str
@@ -40,12 +40,12 @@ class Variant:
     generations: int = 0
 
     def serve(self, backend: ReferenceBackend, settings: EngineSettings) -> InProcess:
-        """A completer with chunks of its own: none yet."""
+        """A completer with its own empty chunk store."""
         return InProcess(backend, self.policy, settings=settings, generations=self.generations)
 
 
 def record(agent: str, count: int, seed: int, **options: Any) -> tuple[list[Any], list[Episode]]:
-    """Tasks of the test split and the oracle's episodes on them; none where code has to run and there is no sandbox."""
+    """Tasks of the test split and the oracle's episodes on them; none if it runs code and there is no sandbox."""
     if agent == "swe_agent" and missing():
         return [], []
     tasks, episodes = list(entry(agent).tasks("test", seed, count, **options)), []
@@ -56,7 +56,7 @@ def record(agent: str, count: int, seed: int, **options: Any) -> tuple[list[Any]
 
 
 def request_of(backend: Tokens, episode: Episode, step: Step) -> Request:
-    """The step's prompt; the answer may be as long as the recorded one and its end."""
+    """The step's prompt; the answer is limited to the recorded one's length and its end token."""
     return Request(episode.task_id, step.index, step.segments, len(backend.encode(step.completion.text)) + 1)
 
 
@@ -69,7 +69,7 @@ def call_f1(own: str, forced: str) -> float:
 
 
 def step_record(step: Step, own: Completion) -> dict[str, Any]:
-    """What one system made of one step."""
+    """One system's record of one step."""
     kept = ("tokens", "tokens_reused", "tokens_recomputed", "chunks_hit", "generation", "build_row_layers", "build_s")
     return {
         "right": float(own.text.strip() == step.completion.text.strip()),
@@ -93,9 +93,9 @@ def replay_variants(
     tasks: Mapping[str, Any] | None = None,
     progress: str | None = "replay",
 ) -> None:
-    """One record an episode, with a reading of `harness.quiet` a step.
+    """Write one record per episode, with a reading of `harness.quiet` per step.
 
-    With `tasks` by id, every variant also runs the agent with its own outputs.
+    With `tasks` (by id), every variant also runs the agent on its own outputs.
     """
     for episode in tqdm(list(episodes), desc=progress, disable=progress is None, mininterval=1):
         work = partial(_one, backend, variants, episode, settings, seed, (tasks or {}).get(episode.task_id))
@@ -119,7 +119,7 @@ def _one(backend, variants, episode, settings, seed, task) -> dict[str, Any]:
 
 
 def _own(backend, variants, agent, task, settings, rng) -> dict[str, Any]:
-    """Every variant's own episode: chunks from nothing again, its own outputs, tools at work."""
+    """Every variant's free-running episode: an empty chunk store, its own outputs, tools executed."""
     out = {}
     for v in rng.sample(list(variants), len(variants)):
         with closing(entry(agent).agent(task)) as at_work:

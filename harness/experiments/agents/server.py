@@ -1,9 +1,9 @@
-"""Figure 11's parallel agents against a real server: vLLM with the connector, asked by teacher-forced agents over HTTP.
+"""Figure 11's parallel agents against a real server: vLLM with the connector, teacher-forced agents over HTTP.
 
     python -m harness.experiments.agents.server --model models/NAME --agent memgpt --parallel 2,4,8,16 --out FILE.jsonl
 
-One server serves all systems, which requests ask for by name; each cell of the run has a cache salt of its own, and its
-first prompts are served once before the clock starts. The record file is that of the in-process load: `fig11` draws it.
+One server serves all systems, which requests select by name; each cell of the run has its own cache salt, and its
+first prompts are served once before timing starts. The record file is that of the in-process load: `fig11` draws it.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def _cell(server, args, systems, tokens, tasks, episodes, n, repeat) -> dict:
         salt = f"{system}-{n}-{repeat}"
         url = f"{server.endpoint.url}/v1"
         completer = OpenAIServer(url, args.model, tokens.tokenizer, system, system, salt=salt, layer=args.layer)
-        for episode in episodes:  # the chunks of the first turns are there, as in a server that has been running
+        for episode in episodes:  # stores the chunks of the first turns, as in a server that has been running
             completer.complete(Request(episode.task_id, 0, episode.steps[0].segments, 1))
         with watched() as quiet[system]:
             done = sorted(loop_on(completer, tokens, tasks, episodes, n), key=lambda d: d.end)

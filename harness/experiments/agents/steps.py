@@ -1,4 +1,4 @@
-"""The agents' part of the study as a workflow calls it: one section of `agents:` in, one record file out."""
+"""The workflow's steps for agents: each measures one section of `agents:` into one record file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,13 +28,13 @@ SECTIONS = ("replay", "windows", "turns", "load", "series", "grid")
 
 
 def agents_backend(config: Config, threads: int) -> ReferenceBackend:
-    """The agents' model, which need not be the study's."""
+    """Backend with the agents' model, which may differ from the study's."""
     torch.set_num_threads(threads)
     return ReferenceBackend(config["agents"]["model"], config["dtype"], config["device"])
 
 
 def variants_of(config: Config, section: str) -> list[Variant]:
-    """What a section compares, by its settings."""
+    """The variants that a section compares, from its settings."""
     agents = config["agents"]
     own = agents[section]
     policies = resolve(own.get("systems") or agents["systems"], layer=agents["layer"])
@@ -65,7 +65,7 @@ def _rule(policy, recompute_ratio: float, tau: float, every: int) -> TopDeviatio
 
 
 def _padded(window: int) -> list[Variant]:
-    """Padding with reuse in place, and the same prompts computed in full: what the padding itself costs."""
+    """Window padding with reuse in place, and the same prompts computed in full, to measure the cost of padding."""
     [policy] = resolve(["window_padding"])
     reused = replace(policy, transform=partial(pad, window=window))
     full = replace(reused, name="window_recompute", keying=NoKeying())
@@ -91,7 +91,7 @@ def step_traces(config: Config, output: str) -> None:
 
 
 def step_agents(config: Config, section: str, output: str, threads: int, traces: str | None = None) -> None:
-    """Measure one section; `traces` is what `step_traces` wrote, for the section `replay`."""
+    """Measure one section; `traces` is the file of `step_traces`, for the section `replay`."""
     if section not in SECTIONS:
         raise ConfigError(f"unknown section {section!r} of agents (known: {', '.join(SECTIONS)})")
     own, seed = config["agents"][section], config["seed"]

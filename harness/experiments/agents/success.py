@@ -1,7 +1,7 @@
 """Success of the agents under every system, in their own loops: `python -m harness.experiments.agents.success`.
 
 Each system answers by itself (free running) on the reference backend; an episode starts with an empty chunk store. All
-systems see the same tasks, and a run that is stopped goes on where it was. `--minutes` ends it by the clock: the
+systems see the same tasks, and a stopped run resumes. `--minutes` limits its time: the
 summary covers the tasks that every system has finished. The selection layer is chosen on validation episodes.
 """
 
@@ -40,13 +40,13 @@ BASELINES = (
 )
 SYSTEMS = (REFERENCE, NO_CONTEXT, OURS, "cacheslide_promote", *BASELINES)
 EXACT = ("context_cache",)  # a prefix cache: nothing is approximated, and only an unchanged prefix is reused
-MOST = 0.99  # recomputed share from which on a system counts as reusing nothing
+MOST = 0.99  # recomputed share at and above which a system counts as reusing nothing
 STOPS = Stops(turns=60)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run. `options` are the tasks' parameters by agent (turns, questions, tokens, depth, ...)."""
+    """The run's settings. `options` are the tasks' parameters by agent (turns, questions, tokens, depth, ...)."""
 
     model: str
     tasks: int
@@ -64,10 +64,10 @@ class Plan:
 
 
 def select_agents_layer(backend: ReferenceBackend, plan: Plan, count: int = 6) -> dict[str, Any]:
-    """The smallest layer at which CacheSlide says what recompute says, within `MARGIN`, on validation episodes.
+    """The smallest layer at which CacheSlide's outputs equal recompute's, within `MARGIN`, on validation episodes.
 
     Recompute's episodes of Reflexion and MemGPT are served again with each layer, prompts forced: the share of equal
-    outputs is compared. Where no layer comes so close, the best one.
+    outputs is compared. If no layer is within the margin, the best one.
     """
     layers, table, steps = layers_to_try(backend.num_layers), {}, {}
     for agent in ("reflexion", "memgpt"):
@@ -89,7 +89,7 @@ def serve(backend: ReferenceBackend, system: str, layer: int | None) -> InProces
 
 
 def measure(backend: ReferenceBackend, plan: Plan, output: Path, limit: Limit | None = None) -> bool:
-    """Run what is missing in `output`, task by task, all systems on each; False when `limit` came first."""
+    """Run all systems on each task that `output` lacks, task by task; False if `limit` ended the run early."""
     writer = RecordWriter(output, asdict(plan))
     tasks = {agent: list(plan.drawn(agent)) for agent in plan.agents}
     for i in range(plan.tasks):
@@ -112,7 +112,7 @@ def _episode(backend, layer, agent: str, system: str, number: int, task) -> dict
 
 
 def record(episode: Episode) -> dict[str, Any]:
-    """What is kept of an episode."""
+    """The record of an episode."""
     receipts = [s.completion.receipt for s in episode.steps if s.completion.receipt]
     return {
         "success": episode.success,
@@ -166,7 +166,7 @@ def _headline(agent: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     if OURS in rows:
         out[f"{agent}_cacheslide_loss_points"] = rows[OURS]["loss_points"]["value"]
         out[f"{agent}_cacheslide_recomputed_share"] = rows[OURS]["recomputed_share"]
-    # EPIC's 32 + 32 rows are whole chunks here and there: what reuses nothing is recompute under another name
+    # EPIC's 32 + 32 rows can cover whole chunks; a system that reuses nothing equals recompute
     others = [s for s in BASELINES if s in rows and (rows[s]["recomputed_share"] or 1) < MOST]
     for kind, some in (("best_baseline", others), ("best_approximate_baseline", [s for s in others if s not in EXACT])):
         if some:
@@ -213,7 +213,7 @@ def main() -> None:
 def tabulate(episodes: Path, out: Path) -> None:
     """`summary.json` in `out` from finished episodes, beside `selection_layer.json`.
 
-    It keeps the provenance that it had: where the episodes were measured, not where they are tabulated.
+    Keeps an existing provenance: the machine that measured the episodes, not the one that tabulates.
     """
     settings = read_settings(episodes)
     plan = Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})

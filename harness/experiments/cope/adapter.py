@@ -2,7 +2,7 @@
 
 Calibrates Γ on validation prompts (it is stored with the adapter), then measures on test prompts: the adapter's gap to
 the native model when everything is recomputed; F1 and CKSim of reused chunks with live gates, with Γ, and with Γ as a
-cap on the slot's own positions; on which pairs Γ can matter; how many reusable rows a hundred shifted turns reuse.
+cap on the slot's own positions; the pairs on which Γ has an effect; reused rows over a hundred shifted turns.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def system(kind: str, share: float | None = None, layer: int = 1) -> ReusePolicy
 
 
 def systems(layer: int) -> dict[str, ReusePolicy]:
-    """What each variant is asked to answer under."""
+    """The policies under which each variant answers."""
     plain = {"recompute": ReusePolicy("recompute", "recompute"), "chain": system("fixed_chain")}
     return plain | {"first_turn": system("in_prompt"), "wca": system("fixed_chain", 0.26, layer)}
 
@@ -90,7 +90,7 @@ def prompts_of(split: str, count: int, tokens: int) -> list[TaskExample]:
 
 
 def calibrate(backend: CopeBackend, adapter: Path, given: list[TaskExample], bin_width: float) -> dict[str, Any]:
-    """Γ from live gates over `given`, stored with the adapter; returns what it was read from."""
+    """Γ from live gates over `given`, stored with the adapter; returns the statistics of its inputs."""
     prompts = [backend.prompt(x.segments) for x in given]
     offsets, samples = ccpe.calibrate(backend.model, prompts, 1, bin_width)
     notes = {"prompts": len(prompts), "tokens": sum(map(len, prompts)) // len(prompts), "split": "validation"}
@@ -98,7 +98,7 @@ def calibrate(backend: CopeBackend, adapter: Path, given: list[TaskExample], bin
     name = ccpe.template_id(["reuse:system", "recompute:notes", "reuse:documents"])
     ccpe.save_calibration(ccpe.Calibration(offsets, digest, name, bin_width, notes), adapter)
     share = samples.unsaturated_share()
-    spread = []  # of queries and prompts together, in positions
+    spread = []  # over queries and prompts, in positions
     for slots in samples.values:
         kept = [x[~x.isnan()] for x in torch.cat(slots[0], 1)]
         spread.append(sum(float(x.std()) if len(x) > 1 else 0.0 for x in kept) / len(kept))
@@ -112,7 +112,7 @@ def calibrate(backend: CopeBackend, adapter: Path, given: list[TaskExample], bin
 
 
 def answer_all(backend, example: TaskExample, layer: int, open_rows: Tensor | None = None) -> dict[str, Any]:
-    """F1 of every system on one example, and the likeness of its reused keys to the variant's own recompute.
+    """F1 of every system on one example, and the similarity of its reused keys to the variant's own recompute.
 
     `open_rows` [layers, rows, heads] are the pairs of `unsaturated` under live gates, the same for every variant.
     """
@@ -130,7 +130,7 @@ def answer_all(backend, example: TaskExample, layer: int, open_rows: Tensor | No
         exact = keys.clone() if exact is None else exact
         if cope and name != "recompute":
             grouped = open_rows.float().unflatten(2, (keys.shape[2], -1)).mean(-1)
-            earlier = torch.cat((grouped[:1] * 0, grouped[:-1]))  # a layer's keys follow from the layer before
+            earlier = torch.cat((grouped[:1] * 0, grouped[:-1]))  # a layer's keys depend on the layer before
             fixed = slots_in(prompt).canonical.float()[None, :, None].expand(grouped.shape)
             out["cksim_unsaturated"][name] = similarity(exact, keys, earlier)
             out["cksim"][name] = similarity(exact, keys, fixed)
@@ -198,14 +198,14 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _better(gain: dict[str, Any]) -> str:
-    """Which one the interval of `gain` speaks for: CKSim on unsaturated pairs, F1 where nothing was reused."""
+    """The variant that the interval of `gain` favours: by CKSim on unsaturated pairs, by F1 if nothing was reused."""
     if gain["low"] is None or gain["low"] <= 0 <= gain["high"]:
         return "no clear difference"
     return "gamma" if gain["low"] > 0 else "live"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and write one JSON file, after every example anew."""
+    """Measure and write one JSON file, rewritten after every example."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--adapter", type=Path, required=True)
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: dict[str, list[dict]] = defaultdict(list)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     given = prompts_of("test", args.prompts, args.tokens)
-    Random(0).shuffle(given)  # a run that ends early has seen every style and mix
+    Random(0).shuffle(given)  # so that a run that ends early covers every style and mix
     for example in given:
         open_rows = unsaturated(live.model, live.prompt(example.segments))
         for name, backend in backends.items():
@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def vars_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments as a configuration, paths left out."""
+    """The arguments as a configuration, without paths."""
     return {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
 
 

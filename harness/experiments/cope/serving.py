@@ -1,10 +1,9 @@
 """CoPE inside vLLM against the same model with rotation: `python -m harness.experiments.cope.serving --out FILE`.
 
-Two engines of one shape, random weights, stand side by side and take turns: vanilla attention, and CoPE with random
-position tables (the base's projections as they are). Measured are the time to first token of a prompt computed in full
-and of one completed from cached chunks (`--systems`, `--graphs`), and the time of a decoding step. With such weights
-gates are about 0.5, so that rows saturate after some 2 * p_max keys: a CoPE model whose gates are smaller is slower
-(`cope_kernels` has those times).
+Two engines of one shape with random weights run in turns: vanilla attention, and CoPE with random position tables and
+the base's projections. Measured are the time to first token of a prompt computed in full and of one completed from
+cached chunks (`--systems`, `--graphs`), and the time of a decoding step. With random weights gates are about 0.5, so
+that rows saturate after about 2 * p_max keys: a CoPE model with smaller gates is slower (see `cope_kernels`).
 """
 
 import argparse
@@ -49,7 +48,7 @@ def random_tables(shape: str, folder: Path, p_max: int, offsets: bool) -> Path:
 
 
 def decode_step(engine, prompts: list[list[int]], tokens: int) -> float:
-    """Seconds of a step in which all prompts decode; their prefill comes out of the prefix cache."""
+    """Seconds of a step in which all prompts decode; their prefill is served by the prefix cache."""
     from cacheslide.vllm.offline import ask
 
     ask(engine, prompts)
@@ -60,7 +59,7 @@ def decode_step(engine, prompts: list[list[int]], tokens: int) -> float:
 
 
 def measure(engines: dict[str, Any], args: argparse.Namespace, result: dict[str, Any], write, limit: Limit) -> None:
-    """Every length and batch, engines in turns; what was measured is written after every turn."""
+    """Measure every length and batch, engines in turns; the result is written after every turn."""
     systems = ["recompute", *arms(args)]
     for length in args.lengths:
         drawn = Prompts(length, args.vocabulary, seed=length)
@@ -108,14 +107,14 @@ def measure(engines: dict[str, Any], args: argparse.Namespace, result: dict[str,
 
 
 def estimate(found) -> dict[str, float]:
-    """An estimate as plain numbers."""
+    """An estimate as a dictionary of floats."""
     return {"value": found.value, "low": found.low, "high": found.high, "n": found.n}
 
 
 def headline(result: dict[str, Any]) -> dict[str, Any]:
     """Medians in milliseconds and ratios to the rotating model, with 95 % intervals over the undisturbed repeats.
 
-    Where those are too few, medians are of all repeats, there are no ratios, and `disturbed` says why.
+    If those are too few, medians are of all repeats, there are no ratios, and `disturbed` holds the reason.
     """
     out: dict[str, Any] = {"ttft_ms": {}, "ttft_over_rope_recompute": {}, "decode_step_ms": {}, "decode_over_rope": {}}
     quiet = result.get("quiet", {})
@@ -146,7 +145,7 @@ def headline(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace, result: dict[str, Any], write, limit: Limit) -> None:
-    """Open both engines and measure; an error is written down beside what was measured before it."""
+    """Open both engines and measure; an error is recorded beside the measurements before it."""
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     from cacheslide.vllm.offline import close_engine, open_engine
 

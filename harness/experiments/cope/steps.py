@@ -1,6 +1,6 @@
-"""The study's steps on the CoPE model: what a configuration with a `cope` section adds to `study/steps.py`.
+"""The study's steps on the CoPE model: added to `study/steps.py` by a configuration with a `cope` section.
 
-They write files of their own (`accuracy/DATASET/SYSTEM_cope.jsonl`, `cksim_cope.jsonl`, `prompts_cope.json`), so that a
+They write separate files (`accuracy/DATASET/SYSTEM_cope.jsonl`, `cksim_cope.jsonl`, `prompts_cope.json`), so that a
 run measured without CoPE is extended, not repeated.
 """
 
@@ -27,7 +27,7 @@ def _backend(config: Config, threads: int, live: bool = False) -> CopeBackend:
 
 
 def _variants(config: Config, threads: int) -> dict[str, CopeBackend]:
-    """Live gates, and calibrated slot offsets where the adapter was calibrated."""
+    """Backends with live gates and, if the adapter is calibrated, with calibrated slot offsets."""
     found = {"cope": _backend(config, threads, live=True), "ccpe": _backend(config, threads)}
     return found if found["ccpe"].model.slot_offsets is not None else {"cope": found["cope"]}
 
@@ -44,7 +44,7 @@ def step_cope_accuracy(config: Config, data: str, layer: int | str, outputs: Seq
     }
     examples = read_examples(data, questions=config["accuracy"]["questions"])[: config["cope"]["prompts"]]
     sessions = reference_sessions(backend, systems, settings_of(config))
-    # Its attention is the plain reference, which materialises what the kernel does not: a time would say nothing.
+    # Not timed: the reference attention materialises intermediates that the kernel does not.
     evaluate(sessions, examples, writers, progress=f"accuracy on CoPE, {about['dataset']}", timed=False)
     for writer in writers.values():
         writer.finish()
@@ -62,6 +62,6 @@ def step_cope_similarity(config: Config, data: str, output: str, threads: int) -
 
 
 def step_cope_prompts(config: Config, data: Sequence[str], output: str, threads: int) -> None:
-    """How far position indices move from turn to turn on the CoPE model."""
+    """Shift of position indices between turns on the CoPE model."""
     examples = {Path(d).stem: read_examples(d) for d in data}
     write_json(output, cope_study.measure_moves(_variants(config, threads), examples, config["cope"]["cksim_prompts"]))

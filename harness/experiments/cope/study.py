@@ -1,4 +1,4 @@
-"""What figures 4a and 5 show of a CoPE model: how cached keys and position indices survive a move.
+"""Measurements of a CoPE model for figures 4a and 5: cached keys and position indices after a shift.
 
 `measure_similarity` adds a third protocol to those of `similarity.py`, which CCPE needs: [system] [updated text]
 [segment], with the segment cached in the chain behind the system prompt, as CacheSlide caches it. Live gates are called
@@ -39,7 +39,7 @@ def measure_similarity(
     for i, example in enumerate(tqdm(examples[:prompts], desc="CKSim, CoPE", mininterval=1)):
         system, segment = (native.encode(s.text) for s in fixed(example.segments)[:2])
         filler = prefix_text(native, [*examples[i + 1 :], *examples[:i]], max(shifts))
-        cached: dict[tuple[str, bool], Tensor] = {}  # what a shift's length does not change
+        cached: dict[tuple[str, bool], Tensor] = {}  # independent of the shift's length
         for shift in shifts:
             guarded(
                 writer,
@@ -94,7 +94,7 @@ def _behind(model, prompt: Prompt, rows: int) -> Tensor:
 
 
 def _chained(model, prompt: Prompt, rows: int) -> Tensor:
-    """The same of the prompt's fixed segments alone, in which slots are empty: what a cache holds."""
+    """As `_behind`, of the fixed segments alone with empty slots, as a cache holds them."""
     ids = [t for s in prompt.segments if s.role is Role.REUSE for t in s.token_ids]
     return prefill_exact(model, ids, slots=slots_between(prompt)).k[:, -rows:]
 

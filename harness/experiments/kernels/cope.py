@@ -1,8 +1,8 @@
 """CoPE kernel benchmark on a CUDA device: `python -m harness.experiments.kernels.cope --out FILE`.
 
-Gate, then time: an output is compared with the plain reference in float32 before anything is timed. Every timing states
-what gates it ran on. A part (prefill, decode, training) runs in a process of its own under a time limit, and what it
-has measured is written after every case: one that does not compile, is wrong or hangs is recorded and the run goes on.
+Gate, then time: an output is compared with the plain reference in float32 before anything is timed. Every timing
+records its gate statistics. Each part (prefill, decode, training) runs in its own process under a time limit, and
+results are written after every case: a case that fails to compile, is wrong or hangs is recorded and the run continues.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from harness.step import command
 
 DEVICE, DTYPE, HEADS, KV_HEADS, DIM, P_MAX, BLOCK = "cuda", torch.bfloat16, 32, 8, 128, 64, 16
 LENGTHS = (16384, 8192, 4096)
-# What scores of unit variance are shifted by: gates of 0.5, 0.01 and 0.0005 on average. The last never saturate.
+# Shift of unit-variance scores: mean gates of 0.5, 0.01 and 0.0005. The last never saturate.
 SHIFTS = {"mean_0.5": 0.0, "mean_0.01": -5.1, "never": -8.1}
 DECODES = ((8, 16384), (1, 16384), (32, 4096))  # requests, tokens
 BOUND = 1e-2  # ||out - want|| / ||want||, bfloat16
@@ -71,7 +71,7 @@ def made(requests: int, tokens: int, shift: float, seed: int = 0) -> tuple[Tenso
 
 
 def gates_seen(q: Tensor, keys: Tensor, rows: Tensor) -> dict[str, float]:
-    """Mean gate, and the share of (query, key) pairs left of where the sum reaches p_max - 1, over sampled rows."""
+    """Mean gate, and the share of (query, key) pairs before the sum reaches p_max - 1, over sampled rows."""
     sums, gates, saturated, pairs = 0.0, 0, 0, 0
     for i, row in enumerate(rows.tolist()):
         _, g = scores_and_gates(q[i : i + 1], keys[: row + 1], rows[i : i + 1], None)
@@ -82,7 +82,7 @@ def gates_seen(q: Tensor, keys: Tensor, rows: Tensor) -> dict[str, float]:
 
 
 def check(out: Tensor, want: Tensor) -> float:
-    """The error, if all is finite and it is small."""
+    """The relative error of `out`, checked to be finite and within the bound."""
     error = relative_error(out, want)
     if not bool(out.isfinite().all()) or not error < BOUND:
         raise GateError(f"relative error {error:.3g} is not below {BOUND}, or an output is not finite")
@@ -131,7 +131,7 @@ def prefill_case(tokens: int, gates: str, repeats: int) -> dict[str, Any]:
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], None]:
-    """`run` as a CUDA graph, as serving replays decode steps: its launches cost the host nothing."""
+    """`run` as a CUDA graph, as serving replays decode steps, without host launch cost."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -213,7 +213,7 @@ def training_case(tokens: int, gates: str, repeats: int) -> dict[str, Any]:
     cope_attention(*mine).backward(do)
     cope_attention(*exact).backward(do.cpu().float())
     errors = {n: relative_error(a.grad.cpu(), b.grad) for n, a, b in zip("qkve", mine, exact, strict=True)}
-    if not max(errors.values()) < 0.08:  # at a kink of the entries a pair's gradient is another
+    if not max(errors.values()) < 0.08:  # at a kink of the table entries a pair's gradient differs
         raise GateError(f"gradients err by {errors}")
     q, k, v, embedding = sequence(tokens)
     do = torch.randn(q.shape, generator=g, device=DEVICE, dtype=DTYPE)
@@ -266,7 +266,7 @@ def run_part(part: str, out: Path, repeats: int, trained: tuple[Path, Path] | No
 
 
 def headline(parts: dict[str, dict]) -> dict[str, float | None]:
-    """The three numbers of the study: the slower of the two unsaturated kinds, the slowest decode at 8 x 16k."""
+    """The three headline numbers: the slower of two unsaturated gate settings, the slowest decode at 8 x 16k."""
 
     def worst(part: str, names: list[str], key: str) -> float | None:
         found = [parts.get(part, {}).get(name, {}).get(key) for name in names]

@@ -21,7 +21,7 @@ BATCH, TOKENS, BLOCK = 16, 4096, 16
 
 @dataclass(frozen=True)
 class Tools:
-    """What the benchmark lends: its gate, its reading of gates, and SDPA's backends by name."""
+    """Functions of the benchmark: its correctness gate, its gate statistics, and SDPA's backends by name."""
 
     check: Callable[[Tensor, Tensor], float]
     gates_seen: Callable[[Tensor, Tensor, Tensor], dict[str, float]]

@@ -1,8 +1,8 @@
-"""What a load's kernels take by their sizes: `python -m harness.experiments.kernels.load_shapes --out FILE`.
+"""Kernel times of a load by size: `python -m harness.experiments.kernels.load_shapes --out FILE`.
 
-Matrix products of one layer by the number of rows, since the sizes that recorded layers are padded to should be those
-that fill the device (`vllm/worker/graph_rows.py`); and row attention of a load's rows, updated text in front and
-recomputed tokens behind it, by tiling, since such rows divide the work unevenly (`kernels/row_attention/launch.py`).
+Matrix products of one layer by the number of rows, since recorded layers should be padded to sizes that fill the
+device (`vllm/worker/graph_rows.py`); and row attention of a load's rows, updated text in front and recomputed tokens
+behind it, by tiling, since such rows divide the work unevenly (`kernels/row_attention/launch.py`).
 """
 
 import argparse
@@ -32,7 +32,7 @@ CHUNKS = (0, 512, 1024, 2048, 4096)
 def load_rows(tokens: int, ratio: float, kind: str, seed: int = 0) -> Tensor:
     """Rows that a load computes, int32 ascending: the updated text in front, and `ratio` of the fixed text behind it.
 
-    `kind` "first" takes the fixed text's first tokens, "scattered" any.
+    `kind` "first" takes the fixed text's first tokens, "scattered" random ones.
     """
     live, fixed = round(LIVE * tokens), round(FIXED * tokens)
     count = round(ratio * fixed)
@@ -64,7 +64,7 @@ def products(model: str, rows: Sequence[int], repeats: int) -> list[dict[str, fl
 
 
 def attention(tokens: int, ratio: float, kind: str, repeats: int) -> dict[str, Any]:
-    """Row attention of one load, by tiling; each one's output is checked before it is timed."""
+    """Row attention of one load, by tiling; each tiling's output is checked before it is timed."""
     from cacheslide.kernels.row_attention import launch
 
     heads, kv_heads = SHAPES["gqa"]

@@ -31,7 +31,7 @@ LENGTHS = (4096, 8192, 16384, 32768)
 SHARES = (0.05, 0.10, 0.26, 0.33, 1.0)
 SHAPES = {"gqa": (32, 8), "mha": (32, 32)}  # query heads, KV heads
 FLASH = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-FLUSH_BYTES = 512 << 20  # several times the L2, and long enough to hide the host's part of a launch
+FLUSH_BYTES = 512 << 20  # several times the L2; long enough to hide the host time of a launch
 GATE = {"attention": 1e-2, "placement": 1e-2, "deviation": 5e-3}  # ||out - want|| / ||want||, bfloat16
 
 
@@ -45,7 +45,7 @@ def relative_error(out: Tensor, want: Tensor) -> float:
 
 
 def gate(kind: str, out: Tensor, want: Tensor) -> float:
-    """The error, if it is below the kind's bound."""
+    """The relative error of `out`, checked to be below the kind's bound."""
     error = relative_error(out, want)
     if not error < GATE[kind]:
         raise GateError(f"{kind}: relative error {error:.3g} is not below {GATE[kind]}")
@@ -108,7 +108,7 @@ def attention_case(
     error = check_rows(ours(), q, rows, cu_rows, table, kv)
     operations = 4 * heads * DIM * float((rows.double() + 1).sum())
     contenders: dict[str, Callable] = {"row_attention": ours}
-    # A causal square with as many (query, key) pairs, and one over the whole context: the library's own best rate.
+    # A causal square with as many (query, key) pairs, and one over the whole context for the library's best rate.
     equal = max(64, round((2 * operations / (4 * heads * DIM)) ** 0.5 / 64) * 64)
     squares = {"equal_flops": equal, "whole_context": max(lengths)}
     for label, side in squares.items():
@@ -204,7 +204,7 @@ def placement_case(layers: int, rows: int, skipped: float, repeats: int, pinned:
         },
         repeats,
     )
-    per_byte = 1 if pinned else 2  # over the bus once; on the device read and written
+    per_byte = 1 if pinned else 2  # pinned: over the bus once; on the device: read and written
     return {
         "layers": layers, "rows": rows, "rows_placed": placed, "kv_heads": kv_heads, "head_dim": DIM,
         "source": "pinned host memory" if pinned else "device", "bytes_one_way": moved, "relative_error": error,

@@ -1,1 +1,1 @@
-"""Measurements on real data and recorded agent sessions, which the project reads by path and never holds."""
+"""Measurements on real data and recorded agent sessions, which are read by path and are not part of the repository."""

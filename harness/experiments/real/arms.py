@@ -1,14 +1,14 @@
 """The arms of the study on a real model: every system at every compute fraction that is measured, and the controls.
 
-An arm is a reuse policy with its ratio and layer set. Families say where the KV comes from, which matters most:
+An arm is a reuse policy with its ratio and layer set. Its family is the origin of the reused KV:
 
-chain    as the previous turn left it (RPDC; CacheSlide as Algorithm 1 stores it)
+chain    as stored after the previous turn (RPDC; CacheSlide as Algorithm 1 stores it)
 canon    encoded in the chain of fixed text alone (RPDC; this project's default)
 iso      every passage encoded alone (PIC: CacheBlend, EPIC, ProphetKV)
 stale    chain or iso without moving keys to their new positions
-other    systems with keys or notes of their own: ContextCache, PromptCache, window padding, reordering, KVComm,
+other    systems with their own keys or annotations: ContextCache, PromptCache, window padding, reordering, KVComm,
          Cache-Craft
-exact    recompute by another batching: the noise floor
+exact    recompute with another batching: the noise floor
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +39,7 @@ SOURCES = {"chain": "cacheslide_first_turn", "canon": "cacheslide", "iso": "cach
 NOISE = "recompute in pieces"
 RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.26, 0.4, 0.5)
 LAYERS = (1, 3, 5, 8)
-ASKED = (5, 8)  # layers at which the question is asked, beside the one that validation chose
+ASKED = (5, 8)  # layers of question-based selection, beside the validated one
 QUESTION = "Question-aware"
 PRINTED = TopDeviation(0.26, fusion="paper", swap=Swap())
 NARROW = replace(PRINTED, attends="updated")
@@ -47,7 +47,7 @@ MIXED = {
     "half remembered": MixedTokens(remembered=1 / 2, overlap=1 / 2),
     "thirds": MixedTokens(remembered=1 / 3, overlap=1 / 3),
     "two thirds remembered": MixedTokens(remembered=2 / 3, overlap=1 / 3),
-}  # what of the budget is neither has the first tokens
+}  # the rest of the budget goes to the first tokens
 CONFIRMED = (
     "Mixed, half remembered 5 %",
     "Mixed, half remembered 10 %",
@@ -70,7 +70,7 @@ class Arm:
 
 
 def arm(line: str, family: str, correction: Correction, layer: int | None = None) -> Arm:
-    """An arm of a family with a correction of its own."""
+    """An arm of a family with the given correction."""
     policy, ratio = load_policy(SOURCES[family]), correction.total_ratio
     if layer is not None:
         correction = correction.at_layer(layer)
@@ -84,7 +84,7 @@ def swept(line: str, family: str, rule: Correction, ratios: Iterable[float], lay
 
 
 def candidates(num_layers: int) -> list[Arm]:
-    """What the validation part chooses layers among: each rule with a selection layer, at its own ratio."""
+    """Arms for the validated choice of layers: each rule with a selection layer, at its own ratio."""
     layers = range(1, num_layers // 2 + 1)
     return [
         *swept("CacheBlend, by V", "iso", TopDeviation(0.15, metric="v"), [0.15], layers),
@@ -96,7 +96,7 @@ def candidates(num_layers: int) -> list[Arm]:
 
 
 def rules(family: str, before: str, best: Mapping[str, int]) -> list[Arm]:
-    """The rules that begin at layer 0, over one family's caches; `before` begins the names of their lines."""
+    """The rules that begin at layer 0, over one family's caches; `before` prefixes the names of their lines."""
 
     def line(name: str) -> str:
         return before + name[0].lower() + name[1:] if before else name
@@ -117,19 +117,19 @@ def rules(family: str, before: str, best: Mapping[str, int]) -> list[Arm]:
 
 
 def mixed(before: str, family: str, ratios: Iterable[float]) -> list[Arm]:
-    """Every split of a budget between rules; `before` begins the names of their lines."""
+    """Every split of a budget between rules; `before` prefixes the names of their lines."""
     return [one for split, rule in MIXED.items() for one in swept(before + split, family, rule, ratios, [None])]
 
 
 def budget(line: str, family: str, left: float) -> Arm:
-    """A rule without a ratio: as many tokens as leave `left` of the remembered deviation."""
+    """A rule without a ratio: it recomputes tokens until `left` of the remembered deviation remains."""
     made = arm(line, family, DeviationBudget(left))
     return replace(made, name=f"{line} {100 * left:g} %")
 
 
 def frontier(best: Mapping[str, int] | None = None) -> list[Arm]:
-    """The whole frontier. `best` has the layer that the validation part chose, by line; layers of `LAYERS` are swept
-    as well, so that no curve hangs on that choice."""
+    """The whole frontier. `best` holds the validated layer by line; layers of `LAYERS` are swept as well, so that no
+    curve depends on that choice."""
     best = dict(best or {})
 
     def layers(line: str) -> list[int]:
@@ -164,7 +164,7 @@ def frontier(best: Mapping[str, int] | None = None) -> list[Arm]:
 
 
 def core(best: Mapping[str, int] | None = None) -> list[Arm]:
-    """The arms that every prompt is measured under: what claims and the headline rest on."""
+    """The arms measured on every prompt, for the claims and the headline."""
     chosen = dict.fromkeys(("CacheSlide, by K", "CacheBlend, by V"), 1) | {QUESTION: ASKED[0]} | dict(best or {})
     wanted = {
         NOISE,
@@ -225,7 +225,7 @@ def others() -> list[Arm]:
 
 
 def slice_arms() -> list[Arm]:
-    """The few arms of the slice that runs anywhere: one a claim."""
+    """The arms of the small slice: one per claim."""
     return [
         arm("Nothing recomputed", "chain", NoCorrection()),
         *swept("First tokens", "chain", FirstTokens(), (0.1,), [None]),
@@ -235,7 +235,7 @@ def slice_arms() -> list[Arm]:
 
 
 def history_arms(best: Mapping[str, int] | None = None) -> list[Arm]:
-    """The arms that are followed over many turns: their caches are kept as each turn left them."""
+    """The arms measured over many turns, with caches kept from turn to turn."""
     layer = (best or {}).get("CacheBlend, by V", 1)
     return [
         Arm(NOISE, NOISE, "exact", None),
@@ -253,7 +253,7 @@ def history_arms(best: Mapping[str, int] | None = None) -> list[Arm]:
 
 
 def confirm_arms(best: Mapping[str, int] | None = None) -> list[Arm]:
-    """What is measured on prompts that no rule was chosen on: the rules, and what each is held against."""
+    """The arms for prompts not used in choosing rules: the rules and their baselines."""
     layer = (best or {}).get("CacheBlend, by V", 1)
     return [
         Arm(NOISE, NOISE, "exact", None),
@@ -267,7 +267,7 @@ def confirm_arms(best: Mapping[str, int] | None = None) -> list[Arm]:
 
 
 def replay_arms(best: Mapping[str, int] | None = None) -> list[Arm]:
-    """The same without systems that need scores or notes: what a recorded turn left is kept without."""
+    """As `history_arms`, without systems that need scores or annotations, which replayed turns do not store."""
     bare = [one for one in history_arms(best) if one.policy is None or not one.policy.memory.name]
     return [one for one in bare if one.policy is None or not one.policy.needs_scores]
 

@@ -1,7 +1,7 @@
-"""Histories that grow for twelve turns: the KV of each turn is kept as that turn left it, errors included.
+"""Histories that grow for twelve turns: the KV of each turn is kept with its errors.
 
-Every turn has other notes and one passage more. A passage is computed in the turn in which it appears, over whatever
-the system reused before it, and its KV is copied out of that turn (`ReuseEngine.retain`), so that errors may pile up.
+Every turn has new notes and one more passage. A passage is computed in the turn in which it appears, over the KV that
+the system reused before it, and copied out of that turn (`ReuseEngine.retain`), so that errors may accumulate.
 Systems of isolated chunks encode each passage alone, once.
 """
 
@@ -20,8 +20,8 @@ from harness.experiments.real.trials import ANSWER, NOTES, Builder
 from harness.tasks.passages import PassageRow, answer_passages
 
 TURNS = 12
-PASSAGE = 500  # tokens at most that a turn adds
-ENDLESS = 10**6  # generations: nothing is encoded anew
+PASSAGE = 500  # maximum tokens that a turn adds
+ENDLESS = 10**6  # generations: nothing is re-encoded
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class History:
 
 
 def history(builder: Builder, row: PassageRow) -> History | None:
-    """The session of one row, the needed passages first; None where no passage holds the answer."""
+    """The session of one row, the needed passages first; None if no passage holds the answer."""
     rng = random.Random(f"{builder.seed} histories {row.sha256}")
     needed = list(row.gold) or list(answer_passages(row))
     if not needed:
@@ -83,7 +83,7 @@ class Turns:
         self.engine: ReuseEngine = engine_of(backend, one.policy, MemoryChunkStore(), MemoryChunkStore())
 
     def serve(self, prompt: Prompt, reference: Reference | None) -> dict[str, Any]:
-        """Serve a turn, compare it, and keep what it left; without `reference` nothing is compared."""
+        """Serve a turn, compare it with `reference` if given, and retain its KV."""
         state = self.engine.prefill(prompt, room=0 if reference is None else reference.room)
         out = {} if reference is None else reference.figures(state)
         self.engine.retain(state, prompt, ENDLESS)

@@ -1,4 +1,4 @@
-"""One trial under every arm: logits of the targets beside recompute's, with the caches of the turn before."""
+"""One trial under every arm: logits of the targets compared with recompute's, over caches of the previous turn."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -16,7 +16,7 @@ from harness.experiments.real.trials import Trial
 from harness.systems import resolve
 
 GREEDY = 32  # tokens of recompute's own continuation
-PIECE = 512  # tokens a step of the noise floor's prefill
+PIECE = 512  # tokens per step of the noise floor's prefill
 
 
 class Reference:
@@ -41,16 +41,16 @@ class Reference:
         return {n: asdict(divergence(exact, engine.score(state, ids), ids)) for n, (exact, ids) in pairs.items()}
 
     def figures(self, state: Prefilled) -> dict[str, Any]:
-        """What a record says of another prefill of the prompt: its receipt and its divergence."""
-        # Scoring computes exactly over the KV that is there: it is the same under every policy.
+        """A record's figures for another prefill of the prompt: its receipt and its divergence."""
+        # Scoring computes exactly over the existing KV, equally under every policy.
         return receipt_of(state, len(self.prompt)) | self.compare(self.engine, state)
 
     def noise(self) -> dict[str, Any]:
-        """The same of recompute by another batching."""
+        """Figures of recompute with another batching."""
         return receipt_of(None, len(self.prompt)) | self.compare(self.engine, self.in_pieces())
 
     def in_pieces(self) -> Prefilled:
-        """The same prefill, a piece at a time: what another batching of exact arithmetic changes."""
+        """The same prefill in pieces of `PIECE` tokens, to measure the effect of batching on exact recompute."""
         ids = self.prompt.token_ids
         first = Prompt.from_spans(ids[:PIECE], [])
         state = self.engine.prefill(first, room=len(ids) - len(first) + self.room)
@@ -65,14 +65,14 @@ def exact_engine(backend: ReferenceBackend) -> ReuseEngine:
 
 
 def engine_of(backend: ReferenceBackend, policy, store, corrected=None) -> ReuseEngine:
-    """An engine that keeps chunks in the model's own dtype, whole passages each."""
+    """An engine that stores chunks in the model's dtype, one per passage."""
     name = str(backend.model.dtype).removeprefix("torch.")
     settings = EngineSettings(chunk_size=8192, store_dtype=name)
     return backend.engine(policy, store, settings, corrected=corrected)
 
 
 def measure(backend: ReferenceBackend, trial: Trial, arms: Iterable[Arm], done: set[str]) -> Iterator[dict[str, Any]]:
-    """One record an arm that is not in `done`; an arm that cannot run gives a record with its reason."""
+    """One record per arm that is not in `done`; an arm that cannot run gives a record with the reason."""
     todo = [a for a in arms if record_id(trial, a) not in done]
     if not todo:
         return
@@ -90,7 +90,7 @@ def measure(backend: ReferenceBackend, trial: Trial, arms: Iterable[Arm], done: 
 def run_arm(
     backend: ReferenceBackend, reference: Reference, trial: Trial, one: Arm, store: MemoryChunkStore
 ) -> dict[str, Any]:
-    """Divergence and receipt of one arm; `store` is shared by the arms of a trial, whose keys tell encodings apart."""
+    """Divergence and receipt of one arm; `store` is shared by the arms of a trial; its keys distinguish encodings."""
     if one.policy is None:
         return reference.noise()
     engine = engine_of(backend, one.policy, store)
@@ -99,7 +99,7 @@ def run_arm(
 
 
 def receipt_of(state: Prefilled | None, tokens: int) -> dict[str, Any]:
-    """What a record keeps of a receipt."""
+    """The fields of a receipt that a record keeps."""
     if state is None:
         return {"tokens": tokens, "tokens_reused": 0, "tokens_recomputed": 0, "compute_fraction": 1.0}
     r = state.receipt
@@ -112,13 +112,13 @@ def receipt_of(state: Prefilled | None, tokens: int) -> dict[str, Any]:
 
 
 class Attempts:
-    """Arms over the turns of one session: one that fails has no caches to go on with, and fails from then on."""
+    """Arms over the turns of one session: after a failure an arm has no caches, so its later turns fail too."""
 
     def __init__(self) -> None:
         self._why: dict[str, str] = {}
 
     def figures(self, one: Arm, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `work` gives for a turn of `one`, or the reason why there is nothing."""
+        """The result of `work` for a turn of `one`, or the reason for its failure."""
         if one.name in self._why:
             return {"failure": f"an earlier turn failed: {self._why[one.name]}"}
         try:
@@ -137,9 +137,9 @@ def measure_turns(
     reference: Callable[[int], Reference],
     serve: Callable[[Any, int, Reference | None], dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    """One record an arm and turn of `turns` that is not in `done`.
+    """One record per arm and turn of `turns` that is not in `done`.
 
-    An arm is run anew unless all of its turns are done: its caches are what its earlier turns left.
+    An arm reruns from its first turn unless all its turns are done, since its caches come from its earlier turns.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What the study on a real model measures: the keys of config/real.yaml."""
+"""Plan of the study on a real model: the keys of config/real.yaml."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +14,7 @@ COUNTS = ("prompts", "swept", "validation", "sessions", "every_turn", "turns", "
 TEXTS = ("model", "dtype", "recordings")
 LISTS = {"data": str, "settings": str, "layers_on": str, "lengths": int, "without": str}
 MAY_BE_EMPTY = ("without",)
-SHORTEST = 200  # tokens of fixed text at least
+SHORTEST = 200  # minimum tokens of fixed text
 
 
 @dataclass(frozen=True)
@@ -26,29 +26,29 @@ class RealPlan:
     model : str
         A checkpoint folder, a GGUF file, or a name on the hub.
     data : tuple of str
-        Files of questions with passages, one a data set.
+        Files of questions with passages, one per data set.
     without : tuple of str
-        Files of the same kinds whose questions are left out: the study is of other prompts than one on those files.
+        Files of the same kinds whose questions are excluded, so that the study uses other prompts.
     dtype : str
-        What the model computes in and chunks are kept in.
+        Dtype of the model and of stored chunks.
     lengths : tuple of int
-        Tokens of fixed text; prompts take turns at them.
+        Tokens of fixed text; prompts cycle through them.
     settings : tuple of str
-        Of `trials.SETTINGS`.
+        Names from `trials.SETTINGS`.
     prompts : int
-        Prompts a data set and setting at most.
+        Maximum prompts per data set and setting.
     swept : int
-        How many of them are measured under every arm; the others under `arms.core`.
+        Number of prompts measured under every arm; the others under `arms.core`.
     validation : int
-        Rows at the end of each data set that choose layers and give no results.
+        Rows at the end of each data set, used only to choose layers.
     sessions, every_turn : int
-        Histories a data set at most, and which of their turns are compared.
+        Maximum histories per data set, and the step between compared turns.
     layers_on : tuple of str
         Settings of the validation part.
     recordings : str
         Folder of recorded agent sessions.
     turns, longest : int
-        Turns of a recorded session at most, and tokens of its prompts.
+        Maximum turns of a recorded session, and maximum tokens of its prompts.
     """
 
     model: str
@@ -92,13 +92,13 @@ class RealPlan:
 
 
 def read_plan(path: str | Path, **changes: Any) -> RealPlan:
-    """The plan in a YAML file, with `changes` that are not None; ConfigError names a key that is unknown or missing."""
+    """The plan in a YAML file, with `changes` that are not None; ConfigError names an unknown or missing key."""
     raw = read_config(path) | {k: v for k, v in changes.items() if v is not None}
     if unknown := sorted(set(raw) - {f.name for f in fields(RealPlan)}):
         raise ConfigError(f"{path}: unknown key {', '.join(unknown)}; config/README.md lists every key")
     if missing := [name for name in ("model", "data") if name not in raw]:
         raise ConfigError(f"{path}: {', '.join(missing)} is missing")
-    if isinstance(raw["model"], str) and raw["model"]:  # an empty path would be the current folder
+    if isinstance(raw["model"], str) and raw["model"]:  # an empty path would mean the current folder
         try:
             raw["model"] = str(Path(raw["model"]).expanduser())
         except RuntimeError:

@@ -1,10 +1,10 @@
-"""Recorded sessions replayed: every turn reuses what its earlier prompts left, where `cacheslide.analysis` finds it.
+"""Recorded sessions replayed: every turn reuses KV of earlier prompts on the spans of `cacheslide.analysis`.
 
-The spans are those that figure 3 counts: the prefix shared with the prompt before, and text that occurred before in the
-same order. The prefix is served as a prefix cache does; what is recomputed is a share of the spans behind it, since a
-rule that begins with the first tokens would spend itself on text that stands where it stood. A chain arm takes their KV
-as the earlier turn left it, errors included; an isolated arm encodes each span alone. The targets are recompute's own
-next 32 tokens. Prompts beyond the length limit end a session's replay.
+The spans are those counted in figure 3: the prefix shared with the previous prompt, and earlier text in the same order.
+The prefix is served as by a prefix cache; the ratio applies to the spans behind it, since a rule that recomputes the
+first tokens would otherwise spend its budget on unmoved text. A chain arm takes the spans' KV from the earlier turn,
+errors included; an isolated arm encodes each span alone. The targets are recompute's own next 32 tokens. A prompt
+beyond the length limit ends a session's replay.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ from harness.experiments.real.arms import Arm
 from harness.experiments.real.measure import Reference, engine_of, measure_turns
 from harness.experiments.real.sessions import find_sessions, group_of
 
-SHORTEST = 64  # tokens of a prompt below which a turn says nothing about reuse
+SHORTEST = 64  # minimum prompt tokens of a measured turn
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Recorded:
 def recorded(folder: Path, model: str | Path, longest: int, most: int, turns: int) -> list[Recorded]:
     """At most `most` sessions of each group, each of at least three prompts of at most `longest` tokens.
 
-    `turns` bounds the turns of a session; those behind it, and behind a longer prompt, are left out.
+    `turns` bounds the turns of a session; later ones, and those after a longer prompt, are left out.
     """
     sessions = [session for _, members in find_sessions(folder) for session in members]
     counter = ModelCounter(model, [turn for session in sessions for turn in session.turns])
@@ -74,7 +74,7 @@ def _recorded(session: Session, group: str, prompts: list[tuple[int, ...]]) -> R
 def measure_session(
     backend: ReferenceBackend, session: Recorded, arms: Sequence[Arm], done: set[str]
 ) -> Iterator[dict[str, Any]]:
-    """One record an arm and turn from the second on."""
+    """One record per arm and turn from the second on."""
 
     def start(one: Arm) -> "Replayed | None":
         return None if one.policy is None else Replayed(backend, one)
@@ -92,7 +92,7 @@ def measure_session(
 
 
 class Replayed:
-    """One system over the turns of one session: the KV that every turn left."""
+    """One system over the turns of one session, with the KV of every turn."""
 
     def __init__(self, backend: ReferenceBackend, one: Arm) -> None:
         self.policy, self.model, self.family = one.policy, backend.model, one.family
@@ -101,7 +101,7 @@ class Replayed:
         self._alone: dict[tuple[int, ...], ChunkKV] = {}
 
     def serve(self, ids: tuple[int, ...], kinds: TurnKinds, room: int = 64) -> Prefilled:
-        """Prefill a turn over what earlier ones left, and keep what it leaves."""
+        """Prefill a turn over the KV of earlier turns, and keep its KV."""
         engine, n, policy = self.engine, len(ids), self.policy
         kv, prefix = self.model.new_kv(n + room), self._prefix(ids, kinds)
         start = write_known(self.model, kv, prefix)
@@ -122,7 +122,7 @@ class Replayed:
         return Prefilled(request.kv, n, n, logits, receipt, output, plan=None)
 
     def _prefix(self, ids: tuple[int, ...], kinds: TurnKinds) -> list[Piece]:
-        """The rows that stand where they stood in the prompt before, without this one's last token."""
+        """The rows at the same positions as in the previous prompt, without this prompt's last token."""
         length = min(kinds.prefix, len(ids) - 1)
         return [self._piece(ids[:length], len(self.left) - 1, 0)] if length else []
 
@@ -138,7 +138,7 @@ class Replayed:
         return found
 
     def _piece(self, ids: tuple[int, ...], source: int, place: int) -> Piece:
-        """The rows of `ids` that turn `source` left at `place`; of isolated text, its own."""
+        """The rows of `ids` from turn `source` at `place`; for an isolated arm, the span encoded alone."""
         if self.family == "iso":
             return Piece(self._encoded(ids), len(ids))
         return Piece(self.left[source], len(ids), place)

@@ -1,4 +1,4 @@
-"""Recorded sessions by kind of token: `python -m harness.experiments.real.sessions --data DIR --out FILE`.
+"""Recorded sessions, tokens by kind: `python -m harness.experiments.real.sessions --data DIR --out FILE`.
 
 Every file under DIR that is a log (`harness.agents.sessions`) is read; the record holds ids, hashes and numbers.
 """
@@ -30,17 +30,17 @@ NOTES = (
 
 
 def group_of(session: Session) -> str:
-    """The name under which a session is summed up: its agent, apart where old observations could not be left out."""
+    """The summary group of a session: its agent, marked if old observations could not be left out."""
     return f"{session.agent}-full" if FULL in session.lacks else session.agent
 
 
 def task_of(session: Session) -> str:
-    """What a session worked on: runs of one issue differ behind the "__" of their file's name."""
+    """The task of a session: runs of one issue differ in the file name after "__"."""
     return session.id.split("__")[0]
 
 
 def notes(sessions: Sequence[Session]) -> list[str]:
-    """What must be said of the sessions beside their numbers."""
+    """Remarks that accompany the sessions' numbers."""
     tasks: dict[str, Counter[str]] = {}
     for session in sessions:
         tasks.setdefault(session.agent, Counter())[task_of(session)] += 1
@@ -54,7 +54,7 @@ def notes(sessions: Sequence[Session]) -> list[str]:
 
 
 def find_sessions(folder: Path) -> list[tuple[Path, list[Session]]]:
-    """The logs in a folder, by path; DataError where it holds none."""
+    """The logs in a folder, by path; DataError if it holds none."""
     out = []
     for path in sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file()):
         if format_of(read_text(path)[0]) is not None:
@@ -82,7 +82,7 @@ def record(session: Session, file: str, turns: Sequence[MeasuredTurn]) -> dict[s
 
 
 def measure_folder(folder: Path, model: Path | None, min_tokens: int) -> dict[str, Any]:
-    """Every session under `folder`, and a summary by group; each group has a prefix cache of its own."""
+    """Every session under `folder`, and a summary by group; each group has its own prefix cache."""
     found = find_sessions(folder)
     sessions = [(path, session) for path, members in found for session in members]
     turns = [turn for _, session in sessions for turn in session.turns]

@@ -1,10 +1,9 @@
 """The study on a real model: `python -m harness.experiments.real.study STAGE --config config/real.yaml --out DIR`.
 
-Stages: layers (which selection layer each system gets, on the validation part), frontier (settings), histories,
-replay (recorded sessions), slice (a few arms on a few prompts, anywhere) and confirm (the rules that the frontier
-chose, and what they are held against, on other prompts: `--without FILE` leaves a file's questions out). `--shard I/N`
-takes every N-th prompt from I on into a file of its own, so that several processes share a device. Finished records are
-never measured again.
+Stages: layers (choice of each system's selection layer, on the validation part), frontier (settings), histories,
+replay (recorded sessions), slice (a few arms on a few prompts) and confirm (the rules chosen on the frontier and their
+baselines, on other prompts: `--without FILE` excludes a file's questions). `--shard I/N` measures every N-th prompt
+from I on into a separate file, so that several processes can share a device. Finished records are not measured again.
 `harness.results.real` makes tables.
 """
 
@@ -40,7 +39,7 @@ STAGES = ("layers", "frontier", "histories", "replay", "slice", "confirm")
 
 
 def builders(plan: RealPlan, backend: ReferenceBackend) -> dict[str, Builder]:
-    """One builder a data file of the plan, by the data set's name."""
+    """One builder per data file of the plan, by the data set's name."""
     known = [row for path in plan.without for row in read_passages(path)]
     sets = [others_than(read_passages(path), known) for path in plan.data]
     if empty := [path for path, rows in zip(plan.data, sets, strict=True) if not rows]:
@@ -52,7 +51,7 @@ def builders(plan: RealPlan, backend: ReferenceBackend) -> dict[str, Builder]:
 
 
 def split(builder: Builder, validation: int) -> tuple[range, range]:
-    """Indices of the rows for results and of those for choices, which are the last `validation`."""
+    """Indices of the rows for results, and of the last `validation` rows, for validation."""
     count = len(builder.rows)
     if not 0 < validation < count:
         raise ConfigError(f"validation takes {validation} of {count} rows: at least one must be left for results")
@@ -60,7 +59,7 @@ def split(builder: Builder, validation: int) -> tuple[range, range]:
 
 
 def trials(builder: Builder, setting: str, indices: Iterable[int], limit: int) -> Iterator[Trial]:
-    """The first `limit` trials of a setting that the rows give."""
+    """The first `limit` trials of a setting over the rows `indices`."""
     made = 0
     for index in indices:
         trial = builder.trial(setting, index) if made < limit else None
@@ -81,7 +80,7 @@ def run(
 ) -> None:
     """Measure one stage; the time limit ends it between two prompts.
 
-    `only` names lines of arms, or arms: others are left out, and their records in other files of the folder count.
+    `only` names lines of arms, or arms, to measure; records in other files of the folder count as done.
     """
     if stage == "replay" and not plan.recordings:
         raise ConfigError("replay reads recorded sessions: recordings names no folder")
@@ -94,7 +93,7 @@ def run(
     settings |= {"model": Path(plan.model).name}
     settings |= {name: [Path(p).name for p in getattr(plan, name)] for name in ("data", "without")}
     if not plan.without:
-        del settings["without"]  # as in records from before there was such a key
+        del settings["without"]  # as in records older than this key
     settings["recordings"] = Path(plan.recordings).name
     data = {name: file_hash(path) for name, path in zip(made, plan.data, strict=True)}
     data |= {f"without {Path(path).name}": file_hash(path) for path in plan.without}
@@ -113,7 +112,7 @@ def run(
 
 
 def _work(stage: str, plan: RealPlan, made: dict[str, Builder]) -> Iterator[Any]:
-    """The prompts of a stage, data sets and settings taking turns, so that an early end leaves something of each."""
+    """The prompts of a stage, interleaving data sets and settings, so that an early end covers each."""
     if stage == "replay":
         model = find_checkpoint(plan.model)
         yield from recorded(Path(plan.recordings), model, plan.longest, plan.sessions, plan.turns)
@@ -191,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def shard_of(text: str) -> tuple[int, int]:
-    """`I/N` as two numbers."""
+    """Parse `I/N` into two integers."""
     try:
         at, count = (int(x) for x in text.split("/"))
     except ValueError:
@@ -202,7 +201,7 @@ def shard_of(text: str) -> tuple[int, int]:
 
 
 def device_of(name: str) -> str:
-    """The name of a device that torch has."""
+    """The name, checked to be a device known to torch."""
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as missing:

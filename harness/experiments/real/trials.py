@@ -1,13 +1,13 @@
 """Prompts on real passages, in settings of increasing difficulty: `[head][notes][passages][question]`.
 
-The notes are the updated text of a turn; the turn that filled the cache had other notes, of other text and length.
+The notes are the updated text of a turn; the turn that filled the cache had notes of other text and length.
 
-unrelated    notes about nothing that is asked
-matter       the notes hold a passage that the question needs
+unrelated    the notes are unrelated to the question
+matter       the notes hold a passage needed for the question
 shift        the notes have grown by 100 to 2,000 tokens
-contradict   the notes say that the passages have the answer wrong
+contradict   the notes state that the passages' answer is wrong
 
-A prompt follows from its row, its setting and a seed alone, so that every machine makes the same ones.
+A prompt depends only on its row, its setting and a seed, so that all machines make the same prompts.
 """
 
 import random
@@ -25,7 +25,7 @@ SETTINGS = ("unrelated", "matter", "shift", "contradict")
 SHIFTS = (100, 500, 1000, 2000)
 LENGTHS = (2000, 3400, 6000)
 NOTES = (40, 400)
-ANSWER = 24  # target tokens at most
+ANSWER = 24  # maximum target tokens
 CORRECTION = 'Correction: the passages are out of date. Wherever they say "{old}", it is "{new}" now.\n\n'
 HEAD = "Read the notes and the passages and answer the question at the end with the shortest answer.\n\n"
 
@@ -34,7 +34,7 @@ HEAD = "Read the notes and the passages and answer the question at the end with 
 class Trial:
     """One prompt, the prompt of the turn before it, and the answer whose tokens are the targets.
 
-    `about` holds what a record says of it: ids, hashes and lengths, never text.
+    `about` holds its description for records: ids, hashes and lengths, no text.
     """
 
     id: str
@@ -55,7 +55,7 @@ class Builder:
     rows : sequence of PassageRow
     seed : int
     lengths : sequence of int
-        Tokens of fixed text; trials take turns at them.
+        Tokens of fixed text; trials cycle through them.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class Builder:
         self._ids: dict[str, tuple[int, ...]] = {}
 
     def trial(self, setting: str, index: int) -> Trial | None:
-        """The trial of row `index`; None where the row does not suit the setting.
+        """The trial of row `index`; None if the row does not suit the setting.
 
-        That is where no passage holds its answer, or where no row has another answer to say instead.
+        That is, if no passage holds its answer, or if no row has a different answer to state instead.
         """
         if setting not in SETTINGS:
             raise DataError(f"unknown setting {setting!r} (known: {', '.join(SETTINGS)})")
@@ -106,14 +106,14 @@ class Builder:
         return Trial(f"{setting} {row.dataset} {row.id}", row.dataset, previous, prompt, answer, about)
 
     def prompt(self, notes: Sequence[int], fixed: Sequence[Sequence[int]], question: Sequence[int]) -> Prompt:
-        """Head and passages are fixed, each passage a segment of its own; notes and question are updated text."""
+        """Head and passages are fixed, one segment per passage; notes and question are updated text."""
         head = opening(self.tokens.tokenizer) + self.encode(HEAD)
         parts = [Segment(head, Role.REUSE, "head"), Segment(tuple(notes), Role.RECOMPUTE, "notes")]
         parts += [Segment(tuple(p), Role.REUSE, f"passage {i}") for i, p in enumerate(fixed)]
         return Prompt((*parts, Segment(tuple(question), Role.RECOMPUTE, "question")))
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of `text`, remembered: passages return in many trials."""
+        """Token ids of `text`, memoized: passages recur in many trials."""
         if text not in self._ids:
             self._ids[text] = self.tokens.encode(text)
         return self._ids[text]
@@ -143,7 +143,7 @@ class Builder:
     def _fixed(
         self, row: PassageRow, needed: Sequence[int], moved: int | None, length: int, rng: random.Random
     ) -> list[tuple[int, ...]]:
-        """About `length` tokens of passages: those needed but `moved`, the row's others, other rows' ones; shuffled."""
+        """About `length` tokens of passages: `needed` without `moved`, the row's others, other rows'; shuffled."""
         own = [i for i in range(len(row.passages)) if i not in needed]
         rng.shuffle(own)
         out = [self.passage(row.passages[i]) for i in needed if i != moved]

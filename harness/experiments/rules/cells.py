@@ -1,6 +1,6 @@
-"""What the sweep of correction rules runs on the stress task: each rule at several ratios, over one kind of cache.
+"""Cells of the sweep of correction rules on the stress task: each rule at several ratios, over one kind of cache.
 
-Chunks are as the turn before left them. A rule that begins at layer 0 is held against the first tokens at its ratio.
+Chunks come from the previous turn. The baseline of a rule that begins at layer 0 is the first tokens at its ratio.
 """
 
 from collections.abc import Iterator
@@ -22,12 +22,12 @@ from harness.experiments.real.arms import MIXED
 from harness.experiments.wca.cells import EARLY, LATE, Cell
 
 RATIOS = (0.05, 0.1, 0.26, 0.5)
-SHARED = (0.1, 0.15)  # of rules that share a budget: 20 % is above 0.3 of recompute's compute on this task
+SHARED = (0.1, 0.15)  # for rules that share a budget: 20 % exceeds 0.3 of recompute's compute on this task
 FIRST = "first tokens"
 
 
 def cells(num_layers: int) -> list[Cell]:
-    """Every cell that a model of `num_layers` layers can run; its "recompute" is what the others are held against."""
+    """Every cell that a model of `num_layers` layers can run; the others are compared with its "recompute"."""
     return [Cell("recompute", "reference", "recompute", load_policy("recompute")), *_rules(num_layers)]
 
 

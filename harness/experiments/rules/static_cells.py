@@ -1,7 +1,7 @@
-"""What the audit of static choices runs: tokens chosen by their form alone, at several ratios, against random ones.
+"""Cells of the audit of static choices: tokens chosen by form alone, at several ratios, against random ones.
 
-A static choice that beats random tokens names a shortcut of the task. Reuse without any correction stands beside them:
-in place, at stale positions, and with every document encoded alone, each of which must cost what it costs on real text.
+A static choice that beats random tokens reveals a shortcut of the task. Reuse without correction is measured too: in
+place, at stale positions, and with every document encoded alone; each must lose as much as on real text.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ NO_CORRECTION = (NAIVE, STALE, ISOLATED)
 
 @dataclass(frozen=True)
 class Forms:
-    """Ids by which a tokenizer's text shows its form: ends of sentences, all delimiters, words of names."""
+    """A tokenizer's ids by form: ends of sentences, all delimiters, words of names."""
 
     ends: frozenset[int]
     delimiters: frozenset[int]
@@ -46,7 +46,7 @@ class Forms:
         return cls(ends, delimiters, frozenset(i for i, t in bare.items() if t in named))
 
     def rules(self) -> Mapping[str, Correction]:
-        """Every static choice by name, at a ratio of its own."""
+        """Every static choice by name, at its own ratio."""
         return {
             "last of a sentence": SentenceTails(ends=self.ends),
             "last of a sentence, without its mark": SentenceTails(ends=self.ends, skip=1),
@@ -62,7 +62,7 @@ class Forms:
 
 
 def static_cells(num_layers: int, forms: Forms) -> list[Cell]:
-    """Every cell that a model of `num_layers` layers can run; a static choice's base is random at its ratio."""
+    """Every cell that a model of `num_layers` layers can run; static choices have random tokens as base."""
     return [Cell("recompute", "reference", "recompute", load_policy("recompute")), *_cells(num_layers, forms)]
 
 

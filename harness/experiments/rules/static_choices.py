@@ -1,6 +1,6 @@
 """Audit of a task for shortcuts: `python -m harness.experiments.rules.static_choices --model DIR --out FILE`.
 
-Tokens chosen by form alone are recomputed at 3, 10 and 26 % and held against random ones (`static_cells.py`). Records
+Tokens chosen by form alone are recomputed at 3, 10 and 26 % and compared with random ones (`static_cells.py`). Records
 go beside FILE, which holds F1 with intervals, the gain over random in points, and the headline numbers:
 `static_choice_gain_points` (the largest gain of a static choice at 10 or 26 %), `naive_loss_points` and
 `isolated_loss_points` (against recompute), `stale_loss_points` (stale positions against the same in place, with nothing
@@ -38,12 +38,12 @@ def prompts_of(datasets: Sequence[str], count: int, tokens: int, seed: int) -> l
 
 
 def taking_turns(kinds: Iterable[Sequence[TaskExample]]) -> list[TaskExample]:
-    """One of each kind after the other: a run that ends early has seen all kinds."""
+    """Interleave the kinds, so that a run that ends early covers all of them."""
     return [x for group in zip_longest(*kinds) for x in group if x is not None]
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The numbers that a task is judged by, from one mix's table."""
+    """The headline numbers of a task, from one mix's table."""
     by_name = {r["cell"]: r for r in rows}
     static = [r for r in rows if r["factor"] == "static" and r["option"] in JUDGED and r["gain_points"]]
     best = max(static, key=lambda r: r["gain_points"]["value"], default=None)
@@ -56,7 +56,7 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     corrected = f"remembered, {STALE}, 26%"
     for name, cell in (("stale_loss_points", STALE), ("stale_corrected_loss_points", corrected)):
         if cell in by_name and by_name[cell]["gain_points"]:
-            gain = by_name[cell]["gain_points"]  # over the same in place: the loss is its negative
+            gain = by_name[cell]["gain_points"]  # gain over the same tokens in place; the loss is its negative
             out[name] = gain | {"value": -gain["value"], "low": _minus(gain["high"]), "high": _minus(gain["low"])}
     return out
 

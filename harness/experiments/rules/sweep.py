@@ -2,7 +2,7 @@
 
 Every cell of `rules/cells.py` answers the same questions: F1 lost to recompute, in points, against the share of
 row-layers computed. Records go to `OUT/rope.jsonl`, the tables to `OUT/summary.json`, in the form of the sweep of WCA's
-open points (`harness.experiments.wca.sweep`), whose runs this one shares: what is there is not measured again.
+open points (`harness.experiments.wca.sweep`), whose code it uses: finished records are not measured again.
 """
 
 import argparse

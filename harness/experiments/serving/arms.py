@@ -1,4 +1,4 @@
-"""What `engine_ttft` times beside plain requests: a system at a recompute ratio, its layers replayed or launched."""
+"""Arms timed by `engine_ttft` beside plain requests: a system at a recompute ratio, with or without CUDA graphs."""
 
 import argparse
 from collections.abc import Sequence
@@ -30,25 +30,25 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """What a record calls it: `cacheslide@0.26`, and `cacheslide@0.26+launched` without graphs."""
+        """Its name in records: `cacheslide@0.26`, and `cacheslide@0.26+launched` without graphs."""
         return f"{self.system}@{self.ratio:g}{'' if self.graphs else _LAUNCHED}"
 
     @classmethod
     def parse(cls, name: str) -> "Arm":
-        """The arm that a record calls `name`."""
+        """The arm named `name` in records."""
         system, _, ratio = name.removesuffix(_LAUNCHED).partition("@")
         return cls(system, float(ratio), not name.endswith(_LAUNCHED))
 
 
 def add_arguments(parser: argparse.ArgumentParser, ratios: Sequence[float]) -> None:
-    """The options that say which arms are measured; `ratios` is the default."""
+    """Add the options that select the arms; `ratios` is the default."""
     parser.add_argument("--systems", type=names, default=["cacheslide"], help="policies, each at every ratio")
     parser.add_argument("--recompute-ratios", "--shares", type=floats, default=list(ratios))
     parser.add_argument("--graphs", type=_graphs, default=[True], help="on, off or on,off: replay layers of reuse")
 
 
 def arms(args: argparse.Namespace) -> list[str]:
-    """The names of the arms that were asked for."""
+    """The names of the requested arms."""
     return [Arm(s, r, on).name for s in args.systems for r in args.recompute_ratios for on in args.graphs]
 
 

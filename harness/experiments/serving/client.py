@@ -1,8 +1,8 @@
 """TTFT and TPOT of real servers, measured by a client: `python -m harness.experiments.serving.client --config C`.
 
-Every system is served as users would serve it, on a server of its own kind. Conversations of synthetic prompts, most of
-whose tokens lie in fixed chunks that move every turn, are warmed with one earlier turn; later turns are timed. A
-condition is kept apart from all others by its cache salt. Prompts are random ids, so answers are not scored here.
+Every system runs on a real server started for it. Conversations of synthetic prompts, most of whose tokens lie in
+fixed chunks that move every turn, are warmed with one earlier turn; later turns are timed. Conditions are separated by
+cache salts. Prompts are random ids, so answers are not scored here.
 """
 
 import argparse
@@ -50,13 +50,13 @@ class Condition:
 
     @property
     def label(self) -> str:
-        """Its salt, and what its requests' ids start with."""
+        """Its cache salt, and the prefix of its requests' ids."""
         return "/".join(str(v) for v in asdict(self).values() if v is not None)
 
 
 @dataclass
 class Measured:
-    """What has been measured so far."""
+    """Measurements so far."""
 
     servers: list[dict[str, Any]] = field(default_factory=list)
     loads: dict[Condition, Load] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Measured:
 
 
 def measure(plan: ServingPlan, measured: Measured, logs: Path) -> None:
-    """Start the servers one after the other and run every condition on them; adds to `measured` as it goes."""
+    """Start the servers one after the other and run every condition on them; results are added to `measured`."""
     for device, systems in plan.servers():
         with _server(plan, device, systems[0], logs / f"{'-'.join(filter(None, (systems[0], device)))}.log") as server:
             measured.servers.append({"systems": systems, "command": server.command[1:], "vllm": server.version()})
@@ -100,7 +100,7 @@ def _run(plan: ServingPlan, condition: Condition, server: Server, measured: Meas
     client, first = HttpClient(server.endpoint), 1 + plan.warmups
 
     def turns(first: int, last: int, output: int) -> list[Request]:
-        """Turn by turn, one request a client in each."""
+        """Requests turn by turn, one per client in each turn."""
         return [
             _request(plan, condition, conversation, c, turn, output)
             for turn in range(first, last)
@@ -190,7 +190,7 @@ def _model_id(plan: ServingPlan) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; an error a user can act on is one line and exit status 2, and what was measured is kept."""
+    """Command line; an error a user can act on is one line and exit status 2, and finished measurements are kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path, help="such as config/serving-smoke.yaml")
     parser.add_argument("--out", required=True, type=Path, help="JSON file to write")
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     measured, complete = Measured(), False
     try:
         plan = read_plan(args.config)
-        Shape(min(plan.tokens), plan.vocab, plan.reused, plan.chunks)  # too short a prompt stops before any server
+        Shape(min(plan.tokens), plan.vocab, plan.reused, plan.chunks)  # a prompt too short fails before any server
         try:
             measure(plan, measured, args.out.parent / f"{args.out.stem}-logs")
             complete = True

@@ -1,13 +1,13 @@
 """TTFT with chunks on disk: `python -m harness.experiments.serving.disk_ttft --out FILE.json`.
 
-One engine over a file tier, prompts as in `engine_ttft`. What is timed, in turns, at every length:
+One engine over a file tier, prompts as in `engine_ttft`. Timed in turns at every length:
 
 recompute         without annotations
 memory            chunks in the engine's memory
 file              chunks in files only: looked up, read, checked and laid into memory while the request waits
 memory beside file  a request whose chunks are in memory, sent together with one whose chunks are in files
 
-A request whose receipt names another tier than the row says stops the run. Files may be in the page cache unless
+A request whose receipt names another tier than its row stops the run. Files may be in the page cache unless
 --direct; the record says which.
 """
 
@@ -36,7 +36,7 @@ ROWS = ("recompute", "memory", "file", "memory beside file")
 
 
 class Measured:
-    """An engine in this process with two sets of prompts, and which chunks are whose."""
+    """An engine in this process with two sets of prompts and the chunks of each."""
 
     def __init__(self, engine, tokens: int, vocabulary: int) -> None:
         from cacheslide.vllm.offline import worker_of
@@ -57,7 +57,7 @@ class Measured:
         self.worker.store.drop(self.chunks)
 
     def time(self, row: str) -> list[float]:
-        """TTFT in seconds of the request that a row is about, and of its neighbour."""
+        """TTFT in seconds of a row's request and of its neighbour."""
         from cacheslide.vllm.offline import ask
 
         if row == "recompute":
@@ -81,7 +81,7 @@ class Measured:
 
 def measure(args: argparse.Namespace, limit: Limit, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """All lengths on one engine; the record is written after every turn."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler and the worker are looked into
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # to inspect the scheduler and the worker
     from cacheslide.vllm.offline import close_engine, open_engine
 
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
@@ -119,7 +119,7 @@ def measure(args: argparse.Namespace, limit: Limit, write: Callable[[dict[str, A
 
 
 def _length(engine, tokens: int, args: argparse.Namespace, limit: Limit) -> Iterator[list[dict[str, Any]]]:
-    """A length's rows as they are after every turn, until there is no more time."""
+    """A length's rows after every turn, until the time limit."""
     if limit.over:
         return
     measured = Measured(engine, tokens, args.vocabulary)
@@ -141,7 +141,7 @@ def _length(engine, tokens: int, args: argparse.Namespace, limit: Limit) -> Iter
 
 
 def _row(tokens: int, chunks: str, runs: list[list[float]], quiet: list[Reading]) -> dict[str, Any]:
-    """A row over the turns so far: medians of the undisturbed ones, of all where those are too few."""
+    """A row over the turns so far: medians of the undisturbed ones, or of all if those are too few."""
     seconds = median([r[0] for r in pick(runs, quiet)])
     row = {"tokens": tokens, "chunks": chunks, "ttft_s": asdict(seconds), "runs": list(runs), "quiet": list(quiet)}
     return row | {"disturbed": too_few(quiet)}

@@ -1,7 +1,7 @@
 """Where a request's time goes inside vLLM: `python -m harness.experiments.serving.engine_profile --out FILE`.
 
-Requests of some lengths, plain and annotated, in a process with the engine inside: when each of their parts ran on the
-host and on the device (`timeline.py`), then one more with PyTorch's profiler, kernels by device time and operators by
+Plain and annotated requests of some lengths on an in-process engine: the times of each part on the host and on the
+device (`timeline.py`), then one more request under PyTorch's profiler, with kernels by device time and operators by
 host time.
 """
 
@@ -40,7 +40,7 @@ def profiled(run) -> dict:
 
 
 def measured(engine, prompts: Prompts, system: str, repeats: int) -> dict:
-    """TTFT and time line of `repeats` requests behind three that warm up, then one more under PyTorch's profiler."""
+    """TTFT and time line of `repeats` requests after three warm-ups, then one more under PyTorch's profiler."""
     import torch
 
     for _ in range(3):
@@ -55,7 +55,7 @@ def measured(engine, prompts: Prompts, system: str, repeats: int) -> dict:
 
 
 def show(name: str, found: dict) -> None:
-    """A few lines for whoever watches."""
+    """Print a short summary."""
     print(name, found["ttft_ms"], "device", found["device_us"] / 1e3, flush=True)
     for line in found["timeline"]:
         print("  ", line, flush=True)

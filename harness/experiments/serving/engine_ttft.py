@@ -2,7 +2,7 @@
 
 Prompts are random ids: 5 % updated text, eight fixed chunks of together 90 %, 5 % updated text. The updated text
 differs from request to request in content and length, so that every chunk slides and no prefix is shared. Systems
-take turns; an annotated request whose receipt misses a chunk stops its cell: nothing is timed that did not happen.
+take turns; an annotated request whose receipt misses a chunk stops its cell, so that no failed reuse is timed.
 One JSON line a cell goes to --out as soon as it is measured; `harness.results.serving` makes the tables.
 """
 
@@ -51,20 +51,20 @@ class Prompts:
         return ids + self._ids(self.tokens - len(ids)), spans
 
     def shared_prefix(self) -> list[int]:
-        """A prompt that begins with the eight chunks: what a prefix cache is good at."""
+        """A prompt that begins with the eight chunks, the best case of a prefix cache."""
         ids = [t for chunk in self.chunks for t in chunk]
         return ids + self._ids(self.tokens - len(ids))
 
 
 def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> dict[str, Any]:
-    """One batch under one system: TTFT of each request and time of the batch in seconds, and what the receipts say.
+    """One batch under one system: TTFT of each request, time of the batch in seconds, and the receipts' figures.
 
     Under tensor parallelism ask for two `tokens`: the receipt of a request that ends with its first is a forecast.
     """
     from cacheslide.vllm.offline import ask, replays
 
     if system == "prefix_cache_ideal":
-        ask(engine, [prompts.shared_prefix()])  # other systems' prompts may have pushed it out
+        ask(engine, [prompts.shared_prefix()])  # other systems' prompts may have evicted it
         answers, seconds = _timed(engine, [prompts.shared_prefix() for _ in range(batch)], None, tokens)
         if min(a.cached_tokens for a in answers) < 0.8 * REUSED * prompts.tokens:
             raise RuntimeError("the prefix cache did not hold the shared prefix")
@@ -90,7 +90,7 @@ def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> 
 
 
 def _timed(engine, prompts: list[list[int]], annotations: list[dict] | None, tokens: int) -> tuple[list[Any], float]:
-    """The answers, and seconds until the last one was whole."""
+    """The answers, and seconds until the last one was complete."""
     from cacheslide.vllm.offline import ask
 
     started = time.perf_counter()
@@ -99,13 +99,13 @@ def _timed(engine, prompts: list[list[int]], annotations: list[dict] | None, tok
 
 
 def asked_of(arm: Arm, spans: list[list[int]]) -> dict[str, Any]:
-    """`kv_transfer_params` of a prompt with these fixed spans that an arm serves and that retains nothing."""
+    """`kv_transfer_params` of a prompt with these fixed spans served by an arm, retaining nothing."""
     asked = {"policy": arm.system, "recompute_ratio": arm.ratio, "encode": "off"}
     return {"cacheslide": asked | {"segments": spans}}
 
 
 def check_recomputed(cached_tokens: int) -> None:
-    """Raise RuntimeError where so many tokens of a prompt that was to be computed came from the prefix cache."""
+    """Raise RuntimeError if `cached_tokens` of a prompt to be recomputed came from the prefix cache."""
     if cached_tokens > 64:
         raise RuntimeError("a recomputed prompt was found in the prefix cache")
 
@@ -118,7 +118,7 @@ def check_reused(receipt: dict[str, Any]) -> dict[str, Any]:
 
 
 def fill(engine, prompts: Prompts, systems: Sequence[str] = ("cacheslide",)) -> None:
-    """Have the eight chunks encoded as each of `systems` wants them, and the prefix cache hold them."""
+    """Encode the eight chunks for each of `systems`, and fill the prefix cache with them."""
     from cacheslide.vllm.offline import ask
 
     for system in systems:
@@ -130,7 +130,7 @@ def fill(engine, prompts: Prompts, systems: Sequence[str] = ("cacheslide",)) -> 
 def cells(engine, args: argparse.Namespace, write) -> None:
     """Every batch, store and length; the systems of a cell take turns.
 
-    What does not read the store is measured once, beside the first store.
+    Systems that do not read the store are measured once, with the first store.
     """
     from cacheslide.vllm.offline import move_store
 
@@ -149,9 +149,9 @@ def cells(engine, args: argparse.Namespace, write) -> None:
 
 
 def _cell(engine, prompts: Prompts, systems: list[str], batch: int, args: argparse.Namespace) -> dict[str, tuple]:
-    """Runs of every system, and why one failed."""
+    """Runs of every system, with the reason of a failure."""
     repeats = args.repeats if batch == 1 else max(2, args.repeats // 2)
-    warmups = args.warmups if batch * prompts.tokens <= args.warm_tokens else 0  # long cells warm up in shorter ones
+    warmups = args.warmups if batch * prompts.tokens <= args.warm_tokens else 0  # long cells are warmed by shorter ones
     return in_turns(systems, lambda system: once(engine, prompts, system, batch, args.answer_tokens), repeats, warmups)
 
 
@@ -168,7 +168,7 @@ def overhead(vanilla, plugged, args: argparse.Namespace, write) -> None:
         short = [prompts.turn()[0][: args.plain_tokens // 16] for _ in range(16)]
         if turn == args.warmups:
             watch = Watch()
-        # Whoever goes first in a turn may find a cooler or a slower device: take turns at that as well.
+        # The first in a turn may meet a cooler or slower device, so the order rotates.
         for name in sorted(engines, reverse=bool(turn % 2)):
             engine = engines[name]
             ttft = ask(engine, [ids])[0].ttft
@@ -184,8 +184,8 @@ def overhead(vanilla, plugged, args: argparse.Namespace, write) -> None:
 
 
 def measure(args: argparse.Namespace, write) -> None:
-    """Open the engines one after the other and measure. What fails is written down, and the rest goes on."""
-    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for `move_store`, between own processes
+    """Open the engines one after the other and measure; a failure is recorded and the rest continues."""
+    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for `move_store`, between this run's processes
     from cacheslide.vllm.offline import close_engine, open_engine
 
     opened = []
@@ -201,7 +201,7 @@ def measure(args: argparse.Namespace, write) -> None:
             overhead(opened[1], plugged, args, write)
             close_engine(opened.pop())
         cells(plugged, args, write)
-    except Exception:  # what was measured before stays
+    except Exception:  # earlier measurements are kept
         write({"kind": "error", "error": traceback.format_exc()[-4000:]})
     finally:
         for engine in opened:
@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """A line for whoever watches."""
+    """A one-line summary."""
     if record["kind"] != "cell" or record["failed"] or not record["runs"]:
         return json.dumps(record)[:1500]
     last = sorted(max(r["ttft"]) for r in record["runs"])

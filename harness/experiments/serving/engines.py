@@ -1,4 +1,4 @@
-"""What experiments inside one vLLM engine have in common: its shape and options, how it runs, the file of records."""
+"""Common parts of experiments on one vLLM engine: its shape, options and settings, and the file of records."""
 
 import argparse
 import json
@@ -37,7 +37,7 @@ def shaped(name: str, folder: Path) -> Path:
 
 
 def add_engine_arguments(p: argparse.ArgumentParser) -> None:
-    """The options that say which engine is opened, and where the records go."""
+    """Add the options that select the engine and the output file."""
     p.add_argument("--out", type=Path, required=True, help="JSON lines; appended to")
     p.add_argument("--shape", choices=SHAPES, default="mistral-7b", help="dummy weights of this shape")
     p.add_argument("--model", help="a checkpoint instead of a shape")
@@ -53,7 +53,7 @@ def add_engine_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def model_of(args: argparse.Namespace) -> str:
-    """The checkpoint asked for, or a folder with the shape."""
+    """The requested checkpoint, or a folder with the shape."""
     return args.model or str(shaped(args.shape, Path(tempfile.mkdtemp()) / args.shape))
 
 
@@ -77,7 +77,7 @@ def connector_options(args: argparse.Namespace, store: str, tokens: int) -> dict
 
 
 def described(engine) -> Record:
-    """How the engine runs: the settings that its times depend on."""
+    """The engine's settings that affect its times."""
     config = engine.llm_engine.vllm_config
     return {
         "async_scheduling": bool(config.scheduler_config.async_scheduling),
@@ -94,7 +94,7 @@ def described(engine) -> Record:
 
 @contextmanager
 def recording(args: argparse.Namespace, summary: Callable[[Record], str]) -> Iterator[Callable[[Record], None]]:
-    """A function that appends a record to --out and shows its `summary`; the first and the last one frame the run."""
+    """A function that appends a record to --out and shows its `summary`; a first and a last record frame the run."""
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("a") as file:
 

@@ -1,8 +1,8 @@
-"""What keeping chunks costs the turn that fills them: `python -m harness.experiments.serving.first_turn --out FILE`.
+"""TTFT of turns that retain their chunks: `python -m harness.experiments.serving.first_turn --out FILE`.
 
 TTFT of prompts whose chunks are copied out of their own blocks (system `naive_reuse`, whose encoding is the prompt's),
 on the model's device and in host memory, beside the same request with nothing retained and a plain one. A plain request
-follows each of them, since it waits for whatever is still on its way. The conditions take turns.
+follows each of them, since it waits for copies still in flight. The conditions take turns.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CONDITIONS = ("plain", "nothing_retained", "retained_on_model", "retained_on_cpu
 
 
 def turn(engine, prompts: Prompts, condition: str, number: int) -> dict[str, float]:
-    """TTFT in milliseconds of one request, and of the plain one behind it."""
+    """TTFT in milliseconds of one request, and of the plain one after it."""
     from cacheslide.vllm.offline import ask
 
     ids, spans = prompts.turn()

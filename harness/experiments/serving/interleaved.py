@@ -1,4 +1,4 @@
-"""Arms of one comparison taking turns: what disturbs the machine meets all of them."""
+"""Interleaves the arms of one comparison, so that a disturbance of the machine affects all of them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,9 +11,9 @@ Run = dict[str, Any]
 def in_turns(
     arms: Sequence[str], once: Callable[[str], Run], repeats: int, warmups: int
 ) -> dict[str, tuple[list[Run], str | None]]:
-    """Runs of every arm, each with its turn's reading of `harness.quiet`, and why one failed.
+    """Runs of every arm, each with its turn's reading of `harness.quiet`, and the reason of a failure.
 
-    `once` measures one run of an arm; a RuntimeError of it ends the arm. The first `warmups` turns do not count.
+    `once` measures one run of an arm; a RuntimeError ends the arm. The first `warmups` turns do not count.
     """
     found: dict[str, list[Run]] = {arm: [] for arm in arms}
     failed: dict[str, str] = {}

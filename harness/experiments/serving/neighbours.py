@@ -1,9 +1,9 @@
-"""What decoding requests notice of arriving ones: `python -m harness.experiments.serving.neighbours --out FILE`.
+"""Effect of arriving requests on decoding ones: `python -m harness.experiments.serving.neighbours --out FILE`.
 
 Short plain requests decode together. Once all of them do, long ones arrive one by one: plain (`recompute`),
-annotated (an arm of reuse), or none (`nothing`). A run records the time of every neighbour's token, and of every
-arrival when it was due, when it was sent and when its first token came. The arms take turns, in one engine; an arrival
-whose reuse did not happen stops its arm. One JSON line an arm, as soon as all are measured; `harness.results.serving`
+annotated (an arm of reuse), or none (`nothing`). A run records the time of every neighbour's token, and of each
+arrival's due time, send time and first-token time. The arms take turns, in one engine; an arrival
+without reuse stops its arm. One JSON line per arm, as soon as all are measured; `harness.results.serving`
 makes the tables.
 """
 
@@ -36,7 +36,7 @@ NOTHING, RECOMPUTE = "nothing", "recompute"
 
 
 class Arrivals:
-    """When requests are sent: `neighbours` at once, the others every `every` seconds once all of these decode.
+    """Schedule of requests: `neighbours` at once, the others every `every` seconds once all of these decode.
 
     They decode when each has generated `lead` tokens.
     """
@@ -61,7 +61,7 @@ class Arrivals:
 
 
 def once(engine, prompts: Prompts, system: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One run of an arm: times in seconds since the neighbours were sent, and what the receipts say."""
+    """One run of an arm: times in seconds since the neighbours were sent, and the receipts' figures."""
     from cacheslide.vllm.offline import replays
 
     requests = [
@@ -105,8 +105,8 @@ def _times(neighbours: Sequence[Result]) -> list[list[float]]:
 
 
 def measure(args: argparse.Namespace, write) -> None:
-    """Open the engine and measure; what fails is written down."""
-    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for `replays`, between own processes
+    """Open the engine and measure; a failure is recorded."""
+    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for `replays`, between this run's processes
     from cacheslide.vllm.offline import close_engine, open_engine
 
     engine = None
@@ -123,7 +123,7 @@ def measure(args: argparse.Namespace, write) -> None:
         about |= {"arrivals": args.arrivals, "every_s": args.every}
         for system, (runs, failed) in cell.items():
             write(about | {"system": system, "runs": runs, "failed": failed})
-    except Exception:  # what was measured before stays
+    except Exception:  # earlier measurements are kept
         write({"kind": "error", "error": traceback.format_exc()[-4000:]})
     finally:
         if engine is not None:
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def summary(record: Record) -> str:
-    """A line for whoever watches."""
+    """A one-line summary."""
     if record["kind"] != "neighbours" or not record["runs"]:
         return json.dumps(record)[:1500]
     made = row(record)

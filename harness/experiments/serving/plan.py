@@ -1,4 +1,4 @@
-"""What a serving experiment runs: its configuration, and the conditions and servers that follow from it."""
+"""Plan of a serving experiment: its configuration, and the conditions and servers derived from it."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -65,11 +65,11 @@ class ServingPlan:
             raise ConfigError("vllm.store_device: name the devices under store_devices")
         if unknown := sorted(set(self.vllm) - {f.name for f in fields(EngineOptions)}):
             raise ConfigError(f"vllm: unknown key {', '.join(unknown)}")
-        resolve(self.systems, self.layer)  # an unknown system stops here, not after minutes of loading
+        resolve(self.systems, self.layer)  # fails on an unknown system before a model is loaded
 
     @property
     def options(self) -> EngineOptions:
-        """The engine's options; without a length of its own it is just long enough."""
+        """The engine's options; without a configured length, the longest prompt's."""
         options = EngineOptions(**self.vllm)
         return options if options.max_model_len else replace(options, max_model_len=self.longest)
 
@@ -87,7 +87,7 @@ class ServingPlan:
             raise ModelError(f"{self.model}: config.json does not say vocab_size: {missing}") from None
 
     def servers(self) -> Iterator[tuple[str | None, list[str]]]:
-        """Every server to start: the device of its chunk store (None: vLLM by itself), and its systems."""
+        """Every server to start: the device of its chunk store (None: plain vLLM), and its systems."""
         for name in self.systems:
             if name in VANILLA:
                 yield None, [name]

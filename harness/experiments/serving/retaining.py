@@ -1,9 +1,9 @@
-"""What scoring chunks costs the turn that retains them: `python -m harness.experiments.serving.retaining --out FILE`.
+"""Cost of scoring chunks in the turn that retains them: `python -m harness.experiments.serving.retaining --out FILE`.
 
 Turns whose chunks are all new, under `cacheslide_first` (its chunks are copied out of the prompt's blocks) and under
-`cacheslide_remember` (the same, and they are scored behind it), with `encode` "now" and "later", in one engine, in
-turns. Of each: TTFT, and the time until nothing is left to do, which is when scores that come later have come. A turn
-that does not leave the chunks, or not with the scores that its system keeps, stops the measurement.
+`cacheslide_remember` (the same, then scored), with `encode` "now" and "later", in one engine, in
+turns. Of each: TTFT, and the time until the engine is idle, including deferred scoring. A turn that does
+not store its chunks, or not with its system's scores, stops the measurement.
 
 The file holds every run, and for each way to encode the ratio of medians, scored over unscored, with its interval; and
 how many rows scoring prefilled, beside the prompt's.
@@ -62,7 +62,7 @@ class Turns:
         self.worker.encode = counted
 
     def run(self, system: str, encode: str) -> dict[str, float]:
-        """One turn with chunks of its own: `TIMES` in milliseconds, and rows that scoring prefilled."""
+        """One turn with new chunks: `TIMES` in milliseconds, and rows that scoring prefilled."""
         from cacheslide.vllm.offline import ask
 
         self.seed += 1
@@ -77,17 +77,17 @@ class Turns:
         return {"ttft_ms": 1e3 * answer.ttft, "idle_ms": 1e3 * idle, "scored_rows": self.scored}
 
     def _forget(self) -> None:
-        """Nothing is stored, nothing waits, no block is shared."""
+        """Clear the chunk store, the pending work and the prefix cache."""
         from cacheslide.vllm.offline import ask
 
         if not self.engine.reset_prefix_cache(reset_connector=True):
             raise CacheSlideError("the engine's blocks are still in use")
-        ask(self.engine, [[10, 11, 12]])  # workers forget in the step that follows: not in a timed one
+        ask(self.engine, [[10, 11, 12]])  # workers clear theirs in the next step, which must not be timed
         self._idle()
         self.scored = 0
 
     def _idle(self) -> None:
-        """Step until nothing waits to be retained or scored, and the device has done it."""
+        """Step until all retaining and scoring is complete, on the device too."""
         import torch
 
         while self.core.scheduler.has_requests():
@@ -105,7 +105,7 @@ class Turns:
 
 
 def arm(system: str, encode: str) -> str:
-    """What a record calls a system's turns of one way to encode."""
+    """Name in records of a system's turns under one `encode`."""
     return f"{system} {encode}"
 
 
@@ -125,7 +125,7 @@ def table(runs: Runs, quiet: Sequence[Reading], tokens: int) -> dict[str, Any]:
 
 
 def measure(turns: Turns, args: argparse.Namespace, made: Mapping[str, Any]) -> dict[str, Any]:
-    """All turns; the file is written behind each."""
+    """Measure all turns; the file is written after each."""
     limit, watch = Limit(args.minutes), None
     arms = [(system, encode) for encode in ENCODES for system in (UNSCORED, SCORED)]
     runs: Runs = {arm(*a): [] for a in arms}
@@ -136,7 +136,7 @@ def measure(turns: Turns, args: argparse.Namespace, made: Mapping[str, Any]) -> 
             break
         if not number:
             watch = Watch()
-        for shift in range(len(arms)):  # whoever goes first may find a cooler device: take turns at that as well
+        for shift in range(len(arms)):  # the first may meet a cooler device, so the order rotates
             system, encode = arms[(number + shift) % len(arms)]
             run = turns.run(system, encode)
             if number >= 0:
@@ -169,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and write one JSON file."""
     args = parser().parse_args(argv)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the turns look into the worker
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the turns inspect the worker
     from cacheslide.vllm.offline import close_engine, open_engine
 
     room = args.tokens + 64

@@ -1,6 +1,6 @@
-"""When each part of a request ran, on the host and on the device: an engine in this process, its methods wrapped.
+"""Times of each part of a request on host and device, from wrapped methods of an in-process engine.
 
-Times are milliseconds from the moment the engine took the request in. Wrapping costs a microsecond a call.
+Times are milliseconds from the request's arrival in the engine. Wrapping costs a microsecond a call.
 """
 
 import statistics
@@ -17,7 +17,7 @@ ARRIVAL = "request taken in"
 
 @dataclass(frozen=True)
 class Part:
-    """A method whose calls are parts of a request; `device` also asks when its work on the device began and ended.
+    """A method whose calls are parts of a request; `device` also records begin and end of its work on the device.
 
     `owner` is "module:Class". A class that this installation lacks is left out.
     """
@@ -63,7 +63,7 @@ class Timeline:
 
     @contextmanager
     def measuring(self):
-        """Around one request: `calls` holds what ran, in milliseconds from its arrival, when it is over."""
+        """Around one request: afterwards `calls` holds its calls, in milliseconds from its arrival."""
         self.calls = []
         with ExitStack() as stack:
             self._origin = _origin()
@@ -110,7 +110,7 @@ class Timeline:
 
 def medians(requests: Iterable[Sequence[dict]]) -> list[dict[str, Any]]:
     """One line a label over several requests' calls: medians in ms of the first call's begin, the time in all calls,
-    their number and, of what was asked about the device, begin and end there; in order of begin."""
+    their number and, if recorded, begin and end on the device; in order of begin."""
     requests = list(requests)
     lines = []
     for label in dict.fromkeys(c["label"] for calls in requests for c in calls):
@@ -161,7 +161,7 @@ def _synchronize() -> None:
 
 @contextmanager
 def _device_span(events: list | None):
-    """Events before and behind what is launched inside."""
+    """CUDA events around the work launched inside."""
     if events is None:
         yield
         return

@@ -1,8 +1,8 @@
 """CacheSlide's TTFT over recompute's at one length: `python -m harness.experiments.serving.ttft_ratio`.
 
 The study's own step (`harness.experiments.study.latency`) on a few of the study's own prompts. Records go to --out;
-what is printed is the table's row, with the rounds that were disturbed. Exit status 3: too many were, the ratio is no
-result.
+the printed line is the table's row, with the disturbed rounds. Exit status 3: too many were disturbed for a valid
+ratio.
 """
 
 import argparse

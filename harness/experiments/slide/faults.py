@@ -1,4 +1,4 @@
-"""Faults put into the chunk store on purpose, and what it served afterwards: nothing wrong, or it is counted here.
+"""Fault injection into the chunk store: counts wrong pages served afterwards.
 
 Every chunk's content follows from its number, so each one that is served can be compared page by page.
 """
@@ -49,7 +49,7 @@ LAYOUT = PageLayout.of(made_chunk(0), PAGE_TOKENS)
 
 @dataclass
 class Verdict:
-    """What came of one kind of fault. `seconds` is the longest that a single call took."""
+    """Outcome of one kind of fault. `seconds` is the longest single call."""
 
     kind: str
     faults: int = 0
@@ -60,7 +60,7 @@ class Verdict:
     says: dict[str, int] = field(default_factory=dict)
 
     def look(self, store: TieredChunkStore, numbers) -> "Verdict":
-        """Ask for chunks and compare every page of what is served."""
+        """Fetch chunks and compare every page served."""
         for n in numbers:
             start = time.monotonic()
             found = store.fetch(made_key(n))
@@ -130,12 +130,12 @@ def _die(path: Path, seed: int, n: int, share: float) -> None:
 
 
 def kill_9(path: Path, points: int, seed: int = 0) -> Verdict:
-    """Kill a writing process in the middle of a write, at random writes and bytes; look with a fresh process's eyes.
+    """Kill a writing process in the middle of a write, at random writes and bytes; check with a newly opened store.
 
     All deaths happen in one folder, one after the other: later ones also hit stores that were repaired before.
     """
     verdict, rng = Verdict("kill -9 in mid-write"), random.Random(seed)
-    # Not forked from here: a process that has run threads leaves its child locks that nobody will open.
+    # Not forked: a child of a process with threads inherits locks that are never released.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     for point in range(points):
@@ -154,17 +154,17 @@ def kill_9(path: Path, points: int, seed: int = 0) -> Verdict:
 
 
 def note(verdict: Verdict, what: str, n: int) -> None:
-    """Add to what the statistics say."""
+    """Add `n` to the verdict's count of `what`."""
     if n:
         verdict.says[what] = verdict.says.get(what, 0) + n
 
 
 def rot(path: Path, points: int, seed: int = 0) -> Verdict:
-    """Flip single bits, cut files short and blank stretches of them, each followed by a look with fresh eyes."""
+    """Flip single bits, cut files short and blank stretches of them, each checked with a newly opened store."""
     verdict, rng = Verdict("bit flips, cuts and blanks"), random.Random(seed)
     for _ in range(points):
         store = small_store(path)
-        for n in range(24):  # as the engine does: what is not served is computed and kept again
+        for n in range(24):  # as the engine does: chunks not served are computed and stored again
             if store.get(made_key(n)) is None:
                 store.put(made_key(n), made_chunk(n))
         store.close()
@@ -237,7 +237,7 @@ def failing_disk(path: Path, files: Fails, kind: str) -> Verdict:
 
 @contextmanager
 def small_disk(size: int):
-    """A folder on a file system of its own of `size` bytes (needs root); None where that cannot be had."""
+    """A folder on a file system of its own of `size` bytes (needs root); None if it cannot be made."""
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, check=False

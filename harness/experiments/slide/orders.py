@@ -1,10 +1,9 @@
 """Layer latency of the three load-write orders (Fig. 12a): real reads, real projections and attention, equal results.
 
 A layer of a Mistral-7B-like model (GPU) or of a small one (CPU), random weights, a batch of requests: load the cached
-rows of every request, compute K and V of the selected rows, fuse, write, attend. A layer's step begins where its load
-can begin to matter: with the output projection and the MLP behind the attention before, which the fresh K and V of this
-layer come out of, and which need none of its cached ones. The last step has the last MLP too, so a run has every piece
-of the model's work once.
+rows of every request, compute K and V of the selected rows, fuse, write, attend. A layer's step begins with the output
+projection and the MLP behind the attention before: its fresh K and V depend on them, its cached K and V do not,
+so its load can overlap them. The last step includes the last MLP, so a run does all of the model's work once.
 
 Before anything is timed, the three orders must give the same output from a cache full of NaN. Then they take turns,
 in another sequence every round.
@@ -81,7 +80,7 @@ class LayerModel:
         self.x, self.mixed = self.start, None
 
     def recompute(self, layer: int) -> Tensor:
-        """See `LayerWork`: what is left of the layer before, and this one's projections."""
+        """See `LayerWork`: the rest of the layer before, and this one's projections."""
         self._finish()
         s = self.shape
         qkv = (self._norm() @ self.w_qkv).view(len(self.x), s.heads + 2 * s.kv_heads, s.head_dim)
@@ -154,7 +153,7 @@ def measure(
     in every order, "locked" too. Sources are measured one after the other, since files take far longer than the rest.
 
     `keep` is given the record after every cell. `known`, the record of an interrupted run of the same kind, is
-    continued. What `limit` has no time for is left out, and the record is not `complete`.
+    continued. Cells beyond `limit` are left out, and the record is not `complete`.
     """
     kind, limit = torch.device(device).type, limit or Limit()
     shape, rounds = shape or SHAPES[kind], REPEATS[kind] if repeats is None else dict.fromkeys(sources, repeats)
@@ -207,9 +206,9 @@ def _compare(
     rounds: int,
     limit: Limit,
 ) -> list[dict[str, Any]]:
-    """Rows of a cell, one an order; none where the limit comes before there is enough to tell.
+    """Rows of a cell, one an order; none if the limit leaves too few rounds.
 
-    A round runs every order once. Disturbed rounds are left out; too few left, all count, and `disturbed` says so.
+    A round runs every order once. Disturbed rounds are left out; if too few are left, all count and `disturbed` is set.
     """
     outputs, found = {}, {o: [] for o in ORDERS}
     quiet: list[Reading] = []

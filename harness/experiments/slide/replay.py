@@ -72,7 +72,7 @@ class Throttled(Files):
 
 
 class Session:
-    """One template's progress, and what its KV must read."""
+    """One template's progress, and the expected content of its KV."""
 
     def __init__(self, number: int, template: Template, setting: Setting) -> None:
         self.number, self.template, self.setting = number, template, setting
@@ -107,7 +107,7 @@ class Session:
         return -float(self.turn % 100 + 1)
 
     def wrong_rows(self, i: int, got: ChunkKV) -> int:
-        """Rows of any layer that are neither the reference's nor this turn's, where each must be."""
+        """Rows of any layer that differ from the expected reference or corrected content."""
         want = torch.full((self.template.layers, self.template.lengths[i]), self.base(i))
         for layer, rows in self.corrections(i):
             want[layer, rows] = self.fresh()

@@ -5,12 +5,12 @@ Agents have documents of their own and run episodes one after the other. A turn 
 documents, the episode's history so far, and a question (a tool's output, say) that becomes history. The documents'
 chunks are exact and written once, in an episode before counting starts. All that follows is computed over reused
 chunks, so history is corrected KV, a generation older every turn: nothing else holds it, and leaving memory costs a
-write. An episode's last request says so (`release`), and its history is dropped. Agents take turns in a random order,
+write. An episode's last request sets `release`, and its history is dropped. Agents take turns in a random order,
 the same for every policy.
 
 Written are the bytes that the kernel counts for the server and all its processes (/proc/PID/io, write_bytes: the store
 writes around the page cache), beside the server's own counts. Answers must not depend on the policy, and every chunk
-must come back: the record says whether both were so.
+must come back: the record holds both checks.
 """
 
 import argparse
@@ -39,9 +39,9 @@ from harness.step import command
 
 SYSTEM = "cacheslide_first_turn"  # keeps KV as the prompt had it, so that history is copied, corrected
 POLICIES = ("lru", "clean-first")
-QUIET_S, PATIENCE_S = 2.0, 60.0  # what is queued is written when nothing was for so long; waited for at most so long
+QUIET_S, PATIENCE_S = 2.0, 60.0  # queued writes count as done after so long without one; the longest wait
 ITEM_BYTES = 4  # float32
-DEAD = 1 << 20  # a ratio over fewer bytes says nothing: what a log and a process write
+DEAD = 1 << 20  # no ratio below this many bytes, which logs and processes write anyway
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def written(leader: int) -> dict[str, int]:
 
 
 def settled(leader: int) -> dict[str, int]:
-    """`written`, once nothing is written any more."""
+    """`written`, once writing has stopped."""
     until, now = time.monotonic() + PATIENCE_S, written(leader)
     while time.monotonic() < until:
         time.sleep(QUIET_S)
@@ -140,7 +140,7 @@ def settled(leader: int) -> dict[str, int]:
 
 def counters(endpoint: str) -> dict[str, float]:
     """The server's own counts of chunks that left memory, and of failures."""
-    plain = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # of the environment: none for this machine
+    plain = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy for this machine
     with plain.open(f"{endpoint}/metrics", timeout=30) as answer:
         text = answer.read().decode()
     found: dict[str, float] = {}
@@ -151,7 +151,7 @@ def counters(endpoint: str) -> dict[str, float]:
 
 
 def serve(model: str, work: Path, load: Workload, policy: str) -> dict[str, Any]:
-    """One server's life under one policy."""
+    """One server run under one policy."""
     shape = json.loads((Path(model) / "config.json").read_text())
     heads = shape.get("num_key_value_heads", shape["num_attention_heads"])
     head_dim = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
@@ -209,7 +209,7 @@ def compare(model: str, work: Path, load: Workload) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure the conditions, and keep every finished one."""
+    """Measure the conditions and save each finished one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/slide/served.json"))
     parser.add_argument("--work", type=Path, default=Path("build/slide"), help="folder on the disk to be measured")

@@ -9,7 +9,7 @@
     summary  results/slide/summary.json from the records
     figures  figures/slide/ from the summary
 
-A step that was interrupted goes on where it stopped, and `--minutes` ends `volume` and `orders`. Everything is written
+An interrupted step resumes, and `--minutes` ends `volume` and `orders`. Everything is written
 under --out, work files under --work.
 """
 

@@ -1,8 +1,8 @@
-"""Which rows WCA really corrects: traces of SWE-style turns through the shipped model, for the store's workloads.
+"""Rows that WCA corrects: traces of SWE-style turns through the shipped model, for the store's workloads.
 
 A template is a system prompt and fixed files; every turn brings new notes. Each turn is prefilled under CacheSlide and
-the rows it selected are kept as bits, chunk by chunk. The store's experiments replay them at other page sizes: which
-rows of which chunk are corrected is the model's, not chosen by hand.
+the rows it selected are kept as bits, chunk by chunk. The store's experiments replay them at other page sizes: the
+corrected rows are the model's, not chosen by hand.
 """
 
 from dataclasses import dataclass

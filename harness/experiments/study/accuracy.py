@@ -1,4 +1,4 @@
-"""Accuracy: every system answers the same questions about the same prompts, from caches of the turn before."""
+"""Accuracy: every system answers the same questions about the same prompts, from caches of the previous turn."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -22,8 +22,8 @@ def evaluate(
 ) -> None:
     """Write one record per example and system to `writers[system.name]`.
 
-    `receipt` is that of the first request, `receipts` holds all where a backend sends one a question. Without `timed`
-    no seconds are kept.
+    `receipt` is that of the first request, `receipts` holds all if a backend sends one per question. Without `timed`
+    no seconds are recorded.
     """
     for responder, systems in sessions:
         for example in tqdm(examples, desc=progress, disable=progress is None, mininterval=1):

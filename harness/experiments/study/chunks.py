@@ -23,7 +23,7 @@ def build_chunks(
     """Encode the previous turn of every example in every context the policies need.
 
     Returns, per recipe, the chunks and bytes written, the seconds it took, and the layers whose inputs are kept.
-    Chunks already in the store are skipped, so an interrupted build goes on where it stopped.
+    Chunks already in the store are skipped, so an interrupted build resumes.
     """
     plans = recipes(policies)
     report = {

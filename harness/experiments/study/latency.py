@@ -28,7 +28,7 @@ def measure_latency(
 ) -> None:
     """One record per example: for every system `repeats` TTFT samples, its receipt and answers.
 
-    A round times every system once, in random order, so that a neighbour hits all of them; `quiet` holds each round's
+    A round times every system once, in random order, so that other load affects all of them; `quiet` holds each round's
     reading (`harness.quiet`), by session.
 
     `warmups` uncounted rounds over all systems precede the first example of a session. The last repeat's answers
@@ -53,7 +53,7 @@ def _empty(responder: Responder, example: TaskExample) -> dict[str, Any]:
 
 
 def _one(responder, systems, example, part, warmups, repeats, seed, max_new_tokens) -> dict[str, Any]:
-    """The example's record with these systems joined to `part`."""
+    """The example's record: `part` extended by these systems."""
     built = responder.fill([example], systems)
     out: dict[str, dict[str, Any]] = {s.name: {"ttft_seconds": []} for s in systems}
     order, rng, rounds = list(systems), random.Random(f"{seed}-{example.id}"), []

@@ -1,4 +1,4 @@
-"""What the prompts themselves say: how much is reusable (Fig. 3) and how far fixed segments move (Fig. 5)."""
+"""Statistics of the prompts: reusable share (Fig. 3) and displacement of fixed segments (Fig. 5)."""
 
 from collections.abc import Mapping, Sequence
 

@@ -23,8 +23,8 @@ def select_layer(
     """Sweep the selection layer over `layers_to_try`.
 
     The choice is the smallest layer at which the first of `systems`, at `recompute_ratio` of the reused rows, is within
-    `MARGIN` F1 of recompute on every data set; where none is, the layer with the highest worst-case F1.
-    `sessions` is one responder that serves them all.
+    `MARGIN` F1 of recompute on every data set; if none is, the layer with the highest worst-case F1.
+    `sessions` holds one responder that serves them all.
     """
     layers = layers_to_try(num_layers)
     arms = {"recompute": resolve(["recompute"])[0]}
@@ -53,7 +53,7 @@ def select_layer(
 def layers_to_try(num_layers: int) -> range:
     """Layers 1 .. L/2.
 
-    Keys of layer 0 do not depend on context, so their deviation says nothing; beyond L/2 the layers computed in full
+    Keys of layer 0 do not depend on context, so they have no deviation; beyond L/2 the layers computed in full
     leave little to save.
     """
     return range(1, max(2, num_layers // 2 + 1))

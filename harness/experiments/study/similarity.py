@@ -1,7 +1,7 @@
-"""CKSim against prefix shift (Fig. 4a): how much of a cached segment's keys survives a move, and why not.
+"""CKSim against prefix shift (Fig. 4a): similarity of a cached segment's keys after a shift, by cause of the loss.
 
 "position": the segment attends to itself only, so the position encoding alone differs. "context": the segment is
-prefilled behind a real prefix, so what it attends to differs too. Each with keys left at their old positions
+prefilled behind a real prefix, so its context differs too. Each with keys left at their old positions
 (stale) and re-rotated to their new ones (delta).
 """
 
@@ -56,7 +56,7 @@ def _one(backend, segment, alone, prefix) -> dict:
     here = torch.arange(n, device=backend.model.device)
     there = here + shift
     moved = torch.stack([r.move(k, here, there) for r, k in zip(backend.model.rotaries, alone, strict=True)])
-    unseen = prefill_exact(backend.model, segment, first_position=shift).k  # there, but without the prefix
+    unseen = prefill_exact(backend.model, segment, first_position=shift).k  # shifted, without the prefix
     behind = prefill_exact(backend.model, (*prefix, *segment)).k[:, shift:]
     measured = {
         ("position", "stale"): (unseen, alone),

@@ -1,4 +1,4 @@
-"""The steps of the study as a workflow calls them: paths and a configuration in, record files out.
+"""The study's workflow steps: from paths and a configuration to record files.
 
 A configuration is the validated content of config/*.yaml (config/README.md explains its keys), or the part of it that
 `harness.workflow.steps` declares for the step.
@@ -62,7 +62,7 @@ def sessions_of(
 
 
 def settings_of(config: Config) -> EngineSettings:
-    """How its engines cut and keep chunks."""
+    """How the configuration's engines cut and store chunks."""
     return EngineSettings(config["chunk_size"], config["suffix_len"], config["store_dtype"])
 
 
@@ -73,12 +73,12 @@ def policies_of(config: Config, layer: int, recompute_ratio: float | None = None
 
 
 def selected_layer(path: int | str | Path) -> int:
-    """The layer that validation chose, from its file; a layer stays what it is."""
+    """The layer that validation chose, from its file; an int is returned as is."""
     return path if isinstance(path, int) else json.loads(Path(path).read_text())["layer"]
 
 
 def header(config: Config, data: str | Path, **more: Any) -> dict[str, Any]:
-    """Settings of a record file: what it was made of, and where."""
+    """Header of a record file: its inputs, settings and machine."""
     identity = {"config_hash": config_hash(dict(config)), "data_hash": file_hash(data), "measured_on": machine()}
     return {"run": config["run"], **identity, **more}
 

@@ -1,7 +1,7 @@
 """Throughput under a closed loop: B clients, each sending its next request when the last one is answered.
 
-The requests are cut into slices of whole rounds; within a slice the systems of a session take turns, so that a
-neighbour hits all of them. A slice is a closed loop of its own, with its reading of `harness.quiet`.
+The requests are cut into slices of whole rounds; within a slice the systems of a session take turns, so that
+other load affects all of them. A slice is a separate closed loop, with its reading of `harness.quiet`.
 """
 
 import random
@@ -32,7 +32,7 @@ def measure_throughput(
 ) -> None:
     """One record per system and batch size, over the same requests (one question each).
 
-    Caches are filled beforehand and not timed. A system that fails at a batch size leaves the others to go on.
+    Caches are filled beforehand and not timed. If a system fails at a batch size, the others continue.
     """
     for responder, systems in sessions:
         responder.fill(examples, systems)
@@ -42,7 +42,7 @@ def measure_throughput(
 
 
 def slices_of(count: int, batch: int, slices: int = SLICES) -> list[range]:
-    """`count` requests cut into at most `slices` runs of whole rounds of `batch`, as equal as can be."""
+    """`count` requests cut into at most `slices` runs of whole rounds of `batch`, as equal as possible."""
     rounds = -(-count // batch)
     cuts = [min(count, batch * (rounds * i // slices)) for i in range(slices + 1)]
     return [range(a, b) for a, b in pairwise(cuts) if b > a]

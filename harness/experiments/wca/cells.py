@@ -1,6 +1,6 @@
-"""What the sweep of WCA's open points runs: one cell for each way of reading the paper (sections 4.2 and 4.3).
+"""Cells of the sweep of WCA's open points: one for each reading of the paper (sections 4.2 and 4.3).
 
-Every cell changes one thing of the default: `cacheslide` as registered, at one selection layer. The paper leaves open
+Every cell changes one setting of the default: `cacheslide` as registered, at one selection layer. The paper leaves open
 how old and new KV are merged, what "converged" means, where deviations are compared, what a row that enters late starts
 from, and in what context cached chunks were encoded; promotion is this project's own alternative to the swap.
 """
@@ -23,7 +23,7 @@ TAU = 0.12  # the paper's recommendation
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting: `factor` is the point it is about, `option` its value, `base` the cell that differs in that alone.
+    """One setting: `factor` is the varied point, `option` its value, `base` the cell that differs only in it.
 
     `capture` names layers whose inputs its chunks must hold. With `asks`, questions are part of the prompt: a prefill
     each, for rules that look at them.
@@ -38,7 +38,7 @@ class Cell:
     asks: bool = False
 
     def describe(self) -> dict[str, Any]:
-        """For a table."""
+        """The cell as fields of a table row."""
         rule = self.policy.correction
         selects = rule.selection_layer is not None
         about = {"layer": rule.selection_layer, "recompute_ratio": rule.total_ratio} if selects else {}
@@ -46,7 +46,7 @@ class Cell:
 
 
 def cells(num_layers: int) -> list[Cell]:
-    """Every cell that a model of `num_layers` layers can run; its "recompute" is what the others are held against."""
+    """Every cell that a model of `num_layers` layers can run; the others are compared with its "recompute"."""
     found = [Cell("recompute", "reference", "recompute", load_policy("recompute")), *_changes(num_layers)]
     names = {c.name for c in found}
     return [c if c.base in names else replace(c, base=None) for c in found]

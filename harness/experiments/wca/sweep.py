@@ -1,8 +1,8 @@
 """Sweep of WCA's open points: `python -m harness.experiments.wca.sweep --model DIR [--adapter DIR] --out DIR`.
 
 Every cell of `wca_cells` answers the same questions, on the native (RoPE) model and, with `--adapter`, on its CoPE
-model. Records go to `OUT/rope.jsonl` and `OUT/cope.jsonl`, one line a cell and prompt; what is there is not measured
-again, so that a run can be cut short, resumed, or extended by more prompts. `OUT/summary.json` holds the tables.
+model. Records go to `OUT/rope.jsonl` and `OUT/cope.jsonl`, one line a cell and prompt; existing ones are not
+measured again, so that a run can be stopped, resumed, or extended by more prompts. `OUT/summary.json` has the tables.
 Prompts are of the validation split: defaults may follow from them, and the study's test prompts stay unseen.
 """
 
@@ -44,7 +44,7 @@ SPLIT = "validation"
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker process loads; `cells` gives the settings that a model of so many layers is measured under."""
+    """Input of a worker process; `cells` gives the settings that a model of so many layers is measured under."""
 
     model: str
     adapter: str | None
@@ -64,7 +64,7 @@ def open_backend(job: Job) -> ReferenceBackend:
 
 
 def measure(backend: ReferenceBackend, example: TaskExample, todo: Sequence[Cell]) -> Iterator[dict[str, Any]]:
-    """One record a cell, from chunk caches of the turn before that no other prompt or kind of cache shares."""
+    """One record a cell, from chunk caches of the previous turn, separate by prompt and kind of cache."""
     captured = frozenset().union(*(c.capture for c in todo))
     before = backend.prompt(example.previous)
     stores: dict[tuple[bool, bool], MemoryChunkStore] = defaultdict(MemoryChunkStore)
@@ -103,7 +103,7 @@ def answered(
 
 
 def prompt_id(example: TaskExample) -> str:
-    """Unlike `example.id` it differs between styles and mixes."""
+    """An id that, unlike `example.id`, differs between styles and mixes."""
     return f"{example.meta['style']} {example.meta['mix']} {example.id}"
 
 
@@ -126,13 +126,13 @@ def _run(example: TaskExample, names: list[str]) -> list[dict[str, Any]]:
 
 
 def prompts_of(mixes: Sequence[str], count: int, tokens: int, seed: int) -> list[TaskExample]:
-    """`count` prompts of every style and mix, taking turns: a run that ends early has seen all kinds."""
+    """`count` prompts of every style and mix, interleaved, so that a run that ends early covers all kinds."""
     kinds = [list(examples(style, mix, SPLIT, seed, count, tokens)) for style in STYLES for mix in mixes]
     return [x for group in zip_longest(*kinds) for x in group if x is not None]
 
 
 def sweep(job: Job, output: Path, settings: dict[str, Any], given: Sequence[TaskExample], jobs: int, until: float):
-    """Measure what `output` lacks, in `jobs` processes (0: in this one), until the clock says `until`."""
+    """Measure what `output` lacks, in `jobs` processes (0: in this one), until the time `until`."""
     writer, names = reopened(output, settings), [c.name for c in job.cells(ReferenceBackend(job.model).num_layers)]
     missing = [(x, [n for n in names if record_id(n, x) not in writer.done]) for x in given]
     missing = [(x, left) for x, left in missing if left]
@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ids = " ".join(settings["model"] for settings, _ in done.values())
     summary = args.out / "summary.json"
     if args.summarize_only and summary.is_file():
-        origin = read_json(summary)["provenance"]  # where it was measured, not where it is tabulated
+        origin = read_json(summary)["provenance"]  # of the measurement, not of the tabulation
     else:
         origin = provenance({"mixes": args.mixes} | about, {}, ids)
     write_json(summary, rounded(tabulate(done, cells(layers)) | {"provenance": origin}, DIGITS))

@@ -6,7 +6,7 @@ chain    as stored after the previous turn (RPDC; CacheSlide as Algorithm 1 stor
 canon    encoded in the chain of fixed text alone (RPDC; this project's default)
 iso      every passage encoded alone (PIC: CacheBlend, EPIC, ProphetKV)
 stale    chain or iso without moving keys to their new positions
-other    systems with their own keys or annotations: ContextCache, PromptCache, window padding, reordering, KVComm,
+other    systems with their own keys or notes: ContextCache, PromptCache, window padding, reordering, KVComm,
          Cache-Craft
 exact    recompute with another batching: the noise floor
 """
@@ -267,7 +267,7 @@ def confirm_arms(best: Mapping[str, int] | None = None) -> list[Arm]:
 
 
 def replay_arms(best: Mapping[str, int] | None = None) -> list[Arm]:
-    """As `history_arms`, without systems that need scores or annotations, which replayed turns do not store."""
+    """As `history_arms`, without systems that need scores or notes, which replayed turns do not store."""
     bare = [one for one in history_arms(best) if one.policy is None or not one.policy.memory.name]
     return [one for one in bare if one.policy is None or not one.policy.needs_scores]
 

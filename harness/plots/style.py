@@ -68,7 +68,7 @@ class Look:
 
     @property
     def size(self) -> float:
-        """Marker size; larger for hollow markers, which ring a filled marker at the same place."""
+        """Marker size; larger for stars, and for hollow markers, which ring a filled marker at the same place."""
         return 9.5 if self.marker == "*" or not self.filled else 7.5
 
     @property

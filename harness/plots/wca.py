@@ -32,7 +32,7 @@ POINTS = {  # factor: colour, marker, legend
     "promotion": (VERMILLION, "*", "promotion from cached layer inputs"),
 }
 SIZES = {"v": 6, "*": 10}
-APART = 0.012  # points of one share stand side by side, by factor
+APART = 0.012  # offset between factors at one share
 LINES = {0.10: ":", 0.26: "-", 0.50: "--"}
 
 

@@ -54,7 +54,7 @@ def as_json(summary: Summary, table: Sequence[Row], before: Mapping[str, Any] | 
     -------
     dict
         `figures`: the verdict on each of the paper's figures, counted once; `counts`: their number by verdict;
-        `claims`: one object a row.
+        `claims`: one object per row.
     """
     figures = tally.by_figure([r.claim for r in table], [r.finding for r in table])
     earlier = before["claims"] if before else {}

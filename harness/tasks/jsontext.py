@@ -12,7 +12,7 @@ def parse(text: str, where: str) -> Any:
     Raises
     ------
     DataError
-        "`where` not valid JSON (why)" for invalid or too deeply nested text, for numbers out of range, and for lone
+        "`where` not valid JSON (why)" for invalid or too deeply nested text, for numbers too long to parse, for lone
         surrogates, which no tokenizer accepts.
     """
     try:

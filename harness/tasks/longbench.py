@@ -1,4 +1,4 @@
-"""LongBench's files (Bai et al., 2024): one JSON line a row, all passages in one text, headed "Passage N:"."""
+"""LongBench's files (Bai et al., 2024): one JSON line per row, all passages in one text, headed "Passage N:"."""
 
 import re
 

@@ -49,12 +49,12 @@ class Shape:
     entries : range of entries a document
     chunk_tokens : range of tokens a document, None for entries alone
     roots : names whose two fields the notes bind, as the updates bind `update_roots` others
-    overruled : slots of the documents in front of the updates that the updates set anew, at most
+    overruled : most slots of the documents before the updates that the updates set again
     links, volatile : share of entries that copy; of these, share that copies an entry of the turn's own text
-    rebound : share of entries that set a slot again, behind the updates every other time one that the updates set
+    rebound : share of entries that set a slot again; after the updates, half of these a slot set by the updates
     depth : most entries that a copy goes through; `deeper` is the share of copies that aim for more than one
     notes_filler : most sentences without an entry in the notes, and in the updates
-    lead, tail, joined, decoys : shares of sentences with words in front, words behind, two entries; of other sentences,
+    lead, tail, joined, decoys : shares of sentences with words before, words after, two entries; of other sentences,
         share that mentions names
     forms : how many of a style's forms are used (all when None)
     """

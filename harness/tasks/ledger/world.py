@@ -174,7 +174,7 @@ class _Writer:
     def _slot(self, here: set[Slot]) -> Slot | None:
         rng = self.rng
         again = [s for s in self.set if s not in here]
-        whole = len(self.set) > len(self.half)  # completes a name, so that it can be asked for
+        whole = len(self.set) > len(self.half)  # a name with both fields set exists to ask about
         if self.half and not whole:
             return self._other_field()
         if again and (rng.random() < self.shape.rebound or not (self.half or self.unused)):

@@ -1,1 +1,1 @@
-"""One file a figure; each reads results only and has `load(path)` and `draw(results) -> Figure`."""
+"""One module per figure, each with `load(path)` and `draw(results) -> Figure`; input is result files only."""

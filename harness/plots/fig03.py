@@ -1,4 +1,4 @@
-"""Figure 3: how much of a prompt is reusable, with its spread over prompts: agents at work, and the data sets."""
+"""Figure 3: reusable share of a prompt and its spread over prompts, for running agents and for data sets."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ load = read_json
 
 
 def draw(results: dict[str, Any]) -> Figure:
-    """One line an agent or data set: every prompt as a dot, the mean, and one standard deviation to each side."""
+    """One line per agent or data set: each prompt as a dot, the mean, and one standard deviation either side."""
     agents = {AGENT_NAMES.get(name, name): content for name, content in results.get("agents", {}).items()}
     datasets = agents | results.get("datasets", {})
     figure = new_figure(6.6, 1.5 + 0.46 * max(1, len(datasets)))

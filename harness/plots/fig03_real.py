@@ -26,8 +26,8 @@ LABELS = {
     "new": "new",
 }
 SIZES = (0, 100, 2), (100, 500, 3.2), (500, 2000, 5.5), (2000, float("inf"), 9)  # tokens from, to; marker
-INKS = GREY, BLUE  # of the prefix, and of it with what is reusable in order
-EACH = 12  # sessions up to which each gets a line of its own
+INKS = GREY, BLUE  # the prefix; the prefix plus text reusable in order
+EACH = 12  # most sessions that are drawn as one line each
 
 
 def draw(results: dict[str, Any]) -> Figure:
@@ -61,7 +61,7 @@ def _rank(name: str) -> tuple[int, str]:
 
 
 def _shares(session: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Share of the prefix, and of it with what is reusable in order, of every turn behind the first."""
+    """For each turn after the first: prefix share, and that share plus the text reusable in order."""
     turns = session["turns"]
     tokens = np.maximum(1, np.array(turns["tokens"][1:], dtype=float))
     prefix = np.array(turns["prefix"][1:]) / tokens
@@ -104,7 +104,7 @@ def _signed(number: float) -> str:
 
 
 def _by_turn(axes: Axes, sessions: list[dict[str, Any]], name: str) -> None:
-    """Prefix share and what reuse in order adds to it, by turn: a line a session, or median and quartiles."""
+    """Prefix share and the gain of in-order reuse, by turn: one line per session, or median and quartiles."""
     prefix, both = zip(*(_shares(session) for session in sessions if len(session["turns"]["tokens"]) > 1), strict=True)
     for rows, colour in zip((both, prefix), reversed(INKS), strict=True):
         if len(rows) <= EACH:

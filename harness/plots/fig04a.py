@@ -1,4 +1,4 @@
-"""Figure 4a: CKSim of a cached segment's keys against the shift of its position, and why it falls."""
+"""Figure 4a: CKSim of a cached segment's keys against the shift of its position, with its predicted fall."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from harness.results.runs import read_file
 
 COPE_FILE = "cksim_cope.jsonl"  # beside the native model's records
 PAPER_SHIFT = 1000
-PAPER_ROPE, PAPER_COPE = 0.10, 0.72  # what is left after "drops by more than 90 %" and "by 28 %"
+PAPER_ROPE, PAPER_COPE = 0.10, 0.72  # remainder after "drops by more than 90 %" and "by 28 %"
 SERIES = (
     ("stale", VERMILLION, "o", "-", "RoPE, keys left where they were (stale)"),
     ("delta", BLUE, "s", "--", "RoPE, keys re-rotated (delta)"),
@@ -29,7 +29,7 @@ PREDICTED = (0.16, 0.28)  # stale RoPE keys of isotropic content at shift 1000, 
 
 
 def load(path: str | Path) -> list[dict[str, Any]]:
-    """The table of CKSim by shift; with the CoPE model's, where that was measured beside it."""
+    """The table of CKSim by shift, with the CoPE model's where its file exists."""
     path = Path(path)
     file = read_file(path)
     rows = {r["shift"]: r | {"dataset": file.settings.get("dataset")} for r in cksim_rows(file.records)}
@@ -40,7 +40,7 @@ def load(path: str | Path) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
-    """Left: the position encoding alone (the paper's protocol). Then behind a real prefix; with CoPE, in a prompt."""
+    """Left: position encoding alone (the paper's protocol). Next: after a real prefix; with CoPE, in a prompt."""
     shown = [p for p in PANELS if p[0] != "chain" or any(f"chain_{how}" in r for r in rows for how, *_ in SERIES)]
     figure = new_figure(4.6 * len(shown), 4.9)
     panels = figure.subplots(1, len(shown), sharey=True)
@@ -81,7 +81,7 @@ def _panel(axes: Axes, rows: list[dict[str, Any]], why: str) -> None:
 
 
 def _paper(axes: Axes, right: float, why: str, with_cope: bool) -> None:
-    """The paper's numbers, and what isotropic content would give, at their shift."""
+    """The paper's numbers and the prediction for isotropic content, at the paper's shift."""
     x = PAPER_SHIFT + 0.045 * right
     marks = {"mec": BLACK, "color": "white", "ms": 7, "mew": 1.3, "ls": "none", "clip_on": False, "zorder": 5}
     axes.plot(x, PAPER_ROPE, marker="v", label="paper: RoPE, at most 0.10 is left", **marks)

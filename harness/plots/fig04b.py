@@ -1,4 +1,4 @@
-"""Figure 4b: F1 by reasoning round with the updated text padded or cut to a window, against none."""
+"""Figure 4b: F1 by reasoning round with the updated text padded or cut to a window, against no window."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def draw(table: dict[str, Any]) -> Figure:
-    """Left F1 by round, one line a variant; right over all rounds."""
+    """Left: F1 by round, one line per variant. Right: F1 over all rounds."""
     figure = new_figure(11.0, 4.3)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     if not table or not table["rows"]:

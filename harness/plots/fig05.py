@@ -16,7 +16,7 @@ COLOURS, MARKERS = (BLUE, ORANGE, PURPLE, SKY, GREEN, VERMILLION), "o^DXvp"
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """The moves of every prompt; with the CoPE model's, where they were measured beside them."""
+    """The moves of every prompt, with the CoPE model's where their file exists."""
     beside = Path(path).with_name(COPE_FILE)
     return read_json(path) | ({"cope": read_json(beside)["datasets"]} if beside.is_file() else {})
 

@@ -1,4 +1,4 @@
-"""Figure 10: accuracy against cost. Above, the accuracy prompts against row-layers computed; below, TTFT measured."""
+"""Figure 10: accuracy against cost. Above: accuracy prompts against row-layers computed. Below: measured TTFT."""
 
 import math
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ class Point:
 
 
 def draw(summary: dict[str, Any]) -> Figure:
-    """Two panels a row: one for each mix, one for each timed length, one for each agent."""
+    """Two panels per row: one for each mix, each timed length and each agent."""
     panels = [*_accuracy_panels(summary), *_latency_panels(summary), *_agent_panels(summary)]
     rows = max(1, math.ceil(len(panels) / COLUMNS))
     figure = new_figure(11.0, 4.1 * rows + 0.3)
@@ -106,7 +106,7 @@ def _latency_panels(summary: dict[str, Any]) -> Iterable[dict[str, Any]]:
 
 
 def _agent_panels(summary: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """Agents: TTFT on recorded turns, and the score with each system's own outputs (or right calls, where not run)."""
+    """Agents: TTFT on recorded turns, and the closed-loop score, or the share of right calls where that was not run."""
     rows = summary.get("agents", {}).get("replay", [])
     ms = 1000.0
     for agent in dict.fromkeys(r["agent"] for r in rows):
@@ -135,7 +135,7 @@ def _ends(estimate: dict[str, Any]) -> tuple[float | None, float | None]:
 
 
 def pareto(points: Iterable[Point]) -> list[Point]:
-    """The points that no other beats at equal or smaller x, from left to right."""
+    """The points with no better point at equal or smaller x, from left to right."""
     front: list[Point] = []
     for p in sorted(points, key=lambda p: (p.x, -p.y)):
         if not front or p.y > front[-1].y:

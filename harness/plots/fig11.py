@@ -24,7 +24,7 @@ def load(path: str | Path) -> list[dict[str, Any]]:
 
 
 def draw(table: list[dict[str, Any]]) -> Figure:
-    """A column a mode: TTFT, correct calls a second, and the best rival's TTFT over CacheSlide's."""
+    """One column per mode: TTFT, correct calls per second, ratio of the best rival's TTFT to CacheSlide's."""
     modes = [m for m in MODES if any(r["mode"] == m for r in table)]
     figure = new_figure(max(6.5, 4.2 * len(modes)), 8.6 if modes else 3.0)
     if not modes:

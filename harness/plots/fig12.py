@@ -29,7 +29,7 @@ def _bars(
 
 
 def draw_a(summary: dict[str, Any]) -> Figure:
-    """12a: milliseconds a layer."""
+    """12a: milliseconds per layer."""
     figure = new_figure(8.2, 3.8)
     axes = figure.add_subplot()
     measured = summary["orders"]["cuda"] or summary["orders"]["cpu"]
@@ -38,7 +38,7 @@ def draw_a(summary: dict[str, Any]) -> Figure:
         return figure
     where = "on a GPU" if measured["device"] == "cuda" else "on the CPU: no claim about a GPU"
     axes.set_title(f"Latency of a layer by load-write order, chunks in host memory, {where}")
-    rows = [r for r in measured["rows"] if r["source"] == "host"]  # files are so much slower that these would vanish
+    rows = [r for r in measured["rows"] if r["source"] == "host"]  # loads from files are slower by orders of magnitude
     cells = sorted({(r["staging"], r["batch"]) for r in rows})
     found = {(r["staging"], r["batch"], r["order"]): _scaled(r["layer_s"], 1e3) for r in rows}
     names = [f"batch {b}\n" + ("load with the layer" if s == 1 else f"{s - 1} layer ahead") for s, b in cells]

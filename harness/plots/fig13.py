@@ -16,7 +16,7 @@ def load(path: str | Path) -> list[dict[str, Any]]:
 
 
 def draw(table: list[dict[str, Any]]) -> Figure:
-    """Left every system's completions second by second, slices one after the other; right mean rate and σ."""
+    """Left: completions per second of every system, slices in sequence. Right: mean rate and σ."""
     figure = new_figure(11.0, 4.6)
     if not table:
         nothing(figure.add_subplot(), "no throughput over time was measured")

@@ -1,4 +1,4 @@
-"""Figure 14: correct calls a second over the share of recomputed tokens (top-k) and the threshold τ."""
+"""Figure 14: correct calls per second over the share of recomputed tokens (top-k) and the threshold τ."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def draw(table: dict[str, Any]) -> Figure:
-    """Left correct calls a second, right the share of right calls; a ring marks the paper's setting."""
+    """Left: correct calls per second. Right: share of right calls. A ring marks the paper's setting."""
     figure = new_figure(11.0, 4.6)
     if not table or not table["cells"]:
         nothing(figure.add_subplot(), "no heat map was measured")

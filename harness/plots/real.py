@@ -31,7 +31,7 @@ SETTINGS = {
     "shift": "notes grow by 0.1k to 2k tokens",
     "contradict": "notes contradict the passages",
 }
-# Curves: what the arm's name begins with, up to its ratio; colour, marker, label.
+# Curves: prefix of the arm's name, up to its ratio; colour, marker, label.
 CURVES = {
     "Nothing recomputed": (BLUE, "o", "context kept (RPDC), nothing recomputed"),
     "First tokens": (BLUE, "s", "CacheSlide, first tokens"),
@@ -62,7 +62,7 @@ VARIANTS = ("+ boundary", "half first")
 
 
 def draw(summary: dict[str, Any]) -> Figure:
-    """A panel a setting: mean KL on the answer (log scale) against the mean share of compute."""
+    """One panel per setting: mean KL on the answer (log scale) against the mean share of compute."""
     figure = new_figure(11.0, 8.6)
     names = [s for s in SETTINGS if any(r["key"][0] == s for r in summary["frontier"])]
     if not names:
@@ -91,7 +91,7 @@ def draw(summary: dict[str, Any]) -> Figure:
 
 
 def shown(arm: str, best: Mapping[str, int]) -> bool:
-    """Whether a point is drawn: of layers that were swept, the first and the one that the validation part chose.
+    """Whether a point is drawn: of the swept layers, only the first and the one chosen on the validation part.
 
     A variant ("as printed, updated keys only") has the layer of the rule that its name begins with.
     """
@@ -101,7 +101,7 @@ def shown(arm: str, best: Mapping[str, int]) -> bool:
 
 
 def curve_of(arm: str) -> str | None:
-    """The curve that an arm is a point of; the longest name that it begins with. Variants are left to the tables."""
+    """The curve of an arm: the longest matching prefix of its name; None for variants, which only tables show."""
     if any(word in arm for word in VARIANTS):
         return None
     return max((c for c in CURVES if arm.startswith(c)), key=len, default=None)
@@ -120,7 +120,7 @@ def _panel(axes: Axes, setting: str, rows: list[dict[str, Any]]) -> dict[str, An
         elif curve_of(arm) is not None:
             lines[rule_and_layer(arm)].append(row)
     for members in lines.values():
-        # Points over fewer prompts only go on behind a line: in between they would bend it by other means.
+        # Points over fewer prompts are drawn only past the line's end: their means are of another set of prompts.
         reach = max((r["compute_fraction"] for r in members if 2 * r["n"] >= n), default=0)
         members = [r for r in members if 2 * r["n"] >= n or r["compute_fraction"] > reach]
         members.sort(key=lambda r: r["compute_fraction"])
@@ -132,6 +132,6 @@ def _panel(axes: Axes, setting: str, rows: list[dict[str, Any]]) -> dict[str, An
         style = {"color": colour, "marker": marker, "ms": 5, "lw": 0.9, "alpha": 0.9, "zorder": 3}
         [handles[label]] = axes.plot(xs, ys, **style)
         few = [(x, y) for x, y, r in zip(xs, ys, members, strict=True) if 2 * r["n"] < n]
-        if few:  # hollow: other means than those over all prompts
+        if few:  # hollow: means over fewer prompts
             axes.plot(*zip(*few, strict=True), **style | {"lw": 0, "mfc": "white", "alpha": 1})
     return handles

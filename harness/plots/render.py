@@ -1,4 +1,4 @@
-"""Figures by name: what the workflow calls."""
+"""Figures by name, the entry point of the workflow."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""TTFT and throughput inside vLLM by prompt length and system, and how much of the ideal the executor reaches."""
+"""TTFT and throughput inside vLLM by prompt length and system, and the executor's efficiency against the ideal."""
 
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,7 @@
-"""How every figure looks: one colour, marker and short name per system, and files that are the same byte for byte.
+"""Style of the figures: one colour, marker and short name per system; output files are reproducible byte for byte.
 
-Colours are Okabe and Ito's, which stay apart for colour-blind readers. A system is also told by its marker, and
-variants of one system by hollow against filled, so that a grey print reads as well.
+Colours are Okabe and Ito's, distinct for colour-blind readers. Each system also has its own marker, hollow or filled
+for variants of one system, so that a grey print is readable.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ GREY = "#6B6B6B"
 
 RC = {
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Verdana"],  # of one width: an SVG's text keeps its place
+    "font.sans-serif": ["DejaVu Sans", "Verdana"],  # equal widths, so that an SVG's text keeps its place
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -53,7 +53,7 @@ METADATA: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Look:
-    """How one system is drawn."""
+    """Colour, marker and name of one system."""
 
     label: str
     colour: str
@@ -63,12 +63,12 @@ class Look:
 
     @property
     def ink(self) -> str:
-        """The colour for text: darkened, since the light ones are hard to read as letters."""
+        """The colour for text: darkened, since light text is hard to read."""
         return to_hex([0.72 * c for c in to_rgb(self.colour)])
 
     @property
     def size(self) -> float:
-        """Marker size: hollow ones are rings around a filled one that lies at the same place."""
+        """Marker size; larger for stars, and for hollow markers, which ring a filled marker at the same place."""
         return 9.5 if self.marker == "*" or not self.filled else 7.5
 
     @property
@@ -119,7 +119,7 @@ _SPARE_MARKERS = ("p", "h", "<", ">", "8", "H")
 
 
 def look(system: str, title: str = "") -> Look:
-    """The look of `system`; one that is not listed gets a hollow one drawn from its name, the same in every figure."""
+    """The look of `system`; an unlisted system gets a hollow marker derived from its name, the same in every figure."""
     if system in LOOKS:
         return LOOKS[system]
     seed = crc32(system.encode())
@@ -128,12 +128,12 @@ def look(system: str, title: str = "") -> Look:
 
 
 def shown_disturbed(row: Mapping[str, Any]) -> bool:
-    """Whether a row has no ratio only because too few of its timings were undisturbed: drawn, with `remark`."""
+    """Whether a row lacks a ratio only because too few timings were undisturbed; such rows are drawn with `remark`."""
     return bool(row.get("disturbed")) and row.get("ratio_reason", row.get("disturbed")) == row["disturbed"]
 
 
 def remark(rows: Iterable[Mapping[str, Any]]) -> str:
-    """What a title says where times of these rows are of disturbed blocks; empty where none are."""
+    """A title's remark on rows timed in disturbed blocks; empty without such rows."""
     return "\nDISTURBED TIMINGS, no result" if any(row.get("disturbed") for row in rows) else ""
 
 
@@ -144,7 +144,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, outputs: Iterable[str | Path]) -> None:
-    """Write `figure` to every path, in the format its suffix says, without dates."""
+    """Write `figure` to every path, in the format of its suffix, without dates."""
     for path in map(Path, outputs):
         kind = path.suffix.removeprefix(".")
         if kind not in METADATA:
@@ -163,7 +163,7 @@ def save(figure: Figure, outputs: Iterable[str | Path]) -> None:
 
 
 def nothing(axes: Axes, reason: str) -> None:
-    """Say in an empty panel why it is empty."""
+    """Print the reason in an empty panel."""
     axes.set_axis_off()
     axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", color=GREY, wrap=True)
 

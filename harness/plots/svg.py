@@ -1,7 +1,7 @@
-"""An SVG of matplotlib's in fewer bytes, drawing the same: figures are committed in this form alone.
+"""Compacts matplotlib's SVG without changing the drawing; committed figures have this form only.
 
-Labels stay text (`svg.fonttype: none`). What is left is mostly markers, each with its style written out and
-coordinates to a millionth of a point.
+Labels stay text (`svg.fonttype: none`). The bulk is markers, each with its style written out and coordinates
+to a millionth of a point.
 """
 
 import re
@@ -11,7 +11,7 @@ _COORDINATES = re.compile(r'\b(?:d|x|y|transform)="[^"]*"')
 _LONG = re.compile(r"-?\d+\.\d{3,}(?![\de])")
 _NO_TURN = re.compile(r' transform="rotate\(-?0 [^"]*\)"')
 _MARKER = re.compile(r'(<use [^>]*?) style="([^"]*)"/>')
-_OWN = re.compile(r"(?:^|[ ;])opacity:")  # of the whole group, not inherited: moved up, markers would no longer overlap
+_OWN = re.compile(r"(?:^|[ ;])opacity:")  # group opacity is not inherited: hoisting it would change overlapping markers
 
 
 def compact(svg: str) -> str:
@@ -38,6 +38,6 @@ def _one_style_a_run(svg: str) -> str:
 
 
 def _style(line: str) -> str:
-    """The style of a line that is one marker and may share it; empty otherwise."""
+    """The style of a line that is a single marker with a shareable style; empty otherwise."""
     found = _MARKER.fullmatch(line)
     return found[2] if found and not _OWN.search(found[2]) else ""

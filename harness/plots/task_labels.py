@@ -1,4 +1,4 @@
-"""Which synthetic task data are of, as figures say it: an adversarial test must not pass for a picture of real text."""
+"""Labels for the synthetic task of a figure's data, so that an adversarial test is not taken for real text."""
 
 from collections.abc import Iterable
 
@@ -14,7 +14,7 @@ def task_of(name: str) -> str:
 
 
 def of_task(title: str, names: Iterable[str | None]) -> str:
-    """`title`, its first line followed by the tasks that the data sets or mixes `names` are of."""
+    """`title`, its first line followed by the tasks of the data sets or mixes `names`."""
     tasks = sorted({task for name in names if name and (task := task_of(name))})
     line, newline, rest = title.partition("\n")
     return f"{line} ({', '.join(tasks)}){newline}{rest}" if tasks else title

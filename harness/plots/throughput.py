@@ -1,4 +1,4 @@
-"""Throughput by batch: requests a second, and correctly answered requests a second."""
+"""Throughput by batch: requests per second, and correctly answered requests per second."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ def load(path: str | Path) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
-    """Left all requests, right the correctly answered ones; a line a system, named at its end."""
+    """Left: all requests. Right: correctly answered ones. One line per system, labelled at its end."""
     figure = new_figure(11.0, 4.6)
     panels = figure.subplots(1, 2)
     figure.get_layout_engine().set(w_pad=0.1)
@@ -47,7 +47,7 @@ def _panel(axes: Axes, rows: list[dict[str, Any]], key: str) -> None:
     for k, system in enumerate(systems):
         own = sorted((r for r in rows if r["system"] == system), key=lambda r: r["batch"])
         style = look(system, own[0]["title"])
-        nudge = 0.16 * (k / max(1, len(systems) - 1) - 0.5)  # so that intervals do not lie on each other
+        nudge = 0.16 * (k / max(1, len(systems) - 1) - 0.5)  # keeps intervals from overlapping
         xs, ys = [place[r["batch"]] + nudge for r in own], [r[key]["value"] for r in own]
         axes.plot(xs, ys, style.line, lw=1.3, ms=0.85 * style.size, zorder=3, **style.points)
         for x, r in zip(xs, own, strict=True):

@@ -1,4 +1,4 @@
-"""Accuracy by turn as history is appended, and what exact re-encoding every k generations costs and buys."""
+"""Accuracy by turn as history is appended; cost and gain of exact re-encoding every k generations."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def load(path: str | Path) -> list[dict[str, Any]]:
 
 
 def draw(table: list[dict[str, Any]]) -> Figure:
-    """A row an agent: right calls by turn for every system, and over the late turns against the cost of keeping."""
+    """One row per agent: right calls by turn for every system; right calls over late turns against retention cost."""
     agents = list(dict.fromkeys(r["agent"] for r in table))
     figure = new_figure(11.5, max(3.0, 4.4 * len(agents)))
     if not agents:

@@ -24,7 +24,7 @@ from harness.results.runs import read_json
 load = read_json
 TITLES = {"rope": "RoPE", "cope": "CoPE"}
 MIX = "deep"  # the mix in which every depth has answers that depend on the updated text
-POINTS = {  # factor: colour, marker, what the legend says
+POINTS = {  # factor: colour, marker, legend
     "fusion": (ORANGE, "^", "fusion rule"),
     "gate and swap": (PURPLE, "D", "gate and second selection (τ swap)"),
     "encoding": (GREEN, "v", "chunks encoded in the first turn, or alone"),
@@ -32,7 +32,7 @@ POINTS = {  # factor: colour, marker, what the legend says
     "promotion": (VERMILLION, "*", "promotion from cached layer inputs"),
 }
 SIZES = {"v": 6, "*": 10}
-APART = 0.012  # points of one share stand side by side, by factor
+APART = 0.012  # offset between factors at one share
 LINES = {0.10: ":", 0.26: "-", 0.50: "--"}
 
 
@@ -73,7 +73,7 @@ def _panel(axes: Axes, rows: list[dict[str, Any]], depth: int) -> None:
             for r, f1 in found
             if _default(r) and r["recompute_ratio"] == recompute_ratio
         ]
-        joined = [p for p in line if p[2] > 0]  # layer 0's keys do not depend on context: no part of the trend
+        joined = [p for p in line if p[2] > 0]  # layer 0's keys do not depend on context
         if joined:
             xs, ys = [x for x, _, _ in joined], [f1["value"] for _, f1, _ in joined]
             label = f"one selection of {recompute_ratio:.0%} (digit: its layer)"

@@ -1,1 +1,1 @@
-"""A pretrained model for real text: Gemma 3 270M out of packages on PyPI, converted once (`make real-model`)."""
+"""A pretrained model for real text: Gemma 3 270M from packages on PyPI, converted once (`make real-model`)."""

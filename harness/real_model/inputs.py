@@ -1,4 +1,4 @@
-"""What the study on a real model reads, and where that comes from when it is not there."""
+"""Inputs of the study on a real model, and the source of missing ones."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,7 +7,7 @@ from cacheslide.errors import DataError
 
 
 def required(model: str, data: Iterable[str], recordings: str = "") -> list[Path]:
-    """The files and folders that a stage reads, without a model that is a name on the hub.
+    """The files and folders that a stage reads, except a model named on the hub.
 
     Parameters
     ----------
@@ -21,7 +21,7 @@ def required(model: str, data: Iterable[str], recordings: str = "") -> list[Path
     Raises
     ------
     DataError
-        In one line that says how to get what is missing.
+        One line that tells how to get the missing input.
     """
     named = Path(model)
     on_hub = not named.exists() and model.count("/") == 1 and model[0] not in "./~"

@@ -1,8 +1,8 @@
-"""SentencePiece's BPE encoding, written down directly, to hold a converted tokenizer against.
+"""Direct implementation of SentencePiece's BPE encoding, the reference for a converted tokenizer.
 
 Kudo and Richardson, arXiv 1808.06226, in the variant of llama.cpp: user-defined and control pieces are cut out of the
 text first, the longest ones before shorter ones; of what is left, the neighbours whose joined piece scores highest are
-joined until none is in the vocabulary; a character that no piece covers is written in its UTF-8 bytes.
+joined until no joined piece is in the vocabulary; a character without a piece is encoded as its UTF-8 bytes.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from harness.real_model.vocabulary import CONTROL, SPACE, UNKNOWN, USER_DEFINED,
 
 
 class SentencePiece:
-    """Encodes text by a vocabulary's scores."""
+    """Encodes text with a vocabulary's scores."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.v = vocabulary
@@ -24,7 +24,7 @@ class SentencePiece:
         return [i for part, known in self._parts(text) for i in ([self.v.ids[part]] if known else self._join(part))]
 
     def _parts(self, text: str) -> Iterator[tuple[str, bool]]:
-        """The text in order, cut at whole pieces; and whether a part is one."""
+        """Parts of the text in order, cut at whole pieces, each with whether it is a whole piece."""
         parts = [(text, False)]
         for piece in self.whole:
             if piece in text:
@@ -39,7 +39,7 @@ class SentencePiece:
         while queue:
             _, left, right, joined = heappop(queue)
             if not symbols[left] or symbols[left] + symbols[right] != joined or after[left] != right:
-                continue  # one of the two has been joined with another since
+                continue  # one of the two has been joined already
             symbols[left], symbols[right] = joined, ""
             after[left] = after[right]
             if after[left] >= 0:

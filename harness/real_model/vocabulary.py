@@ -1,4 +1,4 @@
-"""A GGUF file's SentencePiece vocabulary, and the tokenizer.json that encodes as it does."""
+"""A GGUF file's SentencePiece vocabulary, and a tokenizer.json with the same encoding."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from cacheslide.errors import ModelError
 from cacheslide.models.gguf_file import GgufFile
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece's types of a piece
-SPACE = "▁"  # stands for a space inside of pieces
+SPACE = "▁"  # represents a space within pieces
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Vocabulary:
 
 
 def read_vocabulary(file: GgufFile) -> Vocabulary:
-    """The vocabulary of a GGUF file; ModelError unless it is SentencePiece's, without a space put in front of text."""
+    """The vocabulary of a GGUF file; ModelError unless it is SentencePiece's, without a space prepended to text."""
 
     def value(key: str):
         found = file.value(f"tokenizer.ggml.{key}")
@@ -55,7 +55,7 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
 
 
 def make_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
-    """A tokenizer of Hugging Face's library that gives the vocabulary's ids.
+    """A Hugging Face tokenizer that gives the vocabulary's ids.
 
     SentencePiece joins the pair whose piece scores highest; as merges these are all ways to split a piece into two, by
     the piece's score. User-defined pieces are found in the text first, control pieces as special tokens.

@@ -1,4 +1,4 @@
-"""report.html: one file that needs nothing beside it, made from summary.json and the figures."""
+"""report.html: one self-contained file made from summary.json and the figures."""
 
 import base64
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from harness.results.runs import read_json
 from harness.results.summary import SCHEMA
 
 HERE = Path(__file__).parent
-# Committed: SLIDE's experiments, the study on a real model and recorded sessions are no part of a configuration's run.
+# Committed results: SLIDE, the real-model study and recorded sessions are not part of a configuration's run.
 SLIDE = ROOT / "results/slide/summary.json"
 REAL = ROOT / "results/real/summary.json"
 SESSIONS = ROOT / "results/real/sessions.json"
@@ -27,9 +27,9 @@ def read_summary(
     path: str | Path, slide: str | Path | None = SLIDE, real: str | Path | None = REAL,
     sessions: str | Path | None = SESSIONS,
 ) -> dict[str, Any]:  # fmt: skip
-    """A run's summary.json, with what was measured apart from it under `slide`, `real` and `sessions`.
+    """A run's summary.json, with separately measured results under `slide`, `real` and `sessions`.
 
-    A file that is not there is left out. DataError for one of another schema.
+    Missing files are omitted. DataError for a file of another schema.
     """
     summary = read_json(path)
     if summary.get("schema") != SCHEMA:
@@ -57,10 +57,9 @@ def build_report(
     Parameters
     ----------
     summary_path : path
-        summary.json; every number in the text comes from it, those of SLIDE, of the real model and of recorded sessions
-        excepted.
+        summary.json, the source of every number except those of SLIDE, the real model and recorded sessions.
     figures : iterable of path
-        Figure files; of each name the vector form is embedded, PNG where there is none.
+        Figure files; the vector form is embedded, or PNG where there is none.
     output : path
     slide : path
         Summary of SLIDE's experiments; without the file their claims are "not run".
@@ -68,7 +67,7 @@ def build_report(
         Summary of the study on a real model, which leads the report; without the file there is no such section. Its
         figures lie in figures/real beside that results folder.
     sessions : path
-        Recorded sessions in numbers, by which figure 5 is judged.
+        Summary of recorded sessions, on which figure 5 is judged.
     """
     summary = read_summary(summary_path, slide, real, sessions)
     own: dict[str, str] = {}
@@ -134,12 +133,12 @@ def captioned(images: Mapping[str, str]) -> list[tuple[str, str, str]]:
 
 
 def command(target: str, run: str) -> str:
-    """The shell command that makes `target`; options last, since Snakemake reads on behind --configfile."""
+    """The shell command that makes `target`; options come last, since --configfile takes several values."""
     return f".venv/bin/snakemake {target.format(run=run)} --configfile config/{run}.yaml" if target else ""
 
 
 def by_system(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Accuracy rows as a table: scopes across, systems down; plus the depths and kinds of question that occur."""
+    """Accuracy rows as a table: scopes across, systems down; plus the depths and question kinds that occur."""
     rows = [r for r in rows if r["questions"]]
     table: dict[str, dict[str, Any]] = {}
     for row in rows:

@@ -1,6 +1,6 @@
-"""Rules for the claims that the study's own records can judge: reusable share, CKSim, window padding (figures 3, 4).
+"""Rules for the claims judged on the study's own records: reusable share, CKSim, window padding (figures 3, 4).
 
-Rules are fixed here and in the other modules named claims_*, apart from any run; `verdicts.py` says how they grade.
+The rules in the claims_* modules are fixed independently of any run; `verdicts.py` defines the grades.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ COPE_FALL = 0.28  # the paper's fall of CKSim at a shift of 1000 tokens under Co
 
 
 def reusable_share(summary: Summary) -> Finding:
-    """Fig. 3: the number is stated, but it is a choice of our prompt generator."""
+    """Fig. 3: reported without a verdict, since the share is a parameter of our prompt generator."""
     if not summary["prompts"]:
         raise NotMeasured("no prompts were measured")
     parts = [
@@ -44,9 +44,9 @@ def _shift_1000(summary: Summary) -> dict[str, Any]:
 
 
 def stale_rope(summary: Summary) -> Finding:
-    """Fig. 4a: fall of CKSim at shift 1000, position only; one of no more than CoPE's 28 % says nothing for the claim.
+    """Fig. 4a: fall of CKSim at shift 1000, position only; a fall of at most CoPE's 28 % is no support.
 
-    That stale keys fall at all follows from rotation, so a fall above 0 is no evidence.
+    Rotation alone implies some fall, so a fall above 0 is no evidence.
     """
     row = _shift_1000(summary)
     kept, behind = row["position_stale"], row["context_stale"]
@@ -81,7 +81,7 @@ def delta_exact(summary: Summary) -> Finding:
 
 
 def window_padding(summary: Summary) -> Finding:
-    """Fig. 4b: what padding costs beside the same reuse without it."""
+    """Fig. 4b: loss from padding against the same reuse without it."""
     rows = {(r["name"], r["system"]): r for r in summary["accuracy"] if r["scope"] == "mix" and r["questions"]}
     mixes = [name for name, system in rows if system == "window_padding" and (name, NAIVE) in rows]
     if not mixes:

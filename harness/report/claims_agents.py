@@ -27,14 +27,14 @@ def section(summary: Summary, name: str) -> Any:
 
 
 def inverse(e: dict[str, Any]) -> dict[str, Any]:
-    """1 / an estimate, its ends exchanged."""
+    """1 / an estimate, its interval ends exchanged."""
     ends = {"low": e["high"], "high": e["low"]}
     over = {k: 1 / v if v else float("inf") for k, v in ({"value": e["value"]} | ends).items() if v is not None}
     return e | ends | over
 
 
 def episodes(e: dict[str, Any]) -> str:
-    """How many episodes are behind an estimate."""
+    """Number of episodes of an estimate, in words."""
     return f"n = {e['n']} episodes"
 
 
@@ -59,7 +59,7 @@ def ours_and_rivals(agent: str) -> Callable[[Summary], Finding]:
             if rival not in rows or rows[rival]["speedup"] is None:
                 continue
             speed, ratio = rows[rival]["speedup"], rows[rival]["better"]
-            fairer = rival == "cacheblend" and "cacheblend_stale" in rows  # shown; the paper ran the other form
+            fairer = rival == "cacheblend" and "cacheblend_stale" in rows  # shown only; the paper ran the other form
             if not fairer:
                 speeds.append(speed)
                 grades.append(grade(speed, faster))
@@ -83,7 +83,7 @@ def ours_and_rivals(agent: str) -> Callable[[Summary], Finding]:
 
 
 def padding(summary: Summary) -> Finding:
-    """Fig. 4b over reasoning rounds: what each window loses of the F1 of the same reuse without one."""
+    """Fig. 4b over reasoning rounds: F1 loss of each window against the same reuse without a window."""
     table = section(summary, "windows")
     rows = {r["system"]: r for r in table["rows"]}
     if NAIVE not in rows:
@@ -105,9 +105,9 @@ def padding(summary: Summary) -> Finding:
 
 
 def advantage(modes: Iterable[str], first: float, last: float) -> Callable[[Summary], Finding]:
-    """Fig. 11: TTFT of the best rival over CacheSlide's at 2 and at 6; the first of `modes` is judged.
+    """Fig. 11: ratio of the best rival's TTFT to CacheSlide's at 2 and 6; only the first of `modes` is judged.
 
-    Where 6 was not measured the number nearest to it stands in. An advantage below 1 at either end is none.
+    Without a measurement at 6 the nearest number is used. A ratio below 1 at either end is no advantage.
     """
 
     def rule(summary: Summary) -> Finding:
@@ -133,12 +133,12 @@ def advantage(modes: Iterable[str], first: float, last: float) -> Callable[[Summ
 
 
 def _title(row: dict[str, Any]) -> str:
-    """The rival that was fastest in a row of the load table, by its printed name."""
+    """Printed name of the fastest rival in a row of the load table."""
     return next((s["title"] for s in row["systems"] if s["system"] == row["best"]), row["best"])
 
 
 def steadier(summary: Summary) -> Finding:
-    """Fig. 13: rate and σ beside CacheBlend's and EPIC's; a rate below a rival's is no gain, however steady it is."""
+    """Fig. 13: rate and σ beside CacheBlend's and EPIC's; a rate below a rival's is no gain, whatever its σ."""
     rows = {r["system"]: r for r in section(summary, "series")}
     rates, grades, parts = [], [], []
     for rival, rate, std in (("cacheblend", 1.496, 1 / (1 - 0.774)), ("epic", 1.452, 1 / (1 - 0.586))):
@@ -163,9 +163,9 @@ def steadier(summary: Summary) -> Finding:
 
 
 def peak(summary: Summary) -> Finding:
-    """Fig. 14: whether the cell next to top-k 0.26 and τ 0.12 is the best, or cannot be told from it.
+    """Fig. 14: whether the cell nearest top-k 0.26, τ 0.12 is the best, or its interval reaches the best.
 
-    A map on which no cell lies clearly below that one is flat: being the best there is chance.
+    A map with no cell clearly below that one is flat: its best cell is then chance.
     """
     table = section(summary, "grid")
     calm(table)
@@ -189,7 +189,7 @@ def peak(summary: Summary) -> Finding:
 
 
 def _retained(rows: list[dict[str, Any]]) -> str:
-    """What KV retained for up to k generations loses and costs, a clause a system."""
+    """Loss and cost of KV retained for up to k generations, one clause per system."""
     said = ""
     for system in dict.fromkeys(r["system"].split("@")[0] for r in rows):
         mine = [r for r in rows if r["system"].split("@")[0] == system]
@@ -205,7 +205,7 @@ def _retained(rows: list[dict[str, Any]]) -> str:
 
 
 def by_turn(summary: Summary) -> Finding:
-    """Our question: CacheSlide's loss from turn 12 on, and what re-encoding buys where corrected KV is retained."""
+    """Our question: CacheSlide's loss from turn 12 on, and the gain of re-encoding where corrected KV is retained."""
     rows = [r for r in section(summary, "turns") if r["loss_points"]]
     ours = [r for r in rows if r["system"] == OURS]
     if not ours:

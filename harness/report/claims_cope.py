@@ -1,4 +1,4 @@
-"""Rules for the claims about CoPE (figures 4a, 5, 10). Without an adapter in the configuration they were not run."""
+"""Rules for the claims about CoPE (figures 4a, 5, 10). Without an adapter configured: not run."""
 
 from harness.report.claims import COPE_FALL
 from harness.report.claims_speed import MOST_POINTS, worst_loss
@@ -30,8 +30,8 @@ def _above(a: Estimate, b: Estimate) -> Grade:
 def fall(summary: Summary) -> Finding:
     """Fig. 4a, CoPE: fall of CKSim at shift 1000 with context, and CKSim beside that of re-rotated RoPE keys.
 
-    By position alone both are exactly 1, so the comparison is of segments cached in the chain of fixed chunks, on the
-    same prompts. CoPE that does not keep more than re-rotation does has no advantage over RoPE.
+    By position alone both are exactly 1, so segments cached in the chain of fixed chunks are compared, on the same
+    prompts. CoPE has an advantage over RoPE only if its CKSim exceeds that of re-rotation.
     """
     rows = [r for r in summary.get("cksim_cope") or [] if r["shift"] == 1000]
     if not rows:
@@ -57,7 +57,7 @@ def fall(summary: Summary) -> Finding:
 
 
 def _lost(kept: Estimate) -> Estimate:
-    """1 - CKSim, the ends exchanged."""
+    """1 - CKSim, its interval ends exchanged."""
     ends = {"low": kept["high"], "high": kept["low"]}
     return {"value": 1 - kept["value"]} | {k: None if v is None else 1 - v for k, v in ends.items()}
 
@@ -65,8 +65,8 @@ def _lost(kept: Estimate) -> Estimate:
 def smaller_shift(summary: Summary) -> Finding:
     """Fig. 5, CoPE: position indices move less from turn to turn than the fixed segments do.
 
-    An index is at most p_max - 1, and one that has reached it cannot move: a mean over all of them is small by
-    construction. The shift is therefore taken over the share of indices below that, which can move.
+    Indices saturate at p_max - 1, so a mean over all indices is small by construction. The shift is therefore divided
+    by the share of indices below that bound.
     """
     rows = summary.get("prompts_cope") or []
     if not rows:
@@ -85,7 +85,7 @@ def smaller_shift(summary: Summary) -> Finding:
 
 
 def _over(a: Estimate, b: Estimate) -> Estimate:
-    """a / b with the widest interval that both allow, an end being None where it has none."""
+    """a / b with the widest interval of the quotient; None for an end that does not exist."""
     ends = {"low": (a["low"], b["high"]), "high": (a["high"], b["low"])}
     out = {k: None if top is None or not bottom else top / bottom for k, (top, bottom) in ends.items()}
     return out | {"value": a["value"] / b["value"] if b["value"] else float("inf")}

@@ -1,7 +1,7 @@
-"""What the study on a real model says about the paper's claims: a rule of its own, and numbers beside others' verdicts.
+"""Real-model results for the paper's claims: one rule, and numbers shown beside the verdicts of other rules.
 
-Numbers stand beside a verdict and do not change it: the rules of those claims are about answers and times, which this
-study does not measure.
+The numbers do not change those verdicts: the rules of those claims concern answers and times, which this study does
+not measure.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from harness.report.real import MAIN, PRINTED, Real, Row, blend, estimate, kl, r
 from harness.report.verdicts import Finding, Grade, NotJudged, NotMeasured, Summary, joined
 from harness.results.real import NOTHING, POOLED
 
-BESIDE = {  # claim: arms whose distance from recompute speaks to it
+BESIDE = {  # claim: arms whose distance from recompute bears on it
     "fig04a-rope": (NOTHING, "Chain, stale positions"),
     "fig04b": (NOTHING, "Window padding"),
     "fig10-contextcache": (PRINTED, "ContextCache"),
@@ -21,7 +21,7 @@ BESIDE = {  # claim: arms whose distance from recompute speaks to it
 
 
 def rpdc_over_pic(summary: Summary) -> Finding:
-    """Paired ratio of KL by setting, nothing recomputed on either side; below 1 order-preserving reuse is closer."""
+    """Paired ratio of KL by setting, nothing recomputed on either side; below 1, order-preserving reuse is closer."""
     real = summary.get("real")
     if not real:
         raise NotMeasured("results/real/summary.json is not there: snakemake real makes it")
@@ -36,7 +36,7 @@ def rpdc_over_pic(summary: Summary) -> Finding:
 
 
 def beside(key: str, summary: Summary) -> str:
-    """The real model's numbers on a claim of that key; "" without any."""
+    """The real model's numbers on the claim `key`; "" without any."""
     real = summary.get("real")
     if not real or key not in BESIDE:
         return ""

@@ -1,7 +1,7 @@
 """The rule for figure 5's shift under RoPE, judged on recorded sessions of real agents (results/real/sessions.json).
 
-Generated prompts cannot answer it: their generator draws the length of the updated text anew for each turn, so their
-fixed segments move by construction.
+Generated prompts are no evidence: their generator draws the length of the updated text for each turn, so their fixed
+segments move by construction.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ HALF = 0.5  # of the text that recurs in order behind the shared prefix
 
 
 def check(recorded: Mapping[str, Any], path: Any) -> None:
-    """DataError unless these are sessions of a schema that the rule reads."""
+    """DataError unless the sessions have the schema that the rule reads."""
     if recorded.get("schema") != SCHEMA:
         raise DataError(f"{path}: schema {recorded.get('schema')!r}, expected {SCHEMA!r}")
 
@@ -25,7 +25,7 @@ def check(recorded: Mapping[str, Any], path: Any) -> None:
 def shifted_positions(summary: Summary) -> Finding:
     """Fig. 5, RoPE: most text that recurs in order behind the shared prefix lies at another position than before.
 
-    By group of sessions, resampling sessions. A group without such text (all that recurs is the prefix) has no shift.
+    By group, resampling sessions. A group without such text (only the prefix recurs) has no shift.
     """
     recorded = summary.get("sessions")
     if not recorded:

@@ -20,7 +20,7 @@ from harness.report.verdicts import (
 from harness.report.words import interval, number, percent
 
 BOTTLENECK = "slow disk"  # the condition whose writes are held to 100 MiB/s
-LEAST_STALLED = 0.05  # of a run's time under LRU: below that there are no stalls to shorten
+LEAST_STALLED = 0.05  # of a run's time under LRU; below it the stalls are too short to judge
 
 
 def _slide(summary: Summary) -> dict[str, Any]:
@@ -82,8 +82,8 @@ def _stalled(condition: dict[str, Any]) -> float:
 def write_stalls(summary: Summary) -> Finding:
     """Fig. 12b: waiting for write-back under clean-first against LRU, with writes held to 100 MiB/s.
 
-    There writes are the bottleneck; at the disk's own speed, shown beside it, a run hardly waits. Tokens are those of
-    the main condition, selected at layer 1.
+    Writes are the bottleneck there; at the disk's own speed, also shown, waits are short. Tokens are selected at
+    layer 1, as in the main condition.
     """
     slow = _condition(summary, BOTTLENECK)
     calm(slow)
@@ -111,15 +111,15 @@ def write_stalls(summary: Summary) -> Finding:
 
 
 def _of_runs(found: Grade, n: int) -> Grade:
-    """Of fewer runs than `LEAST` an interval is their range: at most SOME."""
+    """Caps the grade at SOME for fewer than `LEAST` runs, whose interval is their range."""
     return Grade.SOME if found is Grade.FULL and n < LEAST else found
 
 
 def bytes_written(summary: Summary) -> Finding:
-    """Fig. 12c: bytes written under LRU over clean-first's, tokens selected at the layer that keeps the answers.
+    """Fig. 12c: bytes written under LRU over clean-first's, tokens selected at the layer chosen on validation.
 
-    Memory for a third of the pages. The layer is the one that validation chose for this run, since a choice of tokens
-    that loses the answers is not the method. Other conditions are shown.
+    Memory holds a third of the pages. A selection layer that loses the answers would not be the paper's method. Other
+    conditions are only shown.
     """
     slide = _slide(summary)
     layer = (summary.get("conditions") or {}).get("selection_layer")
@@ -143,10 +143,10 @@ def bytes_written(summary: Summary) -> Finding:
 
 
 def gpu_bytes(summary: Summary) -> Finding:
-    """Fig. 12d: pages in GPU memory, counted from the traces: no intervals, and no allocation was measured.
+    """Fig. 12d: pages in GPU memory, counted from the traces; no intervals, no measured allocation.
 
-    That PromptCache holds a copy for each request is the paper's premise. Where it would need no more than CacheSlide
-    if it shared its pages, the premise decides and the claim holds partly at most.
+    The paper assumes that PromptCache holds a copy per request. If PromptCache with shared pages needed no more than
+    CacheSlide, the claim depends on this premise and holds partly at most.
     """
     rows = _slide(summary)["gpu_pages_computed"]
     if not rows:

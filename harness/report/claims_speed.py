@@ -1,7 +1,7 @@
 """Rules for the claims about time and answers together (figure 10, the abstract's numbers), on the study's records.
 
-CacheSlide is the paper's rule here: 26 % of the reused tokens, those that deviate most at the selection layer. Rules of
-this project stand in a column of their own (`own_rules.py`) and change no verdict.
+CacheSlide is the paper's rule here: 26 % of the reused tokens, those that deviate most at the selection layer. This
+project's own rules have a separate column (`own_rules.py`) and change no verdict.
 """
 
 from collections.abc import Callable
@@ -24,12 +24,12 @@ from harness.report.verdicts import (
 from harness.report.words import interval, number, points, prompts
 from harness.results.runs import OURS, REFERENCE
 
-CONTROL = "context_cache"  # reuses the system prompt alone: what it gains says what the measurement can tell apart
-MOST_POINTS = 3.0  # of F1: what counts as a negligible loss in this study
+CONTROL = "context_cache"  # reuses the system prompt only: its gain is the resolution of the measurement
+MOST_POINTS = 3.0  # of F1: a negligible loss in this study
 
 
 def longest(summary: Summary, other: str) -> dict[str, Any]:
-    """The row of `other` at the longest length at which it was timed beside CacheSlide."""
+    """The row of `other` at the longest length timed for both it and CacheSlide."""
     rows = [r for r in summary["latency_ratios"] if r["system"] == other]
     if not rows:
         raise NotMeasured(f"{OURS} and {other} were not timed together in this run")
@@ -37,7 +37,7 @@ def longest(summary: Summary, other: str) -> dict[str, Any]:
 
 
 def _speedup(summary: Summary, other: str) -> tuple[Estimate, str]:
-    """CacheSlide's TTFT advantage over `other` at the longest timed length, and how to say it."""
+    """CacheSlide's TTFT advantage over `other` at the longest timed length, and its wording."""
     row = longest(summary, other)
     calm(row)
     if row["speedup"] is None:
@@ -52,12 +52,12 @@ def _speedup(summary: Summary, other: str) -> tuple[Estimate, str]:
 
 
 def mixes(summary: Summary, system: str) -> list[dict[str, Any]]:
-    """The system's accuracy by mix, where its loss to recompute is known."""
+    """The system's accuracy rows by mix that have a loss against recompute."""
     return [r for r in summary["accuracy"] if r["scope"] == "mix" and r["system"] == system and r.get("loss_points")]
 
 
 def worst_loss(summary: Summary, system: str, why: str) -> dict[str, Any]:
-    """The row of the mix on which the system loses most; NotMeasured with `why` without one."""
+    """The row of the mix with the system's largest loss; NotMeasured with `why` without one."""
     rows = mixes(summary, system)
     if not rows:
         raise NotMeasured(why)
@@ -77,9 +77,9 @@ def against_exact(summary: Summary) -> Finding:
 
 
 def against_approximate(other: str, faster: float, better: float, twin: str = "") -> Callable[[Summary], Finding]:
-    """Fig. 10 against an approximate baseline: `faster` times, `better` times its F1 on the mix where that is less.
+    """Fig. 10 against an approximate baseline: `faster` times as fast, `better` times its F1 on the worse mix.
 
-    `twin` is timed in place of `other` where that was not: a variant that does the same work or more.
+    `twin` replaces `other` where that was not timed: a variant that does the same work or more.
     """
 
     def rule(summary: Summary) -> Finding:
@@ -99,7 +99,7 @@ def against_approximate(other: str, faster: float, better: float, twin: str = ""
 
 
 def headline_latency(summary: Summary) -> Finding:
-    """Against recompute, the slowest system: the comparison that favours the claim most."""
+    """Against recompute, the slowest system and so the most favourable comparison."""
     speed, text = _speedup(summary, REFERENCE)
     ideal = [r["compute_fraction"] for r in summary["latency"] if r["system"] == OURS and r["prompts"]][-1]
     bound = f"{number(1 / ideal)}× if computing its rows were all that costs time"
@@ -118,7 +118,7 @@ def loaded(summary: Summary) -> dict[str, Any]:
 
 
 def headline_throughput(summary: Summary) -> Finding:
-    """Requests a second over recompute's, beyond what the control gains; larger batches of few rounds are shown."""
+    """Requests per second over recompute's, beyond the control's gain; larger batches of few rounds are shown."""
     row = loaded(summary)
     ratio = summary["conditions"].get("config", {}).get("recompute_ratio")
     as_in_the_paper({"system": OURS, "recomputed_share": ratio})

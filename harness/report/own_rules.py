@@ -1,6 +1,6 @@
-"""This project's own rules beside a verdict on the paper's: numbers of the same run, which change no verdict.
+"""This project's own rules beside the verdict on the paper's rule: numbers of the same run, without effect on it.
 
-The paper's rule is `cacheslide`: 26 % of the reused tokens, chosen at the selection layer. The rules here choose their
+The paper's rule is `cacheslide`: 26 % of the reused tokens, chosen at the selection layer. Own rules choose
 tokens before the request starts, or over two layers (`cacheslide/policies/`).
 """
 
@@ -13,8 +13,8 @@ from harness.report.words import cell, interval, number, points
 from harness.results.runs import REFERENCE
 
 RULES = ("cacheslide_mixed", "cacheslide_first", "cacheslide_remember", "cacheslide_overlap", "cacheslide_promote")
-ARMS = ("First tokens 10 %", "Remembered 10 %")  # what cacheslide_first and cacheslide_remember are on the real model
-TIMED = {  # claim: the rival whose TTFT it is about
+ARMS = ("First tokens 10 %", "Remembered 10 %")  # arms of cacheslide_first and cacheslide_remember on the real model
+TIMED = {  # claim: the rival of its TTFT ratio
     "fig10-contextcache": CONTROL,
     "fig10-cacheblend-stale": "cacheblend_stale",
     "fig10-cacheblend": "cacheblend",
@@ -24,7 +24,7 @@ TIMED = {  # claim: the rival whose TTFT it is about
 
 
 def beside(key: str, summary: Summary) -> str:
-    """What this project's rules reach on the claim of that key, in the same run; "" where none was measured."""
+    """Numbers of this project's rules on the claim `key`, in the same run; "" where none was measured."""
     parts = []
     if key in TIMED:
         parts += _timed(TIMED[key], summary)
@@ -44,7 +44,7 @@ def beside(key: str, summary: Summary) -> str:
 
 
 def _timed(rival: str, summary: Summary) -> list[str]:
-    """Medians at the length that the claim is judged at, without an interval, and the loss of answers."""
+    """Median TTFT ratios, without intervals, at the length on which the claim is judged, and the loss of F1."""
     try:
         tokens = longest(summary, rival)["tokens"]
     except NotMeasured:
@@ -92,7 +92,7 @@ def _agents(agent: str, summary: Summary) -> list[str]:
 
 
 def _load(key: str, summary: Summary) -> list[str]:
-    """TTFT of the fastest rival over theirs, in the loads that the claim is about."""
+    """Ratio of the fastest rival's TTFT to theirs, at the loads of the claim."""
     out = []
     for row in summary.get("agents", {}).get("load") or []:
         systems = {s["system"]: s for s in row["systems"]}

@@ -1,4 +1,4 @@
-"""Every claim of the paper that this study confronts, in the paper's order; rules are in the modules named claims_*."""
+"""The paper's claims that this study tests, in the paper's order; their rules are in the claims_* modules."""
 
 from harness.report import claims, claims_cope, claims_real, claims_sessions
 from harness.report.paper_agents import LOAD, OVER_TIME, PADDING, QUALITY

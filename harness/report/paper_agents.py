@@ -1,4 +1,4 @@
-"""The paper's claims about agents at work, with the rules of `claims_agents.py`."""
+"""The paper's claims about running agents, with the rules of `claims_agents.py`."""
 
 from harness.inventory import AGENT_NAMES
 from harness.report import claims_agents as rules

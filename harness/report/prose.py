@@ -1,4 +1,4 @@
-"""The report's sentences, made from summary.json: nothing here knows how the run went before it reads it."""
+"""The report's sentences, all derived from summary.json; none presumes a result."""
 
 from typing import Any
 
@@ -79,12 +79,12 @@ CAPTIONS = {
 
 
 def opening(summary: Summary, counted: str = "") -> list[str]:
-    """The paragraph at the top, one string a sentence; `counted` says how many claims came out how."""
+    """The opening paragraph, one string per sentence; `counted` is the sentence with the counts by verdict."""
     return [*_accuracy(summary), *_speed(summary), *_missing(summary), _scope(summary), *filter(None, [counted])]
 
 
 def requirements(summary: Summary) -> list[dict[str, Any]]:
-    """What the study asked of itself before the run: its task must tell systems apart, and the method must hold."""
+    """Requirements set before the run: the task separates the systems, and the method holds."""
     head = summary["headline"]
 
     def row(text: str, key: str, shown: str, met: bool | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The report's first section: a real pretrained model on real text, all of it from results/real/summary.json."""
+"""The report's first section: a pretrained model on real text, from results/real/summary.json."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
@@ -15,7 +15,7 @@ Real = Mapping[str, Any]
 Row = dict[str, Any]
 PRINTED, BY_K, BY_V = "CacheSlide as printed", "CacheSlide, by K", "CacheBlend, by V"
 NARROW = f"{PRINTED}, updated keys only"
-MOST, FEW = 0.33, 0.20  # compute fractions of the choices, as in the file's headline
+MOST, FEW = 0.33, 0.20  # compute fractions, as in the file's headline
 FIGURES = ("real", "fig03_real")
 MAIN = "matter"
 
@@ -41,25 +41,25 @@ COMPARED = {
 
 
 def check(real: Real, path: Any) -> None:
-    """DataError unless the summary is one that this section reads."""
+    """DataError unless the summary has the schema that this section reads."""
     if real.get("schema") != SCHEMA:
         raise DataError(f"{path}: schema {real.get('schema')!r}, expected {SCHEMA!r}")
 
 
 def row(real: Real, arm: str, setting: str = MAIN) -> Row | None:
-    """The row of an arm of that name, else of one that begins so (a layer was chosen for it), both data sets pooled."""
+    """The row of the arm `arm`, else of an arm with that prefix (its layer was chosen), both data sets pooled."""
     rows = [r for r in real["frontier"] if r["key"][:2] == [setting, POOLED]]
     same = [r for r in rows if r["key"][2] == arm]
     return next(iter(same or [r for r in rows if r["key"][2].startswith(f"{arm} ")]), None)
 
 
 def blend(real: Real, setting: str = MAIN) -> Row | None:
-    """CacheBlend at its best: its arm of the lowest KL within 33 % of compute."""
+    """CacheBlend's arm of the lowest KL within 33 % of compute."""
     return best_within(real["frontier"], RIVAL, MOST, setting, POOLED)
 
 
 def chosen(rule: str, ratio: str) -> Callable[[Real, str], Row | None]:
-    """Finds a rule at `ratio` and the layer that the validation part chose for it alone."""
+    """A function that returns the row of a rule at `ratio` and its layer chosen on the validation part."""
 
     def find(real: Real, setting: str) -> Row | None:
         layer = (_first(real).get("best") or {}).get(rule, 1)
@@ -85,7 +85,7 @@ ROWS: tuple[tuple[str, Callable[[Real, str], Row | None]], ...] = (
 
 
 def section(real: Real) -> dict[str, Any]:
-    """What the template shows: sentences, headline, comparisons, tables, limits."""
+    """The template's values: sentences, headline, comparisons, tables, limits."""
     settings = [s for s in SETTINGS if any(r["key"][0] == s for r in real["frontier"])]
     return {
         "opening": opening(real),
@@ -111,7 +111,7 @@ def estimate(value: Mapping[str, Any]) -> str:
 
 
 def opening(real: Real) -> list[str]:
-    """The sentences at the very top, on the setting *matter*."""
+    """The opening sentences, on the setting *matter*."""
     conditions, floor, plain = _first(real), row(real, NOISE), row(real, NOTHING)
     if floor is None or plain is None:
         return []
@@ -137,7 +137,7 @@ def opening(real: Real) -> list[str]:
 
 
 def headline(real: Real) -> list[dict[str, str]]:
-    """The file's plain numbers, each with the interval of the row that it is of."""
+    """The file's headline numbers, each with the interval of its row."""
     ours = largest_within(real["frontier"], OURS, FEW, MAIN, POOLED)
     ratio = _ratio(real, "rpdc over pic", MAIN)
     behind: dict[str, tuple[str, Mapping[str, Any] | None]] = {
@@ -164,7 +164,7 @@ def headline(real: Real) -> list[dict[str, str]]:
 
 
 def limits(real: Real) -> list[str]:
-    """What these numbers do not say."""
+    """Limits of these numbers."""
     conditions = _first(real)
     sizes = sorted({r["n"] for r in real["frontier"] if r["key"][1] == POOLED})
     floor = row(real, NOISE)

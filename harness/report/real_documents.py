@@ -1,12 +1,12 @@
 """Tables of the real model's study in documents: `python -m harness.report.real_documents FILE.md ...` fills them.
 
-A table whose first column is headed `arm` or `comparison` has its numbers from results/real/summary.json; columns are
+A table with the first column `arm` or `comparison` takes its numbers from results/real/summary.json; columns are
 settings (KL on the answer and share of compute), `KL` of a setting, `computed` or `greedy text changed` (of the setting
-matter). Rows begin with an arm's name in backticks, whatever words follow, or with a comparison: of `COMPARED`, or
+matter). Rows begin with an arm's name in backticks, any words following, or with a comparison: one of `COMPARED`, or
 a rule in backticks "over nothing recomputed".
 
-A table whose first column is headed `rule on other prompts` has its ratios from results/real/confirm.json; columns are
-a setting in backticks and what the rule is over, or `confirmed`.
+A table with the first column `rule on other prompts` takes its ratios from results/real/confirm.json; columns are a
+setting in backticks and the rule's denominator, or `confirmed`.
 """
 
 import argparse
@@ -37,9 +37,9 @@ Summary = Mapping[str, Any]
 
 
 def filled(text: str, summary: Summary, confirmation: Summary | None = None) -> str:
-    """`text` with every such table's numbers from `summary` and `confirmation`.
+    """`text` with these tables' numbers from `summary` and `confirmation`.
 
-    DataError for an arm, a rule or a setting that they lack.
+    DataError for an arm, a rule or a setting missing there.
     """
     out: list[str] = []
     heads: list[str] = []
@@ -84,7 +84,7 @@ def arm(summary: Summary, first: str, head: str) -> str:
 
 
 def comparison(summary: Summary, first: str, setting: str) -> str:
-    """One paired ratio and what was compared."""
+    """One paired ratio of `summary`."""
     rule = re.fullmatch(r"`([^`]+)` over nothing recomputed", first)
     wanted = ("rule over nothing recomputed", rule[1]) if rule else (COMPARED.get(first), None)
     for c in summary["comparisons"]:
@@ -96,7 +96,7 @@ def comparison(summary: Summary, first: str, setting: str) -> str:
 
 
 def on_other_prompts(confirmation: Summary, first: str, head: str) -> str:
-    """One ratio of a rule on prompts that it was not chosen on, both data sets together, or whether it is confirmed."""
+    """One ratio of a rule on held-out prompts, both data sets together, or whether it is confirmed."""
     rule, column = first.strip("`"), OTHER_COLUMN.fullmatch(head)
     if rule not in confirmation.get("confirmed", {}):
         raise DataError(f"the confirmation has no rule {first!r}")

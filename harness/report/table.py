@@ -1,4 +1,4 @@
-"""The claims table: every claim with its finding, this project's own rules and the real model's numbers beside it."""
+"""The claims table: every claim its finding, and the numbers of this project's own rules and of the real model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ SCHEMA = "cacheslide.claims/1"
 
 @dataclass(frozen=True)
 class Row:
-    """A claim, its finding, and numbers that stand beside the verdict and change none."""
+    """A claim, its finding, and further numbers without effect on the verdict."""
 
     claim: Claim
     finding: Finding
@@ -35,7 +35,7 @@ def rows(summary: Summary) -> list[Row]:
 
 
 def counted(table: Sequence[Row]) -> str:
-    """How many of the paper's figures come out how, in words."""
+    """The number of the paper's figures by verdict, in words."""
     return tally.sentence([r.claim for r in table], [r.finding for r in table])
 
 
@@ -45,7 +45,7 @@ def as_json(summary: Summary, table: Sequence[Row], before: Mapping[str, Any] | 
     Parameters
     ----------
     summary : dict
-        What the table was judged on; its run, model and code are named.
+        Summary that the table was judged on; its run, model and code are named.
     table : sequence of Row
     before : mapping, optional
         Earlier verdicts, as `read_before` gives them: `rules_of` and, by claim, `verdict` and `why` it changed.
@@ -54,7 +54,7 @@ def as_json(summary: Summary, table: Sequence[Row], before: Mapping[str, Any] | 
     -------
     dict
         `figures`: the verdict on each of the paper's figures, counted once; `counts`: their number by verdict;
-        `claims`: one object a row.
+        `claims`: one object per row.
     """
     figures = tally.by_figure([r.claim for r in table], [r.finding for r in table])
     earlier = before["claims"] if before else {}

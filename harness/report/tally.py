@@ -1,14 +1,14 @@
-"""How many of the paper's figures a run reproduces, each counted once however many rows speak of it."""
+"""Number of the paper's figures that a run reproduces, each counted once whatever its number of rows."""
 
 from collections.abc import Iterable, Sequence
 
 from harness.report.verdicts import JUDGED, Claim, Finding, Verdict
 
-WITHOUT = (Verdict.NOT_JUDGED, Verdict.NOT_TESTABLE, Verdict.NOT_RUN)  # the first that occurs names a figure's state
+WITHOUT = (Verdict.NOT_JUDGED, Verdict.NOT_TESTABLE, Verdict.NOT_RUN)  # by precedence
 
 
 def by_figure(claims: Iterable[Claim], findings: Iterable[Finding]) -> dict[str, Verdict]:
-    """The verdict on each of the paper's figures; rows that are this study's own are left out."""
+    """The verdict on each of the paper's figures; this study's own rows are omitted."""
     rows: dict[str, list[Verdict]] = {}
     for claim, finding in zip(claims, findings, strict=True):
         if claim.counts_as:
@@ -19,8 +19,8 @@ def by_figure(claims: Iterable[Claim], findings: Iterable[Finding]) -> dict[str,
 def together(verdicts: Sequence[Verdict]) -> Verdict:
     """One verdict of a figure's rows.
 
-    All reproduced: reproduced, and partly where another row has no verdict; all not reproduced: not reproduced; else
-    partly. Without a verdict in any row: not judged before not testable before not run.
+    Rows with a verdict: all reproduced gives reproduced, or partly where another row has none; all not reproduced gives
+    not reproduced; else partly. Without any verdict: not judged before not testable before not run.
     """
     judged = {v for v in verdicts if v in JUDGED}
     if not judged:
@@ -38,7 +38,7 @@ def counts(verdicts: Iterable[Verdict]) -> dict[str, int]:
 
 
 def sentence(claims: Sequence[Claim], findings: Sequence[Finding]) -> str:
-    """The counts in words, with the figures they are of; the study's own rows apart."""
+    """The counts in words with their figures; the study's own rows separately."""
     figures = by_figure(claims, findings)
     parts = []
     for verdict in Verdict:

@@ -1,8 +1,8 @@
-"""What a claim of the paper is, and how a run's numbers become a verdict.
+"""Claims of the paper, and the grading of a run's numbers into verdicts.
 
 A claim about a factor is judged by `grade`: it holds when the measured value reaches the paper's lower end and the 95 %
-interval leaves out "no effect"; it points the same way when only the latter is so. A system that is slower than the
-rival it is compared with does not reproduce the claim, whatever else holds (`slower`). Verdicts hold for the run's
+interval excludes "no effect"; it has the same sign when only the latter is so. A system slower than the rival it is
+compared with does not reproduce the claim (`slower`). Verdicts hold for the run's
 model and hardware, which are not the paper's.
 """
 
@@ -20,7 +20,7 @@ RATIO_TOLERANCE = 0.02
 
 
 class Verdict(Enum):
-    """What a run says about a claim."""
+    """Verdict of a run on a claim."""
 
     REPRODUCED = "reproduced"
     PARTLY = "partly"
@@ -34,9 +34,9 @@ JUDGED = (Verdict.REPRODUCED, Verdict.PARTLY, Verdict.NOT_REPRODUCED)
 
 
 class Basis(Enum):
-    """What the numbers behind a claim are measured on."""
+    """Kind of data behind a claim's numbers."""
 
-    STRESS = "stress"  # generated tasks made so that reuse can spoil their answers, and models trained for them
+    STRESS = "stress"  # generated tasks whose answers depend on reuse, and models trained for them
     REAL = "real model"  # a pretrained model on real text
     SESSIONS = "recorded sessions"  # prompts of real agents, without a model
     SHAPES = "shapes"  # layers of a real model's shape with random weights
@@ -45,7 +45,7 @@ class Basis(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """A verdict and the measured numbers (or the reason) behind it."""
+    """A verdict with its measured numbers, or its reason."""
 
     verdict: Verdict
     measured: str
@@ -60,16 +60,16 @@ class Claim:
     key, figure, text, paper : str
         Name of the row, the paper's figure, the claim and the paper's number.
     rule : str
-        The rule in words; it begins with "none" where nothing is judged.
+        The rule in words; begins with "none" where nothing is judged.
     target : str
-        The Snakemake target that makes the evidence; "" when none does yet.
+        The Snakemake target of the evidence; "" without one.
     judge : callable
         The rule.
     basis : Basis
-        What the evidence is measured on.
+        Kind of data behind the evidence.
     counts_as : str
-        The paper's figure (or number of its abstract) that this row is counted under; "" for a question or a prediction
-        of this study, and for a rival that the paper does not have.
+        The paper's figure (or abstract number) under which this row is counted; "" for this study's own questions and
+        predictions, and for a rival absent from the paper.
     """
 
     key: str
@@ -84,48 +84,48 @@ class Claim:
 
     @property
     def has_rule(self) -> bool:
-        """Whether some record can give this claim a verdict."""
+        """Whether a rule can give this claim a verdict."""
         return not self.rule.startswith("none")
 
 
 class NotMeasured(Exception):
-    """The run lacks what a rule needs; the message says what."""
+    """The run lacks a measurement that a rule needs; the message names it."""
 
 
 class NotJudged(NotMeasured):
-    """What a rule needs was measured under conditions that do not allow a verdict; the message says why."""
+    """The measurement's conditions do not allow a verdict; the message gives the reason."""
 
 
 class Disturbed(NotJudged):
-    """What a rule needs was timed beside other work, so that there is nothing to judge; the message says how much."""
+    """The timings were disturbed by other work and allow no verdict; the message gives the extent."""
 
 
 class NotTestable(NotMeasured):
-    """No record of this kind can speak for or against the claim; the message says why."""
+    """Records of this kind are no evidence for or against the claim; the message gives the reason."""
 
 
 class Grade(Enum):
-    """How far one quantity goes along with its claim."""
+    """Agreement of one quantity with its claim."""
 
     NONE, SOME, FULL = range(3)
 
 
 def grade(estimate: Estimate, target: float, no_effect: float = 1.0) -> Grade:
-    """FULL: value >= target and interval above `no_effect`; SOME: only the interval; NONE: otherwise."""
+    """FULL: value >= target and interval above `no_effect`; SOME: only the latter; NONE: otherwise."""
     if estimate["low"] is None or estimate["low"] <= no_effect:
         return Grade.NONE
     return Grade.FULL if estimate["value"] >= target else Grade.SOME
 
 
 def at_most(estimate: Estimate, limit: float) -> Grade:
-    """FULL: the interval ends at or below `limit`; SOME: only the value lies there; NONE: otherwise."""
+    """FULL: the interval ends at or below `limit`; SOME: only the value does; NONE: otherwise."""
     if estimate["value"] > limit:
         return Grade.NONE
     return Grade.FULL if estimate["high"] is not None and estimate["high"] <= limit else Grade.SOME
 
 
 def slower(*factors: Estimate) -> bool:
-    """Whether one of the factors by which CacheSlide is faster than a rival lies below 1."""
+    """Whether any of CacheSlide's speedup factors over rivals is below 1."""
     return any(factor["value"] < 1 for factor in factors)
 
 
@@ -142,7 +142,7 @@ def raced(factors: list[Estimate], grades: list[Grade]) -> Verdict:
 
 
 def judge(claim: Claim, summary: Summary) -> Finding:
-    """The finding on `claim`; where there is no verdict, which of "not run", "not judged", "not testable", and why."""
+    """The finding on `claim`; without a verdict, one of "not run", "not judged", "not testable" with its reason."""
     try:
         return claim.judge(summary)
     except NotJudged as reason:
@@ -154,18 +154,18 @@ def judge(claim: Claim, summary: Summary) -> Finding:
 
 
 def not_run(why: str) -> Callable[[Summary], Finding]:
-    """A judge for what this code cannot measure yet."""
+    """A rule that always gives "not run" with the reason `why`."""
     return lambda summary: Finding(Verdict.NOT_RUN, why)
 
 
 def calm(row: dict[str, Any]) -> None:
-    """Disturbed, if too few of the timed blocks behind a table's row were undisturbed."""
+    """Raises Disturbed if too few of the timed blocks of a table's row were undisturbed."""
     if row.get("disturbed"):
         raise Disturbed(row["disturbed"])
 
 
 def as_in_the_paper(row: dict[str, Any]) -> None:
-    """NotJudged, if the row's system recomputed another share of the reused tokens than the paper's 26 %."""
+    """Raises NotJudged if the row's system recomputed a share of the reused tokens other than the paper's 26 %."""
     ratio = row.get("recomputed_share")
     if ratio is not None and abs(ratio - RATIO) > RATIO_TOLERANCE:
         raise NotJudged(

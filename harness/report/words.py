@@ -26,7 +26,7 @@ def percent(x: float | None, digits: int = 1) -> str:
 
 
 def interval(estimate: dict[str, Any] | None, form: Callable[[float], str] = number) -> str:
-    """The 95 % interval in brackets, or why there is none."""
+    """The 95 % interval in brackets, or the reason for its absence."""
     if estimate is None:
         return ""
     if estimate["low"] is None or estimate["high"] is None:
@@ -46,7 +46,7 @@ def cell(estimate: dict[str, Any] | None, digits: int = 3, scale: float = 1.0) -
 
 
 def prompts(estimate: dict[str, Any]) -> str:
-    """How many prompts are behind an estimate."""
+    """Number of prompts of an estimate, in words."""
     return f"n = {estimate['n']} prompts"
 
 

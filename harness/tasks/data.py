@@ -12,7 +12,7 @@ from harness.tasks import ledger
 from harness.tasks.example import TaskExample, take
 from harness.tasks.synthetic import MIXES, STYLES, examples, read_rows, write_rows
 
-STRESS = "stress"  # the first family's label: an adversarial test with a known shortcut, no picture of real text
+STRESS = "stress"  # the first family's label: an adversarial test with a known shortcut, unlike real text
 LEDGER = ledger.MIX
 
 
@@ -22,7 +22,7 @@ def synthetic_names() -> list[str]:
 
 
 def family_of(name: str) -> str:
-    """What figures and reports call the family of the synthetic data set `name`."""
+    """Label of the family of the synthetic data set `name` in figures and reports."""
     _check(name)
     return LEDGER if name.endswith(f"-{LEDGER}") else STRESS
 
@@ -54,7 +54,7 @@ def write_dataset(path: str | Path, name: str, split: str, seed: int, count: int
 def read_examples(path: str | Path, count: int | None = None, questions: int | None = None) -> list[TaskExample]:
     """Examples of a data file; at most `count` of them, each with its first `questions` questions.
 
-    The file's stem names the data set, as `write_dataset` leaves it.
+    The file's stem is the data set's name, as `write_dataset` sets it.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,8 +1,8 @@
-"""What every task loader yields: a prompt as ordered text segments, and the questions asked of it.
+"""Output of the task loaders: a prompt as ordered text segments, with its questions.
 
 A prompt follows the paper's template (section 2): a static system prompt, updated segments that change from
 turn to turn, and fixed segments (documents, files, history) that keep their order. `previous` is the turn
-before, with the same fixed segments and other updated ones: it is the prompt a cache was filled from.
+before, with the same fixed segments and other updated ones: the prompt that fills the cache.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ class Question:
     """A question about a prompt.
 
     `text` is appended after the last segment and always recomputed; `answers` are the accepted gold answers;
-    `depth` is the number of hops from the asked name to its value (None where unknown); `volatile` says
+    `depth` is the number of hops from the asked name to its value (None where unknown); `volatile` is
     whether the answer depends on an updated segment (None where unknown).
     """
 

@@ -28,7 +28,7 @@ SUFFIXES = (".parquet", ".csv", *JSON_SUFFIXES)
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set lives and what its rows look like.
+    """Location and row schema of a data set.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ class Source:
     schema : Schema
         The fields a row must have, after `adapt`.
     adapt : callable, optional
-        Brings older or sibling layouts of a row into the declared one; called as `adapt(row, where)`.
+        Converts older or sibling layouts of a row to the declared one; called as `adapt(row, where)`.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Row:
 def rows(source: Source, split: str, path: str | Path | None = None) -> Iterator[Row]:
     """Iterate over the rows of a split, in file order.
 
-    Files are located at once, so that a missing file is reported here; rows are read and checked lazily.
+    Files are located immediately, so that a missing file is reported here; rows are read and checked lazily.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ def _require(source: Source, split: str, folder: Path) -> list[Path]:
 
 
 def _in_folder(source: Source, split: str, folder: Path) -> list[Path]:
-    """The official name first, with and without its folders, then `<split>.<suffix>` and its shards."""
+    """Files by the official name, with or without its folders, else `<split>.<suffix>` and its shards."""
     official = [source.files[split], Path(source.files[split]).name] if split in source.files else []
     plain = [f"{split}{shard}{suffix}" for suffix in SUFFIXES for shard in ("", "-*")]
     for pattern in official + plain + [f"data/{p}" for p in plain]:
@@ -175,7 +175,7 @@ def _read(file: Path, schema: Schema) -> Iterator[tuple[int, Any]]:
         yield from json_rows(file)
         return
     kind = file.suffix.removeprefix(".")
-    # csv has no types of its own: without the declared ones, numeric ids would become numbers
+    # csv is untyped: without declared types, numeric ids would become numbers
     features = schema.features if kind == "csv" else None
     try:
         table = load_dataset(

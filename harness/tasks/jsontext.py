@@ -1,4 +1,4 @@
-"""JSON text of a data set's files: whatever it holds, a value or one line."""
+"""Parsing of JSON text in data files: a value, or one line of error."""
 
 import json
 from typing import Any
@@ -12,8 +12,8 @@ def parse(text: str, where: str) -> Any:
     Raises
     ------
     DataError
-        "`where` not valid JSON (why)" for text that is none, nested too deeply, with numbers beyond all bounds or with
-        halves of surrogate pairs, which no tokenizer takes.
+        "`where` not valid JSON (why)" for invalid or too deeply nested text, for numbers too long to parse, for lone
+        surrogates, which no tokenizer accepts.
     """
     try:
         found = json.loads(text)

@@ -1,4 +1,4 @@
-"""LongBench's files (Bai et al., 2024): one JSON line a row, all passages in one text, headed "Passage N:"."""
+"""LongBench's files (Bai et al., 2024): one JSON line per row, all passages in one text, headed "Passage N:"."""
 
 import re
 
@@ -26,9 +26,9 @@ HEAD = re.compile(r"^Passage (\d+):[ \t]*\n?", re.MULTILINE)
 
 
 def passages(context: str, where: str) -> tuple[str, ...]:
-    """The passages of a context, in order, without their heads; DataError where no line begins one.
+    """The passages of a context, in order, without their heads; DataError when there is no head.
 
-    A head counts only where it carries the next number, so that a passage may quote one.
+    A head counts only with the next number in sequence, so that a passage may quote a head.
     """
     starts: list[re.Match[str]] = []
     for head in HEAD.finditer(context):

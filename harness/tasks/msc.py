@@ -29,7 +29,7 @@ SESSIONS = hub.Source(
     schema=Schema(
         Features(
             {
-                "dialoug_id": Value("int64"),  # spelt so in the data
+                "dialoug_id": Value("int64"),  # the spelling in the data
                 "session_id": Value("int64"),
                 "persona1": List(Value("string")),
                 "persona2": List(Value("string")),
@@ -158,7 +158,7 @@ def _example(
 def working_memory(personas: Sequence[Sequence[str]], answer: str) -> tuple[str, str]:
     """The memory now and the one before: all notes on each speaker, and the first half of them.
 
-    Notes that hold the answer are left out, so that it has to come from the sessions.
+    Notes that hold the answer are left out, so that the answer is only in the sessions.
     """
     now, before = ["Working memory:"], ["Working memory of the turn before:"]
     for speaker, notes in zip(SPEAKERS, personas, strict=False):

@@ -1,4 +1,4 @@
-"""What the multi-hop question sets share: paragraphs as fixed segments, a Reflexion scratchpad as the updated one.
+"""Shared parts of the multi-hop question sets: paragraphs as fixed segments, a Reflexion scratchpad as the updated one.
 
 Reflexion (Shinn et al., 2023) lets an agent try a question several times; before each new try it writes down what
 went wrong. Here the first turn has an empty scratchpad and the second one a generated one, so that the paragraphs
@@ -95,7 +95,7 @@ def qa_example(
 def columns(value: Any, names: tuple[str, ...]) -> Any:
     """Turn a list of records `[[a, b], …]`, as in the original releases, into columns `{name: [a, …], …}`.
 
-    Anything that is not such a list is returned as it is, for the schema check to judge.
+    Anything else is returned unchanged, for the schema check.
     """
     if isinstance(value, list) and all(isinstance(item, list) and len(item) == len(names) for item in value):
         return {name: [item[i] for item in value] for i, name in enumerate(names)}

@@ -1,6 +1,6 @@
-"""Questions with passages, read from whichever file they came in: what measurements on real text share.
+"""Questions with passages, read from files of several schemas, for the measurements on real text.
 
-A file's schema is told from its first row: HotpotQA's and 2WikiMultihopQA's official releases, MuSiQue's, CacheBlend's
+The schema is detected from the first row: HotpotQA's and 2WikiMultihopQA's official releases, MuSiQue's, CacheBlend's
 inputs, LongBench's jsonl. Records name rows by id and hash and never hold their text.
 """
 
@@ -37,7 +37,7 @@ class PassageRow:
     answers : tuple of str
         Accepted answers, at least one.
     passages : tuple of str
-        Texts in the file's order, each behind its title's line where it has a title.
+        Texts in the file's order, each after the line of its title, if any.
     gold : tuple of int
         Indices of the passages that the answer needs; () where the set does not say.
     """
@@ -82,7 +82,7 @@ def answer_passages(row: PassageRow) -> tuple[int, ...]:
 def others_than(rows: Sequence[PassageRow], known: Iterable[PassageRow]) -> list[PassageRow]:
     """The rows that share neither id, hash nor question (after HotpotQA's normalisation) with a row of `known`.
 
-    A question is compared as well, since files of different schemas name one row differently.
+    Questions are compared too, since ids differ between schemas.
     """
     known = list(known)
     names = {name for row in known for name in (row.id, row.sha256)}
@@ -133,7 +133,7 @@ def _longbench(raw: Mapping[str, Any], where: str, stem: str) -> PassageRow:
     return _row(raw, fields["_id"], fields["dataset"], fields["input"], fields["answers"], parts)
 
 
-READERS: dict[str, Callable[[Mapping[str, Any], str, str], PassageRow]] = {  # by the field that only this schema has
+READERS: dict[str, Callable[[Mapping[str, Any], str, str], PassageRow]] = {  # by the field unique to the schema
     "ctxs": _cacheblend,
     "paragraphs": _musique,
     "all_classes": _longbench,

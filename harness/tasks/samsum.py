@@ -34,7 +34,7 @@ SOURCE = hub.Source(
 
 
 def load(split: str, path: str | Path | None = None, limit: int | None = None, seed: int = 0) -> Iterator[TaskExample]:
-    """SAMSum with few-shot examples; rows without a dialogue, or with that of the row before, are left out.
+    """SAMSum with few-shot examples; rows without a dialogue, or with the previous row's dialogue, are left out.
 
     See `registry.load` for the parameters."""
     return hub.limited(_examples(hub.rows(SOURCE, split, path), split, seed), limit)

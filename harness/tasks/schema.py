@@ -1,7 +1,7 @@
-"""Check rows against a declared schema, and say which field of which row of which file is wrong.
+"""Checks rows against a declared schema; errors name the file, the row and the field.
 
 The schemas are declared with `datasets.Features`, but the check is ours: the readers of `datasets` cast silently
-(a number becomes a string, a missing column becomes null), and where they do fail they name neither row nor field.
+(a number becomes a string, a missing column becomes null), and their errors name neither row nor field.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Batches for the agents' model: one part a source of rows, all parts in one optimiser step."""
+"""Batches for the agents' model: one part per source of rows, all parts in one optimiser step."""
 
 from collections.abc import Iterator
 from random import Random

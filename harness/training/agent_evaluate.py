@@ -1,6 +1,6 @@
 """Closed-loop success of a model in training: many episodes at once, their requests answered in batches.
 
-The loops are the real ones (`harness.agents.loop`); SWE-Agent works on files in memory. What is measured here steers
+The loops are the real ones (`harness.agents.loop`); SWE-Agent works on files in memory. These scores steer
 training; reported figures come from the engine and, for SWE-Agent, the sandbox (`harness.experiments.agents.success`).
 """
 
@@ -28,10 +28,10 @@ BLOCK = 64
 
 
 class Batched:
-    """A completer over a model in training. Requests that wait together are answered together, greedily.
+    """A completer over a model in training. Waiting requests are answered in one batch, greedily.
 
-    Nothing is cached: every new token is a pass over the whole batch, which a GPU does faster than a small model's
-    single requests.
+    Nothing is cached: every new token is a pass over the whole batch, which is faster on a GPU than single requests of
+    a small model.
     """
 
     def __init__(self, model: Trainee, tokenizer: Tokenizer) -> None:
@@ -43,7 +43,7 @@ class Batched:
         self.thread.start()
 
     def close(self) -> None:
-        """End the thread that answers."""
+        """End the answering thread."""
         self.waiting.put(None)
         self.thread.join()
 
@@ -59,7 +59,7 @@ class Batched:
 
     def _serve(self) -> None:
         while (first := self.waiting.get()) is not None:
-            time.sleep(0.03)  # the other episodes' next requests
+            time.sleep(0.03)  # lets the other episodes' requests arrive
             batch = [first]
             while not self.waiting.empty() and len(batch) < 256:
                 batch.append(self.waiting.get())
@@ -101,7 +101,7 @@ class Batched:
 
 
 def episodes(completer, name: str, split: str, seed: int, count: int, **options) -> list[Episode]:
-    """One episode a task, all at once."""
+    """One episode per task, all concurrent."""
 
     def one(task) -> Episode:
         with closing(DrySWEAgent(task) if name == "swe_agent" else AGENTS[name].agent(task)) as agent:
@@ -115,7 +115,7 @@ HARDER = {"reflexion": {"questions": 12}, "memgpt": {"turns": 12}, "swe_agent": 
 
 
 def success(model: Trainee, tokenizer: Tokenizer, split: str, seed: int, count: int, depth: int) -> dict:
-    """Success and mean score by agent: as measured, at longer episodes and prompts, and without context."""
+    """Success and mean score by agent: on the measured tasks, on longer episodes and prompts, and without context."""
     compiled, model.block = model.block, block  # shapes differ every time
     completer, out = Batched(model, tokenizer), {}
     try:
@@ -135,7 +135,7 @@ def success(model: Trainee, tokenizer: Tokenizer, split: str, seed: int, count: 
 
 @torch.no_grad()
 def exact(model: Trainee, tokenizer: Tokenizer, split: str, seed: int, count: int, how: Difficulty) -> dict:
-    """Teacher-forced: the share of the oracles' outputs of which every token is the model's first choice."""
+    """Teacher-forced share of the oracles' outputs whose every token is the model's argmax."""
     compiled, model.block = model.block, block
     device, encoder, out = next(model.parameters()).device, Encoder(tokenizer), {}
     for name in AGENTS:

@@ -1,8 +1,8 @@
 """Training rows of the agents: prompts as their loops render them, and the right outputs, as ids with labels.
 
-Two kinds. A *step* row is one prompt and its output. A *state* row (Reflexion, MemGPT) is what a prompt shows before
-its question, followed by several questions with their outputs: one state answers many. There, statements are labelled
-with what they resolve to, as in `harness.training.data`.
+Two kinds. A *step* row is one prompt and its output. A *state* row (Reflexion, MemGPT) is a prompt up to its question,
+followed by several questions with their outputs. Its statements are labelled with the values they resolve to, as in
+`harness.training.data`.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from harness.training.data import IGNORE, LINK, OUTPUT, QUESTION, SETTLED, Row
 
 STATES = ("reflexion", "memgpt")
 STEPS = ("swe_agent", "function_calling")
-# in the order in which a later statement overrules an earlier one
+# in order: a later statement overrides an earlier one
 SOURCES = {"reflexion": ("documents", "notes", "reflections"), "memgpt": ("sessions", "recalled", "memory")}
 ASKING = {"reflexion": "question", "memgpt": "message"}
 NONE = 99
@@ -33,10 +33,10 @@ NONE = 99
 
 @dataclass(frozen=True)
 class RowsOf:
-    """A source of rows: `agents` with their weights, how hard, and how rows are laid out.
+    """A source of rows: `agents` with their weights, the difficulty, and the layout of rows.
 
     `questions` bounds the questions of a state row, `hint` is the chance of hints (`harness.training.model`), `slips`
-    that a step follows a malformed call; `length` and `batch` are a batch's shape in tokens and rows.
+    the chance that a step follows a malformed call; `length` and `batch` are a batch's shape in tokens and rows.
     """
 
     agents: dict[str, float]
@@ -50,7 +50,7 @@ class RowsOf:
 
 
 class Encoder:
-    """Texts to ids, with a cache: the segments of an episode come again at every step."""
+    """Texts to ids, with a cache, since an episode's segments recur at every step."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.bos, self.eos = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")
@@ -64,7 +64,7 @@ class Encoder:
         self.stop = self.ids(" .")[0]
 
     def bound(self, ids: tuple[int, ...]) -> list[int]:
-        """Where statements end: the offsets of the " ." of `name name verb word word .`."""
+        """Ends of statements: the offsets of the " ." of `name name verb word word .`."""
         out = []
         for i, token in enumerate(ids):
             if token not in self.verbs or not 2 <= i < len(ids) - 3 or ids[i + 3] != self.stop:
@@ -75,7 +75,7 @@ class Encoder:
 
 
 def rows(rng: Random, spec: RowsOf, encoder: Encoder, split: str = "train") -> Iterator[Row]:
-    """Endless rows. What does not fit into `spec.length` is left out."""
+    """Endless rows; those longer than `spec.length` are skipped."""
     agents, total = list(spec.agents.items()), sum(spec.agents.values())
     while True:
         at, name = rng.random() * total, agents[-1][0]
@@ -101,7 +101,7 @@ def step_row(encoder: Encoder, segments: tuple[TextSegment, ...], output: str) -
 
 
 def state_row(rng: Random, encoder: Encoder, agent: Agent, spec: RowsOf) -> Row | None:
-    """What the agent's prompt shows before its question, and several questions; None when not one fits."""
+    """The agent's prompt up to its question, and several questions; None when no question fits."""
     order, texts, ids, scratch, labels = SOURCES[agent.name], {}, [encoder.bos], [], []
     prompt = agent.prompt()
     at = next(i for i, s in enumerate(prompt) if s.name == ASKING[agent.name])
@@ -138,7 +138,7 @@ def state_row(rng: Random, encoder: Encoder, agent: Agent, spec: RowsOf) -> Row 
 
 
 def _tails(rng, agent, names, roots, values, links, count) -> Iterator[tuple[str, str, str]]:
-    """(text between state and cue, output, name that is asked or ""); what must not be believed later comes last."""
+    """(text from state to cue, output, name that is asked or ""); new facts come last, as they would alter others."""
     told = sum(rng.random() < 0.2 for _ in range(count))
     for name in _chosen(rng, names, values, links, count - told):
         value, unknown = resolve(name, values, links)
@@ -161,7 +161,7 @@ def _tails(rng, agent, names, roots, values, links, count) -> Iterator[tuple[str
 
 
 def _chosen(rng: Random, names: list[str], values, links, count: int) -> list[str]:
-    """Up to `count` names to ask about: a quarter without a known value, a quarter three hops and more from it."""
+    """Up to `count` names to ask about: a quarter without a known value, a quarter at least three hops from it."""
     hops = {name: _hops(name, values, links) for name in names}
     kinds = [[n for n in names if not resolve(n, values, links)[0]], [n for n in names if hops[n] > 2], names]
     out: list[str] = []

@@ -1,6 +1,6 @@
-"""Training tasks of the agents, as hard as a curriculum stage wants them, and oracle episodes over them.
+"""Training tasks of the agents at a curriculum stage's difficulty, and oracle episodes over them.
 
-They are drawn by the same functions as the tasks that are measured, from the training split unless told otherwise.
+They are drawn by the same functions as the measured tasks, from the training split by default.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How hard training tasks are. Ranges are inclusive.
+    """Difficulty of training tasks. Ranges are inclusive.
 
     `chunks`, `statements`, `chunk_tokens` (None: no filler), `notes_filler`, `depth` and `deep` (the share of the mix
     "deep") shape documents and sessions, `turns` the questions or messages; `jobs` and `operations` function calling;
@@ -49,7 +49,7 @@ class Difficulty:
 
 @dataclass(frozen=True)
 class Shown:
-    """One step of an episode: the agent as it stands before it (its prompt can be rendered) and the right output."""
+    """One step of an episode: the agent's state before it, from which its prompt is rendered, and the right output."""
 
     agent: Agent = field(repr=False)
     output: str
@@ -61,7 +61,7 @@ def between(rng: Random, bounds: Range) -> int:
 
 
 def draw_agent(rng: Random, name: str, split: str, how: Difficulty) -> Agent:
-    """A fresh agent of the kind `name` on a fresh task."""
+    """A new agent of the kind `name` on a new task."""
     if name == "function_calling":
         jobs, steps = between(rng, how.jobs), between(rng, how.operations)
         return FunctionCalling(draw_functions(rng, "training", split, jobs, steps))
@@ -77,7 +77,7 @@ def draw_agent(rng: Random, name: str, split: str, how: Difficulty) -> Agent:
 
 
 def episode(rng: Random, name: str, split: str, how: Difficulty | None = None, slips: float = 0.0) -> Iterator[Shown]:
-    """The oracle's episode, step by step. With the chance `slips` a step comes after a malformed call, and says so."""
+    """The oracle's episode, step by step. `slips`: chance that a step's prompt shows a malformed call's error."""
     agent, step = draw_agent(rng, name, split, how or Difficulty()), 0
     while not agent.finished:
         output = ORACLES[name](Request("training", step, agent.prompt(), 48))
@@ -98,7 +98,7 @@ def episode(rng: Random, name: str, split: str, how: Difficulty | None = None, s
 
 
 def malformed(rng: Random, output: str) -> str:
-    """The right call with a word too many or too few, or without its tool."""
+    """The right call with its last word missing or doubled, or without its tool."""
     words, kind = output.split(), rng.random()
     if kind < 0.4:
         return " ".join(words[:-1])

@@ -1,8 +1,8 @@
 """Train the agents' model: `python -m harness.training.agent_train --config config/training-agents.yaml --out DIR`.
 
 The method is that of `harness.training.train` (hints, deep supervision, a curriculum ended by accuracy, a time box);
-the rows are prompts of the agents' loops with the oracles' outputs. Before the time is up it scores itself on
-validation tasks, in real loops over the model as it is on this device (SWE-Agent on files in memory).
+the rows are prompts of the agents' loops with the oracles' outputs. Before the time is up the model is scored on
+validation tasks, in real loops over its current weights on this device (SWE-Agent on files in memory).
 """
 
 from functools import partial
@@ -37,7 +37,7 @@ class AgentRun(train.Run):
         joined["ids"] = done[0][0]["ids"]
         parts = {k: sum(p[k] for _, _, p in done) for k in ("answer", "gather")}
         parts["right"] = torch.cat([p["right"] for _, _, p in done])
-        if (self.step + 1) % self.s.log_every == 0:  # the outputs of each part apart
+        if (self.step + 1) % self.s.log_every == 0:  # accuracy per part
             each = [accuracy(part, p["right"]).get("output", 0.0) for part, _, p in done]
             self.outputs = {f"output{i}": x for i, x in enumerate(each)}
         return joined, sum(loss.detach() for _, loss, _ in done), parts
@@ -53,7 +53,7 @@ class AgentRun(train.Run):
     def passed(self, report: dict, stage: dict) -> bool:
         """Whether questions and the deepest links without hints have reached the stage's mark, or its time is up.
 
-        `until` is a share of the run's time: a model too small for a stage goes on to the next all the same.
+        `until` is a share of the run's time, at which a stage ends whatever its scores.
         """
         if self.seconds > 60 * self.s.minutes * stage.get("until", 1.0):
             return True

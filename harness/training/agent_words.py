@@ -1,4 +1,4 @@
-"""The vocabulary of the agents' model: every piece that their prompts, calls and commonest complaints can show."""
+"""The vocabulary of the agents' model: every piece of their prompts, calls and commonest error messages."""
 
 from random import Random
 

@@ -1,4 +1,4 @@
-"""Checkpoints: a Hugging Face Llama directory, and beside it the training-only parts for a later `--init`."""
+"""Checkpoints: a Hugging Face Llama directory, with the training-only parts for a later `--init`."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def save(model: Trainee, tokenizer: Tokenizer, folder: Path, new_tokens: int = 4
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     weights = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in model.lm.state_dict().items()}
     if model.lm.config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)  # the embeddings, which loaders use for it
+        weights.pop("lm_head.weight", None)  # tied: loaders take the embeddings
     shards, size = [{}], 0
     for name, tensor in weights.items():
         if size + tensor.nbytes > SHARD:
@@ -61,7 +61,7 @@ def _config(c: LlamaConfig) -> dict:
 
 
 def load(model: Trainee, folder: Path) -> None:
-    """Read a checkpoint that `save` wrote. Training-only parts that are missing keep their fresh values."""
+    """Read a checkpoint that `save` wrote. Missing training-only parts keep their initial values."""
     weights: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         weights.update({f"lm.{k}": v for k, v in load_file(path).items()})

@@ -1,9 +1,9 @@
 """Train a CoPE adapter for the small model: `python -m harness.training.cope --config FILE --model DIR --out DIR`.
 
 Continued pretraining on the task's prompts with the backbone frozen. First every layer learns, from the native stack's
-own layer inputs, to give the layer's native output; then the inputs fade over to what the layers before it make, and
-the whole stack learns to follow the native states and to answer. On CUDA attention is the fused kernel both ways.
-Time-boxed: it stops by the clock, writes the adapter and its own state every minute, and goes on with `--resume`.
+layer inputs, to reproduce the native output; then the inputs fade over to the outputs of the preceding layers, and the
+whole stack learns to match the native states and to answer. On CUDA, forward and backward use the fused kernel.
+Time-boxed: it stops by the clock, writes the adapter and its state every minute, and continues with `--resume`.
 """
 
 import argparse
@@ -38,7 +38,7 @@ LABELLED = 10.0  # weight of a labelled position in the distance to the native s
 
 @dataclass(frozen=True)
 class CopeSettings:
-    """A run. `rows` are lists of RowSpec with weights, as in a training stage.
+    """Settings of a run. `rows` are lists of RowSpec with weights, as in a training stage.
 
     `local` is the share of the time in which layers learn one by one, `fade` the share of the rest in which their
     inputs fade over, `follow` the weight of the distance to the native states in that rest, `joint` the factor of its
@@ -76,9 +76,9 @@ def settings(path: Path, changes: list[str]) -> CopeSettings:
 
 
 def layer_inputs(model, hidden: Tensor, given: list[Tensor] | None = None, own: float = 1.0) -> list[Tensor]:
-    """Hidden states [batch, length, width] before every layer and behind the last, without the final norm.
+    """Hidden states [batch, length, width] before every layer and after the last, without the final norm.
 
-    With `given`, layer i is fed what the layer before it made with weight `own`, and given[i] with the rest.
+    With `given`, layer i's input is own * (output of layer i - 1) + (1 - own) * given[i].
     """
     body, states = model.model, [hidden]
     at = torch.arange(hidden.shape[1], device=hidden.device)[None]
@@ -92,7 +92,7 @@ def layer_inputs(model, hidden: Tensor, given: list[Tensor] | None = None, own: 
 
 
 def distances(mine: list[Tensor], native: list[Tensor], weight: Tensor) -> list[Tensor]:
-    """Per layer ||mine - native||² over ||what the layer changes||², weighted over tokens [batch, length]."""
+    """Per layer ||mine - native||² over ||the layer's change||², weighted over tokens [batch, length]."""
     out = []
     for i in range(1, len(native)):
         error = (mine[i].float() - native[i].float()).square().sum(-1)
@@ -102,7 +102,7 @@ def distances(mine: list[Tensor], native: list[Tensor], weight: Tensor) -> list[
 
 
 def answer_loss(model, last: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Cross-entropy at the labels, weighted by kind as in the base model's training, and which labels are right."""
+    """Cross-entropy at the labels, weighted by kind as in the base model's training, and which are right."""
     logits = model.lm_head(model.model.norm(last.flatten(0, 1)[batch["pos"]])).float()
     weight = torch.zeros_like(batch["kind"], dtype=torch.float32)
     for kind, share in SHARE.items():
@@ -113,7 +113,7 @@ def answer_loss(model, last: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, 
 
 
 class CopeRun:
-    """One run: the two-stack model, the optimiser and what was logged."""
+    """One run: the two-stack model, the optimiser and the log."""
 
     def __init__(self, s: CopeSettings, base: Path, out: Path, resume: bool = False) -> None:
         torch.manual_seed(s.seed)
@@ -127,7 +127,7 @@ class CopeRun:
         self.model = model.to(self.device)
         self.stack = CopeStack(self.model, AdapterSettings(**s.adapter))
         if s.checkpointing:
-            newer = getattr(self.model, "activation_checkpointing_enable", None)  # the other name is on its way out
+            newer = getattr(self.model, "activation_checkpointing_enable", None)  # the other name is deprecated
             (newer or self.model.gradient_checkpointing_enable)()
         self.base_hash = fingerprint(base)
         named = self.stack.named()
@@ -142,17 +142,17 @@ class CopeRun:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training so far, earlier parts of a resumed run counted in."""
+        """Seconds of training so far, including earlier parts of a resumed run."""
         return self.spent + time.time() - self.started
 
     @property
     def share(self) -> float:
-        """How much of the run is over: by the clock, or by steps where those are limited."""
+        """Elapsed share of the run: by the clock, or by steps where those are limited."""
         by_steps = self.step / self.s.steps if self.s.steps else 0.0
         return max(by_steps, self.seconds / (60 * self.s.minutes))
 
     def train(self) -> None:
-        """Until the time is up."""
+        """Train until the time is up."""
         s, saved = self.s, self.seconds
         stream = Stream(specs({"rows": s.rows}), piece_ids(self.tokenizer), self.special, f"cope-{s.seed}-{self.step}")
         self.model.train()
@@ -215,14 +215,14 @@ class CopeRun:
         print(json.dumps(entry), flush=True)
 
     def finish(self) -> None:
-        """Round what was trained to bfloat16, as it is shipped, so that the scores are those of the shipped adapter."""
+        """Round the trained weights to bfloat16, so that the scores are those of the shipped adapter."""
         with torch.no_grad():
             for parameter in self.stack.parameters():
                 parameter.copy_(parameter.bfloat16())
         self.dtype = torch.bfloat16
 
     def save(self, scores: dict | None = None) -> None:
-        """Write the adapter, the optimiser's state and what was logged."""
+        """Write the adapter, the optimiser's state and the log."""
         device = torch.cuda.get_device_name() if self.device == "cuda" else "CPU"
         notes = {"steps": self.step, "seconds": round(self.seconds, 1), "device": device, "torch": torch.__version__}
         save_adapter(self.stack.adapter(self.base_hash, notes, self.dtype), self.out)

@@ -1,7 +1,7 @@
 """Training rows: a rendered prompt with several answered questions, as token ids with labels.
 
-Labels sit at the last piece of a statement (what does its name resolve to?), at the last token of a question (the
-answer's first word) and on the answer's words. Rows are made on the fly by worker processes, each with its own seed.
+Labels are at the last piece of a statement (the value of its name), at the last token of a question (the answer's
+first word) and on the answer's words. Rows are made on the fly by worker processes, each with its own seed.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ FIELDS = ("pos", "y1", "y2", "hops", "kind", "depth", "volatile", "ptr2", "ptr4"
 
 @dataclass(frozen=True)
 class RowSpec:
-    """What a curriculum stage's rows look like. Ranges are inclusive; `chunk_tokens` None means no filler."""
+    """Shape of a curriculum stage's rows. Ranges are inclusive; `chunk_tokens` None means no filler."""
 
     chunks: tuple[int, int]
     statements: tuple[int, int]
@@ -56,7 +56,7 @@ def make_row(
     style: str | None = None,
     mix: Mix | None = None,
 ) -> Row:
-    """Draw a prompt and render it. Questions that do not fit into `spec.length` are left out."""
+    """Draw a prompt and render it. Questions beyond `spec.length` are left out."""
     bos, eos = special
     style = style or render.STYLES[rng.random() < 0.5]
     mix = mix or MIXES["deep" if rng.random() < spec.deep else "sparse"]
@@ -130,7 +130,7 @@ def collate(rows: list[Row], length: int, pad: int) -> dict[str, torch.Tensor]:
 
 
 class Stream(IterableDataset):
-    """Endless batches of a stage; several specs take turns in the given proportions."""
+    """Endless batches of a stage; several specs alternate in the given proportions."""
 
     def __init__(self, specs: list[tuple[float, RowSpec]], table: dict[str, int], special: dict[str, int], seed: str):
         self.specs, self.table, self.special, self.seed = specs, table, special, seed

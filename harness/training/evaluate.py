@@ -43,7 +43,7 @@ def answers(model, context: list[int], questions: list[list[int]], steps: int) -
 
 
 def score(model, tokenizer: Tokenizer, tasks: Iterable[TaskExample], context: bool = True) -> dict:
-    """F1 over all questions, and by depth of stable (s) and volatile (v) ones; `end` is how often </s> follows."""
+    """F1 over all questions, and by depth of stable (s) and volatile (v) ones; `end` is the share followed by </s>."""
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    read_config(args.model)  # says what a folder lacks, where the hub's client asks for a repository
+    read_config(args.model)  # names missing files, where the hub's client would report a missing repository
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))

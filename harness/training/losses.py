@@ -1,4 +1,4 @@
-"""Deep supervision: at every layer that should know an answer already, ask for it."""
+"""Deep supervision: a loss on the answer at every layer from which it should be resolved."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ SHARE = {SETTLED: 0.2, LINK: 1.0, QUESTION: 1.0, SECOND_WORD: 1.0, END: 0.1, OUT
 def needed_layer(hops: Tensor, schedule: str) -> Tensor:
     """The layer (from 0) after which `hops` hops should be resolved.
 
-    "linear" takes a layer a hop. "double" follows two pointers at once: a link learns its target's target in
+    "linear" takes one layer per hop. "double" is pointer doubling: a link learns its target's target in
     layer 1, that one's target's target in layer 2, and so reaches 1, 3, 7 hops after layers 1, 2, 3.
     """
     if schedule == "linear":
@@ -24,7 +24,7 @@ def needed_layer(hops: Tensor, schedule: str) -> Tensor:
 def training_loss(
     model: Trainee, batch: dict[str, Tensor], aux: float, schedule: str, gather: float, pointers: float, depth: int = 5
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a batch and, for the log, its parts and which labels were answered right."""
+    """The loss of a batch and, for the log, its parts and which labels are right."""
     states, gather_loss = model(batch["ids"], batch["scratch"], batch["asked"], batch["hinted"], batch["pos"])
     kind, final = batch["kind"], states[-1]
     weight = torch.zeros_like(kind, dtype=torch.float32)
@@ -41,7 +41,7 @@ def training_loss(
 
 
 def _supervised(model, states, batch, weight, aux: float, schedule: str, pointers: float, last: int) -> Tensor:
-    """What layers 1 to `last` show at statements and questions (`resolved`), and the last state's second word."""
+    """Loss of layers 1 to `last` at statements and questions (`resolved`), and of the last state's second word."""
     at = batch["resolved"]
     kind, hops, y1, y2, w = (
         x.index_select(0, at) for x in (batch["kind"], batch["hops"], batch["y1"], batch["y2"], weight)
@@ -51,7 +51,7 @@ def _supervised(model, states, batch, weight, aux: float, schedule: str, pointer
         return F.cross_entropy(model.logits(state, head), target, reduction="none", ignore_index=IGNORE)
 
     loss = (words(states[-1].index_select(0, at), "second", y2) * w).sum()
-    # a question reads what statements have come to mean, once they have: no hurry, and no pointers of its own
+    # a question reads resolved statements, so it is due only at the last layer and has no pointers
     need = torch.where(kind == QUESTION, last, needed_layer(hops, schedule))
     for layer in range(1, last + 1):
         state = states[layer].index_select(0, at)

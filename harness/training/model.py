@@ -1,7 +1,7 @@
 """The model in training: a transformers Llama plus parts that are dropped at export.
 
-What has to be learned is a chain: gather what a statement says at its last token, look up the statement that binds
-the word it refers to, repeat. Learning both at once fails (the look-up has nothing to find before the gathering
+The model learns a chain: gather a statement's words at its last token, look up the statement that binds the word it
+refers to, repeat. Learning both at once fails (the look-up has nothing to find before the gathering
 works, and the other way round), so the first is given at the start: at a *hinted* position the output of the first
 decoder layer is replaced by a learned linear function of the tokens at fixed offsets before it. That is exactly
 what attention heads with fixed offsets can compute; the first layer is trained to produce the same by itself
@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 GATHER = {1: 128, 2: 64, 4: 128}  # offset before the last piece -> rank: two, one and two heads' worth
 EMBEDDING = 0.5  # standard deviation at the start
-ASK = 64  # rank of what a question gathers
+ASK = 64  # rank of a question's gathering
 
 
 def llama(vocab: int, bos: int, eos: int, pad: int, layers=8, hidden=384, heads=6, ff=640, tied=False):
@@ -100,7 +100,7 @@ class Trainee(nn.Module):
     ) -> tuple[list[Tensor], Tensor]:
         """Hidden states after every layer at the flat positions `want`, and the gathering loss.
 
-        `scratch` are the flat positions that gather, `asked` marks those that end a question.
+        `scratch` are the flat positions of gathering, `asked` marks those that end a question.
         """
         body = self.lm.model
         x = body.embed_tokens(ids)
@@ -118,15 +118,15 @@ class Trainee(nn.Module):
         flat = before.flatten(0, 1)
         norm = self.lm.model.layers[0].input_layernorm
         ideal = sum(self.up[o](self.down[o](norm(flat.index_select(0, scratch - int(o))))) for o in self.down).float()
-        # a question's code is apart from a link's, or it would follow pointers like a link instead of reading what
-        # the asked statement has come to mean: then reused statements would hardly need to be right
+        # a question's code differs from a link's, or it would follow pointers like a link instead of reading the
+        # resolved value of the asked statement: then answers would hardly depend on reused statements
         asking = self.ask_up(self.ask_down(norm(flat.index_select(0, scratch - 1)))).float()
         ideal = torch.where(asked[:, None], asking, ideal)
         own = (after - before).flatten(0, 1).index_select(0, scratch).float()
         target = ideal.detach()
         loss = (own - target).pow(2).sum(-1).mean() / target.pow(2).sum(-1).mean().clamp_min(1e-6)
         change = hinted[:, None] * (ideal - own.detach())
-        # a hinted position keeps none of its own first layer: what it shows is the ideal alone
+        # a hinted position discards its first layer's output: only the ideal remains
         out = after.flatten(0, 1).index_add(0, scratch, change.to(after.dtype))
         return out.view_as(after), loss
 

@@ -49,12 +49,12 @@ def build_tokenizer() -> Tokenizer:
 
 
 def word_tokenizer(pieces: Iterable[str]) -> Tokenizer:
-    """One token a piece and one a byte: what is no piece falls back to its bytes. Nothing is trained.
+    """One token per piece and per byte: other text falls back to bytes. Nothing is trained.
 
     Raises
     ------
     ValueError
-        When a piece is not one word to `bare`: it could never be met.
+        When `bare` splits a piece into several words, so that its token could never occur.
     """
     alphabet = [PAD, BOS, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer, found = bare(models.BPE()), set()
@@ -64,7 +64,7 @@ def word_tokenizer(pieces: Iterable[str]) -> Tokenizer:
             raise ValueError(f"{piece!r} is {len(words)} words")
         found.add(words[0])
     vocab = {w: i for i, w in enumerate([*alphabet, *sorted(found - set(alphabet))])}
-    # without merges a word is looked up whole, and otherwise byte by byte
+    # without merges a word is looked up whole, else byte by byte
     tokenizer.model = models.BPE(vocab, [], ignore_merges=True)
     tokenizer.add_special_tokens([PAD, BOS, EOS])
     return begins(tokenizer)
@@ -76,7 +76,7 @@ def words_of(text: str) -> list[str]:
 
 
 def bare(model: models.Model) -> Tokenizer:
-    """A tokenizer that splits words and shows bytes as the small models' do."""
+    """A tokenizer that splits words and represents bytes as the small models' tokenizers do."""
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -1,8 +1,8 @@
 """Train the small model: `python -m harness.training.train --config config/training.yaml --out DIR`.
 
 Time-boxed, seeded, with an adaptive curriculum: a stage ends when the deepest links and the questions are right
-often enough. Checkpoints, the loss curve and scores are written as it goes, so a run that is stopped leaves
-something to continue from with `--init DIR`.
+often enough. Checkpoints, the loss curve and scores are written during the run, so a stopped run can be
+continued with `--init DIR`.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from harness.training.tokenizer import BOS, EOS, PAD, build_tokenizer, piece_ids
 
 @dataclass(frozen=True)
 class Settings:
-    """A training run. `stages` are lists of {weight, ...RowSpec} with the `pass` mark that ends them."""
+    """Settings of a run. `stages` are lists of {weight, ...RowSpec} with the `pass` mark that ends them."""
 
     stages: list[dict]
     model: dict
@@ -75,7 +75,7 @@ def specs(stage: dict) -> list[tuple[float, RowSpec]]:
 
 
 class Run:
-    """One training run: the model, its optimiser and what was logged."""
+    """One training run: the model, its optimiser and the log."""
 
     new_tokens = 4  # of an answer, for generation_config.json
 
@@ -144,7 +144,7 @@ class Run:
         return min(report.get(prefix + k, 0.0) for k in ("question", "second")) > stage["pass"] < report[deepest]
 
     def update(self, batch: dict) -> dict | None:
-        """One optimiser step; every `log_every` steps its figures."""
+        """One optimiser step; returns its figures every `log_every` steps."""
         s = self.s
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
@@ -176,7 +176,7 @@ class Run:
         return batch, loss, parts
 
     def save(self, scores: dict | None = None) -> None:
-        """Write the checkpoint and what was logged."""
+        """Write the checkpoint and the log."""
         checkpoint.save(self.model, self.tokenizer, self.out, self.new_tokens)
         device = torch.cuda.get_device_name() if self.device == "cuda" else "CPU"
         log = {"settings": vars(self.s), "seconds": round(self.seconds), "steps": self.step, "device": device}
@@ -195,7 +195,7 @@ class Run:
 
 
 def main(kind: type[Run] = Run, show: Callable[[dict], str] = evaluate.show, about: str | None = __doc__) -> None:
-    """Command line of a training of one `kind`; `show` words its scores."""
+    """Command line for training a `kind` of run; `show` formats its scores."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

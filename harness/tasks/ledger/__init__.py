@@ -1,8 +1,8 @@
-"""The ledger task: entries that later entries copy or overrule, told in varied sentences.
+"""The ledger task: entries that later entries copy or override, written in varied sentences.
 
-It replaces the stress task (`harness.tasks.synthetic`) as the picture of what reuse does to answers: what an entry
-means becomes known at a word that the sentence's form does not give away, an answer's two words are entered at
-different places, and of two entries the later one holds, so that wrong positions give wrong answers.
+It replaces the stress task (`harness.tasks.synthetic`) for measuring the effect of reuse on answers: the word that
+completes an entry's meaning varies with the sentence's form, an answer's two words are entered at different places, and
+the later of two entries holds, so that wrong positions give wrong answers.
 `examples` draws prompts; `write_rows` and `read_rows` keep them in files.
 """
 

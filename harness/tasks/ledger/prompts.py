@@ -1,7 +1,7 @@
 """Ledger prompts as task examples: two turns that share their documents, and questions about the second.
 
 `system · session notes · documents · updates · documents · question`. A question asks for both fields of a name, so
-that its two words were entered at different places; its answer is what the last entries in reading order say.
+that its two words were entered at different places; the answer is given by the last entries in reading order.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from harness.tasks.synthetic.world import Pair, pick
 
 QUESTIONS = 8
 TOKENS = (800, 8300)
-_OVERHEAD, _CHUNK = 650, 306  # tokens of everything else and of a document, on average
+_OVERHEAD, _CHUNK = 650, 306  # mean tokens of the prompt without documents, and of a document
 SYSTEM = {
     "hotpotqa": "Read the entries in order : a later one overrules . Answer with make and mark of the name .",
     "swebench": "Read the settings in order : a later one overrules . Fix make and mark of the name .",
@@ -54,7 +54,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A world told in documents by turn, what every slot holds at the end of each turn, and the names asked for."""
+    """A world, its documents by turn, the content of every slot at the end of each turn, and the names asked for."""
 
     id: str
     style: str
@@ -117,14 +117,14 @@ def system_pieces(style: str) -> Pieces:
 
 
 def question(style: str, name: Pair) -> Pieces:
-    """What follows the last document; the two words of the answer come next."""
+    """The question after the last document; the two words of the answer follow it."""
     if style == "hotpotqa":
         return ("\n", "Question", ":", " what", " is", *words(name), " ?", "\n", "Answer", ":", *words(name), " is")
     return ("\n", "Issue", ":", " resolve", *words(name), "\n", "Patch", ":", *words(name), " =")
 
 
 def answer(prompt: Prompt, turn: int, name: Pair) -> tuple[str, ...]:
-    """The words that answer a question about `name`, one a field."""
+    """The words that answer a question about `name`, one per field."""
     return tuple(prompt.held[turn][name, f].value for f in range(len(FIELDS)))
 
 
@@ -213,7 +213,7 @@ def _others(rng: Random, style: str, named, shape: Shape, room: int) -> list[Sen
 
 
 def _mixed(rng: Random, body: list[Sentence], others: list[Sentence]) -> tuple[Sentence, ...]:
-    """`others` scattered among `body`, whose order stays."""
+    """`others` at random places within `body`, whose order is kept."""
     out, left = [], len(body)
     here, there = iter(body), iter(others)
     for rest in range(len(body) + len(others), 0, -1):

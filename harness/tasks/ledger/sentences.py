@@ -1,8 +1,8 @@
 """Entries as sentences of many forms, in two styles: reports ("hotpotqa") and settings files ("swebench").
 
-Text is made of *pieces*, strings that are one token each. An entry is told by its name, its field and its source or
-value, in an order that the form chooses; where it is known is its *evidence*: a word of a name, a field, a value or a
-verb, with words behind it. The same words also stand in sentences that enter nothing.
+Text is made of *pieces*, strings that are one token each. An entry states its name, its field and its source or
+value, in an order set by the form. Its *evidence* is the word at which it is fully known: a word of a name, a field, a
+value or a verb, with words after it. The same words also occur in sentences without an entry.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ Pieces = tuple[str, ...]
 STYLES = ("hotpotqa", "swebench")
 
 # S: the name that is set, R: the name that is copied, F: the field, V: a value. The evidence is the last of these, or
-# the word behind the *, which tells an entry from the sentence of DECOYS that begins like it.
+# the word after the *, which distinguishes an entry from the sentence of DECOYS with the same beginning.
 SETS = {
     "hotpotqa": (
         "S has F V",
@@ -117,7 +117,7 @@ _LISTS = {"WHO": "who", "DID": "did", "HOW": "how", "WHAT": "what", "WHERE": "wh
 
 @dataclass(frozen=True)
 class Sentence:
-    """Pieces, and its entries with the offset of each one's evidence."""
+    """Pieces, and entries with the offset of each one's evidence."""
 
     pieces: Pieces
     entries: tuple[tuple[Entry, int], ...] = ()
@@ -139,7 +139,7 @@ def entry_clause(rng: Random, style: str, entry: Entry, shape: Shape) -> tuple[P
 
 
 def entry_sentence(rng: Random, style: str, entries: Sequence[Entry], named: Sequence[Pair], shape: Shape) -> Sentence:
-    """One or more entries in one sentence, with or without words in front and behind."""
+    """One or more entries in one sentence, with or without words before and after."""
     pieces: list[str] = []
     told = []
     if rng.random() < shape.lead:
@@ -156,7 +156,7 @@ def entry_sentence(rng: Random, style: str, entries: Sequence[Entry], named: Seq
 
 
 def other_sentence(rng: Random, style: str, named: Sequence[Pair], shape: Shape) -> Sentence:
-    """A sentence that enters nothing; a share of them speaks of `named` names, fields and values all the same."""
+    """A sentence without an entry; a share of them mentions `named` names, fields and values."""
     if rng.random() >= shape.decoys or not named:
         return Sentence(pick(rng, filler_pool(style)))
     pieces: list[str] = []

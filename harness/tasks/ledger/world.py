@@ -1,8 +1,8 @@
-"""What is entered where: names with two fields, bound to values or to what another name holds, in reading order.
+"""Entries in reading order: names with two fields, bound to values or to the content of another name's field.
 
 A prompt reads `notes · documents · updates · documents`. Notes and updates are fresh in every turn, documents never
-change. An entry sets one field of a name: to a word, or to what that field of another name holds at this point. A later
-entry overrules an earlier one. So an entry's meaning depends on what stands in front of it and on the order of both.
+change. An entry sets one field of a name: to a word, or to the current content of that field of another name. A later
+entry overrides an earlier one. So an entry's meaning depends on the entries before it and on their order.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ Slot = tuple[Pair, int]  # a name and the number of its field
 
 @dataclass(frozen=True)
 class Entry:
-    """Sets field `field` of `name` to `value`, or to what that field of `source` holds here."""
+    """Sets field `field` of `name` to `value`, or to the current content of that field of `source`."""
 
     name: Pair
     field: int
@@ -28,13 +28,13 @@ class Entry:
 
     @property
     def slot(self) -> Slot:
-        """What it sets."""
+        """The slot that it sets."""
         return self.name, self.field
 
 
 @dataclass(frozen=True)
 class Held:
-    """What an entry comes to: a word, copied over `depth` entries."""
+    """Resolved content of an entry: a word, copied over `depth` entries."""
 
     value: str
     depth: int
@@ -42,20 +42,20 @@ class Held:
 
 @dataclass(frozen=True)
 class Shape:
-    """How a prompt is made. Ranges are inclusive; the defaults are the task, other values make curricula.
+    """Parameters of prompts. Ranges are inclusive; the defaults are the task, other values make curricula.
 
     Attributes
     ----------
     entries : range of entries a document
     chunk_tokens : range of tokens a document, None for entries alone
     roots : names whose two fields the notes bind, as the updates bind `update_roots` others
-    overruled : slots of the documents in front of the updates that the updates set anew, at most
-    links, volatile : share of entries that copy; of these, share that copies what a turn's own text has entered
-    rebound : share of entries that set a slot again, behind the updates every other time one that the updates set
-    depth : most entries that a copy goes through; `deeper` is the share of copies that want more than one
+    overruled : most slots of the documents before the updates that the updates set again
+    links, volatile : share of entries that copy; of these, share that copies an entry of the turn's own text
+    rebound : share of entries that set a slot again; after the updates, half of these a slot set by the updates
+    depth : most entries that a copy goes through; `deeper` is the share of copies that aim for more than one
     notes_filler : most sentences without an entry in the notes, and in the updates
-    lead, tail, joined, decoys : shares of sentences with words in front, words behind, two entries; of other sentences,
-        share that speaks of names
+    lead, tail, joined, decoys : shares of sentences with words before, words after, two entries; of other sentences,
+        share that mentions names
     forms : how many of a style's forms are used (all when None)
     """
 
@@ -87,12 +87,12 @@ class World:
     behind: tuple[tuple[Entry, ...], ...]
 
     def read(self, turn: int) -> list[tuple[Entry, ...]]:
-        """The entries of all segments as `turn` shows them."""
+        """The entries of all segments at `turn`."""
         return [self.notes[turn], *self.before, self.updates[turn], *self.behind]
 
 
 def follow(entries: Iterable[Entry], held: dict[Slot, Held]) -> list[Held]:
-    """What each entry comes to; `held` is brought up to date."""
+    """Resolved content of each entry; updates `held`."""
     out = []
     for entry in entries:
         if entry.source is None:
@@ -106,7 +106,7 @@ def follow(entries: Iterable[Entry], held: dict[Slot, Held]) -> list[Held]:
 
 
 def build_world(rng: Random, split: str, documents: int, shape: Shape, turns: int = 2) -> World:
-    """Draw a world of `documents` documents, half of them in front of the updates."""
+    """Draw a world of `documents` documents, half of them before the updates."""
     by_second = names(split)
     unused = [(pick(rng, by_second[s]), s) for s in draw(rng, list(by_second), len(by_second))]
     state: list[dict[Slot, Held]] = [{} for _ in range(turns)]
@@ -131,7 +131,7 @@ def build_world(rng: Random, split: str, documents: int, shape: Shape, turns: in
 def _roots(
     rng: Random, roots: Sequence[Pair], turns: int, state: list[dict[Slot, Held]]
 ) -> tuple[tuple[Entry, ...], ...]:
-    """Entries of a turn's own names: no two turns give a field the same word."""
+    """Entries of a turn's own names; a field's word differs between turns."""
     out: list[list[Entry]] = [[] for _ in range(turns)]
     for name in roots:
         for f in range(len(FIELDS)):
@@ -149,13 +149,13 @@ def _other(rng: Random, field: int, taken: Sequence[str]) -> str:
 
 
 class _Writer:
-    """Draws the documents' entries one after the other, and follows them in every turn."""
+    """Draws the documents' entries in sequence and resolves them for every turn."""
 
     def __init__(self, rng: Random, shape: Shape, unused: list[Pair], state: list[dict[Slot, Held]]) -> None:
         self.rng, self.shape, self.unused, self.state = rng, shape, unused, state
-        self.half: list[Slot] = []  # the other field of names that have one
+        self.half: list[Slot] = []  # the missing field of names with one field set
         self.set: list[Slot] = []
-        self.overruled: list[Slot] = []  # what the updates have set anew, in any turn
+        self.overruled: list[Slot] = []  # slots that the updates set again, in any turn
 
     def document(self) -> tuple[Entry, ...]:
         """One document's entries, each of another slot."""
@@ -174,7 +174,7 @@ class _Writer:
     def _slot(self, here: set[Slot]) -> Slot | None:
         rng = self.rng
         again = [s for s in self.set if s not in here]
-        whole = len(self.set) > len(self.half)  # a name has both fields, so that there is one to ask for
+        whole = len(self.set) > len(self.half)  # a name with both fields set exists to ask about
         if self.half and not whole:
             return self._other_field()
         if again and (rng.random() < self.shape.rebound or not (self.half or self.unused)):

@@ -1,4 +1,4 @@
-"""The synthetic task family: prompts on which the meaning of fixed text depends on what was updated.
+"""The synthetic task family: prompts whose fixed text depends in meaning on the updated text.
 
 `examples` draws prompts; `write_rows` and `read_rows` keep them in the schemas of HotPotQA and SWE-bench.
 The data card is datasets/README.md.

@@ -19,7 +19,7 @@ from harness.tasks.synthetic.world import (
 QUESTIONS = 8
 STATEMENTS = (9, 11)
 TOKENS = (400, 4300)
-_OVERHEAD, _CHUNK = 140, 297  # tokens of system, notes and question together, and of a document, on average
+_OVERHEAD, _CHUNK = 140, 297  # mean tokens of system, notes and question together, and of a document
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A world as text, in two styles: documents with sentences ("hotpotqa") and settings files ("swebench").
 
 Text is made of *pieces*, strings that are one token each. In both styles a statement is six pieces,
-name name verb word word end, so that what a statement says is at fixed offsets from its last piece: there the
+name name verb word word end, so that a statement's words are at fixed offsets from its last piece, where the
 training script supervises the resolved value (see harness/training/model.py).
 """
 
@@ -51,7 +51,7 @@ class Document:
 
 @cache
 def filler_pool(style: str) -> tuple[Pieces, ...]:
-    """Sentences of ordinary words. Their own fixed seed: they carry nothing that a split could leak."""
+    """Sentences of ordinary words. Their seed is fixed: they hold no information of a split."""
     rng, out = Random("filler"), []
     for _ in range(4096):
         words = ["the", pick(rng, FILLER["who"]), pick(rng, FILLER["did"]), "the"]
@@ -106,7 +106,7 @@ def notes_document(
 
 
 def question(style: str, name: Pair) -> Pieces:
-    """What follows the last document; the answer's two words come next. Its last three pieces are name name verb."""
+    """The question after the last document, before the answer's two words. Its last three pieces: name name verb."""
     a, b = f" {name[0]}", f" {name[1]}"
     if style == "hotpotqa":
         return ("\n", "Question", ":", " what", " is", a, b, " ?", "\n", "Answer", ":", a, b, " is")
@@ -149,7 +149,7 @@ def _filler(rng, style, tokens=None, count=None) -> list[Sentence]:
 
 
 def _mixed(rng, body, filler) -> list[Sentence]:
-    """`filler` scattered among `body`, whose order stays."""
+    """`filler` at random places within `body`, whose order is kept."""
     out, left, total = [], len(body), len(body) + len(filler)
     body, filler = iter(body), iter(filler)
     for rest in range(total, 0, -1):

@@ -1,8 +1,8 @@
-"""Who depends on whom: names bound to values or to earlier names, and the questions asked of them.
+"""Names bound to values or to earlier names, and the questions about them.
 
 A world has root facts, whose values are fresh in every turn, and statements, which never change. A statement binds
 its name to a value (a constant) or to an earlier name (a link). The depth of a name is the number of hops to its
-value; it is volatile when its chain ends in a root, so that yesterday's cache knows yesterday's answer.
+value; it is volatile when its chain ends in a root, so that KV cached in an earlier turn holds a stale answer.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Mix:
-    """How statements depend on each other: share of constants, share of volatile links, deepest chain of each kind."""
+    """Dependence between statements: share of constants, share of volatile links, deepest chain of each kind."""
 
     constants: float
     volatile: float
@@ -54,7 +54,7 @@ class World:
     chunks: tuple[tuple[int, ...], ...]
 
     def chain(self, node: int) -> list[int]:
-        """The nodes from `node` to the one that holds its value."""
+        """The nodes from `node` to the node with its value."""
         out = [node]
         while (target := self.nodes[out[-1]].target) is not None:
             out.append(target)
@@ -105,7 +105,7 @@ def build_world(
 def _statement(rng, mix, limit, name, nodes, ends, split) -> Node:
     volatile, depth = rng.random() < mix.volatile, 0
     if rng.random() >= mix.constants:
-        # a link one hop deeper than an existing name of the wanted kind, or the nearest depth there is
+        # a link one hop deeper than an existing name of the wanted kind, or the nearest existing depth
         depth = 1 + int(rng.random() * limit[volatile])
         while depth and (volatile, depth - 1) not in ends:
             depth -= 1

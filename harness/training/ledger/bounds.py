@@ -1,4 +1,4 @@
-"""What numbers a training run of the ledger model can have; ConfigError in one line for any other."""
+"""Bounds on the numbers of a training run of the ledger model; ConfigError in one line outside them."""
 
 import math
 from random import Random
@@ -12,27 +12,27 @@ from harness.training.ledger.losses import Plan
 from harness.training.ledger.model import Size
 from harness.training.ledger.tokens import ledger_tokenizer
 
-TRIES = 20  # prompts without a row that fits before a row spec is refused: a stream would search for ever
+TRIES = 20  # prompts tried for a row that fits before a row spec is refused; a stream would search forever
 COUNTS = {"seed": 0, "warmup": 1, "again": 1, "workers": 0, "log_every": 1, "eval_prompts": 1}
 SHARES = ("links", "volatile", "rebound", "deeper", "lead", "tail", "joined", "decoys")
 WHOLE = ("roots", "update_roots", "overruled", "depth", "notes_filler")
 
 
 def count(value: Any, least: int, where: str) -> None:
-    """Refuse what is no integer of at least `least`."""
+    """ConfigError unless `value` is an integer of at least `least`."""
     if type(value) is not int or value < least:
         raise ConfigError(f"{where} must be an integer of at least {least}, not {value!r}")
 
 
 def number(value: Any, where: str, least: float = 0.0, most: float = math.inf) -> None:
-    """Refuse what is no finite number in [least, most]."""
+    """ConfigError unless `value` is a finite number in [least, most]."""
     if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
         upper = "" if most == math.inf else f" and at most {most:g}"
         raise ConfigError(f"{where} must be a number of at least {least:g}{upper}, not {value!r}")
 
 
 def span(value: Any, least: int, where: str) -> None:
-    """Refuse what is no pair of integers, the second not below the first."""
+    """ConfigError unless `value` is a pair of integers in order, from `least` on."""
     if not isinstance(value, tuple) or len(value) != 2:
         raise ConfigError(f"{where} must be two integers, not {value!r}")
     count(value[0], least, where)
@@ -40,7 +40,7 @@ def span(value: Any, least: int, where: str) -> None:
 
 
 def check_run(s: Any, where: str) -> None:
-    """Refuse numbers of `Settings` that no run can have."""
+    """Refuse numbers of `Settings` outside their bounds."""
     for name, least in COUNTS.items():
         count(getattr(s, name), least, f"{where}: {name}")
     if s.steps is not None:
@@ -62,7 +62,7 @@ def check_run(s: Any, where: str) -> None:
 
 
 def check_size(size: Size) -> None:
-    """Refuse a model that cannot be made, or has no room for the task's words or the layers that are taught."""
+    """Refuse an impossible model, or one too small for the task's words or the supervised layers."""
     for name in ("vocab", "layers", "hidden", "heads", "kv_heads", "head_dim", "ff", "positions"):
         count(getattr(size, name), 1, f"model.{name}")
     number(size.theta, "model.theta", 1.0)
@@ -76,7 +76,7 @@ def check_size(size: Size) -> None:
 
 
 def check_rows(spec: RowSpec, positions: int, where: str) -> None:
-    """Refuse rows that no prompt gives, or that are longer than the model's `positions`."""
+    """Refuse rows that no prompt fills, or that are longer than the model's `positions`."""
     span(spec.documents, 1, f"{where}.documents")
     for name in ("length", "batch", "questions"):
         count(getattr(spec, name), 1, f"{where}.{name}")

@@ -1,4 +1,4 @@
-"""Checkpoints of the ledger model: a Qwen3 folder to serve, and beside it what a run needs to go on."""
+"""Checkpoints of the ledger model: a Qwen3 folder to serve, and the state to resume a run."""
 
 import json
 import os
@@ -52,12 +52,12 @@ def config(s: Size) -> dict:
 
 
 def generation() -> dict:
-    """An answer is two words and the end."""
+    """Generation settings: an answer is two words and the end token."""
     return {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "do_sample": False, "max_new_tokens": 4}
 
 
 def save_state(model: LedgerModel, optimizer: torch.optim.Optimizer, folder: Path, told: dict[str, str]) -> None:
-    """Write parameters and moments in float32, and what the run has done so far as text."""
+    """Write parameters and moments in float32, and the run's progress `told` as text."""
     tensors = {f"parameter.{n}": p.detach().cpu() for n, p in model.named_parameters()}
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
@@ -66,7 +66,7 @@ def save_state(model: LedgerModel, optimizer: torch.optim.Optimizer, folder: Pat
 
 
 def load_state(model: LedgerModel, optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, str]:
-    """Read what `save_state` wrote; returns its text. ConfigError where it does not fit the model."""
+    """Read a state of `save_state`; returns its text. ConfigError when it does not fit the model."""
     try:
         with safe_open(folder / STATE, "pt") as file:
             tensors, told = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -88,7 +88,7 @@ def load_state(model: LedgerModel, optimizer: torch.optim.Optimizer, folder: Pat
 
 
 def _put(tensors: dict[str, torch.Tensor], path: Path, told: dict[str, str]) -> None:
-    """Write a file as a whole or not at all, readable for all."""
+    """Write a file atomically, readable by all users."""
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata=told)
     partial.chmod(0o644)

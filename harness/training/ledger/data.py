@@ -1,8 +1,8 @@
 """Training rows of the ledger task: a prompt with several answered questions, as ids with labels.
 
-A label stands at the evidence of every entry, and at the two tokens of a question that are followed by its answer. Rows
-are drawn by worker processes; each is shown several times, every time with other names and values: what a word means is
-drawn anew, so that only the forms come again.
+A label is at the evidence of every entry, and at a question's two tokens that precede its answer. Rows are drawn by
+worker processes; each is used several times, every time with other names and values, so that only its sentence forms
+repeat.
 """
 
 from collections.abc import Iterator
@@ -22,14 +22,14 @@ from harness.training.ledger.tokens import ledger_tokenizer
 
 NONE = -100
 SET, COPY, ASK = range(3)
-# Offsets in the row (of itself, of the words it is told by, of the entry it copies or asks for), then words.
+# Offsets in the row (of the label, of its entry's words, of the entry that it copies or asks for), then words.
 FIELDS_OF_LABEL = ("at", "kind", "subject_at", "source_at", "field_at", "look_at", "depth", "subject", "source", "held")
 WORDS = slice(7, 10)
 
 
 @dataclass(frozen=True)
 class RowSpec:
-    """What a curriculum stage draws: prompts of `documents` documents of a shape, in batches of `batch` x `length`."""
+    """Rows of a curriculum stage: prompts of `documents` documents of a shape, in batches of `batch` x `length`."""
 
     shape: Shape
     documents: tuple[int, int]
@@ -95,7 +95,7 @@ def _row(prompt: Prompt, turn: int, room: int) -> Row | None:
 
 
 def _labels(sentence: Sentence, start: int, latest: dict, held: dict, table: dict[str, int]):
-    """Each entry of a sentence with its label; `held` is brought up to date."""
+    """Each entry of a sentence with its label; `held` is updated."""
     begin = 0
     for entry, offset in sentence.entries:
         words = [p.strip() for p in sentence.pieces]
@@ -117,7 +117,7 @@ def _labels(sentence: Sentence, start: int, latest: dict, held: dict, table: dic
 
 
 class Relabel:
-    """Other names and values for a row: any second word for any other, with a first word that the split allows."""
+    """Replaces a row's names and values: each second word by any other, with a first word that the split allows."""
 
     def __init__(self, vocab: int, split: str = "train") -> None:
         _, table = ledger_tokenizer()
@@ -168,7 +168,7 @@ def collate(rows: list[Row], length: int) -> dict[str, Tensor]:
 
 
 class Stream(IterableDataset):
-    """Endless batches of a stage. A worker keeps a pool of rows; each is shown `again` times on average."""
+    """Endless batches of a stage. A worker keeps a pool of rows; each is used `again` times on average."""
 
     def __init__(self, specs: list[RowSpec], vocab: int, seed: str, again: int = 4, split: str = "train") -> None:
         self.specs, self.vocab, self.seed, self.again, self.split = specs, vocab, seed, again, split

@@ -1,4 +1,4 @@
-"""Held-out score of a ledger model in training: answers' words right, each given the words before it.
+"""Held-out score of a ledger model in training: share of right answer words, each given the correct words before it.
 
 It steers training; reported figures are greedy answers through the engine (`harness.experiments.rules.static_choices`).
 """

@@ -1,4 +1,4 @@
-"""What the layers of the ledger model are asked for: where to look, what was gathered, what an entry holds, answers."""
+"""Losses of the ledger model's layers: attention targets, gathered words, an entry's content, answers."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,13 @@ from harness.training.ledger.model import LedgerModel
 
 @dataclass(frozen=True)
 class Plan:
-    """Which layer (from 0) does what.
+    """Roles of the layers, counted from 0.
 
     Attributes
     ----------
-    gather : layer in which an evidence attends to the words its entry is told by: head 0 to the name that is set, the
-        last head to source or value; the layer behind it to the field
-    look : layers in which a copy attends to the latest entry of its source, one a hop
+    gather : layer in which an evidence attends to its entry's words: head 0 to the name that is set, the last head to
+        source or value; the next layer to the field
+    look : layers in which a copy attends to the latest entry of its source, one per hop
     ask : layer in which a question attends to the latest entry of the name's field
     """
 
@@ -42,18 +42,18 @@ class Plan:
 
 
 def attention_loss(q: Tensor, k: Tensor, at: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """How far one head's attention is from `target`, and where it is highest there.
+    """Cross-entropy of one head's attention against `target`, and where its maximum is at the target.
 
     Parameters
     ----------
     q, k : Tensor [batch, length, head_dim]
     at, target : Tensor [batch, m]
-        Offsets of the tokens that look, and of what they should see; `NONE` where nothing is asked.
+        Offsets of the queries, and of the keys to attend to; `NONE` without a target.
 
     Returns
     -------
     Tensor [] and Tensor [batch, m], bool
-        Mean cross-entropy in nats, and which look is right.
+        Mean cross-entropy in nats, and which queries attend most to their target.
     """
     index = at.clamp_min(0)[..., None].expand(-1, -1, q.shape[-1])
     scores = (q.gather(1, index) @ k.transpose(1, 2)).float() * q.shape[-1] ** -0.5
@@ -63,7 +63,7 @@ def attention_loss(q: Tensor, k: Tensor, at: Tensor, target: Tensor) -> tuple[Te
 
 
 def training_loss(model: LedgerModel, batch: dict[str, Tensor], plan: Plan, pointers: float) -> tuple[Tensor, dict]:
-    """The loss of a batch, and shares for the log: of looks, of copies and of answers that are right."""
+    """The loss of a batch, and for the log the shares of right attention, copies and answers."""
     states, looks = model(batch["ids"], plan.watched)
     at, kind = batch["at"], batch["kind"]
     last = model.size.heads - 1
@@ -102,7 +102,7 @@ def training_loss(model: LedgerModel, batch: dict[str, Tensor], plan: Plan, poin
 
 
 def _end_loss(model: LedgerModel, state: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Behind an answer's two words comes the end."""
+    """Loss of the end token after an answer's two words."""
     asked, ids = batch["asked"], batch["ids"]
     place = asked.clamp_min(0) + 2
     told = state.gather(1, place[..., None].expand(-1, -1, state.shape[-1]))

@@ -1,8 +1,8 @@
 """The ledger model in training: a deep, thin Qwen3 (query-key norm, grouped queries), and heads dropped at export.
 
-What it learns is a chain: gather, at an entry's evidence, which field of which name is set and from where; look up the
-latest entry of that source; show what it holds. Each link of the chain has layers of its own, and at these the
-attention of one head is shown where to look (`losses.py`): what is left to find is what to carry along.
+The model learns a chain: gather, at an entry's evidence, the field and name that are set and their source; look up the
+latest entry of that source; represent its content. Each link of the chain has separate layers, in which the attention
+of one head is supervised (`losses.py`), so that only the values carried along remain to be learned.
 """
 
 from dataclasses import dataclass
@@ -30,21 +30,21 @@ class Size:
 
 
 class Block(nn.Module):
-    """One layer, with the projections of attention, and of the gate, in one matrix each."""
+    """One layer, with the projections of attention and of the gate fused into one matrix each."""
 
     def __init__(self, s: Size) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.dim = s.heads, s.kv_heads, s.head_dim
         inner = s.heads * s.head_dim
         self.qkv = nn.Parameter(torch.randn(inner + 2 * s.kv_heads * s.head_dim, s.hidden) * s.hidden**-0.5)
-        # What a layer adds is small in the beginning, so that the sum over a deep stack is not.
+        # Small initial layer outputs keep the sum over a deep stack bounded.
         self.out = nn.Parameter(torch.randn(s.hidden, inner) * (inner * 2 * s.layers) ** -0.5)
         self.gate_up = nn.Parameter(torch.randn(2 * s.ff, s.hidden) * s.hidden**-0.5)
         self.down = nn.Parameter(torch.randn(s.hidden, s.ff) * (s.ff * 2 * s.layers) ** -0.5)
         self.input_norm, self.mlp_norm = nn.Parameter(torch.ones(s.hidden)), nn.Parameter(torch.ones(s.hidden))
         # Normed queries and keys give scores of at most w² sqrt(head_dim): enough to single out one of 8k tokens.
         self.q_norm = nn.Parameter(torch.full((s.head_dim,), 1.5))
-        # Keys are all of one length: with a weight a dimension, what is looked up often would have longer ones.
+        # Keys have equal norms: a weight per dimension would lengthen the keys of frequent targets.
         self.register_buffer("k_norm", torch.full((s.head_dim,), 1.5), persistent=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +54,7 @@ class Block(nn.Module):
         projected = F.linear(norm(x, self.input_norm), self.qkv).split(sizes, -1)
         q, k, v = (p.view(batch, length, -1, self.dim).transpose(1, 2) for p in projected)
         q, k = (rotate(norm(t, w), cos, sin).to(v.dtype) for t, w in ((q, self.q_norm), (k, self.k_norm)))
-        # Repeated by hand: with grouped queries some backends fall back to scores of length² that a GPU cannot hold.
+        # Explicit repeat: with grouped queries some backends fall back to length² scores, too large for a GPU.
         keys, values = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
         a = F.scaled_dot_product_attention(q, keys, values, is_causal=True)
         x = x + F.linear(a.transpose(1, 2).flatten(2), self.out)
@@ -74,7 +74,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class LedgerModel(nn.Module):
-    """The decoder, and linear heads that show at an entry's evidence what was gathered and what it holds."""
+    """The decoder, and linear heads that read gathered words and content at an entry's evidence."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class LedgerModel(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def compile(self) -> None:
-        """Compile one layer for all of them: for the first shape, and once more for all others."""
+        """Compile one layer for all: once for the first shape, once for all other shapes."""
         compiled = torch.compile(Block.forward)
         self.run = [lambda x, c, s, b=block: compiled(b, x, c, s) for block in self.blocks]
 

@@ -1,11 +1,11 @@
-"""Train the ledger model with several seeds, then hold each against random choices of tokens, by one command.
+"""Train the ledger model with several seeds, then compare each with random choices of tokens, by one command.
 
 `python -m harness.training.ledger.seeds --config config/training-ledger.yaml --out DIR --seconds 640`
 
-The runs are processes side by side on one device, so that one compiles or waits for rows while another computes:
+The runs are parallel processes on one device, so that one compiles or waits for rows while another computes:
 `--seconds` is the wall time of all. Each leaves DIR/seed-N (a model to serve, its training log, and `audit.json` of
-`harness.experiments.rules.static_choices`); DIR/summary.json says how they compare. What is there goes on with
-`--resume`; audits alone are made anew with `--audit-only`.
+`harness.experiments.rules.static_choices`); DIR/summary.json compares them. Existing runs continue with
+`--resume`; `--audit-only` repeats only the audits.
 """
 
 import argparse
@@ -28,7 +28,7 @@ AUDITED = ("--datasets", "hotpotqa-ledger", "swebench-ledger", "--tokens", "2048
 
 
 def side_by_side(commands: Sequence[list[str]], logs: Sequence[Path], together: int) -> list[int]:
-    """Exit statuses of modules run with this Python, at most `together` at once; what they print goes to `logs`."""
+    """Exit statuses of modules run with this Python, at most `together` at once; their output goes to `logs`."""
     waiting, running, out = list(enumerate(zip(commands, logs, strict=True))), {}, [0] * len(commands)
     try:
         while waiting or running:
@@ -48,7 +48,7 @@ def side_by_side(commands: Sequence[list[str]], logs: Sequence[Path], together: 
 
 
 def summary(folders: Sequence[Path]) -> dict:
-    """What the runs' logs and audits say, by folder; a run without an audit has none."""
+    """Results of the runs' logs and audits, by folder; a run without an audit has none."""
     out = {}
     for folder in folders:
         log = json.loads((folder / "training.json").read_text())
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--audit", nargs="*", metavar="ARGUMENT", help="further arguments of the audit; - for no audit")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     args = parser.parse_args(argv)
-    read_settings(args.config, args.set)  # what is wrong is said once, before anything starts
+    read_settings(args.config, args.set)  # reports an error once, before anything starts
     folders = [args.out / f"seed-{n}" for n in args.seeds]
     if not args.audit_only:
         workers = max(1, ((os.cpu_count() or 1) - 1) // min(args.together, len(args.seeds)))

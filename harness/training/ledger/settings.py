@@ -22,15 +22,15 @@ class Settings:
     Attributes
     ----------
     stages : list of {pass, by, rows}; a stage ends when the share of right answers reaches `pass`, at the latest when
-        the share `by` (all where it is left out) of the time is over. A row spec holds the fields of `RowSpec`, and
+        the share `by` (all where it is left out) of the time has passed. A row spec holds the fields of `RowSpec`, and
         those of its shape under `shape`
     model : fields of `Size`
     seconds : length of the run, of which the last share `decay` lowers the learning rate to its fiftieth
     warmup : steps
-    pointers : weight of the attention that is shown where to look
-    again : how often a row is shown, in other words each time
+    pointers : weight of the attention loss
+    again : number of uses of a row, with other words each time
     workers : processes that draw rows
-    state : whether what `--resume` needs is written, 13 times the size of the model
+    state : whether the state for `--resume` is written, 13 times the size of the model
     """
 
     stages: list[dict]
@@ -52,7 +52,7 @@ class Settings:
     eval_prompts: int = 24
 
     def size(self) -> Size:
-        """The model's size; ConfigError for what is no count of it."""
+        """The model's size; ConfigError for an invalid count."""
         return _made(Size, self.model, "model")
 
     def specs(self, stage: int) -> list[RowSpec]:

@@ -1,7 +1,7 @@
 """Train the ledger model: `python -m harness.training.ledger.train --config config/training-ledger.yaml --out DIR`.
 
-Time-boxed and seeded, with a curriculum whose stages end by answers that are right. DIR holds a model to serve, written
-every `save_seconds`, and the state to go on from: the same command with `--resume` continues, on the time that is left.
+Time-boxed and seeded, with a curriculum whose stages end at a share of right answers. DIR holds a model to serve,
+written every `save_seconds`, and the run's state: the same command with `--resume` continues, for the remaining time.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from harness.training.ledger.tokens import ledger_tokenizer
 
 
 class Run:
-    """One training run: the model, its optimiser, and what was logged."""
+    """One training run: the model, its optimiser and the log."""
 
     def __init__(self, s: Settings, out: Path, resume: bool = False) -> None:
         torch.manual_seed(s.seed)
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training, those before a resumption too."""
+        """Seconds of training, including those before a resumption."""
         return time.monotonic() - self.started
 
     def rate(self) -> float:
@@ -94,7 +94,7 @@ class Run:
                     break
 
     def passed(self, report: dict) -> bool:
-        """Whether the stage ends: by its answers, or by the clock."""
+        """Whether the stage ends, by its share of right answers or by the clock."""
         stage = self.s.stages[self.stage]
         return report["answer"] > stage["pass"] or self.seconds > stage.get("by", 1.0) * self.s.seconds
 
@@ -105,7 +105,7 @@ class Run:
         return DataLoader(stream, batch_size=None, num_workers=s.workers, pin_memory=self.device == "cuda", **extra)
 
     def update(self, batch: dict) -> dict | None:
-        """One optimiser step; every `log_every` steps the shares of what is right."""
+        """One optimiser step; every `log_every` steps the shares that are right."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
         self.optimizer.zero_grad()
@@ -129,7 +129,7 @@ class Run:
         return report
 
     def save(self, scores: dict | None = None) -> None:
-        """Write the model, the state and what was logged."""
+        """Write the model, the state and the log."""
         checkpoint.export(self.model, ledger_tokenizer()[0], self.out)
         told = {"step": self.step, "stage": self.stage, "tokens": self.tokens, "seconds": round(self.seconds, 1)}
         kept = told | {"curve": self.curve, "switches": self.switches}

@@ -1,4 +1,4 @@
-"""Small repositories with one wrong line, an issue that says what must hold, and a test that fails until it does.
+"""Small repositories with one wrong line, an issue that states what must hold, and a test that fails until the fix.
 
 Three kinds of bugs: a wrong constant, a reference to the wrong name, a wrong operator. The names, the constants and
 with them the lines that are wrong belong to one split.
@@ -20,7 +20,7 @@ _APPLIED = {"+": 12, "-": 4, "*": 32}  # of 8 and 4
 
 @dataclass(frozen=True)
 class FixTask:
-    """A repository before the fix, and how it is judged.
+    """A repository before the fix, and its tests.
 
     `files` holds sources and tests by path; `path` and `line` (from 1) are the bug's place, `fixed` the right line;
     `fail_to_pass` and `pass_to_pass` are pytest ids.

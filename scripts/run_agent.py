@@ -100,7 +100,7 @@ def run(engine: Engine, args: argparse.Namespace) -> tuple[list[dict], list[Epis
     ends = newline if args.agent != "swe_style" and len(newline) == 1 else []  # a call is a line, a patch is not
     completer = OfflineEngine(engine, args.system if args.enable_cacheslide else "vllm_prefix_cache", ends)
     stops = Stops(turns=max(24, args.max_turns), seconds=float("inf"), max_tokens=args.max_new_tokens)
-    if args.agent == "swe_style":  # all its turns count, also failed ones
+    if args.agent == "swe_style":  # ends by the number of turns alone
         stops = replace(stops, turns=args.max_turns, repeats=args.max_turns)
     records, episodes = [], []
     for agent, example in agents(args):

@@ -63,7 +63,7 @@ class Completion:
 
     @classmethod
     def of(cls, result: Result, prompt: Prompt | None = None) -> "Completion":
-        """An answered request as an agent sees it; `prompt` is what was sent, where the tokenizer is known."""
+        """The completion of an answered request; `prompt` is the sent prompt, where the tokenizer is known."""
         return cls(
             result.text or "",
             None if prompt is None else tuple(s.token_ids for s in prompt.segments),

@@ -1,6 +1,6 @@
 """Agents on real data: Reflexion over a question's paragraphs, and a small one that reads documents one by one.
 
-Both are made from the rows that `harness.tasks` loads. Their words are free text, so calls take the rest of a line.
+Both use the rows loaded by `harness.tasks`. Their outputs are free text, so calls take the rest of a line.
 """
 
 import math
@@ -59,7 +59,7 @@ def _words(text: str) -> Counter[str]:
 
 
 class TextReflexion(Agent):
-    """Reflexion on a row of a question-answering set: an exact match ends it, after a miss the model may reflect.
+    """Reflexion on a row of a question-answering set: an exact match ends it, after a miss the model can reflect.
 
     Slots: those of `Reflexion`, without notes. Feedback never contains the answer. `answered` holds the answers given;
     `score` is 1 once one of them is an exact match.

@@ -1,7 +1,8 @@
 """Runs git on folders written by hostile code, without their or the user's configuration, in bounded time and size.
 
 Commands run in the sandbox can change anything inside a worktree, its `.git` file too. Git therefore always gets its
-directory explicitly, runs without configuration and hooks, ignores nested repositories, and has time and size limits.
+directory explicitly, runs without the user's configuration and hooks, ignores nested repositories, and has time and
+size limits.
 """
 
 import os

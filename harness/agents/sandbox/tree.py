@@ -169,7 +169,7 @@ def _empty(at: _Position, failed: list[OSError]) -> None:
 
 
 def _open_up(name: Path | str, within: int | None = None) -> None:
-    """Give the owner all rights on a folder (lstat says it is one, and nothing runs that could replace it)."""
+    """Give the owner all rights on a folder (checked by lstat, and no process can replace it)."""
     with suppress(OSError):
         if os.stat(name, dir_fd=within, follow_symlinks=False).st_mode & 0o700 != 0o700:
             os.chmod(name, 0o700, dir_fd=within)

@@ -2,8 +2,8 @@
 
 `history` holds every message once, in full: system prompt, demonstration, issue, answers, observations. Less was
 sent where a history processor leaves old observations out. Newer files show it (`query`: the prompt of a step;
-`messages`: everything after a step, which is the prompt of the next). Otherwise the configuration in the file may name
-the processors, whose rule is applied here; where neither exists, observations are kept in full and `lacks` says so.
+`messages`: everything after a step, which is the prompt of the next). Otherwise the configuration in the file can name
+the processors, whose rule is applied here; where neither exists, observations are kept in full and `lacks` records it.
 """
 
 import json

@@ -77,7 +77,7 @@ def draw_fix(rng: Random, task_id: str, split: str, modules: int, lines: int) ->
 
 
 def _line(rng, split, name, kind, held) -> tuple[str, str, str, str]:
-    """The right line, a wrong one, what the issue says, and the test's assertion; takes the name into `held`."""
+    """The right line, a wrong one, the issue's text and the test's assertion; adds the name to `held`."""
     words = name.replace("_", " ")
     if kind == "constant":
         value = fresh_value(rng, split, [tuple(v.split()) for v in held.values()])

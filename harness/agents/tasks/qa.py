@@ -18,7 +18,7 @@ STALE = 0.6
 
 @dataclass(frozen=True)
 class QAQuestion:
-    """A name and its value at the time of asking; `changed` root and what it is `now`, "" when the notes are right."""
+    """A name and its value at the time of asking; `changed` root and its value `now`, "" when the notes are right."""
 
     name: str
     answer: str

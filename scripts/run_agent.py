@@ -4,9 +4,9 @@
         --enable_cacheslide
 
 swe_style retrieves one document a turn, runs the model's commands over the example's own documents (`open NAME`,
-`search WORDS`; no code is run) and answers on the last turn. `reflexion` on hotpot_qa answers, hears that it was wrong
-and reflects. With --dataset synthetic every agent works on this repository's own tasks: reflexion, memgpt, swe_agent
-(code runs in the sandbox), function_calling. SWE-bench patches are held against the gold patch, the same change or not
+`search WORDS`; no code is run) and answers on the last turn. `reflexion` on hotpot_qa answers, gets feedback on a
+wrong answer and reflects. With --dataset synthetic every agent works on this repository's own tasks: reflexion, memgpt,
+swe_agent (code runs in the sandbox), function_calling. SWE-bench patches are compared with the gold patch
 (`solved_by: patch`); --grade, which needs docker, applies them and runs the tests (`solved_by: tests`).
 """
 
@@ -37,7 +37,7 @@ KNOWN = ("swe_style", *AGENTS)
 
 
 def agents(args: argparse.Namespace) -> Iterator[tuple[Agent, TaskExample | None]]:
-    """The agents to run, and the example that each works on where there is one."""
+    """The agents to run, each with its example where there is one."""
     if args.dataset == SYNTHETIC:
         made = entry(args.agent)
         for task in made.tasks(args.split or "test", args.seed, args.max_examples):
@@ -52,7 +52,7 @@ def agents(args: argparse.Namespace) -> Iterator[tuple[Agent, TaskExample | None
 
 
 def check(args: argparse.Namespace) -> None:
-    """ConfigError on what cannot be run, before anything is loaded."""
+    """ConfigError for options that cannot be run, before anything is loaded."""
     on_rows = args.dataset != SYNTHETIC
     if args.agent == "swe_style" and not on_rows:
         raise ConfigError("swe_style works on a data set's documents; on synthetic tasks run swe_agent")
@@ -100,7 +100,7 @@ def run(engine: Engine, args: argparse.Namespace) -> tuple[list[dict], list[Epis
     ends = newline if args.agent != "swe_style" and len(newline) == 1 else []  # a call is a line, a patch is not
     completer = OfflineEngine(engine, args.system if args.enable_cacheslide else "vllm_prefix_cache", ends)
     stops = Stops(turns=max(24, args.max_turns), seconds=float("inf"), max_tokens=args.max_new_tokens)
-    if args.agent == "swe_style":  # its turns are counted, whatever it does in them
+    if args.agent == "swe_style":  # ends by the number of turns alone
         stops = replace(stops, turns=args.max_turns, repeats=args.max_turns)
     records, episodes = [], []
     for agent, example in agents(args):
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _solved(episodes: Sequence[Episode], graded: dict) -> dict:
-    """How many episodes were solved, and what says so: tests that ran, a gold patch or answer, the task's own rules."""
+    """Number of solved episodes, and the criterion: tests that ran, a gold patch or answer, the task's own rules."""
     if graded:
         return {"solved": sum(graded["resolved"].values()), "solved_by": "tests"}
     by = sorted({e.solved_by for e in episodes})

@@ -1,7 +1,7 @@
 """Answer a data set's questions in vLLM, with reuse or without, and record F1, TTFT and receipts as JSON.
 
-For every example the turn before is prefilled first, which caches its fixed segments; then the questions of this turn
-are asked, with other updated text before the same fixed segments.
+For every example the previous turn is prefilled first, which caches its fixed segments; then this turn's questions are
+answered, with other updated text before the same fixed segments.
 
     python scripts/run_cacheslide.py --model mistralai/Mistral-7B-Instruct-v0.2 --dataset hotpot_qa --split validation \
         --max_examples 200 --max_new_tokens 64 --enable_cacheslide --chunk_size 1024 --suffix_len 256
@@ -22,7 +22,7 @@ from harness.tasks import ledger, synthetic
 from harness.tasks.data import LEDGER, synthetic_names
 from harness.tasks.example import TaskExample, TextSegment
 
-NAMES = {"hotpot_qa": "hotpotqa", "swe_bench": "swebench_oracle"}  # as the data sets are called on the hub
+NAMES = {"hotpot_qa": "hotpotqa", "swe_bench": "swebench_oracle"}  # the data sets' names on the hub
 SPLITS = {"hotpotqa": "validation", "musique": "validation", "2wikimqa": "validation"}  # "test" for the others
 
 

@@ -1,6 +1,6 @@
-"""Removes the lock of a Snakemake run that was killed, so that the next one goes on; leaves a living one's alone.
+"""Removes the lock of a killed Snakemake run, so that the next one can start; keeps the lock of a running one.
 
-Snakemake locks its working folder and cannot tell a lock that nobody holds. `make smoke` and `make full` call this
+Snakemake locks its working folder and does not detect an abandoned lock. `make smoke` and `make full` call this
 first; by hand it is `snakemake --unlock`.
 
     python scripts/stale_lock.py [FOLDER]
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def holders(folder: Path) -> list[int]:
-    """Processes of Snakemake that work in `folder`."""
+    """Snakemake processes with working folder `folder`."""
     found = []
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
@@ -20,7 +20,7 @@ def holders(folder: Path) -> list[int]:
         try:
             words = process.joinpath("cmdline").read_bytes().split(b"\0")
             here = process.joinpath("cwd").resolve() == folder
-        except OSError:  # it has ended, or is somebody else's
+        except OSError:  # it has ended, or belongs to another user
             continue
         if here and any(Path(word.decode(errors="replace")).name == "snakemake" for word in words[:4]):
             found.append(int(process.name))
@@ -28,7 +28,7 @@ def holders(folder: Path) -> list[int]:
 
 
 def main(argv: list[str]) -> int:
-    """Status 2, and one line, where a run is at work."""
+    """Status 2, and one line, where a run is active."""
     folder = Path(argv[0] if argv else ".").resolve()
     locks = folder / ".snakemake" / "locks"
     if not locks.is_dir() or not any(locks.iterdir()):

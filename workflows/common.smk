@@ -37,7 +37,7 @@ def stop(reason):
 
 
 def check_config(config):
-    """Fill in the schema's defaults; stop where harness.configuration finds something wrong."""
+    """Fill in the schema's defaults; stop at an error from harness.configuration."""
     with_cope = "cope" in config
     try:
         check(config, SCHEMA)
@@ -52,7 +52,7 @@ def check_config(config):
 
 
 def real_options(config):
-    """File and shards of the study on a real model, taken out of `config`: no run of another study depends on them."""
+    """File and shards of the study on a real model, removed from `config` so that no other study depends on them."""
     file, shards = config.pop("real", "config/real.yaml"), config.pop("real_shards", 1)
     if "data" in config and "run" not in config:
         # --configfile config/real.yaml: the other rules keep the default's keys.
@@ -67,7 +67,7 @@ def real_options(config):
 
 
 def tables_option(config):
-    """Whether nothing is measured, `--config tables=True`: taken out of `config`, on which no record depends then."""
+    """Whether nothing is measured (`--config tables=True`); removed from `config` so that no record depends on it."""
     tables = config.pop("tables", False)
     if not isinstance(tables, bool):
         stop(f"tables: {tables!r} is neither True nor False")
@@ -83,9 +83,9 @@ def real_plan(wildcards):
 
 
 def real_inputs(stage, table):
-    """What a stage reads, for its rule. What is missing stops here, unless `table` is there and drawing needs no more.
+    """A stage's input files, for its rule. Missing files stop here, unless `table` exists and only drawing is needed.
 
-    Records name model and data by their hashes, so a newer time of a file alone makes nothing out of date.
+    Records name model and data by their hashes, so a file's newer time alone invalidates no record.
     """
 
     def files(wildcards):
@@ -116,7 +116,7 @@ def real_given(stage):
 
 
 def real_sessions_given(wildcards):
-    """Where recorded sessions and the tokenizer are."""
+    """Paths of recorded sessions and of the tokenizer."""
     plan = real_plan(wildcards)
     return [f"--data={plan['recordings']}", f"--model={plan['model']}"]
 
@@ -133,7 +133,7 @@ def real_threads(wildcards):
 
 
 def result(path):
-    """Where a result of this configuration lives."""
+    """Path of a result of this configuration."""
     return f"results/{config['run']}/{path}"
 
 
@@ -168,24 +168,24 @@ def log_for(step):
 
 
 def cores_for(step):
-    """Every core for a step that nothing may run beside; one for any other."""
+    """Every core for a step that must run alone; one for any other."""
     return all_cores if runs_alone(step, config) else 1
 
 
 def slice_for(step):
-    """What a step reads of the configuration. A function: braces in names are no wildcards then."""
+    """The step's part of the configuration. A function, so that braces in names are no wildcards."""
     return lambda wildcards: slice_of(config, step.reads)
 
 
 def all_cores(wildcards):
-    """Every core: nothing runs beside such a rule."""
+    """Every core, so that such a rule runs alone."""
     return workflow.cores or 1
 
 
 def folder_files(folder, key, table):
     """The files of a model's folder, for a rule whose `table` names the model by its hash.
 
-    A newer time of a file alone makes nothing out of date; where the table is there, the model need not be.
+    A file's newer time alone invalidates nothing; where the table exists, the model is not needed.
     """
 
     def files(wildcards):
@@ -210,7 +210,7 @@ def wca_inputs(wildcards):
 
 
 def wca_options(wildcards):
-    """Whole words with "=", so that a name that begins with "-" is no option. A function: braces are no wildcards then."""
+    """Whole words with "=", so that a name like "-x" is no option. A function, so that braces are no wildcards."""
     adapter = config.get("cope", {}).get("adapter")
     return [
         f"--model={config['model']}",
@@ -219,7 +219,7 @@ def wca_options(wildcards):
 
 
 def agent_files():
-    """The agents' records and the figures that are drawn from these alone; none where no agents are configured."""
+    """The agents' records and the figures drawn from these alone; none without configured agents."""
     sections = agent_sections(config)
     drawn = [figure(AGENT_FIGURES[s]) for s in sections if s in AGENT_FIGURES]
     return [result(f"agents/{s}.jsonl") for s in sections] + [
@@ -234,7 +234,7 @@ def cope_files():
 
 
 def study():
-    """Everything that a configuration makes."""
+    """All results of a configuration."""
     return [
         path for step in STUDY if step.of_records for path in outputs_of(step, config)
     ]

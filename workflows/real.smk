@@ -1,5 +1,5 @@
-# The study on a real pretrained model and real text (docs/real.md). Its configuration is a file of its own, named by
-# `--config real=FILE`; its records lie apart from any configuration's run. Nothing here is timed, so shards run at once.
+# The study on a real pretrained model and real text (docs/real.md). Its configuration is a separate file,
+# `--config real=FILE`; its records are apart from any configuration's run. Nothing is timed, so shards run at once.
 
 REAL = "results/real/summary.json"
 REAL_SLICE = "results/real/slice.json"
@@ -25,9 +25,9 @@ for stage in ("layers", "frontier", "histories", "replay", "confirm"):
         params:
             stage=stage,
             given=real_given(stage),
-            plan=real_plan,  # a changed configuration makes the records out of date
+            plan=real_plan,  # a changed configuration invalidates the records
         shell:
-            # No script: its time would make records of hours out of date.
+            # No script: its modification time would invalidate hours of records.
             "python -m harness.experiments.real.study {params.stage:q} {params.given:q} --threads {threads} "
             "--out results/real/records > {log:q} 2>&1"
 
@@ -120,7 +120,7 @@ rule:
 
 
 rule real_slice_records:
-    """Four arms on 16 prompts of about 1,300 tokens: what two cores that are free measure in 20 minutes."""
+    """Four arms on 16 prompts of about 1,300 tokens: 20 minutes on two free cores."""
     input:
         files=real_inputs("slice", REAL_SLICE),
     output:

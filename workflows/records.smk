@@ -1,12 +1,12 @@
-# Tables and figures of what was measured apart from a configuration's run, from committed records. What a GPU has
-# measured, and how it comes here, results/README.md says.
+# Tables and figures from committed records that were measured apart from a configuration's run. results/README.md
+# describes the GPU's records and their origin.
 
 H200 = "results/h200"
 AGENTS = "results/agents"
 
 
 rule:
-    """TTFT inside vLLM; of the records, later ones win the headline."""
+    """TTFT inside vLLM; the headline uses the later records."""
     name:
         "h200-tables"
     input:
@@ -49,7 +49,7 @@ rule serving:
 
 
 rule unpack_agents:
-    """The agents' episodes, in a folder of their own: a run that goes on has its episodes one above."""
+    """The agents' episodes, in a separate folder: an unfinished run has its episodes in the parent folder."""
     input:
         f"{AGENTS}/records.tar.xz",
     output:
@@ -65,7 +65,7 @@ rule unpack_agents:
 
 
 rule:
-    """Success of the agents under every system; the summary goes on naming the machine that measured."""
+    """Success of the agents under every system; the summary still names the measuring machine."""
     name:
         "agents-tables"
     input:

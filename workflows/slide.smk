@@ -1,4 +1,4 @@
-# SLIDE's experiments: records of their own, apart from any configuration's run.
+# SLIDE's experiments: separate records, apart from any configuration's run.
 
 SLIDE = "results/slide/summary.json"
 SLIDE_MODEL = "models/tiny-llama-12m"

@@ -1,4 +1,4 @@
-# The study: one rule a step of harness/workflow/steps.py, in which every step's inputs, outputs and keys stand.
+# The study: one rule per step of harness/workflow/steps.py, which defines each step's inputs, outputs and keys.
 
 for step in STUDY:
 
@@ -16,13 +16,13 @@ for step in STUDY:
             "envs/cacheslide.yaml"
         threads: cores_for(step)
         params:
-            config=slice_for(step),  # what it reads of the configuration: another value makes its results out of date
+            config=slice_for(step),  # its part of the configuration: another value invalidates its results
         script:
             "scripts/step.py"
 
 
 rule pack:
-    """The run's records in one file, as results/cpu keeps them; `snakemake results/RUN/records.tar.xz` asks for it."""
+    """The run's records in one file, as in results/cpu; `snakemake results/RUN/records.tar.xz` asks for it."""
     input:
         lambda wildcards: records_of(config),
     output:

@@ -1,4 +1,4 @@
-# The sweep of WCA's open points: records of its own, apart from any configuration's run.
+# The sweep of WCA's open points: separate records, apart from any configuration's run.
 
 WCA = "results/wca/summary.json"
 

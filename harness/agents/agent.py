@@ -23,7 +23,7 @@ class Agent(ABC):
     solved_by : str
         What decides `score`: "tests" that ran, comparison with a gold "patch" or "answer", or the "task"'s own rules.
     at : int
-        Which question, message or job of the task is at work: a call is a repetition only within one.
+        Index of the current question, message or job: repeated calls are counted only within one.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Agent(ABC):
 
     @abstractmethod
     def make_tools(self) -> list[Tool]:
-        """The tools; their functions may change the agent's state."""
+        """The tools; their functions can change the agent's state."""
 
     @abstractmethod
     def slots(self) -> Slots:
@@ -47,14 +47,14 @@ class Agent(ABC):
 
     @abstractmethod
     def observe(self, call: Call, result: str, failed: bool) -> None:
-        """Take a tool's result into the state."""
+        """Update the state with a tool's result."""
 
     @abstractmethod
     def score(self) -> float:
         """The share of the task that is solved, in [0, 1]; 1.0 is success."""
 
     def prompt(self) -> tuple[TextSegment, ...]:
-        """This turn's segments. What was wrong with a rejected output stands before the cue, updated text too."""
+        """This turn's segments. The error of a rejected output is an updated segment before the cue."""
         values = dict(self.slots())
         if self.complaint:
             values["cue"] = f"\nError: {self.complaint}{values['cue']}"
@@ -65,7 +65,7 @@ class Agent(ABC):
         return parse(output, self.tools, self.grammar)
 
     def close(self) -> None:
-        """Release what the episode holds (a worktree)."""
+        """Release the episode's resources (a worktree)."""
         return None
 
 

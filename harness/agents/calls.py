@@ -14,7 +14,7 @@ OUTPUT_CHARS = 4000
 
 
 class MalformedCall(CacheSlideError, ValueError):
-    """The output is not a call of a known tool."""
+    """The output does not call a known tool."""
 
 
 class ToolError(CacheSlideError, RuntimeError):
@@ -31,7 +31,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Tool:
-    """What a call does. `params` names the arguments; with `rest`, the last one takes the rest of the line."""
+    """A tool's function. `params` names the arguments; with `rest`, the last one takes the rest of the line."""
 
     name: str
     params: tuple[str, ...]

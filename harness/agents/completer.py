@@ -1,4 +1,4 @@
-"""What an agent asks of a model server, whatever the server is."""
+"""The interface between an agent and any model server: request, completion, completer."""
 
 import time
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class Request:
 
     @property
     def id(self) -> str:
-        """Names it within a run."""
+        """Identifier within a run."""
         return f"{self.session}-{self.step}"
 
     @property
@@ -38,7 +38,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What came back.
+    """A server's answer.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class Completion:
         Seconds from the request to each token (or streamed piece); the first one is the time to first token.
     total_s : float
     receipt : dict or None
-        What the server says it reused.
+        The server's report of the reuse.
     """
 
     text: str
@@ -63,7 +63,7 @@ class Completion:
 
     @classmethod
     def of(cls, result: Result, prompt: Prompt | None = None) -> "Completion":
-        """An answered request as an agent sees it; `prompt` is what was sent, where the tokenizer is known."""
+        """The completion of an answered request; `prompt` is the sent prompt, where the tokenizer is known."""
         return cls(
             result.text or "",
             None if prompt is None else tuple(s.token_ids for s in prompt.segments),
@@ -80,7 +80,7 @@ class Completion:
 
 
 class Completer(Protocol):
-    """A model behind one interface. `system` names what serves it."""
+    """A model behind one interface. `system` names the serving system."""
 
     system: str
 

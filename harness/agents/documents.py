@@ -1,6 +1,6 @@
 """Agents on real data: Reflexion over a question's paragraphs, and a small one that reads documents one by one.
 
-Both are made from the rows that `harness.tasks` loads. Their words are free text, so calls take the rest of a line.
+Both use the rows loaded by `harness.tasks`. Their outputs are free text, so calls take the rest of a line.
 """
 
 import math
@@ -16,7 +16,7 @@ from harness.agents.template import Slot, Template
 from harness.scoring import compared_as, score
 from harness.tasks.example import TaskExample
 
-WINDOW = 40  # lines that a tool shows
+WINDOW = 40  # lines per tool result
 WORD = re.compile(r"[A-Za-z0-9_]+")
 COMMAND = re.compile(r"\b(open|search)\s+([^\n]+)")
 ASK = "\nWrite the next command: open NAME or search WORDS.\nCommand: "
@@ -59,9 +59,9 @@ def _words(text: str) -> Counter[str]:
 
 
 class TextReflexion(Agent):
-    """Reflexion on a row of a question-answering set: an exact match ends it, after a miss the model may reflect.
+    """Reflexion on a row of a question-answering set: an exact match ends it, after a miss the model can reflect.
 
-    Slots: those of `Reflexion`, without notes. Feedback never names the answer. `answered` holds the answers given;
+    Slots: those of `Reflexion`, without notes. Feedback never contains the answer. `answered` holds the answers given;
     `score` is 1 once one of them is an exact match.
     """
 
@@ -123,8 +123,8 @@ class DocumentReader(Agent):
     """Retrieves a document a turn, runs the command the model writes, and answers on the last turn.
 
     Slots: system, observation (updated: what the last command printed), record (fixed, growing: documents and what was
-    asked and written, in order), question (updated). The record holds the model's own words exactly as they were
-    generated, so that their KV can be retained. Tools read the example's own documents; no code is run.
+    asked and written, in order), question (updated). The record holds the model's own text exactly as it was
+    generated, so that its KV can be retained. Tools read the example's own documents; no code is run.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ class DocumentReader(Agent):
 
     @property
     def cue(self) -> str:
-        """What this turn asks: a command, or on the last turn the question."""
+        """This turn's cue: it requests a command, or on the last turn contains the question."""
         return self.question.text if len(self.retrieved) == self.turns else ASK
 
     def parse(self, output: str) -> Call:

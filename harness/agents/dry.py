@@ -1,7 +1,7 @@
-"""SWE-Agent without a worktree: files in memory and no code run, for making training prompts by the thousand.
+"""SWE-Agent without a worktree, for training prompts in bulk: files are in memory and no code is run.
 
-Prompts are those of the real agent byte for byte as long as no test fails: what pytest prints for a failure is not
-made here. A patch counts as right when the files are those of the right fix.
+Prompts equal those of the real agent byte for byte as long as no test fails: pytest's failure output is not
+reproduced. A patch counts as right when the files equal those of the right fix.
 """
 
 from collections.abc import Mapping

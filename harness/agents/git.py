@@ -1,7 +1,8 @@
-"""Runs git on folders that hostile code wrote: with no configuration of theirs or the user's, and bounded.
+"""Runs git on folders written by hostile code, without their or the user's configuration, in bounded time and size.
 
-Commands run in the sandbox may change anything inside a worktree, its `.git` file too. So git is always told where its
-directory is, runs without the user's configuration and hooks, asks no nested repository, and ends at a time and a size.
+Commands run in the sandbox can change anything inside a worktree, its `.git` file too. Git therefore always gets its
+directory explicitly, runs without the user's configuration and hooks, ignores nested repositories, and has time and
+size limits.
 """
 
 import os
@@ -17,7 +18,7 @@ OUTPUT_BYTES, ERROR_BYTES, SECONDS = 8 << 20, 64 << 10, 60.0
 _SAFE = {
     "core.hooksPath": os.devnull,
     "core.fsmonitor": "false",
-    "core.bigFileThreshold": "1m",  # larger files differ as binary ones do
+    "core.bigFileThreshold": "1m",  # larger files are compared as binary
     "core.attributesFile": os.devnull,
     "diff.ignoreSubmodules": "all",
     "gc.auto": "0",
@@ -27,7 +28,7 @@ _SAFE = {
 
 
 def git(*args: str, git_dir: Path, tree: Path | None = None, stdin: str | None = None) -> subprocess.CompletedProcess:
-    """Run git on a repository that is named, with no configuration but its own and without hooks.
+    """Run git on an explicit repository, with only that repository's configuration and without hooks.
 
     Returns
     -------
@@ -67,7 +68,7 @@ def git(*args: str, git_dir: Path, tree: Path | None = None, stdin: str | None =
 
 
 def _read(process: subprocess.Popen) -> tuple[bytearray, bytearray, tuple[int, str] | None]:
-    """Output and errors, and why git was ended; errors beyond their bound are dropped."""
+    """Output, errors and the reason why git was killed; errors beyond their bound are dropped."""
     output, errors, due = bytearray(), bytearray(), time.monotonic() + SECONDS
     with selectors.DefaultSelector() as selector:
         for stream in (process.stdout, process.stderr):

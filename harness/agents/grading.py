@@ -1,9 +1,10 @@
 """Grades a patch as SWE-bench does: applied to a fresh worktree, tests run there, the log read by `swebench`.
 
-The tests and what pytest runs besides are the task's own: what a patch does to files that judge is left out, unless the
-task's own fix is in such a file. These are folders of tests, pytest's configuration and plugins (`conftest.py` and the
-rest), and modules in place of pytest's or Python's own. The run is confined like every other (swebench's own harness
-needs docker). The modules under test run in pytest's process: against those that forge its log there is no defence.
+Tests and pytest's configuration are the task's own: a patch's changes to files that affect the verdict are dropped,
+unless the task's own fix is in such a file. These are folders of tests, pytest's configuration and plugins
+(`conftest.py` and the rest), and modules in place of pytest's or Python's own. The run is confined like every other
+(swebench's own harness needs docker). The modules under test run in pytest's process: there is no defence against
+modules that forge its log.
 """
 
 import json
@@ -39,7 +40,7 @@ class Grade:
 
 
 def instance(task: FixTask, base: str) -> dict[str, Any]:
-    """The task as an instance that `swebench.make_test_spec` reads."""
+    """The task as an instance for `swebench.make_test_spec`."""
     from swebench.harness.constants import EvalType
 
     return {
@@ -63,18 +64,18 @@ def instance(task: FixTask, base: str) -> dict[str, Any]:
 
 
 def judges(files: Sequence[str]) -> list[str]:
-    """Patterns of the files that judge, in a repository of `files`; a star stands for any characters, `/` included.
+    """Patterns of files that affect the verdict in a repository of `files`; `*` matches any characters, `/` too.
 
-    A module of Python's or pytest's name is the repository's own where it has one.
+    A module with Python's or pytest's name is excepted where the repository itself has one.
     """
-    anywhere = [*_JUDGES, *_CONFIGURES, *(f"{folder}/*" for folder in _JUDGES)]  # a folder may come as a link
+    anywhere = [*_JUDGES, *_CONFIGURES, *(f"{folder}/*" for folder in _JUDGES)]  # a folder can be a link
     own = {name.partition("/")[0].partition(".")[0] for name in files}
     replaced = [f"{name}{end}" for name in sorted(_RUNS - own) for end in ("", ".*", "/*")]
     return [pattern for name in anywhere for pattern in (name, f"*/{name}")] + replaced
 
 
 def _apply(patch: str, workspace: Workspace, kept: str) -> str:
-    """Apply what does not judge; why it does not apply, "" when it does."""
+    """Apply the patch without files that affect the verdict; return why it does not apply, "" when it does."""
     files = workspace.files()
     patterns = judges(files)
     where = {"git_dir": workspace.git_dir, "tree": workspace.root}
@@ -82,7 +83,7 @@ def _apply(patch: str, workspace: Workspace, kept: str) -> str:
     done = git("apply", *options, "-", **where, stdin=patch)
     if done.returncode:
         return done.stderr or "git apply failed"
-    # a rename is known by its new name alone, and may have taken a judge away
+    # a rename is listed under its new name alone, and can have moved such a file
     if back := [name for name in files if name != kept and any(fnmatchcase(name, p) for p in patterns)]:
         checked(git("--literal-pathspecs", "checkout", "-q", workspace.repository.base, "--", *back, **where))
     return ""

@@ -29,7 +29,7 @@ class InProcess:
 
     @property
     def engine(self) -> ReuseEngine:
-        """The engine that serves the policy."""
+        """The engine of the policy."""
         return self.client.engine
 
     def complete(self, request: Request) -> Completion:

@@ -31,7 +31,7 @@ class Stops:
 
 @dataclass(frozen=True)
 class Step:
-    """One request and what became of it. `error` is "" for an accepted call whose tool succeeded."""
+    """One request and its outcome. `error` is "" for an accepted call whose tool succeeded."""
 
     index: int
     turn: int
@@ -47,7 +47,7 @@ class Step:
 class Episode:
     """A finished episode. `stop` is "done", "turns", "malformed", "repeated", "time" or "completer".
 
-    `solved_by` says what decided the score (`Agent.solved_by`); "" in traces of earlier versions.
+    `solved_by` names the criterion of the score (`Agent.solved_by`); "" in traces of earlier versions.
     """
 
     agent: str
@@ -78,14 +78,14 @@ def run_episode(
     clock: Callable[[], float] = time.perf_counter,
     session: str = "",
 ) -> Episode:
-    """Run `agent` to its end. Whatever the model says becomes a recorded step, never an exception.
+    """Run `agent` to its end. Any model output becomes a recorded step, never an exception.
 
     Raises
     ------
     SandboxError
-        When code has to run and the machine gives no sandbox: that is the operator's to decide, not a model failure.
+        When code has to run and the machine has no sandbox: a fault of the machine, not of the model.
     DataError
-        When a replayed trace does not fit the prompts.
+        When a replayed trace does not match the prompts.
     """
     stops = stops or Stops()
     episode = Episode(agent.name, agent.task_id, completer.system, solved_by=agent.solved_by)
@@ -98,7 +98,7 @@ def run_episode(
         try:
             completion = completer.complete(request)
         except DataError:
-            raise  # a replayed trace that does not fit
+            raise  # a replayed trace that does not match
         except CacheSlideError as refused:
             episode.stop, episode.failure = "completer", str(refused)
             break

@@ -1,4 +1,4 @@
-"""MemGPT on a multi-session chat: a bounded persona memory that the model writes, an archive that it searches."""
+"""MemGPT on a multi-session chat: a bounded persona memory written by the model, and an archive searched by it."""
 
 from harness.agents.agent import Agent, describe
 from harness.agents.calls import Call, Tool
@@ -15,8 +15,8 @@ def message(turn: ChatTurn) -> str:
 class MemGPT(Agent):
     """Slots: system, memory and recalled (updated), sessions and history (fixed), message (updated).
 
-    What the user tells is shown for one turn and enters later prompts through the memory alone, as in MemGPT when its
-    message queue is full. Memory beyond its capacity moves to the archive, oldest first.
+    Facts told by the user are shown for one turn and reach later prompts through the memory alone, as in MemGPT when
+    its message queue is full. Memory beyond its capacity moves to the archive, oldest first.
     """
 
     name = "memgpt"

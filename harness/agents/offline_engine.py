@@ -1,4 +1,4 @@
-"""vLLM in this process as a completer: fixed spans are annotated, what a session generated is retained as history."""
+"""vLLM in this process as a completer: fixed spans are annotated, a session's generated text is retained as history."""
 
 import re
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ SHAPE = re.compile("F(U*)(F*)(U+)")  # fixed and updated segments
 
 
 class _Session:
-    """The token ids of one episode: text that a turn repeats keeps the ids it had, generated text its own."""
+    """The token ids of one episode: repeated and generated text keeps its ids in later turns."""
 
     def __init__(self, engine: Engine, head: str) -> None:
         self.engine, self.head = engine, head
         self.talk = Turns([*engine.begin(), *engine.encode(head)])
         self.known: list[str] = []
-        self.generated = ""  # what was asked and written last: with the ids it was served in, it may become history
+        self.generated = ""  # the last question and answer, with the ids they were served in: they can become history
 
     def turn(self, updated: str, fixed: list[str], question: str) -> tuple[list[int], dict] | None:
         """This turn's ids and annotations; None when earlier fixed text changed."""
@@ -29,7 +29,7 @@ class _Session:
         if self.generated and new[:1] == [self.generated]:
             new = new[1:]  # `Turns` holds it already
         elif self.generated:
-            return None  # what was generated did not become history
+            return None  # the generated text did not become history
         for text in new:
             self.talk.add(self.engine.encode(text))
         self.known, self.generated = list(fixed), ""
@@ -39,8 +39,8 @@ class _Session:
 class OfflineEngine:
     """Serves agents on `harness.backends.scripted.Engine`, one request at a time.
 
-    Prompts of the shape head, updated text, fixed text, question, whose history is what was asked and generated word
-    for word, have their generated KV retained (`Turns`). Any other template has its fixed segments annotated, no more.
+    Prompts of the shape head, updated text, fixed text, question, whose history repeats questions and outputs word for
+    word, have their generated KV retained (`Turns`). Any other template has only its fixed segments annotated.
     """
 
     def __init__(self, engine: Engine, system: str, stop_ids: Sequence[int] = ()) -> None:

@@ -1,7 +1,7 @@
 """Any OpenAI-compatible server as a completer, over the harness's streaming client.
 
 With a tokenizer the prompt is sent as token ids with the fixed spans annotated in `kv_transfer_params` (see
-docs/vllm.md); without one it is sent as text and the server sees no annotations.
+docs/vllm.md); without one it is sent as text without annotations.
 """
 
 from typing import Any
@@ -24,11 +24,11 @@ class OpenAIServer:
     url : str
         Up to and with the version, for example "http://localhost:8000/v1".
     model : str
-        As the server names it.
+        The server's name of it.
     tokenizer : transformers tokenizer or None
         The model's own.
     system : str
-        Name of what is measured. With `policy`, the registered system that annotated requests ask the server for.
+        Name of the measured system. With `policy`, the registered system that annotated requests ask the server for.
     api_key : str
     timeout : float
         Seconds without a byte after which a request has failed.

@@ -1,6 +1,6 @@
-"""Scripted agents that solve every task from the prompt alone: they prove that the tasks can be solved.
+"""Scripted agents that solve every task from the prompt alone, which proves that the tasks are solvable.
 
-An oracle reads nothing but the request's segments, as a model does.
+An oracle reads only the request's segments, like a model.
 """
 
 import re
@@ -17,7 +17,7 @@ _LINK = {v.strip() for v in _LINK_VERBS}
 
 
 class NoContext:
-    """The no-context baseline: the inner completer sees the question and the cue, nothing else of the prompt."""
+    """The no-context baseline: the inner completer gets only the question and the cue of the prompt."""
 
     def __init__(self, inner: Completer) -> None:
         self.inner, self.system = inner, f"{inner.system}:no_context"
@@ -72,7 +72,7 @@ def reflexion(request: Request) -> str:
 
 
 def memgpt(request: Request) -> str:
-    """Remembers what it is told, recalls what its memory lacks, replies."""
+    """Remembers told facts, recalls facts missing from its memory, replies."""
     s = slots(request)
     if told := re.search(r"User: (\w+ \w+) is now (\w+ \w+) \.", s["message"]):
         return f" remember {told[1]} {told[2]}"
@@ -85,7 +85,7 @@ def memgpt(request: Request) -> str:
 
 
 def swe_agent(request: Request) -> str:
-    """Search, open, edit, test, submit: each from what the history and the window show."""
+    """Search, open, edit, test, submit: each chosen from the history and the window."""
     s = slots(request)
     name, what = re.search(r"Issue: (\w+ \w+) must (.+)", s["issue"]).groups()
     history, name = s.get("history", ""), name.replace(" ", "_")

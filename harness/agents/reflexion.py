@@ -1,4 +1,4 @@
-"""Reflexion on multi-hop questions: answer, hear that it was wrong, reflect, try again (HotPotQA in the paper)."""
+"""Reflexion on multi-hop questions: answer, get feedback that it was wrong, reflect, retry (HotPotQA in the paper)."""
 
 from harness.agents.agent import Agent, describe
 from harness.agents.calls import Call, Tool
@@ -14,14 +14,14 @@ def asked(name: str) -> str:
 
 
 def judged_wrong(given: str, changed: str, now: str) -> str:
-    """The judge's feedback: a root that changed and what it is now, "" when the notes are right."""
+    """The judge's feedback: a changed root and its new value, "" when the notes are right."""
     return f"\nFeedback: {given} is wrong . " + (f"{changed} is now {now} ." if changed else "Try again .")
 
 
 class Reflexion(Agent):
     """Slots: system, notes and reflections (updated), documents and history (fixed), question and feedback (updated).
 
-    Feedback is shown once, to the step that follows it. Only what the model then writes with `reflect` stays.
+    Feedback is shown once, to the step that follows it. Only the text that the model writes with `reflect` is kept.
     """
 
     name = "reflexion"

@@ -1,4 +1,4 @@
-"""The agents by name, with the tasks that they are measured on."""
+"""The agents by name, with their tasks."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -18,7 +18,7 @@ from harness.agents.tasks import chat_tasks, fix_tasks, function_tasks, qa_tasks
 
 @dataclass(frozen=True)
 class Entry:
-    """`tasks(split, seed, count, **options)` draws tasks, `agent(task, **options)` starts on one."""
+    """`tasks(split, seed, count, **options)` draws tasks, `agent(task, **options)` starts an episode on one."""
 
     title: str
     tasks: Callable[..., Iterator[Any]]

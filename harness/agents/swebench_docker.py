@@ -38,7 +38,7 @@ def grade_instances(dataset: str, split: str, patches: Mapping[str, str], run: s
     Parameters
     ----------
     dataset : str
-        Hub name or file of the instances, as the harness takes it.
+        Hub name or file of the instances, as passed to the harness.
     patches : mapping
         Instance id -> patch text.
     run : str

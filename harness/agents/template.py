@@ -1,8 +1,8 @@
 """Prompt templates of agents (the paper's section 2): ordered slots, each fixed or updated.
 
 A slot's text starts with a line break, so that the segments tokenised one by one are the ids of the whole prompt. A
-growing slot renders each entry as a segment of its own: what was said earlier keeps its segments, and with them its
-chunk keys, while the history grows behind it.
+growing slot renders each entry as its own segment: earlier entries keep their segments, and thus their chunk keys,
+while the history grows behind them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ Slots = Mapping[str, "str | Sequence[str]"]
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in the template. `grows` marks a list of entries; a fixed one may only be appended to."""
+    """A place in the template. `grows` marks a list of entries; a fixed one can only be appended to."""
 
     name: str
     role: SegmentRole

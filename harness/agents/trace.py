@@ -22,12 +22,12 @@ SCHEMA = 1
 
 
 def sha256(text: str) -> str:
-    """Hex digest of a text's UTF-8 bytes; what cannot be encoded (lone surrogates) keeps its own bytes."""
+    """Hex digest of a text's UTF-8 bytes; lone surrogates, which cannot be encoded, keep their own bytes."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def prompt_digest(segments: Iterable[TextSegment]) -> str:
-    """Names a prompt: its segments' names, roles and text hashes in order."""
+    """Identifier of a prompt, from its segments' names, roles and text hashes in order."""
     return sha256(json.dumps([[s.name, s.role, sha256(s.text)] for s in segments]))
 
 
@@ -135,7 +135,7 @@ def _read_step(line: dict[str, Any], texts: dict[str, str]) -> Step:
 
 @dataclass(frozen=True)
 class Replayed:
-    """One step served again: the prompt's digest, the recorded output, and what the system said by itself."""
+    """One step served again: the prompt's digest, the recorded output, and the system's own output."""
 
     index: int
     prompt: str
@@ -144,12 +144,12 @@ class Replayed:
 
     @property
     def agrees(self) -> bool:
-        """Whether the system's own output is the recorded one; a call is read without the blanks around it."""
+        """Whether the system's own output is the recorded one; a call is compared without surrounding blanks."""
         return self.own.text.strip() == self.forced.strip()
 
 
 def replay(episode: Episode, completer: Completer, max_tokens: int) -> list[Replayed]:
-    """Teacher-forced: serve the recorded prompts in order, whatever the system answers. No tool runs."""
+    """Teacher-forced: serve the recorded prompts in order, for any answers of the system. No tool runs."""
     out = []
     for step in episode.steps:
         own = completer.complete(Request(episode.task_id, step.index, step.segments, max_tokens))
@@ -158,10 +158,10 @@ def replay(episode: Episode, completer: Completer, max_tokens: int) -> list[Repl
 
 
 class Forced:
-    """Teacher-forced inside the loop: `inner` serves every request, but the agent is told what was recorded.
+    """Teacher-forced inside the loop: `inner` serves every request, but the agent gets the recorded output.
 
-    Tools run and every prompt is the recorded one, so any number of agents can be served at once and see identical
-    turns. `own` holds what the system said, by session and step.
+    Tools run and every prompt is the recorded one, so any number of agents can be served at once with identical
+    turns. `own` holds the system's own outputs, by session and step.
     """
 
     def __init__(self, inner: Completer, episodes: Iterable[Episode]) -> None:
@@ -183,8 +183,8 @@ class Forced:
 class Recorded:
     """A completer that gives a recorded episode's outputs, so that its loop and its tools run again.
 
-    A prompt other than the recorded one is a DataError that names the segment. With `ignore`, segments whose names
-    start so may differ: results that hold times or paths.
+    A prompt other than the recorded one is a DataError that names the segment. With `ignore`, segments with these
+    name prefixes can differ: results that contain times or paths.
     """
 
     def __init__(self, episode: Episode, ignore: Sequence[str] = ()) -> None:

@@ -1,6 +1,6 @@
-"""A git worktree that an agent edits. No path leaves it, and no file in it is ever trusted by git.
+"""A git worktree that an agent edits. No path leaves it, and git trusts no file in it.
 
-Commands run in the sandbox may leave anything inside: links, pipes, folders too deep for a path or closed to us.
+Commands run in the sandbox can leave anything inside: links, pipes, folders too deep for a path or unreadable.
 """
 
 import logging
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def _removed(folder: Path) -> None:
-    """Delete a folder with whatever is in it; what stays is logged."""
+    """Delete a folder with its contents; anything that cannot be deleted is logged."""
     try:
         remove(folder)
     except OSError as stays:
@@ -120,7 +120,7 @@ class Workspace:
         return self.sandbox.run(command)
 
     def diff(self) -> str:
-        """What changed in tracked files since the base commit; ToolError when git cannot read them any more."""
+        """Changes in tracked files since the base commit; ToolError when git can no longer read them."""
         self._check_attributes()
         options = ("--no-ext-diff", "--no-textconv", "--no-color", "--ignore-submodules=all")
         done = git("diff", *options, self.repository.base, git_dir=self.git_dir, tree=self.root)
@@ -129,7 +129,7 @@ class Workspace:
         return done.stdout
 
     def _check_attributes(self) -> None:
-        """git opens every `.gitattributes` beside a tracked file, and would wait at a pipe for ever."""
+        """ToolError for a pipe as `.gitattributes`: git opens this file beside each tracked file and would block."""
         for folder in {parent for name in self.files() for parent in Path(name).parents}:
             name = folder / ".gitattributes"
             try:

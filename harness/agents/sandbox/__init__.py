@@ -1,4 +1,4 @@
-"""Runs code that a model wrote: confined by the kernel, or not at all."""
+"""Runs code written by a model, confined by the kernel."""
 
 from harness.agents.sandbox.limits import Limits, SandboxError, SandboxResult
 from harness.agents.sandbox.run import Sandbox, missing

@@ -6,8 +6,8 @@ namespaces; mounts (everything read-only but the root, a memory file system over
 of its own below the first process of the PID namespace: when either ends or is killed, the kernel kills everything that
 the command started.
 
-What fails before the command runs is written to the descriptor `report`, which is closed by the time the command runs:
-one JSON object with `error` and, where the command or its folder is to blame, `command: true`.
+A failure before the command runs is written to the descriptor `report`, which is closed before the command runs: one
+JSON object with `error` and, where the command or its folder caused it, `command: true`.
 """
 
 import base64
@@ -40,7 +40,7 @@ class CommandError(Exception):
 
 
 def call(what, result):
-    """Raise an OSError that names `what` when a libc call returned a negative number."""
+    """Raise an OSError with `what` when a libc call returned a negative number."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
@@ -54,12 +54,12 @@ def prctl(what, option, *args):
 
 
 def landlock_abi():
-    """The kernel's Landlock version; raises where there is none."""
+    """The kernel's Landlock version; raises without Landlock."""
     return call("Landlock", libc.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1)))
 
 
 def groups(policy):
-    """Join the run's control groups; be the first to go when the machine runs out of memory."""
+    """Join the run's control groups; be the first process killed when the machine runs out of memory."""
     for path in policy["groups"]:
         with open(path, "w") as file:
             file.write("0")
@@ -88,9 +88,9 @@ def _attributes(what, path, flags, on, off=0):
 
 
 def mounts(policy):
-    """Everything read-only, so that modes, owners, times and attributes outside stay; root and scratch writable.
+    """Everything read-only, which protects modes, owners, times and attributes outside; root and scratch writable.
 
-    The scratch folder is a memory file system: the kernel bounds and counts all of it, and it goes with the namespace.
+    The scratch folder is a memory file system: the kernel bounds and counts all of it, and it ends with the namespace.
     """
     root, scratch = policy["root"], policy["scratch"]
     _mount("private mounts", None, "/", None, MS_REC | MS_PRIVATE)
@@ -103,10 +103,10 @@ def mounts(policy):
     for path in (root, scratch):
         _attributes(f"writable mount of {path}", path, 0, ATTR_NOSUID | ATTR_NODEV, ATTR_RDONLY)
     try:
-        os.chdir(root)  # the folder that this process started in lies below the mount
+        os.chdir(root)  # this process's start folder is below the mount
     except OSError as gone:
         raise CommandError(str(gone)) from None
-    null = os.open("/dev/null", os.O_RDONLY)  # the one that was handed down was opened where it could be changed
+    null = os.open("/dev/null", os.O_RDONLY)  # the inherited one was opened while it was writable
     os.dup2(null, 0)
     os.close(null)
 
@@ -122,7 +122,7 @@ def limits(policy):
 
 
 def landlock(policy):
-    """Reads only below `read`, reads and writes only below `write`; no TCP, no signals to the outside where known."""
+    """Reads only below `read`, reads and writes only below `write`; no TCP, no signals to outside where supported."""
     abi = landlock_abi()
     rights = _RIGHTS_BY_ABI.get(abi, _ALL_RIGHTS)
     attributes = struct.pack("QQQ", rights, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
@@ -176,7 +176,7 @@ def start(policy):
 
 
 def confine(policy, command):
-    """The namespace's first process: signals without handlers do not reach it, so it only waits for the command."""
+    """The namespace's first process: signals without handlers do not reach it; it waits for the command."""
     prctl("parent death signal", PR_SET_PDEATHSIG, int(signal.SIGKILL))
     for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):  # Python's own settings
         signal.signal(number, signal.SIG_DFL)
@@ -211,7 +211,7 @@ def main():
     except BaseException as error:
         text = getattr(error, "strerror", None) or str(error) or repr(error)
         line = json.dumps({"error": text, "command": isinstance(error, CommandError)})
-        with contextlib.suppress(OSError):  # the reader may be gone
+        with contextlib.suppress(OSError):  # the reader can have ended
             os.write(report, line.encode())
         os._exit(FAILED)
 

@@ -1,9 +1,9 @@
-"""A control group of one run: memory, swap and processes bounded by the kernel, together, where one can be made.
+"""A control group of one run: memory, swap and processes bounded together by the kernel, where one can be made.
 
-Version 2 is used where an ancestor of this process's group can be written and hands on the memory and pids controllers;
-version 1 where both hierarchies can be written (then this machine's root, as a rule). Nothing of the machine's own
-groups is changed: a run gets child groups, which are removed behind it, or, where their owner was killed, when the
-next process of ours starts. Elsewhere the watcher counts (watch.py).
+Version 2 is used where an ancestor of this process's group is writable and delegates the memory and pids controllers;
+version 1 where both hierarchies are writable (usually root). The machine's own groups are not changed: a run gets child
+groups, which are removed after it or, where their owner was killed, when the next process of the harness starts.
+Without control groups the watcher counts (watch.py).
 """
 
 import logging
@@ -21,8 +21,8 @@ from harness.agents.sandbox import usage
 
 _NEEDED = {"memory", "pids"}
 _REMOVE_S = 2.0
-_NAME = re.compile(r"sandbox-(?P<pid>\d+)-(?:(?P<space>\d+)-)?[0-9a-f]{8}")  # process, its PID namespace, a draw
-_ENTERED_S = 60.0  # a group so old that nobody has entered belongs to no run that is about to start
+_NAME = re.compile(r"sandbox-(?P<pid>\d+)-(?:(?P<space>\d+)-)?[0-9a-f]{8}")  # process, its PID namespace, random digits
+_ENTERED_S = 60.0  # an older group without a process belongs to no starting run
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +47,7 @@ class Group:
     ----------
     place : Place
     memory : int
-        Bytes of all processes together, the kernel's own and what lies in memory file systems included. No swap.
+        Bytes of all processes together, kernel memory and memory file systems included. No swap.
     processes : int
     """
 
@@ -82,7 +82,7 @@ class Group:
         return [str(folder / "cgroup.procs") for folder in self.folders]
 
     def out_of_memory(self) -> bool:
-        """The kernel ended a process of the group for its memory."""
+        """Whether the kernel killed a process of the group for its memory."""
         name = "memory.events" if self.place.version == 2 else "memory.oom_control"
         with suppress(OSError):
             for line in (self.folders[0] / name).read_text().splitlines():
@@ -92,13 +92,13 @@ class Group:
         return False
 
     def refused(self) -> int:
-        """Processes and threads that could not be started for the bound on them."""
+        """Number of processes and threads refused by the bound on them."""
         with suppress(OSError, ValueError, IndexError):
             return int((self.folders[-1] / "pids.events").read_text().split("max ")[1].split()[0])
         return 0
 
     def close(self) -> None:
-        """End what is left in the groups and remove them. A group that stays busy is left, empty of bounds' use."""
+        """Kill the remaining processes of the groups and remove them. A group that stays busy is left."""
         if self.place.version == 2 and self.folders:
             with suppress(OSError):
                 (self.folders[0] / "cgroup.kill").write_text("1")
@@ -121,7 +121,7 @@ def _space() -> str:
 
 
 def sweep(parent: Path) -> None:
-    """Remove the groups below `parent` whose owner was killed before it could; a group that holds a process stays."""
+    """Remove the groups below `parent` left by killed owners; a group with a process stays."""
     for folder in parent.glob("sandbox-*"):
         named = _NAME.fullmatch(folder.name)
         if not named or usage.alive(f"/proc/{named['pid']}"):
@@ -135,9 +135,9 @@ def sweep(parent: Path) -> None:
 
 @cache
 def place() -> Place | None:
-    """Where this process can make groups that bound memory and processes, tried once; None where it cannot.
+    """The place where this process can make groups that bound memory and processes, tried once; None without one.
 
-    Groups that killed processes left there are removed.
+    Groups left there by killed processes are removed.
     """
     with suppress(OSError, ValueError, IndexError):
         found = _find(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
@@ -170,7 +170,7 @@ def _find(mounts: str, own: str) -> list[Place]:
 
 
 def _ancestors(point: Path, folder: Path) -> list[Place]:
-    """Groups from this process's own up to the mount point that hand on the controllers to their children."""
+    """Groups from this process's own up to the mount point that delegate the controllers to their children."""
     found = []
     for at in (folder, *folder.parents):
         with suppress(OSError):
@@ -182,7 +182,7 @@ def _ancestors(point: Path, folder: Path) -> list[Place]:
 
 
 def _works(candidate: Place) -> bool:
-    """A group can be made there and entered."""
+    """Whether a group can be made there and entered."""
     try:
         group = Group(candidate, 64 << 20, 8)
     except OSError:

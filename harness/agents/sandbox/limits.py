@@ -10,7 +10,7 @@ _CONFINE = 2  # confine.py's own processes
 
 
 class SandboxError(CacheSlideError, RuntimeError):
-    """The kernel gives no sandbox, or the sandbox could not start a command."""
+    """The kernel supports no sandbox, or the sandbox could not start a command."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Limits:
     `seconds` of wall time (and of CPU time per process); `memory` in bytes, of each process's address space and of
     all processes, pipes and the scratch folder together; `processes` and threads alive at once; `file_bytes` per
     written file; `disk_bytes` and `files` (names: a hard link counts as a file does) in the root, the scratch folder
-    and deleted files together, what was there before included; `output_bytes` kept of stdout and stderr together:
+    and deleted files together, earlier files included; `output_bytes` kept of stdout and stderr together:
     more ends the command.
     """
 
@@ -34,11 +34,11 @@ class Limits:
 
     @property
     def tasks(self) -> int:
-        """`processes`, and those that confine the run."""
+        """`processes`, and those of the sandbox itself."""
         return self.processes + _CONFINE
 
     def rlimits(self) -> dict[str, int]:
-        """For setrlimit, per process. NPROC counts the sandbox's user, lets one too many start for the watcher to see,
+        """For setrlimit, per process. NPROC counts the sandbox's user, allows one too many so that the watcher sees it,
         and does not hold for user 0.
         """
         cpu = max(1, int(self.seconds) + 1)
@@ -54,7 +54,7 @@ class SandboxResult:
     """`code` is the exit status (128 + n: signal n). `stopped` names the bound that ended it, "" for none.
 
     The bounds are "time", "output", "processes", "memory" and "disk"; "start" means that the command or its folder
-    could not be used (`output` says why), which earlier code in the folder may have brought about.
+    could not be used (`output` has the reason), which earlier code in the folder can have caused.
     """
 
     code: int
@@ -64,5 +64,5 @@ class SandboxResult:
 
     @property
     def passed(self) -> bool:
-        """Ended by itself with status 0."""
+        """Whether it ended by itself with status 0."""
         return self.code == 0 and not self.stopped

@@ -1,4 +1,4 @@
-"""Starts commands in the sandbox: what they may read and write, and what becomes of a start that fails."""
+"""Starts commands in the sandbox: readable and writable folders, and handling of failed starts."""
 
 import base64
 import json
@@ -21,7 +21,7 @@ from harness.agents.sandbox.limits import Limits, SandboxError, SandboxResult
 from harness.agents.sandbox.watch import Watch
 
 _CONFINE = Path(confine.__file__)
-# Not /dev/zero: a shared mapping of it is memory that no process's size shows.
+# Not /dev/zero: a shared mapping of it is memory outside any process's size.
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/dev/null", "/dev/random", "/dev/urandom")
 _ETC = tuple(f"/etc/{n}" for n in ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime", "alternatives"))
 _NOT_STARTED = 126
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @cache
 def missing() -> str:
-    """Why this machine gives no sandbox; "" when it does. Asked once, by starting a command in one."""
+    """Why this machine has no sandbox; "" when it has one. Tested once, by starting a command."""
     if sys.platform != "linux" or platform.machine() not in seccomp.ARCH:
         return f"the sandbox needs Linux on x86_64 or aarch64, this is {sys.platform} on {platform.machine()}"
     with tempfile.TemporaryDirectory() as folder:
@@ -50,9 +50,9 @@ class Sandbox:
         The only folder (beside a scratch folder of each run) that commands can write.
     limits : Limits
     trust_code : bool
-        Run without confinement where the kernel gives none. Rlimits and the wall time still hold; nothing else does.
+        Run without confinement where the kernel has none. Only rlimits and the wall time still hold.
     read : sequence of Path
-        Further folders that commands may read.
+        Further folders that commands can read.
 
     Raises
     ------
@@ -72,12 +72,12 @@ class Sandbox:
         self.confined = not why
 
     def run(self, command: Sequence[str]) -> SandboxResult:
-        """Run `command` in the root and wait for it; whatever it does becomes the result.
+        """Run `command` in the root and wait for it; any behaviour becomes the result.
 
         Raises
         ------
         SandboxError
-            When the kernel refuses to confine, which no command can bring about.
+            When the kernel cannot confine, which no command can cause.
         """
         return Runner(self.root, self.limits, self.confined, self.read).run(list(command))
 
@@ -176,7 +176,7 @@ def _environment(scratch: Path) -> dict[str, str]:
         "LANG": "C.UTF-8",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONHASHSEED": "0",
-        "GIT_CONFIG_NOSYSTEM": "1",  # it may not be read, and git would not start
+        "GIT_CONFIG_NOSYSTEM": "1",  # it is unreadable, and git would not start
         "OMP_NUM_THREADS": "1",  # threads count as processes do
         "OPENBLAS_NUM_THREADS": "1",
     }

@@ -1,12 +1,12 @@
-"""The seccomp filter of the sandbox: which system calls it refuses, by name, and the BPF program that does so.
+"""The seccomp filter of the sandbox: the refused system calls by name, and the BPF program.
 
-Files are Landlock's and the mount namespace's to guard. The filter takes away what those do not see: sockets but for a
-connected pair, kernel objects that hold memory which no process's size shows (memfd, SysV, shared anonymous pages,
+Landlock and the mount namespace protect files. The filter refuses what those do not cover: sockets but for a
+connected pair, kernel objects with memory outside any process's size (memfd, SysV, shared anonymous pages,
 pages in pipes, larger pipes), other processes, namespaces and mounts, watches and leases on files outside, devices'
-ioctls, set-user-ID bits, disk blocks beyond a file's end, and whatever is newer than this list.
+ioctls, set-user-ID bits, disk blocks beyond a file's end, and calls newer than this list.
 
-Locks (flock, fcntl's) are left: git, sqlite and pytest need them, and a filter sees a descriptor's number, not what it
-names.
+Locks (flock, fcntl's) are allowed: git, sqlite and pytest need them, and a filter sees a descriptor's number, not its
+file.
 """
 
 import errno
@@ -38,7 +38,7 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "add_key": (248, 217), "request_key": (249, 218), "fanotify_init": (300, 262), "fanotify_mark": (301, 263),
     "inotify_init": (253, None), "inotify_init1": (294, 26), "inotify_add_watch": (254, 27),
     "inotify_rm_watch": (255, 28), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
-    # memory that no process's size shows
+    # memory outside any process's size
     "memfd_create": (319, 279), "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "shmdt": (67, 197),
     "semget": (64, 190), "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192), "msgget": (68, 186),
     "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187), "mq_open": (240, 180), "mq_unlink": (241, 181),
@@ -68,7 +68,7 @@ _CREATES = 0o100 | 0o20000000  # O_CREAT, O_TMPFILE
 _FCNTLS = (
     *(0, 1, 2, 3, 4, 1030),  # duplicates; flags of descriptors and files
     *(5, 6, 7, 36, 37, 38),  # locks of a process, of an open file
-    *(9, 11, 16, 1025, 1027, 1032, 1034),  # what owner, signal, lease, descriptor, pipe size, seals there are
+    *(9, 11, 16, 1025, 1027, 1032, 1034),  # queries of owner, signal, lease, descriptor, pipe size, seals
 )
 # Terminal size and attributes, FIONREAD, FIONBIO, FIOCLEX, FIONCLEX, FS_IOC_GETFLAGS.
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x802C542A, 0x80086601)
@@ -93,7 +93,7 @@ _CASES: dict[str, tuple[tuple[tuple[int, int, tuple[int, ...] | None], ...], ...
 _ONLY = {
     "socketpair": ((0, 0xFFFFFFFF, (1,)), (1, 0xF, (1,))),  # AF_UNIX, SOCK_STREAM
     "ioctl": ((1, 0xFFFFFFFF, _IOCTLS),),
-    "fcntl": ((1, 0xFFFFFFFF, _FCNTLS),),  # leases, watches, owners, signals, pipe sizes, hints are set by others
+    "fcntl": ((1, 0xFFFFFFFF, _FCNTLS),),  # refuses leases, watches, owners, signals, pipe sizes, hints
 }
 _ERRORS = {"fallocate": errno.EOPNOTSUPP, "ioctl": errno.ENOTTY, "clone3": errno.ENOSYS}
 
@@ -104,7 +104,7 @@ def _argument(index: int) -> int:
 
 
 def _when(conditions, verdict: int) -> list[tuple[int, int, int, int]]:
-    """Return `verdict` when every condition holds, else go on behind."""
+    """Return `verdict` when every condition holds, else fall through."""
     blocks = []
     for index, mask, values in conditions:
         tests = [(_ANY, mask)] if values is None else [(_EQUAL, value) for value in values]
@@ -121,7 +121,7 @@ def _when(conditions, verdict: int) -> list[tuple[int, int, int, int]]:
 
 
 def _body(name: str) -> list[tuple[int, int, int, int]]:
-    """What follows once the call is known to be `name`; it always returns."""
+    """The instructions for the call `name`; they always return."""
     allow, refuse = (_RETURN, 0, 0, ALLOW), ERRNO | _ERRORS.get(name, errno.EPERM)
     if name in _ONLY:
         return [*_when(_ONLY[name], ALLOW), (_RETURN, 0, 0, refuse)]

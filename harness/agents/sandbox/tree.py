@@ -1,7 +1,7 @@
-"""Walks and deletes a folder that hostile code filled: any depth, any names, any modes, no link followed.
+"""Walks and deletes a folder filled by hostile code: any depth, any names, any modes, no link followed.
 
 One folder is open at a time. The way down is by name from the open folder, the way up is `..`, and both must lead to
-the folder that is meant. So neither the longest path nor the number of open files nor the stack bounds the depth.
+the intended folder. Neither the longest path nor the number of open files nor the stack bounds the depth.
 """
 
 import os
@@ -64,7 +64,7 @@ def entries(top: Path | str, open_up: bool = False) -> Iterator[os.stat_result]:
     ----------
     top : Path
     open_up : bool
-        Make folders that their owner may not read readable; only once nothing runs that could change the tree.
+        Make folders readable that their owner cannot read; only when no process can change the tree.
 
     Raises
     ------
@@ -106,7 +106,7 @@ def entries(top: Path | str, open_up: bool = False) -> Iterator[os.stat_result]:
 
 
 def _enter(at: _Position) -> tuple[bool, int]:
-    """Go into the next inner folder that lets itself be opened: whether there was one, and how many refused."""
+    """Enter the next inner folder that can be opened: whether there was one, and how many could not be opened."""
     inner, refused = at.levels[-1].inner, 0
     while inner:
         try:
@@ -120,12 +120,12 @@ def _enter(at: _Position) -> tuple[bool, int]:
 
 
 def remove(top: Path | str) -> None:
-    """Delete `top` and all below it, once nothing that could change it runs any more; modes are changed where needed.
+    """Delete `top` and all below it, when no process can change it any more; modes are changed where needed.
 
     Raises
     ------
     OSError
-        When something stays: the first reason.
+        When something cannot be deleted: the first reason.
     """
     top = Path(top)
     failed: list[OSError] = []
@@ -157,7 +157,7 @@ def _empty_all(at: _Position, failed: list[OSError]) -> None:
 
 
 def _empty(at: _Position, failed: list[OSError]) -> None:
-    """Unlink what is no folder, make each folder enterable and note it."""
+    """Unlink entries that are not folders, make each folder enterable and record it."""
     with os.scandir(at.fd) as listed:
         found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in listed]
     for name, folder in found:
@@ -169,7 +169,7 @@ def _empty(at: _Position, failed: list[OSError]) -> None:
 
 
 def _open_up(name: Path | str, within: int | None = None) -> None:
-    """Give the owner all rights on a folder (lstat says it is one, and nothing runs that could replace it)."""
+    """Give the owner all rights on a folder (checked by lstat, and no process can replace it)."""
     with suppress(OSError):
         if os.stat(name, dir_fd=within, follow_symlinks=False).st_mode & 0o700 != 0o700:
             os.chmod(name, 0o700, dir_fd=within)

@@ -1,8 +1,8 @@
-"""What a run holds, read from /proc by the one who started it: processes, memory, disk.
+"""A run's processes, memory and disk usage, read from /proc by the process that started it.
 
-Where the kernel's control groups count (group.py), only the disk is left to this. Hostile code knows these files too:
-a process whose first thread has ended shows nothing under its own number, so any thread that is left stands for it; a
-file that was deleted lives on in descriptors and mappings.
+With control groups (group.py), only the disk is counted here. Hostile code can evade a simple count: a process whose
+first thread has ended shows nothing under its own number, so any remaining thread is read instead; a deleted file still
+exists in descriptors and mappings.
 """
 
 import os
@@ -27,7 +27,7 @@ SOCKET_BYTES = _socket_bytes()
 
 
 def namespace(pid: int) -> str:
-    """The PID namespace that the children of `pid` are in; "" while it is still the caller's own, or unknown."""
+    """The PID namespace of the children of `pid`; "" while it is still the caller's own, or unknown."""
     with suppress(OSError):
         found = os.readlink(f"/proc/{pid}/ns/pid_for_children")
         if found != os.readlink("/proc/self/ns/pid"):
@@ -36,12 +36,12 @@ def namespace(pid: int) -> str:
 
 
 def members(target: str) -> list[str]:
-    """A folder of /proc for each process in the PID namespace `target`; the ended that nobody waited for included."""
+    """A folder of /proc for each process in the PID namespace `target`; unreaped ended processes included."""
     return [folder for entry in os.listdir("/proc") if entry.isdigit() and (folder := _member(entry, target))]
 
 
 def alive(folder: str) -> bool:
-    """The thread that a folder of /proc is for has not ended: it still has a working folder."""
+    """Whether the thread of a folder of /proc is alive: it still has a working folder."""
     try:
         os.readlink(f"{folder}/cwd")
     except (FileNotFoundError, ProcessLookupError):
@@ -55,7 +55,7 @@ def _member(pid: str, target: str) -> str:
     folder = f"/proc/{pid}"
     with suppress(OSError):
         if os.readlink(f"{folder}/ns/pid") == target:
-            if not alive(folder):  # the first thread has ended; others may be left
+            if not alive(folder):  # the first thread has ended; others can be alive
                 for thread in os.listdir(f"{folder}/task"):
                     if alive(f"{folder}/task/{thread}"):
                         return f"{folder}/task/{thread}"
@@ -80,7 +80,7 @@ def processes_and_memory(folders: list[str]) -> tuple[int, int]:
 
 
 class Held:
-    """What descriptors and mappings keep: deleted files (bytes, number), and the kernel's buffers in pipes and sockets.
+    """Usage by descriptors and mappings: deleted files (bytes, number), and the kernel's buffers in pipes and sockets.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ class Held:
     skip : int or None
         The device of the scratch folder, which is counted whole.
     largest : int
-        Bytes that a deleted file counts where only its mapping is seen and its size may not be asked.
+        Bytes that a deleted file counts where only its mapping is seen and its size cannot be read.
     """
 
     def __init__(self, folders: list[str], skip: int | None, largest: int) -> None:
@@ -132,7 +132,7 @@ class Held:
                 continue
             try:
                 found = os.stat(f"{folder.partition('/task/')[0]}/map_files/{where.decode()}")
-            except OSError:  # only user 0 may ask
+            except OSError:  # needs user 0
                 self.deleted[key] = self.largest
             else:
                 if found.st_nlink == 0:
@@ -143,8 +143,8 @@ def folder_usage(top: Path, files: int, size: int, ended: bool = False) -> tuple
     """Names and bytes on disk below `top`, and whether all of it was seen; stops where they pass `files` or `size`.
 
     Every name counts, a further one of the same file too (it takes room in its folder and time to walk and remove);
-    a file's bytes count once. `ended` says that nothing runs any more: folders that their owner may not read are then
-    made readable.
+    a file's bytes count once. With `ended` no process is left: folders that their owner cannot read are then made
+    readable.
     """
     count = held = 0
     linked: set[tuple[int, int]] = set()

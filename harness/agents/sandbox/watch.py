@@ -1,4 +1,4 @@
-"""Watches a started run until it ends or passes a bound; then nothing of it is left running."""
+"""Watches a started run until it ends or passes a bound, then kills its remaining processes."""
 
 import logging
 import os
@@ -14,8 +14,8 @@ from harness.agents.sandbox.group import Group
 from harness.agents.sandbox.limits import Limits
 
 POLL_S, DISK_POLL_S = 0.02, 0.1
-_DISK_SHARE = 5  # at most one part in so many of the time goes into walking the folder
-_HIDDEN = 5  # walks in a row that could not see everything: whoever brings that about hides something
+_DISK_SHARE = 5  # walking the folder takes at most 1 / _DISK_SHARE of the time
+_HIDDEN = 5  # incomplete walks in a row that count as hiding files
 _GONE_S = 10.0
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Watch:
     group : Group or None
         Bounds processes and memory already.
     report : int
-        Descriptor that says why the run did not start; -1 for none.
+        Descriptor for the reason of a failed start; -1 for none.
     """
 
     process: subprocess.Popen
@@ -57,7 +57,7 @@ class Watch:
             self._watch(begin)
         finally:
             self._end()
-        if not self.stopped:  # it may have been quicker than the watch
+        if not self.stopped:  # it can end between two polls
             self.stopped = self._too_full([], ended=True)
 
     def _watch(self, begin: float) -> None:
@@ -68,7 +68,7 @@ class Watch:
             with selectors.DefaultSelector() as selector:
                 for fd in {stdout, pidfd, self.report} - {-1}:
                     selector.register(fd, selectors.EVENT_READ)
-                # without a PID namespace a stray child may hold the pipe open
+                # without a PID namespace a stray child can hold the pipe open
                 while not self.stopped and not (ended and (not piped or not self.confined)):
                     for key, _ in selector.select(POLL_S):
                         if key.fd == pidfd:
@@ -102,7 +102,7 @@ class Watch:
         return bool(piece)
 
     def _passed(self, disk: bool) -> str:
-        """The bound that is passed; "" for none."""
+        """The exceeded bound; "" for none."""
         if not self.confined:
             return self._too_full([]) if disk else ""
         self._namespace = self._namespace or usage.namespace(self.process.pid)
@@ -110,21 +110,21 @@ class Watch:
             if self.group.out_of_memory():
                 return "memory"
             if self.group.refused() > self.limits.processes:
-                return "processes"  # it goes on trying
+                return "processes"  # it keeps starting processes
         if not self._namespace or (self.group is not None and not disk):
             return ""
         folders, memory = usage.members(self._namespace), 0
         if self.group is None:
             passed, memory = self._counted(folders)
-            if passed and self._counted(usage.members(self._namespace))[0]:  # the numbers are of no one moment
+            if passed and self._counted(usage.members(self._namespace))[0]:  # the counts are not atomic
                 return passed
         return self._too_full(folders, memory) if disk else ""
 
     def _counted(self, folders: list[str]) -> tuple[str, int]:
-        """The bound on processes or memory that is passed, and the bytes that processes and scratch folder hold."""
+        """The exceeded bound on processes or memory, and the bytes of processes and scratch folder."""
         count, resident = usage.processes_and_memory(folders)
         scratch = usage.memory_folder_usage(self.process.pid, self.scratch)[1]
-        if count > self.limits.processes + 1:  # the one of confine.py
+        if count > self.limits.processes + 1:  # the process of confine.py
             passed = "processes"
         else:
             passed = "memory" if resident + scratch > self.limits.memory else ""
@@ -153,7 +153,7 @@ class Watch:
         return "disk" if self._hidden >= _HIDDEN or files > limits.files or size > limits.disk_bytes else ""
 
     def _end(self) -> None:
-        """Kill what is left, and wait until it can do no more."""
+        """Kill the remaining processes and wait until they have ended."""
         if self.confined and not self._namespace:
             self._namespace = usage.namespace(self.process.pid)
         if self.stopped or not self.confined or self.process.poll() is None:

@@ -1,4 +1,4 @@
-"""Every log format by name, and the sessions of a file in whichever of them it is."""
+"""Every log format by name, and the sessions of a file in any of them."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from harness.agents.sessions import reflexion, swe_agent
 
 @dataclass(frozen=True)
 class Format:
-    """`recognises(text)` tells a file by its content; `read(path, text, sha256)` gives its sessions."""
+    """`recognises(text)` identifies a file by its content; `read(path, text, sha256)` returns its sessions."""
 
     recognises: Callable[[str], bool]
     read: Callable[[Path, str, str], list[Session]]
@@ -38,7 +38,7 @@ FORMATS: dict[str, Format] = {
 
 
 def format_of(text: str) -> str | None:
-    """The name of a text's format; None for none that is known."""
+    """The name of a text's format; None for an unknown one."""
     return next((name for name, form in FORMATS.items() if form.recognises(text)), None)
 
 

@@ -1,9 +1,9 @@
 """SWE-agent's trajectories (`.traj`, Yang et al., 2024): one JSON object, one session.
 
-`history` holds every message once, in full: system prompt, demonstration, issue, answers, observations. What was sent
-is less where a history processor leaves old observations out. Newer files show it (`query`: the prompt of a step;
-`messages`: everything after a step, which is the prompt of the next). Otherwise the configuration in the file may name
-the processors, whose rule is applied here; where neither is there, observations stand in full and `lacks` says so.
+`history` holds every message once, in full: system prompt, demonstration, issue, answers, observations. Less was
+sent where a history processor leaves old observations out. Newer files show it (`query`: the prompt of a step;
+`messages`: everything after a step, which is the prompt of the next). Otherwise the configuration in the file can name
+the processors, whose rule is applied here; where neither exists, observations are kept in full and `lacks` records it.
 """
 
 import json
@@ -87,7 +87,7 @@ def _shown(steps: list[dict[str, Any]], turn: int, end: int, path: str) -> list[
 
 
 def _processors(run: dict[str, Any], path: str) -> list[dict[str, Any]] | None:
-    """The history processors that the file's configuration names, in order; None where it names none at all."""
+    """The history processors in the file's configuration, in order; None where it has no such entry."""
     config = run.get("replay_config")
     if isinstance(config, str):
         config = parse(config, f"{path}: replay_config is")
@@ -100,7 +100,7 @@ def _processors(run: dict[str, Any], path: str) -> list[dict[str, Any]] | None:
 
 
 def _elided(history: list[dict[str, Any]], messages: list[Message], processors: list | None) -> list[Message]:
-    """The messages with what the processors leave out: `last_n_observations` keeps the issue and the last n."""
+    """The messages after the processors' omissions: `last_n_observations` keeps the issue and the last n."""
     out = list(messages)
     for processor in processors or []:
         if processor.get("type") != "last_n_observations":

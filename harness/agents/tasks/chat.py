@@ -1,4 +1,4 @@
-"""A chat of several sessions: what was said before refers to persona facts, and the user changes those facts."""
+"""A chat of several sessions: earlier sessions refer to persona facts, and the user changes those facts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class ChatTask:
 def chat_tasks(
     split: str, seed: int, count: int, turns: int = 6, tokens: int = 512, mix: str = "deep", depth: int = DEPTH
 ) -> Iterator[ChatTask]:
-    """Tasks of so many turns, the last of which always asks; see `draw_tasks`."""
+    """Tasks of `turns` turns, the last of which is always a question; see `draw_tasks`."""
     return draw_tasks("chat", draw_chat, split, seed, count, turns, tokens, mix, depth)
 
 

@@ -1,4 +1,4 @@
-"""Small repositories with one wrong line, an issue that says what must hold, and a test that fails until it does.
+"""Small repositories with one wrong line, an issue that states what must hold, and a test that fails until the fix.
 
 Three kinds of bugs: a wrong constant, a reference to the wrong name, a wrong operator. The names, the constants and
 with them the lines that are wrong belong to one split.
@@ -20,7 +20,7 @@ _APPLIED = {"+": 12, "-": 4, "*": 32}  # of 8 and 4
 
 @dataclass(frozen=True)
 class FixTask:
-    """A repository before the fix, and how it is judged.
+    """A repository before the fix, and its tests.
 
     `files` holds sources and tests by path; `path` and `line` (from 1) are the bug's place, `fixed` the right line;
     `fail_to_pass` and `pass_to_pass` are pytest ids.
@@ -77,7 +77,7 @@ def draw_fix(rng: Random, task_id: str, split: str, modules: int, lines: int) ->
 
 
 def _line(rng, split, name, kind, held) -> tuple[str, str, str, str]:
-    """The right line, a wrong one, what the issue says, and the test's assertion; takes the name into `held`."""
+    """The right line, a wrong one, the issue's text and the test's assertion; adds the name to `held`."""
     words = name.replace("_", " ")
     if kind == "constant":
         value = fresh_value(rng, split, [tuple(v.split()) for v in held.values()])

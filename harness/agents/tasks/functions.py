@@ -1,4 +1,4 @@
-"""Jobs that need several calls: look up what names hold, combine the numbers, hand in the result."""
+"""Jobs that need several calls: look up the numbers of names, combine them, hand in the result."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ class Job:
 
 @dataclass(frozen=True)
 class FunctionTask:
-    """What each name holds, and the jobs in order."""
+    """The number of each name, and the jobs in order."""
 
     id: str
     split: str

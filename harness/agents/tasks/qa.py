@@ -1,7 +1,7 @@
 """Questions over fixed documents whose notes are sometimes out of date: a first answer is then wrong.
 
-Before a stale question, one root's value changes in the world but not in the notes. The judge says so only after the
-wrong answer; the second answer needs that correction and the same fixed documents, which now mean something else.
+Before a stale question, one root's value changes in the world but not in the notes. The judge reveals it only after the
+wrong answer; the second answer needs that correction and the same fixed documents, which now have another meaning.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ STALE = 0.6
 
 @dataclass(frozen=True)
 class QAQuestion:
-    """A name and its value at the time of asking; `changed` root and what it is `now`, "" when the notes are right."""
+    """A name and its value at the time of asking; `changed` root and its value `now`, "" when the notes are right."""
 
     name: str
     answer: str
@@ -40,7 +40,7 @@ class QATask:
 def qa_tasks(
     split: str, seed: int, count: int, questions: int = 3, tokens: int = 512, mix: str = "deep", depth: int = DEPTH
 ) -> Iterator[QATask]:
-    """Tasks of so many questions, see `draw_tasks`."""
+    """Tasks of `questions` questions, see `draw_tasks`."""
     return draw_tasks("qa", draw_qa, split, seed, count, questions, tokens, mix, depth)
 
 

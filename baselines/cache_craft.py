@@ -1,23 +1,23 @@
-"""Cache-Craft (PIC, SIGMOD '25, arXiv 2502.15734): chunks as a prompt left them; each is fixed as far as it needs it.
+"""Cache-Craft (PIC, SIGMOD '25, arXiv 2502.15734): in-prompt chunks, each recomputed in part by its context impact.
 
-Of the paper, with its equations' numbers. A chunk C_i is cached with what it attended to in its prompt S_old, by layer:
+Equation numbers are the paper's. A chunk C_i is cached with its attention in its prompt S_old, by layer:
 inter(C_i, C_j), the attention of its tokens to an earlier chunk's (3), and intra(C_i), to its own (4). Then
 
     a, b    mean over layers of Σ_j inter(C_i, C_j) / (|C_i| |C_j|), and of intra(C_i) / |C_i|²           (9, 10)
     CCI     1 / (1 + exp(-a / b)), the cache's context impact                                             (11)
-    β       Σ over chunks of S_old that S_new has in front too of inter(C_i, C_j), over that of all       (6)
-    γ       Kendall's tau distance of the order of the common chunks, as a share of its highest           (7)
+    β       Σ inter(C_i, C_j) over the chunks C_j of S_old that are also in S_new, over Σ for all C_j     (6)
+    γ       Kendall's tau distance of the order of the common chunks, normalised to [0, 1]                (7)
     β'      β (1 - γ)                                                                                     (8)
     CFO     α CCI (1 - β'), the share of the chunk that is recomputed, at most 1                          (12)
 
 and the ⌈CFO |C_i|⌉ tokens of the highest attention to earlier chunks are recomputed (14). α trades quality for work and
 is 1 here; the paper chooses it on validation data.
 
-What differs. The paper keeps several variants of a chunk and takes the one of the lowest CFO; here the variant of the
-first prompt is kept. Its recomputed tokens may leave early and its chunks be loaded layer by layer; here they stay to
-the last layer. Assumptions: attention is the mean over heads; updated text in front of a chunk counts as a chunk of the
-prefix; where S_old was empty, or had no attention, β is 1, since nothing is missing; of two equal texts in a prefix the
-first counts for the order. A chunk without notes is recomputed whole.
+Differences: the paper keeps several variants of a chunk and uses the one of the lowest CFO, here only the first
+prompt's variant is kept; in the paper recomputed tokens may leave early and chunks may be loaded layer by layer, here
+tokens stay to the last layer. Assumptions: attention is the mean over heads; updated text before a chunk counts as a
+chunk of the prefix; if S_old is empty or has no attention, β is 1, since nothing is missing; of two equal texts in a
+prefix the first counts for the order. A chunk without notes is recomputed whole.
 """
 
 import math
@@ -47,20 +47,20 @@ Parts = list[tuple[int, int, int]]  # first row, end row, and the text as a numb
 
 @dataclass(frozen=True)
 class AnyPrompt(InPrompt):
-    """In the prompt that the chunk was first seen in, and served in others, where the rule mends it."""
+    """Encodes a chunk in the prompt it first appears in; other prompts reuse it, corrected by `CacheFix`."""
 
     name: str = "any_prompt"
 
     def check(self, keying: Keying) -> None:
-        """No key says what came before a chunk; its notes do."""
+        """Any keying is accepted, since the preceding text is recorded in the chunk's notes."""
 
 
 @dataclass(frozen=True)
 class AttentionNotes(NoMemory):
-    """What a chunk of n tokens attended to in its prompt, mean over heads and layers.
+    """Attention of a chunk of n tokens in its prompt, mean over heads and layers.
 
-    Notes, P being the texts in front of it: `token` [n], each token's attention to all of them; `inter` [P] and
-    `intra` [1], summed over its tokens; `length` [P] and `id` [P], int64, of the texts.
+    Notes, for P texts before the chunk: `token` [n], each token's attention to all of these texts; `inter` [P] and
+    `intra` [1], summed over the chunk's tokens; `length` [P] and `id` [P], int64, of the texts.
     """
 
     name: str = "attention"
@@ -77,14 +77,12 @@ class AttentionNotes(NoMemory):
 
 
 def attended(model: Any, plan: Any, start: int, end: int, lengths: Sequence[int], kv: Any) -> Tensor:
-    """Attention of rows [start, end) of a prompt to the texts before them and to themselves.
-
-    It is the mean over heads and layers.
+    """Mean attention over heads and layers of a prompt's rows [start, end) to the texts before them and to themselves.
 
     Parameters
     ----------
     lengths : sequence of int
-        Of the texts, which fill rows [0, start).
+        Lengths of the texts, which fill rows [0, start).
     kv : KVBuffer
         Exact KV of the prompt.
 
@@ -107,7 +105,7 @@ def attended(model: Any, plan: Any, start: int, end: int, lengths: Sequence[int]
 
 
 def prefix_parts(ids: Sequence[int], fixed: Sequence[tuple[int, int]], end: int) -> Parts:
-    """Rows [0, end) as the texts that a chunk has in front of it: fixed chunks, and updated text between them."""
+    """Rows [0, end) as the texts before a chunk: fixed chunks, and updated text between them."""
     out, at = [], 0
     for start, stop in (*fixed, (end, end)):
         out += [(a, b, content_id(ids[a:b])) for a, b in ((at, start), (start, stop)) if a < b]
@@ -117,7 +115,7 @@ def prefix_parts(ids: Sequence[int], fixed: Sequence[tuple[int, int]], end: int)
 
 @dataclass(frozen=True)
 class CacheFix(StaticCorrection):
-    """Of every chunk its CFO, or `recompute_ratio` of it where that is given: the tokens that attend most to others."""
+    """Recomputes the share CFO of every chunk, or `recompute_ratio` if given: the tokens that attend most to others."""
 
     alpha: float = 1.0
     recompute_ratio: float | None = None
@@ -129,7 +127,7 @@ class CacheFix(StaticCorrection):
             check_ratio("recompute_ratio", self.recompute_ratio)
 
     def at_ratio(self, ratio: float) -> "CacheFix":
-        """The same order of tokens, `ratio` of every chunk."""
+        """The same order of tokens, with the share `ratio` of every chunk."""
         return replace(self, recompute_ratio=ratio)
 
     @property
@@ -157,7 +155,7 @@ class CacheFix(StaticCorrection):
 
 
 def fits(notes: Mapping[str, Tensor], tokens: int) -> bool:
-    """Whether a chunk's notes are such notes, of at least `tokens` tokens: what comes from a folder may be anything."""
+    """Whether notes have the form of `AttentionNotes`, with at least `tokens` tokens; stored notes are untrusted."""
     if notes.keys() != {"token", "inter", "intra", "length", "id"} or any(x.dim() != 1 for x in notes.values()):
         return False
     real = [notes[name] for name in ("token", "inter", "intra")]
@@ -165,7 +163,7 @@ def fits(notes: Mapping[str, Tensor], tokens: int) -> bool:
     if any(not x.is_floating_point() for x in real) or any(x.dtype != torch.int64 for x in whole):
         return False
     counts = len(notes["token"]) >= tokens and len(notes["intra"]) == 1
-    real = [x.float() for x in real]  # of eight bits nothing can be asked
+    real = [x.float() for x in real]  # 8-bit types lack the operations used below
     counts = counts and len(notes["inter"]) == len(notes["length"]) == len(notes["id"])
     return counts and all(bool((x.isfinite() & (x >= 0)).all()) for x in real) and bool((notes["length"] > 0).all())
 
@@ -179,7 +177,7 @@ def context_impact(notes: Mapping[str, Tensor]) -> float:
 
 
 def order_penalty(old: Sequence[int], new: Sequence[int]) -> float:
-    """γ, equation (7): of the pairs of common texts, the share that stands in another order."""
+    """γ, equation (7): the share of pairs of common texts whose order differs."""
     at = {text: place for place, text in reversed(list(enumerate(new)))}
     common = [at[text] for text in dict.fromkeys(old) if text in at]
     pairs = list(combinations(common, 2))
@@ -187,7 +185,7 @@ def order_penalty(old: Sequence[int], new: Sequence[int]) -> float:
 
 
 def prefix_overlap(notes: Mapping[str, Tensor], new: Sequence[int]) -> float:
-    """β', equations (6) to (8), in [0, 1]: 1 where everything is in front that was, in its order."""
+    """β', equations (6) to (8), in [0, 1]: 1 if all earlier texts precede the chunk again, in the same order."""
     old, total = notes["id"].tolist(), float(notes["inter"].double().sum())
     kept = float(notes["inter"][torch.isin(notes["id"], torch.tensor(new, dtype=torch.int64))].double().sum())
     beta = kept / total if total else 1.0
@@ -195,12 +193,12 @@ def prefix_overlap(notes: Mapping[str, Tensor], new: Sequence[int]) -> float:
 
 
 def fix_overhead(notes: Mapping[str, Tensor], new: Sequence[int], alpha: float) -> float:
-    """CFO, equation (12), in [0, 1], behind the texts `new`."""
+    """CFO, equation (12), in [0, 1], after the texts `new`."""
     return min(1.0, alpha * context_impact(notes) * (1 - prefix_overlap(notes, new)))
 
 
 def policy() -> ReusePolicy:
-    """Re-rotated keys of the first prompt's chunks."""
+    """In-prompt chunks with re-rotated keys."""
     return ReusePolicy(
         "cache_craft",
         "Cache-Craft",

@@ -1,7 +1,7 @@
-"""CacheBlend (PIC, EuroSys '25, arXiv 2405.16444): isolated chunks; 18 % of tokens, which deviate most, are recomputed.
+"""CacheBlend (PIC, EuroSys '25, arXiv 2405.16444): isolated chunks; the 18 % most deviating tokens are recomputed.
 
 The paper narrows the set from layer to layer (`gradual`); its public code (YaoJiayi/CacheBlend) chooses once, at layer
-1, by values (`code`); LMCache and UCM, which go on from it, choose once by keys (`delta`).
+1, by values (`code`); LMCache and UCM, which are derived from it, choose once by keys (`delta`).
 """
 
 from baselines.gradual_filtering import GradualFiltering
@@ -39,7 +39,7 @@ def stale() -> ReusePolicy:
 
 
 def gradual() -> ReusePolicy:
-    """As the paper describes it: slightly more at the first layer that compares, ever fewer of these behind it."""
+    """As in the paper: slightly more tokens than the ratio at the first comparing layer, fewer at each later one."""
     return ReusePolicy(
         "cacheblend_gradual",
         "CacheBlend, gradual filtering",
@@ -51,7 +51,7 @@ def gradual() -> ReusePolicy:
 
 
 def code() -> ReusePolicy:
-    """As the public code does it: one check layer, where all fresh K and V are still used, and values decide."""
+    """As in the public code: one check layer, selection by values; all fresh K and V are still used at that layer."""
     return ReusePolicy(
         "cacheblend_code",
         "CacheBlend, as its code",

@@ -1,7 +1,7 @@
-"""CacheSlide's own systems under the place they had before the product's wheel parted from the benchmark's.
+"""CacheSlide's own systems under their module path from before the wheel was split into product and benchmark.
 
-The metadata of an environment that was installed before still names `baselines.cacheslide:canonical`; without these
-names an updated checkout knows no system until it is installed anew. Nothing imports this file; it goes with 0.2.
+Metadata of environments installed before the split names `baselines.cacheslide:canonical`; without these names an
+updated checkout has no systems until it is reinstalled. Nothing imports this file; 0.2 removes it.
 """
 
 from baselines.naive_reuse import policy as naive

@@ -1,4 +1,4 @@
-"""ContextCache (PDC): prefix caching. Chunks match only when everything before them is the same."""
+"""ContextCache (PDC): prefix caching. Chunks match only if all text before them is the same."""
 
 from cacheslide.core.keys import PrefixKeying
 from cacheslide.core.placement import Placement
@@ -6,5 +6,5 @@ from cacheslide.policies.base import ReusePolicy
 
 
 def policy() -> ReusePolicy:
-    """Exact: a prefix's KV depends on nothing else. With an updated segment behind it only the system prompt hits."""
+    """Exact, since a prefix's KV depends on nothing else. If updated text follows the system prompt, only that hits."""
     return ReusePolicy("context_cache", "ContextCache", keying=PrefixKeying(), placement=Placement("stored"))

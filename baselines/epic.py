@@ -1,7 +1,7 @@
 """EPIC (PIC, arXiv 2410.15332): isolated chunks; the first tokens of each are recomputed (LegoLink).
 
-LegoLink-k recomputes the first k tokens of every chunk but the prompt's first, which nothing stands in front of
-(`link`). The CacheSlide paper ran it with the first and last 32 tokens of every chunk (`delta`).
+LegoLink-k recomputes the first k tokens of every chunk except one that begins the prompt (`link`). The CacheSlide paper
+ran it with the first and last 32 tokens of every chunk (`delta`).
 """
 
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ from cacheslide.policies.encodings import Isolated
 from cacheslide.policies.static import StaticCorrection
 
 EDGE = 32  # the CacheSlide paper's setting, section 5
-LINKS = (0, 8, 16, 32)  # EPIC's own
+LINKS = (0, 8, 16, 32)  # EPIC's own settings
 
 
 @dataclass(frozen=True)
 class LegoLink(StaticCorrection):
     """The first `k` tokens of every chunk, or all of a shorter one; none of a chunk that begins the prompt.
 
-    A chunk of which vLLM's prefix cache has the beginning is linked from where it is reused.
+    If vLLM's prefix cache holds the beginning of a chunk, counting starts at the first reused row.
     """
 
     k: int = 16
@@ -37,7 +37,7 @@ class LegoLink(StaticCorrection):
             raise PolicyError(f"k must be at least 0 tokens, not {self.k}")
 
     def at_ratio(self, ratio: float) -> "LegoLink":
-        """The same rule: it recomputes a number of tokens, whatever the chunk's length."""
+        """The same rule: it recomputes a fixed number of tokens per chunk, not a ratio."""
         return self
 
     def known_before_start(self, reused: ReusedTokens) -> Tensor:

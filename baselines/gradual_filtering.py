@@ -13,13 +13,13 @@ from cacheslide.policies.deviation import check_ratio, tokens_of_ratio
 
 @dataclass(frozen=True)
 class GradualFiltering:
-    """From `layer` on, those of the tokens still recomputed stay whose fresh KV deviates most from the cached one.
+    """From `layer` on, keeps the recomputed tokens whose fresh KV deviates most from the cached one, fewer each layer.
 
     Layers below `layer` (0-based) are computed in full. At `layer` slightly more than `recompute_ratio` of the reused
     tokens are chosen, at the next layer slightly fewer among these, and so on: `recompute_ratio` is the mean over
-    `layer` and all layers behind it. The paper gives no numbers for "slightly"; here the ratio falls on a line from
-    (1 + `spread`) to (1 - `spread`) times the mean, with less spread where the first would be above 1. At the layer
-    that drops a token its fresh K and V, which have been computed, are still used; behind it the cached ones are.
+    `layer` and all later layers. The paper gives no numbers for "slightly"; here the ratio falls linearly from
+    (1 + `spread`) to (1 - `spread`) times the mean, with less spread if the first would be above 1. At the layer that
+    drops a token its fresh K and V, already computed, are still used; later layers use the cached ones.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class GradualFiltering:
 
     @property
     def selection_layer(self) -> int:
-        """The first layer that decides; those behind it decide again."""
+        """The first layer that selects; later layers select again among its tokens."""
         return self.layer
 
     @property
@@ -67,12 +67,12 @@ class GradualFiltering:
 
     @property
     def total_ratio(self) -> float:
-        """The mean over layers. A receipt counts as recomputed what stays to the end, and computes by layer."""
+        """The mean over layers. A receipt counts the last layer's tokens as recomputed, and computation by layer."""
         return self.recompute_ratio
 
     @property
     def needs_scores(self) -> bool:
-        """Fresh deviation decides, nothing remembered."""
+        """False: selection is by fresh deviation, not by remembered deviation."""
         return False
 
     def check(self, name: str, layers: int) -> None:
@@ -81,7 +81,7 @@ class GradualFiltering:
             raise PolicyError(f"{name} selects at layer {self.layer}, but the model has layers 0 to {layers - 1}")
 
     def at_layer(self, layer: int) -> "GradualFiltering":
-        """The same rule deciding from `layer` on."""
+        """The same rule selecting from `layer` on."""
         return replace(self, layer=layer)
 
     def at_ratio(self, ratio: float) -> "GradualFiltering":
@@ -89,23 +89,23 @@ class GradualFiltering:
         return replace(self, recompute_ratio=ratio)
 
     def known_before_start(self, reused: ReusedTokens) -> None:
-        """A layer decides."""
+        """None: selection is by the KV of layers."""
 
     def choose(self, request: Any, model: Any) -> None:
-        """A layer decides."""
+        """None: selection is by the KV of layers."""
 
     def ratios(self, layers: int) -> list[float]:
-        """The ratio in `layer` and each layer behind it, of a model of `layers` layers; their mean is the rule's."""
+        """Ratios of `layer` and each later layer of a model of `layers` layers; their mean is `recompute_ratio`."""
         n, mean = layers - self.layer, self.recompute_ratio
         slope = min(self.spread * mean, 1 - mean)
         line = [mean + slope * (1 - 2 * i / (n - 1)) if n > 1 else mean for i in range(n)]
         steps = n if self.steps is None else min(self.steps, n)
         groups = [range(-(-s * n // steps), -(-(s + 1) * n // steps)) for s in range(steps)]
-        # A group's mean is that of its ends: on a line, and a sum of floats may lie above that of the group before.
+        # Mean of a group's ends, equal to its mean on a line: rounding of a sum could exceed the group before.
         return [(line[group[0]] + line[group[-1]]) / 2 for group in groups for _ in group]
 
     def counts(self, layers: int, reused: int) -> list[int]:
-        """Tokens recomputed in `layer` and each layer behind it, of `reused`; they never rise."""
+        """Tokens recomputed in `layer` and each later layer, out of `reused`; never increasing."""
         return [tokens_of_ratio(ratio, reused) for ratio in self.ratios(layers)]
 
     def begin(self, tokens: Any) -> "GradualRun":
@@ -114,7 +114,7 @@ class GradualFiltering:
 
 
 class GradualRun:
-    """Lives as long as the prefill.
+    """One request under `GradualFiltering`, for the duration of its prefill.
 
     Parameters
     ----------
@@ -127,11 +127,11 @@ class GradualRun:
         self.rule, self.tokens = rule, tokens
         counts = rule.counts(tokens.model.num_layers, len(tokens.reused))
         self.counts = dict(enumerate(counts, rule.layer))
-        self._behind: tuple[Tensor, Tensor] | None = None  # the resting tokens of the layers behind this one
+        self._behind: tuple[Tensor, Tensor] | None = None  # the resting tokens of the layers after this one
 
     @property
     def static_from(self) -> int:
-        """See `ActiveTokens.static_from`: behind the last layer that drops a token."""
+        """See `ActiveTokens.static_from`: the layer after the last one that drops a token."""
         last = min(self.counts.values())
         return next(at for at, count in self.counts.items() if count == last) + 1
 
@@ -151,7 +151,7 @@ class GradualRun:
         k, v = states[2][at], states[3][at]
         source = tokens.request.source
         scores = tokens.model.reduce_scores(source.deviation(layer, candidates, k, v, self.rule.metric))
-        order = torch.sort(scores, descending=True, stable=True).indices  # of equal ones the earlier token stays
+        order = torch.sort(scores, descending=True, stable=True).indices  # of equal scores the earlier token stays
         dropped = order[count:].sort().values
         tokens.mask.zero_()
         tokens.mask.index_fill_(0, candidates[order[:count]], True)

@@ -1,4 +1,4 @@
-"""PromptCache's schema computed in one pass: fixed text sees the fixed text before it, and placeholders in slots."""
+"""PromptCache's schema computed in one pass: fixed text attends to earlier fixed text, and to placeholders in slots."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from cacheslide.positions.ccpe import slots_in
 
 
 def scaffold(prompt: Prompt, positions: Sequence[int], last: int, placeholder: int) -> Prompt:
-    """The schema up to segment `last`, a fixed one: an updated segment is as many placeholders as its slot has places.
+    """The schema up to the fixed segment `last`: each updated segment is replaced by placeholders that fill its slot.
 
     Parameters
     ----------
     positions : sequence of int
-        Of every row of `prompt`; a row of the result is its own position.
+        Position of every row of `prompt`; in the result, a row's position is its index.
     """
     segments = prompt.segments[: last + 1]
     widths = [positions[b] - positions[a] for a, b in pairwise(prompt.starts[: last + 1])]
@@ -33,15 +33,15 @@ def scaffold(prompt: Prompt, positions: Sequence[int], last: int, placeholder: i
 class JointModules:
     """All fixed segments in one prefill of the schema, each updated segment replaced by its slot's placeholders.
 
-    That is what the public code of PromptCache does for a schema without alternatives (yale-sys/prompt-cache,
-    `SchemaCache._process`): one causal forward over the tokens of the whole scaffold, whose parameters are the
-    tokenizer's unknown token, and of its KV what belongs to text is kept. No updated text of any turn is in it. A
-    schema that grew by a segment is computed anew as a whole, since placeholders are not kept.
+    As in the public code of PromptCache for a schema without alternatives (yale-sys/prompt-cache,
+    `SchemaCache._process`): one causal forward over the tokens of the whole scaffold, with the tokenizer's unknown
+    token for parameters, of which the KV of text is kept. It contains no updated text of any turn. A schema that
+    grew by a segment is recomputed as a whole, since placeholders are not kept.
 
     Attributes
     ----------
     placeholder : int
-        The id that stands in a slot: 0, Llama's unknown token.
+        The id that fills a slot: 0, Llama's unknown token.
     """
 
     placeholder: int = 0
@@ -60,12 +60,12 @@ class JointModules:
         return "joint" if not self.placeholder else f"joint_{self.placeholder}"
 
     def check(self, keying: Keying) -> None:
-        """The chain before a chunk is part of its KV."""
+        """The keying must include the preceding chain, on which the KV depends."""
         if not keying.follows_chain:
             raise PolicyError("modules that are encoded jointly need the fixed-chain keying")
 
     def tokens(self, chunks: Sequence[Chunk], missing: Sequence[bool]) -> int:
-        """The rows up to the last fixed token; slots that are not full have more places than rows."""
+        """The schema's rows up to the last fixed token; a slot that is not full has more places than prompt rows."""
         return chunks[-1].end if any(missing) else 0
 
     def encode(

@@ -1,7 +1,7 @@
-"""Control: tokens whose cached keys are longest are recomputed, from layer 0. The cache is read, nothing is compared.
+"""Control: recomputes the tokens with the longest cached keys from layer 0. It reads the cache and compares nothing.
 
-Where keys are normed to one length in every layer this rule has nothing to choose by; otherwise the length of a key is
-a trace of what the token has come to mean.
+If a model normalises keys to one length in every layer, the choice is random; otherwise a key's length depends on the
+token's context.
 """
 
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ class KeyNorm(RatioCorrection):
     """The `recompute_ratio` of the reused tokens with the longest keys, or with `smallest` the shortest ones.
 
     A token's score is the mean over all layers of its key's length, all KV heads as one vector, divided by the layer's
-    mean length. Rotation changes no length. Scores that differ by less than a thousandth are equal, and equal ones are
-    drawn from `seed`: what is left of a norm is rounding.
+    mean length. Rotation changes no length. Scores that differ by less than a thousandth (rounding) are equal, and ties
+    are drawn from `seed`.
     """
 
     smallest: bool = False
     seed: int = 0
 
     def known_before_start(self, reused: ReusedTokens) -> None:
-        """The keys are in the cache: see `choose`."""
+        """None, since the cached keys determine the tokens: see `choose`."""
 
     def choose(self, request: Any, model: Any) -> Tensor:
         """See `Correction.choose`."""

@@ -1,18 +1,18 @@
-"""KVComm (PIC, arXiv 2510.12872): isolated chunks, moved by an offset that is predicted from earlier prefixes.
+"""KVComm (PIC, arXiv 2510.12872): isolated chunks plus a KV offset predicted from earlier prefixes.
 
-Of the paper: text that agents share is cached once, as it is without a prefix (its base). Under a prefix its KV differs
-by an offset, once keys are rotated to one place. Offsets under earlier prefixes are kept, the anchors; that under a new
-prefix is interpolated from them, weighted by softmax(-distance) of embeddings. Where no anchors are near enough (there
-are none, or the entropy of the weights exceeds γ = 0.3 of the highest it can have) the whole prompt is prefilled, and
-what comes out becomes an anchor. At most 20 anchors are kept.
+In the paper, text that agents share is cached once, without a prefix (its base). Under a prefix its KV differs by an
+offset, with keys rotated to the same position. Offsets under earlier prefixes are kept as anchors; the offset under a
+new prefix is interpolated from them, weighted by softmax(-distance) of embeddings. Without near anchors (none, or the
+entropy of the weights exceeds γ = 0.3 of its maximum) the whole prompt is prefilled, and the resulting offset becomes
+an anchor. At most 20 anchors are kept.
 
-What differs here. The paper has one prefix an agent and other text in its placeholders, so its anchors are other texts
-under the same prefix; a fixed chunk is one text under prefixes that change, so its anchors are other prefixes of the
-same text, and a prefix is what is compared: the mean of its input embeddings. Assumptions, where the paper says nothing
-of such anchors: an anchor counts where the prefix is nearer to it than to no prefix at all, whose offset is 0; a
-distance is that of the means times the prefix's tokens, in norms of a token's embedding, since the paper's grow with a
-text, too; one anchor is enough (the authors' code wants two); an anchor of the very same prefix is taken alone; the
-oldest anchor leaves, not the least used of the oldest five. Nothing is recomputed in part: the paper has no correction.
+Differences: in the paper an agent's prefix is constant and its placeholders change, so that anchors are other texts
+under the same prefix. A fixed chunk is one text under changing prefixes, so that its anchors are other prefixes of the
+same text, compared by the mean of their input embeddings. Assumptions, since the paper does not cover such anchors: an
+anchor counts if the prefix is nearer to it than to the empty prefix, whose offset is 0; a distance is that of the means
+times the prefix's tokens, in norms of a token's embedding, since the paper's distances also grow with the text; one
+anchor is enough (the authors' code requires two); an anchor of the identical prefix is used alone; the oldest anchor is
+evicted, not the least used of the oldest five. There is no partial recomputation, as in the paper.
 """
 
 import math
@@ -35,7 +35,7 @@ ANCHORS, GAMMA, TEMPERATURE = 20, 0.3, 1.0  # the authors' settings
 
 @dataclass(frozen=True)
 class Anchors(NoMemory):
-    """Offsets of a chunk's KV from its base, a prefix each.
+    """Offsets of a chunk's KV from its base, one for each prefix.
 
     Notes of a chunk with A anchors: `prefix` [A, hidden_size], float32, the prefixes' mean embeddings; `id` [A], int64,
     of their text; `k` and `v` [A * layers, n, kv_heads, head_dim], the offsets, in the chunk's dtype, of keys at the
@@ -55,7 +55,7 @@ class Anchors(NoMemory):
             raise PolicyError("gamma must lie in [0, 1], and temperature above 0")
 
     def notes(self, model: Any, plan: Any, number: int, chunk: Any, prompt: Callable[[], Any]) -> Notes:
-        """See `Memory.notes`: one anchor, of the prompt that the chunk is first seen in; none without a prefix."""
+        """See `Memory.notes`: one anchor, from the prompt the chunk first appears in; none without a prefix."""
         return anchor(model, plan, number, chunk, prompt()) if plan.chunks[number].start else {}
 
     def learn(self, model: Any, plan: Any, number: int, chunk: Any, kv: Any) -> Notes | None:
@@ -81,7 +81,7 @@ class Anchors(NoMemory):
         return replace(found, pieces=pieces), ""
 
     def weights(self, model: Any, chunk: Any, before: tuple[int, ...]) -> Tensor | None:
-        """Weights [A] of a chunk's anchors behind the text `before`, float32; None where none are near enough."""
+        """Weights [A] of a chunk's anchors after the text `before`, float32; None if no anchors are near enough."""
         if not fits(chunk, model.hidden_size):
             return None
         notes = chunk.notes
@@ -106,7 +106,7 @@ def embeddings(model: Any, token_ids: tuple[int, ...]) -> Tensor:
 
 
 def anchor(model: Any, plan: Any, number: int, chunk: Any, kv: Any) -> Notes:
-    """One anchor: the text before the plan's chunk `number`, and the offset of its KV there, in `kv`, from `chunk`."""
+    """One anchor: the text before the plan's chunk `number`, and the offset of its KV in `kv` from its base `chunk`."""
     where = plan.chunks[number]
     rows = torch.arange(where.start, where.end, device=model.device)
     back = (chunk.positions - torch.tensor(plan.positions[where.start : where.end])).to(model.device)
@@ -122,12 +122,12 @@ def anchor(model: Any, plan: Any, number: int, chunk: Any, kv: Any) -> Notes:
 
 
 def last(notes: Notes, name: str, count: int) -> Tensor:
-    """A note's part that is about the latest `count` anchors."""
+    """The part of the note `name` that belongs to the latest `count` anchors."""
     return notes[name][max(0, len(notes["id"]) - count) * (len(notes[name]) // len(notes["id"])) :]
 
 
 def shifted(chunk: Any, weights: Tensor) -> Any:
-    """The chunk with the weighted sum of its anchors' offsets added, in memory of its own; weights [A], float32."""
+    """A copy of the chunk plus the weighted sum of its anchors' offsets; weights [A], float32."""
     if not len(weights):
         return chunk
     parts = {}
@@ -139,7 +139,7 @@ def shifted(chunk: Any, weights: Tensor) -> Any:
 
 
 def fits(chunk: Any, width: int) -> bool:
-    """Whether a chunk's notes are anchors of it, whose embeddings have `width` numbers: a file may hold anything."""
+    """Whether a chunk's notes have the form of `Anchors`, of embedding size `width`; stored notes are untrusted."""
     notes = chunk.notes
     if notes.keys() != {"prefix", "id", "k", "v"} or notes["id"].dim() != 1 or notes["prefix"].dim() != 2:
         return False

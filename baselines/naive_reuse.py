@@ -1,4 +1,4 @@
-"""Naive reuse, the lower bound of RPDC: CacheSlide's keys and placement, and nothing recomputed."""
+"""Naive reuse, the lower bound of RPDC: CacheSlide's keys and placement without recomputation."""
 
 from cacheslide.core.keys import FixedChainKeying
 from cacheslide.core.placement import Placement

@@ -1,9 +1,9 @@
-"""PromptCache (PDC, arXiv 2311.04934): fixed text has KV at the positions that a schema gives it.
+"""PromptCache (PDC, arXiv 2311.04934): fixed text has KV at the positions that a schema assigns.
 
-The paper encodes modules in isolation, as the CacheSlide paper took it (`policy`). Its public code encodes all modules
-of a schema in one pass, each seeing those before it (`joint`). One number says how often either can reuse: the slot,
-the places that an updated segment is given. Text that needs another number of slots moves everything behind it, which
-is then computed anew.
+The paper encodes modules in isolation, as does the CacheSlide paper's comparison (`policy`). Its public code encodes
+all modules of a schema in one pass, each attending to earlier ones (`joint`). The slot size, the positions reserved for
+an updated segment, determines how often either can reuse: text that needs another number of slots shifts all text after
+it, which is then recomputed.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from cacheslide.policies.base import ReusePolicy
 from cacheslide.policies.encodings import Isolated
 
 SLOT = 256  # positions a schema reserves for an updated segment, in multiples; one stored copy per position
-SLOTS = (16, 32, 64, 128)  # what is swept beside it
+SLOTS = (16, 32, 64, 128)  # other slot sizes of the sweep
 
 
 def policy() -> ReusePolicy:

@@ -1,14 +1,14 @@
 """ProphetKV (PIC, arXiv 2602.02579): isolated chunks; the tokens that the user's query attends to are recomputed.
 
-Of the paper: two stages. The query's tokens alone pass all layers over the cached chunks, re-rotated to their places;
-every layer gives each context token its attention weight, the layers' weights are fused into one set, and its highest
-20 % (the paper's ratio) are recomputed from layer 0 together with the query.
+The paper has two stages. The query's tokens alone pass all layers over the cached chunks, re-rotated to their
+positions; every layer yields an attention weight for each context token, the layers' weights are fused, and the tokens
+of the highest 20 % (the paper's ratio) are recomputed from layer 0 together with the query.
 
-What here is taken from implementers, since the paper's Algorithm 1 was at hand in theirs alone: softmax goes over the
-context's keys only, a layer's weights are their mean over the query's tokens and over the heads, and layers count alike
-(their sum). What differs: the query is the updated text behind all fixed text, whole; other updated text has no KV in
-the first stage and is not seen by it; a ratio rounds half up. A request without a query, as vLLM's, which end with the
-last cached chunk, recomputes its first tokens (`QuestionRule`).
+Taken from public implementations, the only source of the paper's Algorithm 1 that was available: softmax runs over the
+context's keys only, a layer's weights are the mean over the query's tokens and heads, and layers count equally (their
+sum). Differences: the query is all of the updated text after the last fixed text; other updated text has no KV in the
+first stage and is not attended to; a ratio rounds half up. A request without a query (in vLLM, requests end with the
+last cached chunk) recomputes its first tokens (`QuestionRule`).
 """
 
 from dataclasses import dataclass

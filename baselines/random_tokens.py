@@ -1,4 +1,4 @@
-"""Control: tokens recomputed at random, from layer 0. A rule that is no better chooses nothing."""
+"""Control: recomputes random tokens from layer 0. A selection rule has to be better than this."""
 
 from dataclasses import dataclass
 

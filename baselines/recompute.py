@@ -1,4 +1,4 @@
-"""Recompute under the place it had before the wheels parted; see baselines/cacheslide.py for why, and until when."""
+"""Recompute under its module path from before the wheel was split; see baselines/cacheslide.py."""
 
 from cacheslide.policies.recompute import policy
 

@@ -1,5 +1,4 @@
-"""Reordering: what a user can do without any of this. Updated text goes behind the fixed text; prefix caching does the
-rest."""
+"""Reordering, an alternative to chunk reuse: updated text moves after the fixed text, which prefix caching serves."""
 
 from cacheslide.core.keys import PrefixKeying
 from cacheslide.core.placement import Placement
@@ -9,7 +8,7 @@ from cacheslide.policies.base import ReusePolicy
 
 
 def updated_last(prompt: Prompt) -> Prompt:
-    """All fixed segments, then all updated ones, each kind in its order: a question at the end stays the end.
+    """All fixed segments, then all updated ones, each kind in its order, so that a final question stays last.
 
     PolicyError for a prompt that begins with updated text: its first token may be the one that begins a sequence.
     """
@@ -19,7 +18,7 @@ def updated_last(prompt: Prompt) -> Prompt:
 
 
 def policy() -> ReusePolicy:
-    """Exact for the prompt it makes: every fixed token is a prefix. That prompt is another one than was given."""
+    """Exact for the reordered prompt, in which all fixed tokens form a prefix; it differs from the given prompt."""
     return ReusePolicy(
         "reorder",
         "Reordered, prefix caching",

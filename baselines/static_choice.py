@@ -1,7 +1,7 @@
-"""Controls that choose tokens without looking at any deviation: by where they stand in a sentence or a chunk.
+"""Controls that choose tokens by their position in a sentence or a chunk, independent of deviation.
 
-On real text such a choice is blind. Where one of them beats random tokens, the task has a shortcut: what a sentence
-means lies in places that its form gives away. All of them recompute from layer 0.
+If one of them beats random tokens, the task has a shortcut: the form of a sentence reveals where its meaning lies. All
+of them recompute from layer 0.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from cacheslide.policies.deviation import tokens_of_ratio
 
 
 def first_ranked(rank: Tensor, count: int, seed: int) -> Tensor:
-    """Bool [n]: the `count` tokens of the lowest `rank` [n]; equal ones in an order drawn from `seed`."""
+    """Bool [n]: the `count` tokens of the lowest `rank` [n]; ties in an order drawn from `seed`."""
     drawn = torch.randperm(len(rank), generator=torch.Generator().manual_seed(seed))
     chosen = torch.zeros(len(rank), dtype=torch.bool)
     chosen[drawn[rank[drawn].argsort(stable=True)[:count]]] = True
@@ -24,9 +24,9 @@ def first_ranked(rank: Tensor, count: int, seed: int) -> Tensor:
 
 
 def distances_to_end(ends: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Int64 [R]: how many tokens each stands in front of its sentence's last one; `ends` bool [R].
+    """Int64 [R]: each token's distance to the last token of its sentence; `ends` bool [R].
 
-    A run's last token ends a sentence too: nothing is known of what follows it.
+    A run's last token also ends a sentence, since the text after it is not known.
     """
     out, at = torch.zeros(len(ends), dtype=torch.int64), 0
     for length in lengths:
@@ -41,7 +41,7 @@ def distances_to_end(ends: Tensor, lengths: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class RankedTokens(RandomTokens):
-    """The `recompute_ratio` of the reused tokens of the lowest rank, ties at random; a rule adds `rank`."""
+    """The `recompute_ratio` of the reused tokens of the lowest rank, ties at random; a subclass adds `rank`."""
 
     def rank(self, reused: ReusedTokens) -> Tensor:
         """Int64 [R]."""
@@ -54,7 +54,7 @@ class RankedTokens(RandomTokens):
 
 @dataclass(frozen=True)
 class ListedTokens(RankedTokens):
-    """Tokens whose id is among `ids`, for example delimiters; what the ratio leaves goes to other tokens at random."""
+    """Tokens whose id is among `ids`, for example delimiters; the rest of the ratio goes to random other tokens."""
 
     ids: frozenset[int] = frozenset()
 
@@ -65,16 +65,16 @@ class ListedTokens(RankedTokens):
 
 @dataclass(frozen=True)
 class SentenceTails(RankedTokens):
-    """The last tokens of every sentence: all of its last ones first, then those one place further in front, ...
+    """The last tokens of every sentence: the last of each sentence first, then the second to last, ...
 
     Attributes
     ----------
     ends : frozenset of int
         Ids that end a sentence and are part of it.
     skip : int
-        Places at the end that count as last of all: with 1 the mark itself is left to the others.
+        Number of final tokens of each sentence that rank last: with 1, the closing mark.
     about : frozenset of int
-        Where given, sentences that hold one of these ids come before all others.
+        If given, sentences that contain one of these ids come before all others.
     """
 
     ends: frozenset[int] = frozenset()
@@ -82,7 +82,7 @@ class SentenceTails(RankedTokens):
     about: frozenset[int] = frozenset()
 
     def rank(self, reused: ReusedTokens) -> Tensor:
-        """Places in front of the sentence's end, int64 [R]; sentences about nothing behind all others."""
+        """Distance to the sentence's end, int64 [R]; sentences without an id of `about` rank after all others."""
         ids, far = _ids(reused), reused.count
         ends = _among(ids, self.ends)
         ahead = distances_to_end(ends, reused.lengths)
@@ -97,12 +97,12 @@ class SentenceTails(RankedTokens):
 
 @dataclass(frozen=True)
 class ChunkEdges(RankedTokens):
-    """The first tokens of every chunk, or with `tail` the last ones: as many of each as the ratio gives."""
+    """The first tokens of every chunk, or with `tail` the last ones, equally many of each chunk within the ratio."""
 
     tail: bool = False
 
     def rank(self, reused: ReusedTokens) -> Tensor:
-        """Places from the chunk's edge, int64 [R]."""
+        """Distance to the chunk's edge, int64 [R]."""
         places = [torch.arange(n).flip(0) if self.tail else torch.arange(n) for n in reused.lengths]
         return torch.cat([torch.zeros(0, dtype=torch.int64), *places])
 

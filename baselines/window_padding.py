@@ -1,4 +1,4 @@
-"""Window padding: updated segments are padded or cut to a fixed window, so that fixed ones never move (Fig. 4b)."""
+"""Window padding: updated segments are padded or cut to a fixed window, so that fixed ones keep positions (Fig. 4b)."""
 
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,7 @@ from cacheslide.policies.base import ReusePolicy
 def pad(prompt: Prompt, window: int, pad_id: int = 0) -> Prompt:
     """Cut updated segments between fixed ones to their last `window` tokens, or fill them up with `pad_id` in front.
 
-    The trailing updated segment (the question) moves nothing behind it and is left alone.
+    The trailing updated segment (the question) shifts no fixed text and is not changed.
     """
     if window < 1:
         raise PolicyError(f"window must be at least 1 token, not {window}")
@@ -29,7 +29,7 @@ def pad(prompt: Prompt, window: int, pad_id: int = 0) -> Prompt:
 
 
 def policy(window: int = 96) -> ReusePolicy:
-    """In-prompt KV reused in place: with the window fixed, nothing shifts and nothing is corrected."""
+    """In-prompt KV reused in place: with a fixed window no position shifts, and no token is corrected."""
     return ReusePolicy(
         "window_padding",
         "Window padding",

@@ -1,7 +1,7 @@
-"""Attention weights, read through the model's own attention.
+"""Attention weights, read from the output of the model's own attention.
 
-Its scale, windows and positions are nobody else's affair. Where the keys of group c alone have the value 1 in column c,
-column c of what attention returns is the weight of that group: every head_dim groups take one call.
+Scale, windows and positions are therefore the model's. If the value vectors are 1 in column c for the keys of group c
+and 0 elsewhere, column c of the attention output is that group's weight; one call covers head_dim groups.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class OneLayerKV:
     layer: int
     keys: Tensor
     values: Tensor
-    slots: None = None  # a CoPE model finds no updated slots described
+    slots: None = None  # no updated slots for a CoPE model
     k: Mapping[int, Tensor] = field(init=False)
     v: Mapping[int, Tensor] = field(init=False)
 
@@ -38,9 +38,9 @@ def group_weights(model: Any, layer: int, q: Tensor, keys: Tensor, rows: Tensor,
     keys : Tensor [keys, kv_heads, head_dim]
         Row j of the prompt at index j.
     rows : Tensor [n]
-        Ascending: where the queries stand.
+        Rows of the queries, ascending.
     groups : Tensor [keys], int64
-        Which group each key belongs to; a number outside of [0, count) is no group.
+        Group of each key; a key with a number outside [0, count) is in no group.
     """
     total, heads, dim = keys.shape
     parts = [q.new_empty((*q.shape[:2], 0), dtype=torch.float32)]
@@ -61,7 +61,7 @@ def weights_of(model: Any, layer: int, q: Tensor, keys: Tensor, rows: Tensor, sh
     q, keys, rows
         As in `group_weights`.
     share_of : Tensor [keys], bool, optional
-        Each query's and head's weights are divided by their sum over these keys first, as if softmax went over them
+        Each query's and head's weights are first divided by their sum over these keys, as if softmax ran over them
         alone; where that sum is 0 they count as 0.
     """
     total, _, dim = keys.shape

@@ -1,6 +1,6 @@
-"""A reuse policy is four choices, each a protocol: keying, encoding, placement, correction; and maybe a memory.
+"""A reuse policy combines keying, encoding, placement and correction, each a protocol, and optionally a memory.
 
-A new rule is one file with a class that answers a protocol's questions; nothing else asks for its type.
+A new rule is one file with a class that implements a protocol; no other code checks its type.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,20 +20,20 @@ from cacheslide.policies.none import NoCorrection
 
 
 class Encoding(Protocol):
-    """In what context a chunk's KV is computed.
+    """The context in which a chunk's KV is computed.
 
     Attributes
     ----------
     name : str
-        Part of every chunk key, and the name of the caches a workflow builds.
+        Part of every chunk key, and the name of the caches that a workflow builds.
     in_prompt : bool
-        The KV is that of the prompt the chunk stands in, so that it may be copied out of a served request.
+        The KV is computed in the chunk's prompt, so that it may be copied out of a served request.
     at_slot : bool
-        The positions are those of a schema with slots.
+        Positions are those of a schema with slots.
     position_free : bool
-        No position of the prompt enters the KV.
+        The KV does not depend on positions of the prompt.
     separate : bool
-        Chunks are computed one by one: none needs another, and a job may be split between steps.
+        Chunks are computed independently, so that a job may be split between steps.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Encoding(Protocol):
     separate: bool
 
     def check(self, keying: Keying) -> None:
-        """Raise PolicyError where KV of this context may not be served under `keying`."""
+        """Raise PolicyError if KV of this context may not be served under `keying`."""
         ...
 
     def tokens(self, chunks: Sequence[Chunk], missing: Sequence[bool]) -> int:
@@ -59,15 +59,15 @@ class Encoding(Protocol):
         keys: Sequence[ChunkKey],
         missing: Sequence[bool],
     ) -> Iterator[Encoded]:
-        """Compute the missing chunks with `encoder.prefill` (a `ChunkEncoder`), which stores each as it comes.
+        """Compute the missing chunks with `encoder.prefill` (a `ChunkEncoder`), which stores each as it is computed.
 
-        Yields the chunk's number in `chunks`, the `ExactKV` that holds it, and its first row and end row there.
+        Yields the chunk's index in `chunks`, the `ExactKV` that holds it, and its first row and end row there.
         """
         ...
 
 
 class CorrectionRun(Protocol):
-    """A correction at work on one request, as long as its prefill lasts."""
+    """A correction of one request, for the duration of its prefill."""
 
     def enter(self, layer: int, *states: Tensor) -> tuple[Tensor, ...]:
         """Before a layer's attention: hidden [n, hidden_size], q, k, v [n, ...] of the active tokens -> the same.
@@ -77,27 +77,27 @@ class CorrectionRun(Protocol):
         ...
 
     def leave(self, layer: int, hidden: Tensor) -> Tensor:
-        """After a layer: hidden [n, hidden_size] of the active tokens -> of those that go on."""
+        """After a layer: hidden [n, hidden_size] of the active tokens -> of the next layer's active tokens."""
         ...
 
 
 class Correction(Protocol):
-    """Which reused tokens are recomputed, and what happens to them on the way.
+    """Selects the reused tokens to recompute, and merges their KV layer by layer.
 
     Attributes
     ----------
     first_layer : int
         The first layer at which cached KV is read.
     selection_layer : int or None
-        The layer whose KV decides, None where none does.
+        The layer whose KV determines the selection; None without one.
     probe_layers : frozenset of int
         Layers whose inputs the chunks must hold.
     total_ratio : float or None
-        Share of the reused tokens recomputed in the end; None where the rule names no share.
+        Share of the reused tokens that is recomputed in total; None for a rule without a fixed share.
     needs_scores : bool
         Whether the rule reads `ReusedTokens.scores`, so that chunks are kept with their remembered deviation.
     asks : bool
-        Whether the rule looks at the prompt's question, so that every question needs a prefill of its own.
+        Whether the selection depends on the prompt's question, so that every question needs a prefill of its own.
     """
 
     first_layer: int
@@ -108,11 +108,11 @@ class Correction(Protocol):
     asks: bool
 
     def check(self, name: str, layers: int) -> None:
-        """Raise PolicyError, naming the system `name`, where a model of `layers` layers cannot run the rule."""
+        """Raise PolicyError, naming the system `name`, if a model of `layers` layers cannot run the rule."""
         ...
 
     def at_layer(self, layer: int) -> "Correction":
-        """The same rule deciding at `layer` (itself where no layer decides)."""
+        """The same rule with selection layer `layer` (itself without a selection layer)."""
         ...
 
     def at_ratio(self, ratio: float) -> "Correction":
@@ -120,19 +120,19 @@ class Correction(Protocol):
         ...
 
     def known_before_start(self, reused: ReusedTokens) -> Tensor | None:
-        """Bool [R], on the host: the reused tokens recomputed from layer 0; None where more than this must be known."""
+        """Bool [R], on the host: the reused tokens recomputed from layer 0; None if they depend on more."""
         ...
 
     def choose(self, request: Any, model: Any) -> Tensor | None:
-        """Indices [C], int64, ascending: the reused tokens recomputed from layer 0; None where a layer decides.
+        """Indices [C], int64, ascending: the reused tokens recomputed from layer 0; None with a selection layer.
 
-        Asked where `known_before_start` gives None, with the `PrefillRequest` and the `DecoderSteps` it runs on: a rule
-        may look into the cached KV, and compute, before any layer of the request runs. It writes no KV of the request.
+        Called if `known_before_start` returns None, with the `PrefillRequest` and its `DecoderSteps`, before any layer
+        of the request runs. A rule may read the cached KV and compute; it writes no KV of the request.
         """
         ...
 
     def begin(self, tokens: Any) -> CorrectionRun:
-        """The rule at work on one request's `ActiveTokens`."""
+        """A run of the rule on one request's `ActiveTokens`."""
         ...
 
 
@@ -145,8 +145,8 @@ def unchanged(prompt: Prompt) -> Prompt:
 class ReusePolicy:
     """One system of the study.
 
-    `transform` rewrites the prompt before anything else (window padding); `title` is what figures print; `memory` is
-    what is kept beside chunks.
+    `transform` rewrites the prompt before planning (window padding); `title` is the label in figures; `memory` keeps
+    notes beside chunks.
     """
 
     name: str
@@ -168,12 +168,12 @@ class ReusePolicy:
 
     @property
     def reuses(self) -> bool:
-        """Whether anything can ever match."""
+        """Whether the policy reuses KV at all."""
         return self.keying.matches
 
     @property
     def kind(self) -> str:
-        """What its chunks hold, as part of their keys: in what context their KV is, and what is kept beside it."""
+        """Kind of its chunks, part of their keys: the context of their KV, and the notes kept beside it."""
         return f"{self.encoding.name}+{self.memory.name}" if self.memory.name else self.encoding.name
 
     @property
@@ -197,12 +197,12 @@ class ReusePolicy:
 
     @property
     def asks(self) -> bool:
-        """Whether every question needs a prefill of its own."""
+        """See `Correction.asks`."""
         return self.correction.asks
 
     @property
     def copyable(self) -> bool:
-        """Whether chunks may be copied out of a request's KV: theirs is that of the prompt, and nothing beside it."""
+        """Whether chunks may be copied out of a request's KV: they are encoded in the prompt and have no notes."""
         return self.encoding.in_prompt and not self.probe_layers and not self.memory.name
 
     def at_layer(self, layer: int) -> "ReusePolicy":
@@ -210,7 +210,7 @@ class ReusePolicy:
         return replace(self, correction=self.correction.at_layer(layer))
 
     def at_ratio(self, ratio: float) -> "ReusePolicy":
-        """The same policy recomputing `ratio` of the reused rows (where it recomputes any)."""
+        """The same policy recomputing `ratio` of the reused rows (itself if it recomputes none)."""
         return replace(self, correction=self.correction.at_ratio(ratio))
 
     def check(self, layers: int) -> None:

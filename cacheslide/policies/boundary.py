@@ -1,4 +1,4 @@
-"""The tokens right behind updated text are recomputed, from layer 0: what has changed stands closest to them."""
+"""Recomputes the reused tokens right after updated text, which are closest to the change, from layer 0."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from cacheslide.policies.static import RatioCorrection
 
 
 def apportion(count: int, sizes: Sequence[int]) -> list[int]:
-    """`count` places shared out in proportion to `sizes`, at most a size each, by largest remainders (the first's of
-    equal ones); all of the sizes where they sum up to no more."""
+    """`count` places distributed in proportion to `sizes` by largest remainders (ties: the first), at most a size each;
+    `sizes` themselves if their sum is at most `count`."""
     total = sum(sizes)
     if count >= total:
         return list(sizes)
@@ -25,11 +25,11 @@ def apportion(count: int, sizes: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class BoundaryTokens(RatioCorrection):
-    """The first tokens of every stretch of reused text behind an update.
+    """The first tokens of every stretch of reused text after an update.
 
-    Together they are the `recompute_ratio` of all reused tokens, shared out in proportion to the stretches' lengths. A
-    stretch goes up to the next update, whatever chunks it is cut into. Text in front of every update stays as it is: a
-    ratio that the stretches cannot take up is not used up.
+    Their number is `recompute_ratio` of all reused tokens, distributed in proportion to the stretches' lengths. A
+    stretch extends to the next update, across chunk borders. Text before the first update is not recomputed, even if
+    the stretches are shorter than the ratio demands.
     """
 
     def known_before_start(self, reused: ReusedTokens) -> Tensor:

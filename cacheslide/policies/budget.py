@@ -1,4 +1,4 @@
-"""As many tokens as it takes are recomputed, from layer 0: a budget a request by its remembered deviation, no ratio."""
+"""Recomputes tokens from layer 0 until a bound on the remaining remembered deviation holds, instead of a ratio."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ from cacheslide.policies.static import StaticCorrection
 
 @dataclass(frozen=True)
 class DeviationBudget(StaticCorrection):
-    """The fewest tokens, by remembered deviation, so that at most `left` of the deviation's sum is left standing.
+    """The fewest tokens, by remembered deviation, that leave at most the share `left` of its sum uncorrected.
 
-    Of tokens of which nothing is remembered, the first `otherwise` (a share of these tokens) are recomputed.
+    Of the tokens without a remembered deviation, the first ones, a share of `otherwise`, are recomputed.
     """
 
     left: float = 0.5

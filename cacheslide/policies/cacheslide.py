@@ -16,7 +16,7 @@ SHARE = 0.26  # the paper's recommendation, Fig. 14
 
 
 def canonical() -> ReusePolicy:
-    """Chunks encoded in the chain of fixed chunks alone, so that no turn's updates are baked into them."""
+    """Chunks encoded in the chain of fixed chunks alone, so that their KV depends on no turn's updates."""
     return ReusePolicy(
         "cacheslide",
         "CacheSlide",
@@ -40,9 +40,9 @@ def first_turn() -> ReusePolicy:
 
 
 def promoting() -> ReusePolicy:
-    """A small first selection, then more rows one layer on, restarted from their cached layer inputs.
+    """A small first selection, then more rows one layer later, restarted from their cached layer inputs.
 
-    One early step is the best form of the sweep in results/wca: further steps run every resting row once each.
+    One early step is the best form of the sweep in results/wca: each further step runs every resting row once.
     """
     return ReusePolicy(
         "cacheslide_promote",
@@ -62,7 +62,7 @@ def first_tokens() -> ReusePolicy:
 
 
 def remembering() -> ReusePolicy:
-    """First-turn encoding; the tenth of the reused text that was remembered to deviate most is recomputed."""
+    """First-turn encoding; the tenth of the reused text with the highest remembered deviation is recomputed."""
     return replace(
         first_turn(),
         name="cacheslide_remember",
@@ -72,7 +72,7 @@ def remembering() -> ReusePolicy:
 
 
 def overlapping() -> ReusePolicy:
-    """First-turn encoding; a tenth is recomputed: half of it the first tokens, half what the updated text speaks of."""
+    """First-turn encoding; a tenth is recomputed: half first tokens, half by overlap with the updated text."""
     return replace(
         first_turn(),
         name="cacheslide_overlap",

@@ -1,4 +1,4 @@
-"""How far reused KV is from recomputed KV, which tokens deviate most, how both are merged: pure tensor functions."""
+"""Deviation of reused from recomputed KV, selection of the most deviating tokens, fusion: pure tensor functions."""
 
 import math
 from typing import Literal
@@ -34,9 +34,9 @@ def top_rows(scores: Tensor, count: int) -> Tensor:
 
 
 def top_mask(scores: Tensor, count: int) -> Tensor:
-    """Bool [n]: where the `count` largest of scores [n] on the host stand; none is NaN. Ties go to the earlier row.
+    """Bool [n], true at the `count` largest of scores [n], on the host and without NaN. Ties go to the earlier row.
 
-    The same rows as `top_rows`, without a sort: of 8,192 scores it takes a tenth of the time.
+    The same rows as `top_rows`, without a sort: a tenth of the time for 8,192 scores.
     """
     count = max(0, min(count, len(scores)))
     if not count:
@@ -48,7 +48,7 @@ def top_mask(scores: Tensor, count: int) -> Tensor:
 
 
 def tokens_of_ratio(ratio: float, rows: int) -> int:
-    """A share of `rows` as a count: rounded half up, so that every system rounds alike."""
+    """`ratio` of `rows` as a count, rounded half up for every system."""
     return min(rows, math.floor(ratio * rows + 0.5))
 
 
@@ -60,7 +60,7 @@ def fusion_weight(rule: Fusion, d: Tensor, size: Tensor, constant: float = 1.0) 
     d : Tensor [n]
         Deviations of the rows' keys.
     size : Tensor [n]
-        ||K_reuse||² of the rows; both over the heads of all ranks.
+        ||K_reuse||² of the rows; `d` and `size` are over the heads of all ranks.
 
     Notes
     -----

@@ -1,4 +1,4 @@
-"""EPIC's rule: the edges of every chunk are recomputed (arXiv 2410.15332)."""
+"""EPIC's rule: recomputes the edges of every chunk (arXiv 2410.15332)."""
 
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,7 @@ from cacheslide.policies.static import StaticCorrection
 
 @dataclass(frozen=True)
 class EdgeTokens(StaticCorrection):
-    """EPIC: the first `head` and last `tail` rows of every chunk; with `recompute_ratio`, that share of it."""
+    """EPIC: the first `head` and last `tail` rows of every chunk, or the share `recompute_ratio` of it if given."""
 
     head: int = 32
     tail: int = 32

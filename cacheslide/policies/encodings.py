@@ -1,4 +1,4 @@
-"""In what context a chunk's KV is computed: in its prompt, in the chain of fixed chunks, or alone."""
+"""The contexts in which a chunk's KV is computed: its prompt, the chain of fixed chunks, or the chunk alone."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Encoded = tuple[int, Any, int, int]  # see `Encoding.encode`
 
 @dataclass(frozen=True)
 class InPrompt:
-    """In the prompt that the chunk was first seen in."""
+    """Encodes a chunk in the prompt it first appears in."""
 
     name: str = "in_prompt"
     in_prompt: bool = True
@@ -24,12 +24,12 @@ class InPrompt:
     separate: bool = False
 
     def check(self, keying: Keying) -> None:
-        """What came before a chunk is part of its KV."""
+        """The keying must include the preceding text, on which the KV depends."""
         if not keying.follows_context:
             raise PolicyError("KV encoded in a prompt must be keyed by what came before it")
 
     def tokens(self, chunks: Sequence[Chunk], missing: Sequence[bool]) -> int:
-        """What comes after the last fixed token cannot influence it."""
+        """The rows up to the last fixed token: later ones cannot influence it."""
         return chunks[-1].end if any(missing) else 0
 
     def encode(
@@ -51,9 +51,9 @@ class InPrompt:
 
 @dataclass(frozen=True)
 class FixedChain:
-    """Behind the fixed chunks before it, without any updated segment.
+    """Encodes a chunk after the fixed chunks before it, without any updated segment.
 
-    Canonical: it does not matter which turn filled the cache.
+    Canonical: the KV is the same whichever turn filled the cache.
     """
 
     name: str = "fixed_chain"
@@ -63,12 +63,12 @@ class FixedChain:
     separate: bool = False
 
     def check(self, keying: Keying) -> None:
-        """The chain before a chunk is part of its KV."""
+        """The keying must include the preceding chain, on which the KV depends."""
         if not keying.follows_chain:
             raise PolicyError("a fixed-chain encoding needs the fixed-chain keying")
 
     def tokens(self, chunks: Sequence[Chunk], missing: Sequence[bool]) -> int:
-        """The chain from the first missing chunk on: those before it are exact in this chain."""
+        """Tokens of the chain from the first missing chunk on; earlier chunks are exact in this chain."""
         lengths = [len(c) for c in chunks]
         return sum(lengths[list(missing).index(True) :]) if any(missing) else 0
 
@@ -84,11 +84,11 @@ class FixedChain:
         """See `Encoding.encode`."""
         text = fixed_text(prompt)
         ends = [sum(len(c) for c in chunks[: i + 1]) for i in range(len(chunks))]
-        known = list(missing).index(True)  # a history that grew: only its tail is new
+        known = list(missing).index(True)  # only the tail of a grown history is new
         pieces = []
         for key, chunk in zip(keys[:known], chunks, strict=False):
             found = encoder.store.fetch(key, shape=encoder.shape, tokens=len(chunk)).chunk
-            if found is None:  # what lies behind it would be taken for its rows
+            if found is None:  # later rows would be taken for its rows
                 break
             pieces.append(Piece(found, len(chunk)))
         exact = encoder.prefill(text, range(len(text)), pieces, slots_between(prompt))
@@ -99,7 +99,7 @@ class FixedChain:
 
 @dataclass(frozen=True)
 class Isolated:
-    """Alone: from position 0, or with `at_slot` from its own position in the schema."""
+    """Encodes a chunk alone, from position 0, or with `at_slot` from its position in the schema."""
 
     at_slot: bool = False
     in_prompt: bool = False
@@ -112,14 +112,14 @@ class Isolated:
 
     @property
     def position_free(self) -> bool:
-        """A copy exists for every slot, or one for all positions."""
+        """True for one copy for all positions, false for one per slot."""
         return not self.at_slot
 
     def check(self, keying: Keying) -> None:
-        """KV that depends on the chunk alone may be served under any keying."""
+        """Any keying is accepted, since the KV depends on the chunk alone."""
 
     def tokens(self, chunks: Sequence[Chunk], missing: Sequence[bool]) -> int:
-        """The missing chunks themselves."""
+        """Tokens of the missing chunks."""
         return sum(len(c) for c, m in zip(chunks, missing, strict=True) if m)
 
     def encode(

@@ -1,7 +1,7 @@
-"""The first tokens of the reused text are recomputed, from layer 0: no layer is computed only to choose them.
+"""Recomputes the first tokens of the reused text from layer 0; no layer is computed only to choose them.
 
-What stands right behind an updated segment has that segment closest in its context. The rule is the simplest of its
-kind and the control that a rule with a selection layer has to beat.
+Tokens right after an updated segment have it closest in their context. This simplest rule is the control that a rule
+with a selection layer has to beat.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from cacheslide.policies.static import RatioCorrection
 
 @dataclass(frozen=True)
 class FirstTokens(RatioCorrection):
-    """The first `recompute_ratio` of a prompt's reused tokens, counted over all of its chunks together."""
+    """The first `recompute_ratio` of a prompt's reused tokens, counted over all chunks together."""
 
     def known_before_start(self, reused: ReusedTokens) -> Tensor:
         """Bool [R]."""

@@ -1,4 +1,4 @@
-"""What a policy keeps beside its chunks, and what it makes of that where they are reused."""
+"""Notes that a policy stores beside its chunks and applies when they are reused."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,20 +6,20 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-# What stores can hold (`store.base.bad_notes`): of int64 or a chunk's dtypes, at most 4 dimensions.
+# Stores hold tensors of int64 or a chunk's dtypes, of at most 4 dimensions (`store.base.bad_notes`).
 Notes = dict[str, Tensor]
 
 
 class Memory(Protocol):
     """The notes of a policy, tensors by name beside each chunk (`ChunkKV.notes`).
 
-    They are made where a chunk is encoded, they may change its KV where it is reused, and a request that reused nothing
-    may add to them. A chunk may have none: a store that holds no notes keeps a chunk without.
+    They are made when a chunk is encoded, may change its KV when it is reused, and may be extended by a request that
+    reused nothing. A chunk may have none: a store without support for notes keeps the chunk alone.
 
     Attributes
     ----------
     name : str
-        Part of every chunk key, since chunks with notes are another kind of cache; empty where nothing is kept.
+        Part of every chunk key, since chunks with notes are another kind of cache; empty without notes.
     """
 
     name: str
@@ -32,27 +32,27 @@ class Memory(Protocol):
         model : ModelAdapter
         plan : Plan
         chunk : ChunkKV
-            As it is going to be kept.
+            The chunk as it will be stored.
         prompt : callable
-            Gives exact KV of the plan's prompt, a `KVBuffer`, up to its last chunk: a prefill where there is none yet.
+            Returns exact KV of the plan's prompt up to its last chunk, a `KVBuffer`; runs a prefill if needed.
         """
         ...
 
     def recall(self, model: Any, plan: Any, found: Any) -> tuple[Any, str]:
-        """What a request reuses, `Found`, with the KV it is going to have; and why nothing is reused, if so.
+        """The request's `Found` with the KV to use, and the reason if nothing is reused (else "").
 
-        Chunks of `found` are not written to. Called before anything is computed.
+        Chunks of `found` are not modified. Called before anything is computed.
         """
         ...
 
     def learn(self, model: Any, plan: Any, number: int, chunk: Any, kv: Any) -> Notes | None:
-        """New notes of a stored chunk, the plan's `number`, from `kv`, exact KV of the plan's prompt; None for none."""
+        """New notes of the plan's stored chunk `number`, from exact KV `kv` of its prompt; None without any."""
         ...
 
 
 @dataclass(frozen=True)
 class NoMemory:
-    """Nothing is kept beside chunks; the base of memories that answer some of the questions."""
+    """No notes; also the base class of memories that override only some methods."""
 
     name: str = ""
 
@@ -61,7 +61,7 @@ class NoMemory:
         return {}
 
     def recall(self, model: Any, plan: Any, found: Any) -> tuple[Any, str]:
-        """See `Memory.recall`: chunks serve as they are."""
+        """See `Memory.recall`: chunks are reused unchanged."""
         return found, ""
 
     def learn(self, model: Any, plan: Any, number: int, chunk: Any, kv: Any) -> Notes | None:

@@ -1,7 +1,7 @@
-"""Several rules share a budget: remembered deviation, the first tokens, and what the updated text speaks of.
+"""Three rules share a budget: remembered deviation, the first tokens, and overlap with the updated text.
 
-Each of them fails somewhere (docs/real.md): scores know nothing of this update, overlap sees no change where the
-updated text speaks of nothing new, and first tokens miss what stands far behind an update.
+Each alone has a failure case (docs/real.md): scores do not depend on this update, overlap misses changes where the
+updated text has no tokens in common with the reused text, and first tokens miss text far after an update.
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ from cacheslide.policies.static import RatioCorrection
 class MixedTokens(RatioCorrection):
     """The `recompute_ratio` of reused tokens, chosen by three rules one after the other.
 
-    The share `remembered` of them is chosen first, by remembered deviation (`choose_by_score`). Of the tokens left, the
-    first ones follow, and then the share `overlap` by overlap with the updated text; the first tokens have what the two
-    shares leave. So each rule takes its best tokens that no rule before it took, and all places are used. Where nothing
-    is remembered, that share goes to first tokens as well: the rule is `OverlapTokens` with `lead` 1 - `overlap`.
+    The share `remembered` is chosen first, by remembered deviation (`choose_by_score`); then first tokens, with the
+    share 1 - `remembered` - `overlap`; then the share `overlap` by overlap with the updated text. Each rule takes its
+    best tokens among those not yet chosen, so that all places are used. Without remembered deviation that share goes to
+    first tokens: the rule is `OverlapTokens` with `lead` 1 - `overlap`.
 
     Attributes
     ----------

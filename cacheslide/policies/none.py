@@ -1,4 +1,4 @@
-"""No correction: reused tokens keep the KV that was placed for them."""
+"""No correction: reused tokens keep their placed KV."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ from cacheslide.policies.static import StaticCorrection
 
 @dataclass(frozen=True)
 class NoCorrection(StaticCorrection):
-    """Reused tokens stay as they were placed."""
+    """Recomputes no reused token."""
 
     def known_before_start(self, reused: ReusedTokens) -> Tensor:
-        """None of them is recomputed."""
+        """Bool [R], all false."""
         return torch.zeros(reused.count, dtype=torch.bool)
 
     def at_ratio(self, ratio: float) -> "NoCorrection":
-        """Nothing to scale: no token is recomputed at any share."""
+        """The same rule: no token is recomputed at any ratio."""
         return self

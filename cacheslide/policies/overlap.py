@@ -1,7 +1,7 @@
-"""The reused tokens that the updated text speaks of are recomputed, from layer 0.
+"""Recomputes the reused tokens that share ids with the updated text, and those after them, from layer 0.
 
-What an update changes in fixed text is, above all, what both mention: a name in the notes changes what the passages say
-of it. Which tokens these are follows from the ids alone, before anything is computed.
+An update mostly affects fixed text that mentions the same things: a name in the notes changes passages about that name.
+The choice follows from the ids alone, before anything is computed.
 """
 
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ from cacheslide.policies.deviation import check_ratio, tokens_of_ratio, top_mask
 from cacheslide.policies.static import RatioCorrection
 
 DECAY = 0.95  # a token's overlap reaches about twenty tokens on
-BLOCK = 64  # tokens that one product with the decays' matrix takes
+BLOCK = 64  # tokens per product with the decays' matrix
 
 
 @dataclass(frozen=True)
 class OverlapTokens(RatioCorrection):
     """The `recompute_ratio` of reused tokens of the highest `overlap` with the tokens that are not reused.
 
-    Ties, and tokens without any overlap, go by position, the first ones first. `lead` is the share of the recomputed
-    tokens that are the first of the reused text, whatever they say.
+    Ties, and tokens without any overlap, are ordered by position, the earliest first. `lead` is the share of the
+    recomputed tokens that is taken from the start of the reused text, regardless of overlap.
     """
 
     decay: float = DECAY
@@ -52,11 +52,11 @@ def check_decay(decay: float) -> None:
 
 
 def overlap(reused: ReusedTokens, decay: float = DECAY) -> Tensor:
-    """Float64 [R]: how much the updated text speaks of each reused token; zeros where the ids are not known.
+    """Float64 [R]: overlap of each reused token with the updated text; zeros if the ids are not known.
 
-    A reused token whose id stands in the updated text too weighs one over the times that the id stands in the reused
-    text. A token's overlap is the sum of the weights of itself and of the tokens before it, each `decay` times as much
-    as the one behind it: what follows a name is what says something of it.
+    A reused token whose id also occurs in the updated text has weight 1 / (occurrences of the id in the reused text),
+    any other 0. A token's overlap is the sum of its own weight and of the weights before it, decayed by `decay` per
+    token of distance, since the tokens after a name depend on it.
     """
     if not len(reused.token_ids) or not reused.count:
         return torch.zeros(reused.count, dtype=torch.float64)
@@ -74,9 +74,9 @@ def overlap(reused: ReusedTokens, decay: float = DECAY) -> Tensor:
 def decayed_sums(weights: Tensor, decay: float) -> Tensor:
     """y_i = w_i + decay · y_(i-1), float64 [n] of non-negative weights [n]: a first-order linear recurrence.
 
-    Each block of `BLOCK` takes one product with the matrix of the decays; what a block passes on to the next is the
-    same recurrence over blocks. A sum that falls below the smallest normal number has decayed to 0: below it, results
-    would depend on the order in which powers of the decay were rounded.
+    Each block of `BLOCK` takes one product with the matrix of the decays; the carry between blocks is the same
+    recurrence over blocks. A sum below the smallest normal number becomes 0, since subnormal results would depend on
+    the order in which powers of the decay are rounded.
     """
     count = len(weights)
     blocks = F.pad(weights.double(), (0, -count % BLOCK)).view(-1, BLOCK)

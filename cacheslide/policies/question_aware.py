@@ -1,7 +1,7 @@
-"""The cached tokens that the question attends to are recomputed, from layer 0.
+"""Recomputes the cached tokens that the question attends to, from layer 0.
 
-The question is the updated text behind all reused text. Its tokens alone pass the layers below one first, over the
-cached KV: a few dozen tokens against the thousands that a selection layer asks of every other rule.
+The question is the updated text after all reused text. Its tokens alone first pass the layers up to the chosen one,
+over the cached KV: a few dozen tokens, against the thousands that pass the layers below a selection layer.
 """
 
 from collections.abc import Iterator
@@ -18,17 +18,16 @@ from cacheslide.policies.attention_weights import OneLayerKV, weights_of
 from cacheslide.policies.deviation import tokens_of_ratio, top_rows
 from cacheslide.policies.static import RatioCorrection, StaticRun
 
-QUESTION = 64  # its last tokens are asked, at most so many
+QUESTION = 64  # at most this many of its last tokens are used
 
 
 @dataclass(frozen=True)
 class QuestionRule(RatioCorrection):
-    """The `recompute_ratio` of a prompt's reused tokens of the highest `mass` in the eyes of the question.
+    """The `recompute_ratio` of a prompt's reused tokens of the highest `mass` for the question.
 
-    The question sees cached text, and what was complete before the request, but no other updated text, which has no KV
-    yet. Ties go to the earlier token. A request that ends with reused text has no question in it, as in vLLM, which
-    computes the text behind cached chunks by itself: there the first tokens are recomputed. A rule adds `mass` and
-    `passes`.
+    The question attends to cached text and to rows complete before the request, but to no other updated text, which has
+    no KV yet. Ties go to the earlier token. A request that ends with reused text contains no question (in vLLM, which
+    computes the text after cached chunks itself); its first tokens are recomputed. A subclass adds `mass` and `passes`.
     """
 
     @property
@@ -37,29 +36,29 @@ class QuestionRule(RatioCorrection):
         return True
 
     def known_before_start(self, reused: ReusedTokens) -> None:
-        """The question has to be asked first: see `choose`."""
+        """None, since the question's attention determines the tokens: see `choose`."""
 
     def mass(self, request: Any, model: Any, n: int) -> Tensor:
-        """What the request's last n tokens, behind all reused ones, make of each of these: float32 [R]."""
+        """Relevance of each reused token to the request's last n tokens, which follow all reused ones: float32 [R]."""
         raise NotImplementedError
 
     def passes(self, layers: int) -> int:
-        """Layers of a model of `layers` that the question passes beforehand, the one it is asked at included."""
+        """Layers, of `layers`, that the question passes before the request, the one that yields `mass` included."""
         raise NotImplementedError
 
     def limit(self, behind: int) -> int:
-        """Of `behind` tokens of a question, how many (the last ones) are asked."""
+        """Number of a question's `behind` tokens whose attention is used, counted from its end."""
         return behind
 
     def choose(self, request: Any, model: Any) -> Tensor:
-        """See `Correction.choose`: how many there are is known beforehand."""
+        """See `Correction.choose`; the number of tokens is known beforehand."""
         count = tokens_of_ratio(self.recompute_ratio, len(request.reused))
         if not self.asked(request):
             return torch.arange(count, device=request.reused.device)
         return top_rows(self.mass(request, model, self.asked(request)), count)
 
     def asked(self, request: Any) -> int:
-        """Tokens of the request's question that pass layers beforehand: 0 without one, and where nothing is open."""
+        """Question tokens that pass layers before the request: 0 without a question or without tokens to choose."""
         runs, count = request.runs, tokens_of_ratio(self.recompute_ratio, len(request.reused))
         behind = len(request.token_ids) - runs.starts[-1] - runs.lengths[-1]
         return self.limit(behind) if 0 < count < len(request.reused) else 0
@@ -73,8 +72,8 @@ class QuestionRule(RatioCorrection):
 class QuestionAware(QuestionRule):
     """`QuestionRule` by the question's attention at one `layer`.
 
-    A token's mass is its attention weight, summed over the question's last `QUESTION` tokens and over all heads; a
-    sliding window counts the tokens that are there, and what lies outside of it has no mass.
+    A token's mass is its attention weight, summed over the question's last `QUESTION` tokens and over all heads. Tokens
+    outside a sliding window have no mass.
     """
 
     layer: int = 5
@@ -85,12 +84,12 @@ class QuestionAware(QuestionRule):
             raise PolicyError(f"layer must be at least 0, not {self.layer}")
 
     def at_layer(self, layer: int) -> "QuestionAware":
-        """The same rule asking at `layer`."""
+        """The same rule with the question's attention read at `layer`."""
         return replace(self, layer=layer)
 
     @property
     def selection_layer(self) -> int:
-        """The layer at which the question is asked; recomputed tokens begin at layer 0 all the same."""
+        """The layer at which the question's attention is read; recomputed tokens still begin at layer 0."""
         return self.layer
 
     def check(self, name: str, layers: int) -> None:
@@ -112,9 +111,9 @@ class QuestionAware(QuestionRule):
 
 
 class QuestionRun(StaticRun):
-    """Counts the `layers` that `passes` tokens of the question passed beforehand; the active tokens stay the same.
+    """Counts the `layers` that `passes` question tokens passed before the request; the active tokens stay the same.
 
-    In the last of them, where only their attention to keys is computed, they are counted as in a whole layer.
+    The last of these layers, of which only attention to keys is computed, counts as a whole layer.
     """
 
     static_from = None  # it counts layer by layer
@@ -132,7 +131,7 @@ class QuestionRun(StaticRun):
 def attention_mass(request: Any, model: Any, layer: int, n: int) -> Tensor:
     """Attention of the request's last n tokens to each reused one at `layer`, float32 [R], over the heads of all ranks.
 
-    The last n tokens must stand behind all reused ones.
+    The last n tokens must follow all reused ones.
     """
     for at, q, keys, rows in asking(request, model, layer + 1, n):
         if at == layer:
@@ -141,9 +140,9 @@ def attention_mass(request: Any, model: Any, layer: int, n: int) -> Tensor:
 
 
 def asking(request: Any, model: Any, layers: int, n: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """The request's last n tokens pass `layers` layers alone, over what was complete before it and the cached KV.
+    """Run the request's last n tokens alone through `layers` layers, over rows complete before it and the cached KV.
 
-    Yields a layer, its queries [n, heads, head_dim], the keys [start + R + n, kv_heads, head_dim] that they see, and
+    Yields a layer, its queries [n, heads, head_dim], the keys [start + R + n, kv_heads, head_dim] they attend to, and
     the rows [n] of the queries among these.
     """
     device = request.token_ids.device

@@ -4,5 +4,5 @@ from cacheslide.policies.base import ReusePolicy
 
 
 def policy() -> ReusePolicy:
-    """Nothing is ever reused."""
+    """No KV is reused."""
     return ReusePolicy("recompute", "Recompute")

@@ -1,7 +1,7 @@
-"""Finds systems by name: packages register them through the entry-point group `cacheslide.policies`.
+"""Looks up systems by name: packages register them through the entry-point group `cacheslide.policies`.
 
-An entry is a function without arguments that returns a `ReusePolicy`. Engine, store and harness know no system by name.
-`register` adds one for this process only: a script's own, or a test's.
+An entry is a function without arguments that returns a `ReusePolicy`. Engine, store and harness name no system.
+`register` adds one for this process only, for scripts and tests.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ _own: dict[str, Callable[[], ReusePolicy]] = {}
 
 @lru_cache(maxsize=1)
 def _installed() -> dict[str, EntryPoint]:
-    """Entry points by name; reading the metadata of all packages takes milliseconds, and does not change."""
+    """Entry points by name; cached, since reading the metadata of all packages takes milliseconds."""
     return {e.name: e for e in entry_points(group=GROUP)}
 
 
 def register(name: str, make: Callable[[], ReusePolicy]) -> None:
-    """Know the system `name` in this process; it goes before an installed one of that name."""
+    """Register the system `name` in this process; it takes precedence over an installed one of that name."""
     _own[name] = make
 
 
@@ -32,7 +32,7 @@ def policy_names() -> list[str]:
 
 
 def load_policy(name: str) -> ReusePolicy:
-    """The registered policy `name`; PolicyError naming the known ones when there is none."""
+    """The registered policy `name`; PolicyError listing the registered names if there is none."""
     if name not in policy_names():
         known = ", ".join(policy_names()) or "none: is the package installed?"
         raise PolicyError(f"unknown system {name!r} (known: {known})")

@@ -1,7 +1,7 @@
-"""The tokens whose KV was remembered to depend most on updated text are recomputed, from layer 0.
+"""Recomputes the tokens whose KV depends most on updated text, by remembered deviation, from layer 0.
 
-Whoever computed a chunk's KV a second time, in another turn, has seen how far each token moved. Remembering that number
-makes the choice free: no layer is computed in full only to compare.
+When a chunk's KV is computed a second time, in another turn, each token's deviation is measured and stored. Choosing
+tokens by it then costs no computation: no layer is computed in full only to compare.
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from cacheslide.policies.static import RatioCorrection
 
 
 def choose_by_score(scores: Tensor, count: int) -> Tensor:
-    """Bool [n]: `count` of n tokens, those of the highest `scores` [n]; NaN where a token's is unknown.
+    """Bool [n]: the `count` tokens of the highest `scores` [n], where NaN is an unknown score.
 
-    Known and unknown tokens get places in proportion to their numbers, unknown ones from the first on: such a token may
-    be anything, so it deserves a token's average chance. Ranked above all known ones, a long unknown chunk would take
-    every place; ranked below, it would never be recomputed. Ties go to the earlier token.
+    Places are divided between tokens with known and unknown scores in proportion to their numbers; unknown ones are
+    taken in order. Ranked above all known ones, a long unknown chunk would take every place; ranked below, it would
+    never be recomputed. Ties go to the earlier token.
     """
     known, unknown = (x.nonzero()[:, 0] for x in (~scores.isnan(), scores.isnan()))
     by_score = tokens_of_ratio(count / max(len(scores), 1), len(known))
@@ -34,8 +34,8 @@ def choose_by_score(scores: Tensor, count: int) -> Tensor:
 class RememberedDeviation(RatioCorrection):
     """The `recompute_ratio` of a prompt's reused tokens of the highest remembered deviation.
 
-    Inside the ratio, the first `boundary` tokens behind each update come before all others, those closest to their
-    update first. Where no chunk remembers anything, the rule is `FirstTokens`.
+    Within the ratio, the first `boundary` tokens after each update come before all others, the closest to their update
+    first. Without any remembered deviation the rule is `FirstTokens`.
     """
 
     boundary: int = 0

@@ -1,4 +1,4 @@
-"""A set of recomputed tokens that shrinks with depth: what deviates least has converged, and leaves."""
+"""A set of recomputed tokens that shrinks with depth: the least deviating tokens have converged and leave."""
 
 from dataclasses import dataclass
 
@@ -14,11 +14,11 @@ from cacheslide.policies.static import RatioCorrection
 
 @dataclass(frozen=True)
 class ShrinkingTokens(RatioCorrection):
-    """From layer 0 on `recompute_ratio` of the reused tokens; every `every` layers half of them leave.
+    """Recomputes `recompute_ratio` of the reused tokens from layer 0; every `every` layers half of them leave.
 
-    The first set is that of `RememberedDeviation`. Those leave whose fresh K deviates least from the cached one at that
-    layer; from there on they have cached KV, below it what was computed. `floor` of the first set stays to the end.
-    Each layer's count is known before the request starts; which ones leave is not.
+    The first set is that of `RememberedDeviation`. The tokens whose fresh K deviates least from the cached K at a layer
+    leave; they have cached KV from that layer on and computed KV below it. The share `floor` of the first set stays to
+    the last layer. Each layer's count is known before the request starts, the leaving tokens are not.
     """
 
     recompute_ratio: float = 0.2
@@ -32,7 +32,7 @@ class ShrinkingTokens(RatioCorrection):
             raise PolicyError(f"every must be at least 1 layer, not {self.every}")
 
     def count(self, layer: int, first: int) -> int:
-        """Tokens recomputed in `layer`, of `first` in layer 0."""
+        """Tokens recomputed in `layer`, out of `first` in layer 0."""
         return max(first >> (layer // self.every), tokens_of_ratio(self.floor, first))
 
     def known_before_start(self, reused: ReusedTokens) -> Tensor:
@@ -41,7 +41,7 @@ class ShrinkingTokens(RatioCorrection):
 
     @property
     def total_ratio(self) -> float:
-        """The ratio it begins with. A receipt counts as recomputed what stays to the end, and computes by layer."""
+        """The ratio at layer 0. A receipt counts the last layer's tokens as recomputed, and computation by layer."""
         return self.recompute_ratio
 
     @property
@@ -55,13 +55,13 @@ class ShrinkingTokens(RatioCorrection):
 
 
 class ShrinkingRun:
-    """Lives as long as the prefill.
+    """One request under `ShrinkingTokens`, for the duration of its prefill.
 
     Parameters
     ----------
     rule : ShrinkingTokens
     tokens : ActiveTokens
-        The request's tokens, the first set chosen.
+        The request's tokens, with the first set active.
     """
 
     def __init__(self, rule: ShrinkingTokens, tokens) -> None:

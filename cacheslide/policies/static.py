@@ -9,9 +9,9 @@ from cacheslide.policies.deviation import check_ratio
 
 
 class StaticRun:
-    """Nothing happens on the way: the active tokens stay the same from the first layer to the last."""
+    """The active tokens stay the same from the first layer to the last."""
 
-    static_from: int | None = 0  # see `ActiveTokens.static_from`: a run that inherits this and acts says until when
+    static_from: int | None = 0  # see `ActiveTokens.static_from`; overridden by subclasses that act at a layer
 
     def enter(self, layer: int, *states: Tensor) -> tuple[Tensor, ...]:
         """See `CorrectionRun.enter`."""
@@ -24,7 +24,7 @@ class StaticRun:
 
 @dataclass(frozen=True)
 class StaticCorrection:
-    """What such rules have in common; a rule adds `known_before_start` and `at_ratio`."""
+    """Base class of these corrections; a subclass adds `known_before_start` and `at_ratio`."""
 
     @property
     def first_layer(self) -> int:
@@ -33,7 +33,7 @@ class StaticCorrection:
 
     @property
     def selection_layer(self) -> int | None:
-        """No layer decides."""
+        """No selection layer."""
         return None
 
     @property
@@ -43,7 +43,7 @@ class StaticCorrection:
 
     @property
     def total_ratio(self) -> float | None:
-        """The rule names no share."""
+        """No fixed share."""
         return None
 
     @property
@@ -53,7 +53,7 @@ class StaticCorrection:
 
     @property
     def asks(self) -> bool:
-        """No question is looked at."""
+        """The selection does not depend on the question."""
         return False
 
     def check(self, name: str, layers: int) -> None:
@@ -64,7 +64,7 @@ class StaticCorrection:
         return self
 
     def choose(self, request: Any, model: Any) -> Tensor | None:
-        """Nothing more is asked: the tokens are known before the start."""
+        """None: the tokens are known before the start."""
         return None
 
     def begin(self, tokens: Any) -> StaticRun:
@@ -74,7 +74,7 @@ class StaticCorrection:
 
 @dataclass(frozen=True)
 class RatioCorrection(StaticCorrection):
-    """Such a rule that recomputes a share of the reused tokens; a rule adds `known_before_start`.
+    """A static correction that recomputes a share of the reused tokens; a subclass adds `known_before_start`.
 
     Attributes
     ----------

@@ -1,7 +1,7 @@
-"""WCA and CacheBlend: the reused tokens whose KV deviates most at one layer are recomputed from there on.
+"""WCA and CacheBlend: recompute the reused tokens whose KV deviates most at one layer, from that layer on.
 
-WCA is the paper's section 4.3, Alg. 2. Its ambiguous points are options here, so that they can be measured: the fusion
-rule, the reading of "converged", the layer whose keys are compared, and what a token that enters late starts from.
+WCA is the paper's section 4.3, Alg. 2. Its ambiguous points are options, so that they can be measured: the fusion rule,
+the reading of "converged", the layer whose keys are compared, and the state from which a late token starts.
 """
 
 from dataclasses import dataclass, replace
@@ -17,12 +17,11 @@ from cacheslide.policies.top_deviation_run import TopDeviationRun
 
 @dataclass(frozen=True)
 class Swap:
-    """Alg. 2, step 3: every `every` layers converged rows leave for good and the next by deviation enter.
+    """Alg. 2, step 3: every `every` layers converged rows leave permanently and the next by deviation enter.
 
-    reading "distance": converged when 1 - CKSim < tau (CKSim is a similarity, so this is the sensible one);
-    "literal": when CKSim < tau, as the text prints it. start, which the paper leaves open: an entering row goes on from
-    its state at the selection layer, where it "stopped", or from its cached "inputs" of this layer, which the chunks
-    must hold.
+    `reading` "distance": converged if 1 - CKSim < tau (sensible, since CKSim is a similarity); "literal": if
+    CKSim < tau, as the paper prints it. `start`, unspecified in the paper: an entering row continues from its state at
+    the selection layer, where it "stopped", or from its cached "inputs" of this layer, which the chunks must hold.
     """
 
     tau: float = 0.12
@@ -84,7 +83,7 @@ class TopDeviation:
             raise PolicyError("promoted rows attend to all text: attends='updated' goes without promotion")
 
     def at_ratio(self, ratio: float) -> "TopDeviation":
-        """The same rule recomputing `ratio` of the reused rows in the end, its promotions scaled along."""
+        """The same rule recomputing `ratio` of the reused rows in total, its promotions scaled in proportion."""
         total = self.total_ratio
         if not self.promote or not total:
             return replace(self, recompute_ratio=ratio)
@@ -117,12 +116,12 @@ class TopDeviation:
 
     @property
     def needs_scores(self) -> bool:
-        """See `Correction.needs_scores`: the selection layer's own deviation decides."""
+        """See `Correction.needs_scores`: selection is by the deviation at the selection layer."""
         return False
 
     @property
     def asks(self) -> bool:
-        """See `Correction.asks`: deviation alone decides."""
+        """See `Correction.asks`: selection is by deviation alone."""
         return False
 
     def at_layer(self, layer: int) -> "TopDeviation":
@@ -139,7 +138,7 @@ class TopDeviation:
             raise PolicyError(f"{name} selects at layer {last}, but the model has layers 0 to {layers - 1}")
 
     def known_before_start(self, reused: ReusedTokens) -> None:
-        """Nothing is known before the selection layer: every token passes the layers up to it."""
+        """None: every token passes the layers up to the selection layer."""
 
     def choose(self, request: Any, model: Any) -> None:
         """See `Correction.choose`."""

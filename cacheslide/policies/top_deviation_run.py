@@ -1,6 +1,6 @@
 """One request under `TopDeviation`: select by deviation, fuse, swap converged tokens, promote further ones.
 
-In the paper's order (Alg. 2); promotion, which restarts tokens from cached layer inputs, is this project's own.
+The order is the paper's (Alg. 2); promotion, which restarts tokens from cached layer inputs, is this project's own.
 """
 
 import torch
@@ -13,7 +13,7 @@ from cacheslide.quality.similarity import cksim
 
 
 class TopDeviationRun:
-    """Lives as long as the prefill.
+    """One request under `TopDeviation`, for the duration of its prefill.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ class TopDeviationRun:
 
     @property
     def static_from(self) -> int | None:
-        """The first layer from which nothing happens any more (`ActiveTokens.static_from`), None without one."""
+        """The first layer from which the run changes nothing (`ActiveTokens.static_from`), None without one."""
         rule = self.rule
         if rule.fusion != "replace" or rule.swap:
             return None
@@ -75,7 +75,7 @@ class TopDeviationRun:
 
     def _swap(self, layer: int, hidden: Tensor, *qkv: Tensor) -> tuple[Tensor, ...]:
         tokens, reused, chosen = self.tokens, self.tokens.reused, self.tokens.chosen
-        at = torch.searchsorted(tokens.active, reused[chosen])  # where the chosen tokens sit among the active
+        at = torch.searchsorted(tokens.active, reused[chosen])  # indices of the chosen tokens among the active
         ck, _ = self.request.source.layer(layer, chosen)
         alike = self.model.reduce_scores(cksim(qkv[1][at], ck)) / self.model.ranks
         leaves = self.rule.swap.converged(alike)

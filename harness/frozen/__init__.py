@@ -1,1 +1,1 @@
-"""A fixed set of requests in both hosts and of kernel calls, whose outcome a change of structure must not alter."""
+"""Regression check: fixed requests in both hosts and kernel calls, whose outcomes a refactoring must not change."""

@@ -1,7 +1,7 @@
-"""`python -m harness.frozen record FILE` runs the fixed request set; `... compare BEFORE AFTER` names what changed.
+"""`python -m harness.frozen record FILE` runs the fixed request set; `... compare BEFORE AFTER` lists differences.
 
-A change of structure leaves no difference on one machine. Files of two machines are compared with `--numbers`:
-receipts and greedy tokens, no bits.
+A refactoring must leave no difference on one machine. Files of two machines are compared with `--numbers`: receipts
+and greedy tokens, no bits.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def record(parts: tuple[str, ...] = PARTS, model: str = MODEL) -> dict[str, dict
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 1 when something differs."""
+    """Run the command line; exit status 1 if outcomes differ."""
     parser = argparse.ArgumentParser(prog="python -m harness.frozen", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("record")

@@ -1,4 +1,4 @@
-"""What differs between two recordings of the fixed request set."""
+"""Differences between two recordings of the fixed request set."""
 
 import json
 import math
@@ -10,11 +10,11 @@ from cacheslide import renamed
 from cacheslide.errors import DataError
 from harness.results.runs import read_json
 
-ROUNDING = 1e-6  # of numbers that are no counts, where bits are not compared
+ROUNDING = 1e-6  # tolerance for floats if bits are not compared
 
 
 def recorded(path: Path) -> dict[str, Any]:
-    """Content of a file of `record`, `outcomes` by part and `machine`; DataError for any other file."""
+    """Content of a file written by `record`: `outcomes` by part, and `machine`; DataError for any other file."""
     try:
         content = read_json(path)
         return {"outcomes": content["outcomes"], "machine": content["machine"]}
@@ -25,12 +25,12 @@ def recorded(path: Path) -> dict[str, Any]:
 
 
 def compared(before: Path, after: Path, bits: bool = True) -> tuple[list[str], list[str]]:
-    """`differences` of two files of `record`, and the outcomes that only the second one has.
+    """`differences` of two files written by `record`, and the outcomes that only the second one has.
 
     Raises
     ------
     DataError
-        If a file is none of `record`, or if bits are compared that were computed with different numbers of threads.
+        If a file was not written by `record`, or if `bits` and the numbers of threads differ.
     """
     first, second = recorded(before), recorded(after)
     threads = [side["machine"].get("torch_threads") for side in (first, second)]
@@ -49,9 +49,9 @@ def compared(before: Path, after: Path, bits: bool = True) -> tuple[list[str], l
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], bits: bool = True) -> list[str]:
-    """A line for every place that differs; without `bits` only receipts and tokens count.
+    """One line per difference; without `bits` only receipts and tokens are compared.
 
-    Bits are equal on one machine only: another processor sums in another order.
+    Bits are comparable on one machine only, since the order of summation depends on the processor.
     """
     sides = [renamed.record(json.loads(json.dumps(side))) for side in (before, after)]
     return list(_differ("", *sides, bits))

@@ -1,4 +1,4 @@
-"""Kernel calls on fixed inputs: the bits that the plain-PyTorch kernels of this machine write."""
+"""Kernel calls on fixed inputs: output bits of the plain-PyTorch kernels."""
 
 import hashlib
 from typing import Any

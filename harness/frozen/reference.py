@@ -1,4 +1,4 @@
-"""The fixed request set in the plain-PyTorch host: every system, its turns one by one, packed, and as histories."""
+"""The fixed request set in the plain-PyTorch host: every system, with its turns one by one, packed and as histories."""
 
 import hashlib
 from typing import Any
@@ -43,7 +43,7 @@ def run(path: str) -> dict[str, Any]:
 
 
 def _histories(model: ReferenceDecoder, prompts: list) -> dict[str, Any]:
-    """KV of served prompts is retained, corrected or not, and read by the next turn."""
+    """Outcomes of turns that reuse the retained KV, corrected or not, of the prompt served before."""
     policy, out = load_policy("cacheslide_first_turn").at_layer(LAYER), {}
     engine = ReuseEngine(model, policy, MemoryChunkStore(), chunk_size=CHUNK, corrected=MemoryChunkStore())
     for turn, asked in enumerate(prompts):

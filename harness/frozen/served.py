@@ -1,4 +1,4 @@
-"""The fixed request set inside vLLM on the CPU: annotated in four ways, batched, preempted, beams, histories, tiers."""
+"""The fixed request set in vLLM on the CPU: four kinds of annotations, batches, preemption, beams, histories, tiers."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ ENGINE = {
 
 
 def run(path: str) -> dict[str, Any]:
-    """Outcomes by "way/.../turn": receipts and greedy tokens, for the checkpoint folder `path`."""
+    """Outcomes by "kind/.../turn": receipts and greedy tokens, for the checkpoint folder `path`."""
     from harness.backends.in_process import prepare
 
     prepare("cpu", eager=True)
@@ -51,7 +51,7 @@ def run(path: str) -> dict[str, Any]:
             "host_gib": 0.25,
             "chunk_tokens": CHUNK,
         }
-        for start in ("first", "second"):  # the second engine finds the first one's chunks
+        for start in ("first", "second"):  # the second engine reuses the first one's chunks
             engine = open_engine(path, connector, store=below, **ENGINE)
             with closing(_Closing(engine, close_engine)):
                 asks = _Asks(engine)
@@ -65,13 +65,13 @@ class _Closing:
 
 
 class _Asks:
-    """Requests to one engine, and their outcomes."""
+    """Sends requests to one engine and collects their outcomes."""
 
     def __init__(self, engine) -> None:
         self.engine, self.tokenizer = engine, engine.get_tokenizer()
 
     def forget(self) -> None:
-        """As after a start: nothing stored, nothing shared."""
+        """Empty the store and the prefix cache, as after a start."""
         self.engine.reset_prefix_cache(reset_connector=True)
 
     def sampling(self, annotations: dict[str, Any] | None, tokens: int = ANSWER):
@@ -114,7 +114,7 @@ def _systems(asks: _Asks) -> dict[str, Any]:
 
 
 def _ways(asks: _Asks) -> dict[str, Any]:
-    """Separators, chat messages, and spans seen before."""
+    """Annotation by separators, chat messages, and previously seen spans."""
     out = {}
     for turn in range(TURNS):
         texts = [text for _, text in parts(turn)]
@@ -132,7 +132,7 @@ def _ways(asks: _Asks) -> dict[str, Any]:
 
 
 def _batched(asks: _Asks) -> dict[str, Any]:
-    """Annotated and unannotated requests that arrive together, behind a turn that filled the store."""
+    """Annotated and unannotated requests that arrive together, after a turn that filled the store."""
     asks.segments(0)
     turns = [asks.annotated(t, question) for t in range(TURNS) for question in (0, 1)]
     annotations = [m if i % 3 else None for i, (_, m) in enumerate(turns)]
@@ -141,7 +141,7 @@ def _batched(asks: _Asks) -> dict[str, Any]:
 
 
 def _preempted(asks: _Asks) -> dict[str, Any]:
-    """A request whose blocks are taken from it while it decodes."""
+    """A request that is preempted while it decodes."""
     asks.segments(0)
     engine, done = asks.engine.llm_engine, {}
     ids, annotations = asks.annotated(1)
@@ -169,7 +169,7 @@ def _beams(asks: _Asks) -> dict[str, Any]:
 
 
 def _histories(asks: _Asks) -> dict[str, Any]:
-    """What was generated becomes fixed text of the next turn, corrected or exact."""
+    """Generated text becomes fixed text of the next turn, with corrected or exact KV."""
     from cacheslide.vllm.turns import Turns
 
     def encode(text: str) -> list[int]:

@@ -30,7 +30,7 @@ def parts(turn: int, question: int = 0) -> list[tuple[Role, str]]:
 
 
 def prompt(tokenizer: PreTrainedTokenizerBase, turn: int, question: int = 0) -> Prompt:
-    """A turn as segments, tokenised one by one behind the tokenizer's own first tokens."""
+    """A turn as segments, tokenised one by one after the tokenizer's special first tokens."""
     begin = tuple(tokenizer.encode(""))
     segments = []
     for role, text in parts(turn, question):

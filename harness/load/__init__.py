@@ -1,4 +1,4 @@
-"""Load: when agents arrive, what they got done, and the series and rates that follow from it."""
+"""Load tests: arrival processes, the driver that runs episodes, and throughput and latency measures."""
 
 from harness.load.arrivals import Closed, Poisson, Replayed, Steady
 from harness.load.driver import drive

@@ -1,4 +1,4 @@
-"""Arrivals. Open loop: at given times, whatever the server does. Closed loop: one starts when another ends."""
+"""Arrival processes. Open loop: given times, independent of the server. Closed loop: one starts when another ends."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from cacheslide.errors import ConfigError
 
 @dataclass(frozen=True)
 class Closed:
-    """Always `concurrent` episodes at work, until none is left (the paper's parallel requests)."""
+    """Keeps `concurrent` episodes running until none is left (the paper's parallel requests)."""
 
     concurrent: int
 
@@ -19,13 +19,13 @@ class Closed:
             raise ConfigError(f"a closed loop has at least 1 agent at work, not {self.concurrent}")
 
     def times(self, n: int) -> None:
-        """No times: a start waits for an end."""
+        """None: a start waits for an end."""
         return None
 
 
 @dataclass(frozen=True)
 class Steady:
-    """One start every 1/`rate` seconds; `rate` in episodes a second."""
+    """One start every 1/`rate` seconds; `rate` in episodes per second."""
 
     rate: float
 
@@ -67,7 +67,7 @@ class Replayed:
             raise ConfigError("recorded start times must ascend from 0 or later")
 
     def times(self, n: int) -> list[float]:
-        """The first `n` recorded times; an error when there are fewer."""
+        """The first `n` recorded times; an error if there are fewer."""
         if n > len(self.starts):
             raise ConfigError(f"{n} episodes, but only {len(self.starts)} start times were recorded")
         return list(self.starts[:n])

@@ -19,13 +19,13 @@ Arrivals = Closed | Steady | Poisson | Replayed
 
 
 class OneAtATime:
-    """Guards a completer that serves one request at a time (the in-process engine); waiting counts into its times."""
+    """Serialises requests to a completer that serves one at a time (the in-process engine); times include waiting."""
 
     def __init__(self, inner: Completer) -> None:
         self.inner, self.system, self._lock = inner, inner.system, threading.Lock()
 
     def complete(self, request: Request) -> Completion:
-        """The inner completer's answer; `token_s` and `total_s` include the wait for its turn."""
+        """The inner completer's answer; `token_s` and `total_s` include waiting."""
         begin = time.perf_counter()
         with self._lock:
             wait = time.perf_counter() - begin
@@ -42,10 +42,10 @@ class _Waiting:
 
 
 class Together:
-    """Packs what waits: whenever the engine is free, all requests that have come by then are served in one run.
+    """Batches waiting requests: whenever the engine is free, all requests that have arrived are served in one run.
 
-    `inner` has `complete_batch`; at most `limit` requests go into one run. Waiting counts into a request's times. A
-    batch that is refused is served one by one, so that a bad request fails alone.
+    `inner` has `complete_batch`; at most `limit` requests go into one run. A request's times include waiting. A refused
+    batch is served one by one, so that a bad request fails alone.
     """
 
     def __init__(self, inner: Any, limit: int = 64) -> None:
@@ -81,7 +81,7 @@ class Together:
                 return
             for waiting in batch:
                 self._serve([waiting])
-        except BaseException as broken:  # a defect: nobody may wait for ever
+        except BaseException as broken:  # a defect: no request may wait for ever
             for waiting in batch:
                 waiting.error = waiting.error or CompletionError(f"the engine failed: {broken!r}")
             raise
@@ -93,7 +93,7 @@ def _later(done: Completion, wait: float) -> Completion:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The episodes in the order of their tasks, and when each was due, started and ended."""
+    """The episodes in the order of their tasks, with due, start and end times."""
 
     episodes: list[Episode]
     done: list[Done]
@@ -109,26 +109,26 @@ def drive(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Loaded:
-    """Run one episode a task.
+    """Run one episode per task.
 
     Parameters
     ----------
     tasks : sequence
     make_agent : callable
-        An agent for a task; its construction belongs to the episode's time.
+        Makes the agent for a task; construction counts towards the episode's time.
     completer : Completer
-        Used from many threads; wrap one that cannot be in `OneAtATime`.
+        Called from many threads; wrap one that is not thread-safe in `OneAtATime`.
     arrivals : Closed, Steady, Poisson or Replayed
     limit : int
-        At most this many threads of an open loop; an episode that is due while all are busy starts late, and its
-        waiting counts (`Done.due`).
+        Maximum number of threads in an open loop; an episode due while all are busy starts late, and its latency
+        includes the wait (`Done.due`).
     clock, sleep : callables
         Seconds.
 
     Raises
     ------
     ConfigError
-        Without tasks, or when an open loop gives no thread.
+        Without tasks, or if `limit` allows an open loop no thread.
     """
     if not tasks:
         raise ConfigError("no tasks to drive")

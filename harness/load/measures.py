@@ -1,4 +1,4 @@
-"""What a loaded run achieved: pure functions of start and end times."""
+"""Throughput and latency of a load test: pure functions of start and end times."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ class Done:
     Attributes
     ----------
     due, start, end : float
-        Seconds on the run's clock: when it should have started, when it did, when it ended.
+        Due, actual start and end time, in seconds on the run's clock.
     correct : bool
     ttft_s : float or None
-        Time to first token of a request; of an episode, its worst.
+        Time to first token of a request; for an episode, the maximum.
     tokens : int
         Output tokens.
     """
@@ -35,7 +35,7 @@ class Done:
 
     @property
     def latency_s(self) -> float:
-        """From when it was due: a late start is waiting too."""
+        """Seconds from due time to end; a late start counts as waiting."""
         return self.end - self.due
 
 
@@ -50,12 +50,12 @@ def span(done: Sequence[Done]) -> float:
 
 
 def qps_correct(done: Sequence[Done]) -> float:
-    """The paper's QPS: correctly completed work a second."""
+    """The paper's QPS: correctly completed pieces of work per second."""
     return sum(d.correct for d in done) / span(done)
 
 
 def goodput(done: Sequence[Done], ttft_s: float | None = None, latency_s: float | None = None) -> float:
-    """Correct work a second that also kept the bounds (a piece without a known TTFT does not keep one)."""
+    """Correct pieces of work per second within the bounds (an unknown TTFT is outside any bound)."""
 
     def kept(d: Done) -> bool:
         fast = ttft_s is None or (d.ttft_s is not None and d.ttft_s <= ttft_s)
@@ -65,9 +65,9 @@ def goodput(done: Sequence[Done], ttft_s: float | None = None, latency_s: float 
 
 
 def series(done: Sequence[Done], bin_s: float = 1.0, correct_only: bool = False) -> list[float]:
-    """Completions a second in bins of `bin_s` seconds from the first due time to the last end.
+    """Completions per second in bins of `bin_s` seconds from the first due time to the last end.
 
-    The last bin is divided by the part of it that the run lasted. A run that ends on an edge counts there.
+    The last bin's count is divided by the part of the bin within the run. A run that ends on an edge counts there.
     """
     if bin_s <= 0:
         raise DataError(f"bins are longer than 0 seconds, not {bin_s}")
@@ -88,7 +88,7 @@ def spread(values: Sequence[float]) -> float:
 
 
 def concurrency(done: Sequence[Done]) -> int:
-    """The most pieces at work at the same time; an end frees its place for a start at that moment."""
+    """Maximum number of pieces running at the same time; an end precedes a start at the same moment."""
     changes = sorted([(d.start, 1) for d in done] + [(d.end, -1) for d in done])
     most = now = 0
     for _, change in changes:
@@ -98,7 +98,7 @@ def concurrency(done: Sequence[Done]) -> int:
 
 
 def summary(done: Sequence[Done], bin_s: float = 1.0) -> dict[str, float]:
-    """The run in numbers: rates per second, waiting in seconds."""
+    """Summary figures of the run: rates per second, waiting in seconds."""
     rates = series(done, bin_s)
     return {
         "n": len(done),

@@ -30,8 +30,8 @@ def token_overlap(prediction: str, answer: str) -> TokenF1:
     """Bag-of-tokens overlap after normalisation.
 
     precision = common / predicted tokens, recall = common / gold tokens, F1 their harmonic mean. When either side is
-    "yes", "no" or "noanswer", anything but an equal answer scores zero. No common token scores zero, which includes
-    two answers that are both empty after normalisation; that is how the official script has it.
+    "yes", "no" or "noanswer", anything but an equal answer scores zero. No common token scores zero, also for two
+    answers that are both empty after normalisation, as in the official script.
     """
     predicted, gold = normalize_answer(prediction), normalize_answer(answer)
     if predicted != gold and (predicted in CLOSED_ANSWERS or gold in CLOSED_ANSWERS):

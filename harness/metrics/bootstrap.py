@@ -1,8 +1,8 @@
 """Percentile bootstrap intervals (Efron & Tibshirani, 1993, chapter 13) for means, quantiles and paired comparisons.
 
-Scores are clustered: several questions share one prompt, so their scores rise and fall together. The resampled unit
-is therefore the cluster (the prompt). Latencies have one value a unit: reduce repeated timings of a prompt to
-their median first. One unit has no spread to resample: its interval is None, never NaN.
+Scores are clustered: several questions share one prompt, so their scores are correlated. The resampled unit is
+therefore the cluster (the prompt). Latencies have one value per unit: reduce repeated timings of a prompt to their
+median first. For a single unit the interval is None, never NaN.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from cacheslide.errors import DataError
 
 RESAMPLES = 10_000
-BLOCK = 2**22  # numbers held at a time while resampling, about 32 MiB
+BLOCK = 2**22  # numbers in memory at a time while resampling, about 32 MiB
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def mean(
     """Mean of `values`, shape (values,), resampling clusters.
 
     A resample of clusters has the mean (sum of their values) / (number of their values), so clusters may differ in
-    size. `clusters` gives each value's cluster; without it every value is one.
+    size. `clusters` gives each value's cluster; without it every value is its own cluster.
     """
     return _clustered_mean("mean", _vector(values), clusters, level, resamples, seed)
 
@@ -84,8 +84,8 @@ def quantile(
 ) -> Estimate:
     """The q-quantile of `values`, shape (values,), by linear interpolation.
 
-    No interval of an extreme quantile reaches beyond the largest value seen, so it is too narrow in small samples:
-    a 95th percentile wants some hundred values.
+    An interval of an extreme quantile cannot exceed the largest value of the sample, so it is too narrow for small
+    samples: a 95th percentile needs some hundred values.
     """
     sample = _vector(values)
     if not 0 < q < 1:

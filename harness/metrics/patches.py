@@ -1,13 +1,12 @@
-"""Whether two unified diffs are the same change: files, places, context and changed lines, character by character.
+"""Compares two unified diffs for equality: files, places, context and changed lines, character by character.
 
-What does not change what `git apply` does is left out: the folder in front of names (a/ and b/, as a rule), index
-lines, text around the diffs, the order of files. Everything else counts, indentation and signs above all.
+Parts without effect on `git apply` are ignored: the first folder of names (usually a/ and b/), index lines, text around
+the diffs, the order of files. Everything else counts, such as indentation and signs.
 
-The lines at which a hunk starts, before and after, count exactly. `git apply` looks for a hunk's context from the
-second one outwards, so that other numbers are another change where the lines occur again; whether they do cannot be
-known without the file. What the hunks before shift is in the second number of both patches alike. A name without a
-folder in front is another one, since git takes the first folder off; so are names that differ from the line
-`diff --git` above.
+The start lines of a hunk, before and after, must be equal. `git apply` searches for a hunk's context from the second
+one outwards, so that other numbers are another change if the lines occur again, which cannot be decided without the
+file. The second number includes the shift by earlier hunks in both patches. A name without a leading folder is
+different, since git strips the first folder; so are names that differ from the line `diff --git` above.
 """
 
 import re
@@ -29,15 +28,15 @@ Change = tuple[str, str, tuple[str, ...], tuple[Placed, ...]]  # name before and
 
 
 def is_patch(text: str) -> bool:
-    """Whether `text` is meant as a unified diff: it has the lines that name a file and at least one hunk or mode."""
+    """Whether `text` looks like a unified diff: it has lines that name a file, and at least one hunk or mode."""
     found = {head.strip() for head in HEAD.findall(text)}
     return {"---", "+++"} <= found or "diff --git" in found
 
 
 def changes(text: str) -> list[Change] | None:
-    """What a patch changes, sorted by file; None where it is no patch, breaks off, changes nothing or is binary.
+    """The changes of a patch, sorted by file; None if it is no patch, is cut off, changes nothing or is binary.
 
-    Answers are stored without the blanks at their end: empty lines of context that are missing there are added.
+    Answers are stored without trailing blanks: empty context lines missing at the end are added.
     """
     whole = text.rstrip("\n") + "\n"
     if "\nGIT binary patch\n" in whole or not _consistent(whole):
@@ -59,14 +58,14 @@ def _parse(whole: str) -> list[Change] | None:
             if not file.is_binary_file
         ]
     except (UnidiffParseError, ValueError, AttributeError, TypeError, IndexError):
-        return None  # what a model wrote need not be a patch
+        return None  # a model's output may not be a patch
     if len(found) < len(files) or not any(modes or hunks for _, _, modes, hunks in found):
         return None
     return sorted(found)
 
 
 def _consistent(whole: str) -> bool:
-    """The names above the hunks are those behind `diff --git` (git refuses others, unidiff takes the first)."""
+    """Whether the names above the hunks equal those of `diff --git` (git rejects others, unidiff uses the first)."""
     return all(
         (before == NO_FILE or both.startswith(f"{before} ")) and (after == NO_FILE or both.endswith(f" {after}"))
         for both, before, after in NAMED.findall(whole)
@@ -76,7 +75,7 @@ def _consistent(whole: str) -> bool:
 def same_patch(prediction: str, answers: Sequence[str]) -> float:
     """1.0 when the prediction is the same change as one of the accepted patches, else 0.0.
 
-    A patch that cannot be read (a binary one) is accepted character by character alone.
+    Patches that cannot be parsed (binary ones) are compared as text.
     """
     made = changes(prediction)
     same = (answer == prediction or (made is not None and made == changes(answer)) for answer in answers)
@@ -84,14 +83,14 @@ def same_patch(prediction: str, answers: Sequence[str]) -> float:
 
 
 def _plain(name: str | None) -> str:
-    """The name without its first folder; in brackets where it has none, so that it equals no other's."""
+    """The name without its first folder; in brackets if it has none, so that it equals no other name."""
     name = (name or "").strip()
     first, _, rest = name.partition("/")
     return rest if first and rest else f"<{name}>"
 
 
 def _lines(hunk) -> Hunk:
-    """The lines that the hunk's head counts (unidiff takes an empty line behind them too)."""
+    """The lines counted by the hunk's header (unidiff also includes an empty line after them)."""
     left, out = [hunk.source_length, hunk.target_length], []
     for line in hunk:
         sign = line.line_type if line.line_type in ("+", "-", "\\") else " "  # git needs no blank on an empty line

@@ -1,1 +1,1 @@
-"""Campaigns of hostile inputs: what was tried, how much of it, and what broke."""
+"""Fuzzing and fault-injection campaigns, with counts of inputs and failures."""

@@ -1,8 +1,8 @@
 """`python -m harness.robustness NAME ... --minutes M --out FOLDER`: run campaigns, one JSON file each.
 
-A campaign is a module of this package with `run(minutes, seed, work)`; it returns a flat dict of plain counts and lists
-(what was tried, what broke, examples of it) and uses at most about `minutes` of time. `work` is an empty folder of its
-own. Exit status 1 when a campaign reports under "faults" anything but 0.
+A campaign is a module of this package with `run(minutes, seed, work)`; it returns a flat dict of counts and lists
+(inputs tried, failures, examples) and takes about `minutes` at most. `work` is an empty folder for this campaign. Exit
+status 1 if a campaign's "faults" is not 0.
 """
 
 import argparse
@@ -18,7 +18,7 @@ CAMPAIGNS = ("bodies", "http_bodies", "entries", "folders", "damage", "writers",
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the named campaigns, all without names."""
+    """Run the named campaigns; all of them if no name is given."""
     parser = argparse.ArgumentParser(prog="python -m harness.robustness", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CAMPAIGNS)}; all without any")
     parser.add_argument("--minutes", type=float, default=2.0, help="for each campaign (default: 2)")

@@ -1,4 +1,4 @@
-"""Hostile annotations for the campaigns: objects that could be meant, and every kind of value where none belongs."""
+"""Hostile annotations for the campaigns: plausible objects, and values of every type in every place."""
 
 import random
 from typing import Any
@@ -54,9 +54,9 @@ VALUES = (
 
 
 class Annotations:
-    """Makes annotations for a prompt of `rows` tokens, from a seed.
+    """Generates annotations for a prompt of `rows` tokens from a seed.
 
-    `separators` are what may stand in the prompt, as text or ids.
+    `separators` are separators that may occur in the prompt, as text or ids.
     """
 
     def __init__(self, seed: int, rows: int, separators: tuple[Any, ...]) -> None:
@@ -75,14 +75,14 @@ class Annotations:
         return {r.choice((*OTHERS, *WAYS)): self.value(depth + 1) for _ in range(r.randrange(3))}
 
     def deep(self, levels: int) -> list[Any]:
-        """A list in a list in a list."""
+        """A list nested `levels` deep."""
         out: list[Any] = []
         for _ in range(levels):
             out = [out]
         return out
 
     def row(self) -> int:
-        """A row of the prompt, its edge, or far outside."""
+        """A row of the prompt, at its edge, or far outside."""
         r = self.random
         if r.random() < 0.8:
             return r.randrange(self.rows + 1)
@@ -104,7 +104,7 @@ class Annotations:
         return [[self.value(), self.value()]] if kind < 0.9 else self.value()
 
     def of(self, name: str) -> Any:
-        """A value that the key `name` could have."""
+        """A plausible value for the key `name`."""
         r = self.random
         given = {
             "segments": self.spans,
@@ -132,7 +132,7 @@ class Annotations:
         return given[name]() if name in given else self.value()
 
     def annotations(self) -> Any:
-        """What stands under `cacheslide`."""
+        """A value for the key `cacheslide`."""
         r = self.random
         if r.random() < 0.02:
             return self.value()
@@ -142,7 +142,7 @@ class Annotations:
         return {name: self.value() if r.random() < 0.12 else self.of(name) for name in names}
 
     def params(self) -> Any:
-        """What stands under `kv_transfer_params`."""
+        """A value for `kv_transfer_params`."""
         r = self.random
         kind = r.random()
         if kind < 0.92:

@@ -1,6 +1,6 @@
-"""Hostile bodies in process: through the door, vLLM's transport and the scheduler's planner, a million in minutes.
+"""Hostile request bodies in process: intake, vLLM's transport and the scheduler's planner, a million in minutes.
 
-Counted as faults: exceptions that are no validation error (`non_400`), plans of other tokens, rows or tenants
+Counted as faults: exceptions other than validation errors (`non_400`), plans with wrong tokens, rows or tenants
 (`wrong_plans`), and bodies whose check takes more processor time than `SLOW` allows (`slow_bodies`).
 """
 
@@ -17,14 +17,14 @@ from harness.robustness.annotations import Annotations
 
 PROCESSES = 2
 ROWS, LIMIT, LAYERS = 160, 256, 8
-SLOW = 0.05, 0.005  # seconds, and seconds a kB
+SLOW = 0.05, 0.005  # seconds, and seconds per kB
 EXAMPLES = 8
 _CHAT = [{"role": role, "content": "some words ."} for role in ("system", "user", "assistant", "user")]
 
 
 @dataclass(frozen=True)
 class Template:
-    """As much of vLLM's parameters of a chat as the door reads."""
+    """The part of vLLM's chat parameters that the intake reads."""
 
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Template:
 
 
 class Renderer:
-    """A tokenizer and a chat template without their cost: a token a character."""
+    """A cheap tokenizer and chat template: one token per character."""
 
     def __init__(self) -> None:
         self.tokenizer = self
@@ -49,7 +49,7 @@ class Renderer:
 
 
 class Trial:
-    """Sends one body after another through door, transport and planner, and counts what is wrong."""
+    """Sends bodies through intake, transport and planner, one after another, and counts faults."""
 
     def __init__(self, seed: int) -> None:
         from cacheslide.vllm.geometry import Geometry
@@ -69,7 +69,7 @@ class Trial:
         self.examples: list[str] = []
 
     def one(self) -> None:
-        """The next body."""
+        """Send the next body."""
         import msgspec
 
         from cacheslide.vllm.frontend.intake import VLLMValidationError
@@ -117,7 +117,7 @@ class Trial:
         return {"prompt_token_ids": self.ids}, self.ids
 
     def _planned(self, request, params: Any, asked: Any, salt: str | None) -> str:
-        """What is wrong with what the scheduler tracks of the request; "" for nothing."""
+        """Description of an error in the scheduler's plan of the request; "" without one."""
         ids = request.prompt_token_ids
         tracked = self.planner.plan(
             SimpleNamespace(
@@ -158,7 +158,7 @@ def _tried(job: tuple[int, float]) -> tuple[dict[str, int], list[str]]:
     seed, seconds = job
     trial, until = Trial(seed), time.monotonic() + seconds
     gc.collect()
-    gc.freeze()  # a collection over all that vLLM has loaded would be taken for a slow body
+    gc.freeze()  # a collection over all objects of vLLM would count as a slow body
     while time.monotonic() < until:
         for _ in range(100):
             trial.one()
@@ -166,7 +166,7 @@ def _tried(job: tuple[int, float]) -> tuple[dict[str, int], list[str]]:
 
 
 def run(minutes: float, seed: int, work: Path) -> dict[str, Any]:
-    """Bodies for about `minutes` in `PROCESSES` processes; `faults` sums what was wrong."""
+    """Send bodies for about `minutes` in `PROCESSES` processes; `faults` is the sum of all faults."""
     import cacheslide.vllm.frontend.intake  # noqa: F401 (vLLM, once, before the processes part)
 
     jobs = [(seed * PROCESSES + i, 60 * minutes) for i in range(PROCESSES)]

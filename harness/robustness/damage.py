@@ -1,4 +1,4 @@
-"""Campaign: a store's files are damaged at random, round after round; what is served afterwards is compared."""
+"""Campaign: damages a store's files at random, round after round, and verifies the chunks served afterwards."""
 
 import time
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 from harness.experiments.slide.faults import rot
 from harness.robustness.silence import silent_store
 
-_ROUNDS = 10  # in one folder, one after the other: later ones also hit what was repaired before
+_ROUNDS = 10  # consecutive rounds in one folder: later ones also damage repaired files
 
 
 @silent_store()
 def run(minutes: float, seed: int, work: Path) -> dict:
-    """See `harness.robustness.__main__`. A round is one flipped bit, cut or blank, and a look at every chunk."""
+    """See `harness.robustness.__main__`. A round is one flipped bit, cut or blank, and a look-up of every chunk."""
     until, found = time.monotonic() + 60 * minutes, {"rounds": 0, "served": 0, "missed": 0, "wrong_pages": 0}
     longest, folder = 0.0, 0
     while time.monotonic() < until:

@@ -1,4 +1,4 @@
-"""Faults at every entry that vLLM calls and at the seams below them, in a running engine, against plain vLLM."""
+"""Campaign: faults at every method that vLLM calls and at the seams below, in a running engine, against plain vLLM."""
 
 import os
 import random
@@ -17,10 +17,10 @@ _ENVIRONMENT = {
 
 
 def run(minutes: float, seed: int, work: Path) -> dict[str, Any]:
-    """Every seam in every mode once, in an order drawn from `seed`, as far as `minutes` last.
+    """Run every seam in every mode once, in an order drawn from `seed`, until `minutes` are over.
 
     Returns the counts, `entries_raised` (seams that raised) and every outcome in `list`; "not_reached" are seams that
-    no turn came by.
+    no turn called.
     """
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     from cacheslide.vllm.offline import close_engine

@@ -1,7 +1,6 @@
-"""Two ranks, one of which faults: `python -m harness.robustness.faulty_ranks` prints what each seam did, a JSON list.
+"""Two ranks, one of which faults: `python -m harness.robustness.faulty_ranks` prints each seam's outcome as JSON list.
 
-The answers are compared with those of the same engine without annotations. What hangs does not end: whoever runs this
-sets a limit.
+Answers are compared with those of the same engine without annotations. A hang does not end: run this with a time limit.
 """
 
 import json
@@ -44,13 +43,13 @@ _ARMED = ExitStack()
 
 
 def arm(_worker: Any, rank: int, seam: str, mode: str, skip: int) -> None:
-    """In a worker: have `seam` raise on `rank` alone."""
+    """In a worker: make `seam` raise on `rank` only."""
     if get_tensor_model_parallel_rank() == rank:
         _ARMED.enter_context(raising(seam, mode, RuntimeError, {"worker": worker_of()}, skip))
 
 
 def disarm(_worker: Any) -> int:
-    """In a worker: nothing raises any more; returns the faults that were counted since the last call."""
+    """In a worker: remove the injected fault; returns the number of faults counted since the last call."""
     _ARMED.close()
     faults = worker_of().faults
     count = sum(faults.total.values())
@@ -59,7 +58,7 @@ def disarm(_worker: Any) -> int:
 
 
 def outcomes(rank: int, names: list[str]) -> list[dict[str, Any]]:
-    """Every seam (those of `names`, if any) raised on `rank` of two, once with empty stores and once with full ones."""
+    """Every seam (or those of `names`) raised on `rank` of two, once with empty stores and once with full ones."""
     options = {"chunk_size": CHUNK, "encode": "now", "store_gib": 0.25}
     engine = open_engine(MODEL, options, tensor_parallel_size=2, **engine_settings())
     truth = [_ask(engine, turn, annotations=False) for turn in (0, 1)]
@@ -76,7 +75,7 @@ def _outcome(engine: LLM, truth: list[dict], rank: int, seam: str, mode: str, sk
         answers = _ask(engine, turn)
         faults = [a + b for a, b in zip(faults, engine.collective_rpc(disarm), strict=True)]
         wrong += [f"turn {turn} {name}" for name, got in answers.items() if not alike(got[0], truth[turn][name][0])]
-    for _ in range(2):  # and without faults all is as it was
+    for _ in range(2):  # without faults, answers are correct again
         healed = _ask(engine, 1)
         wrong += [f"healed {name}" for name, got in healed.items() if not alike(got[0], truth[1][name][0])]
         reused = min(r["chunks_hit"] for _, r in healed.values() if r is not None)
@@ -103,6 +102,6 @@ def _ask(engine: LLM, turn: int, annotations: bool = True) -> dict[str, tuple[An
 
 if __name__ == "__main__":
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `arm` travels to the workers as a pickled function
-    from harness.robustness import faulty_ranks  # by its name: what is pickled by value has an `_ARMED` of its own
+    from harness.robustness import faulty_ranks  # by name: pickled by value, it would have a separate `_ARMED`
 
     print(json.dumps(faulty_ranks.outcomes(int(sys.argv[1]), sys.argv[2:])))

@@ -1,7 +1,7 @@
-"""Turns of an agent in an engine that faults, beside other requests, held against plain vLLM.
+"""Turns of an agent in an engine with injected faults, beside other requests, compared with plain vLLM.
 
-Every annotated request asks for settings whose answers are exact (all reused rows recomputed, or an unchanged prompt),
-so that whatever a fault costs, tokens and log-probabilities must be those of an engine without the connector.
+Every annotated request uses settings with exact answers (all reused rows recomputed, or an unchanged prompt), so that
+tokens and log-probabilities must equal those of an engine without the connector, whatever the fault.
 """
 
 import time
@@ -23,8 +23,8 @@ from harness.robustness.seams import raising
 
 MODEL = "models/tiny-llama-12m"
 BLOCK, CHUNK, TOKENS, BEAMS = 32, 32, 4, 2
-CLOSE = 2e-3  # log-probabilities of one model by two ways of summing, float32
-LIMIT_S = 60.0  # a turn takes less than a second; what hangs does not end
+CLOSE = 2e-3  # tolerance of float32 log-probabilities for another order of summation
+LIMIT_S = 60.0  # a turn takes less than a second; a longer one counts as a hang
 DOCUMENT = "\nGarden report\n brave ibex follows amber falcon . the painter found the new door ." * 3
 _NUMBERS = count()
 
@@ -33,7 +33,7 @@ Said = tuple[list[int], list[float]]
 
 @dataclass(frozen=True)
 class Case:
-    """One request: its name, token ids, and annotations if it has any."""
+    """One request: name, token ids, and optional annotations."""
 
     name: str
     ids: list[int]
@@ -42,7 +42,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What one seam did: its counts, and every wrong answer, hang or leftover by name."""
+    """Outcome of one seam: counts, and every wrong answer, hang or leftover by name."""
 
     seam: str
     mode: str
@@ -56,7 +56,7 @@ class Outcome:
 
     @property
     def good(self) -> bool:
-        """Nothing wrong, nothing dead."""
+        """Whether no answer was wrong and the engine survived."""
         return not self.wrong and not self.died
 
 
@@ -73,20 +73,20 @@ def open_reusing(work: Path, model: str = MODEL) -> LLM:
 
 
 def engine_settings() -> dict[str, Any]:
-    """What both engines are opened with."""
+    """Settings shared by both engines."""
     return {
         "dtype": "float32",
         "max_model_len": 512,
         "block_size": BLOCK,
         "enforce_eager": True,
-        "kv_cache_memory_bytes": 2**27,  # of all a GPU has, poisoning the cache would need as much again
+        "kv_cache_memory_bytes": 2**27,  # poisoning needs as much memory again as the cache
         "max_num_batched_tokens": 256,
         "max_num_seqs": 16,
     }
 
 
 def cases(tokenizer: Any, turn: int) -> list[Case]:
-    """The requests of a turn: the fixed text stands behind notes that grow with `turn`."""
+    """The requests of a turn: the fixed text follows notes that grow with `turn`."""
     head, tail = "Answer each question with the value .", "\nQuestion: what is brave ibex ?\nAnswer:"
     notes = "\nnotes" + " amber falcon is copper seven ." * (turn + 1)
 
@@ -103,9 +103,9 @@ def cases(tokenizer: Any, turn: int) -> list[Case]:
         Case("isolated", moved, exact | {"policy": "epic"}),
         Case("history", moved, exact | {"history": start}),
         Case("unchanged", same, {"segments": fixed, "policy": "naive_reuse"}),
-        # of the same prompt: these two share their chunks, which are exact in no other
+        # same prompt: these two share chunks, which are exact in this prompt only
         Case("remembered", same, exact | {"segments": fixed, "policy": "cacheslide_remember"}),
-        # the server's own system, whose chunks are exact in this prompt alone: they have a namespace for themselves
+        # the server's default system: its chunks are exact in this prompt only, so they get a separate namespace
         Case("default", moved, {"segments": spans, "recompute_ratio": 1.0, "namespace": "default"}),
         Case("plain", moved),
         Case("beside", list(encode(tokenizer, f"{tail}{notes}"))),
@@ -113,7 +113,7 @@ def cases(tokenizer: Any, turn: int) -> list[Case]:
 
 
 class Rounds:
-    """Turns over an engine with the connector, against the answers `truth` of one without: by turn, then by case."""
+    """Turns on an engine with the connector, compared with the answers `truth` of one without, by turn and case."""
 
     def __init__(self, engine: LLM, truth: Sequence[Mapping[str, Any]]) -> None:
         self.engine, self.truth = engine, truth
@@ -123,7 +123,7 @@ class Rounds:
         self.capacity = self.scheduler.index.capacity
 
     def round(self, seam: str, mode: str, error: type[Exception], beams: bool = False, heal: bool = True) -> Outcome:
-        """A turn that stores, one that reuses, one from files, each with the fault; then, to `heal`, two without it."""
+        """A storing turn, a reusing one and one from files, each with the fault; with `heal` two more without it."""
         out = Outcome(seam, mode, error.__name__)
         self._fresh()
         before = self._faults()
@@ -174,7 +174,7 @@ class Rounds:
                 out.wrong.append(f"turn {turn} beams: {said} for {want}")
 
     def _poison(self) -> None:
-        """No shared blocks, and garbage in all of them: rows that nobody computes cannot happen to be right."""
+        """Clear the prefix cache and fill all blocks with garbage, so that a row never computed cannot be correct."""
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("blocks are still in use")
         g = torch.Generator().manual_seed(0)
@@ -182,12 +182,12 @@ class Rounds:
             paged.cache.copy_(torch.randn(paged.cache[:1].shape, generator=g).expand_as(paged.cache))
 
     def _fresh(self) -> None:
-        """Nothing is stored, and there is room for all of it."""
+        """Empty the store and give it room for all chunks."""
         self.scheduler.index.capacity = self.capacity
         self.core.scheduler.connector.reset_cache()
 
     def _to_files(self) -> None:
-        """Chunks leave memory: the next turn finds them in files, and has room for half of them."""
+        """Move chunks from memory to files; the next turn loads them, with memory for half of them."""
         self.worker.storage_tier.flush()
         self._idle()
         self.scheduler.index.capacity = self.scheduler.index.nbytes // 2
@@ -195,7 +195,7 @@ class Rounds:
         self.scheduler.index.clear()
 
     def _idle(self) -> None:
-        """An idle engine's steps: what waits is encoded, and the index compared."""
+        """Run an idle engine's steps: encode waiting chunks and compare the index."""
         until = time.monotonic() + LIMIT_S
         while self.core.scheduler.has_requests():
             self.core.step_fn()
@@ -203,7 +203,7 @@ class Rounds:
                 raise TimeoutError("an idle engine goes on stepping")
 
     def _rest(self, out: Outcome) -> None:
-        """After the requests nothing of them is left, and the index names what the worker holds."""
+        """Check that requests leave no state behind, and that the index matches the worker's store."""
         self._idle()
         self.scheduler.retention.unsettled = True
         until = time.monotonic() + LIMIT_S
@@ -222,12 +222,12 @@ class Rounds:
 
 
 def answers(engine: LLM, asked: Sequence[Case], preempt: bool = False) -> dict[str, tuple[Said, dict | None]]:
-    """Tokens and log-probabilities by case, and receipts; with `preempt` all running requests start over once."""
+    """Tokens, log-probabilities and receipts by case; with `preempt` all running requests are preempted once."""
     return {name: (said(out), (out.kv_transfer_params or {}).get(FIELD)) for name, out in ask(engine, asked, preempt)}
 
 
 def ask(engine: LLM, asked: Sequence[Case], preempt: bool = False) -> list[tuple[str, Any]]:
-    """vLLM's outputs by case, of requests that arrive together; those that do not end in time are missing."""
+    """vLLM's outputs by case, for requests that arrive together; requests that do not end in time are missing."""
     names, outputs, steps = {}, [], 0
     for case in asked:
         extra = None if case.annotations is None else {"kv_transfer_params": {FIELD: case.annotations}}
@@ -245,7 +245,7 @@ def ask(engine: LLM, asked: Sequence[Case], preempt: bool = False) -> list[tuple
             engine.reset_prefix_cache(reset_running_requests=True)
     ended = {o.request_id for _, o in outputs}
     if left := [number for number in names if number not in ended]:
-        engine.llm_engine.abort_request(left)  # what one fault left hanging is not the next one's
+        engine.llm_engine.abort_request(left)  # a request that hangs must not affect the next fault
     return outputs
 
 
@@ -269,7 +269,7 @@ def searched(engine: LLM, case: Case) -> list[list[int]]:
 
 
 def truths(engine: LLM) -> list[dict[str, Any]]:
-    """What an engine without the connector answers, by turn and case; closes it."""
+    """Answers of an engine without the connector, by turn and case; closes the engine."""
     out = []
     for turn in range(3):
         asked = cases(engine.get_tokenizer(), turn)

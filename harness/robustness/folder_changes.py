@@ -1,6 +1,6 @@
-"""Ways in which a small store folder is spoiled: links, special files, bits, lengths, forgeries, names, permissions.
+"""Corruptions of a small store folder: links, special files, bits, lengths, forgeries, names, permissions.
 
-Every change takes the folder's root, a folder of somebody else's beside it, and a random generator.
+Every change takes the folder's root, a foreign folder beside it, and a random generator.
 """
 
 import json
@@ -27,18 +27,18 @@ SHAPE = ChunkShape(layers=2, kv_heads=1, head_dim=4, dtype="float32", hidden=3, 
 FOREIGN = b"precious " * 600
 SALT = bytes(range(16))
 _ODD = [-1, 0, 5, 2**31, 10**12, 10**30, 1.5, float("inf"), float("nan"), "3", None, [], {}, True, [[[]]]]
-_MOST = 1 << 20  # bytes of a file that is changed in memory
+_MOST = 1 << 20  # largest file, in bytes, that is changed in memory
 
 
 def made_chunk(i: int, tokens: int = 3, layers: int = 2, dim: int = 4, dtype: torch.dtype = torch.float32) -> ChunkKV:
-    """Chunk number `i`, or one that is shaped otherwise."""
+    """Chunk number `i`, by default in the store's shape."""
     g = torch.Generator().manual_seed(i)
     k, v = torch.randn(2, layers, tokens, 1, dim, generator=g).to(dtype)
     return ChunkKV(k, v, torch.arange(tokens) + i)
 
 
 def made_name(i: int) -> bytes:
-    """Its name."""
+    """Name of chunk number `i`."""
     return chunk_name(namespace_id(""), f"{(i + 1) * 0x9E3779B97F4A7C15F39CC0605CEDC8341082276B % 2**160:040x}")
 
 
@@ -46,7 +46,7 @@ RECORDS = [Encoded.of(made_name(i), made_chunk(i), PAGE_TOKENS) for i in range(C
 
 
 def forged(rng: random.Random) -> Encoded:
-    """A record of one of the chunks with right checksums, of another shape or with another header."""
+    """A record of one of the chunks with valid checksums, but a wrong shape or header."""
     i = rng.randrange(CHUNKS)
     kind = rng.randrange(8)
     if kind < 4:
@@ -72,7 +72,7 @@ def forged(rng: random.Random) -> Encoded:
 
 
 def segment(records: list[Encoded], rng: random.Random, lie: bool = False) -> bytes:
-    """A whole segment file; with `lie` a preamble has other numbers, its checksum right."""
+    """A whole segment file; with `lie` a preamble has wrong numbers with a valid checksum."""
     about = {"format": 1, "kind": "cacheslide-segment", "salt": SALT.hex(), "log": rng.randrange(2)}
     out = bytearray(json.dumps(about).encode().ljust(4096, b"\0"))
     for seq, record in enumerate(records, 1):
@@ -106,7 +106,7 @@ def _clear(path: Path) -> None:
 
 
 def replaced(root: Path, outside: Path, rng: random.Random) -> None:
-    """A link, a pipe, a socket, a device, a folder or a hard link in the place of a file or of the shard."""
+    """A link, pipe, socket, device, folder or hard link replaces a file or the shard."""
     place = rng.choice([_any_file(root, rng), _any_file(root, rng), _shard(root)])
     _clear(place)
     kind = rng.randrange(9)
@@ -159,7 +159,7 @@ def forgeries(root: Path, outside: Path, rng: random.Random) -> None:
     if place.is_symlink() or (place.exists() and not place.is_file()) or (place.exists() and place.stat().st_nlink > 1):
         return
     place.write_bytes(raw)
-    place.chmod(0o600)  # with a head of the store's own form it is nobody else's file any more (`names`)
+    place.chmod(0o600)  # with a valid head it no longer counts as a foreign file (`names`)
     head = _shard(root) / "head"
     if head.is_file() and not head.is_symlink() and head.stat().st_nlink == 1 and rng.random() < 0.7:
         number = rng.choice((number, 2**30 - 1))
@@ -188,16 +188,16 @@ _BLOCKS = [b"", FOREIGN, b"[" * 4096, b"{}", bytes(4096), b'{"format":2,"kind":"
 
 
 def names(root: Path, outside: Path, rng: random.Random) -> None:
-    """A file of somebody else's under an odd name, or under that of a segment."""
+    """A foreign file under an odd name, or under that of a segment."""
     place = rng.choice((root, _shard(root))) / rng.choice(_NAMES)
     with suppress(OSError):
         if place.parent.is_dir() and not place.parent.is_symlink() and not os.path.lexists(place):
             place.write_bytes(rng.choice(_BLOCKS))
-            place.chmod(0o640)  # by this it is known again
+            place.chmod(0o640)  # the mode marks foreign files
 
 
 def notes(root: Path, outside: Path, rng: random.Random) -> None:
-    """The folder's own description says something else."""
+    """The folder's description file has other content."""
     place = root / "format.json"
     if not place.is_file() or place.is_symlink() or place.stat().st_nlink > 1:
         return
@@ -212,7 +212,7 @@ def notes(root: Path, outside: Path, rng: random.Random) -> None:
 
 
 def permissions(root: Path, outside: Path, rng: random.Random) -> None:
-    """The folder, the shard or a file can be written by others, or by nobody, or is another user's."""
+    """The folder, the shard or a file is writable by others, not writable, or owned by another user."""
     place = rng.choice((root, _shard(root), _any_file(root, rng)))
     if place.is_symlink() or not place.exists() or (place.is_file() and place.stat().st_nlink > 1):
         return

@@ -1,6 +1,6 @@
-"""Campaign: spoiled store folders, each opened, looked up, written to and closed as an engine does it.
+"""Campaign: corrupted store folders, each opened, looked up, written to and closed as by an engine.
 
-Each must end in time with hits that are what was written, or misses; no file that the store did not write may change.
+Each must end in time with hits equal to the written chunks, or misses; files not written by the store must not change.
 """
 
 import gc
@@ -35,7 +35,7 @@ from harness.robustness.folder_changes import (
 )
 from harness.robustness.silence import silent_store
 
-LOOK_S = 10.0  # a look-up's bound is 1 s of taking in what is new; beside other work it may take longer
+LOOK_S = 10.0  # a look-up reads new records for 1 s at most; it may take longer beside other work
 _HANG_S = 120
 _ROW = 2 * SHAPE.kv_heads * SHAPE.head_dim * 4
 WANTED = Wanted(SHAPE, PAGE_TOKENS, PAGE_TOKENS * _ROW, 4, tokens=3)
@@ -45,7 +45,7 @@ _BROKEN = ("exceptions", "wrong_pages", "slow_openings", "slow_look_ups", "forei
 
 
 class _Hang(BaseException):
-    """A call that does not end."""
+    """Raised in a call that does not end."""
 
 
 def _alarm(*_) -> None:
@@ -57,7 +57,7 @@ def _options(root: Path) -> FileOptions:
 
 
 def _template(folder: Path) -> dict[str, bytes]:
-    """The files of a sound store."""
+    """The files of an intact store."""
     tier = FileTier(_options(folder))
     tier.write(RECORDS[:3])
     tier.write(RECORDS[3:])
@@ -72,14 +72,14 @@ def _lay_out(root: Path, files: dict[str, bytes]) -> None:
 
 
 def _beside(outside: Path) -> None:
-    """Files of somebody else's."""
+    """Create foreign files."""
     outside.mkdir(mode=0o700)
     for name in ("file", "seg-0000000001.log", "head", "lock"):
         (outside / name).write_bytes(FOREIGN)
 
 
 def _state(folder: Path) -> list:
-    """Names, kinds and content."""
+    """Names, kinds and content of all files."""
     found = []
     with os.scandir(folder) as entries:
         for e in sorted(entries, key=lambda e: e.name):
@@ -95,7 +95,7 @@ def _begins(path: Path) -> bytes:
 
 
 def _marked(root: Path) -> dict[str, tuple[int, bytes]]:
-    """What `names` put into the folder: known by its mode."""
+    """Foreign files that `names` put into the folder, identified by mode."""
     found = {}
     for folder in (root, root / "shard-00"):
         if folder.is_dir() and not folder.is_symlink():
@@ -139,13 +139,13 @@ def use(root: Path, counts: Counter) -> None:
 
 
 def trial(number: int, seed: int, folder: Path, files: dict[str, bytes], counts: Counter) -> str:
-    """One spoiled folder; what was wrong with how the store took it, or nothing."""
+    """Run one corrupted folder; the description of a failure, or ""."""
     rng = random.Random(f"{seed}:{number}")
     root, outside = folder / "store", folder / "outside"
     _lay_out(root, files)
     changes = [rng.choice(CHANGES) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
     for change in changes:
-        with suppress(OSError):  # what an earlier change has made of the place
+        with suppress(OSError):  # an earlier change may have replaced the file
             change(root, outside, rng)
     before, marked = _state(outside), _marked(root)
     earlier = [counts[f] for f in _BROKEN]
@@ -194,7 +194,7 @@ def _work(first: int, step: int, seed: int, until: float) -> tuple[dict, list[st
 
 
 def run(minutes: float, seed: int, work: Path) -> dict:
-    """See `harness.robustness.__main__`. In memory where there is a folder in memory, in up to two processes."""
+    """See `harness.robustness.__main__`. Uses a folder in memory if there is one, and up to two processes."""
     total, examples = Counter(), []
     workers, until = min(2, os.cpu_count() or 1), time.time() + 60 * minutes
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:

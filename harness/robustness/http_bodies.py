@@ -1,8 +1,8 @@
 """Hostile bodies over HTTP, on every endpoint that takes annotations, beside neighbours whose answers are known.
 
-A server of the shipped model runs as a process of its own. Counted as faults: answers of 500 and above, none at all, or
-a stream that begins and then says what was wrong (`non_400`); an engine that is not there any more (`engine_deaths`);
-and a neighbour, annotated or not, whose answer is not the one that its tokens get alone (`wrong_answers`).
+A server of the shipped model runs as a separate process. Counted as faults: status 500 and above, no answer, or an
+error inside a started stream (`non_400`); an engine that died (`engine_deaths`); and a neighbour, annotated or not,
+whose answer differs from the one its tokens get alone (`wrong_answers`).
 """
 
 import json
@@ -23,7 +23,7 @@ from typing import Any
 from harness.robustness.annotations import Annotations
 
 MODEL, CLIENTS, ROWS, EXAMPLES = "models/tiny-llama-12m", 4, 96, 8
-START, SHORTEST, PATIENCE = 600, 30, 120  # seconds: for the start, of attack at least, for an answer
+START, SHORTEST, PATIENCE = 600, 30, 120  # seconds: limit of the start, minimum of the attack, limit of an answer
 TEMPLATE = (
     "{% for m in messages %}{{ '<s>' + m['role'] + '\\n' + m['content'] + '</s>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
@@ -38,14 +38,14 @@ _OPTIONS: tuple[dict[str, Any], ...] = (
 
 
 class Client:
-    """One kept connection to the server."""
+    """One persistent connection to the server."""
 
     def __init__(self, port: int) -> None:
         self.port, self.connection = port, None
 
     def send(self, path: str, body: bytes | None) -> tuple[int, bytes]:
-        """Status and answer of a POST (of a GET without a body); status 0 where none came."""
-        for _ in range(2):  # a server may have closed a kept connection meanwhile
+        """Status and answer of a POST (without a body, a GET); status 0 without an answer."""
+        for _ in range(2):  # the server may have closed a persistent connection
             fresh = self.connection is None
             self.connection = self.connection or HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
             try:
@@ -62,7 +62,7 @@ class Client:
 
 
 class Attack:
-    """What one client sends."""
+    """Generates the requests of one client."""
 
     def __init__(self, seed: int) -> None:
         self.make, self.random = Annotations(seed, ROWS, ([7], "|", "##", True)), random.Random(seed + 1)
@@ -120,7 +120,7 @@ class Attack:
 
 
 class Neighbours:
-    """Well-formed requests whose answers are known: unannotated, and annotated so that the answer is the exact one."""
+    """Well-formed requests with known answers: unannotated, and annotated so that the answer is exact."""
 
     def __init__(self, client: Client) -> None:
         self.client, self.asked, self.wrong = client, 0, []
@@ -137,7 +137,7 @@ class Neighbours:
         )
 
     def ask(self) -> None:
-        """Every prompt with every kind of annotations."""
+        """Send every prompt with every kind of annotations."""
         for k, prompt in enumerate(self.prompts):
             for annotations in self.annotations:
                 said = self._ask(prompt, annotations)
@@ -154,7 +154,7 @@ class Neighbours:
 
 @contextmanager
 def served(work: Path) -> Iterator[tuple[int, subprocess.Popen]]:
-    """A server of the shipped model on a free port, and its process; ended with everything it started."""
+    """A server of the shipped model: its port, and its process, which ends with all its children."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -183,7 +183,7 @@ def served(work: Path) -> Iterator[tuple[int, subprocess.Popen]]:
 
 
 def run(minutes: float, seed: int, work: Path) -> dict[str, Any]:
-    """Bodies for about `minutes` (the start counts); `faults` sums what was wrong."""
+    """Send bodies for about `minutes`, start included; `faults` is the sum of all faults."""
     counts = dict.fromkeys(("bodies_tried", "answered", "refused", "non_400"), 0)
     examples: list[str] = []
     lock, begun = threading.Lock(), time.monotonic()

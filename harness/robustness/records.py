@@ -1,7 +1,7 @@
-"""Record files under kill -9: writers die at random moments, fresh and resumed, and every finished line is counted.
+"""Campaign: record files under kill -9. Writers, fresh and resumed, die at random; every finished line is counted.
 
-A line counts as finished once `add` has returned: the writer then says its number over a pipe. After every kill the
-file is read as a summary reads it, and resumed by the next writer. Now and then bytes are damaged between two writers.
+A line is finished once `add` has returned: the writer then sends its number over a pipe. After every kill the file is
+read as by a summary, and resumed by the next writer. Sometimes bytes are damaged between two writers.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ RECORDS, PAD = 4000, 300
 
 
 def run(minutes: float, seed: int, work: Path) -> dict[str, Any]:
-    """Kills, lines that were finished and are gone, and damaged lines that passed for good ones."""
+    """Counts of kills, of finished lines that are lost, and of damaged lines accepted as valid."""
     rng, until = random.Random(seed), time.monotonic() + 60 * minutes
     kills = lost = damaged = undetected = 0
     number = 0
@@ -57,7 +57,7 @@ def _part(output: Path) -> Path:
 
 
 def _killed(output: Path, seconds: float) -> set[str]:
-    """The ids that a writer said to have finished before it was killed."""
+    """The ids that a writer reported as finished before it was killed."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -87,14 +87,14 @@ def _held(output: Path) -> set[str]:
     if not part.exists():
         return set()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # it names every bad line
+        with contextlib.redirect_stderr(io.StringIO()):  # a warning for every bad line
             return {record["id"] for record in read_file(part).records}
     except DataError:
         return set()
 
 
 def _damage(output: Path, rng: random.Random) -> str | None:
-    """Flip a bit in one finished line; its id, None where it is the header or its copy."""
+    """Flip a bit in one finished line; returns its id, None for the header or its copy."""
     part = _part(output)
     raw = bytearray(part.read_bytes())
     lines = raw.split(b"\n")

@@ -1,4 +1,4 @@
-"""The list of inputs that once failed, a name a row, and what the tests marked with that name say today.
+"""Known failure cases, one named row each, and the outcomes of the tests marked with that name.
 
 `pytest -m fault --fault-report FILE` writes the outcome of every test marked `@pytest.mark.fault("name")`.
 """

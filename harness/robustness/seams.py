@@ -1,7 +1,7 @@
-"""Where a fault is put into a running engine: every method that vLLM calls, and the seams below them.
+"""Places where a fault is injected into a running engine: every method that vLLM calls, and the seams below them.
 
 A seam is `OWNER:NAME`. OWNER is a path from the connector's halves, `scheduler` and `worker`, or a module or class of
-this package; NAME is what raises there.
+this package; NAME is the attribute that raises.
 """
 
 import importlib
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-# What vLLM calls: the function that each guarded method of the connector hands its call to.
+# The functions to which the connector's guarded methods, called by vLLM, delegate.
 ENTRY_SEAMS = {
     "on_new_request": ("scheduler:arrive",),
     "get_num_new_matched_tokens": ("scheduler:claim",),
@@ -73,7 +73,7 @@ INNER_SEAMS = (
     *GRAPH_SEAMS,
 )  # fmt: skip
 SEAMS = tuple(seam for seams in ENTRY_SEAMS.values() for seam in seams) + INNER_SEAMS
-# Once: the first call raises. Late: the first call raises when its work is done. Always: every call raises.
+# Once: the first call raises. Late: the first call raises after its work is done. Always: every call raises.
 MODES = ("once", "late", "always")
 ERRORS = (RuntimeError, KeyError, MemoryError, ValueError, OSError, AssertionError)
 
@@ -87,7 +87,7 @@ class Raised:
 
 
 def owner_of(seam: str, parts: Mapping[str, Any]) -> tuple[Any, str]:
-    """The object that has the attribute which a seam names; `parts` are the connector's halves."""
+    """The object that owns a seam's attribute, and the attribute's name; `parts` are the connector's halves."""
     path, name = seam.split(":")
     first, *rest = path.split(".")
     if first in parts:
@@ -103,7 +103,7 @@ def owner_of(seam: str, parts: Mapping[str, Any]) -> tuple[Any, str]:
 
 @contextmanager
 def raising(seam: str, mode: str, error: type[Exception], parts: Mapping[str, Any], skip: int = 0) -> Iterator[Raised]:
-    """Have a seam raise in one of `MODES`, until the block ends; the first `skip` calls pass."""
+    """Make a seam raise in one of `MODES` until the block ends; the first `skip` calls pass."""
     owner, name = owner_of(seam, parts)
     own, counts = vars(owner).get(name), Raised()
     plain = own if isinstance(own, property) else getattr(owner, name)

@@ -1,4 +1,4 @@
-"""Campaigns that damage stores silence the store's log, which names every damage, and restore it afterwards."""
+"""Silences the store's log, which reports every damage, during campaigns that damage stores."""
 
 import logging
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """`python -m harness.robustness.summary FOLDER --tests FILE --out FILE`: campaigns and marked tests in one summary.
 
-FOLDER holds the campaigns' files, FILE of `--tests` what `pytest -m fault --fault-report FILE` wrote.
+FOLDER holds the campaigns' files; FILE of `--tests` is written by `pytest -m fault --fault-report FILE`.
 """
 
 import argparse
@@ -18,7 +18,7 @@ PARTS = ("bodies", "http_bodies", "entries", "folders", "damage", "writers", "re
 
 
 def build(folder: Path, tests: Path) -> dict[str, Any]:
-    """The summary; DataError naming every file that is missing or not JSON."""
+    """The summary; DataError listing every file that is missing or not JSON."""
     parts, missing = {}, []
     for name in (*PARTS, tests.name):
         path = tests if name == tests.name else folder / f"{name}.json"
@@ -55,7 +55,7 @@ def build(folder: Path, tests: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """A missing file is one line and status 2."""
+    """Run the command line; a missing file gives a one-line error and status 2."""
     parser = argparse.ArgumentParser(prog="python -m harness.robustness.summary", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tests", type=Path, required=True)

@@ -1,6 +1,6 @@
 """Campaign: two processes write to one store folder and are killed, at any moment or in the middle of a write.
 
-What a writer was told is kept must be there afterwards: nothing is evicted here, since the capacity is never reached.
+Every acknowledged record must be present afterwards: nothing is evicted, since the capacity is never reached.
 """
 
 import multiprocessing
@@ -33,7 +33,7 @@ def _options(root: Path) -> FileOptions:
 
 
 def _write(root: Path, said: Path, first: int, dies_at: int, share: float) -> None:
-    """Write every second number from `first` on, and say of each that it is kept, until killed."""
+    """Write every second number from `first` on, and report each acknowledged one, until killed."""
     files = DiesWriting(dies_at, share) if dies_at else Files()
     tier = FileTier(_options(root), files)
     out = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
@@ -48,7 +48,7 @@ def _kept(said: Path) -> list[int]:
 
 
 def _wait(said: Path, count: int, process) -> None:
-    """Until the writer has been told of `count` records, or has died."""
+    """Wait until the writer has reported `count` records or has died."""
     until = time.monotonic() + _WAIT_S
     while process.is_alive() and len(_kept(said)) < count:
         if time.monotonic() > until:
@@ -57,7 +57,7 @@ def _wait(said: Path, count: int, process) -> None:
 
 
 def look(root: Path, numbers: list[int]) -> tuple[int, int]:
-    """Records of `numbers` that are missing, and that are not what was written."""
+    """Counts of records of `numbers` that are missing, and that differ from the written ones."""
     persistent, lost, wrong = PersistentTiers(FileTier(_options(root)), None, TieredStats()), 0, 0
     for number in numbers:
         found = persistent.read(made_name(number), accept=WANTED)
@@ -70,14 +70,14 @@ def look(root: Path, numbers: list[int]) -> tuple[int, int]:
 
 
 def one_round(root: Path, number: int, rng: random.Random, context) -> tuple[int, list[int]]:
-    """Kills, and the numbers that the writers were told are kept."""
+    """The count of kills, and the numbers of the acknowledged records."""
     writers, said = [], [root.with_name(f"{root.name}-{number}-{i}") for i in range(2)]
     for i in range(2):
         dies_at = rng.randint(1, 60) if rng.random() < 0.5 else 0
         settings = (root, said[i], number * _ROUND + i, dies_at, rng.random())
         writers.append(context.Process(target=_write, args=settings))
         writers[i].start()
-    for i in rng.sample(range(2), 2):  # the other one goes on, over what this one leaves half done
+    for i in rng.sample(range(2), 2):  # the other continues over this one's unfinished writes
         _wait(said[i], rng.randint(1, 30), writers[i])
         if writers[i].is_alive():
             os.kill(writers[i].pid, signal.SIGKILL)
@@ -89,7 +89,7 @@ def one_round(root: Path, number: int, rng: random.Random, context) -> tuple[int
 @silent_store()
 def run(minutes: float, seed: int, work: Path) -> dict:
     """See `harness.robustness.__main__`."""
-    # Not forked from here: a process that has run threads leaves its child locks that nobody will open.
+    # Not forked from here: a process that has run threads leaves its child locks that are never released.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     found, rng = dict.fromkeys(("rounds", "kills", "kept", "wrong_pages", "lost_finished"), 0), random.Random(seed)

@@ -115,8 +115,9 @@ def test_variables_are_named_for_what_they_hold():
 
 
 def test_prose_has_no_persons():
-    at = [f"{p.relative_to(ROOT)}:{line}" for p in plain_files() for text, line in prose(p) if PERSONS.search(text)]
-    assert not at
+    files = [p for package in ("cacheslide", "harness", "baselines") for p in sorted((ROOT / package).rglob("*.py"))]
+    assert len(files) > 400
+    assert not [f"{p.relative_to(ROOT)}:{line}" for p in files for text, line in prose(p) if PERSONS.search(text)]
 
 
 def test_vague_variables_are_seen():

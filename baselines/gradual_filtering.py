@@ -1,25 +1,26 @@
 """CacheBlend's gradual filtering: the recomputed tokens become fewer from layer to layer (EuroSys '25, section 4.3)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from cacheslide.core.reused import ReusedTokens
 from cacheslide.errors import PolicyError
 from cacheslide.policies.deviation import check_ratio, tokens_of_ratio
+from cacheslide.policies.layer_selection import LayerSelection
 
 
 @dataclass(frozen=True)
-class GradualFiltering:
+class GradualFiltering(LayerSelection):
     """From `layer` on, keeps the recomputed tokens whose fresh KV deviates most from the cached one, fewer each layer.
 
     Layers below `layer` (0-based) are computed in full. At `layer` slightly more than `recompute_ratio` of the reused
     tokens are chosen, at the next layer slightly fewer among these, and so on: `recompute_ratio` is the mean over
-    `layer` and all later layers. The paper gives no numbers for "slightly"; here the ratio falls linearly from
-    (1 + `spread`) to (1 - `spread`) times the mean, with less spread if the first would be above 1. At the layer that
-    drops a token its fresh K and V, already computed, are still used; later layers use the cached ones.
+    `layer` and all later layers (a receipt counts the last layer's tokens as recomputed). The paper gives no numbers
+    for "slightly"; here the ratio falls linearly from (1 + `spread`) to (1 - `spread`) times the mean, with less spread
+    if the first would be above 1. At the layer that drops a token its fresh K and V, already computed, are still used;
+    later layers use the cached ones.
 
     Attributes
     ----------
@@ -49,50 +50,6 @@ class GradualFiltering:
             raise PolicyError(f"steps must be at least 1, not {self.steps}")
         if self.metric not in ("k", "v", "kv"):
             raise PolicyError(f"metric must be 'k', 'v' or 'kv', not {self.metric!r}")
-
-    @property
-    def first_layer(self) -> int:
-        """See `Correction.first_layer`."""
-        return self.layer
-
-    @property
-    def selection_layer(self) -> int:
-        """The first layer that selects; later layers select again among its tokens."""
-        return self.layer
-
-    @property
-    def probe_layers(self) -> frozenset[int]:
-        """No layer inputs are needed."""
-        return frozenset()
-
-    @property
-    def total_ratio(self) -> float:
-        """The mean over layers. A receipt counts the last layer's tokens as recomputed, and computation by layer."""
-        return self.recompute_ratio
-
-    @property
-    def needs_scores(self) -> bool:
-        """False: selection is by fresh deviation, not by remembered deviation."""
-        return False
-
-    def check(self, name: str, layers: int) -> None:
-        """See `Correction.check`."""
-        if self.layer >= layers:
-            raise PolicyError(f"{name} selects at layer {self.layer}, but the model has layers 0 to {layers - 1}")
-
-    def at_layer(self, layer: int) -> "GradualFiltering":
-        """The same rule selecting from `layer` on."""
-        return replace(self, layer=layer)
-
-    def at_ratio(self, ratio: float) -> "GradualFiltering":
-        """The same rule with another mean ratio."""
-        return replace(self, recompute_ratio=ratio)
-
-    def known_before_start(self, reused: ReusedTokens) -> None:
-        """None: selection is by the KV of layers."""
-
-    def choose(self, request: Any, model: Any) -> None:
-        """None: selection is by the KV of layers."""
 
     def ratios(self, layers: int) -> list[float]:
         """Ratios of `layer` and each later layer of a model of `layers` layers; their mean is `recompute_ratio`."""

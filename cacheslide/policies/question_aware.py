@@ -16,6 +16,7 @@ from cacheslide.errors import PolicyError
 from cacheslide.models.adapter import RowGroup
 from cacheslide.policies.attention_weights import OneLayerKV, weights_of
 from cacheslide.policies.deviation import tokens_of_ratio, top_rows
+from cacheslide.policies.layer_selection import check_layer
 from cacheslide.policies.static import RatioCorrection, StaticRun
 
 QUESTION = 64  # at most this many of its last tokens are used
@@ -94,8 +95,7 @@ class QuestionAware(QuestionRule):
 
     def check(self, name: str, layers: int) -> None:
         """See `Correction.check`."""
-        if self.layer >= layers:
-            raise PolicyError(f"{name} selects at layer {self.layer}, but the model has layers 0 to {layers - 1}")
+        check_layer(name, self.layer, layers)
 
     def mass(self, request: Any, model: Any, n: int) -> Tensor:
         """See `QuestionRule.mass`."""

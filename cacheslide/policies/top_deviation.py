@@ -5,13 +5,13 @@ the reading of "converged", the layer whose keys are compared, and the state fro
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
-from cacheslide.core.reused import ReusedTokens
 from cacheslide.errors import PolicyError
 from cacheslide.policies.deviation import Fusion, check_ratio
+from cacheslide.policies.layer_selection import LayerSelection
 from cacheslide.policies.top_deviation_run import TopDeviationRun
 
 
@@ -50,7 +50,7 @@ class Promotion:
 
 
 @dataclass(frozen=True)
-class TopDeviation:
+class TopDeviation(LayerSelection):
     """WCA and CacheBlend: recompute the reused rows whose KV deviates most at layer `layer`.
 
     Layers below `layer` (0-based) are computed in full. `recompute_ratio` is of the reused rows. `constant` is the
@@ -95,16 +95,6 @@ class TopDeviation:
         )
 
     @property
-    def first_layer(self) -> int:
-        """See `Correction.first_layer`."""
-        return self.layer
-
-    @property
-    def selection_layer(self) -> int:
-        """See `Correction.selection_layer`."""
-        return self.layer
-
-    @property
     def probe_layers(self) -> frozenset[int]:
         """See `Correction.probe_layers`: promotion restarts tokens from cached layer inputs."""
         return frozenset(p.layer for p in self.promote)
@@ -114,34 +104,12 @@ class TopDeviation:
         """See `Correction.total_ratio`: the selection and its promotions."""
         return self.recompute_ratio + sum(p.recompute_ratio for p in self.promote)
 
-    @property
-    def needs_scores(self) -> bool:
-        """See `Correction.needs_scores`: selection is by the deviation at the selection layer."""
-        return False
-
-    @property
-    def asks(self) -> bool:
-        """See `Correction.asks`: selection is by deviation alone."""
-        return False
-
     def at_layer(self, layer: int) -> "TopDeviation":
         """The same rule selecting at `layer`; promotion layers below it move up to it."""
         first = self.promote[0].layer if self.promote else layer
         shift = max(0, layer - first)
         promote = tuple(Promotion(p.layer + shift, p.recompute_ratio) for p in self.promote)
         return replace(self, layer=layer, promote=promote)
-
-    def check(self, name: str, layers: int) -> None:
-        """See `Correction.check`."""
-        last = max([self.layer, *(p.layer for p in self.promote)])
-        if last >= layers:
-            raise PolicyError(f"{name} selects at layer {last}, but the model has layers 0 to {layers - 1}")
-
-    def known_before_start(self, reused: ReusedTokens) -> None:
-        """None: every token passes the layers up to the selection layer."""
-
-    def choose(self, request: Any, model: Any) -> None:
-        """See `Correction.choose`."""
 
     def begin(self, tokens) -> TopDeviationRun:
         """See `Correction.begin`."""

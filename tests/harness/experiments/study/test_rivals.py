@@ -12,7 +12,7 @@ from harness.tasks.data import read_examples, write_dataset
 
 pytestmark = pytest.mark.slow
 
-SYSTEMS = ["naive_reuse", "kvcomm", "prophetkv", "cache_craft"]
+SYSTEMS = ["naive_reuse", "kvcomm", "prophetkv", "cache_craft", "cacheblend_gradual", "cacheblend_code"]
 CONFIG = {
     "run": "test",
     "seed": 0,
@@ -83,3 +83,11 @@ def test_a_timed_first_token_and_answers_of_a_rule_that_asks(data):
     timed = responder.first_token(policy, example, 4, answer=True)
     assert timed.texts == responder.respond(policy, example, 4).texts and timed.seconds > 0
     assert len(timed.receipts) == 1
+
+
+@pytest.mark.parametrize("name", ["cacheblend_gradual", "cacheblend_code"])
+def test_a_narrowing_set_goes_through_the_study(records, name):
+    for record in records[name]:
+        receipt = record["receipt"]
+        share = receipt["tokens_recomputed"] / (receipt["tokens_recomputed"] + receipt["tokens_reused"])
+        assert 0.1 < share < 0.2 and "receipts" not in record  # 18 %, or what is left of it in the last layer

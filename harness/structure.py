@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.frozen.compare import compared
+from harness.frozen.compare import add_records, changed_of
 from harness.results.provenance import ROOT, machine
 from harness.results.records import write_json
 from harness.step import command
@@ -96,14 +96,11 @@ def touched_by_own_policy(root: Path = ROOT) -> int:
     return sum(f'"{name}"' in path.read_text() for path in module_files(root).values())
 
 
-def summary(root: Path, recorded: Path | None, now: Path | None) -> dict[str, Any]:
+def summary(root: Path, changed: list[str] | None) -> dict[str, Any]:
     """The counts, and the places counted."""
     arrows = module_arrows(root)
     circles, asked = cycles(arrows), type_questions(root)
     base = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
-    changed = None
-    if recorded is not None and now is not None:
-        changed, _ = compared(recorded, now)
     return {
         "headline": {
             "files_touched_by_new_correction": touched_by_own_policy(root),
@@ -127,10 +124,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--recorded", type=Path, help="outcomes of `harness.frozen record` before")
-    parser.add_argument("--now", type=Path, help="outcomes of it now, on the same machine")
+    add_records(parser)
     args = parser.parse_args(argv)
-    found = summary(ROOT, args.recorded, args.now)
+    found = summary(ROOT, changed_of(args))
     write_json(args.out, found)
     print(json.dumps(found["headline"], indent=1))
 

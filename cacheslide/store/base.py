@@ -11,7 +11,7 @@ from torch import Tensor
 from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
 
-_NOTE = re.compile(r"[a-z_]{1,32}")
+NOTE_NAME = re.compile(r"[a-z_]{1,32}")
 _NOTE_DTYPES = (torch.int64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 MAX_GENERATION = 3  # highest generation of stored corrected KV, unless a server or a store sets another
 
@@ -86,7 +86,7 @@ def bad_scores(scores: Tensor, tokens: int) -> str:
 def bad_notes(notes: dict[str, Tensor]) -> str:
     """Why no store could give these notes back, in one line; empty if one can."""
     for name, x in notes.items():
-        if not isinstance(name, str) or not _NOTE.fullmatch(name):
+        if not isinstance(name, str) or not NOTE_NAME.fullmatch(name):
             return f"a note's name is up to 32 letters a to z and underscores, not {name!r}"
         if x.dtype not in _NOTE_DTYPES or x.dim() > 4:
             return f"note {name!r} must have at most 4 dimensions of a dtype of chunks, not {x.dtype} {tuple(x.shape)}"

@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from cacheslide.core.keys import ChunkKey
 from cacheslide.errors import StoreError
-from cacheslide.store.base import ChunkKV, ChunkStore, Fetched
+from cacheslide.store.base import NOTE_NAME, ChunkKV, ChunkStore, Fetched
 from cacheslide.store.files import Files
 from cacheslide.store.folder import Folder, Foreign
 from cacheslide.store.persistent.shape import ChunkShape
@@ -22,7 +22,7 @@ _FORMATS = (_FORMAT, _SCORED, _NOTED)
 _KEY = re.compile(r"[0-9a-f]{1,128}")
 _FILE = re.compile(r"[0-9a-f]{1,128}\.safetensors")
 _INPUT = re.compile(r"layer_input\.(0|[1-9][0-9]{0,8})")
-_NOTE = re.compile(r"note\.[a-z_]{1,32}")
+_NOTE = re.compile(rf"note\.{NOTE_NAME.pattern}")
 logger = logging.getLogger("cacheslide.store")
 
 

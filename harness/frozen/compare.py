@@ -1,5 +1,6 @@
 """Differences between two recordings of the fixed request set."""
 
+import argparse
 import json
 import math
 from collections.abc import Iterator
@@ -22,6 +23,19 @@ def recorded(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read: {missing.strerror}") from None
     except (KeyError, TypeError):
         raise DataError(f"{path} holds no outcomes: `python -m harness.frozen record {path}` writes them") from None
+
+
+def add_records(parser: argparse.ArgumentParser) -> None:
+    """Add --recorded and --now, two files of `record`, whose differences `changed_of` gives."""
+    parser.add_argument("--recorded", type=Path, help="outcomes of `harness.frozen record` before")
+    parser.add_argument("--now", type=Path, help="outcomes of it now, on the same machine")
+
+
+def changed_of(args: argparse.Namespace) -> list[str] | None:
+    """Differences of the outcomes that both files have; None unless both files are given."""
+    if args.recorded is None or args.now is None:
+        return None
+    return compared(args.recorded, args.now)[0]
 
 
 def compared(before: Path, after: Path, bits: bool = True) -> tuple[list[str], list[str]]:

@@ -3,7 +3,7 @@
     python -m harness.results.house --out results/house/second.json --recorded BEFORE --now AFTER
 
 Reads results/slide and results/house/workflow.json, times `pytest --fast` on this machine, and compares two records of
-`harness.frozen`. Every number keeps the reading of the machine (`harness.quiet`) that was taken beside it.
+`harness.frozen`. The readings of the machine (`harness.quiet`) beside the index and the tests are kept.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import CacheSlideError
-from harness.frozen.compare import compared
+from harness.frozen.compare import add_records, changed_of
 from harness.quiet import watched
 from harness.results.provenance import ROOT, machine
 from harness.results.records import write_json
@@ -97,12 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--recorded", type=Path, help="outcomes of `harness.frozen record` before")
-    parser.add_argument("--now", type=Path, help="outcomes of it now, on the same machine")
+    add_records(parser)
     args = parser.parse_args(argv)
-    changed = None
-    if args.recorded is not None and args.now is not None:
-        changed, _ = compared(args.recorded, args.now)
+    changed = changed_of(args)  # before the tests take their time
     record = summary(ROOT / "results", fast_tests(ROOT), changed)
     write_json(args.out, record)
     print(json.dumps(record["headline"], indent=1))

@@ -1,47 +1,30 @@
 """Ledger prompts in files: JSON lines, one task example each, the same bytes for the same arguments."""
 
-import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from cacheslide.errors import DataError
 from harness.tasks.example import Question, TaskExample, TextSegment
-from harness.tasks.jsontext import parse
+from harness.tasks.jsonlines import read_lines, write_lines
 from harness.tasks.ledger.prompts import examples
 
 
 def write_rows(path: Path, style: str, split: str, seed: int, count: int, tokens: int) -> str:
     """Write `count` prompts and return the file's SHA-256. Leaves no half-written file."""
-    digest, partial = hashlib.sha256(), path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            for example in examples(style, split, seed, count, tokens):
-                line = (json.dumps(asdict(example), ensure_ascii=False) + "\n").encode()
-                digest.update(line)
-                file.write(line)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return digest.hexdigest()
+    return write_lines(path, map(asdict, examples(style, split, seed, count, tokens)))
 
 
 def read_rows(path: Path) -> Iterator[TaskExample]:
     """Task examples from a file that `write_rows` wrote; DataError on any other line."""
-    with path.open(encoding="utf-8", errors="surrogateescape") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            if any("\udc80" <= c <= "\udcff" for c in line):
-                raise DataError(f"{where}: not UTF-8")
-            row = parse(line, f"{where}:")
-            try:
-                example = _example(row)
-                json.dumps(asdict(example))
-            except (LookupError, TypeError, ValueError, AttributeError):
-                raise DataError(f"{where}: the line does not hold a ledger prompt") from None
-            yield example
+    for where, row in read_lines(path):
+        try:
+            example = _example(row)
+            json.dumps(asdict(example))
+        except (LookupError, TypeError, ValueError, AttributeError):
+            raise DataError(f"{where}: the line does not hold a ledger prompt") from None
+        yield example
 
 
 def _example(row: dict) -> TaskExample:

@@ -6,15 +6,15 @@ and volatility are derived as for real data: from the supporting facts, and from
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from cacheslide.errors import DataError
 from harness.tasks.example import Question, TaskExample
-from harness.tasks.jsontext import parse
+from harness.tasks.jsonlines import read_lines, write_lines
 from harness.tasks.synthetic import render
 from harness.tasks.synthetic.prompts import Prompt, prompts, segments, text
 
@@ -52,40 +52,26 @@ def rows(style: str, mix: str, split: str, seed: int, count: int, tokens: int) -
 
 def write_rows(path: Path, style: str, mix: str, split: str, seed: int, count: int, tokens: int) -> str:
     """Write the rows as JSONL, the same bytes every time, and return their SHA-256. Leaves no half-written file."""
-    digest, partial = hashlib.sha256(), path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            for row in rows(style, mix, split, seed, count, tokens):
-                line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-                digest.update(line)
-                file.write(line)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return digest.hexdigest()
+    return write_lines(path, rows(style, mix, split, seed, count, tokens))
 
 
 def read_rows(path: Path) -> Iterator[TaskExample]:
     """Task examples from a file that `write_rows` wrote; the schema tells the style. DataError on any other row."""
-    with path.open(encoding="utf-8", errors="surrogateescape") as file:
-        parsed = (_parse(line, f"{path}:{n}") for n, line in enumerate(file, 1))
-        for prompt, group in groupby(parsed, lambda r: f"{r['split']}-{r['prompt']}"):
-            turns: dict[str, list[dict]] = {"0": [], "1": []}
-            for row in group:
-                turns[row["turn"]].append(row)
-            if not turns["0"] or not turns["1"]:
-                raise DataError(f"{path}: prompt {prompt} lacks the rows of a turn")
-            first, before = turns["1"][0], turns["0"][0]
-            meta = {k: first[k] for k in ("style", "mix", "split")}
-            task = f"synthetic-{first['style']}"
-            asked = tuple(r["asked"] for r in turns["1"])
-            yield TaskExample(f"{prompt}-t1", task, first["segments"], before["segments"], asked, meta=meta)
+    parsed = (_read(row, where) for where, row in read_lines(path))
+    for prompt, group in groupby(parsed, lambda r: f"{r['split']}-{r['prompt']}"):
+        turns: dict[str, list[dict]] = {"0": [], "1": []}
+        for row in group:
+            turns[row["turn"]].append(row)
+        if not turns["0"] or not turns["1"]:
+            raise DataError(f"{path}: prompt {prompt} lacks the rows of a turn")
+        first, before = turns["1"][0], turns["0"][0]
+        meta = {k: first[k] for k in ("style", "mix", "split")}
+        task = f"synthetic-{first['style']}"
+        asked = tuple(r["asked"] for r in turns["1"])
+        yield TaskExample(f"{prompt}-t1", task, first["segments"], before["segments"], asked, meta=meta)
 
 
-def _parse(line: str, where: str) -> dict:
-    if not line.isascii() and any("\udc80" <= c <= "\udcff" for c in line):
-        raise DataError(f"{where}: not UTF-8")
-    row = parse(line, f"{where}:")
+def _read(row: Any, where: str) -> dict:
     if not isinstance(row, dict):
         raise DataError(f"{where}: the row is no object")
     style = "hotpotqa" if "supporting_facts" in row else "swebench"

@@ -18,23 +18,15 @@ from harness.experiments.study.throughput import measure_throughput
 from harness.results.records import RecordWriter, read_failures, read_records, read_settings
 from harness.systems import recipes, resolve, scalable, to_scale
 from harness.tasks.data import read_examples, write_dataset
+from tests.helpers import study_run
 from tests.helpers.prompts import prompt
 from tests.helpers.token_ids import random_ids
 
 pytestmark = pytest.mark.slow
 
 SYSTEMS = ["recompute", "context_cache", "naive_reuse", "epic", "cacheslide", "cacheslide_promote"]
-CONFIG = {
-    "run": "test",
-    "seed": 0,
-    "model": "models/tiny-llama-12m",
-    "device": "cpu",
-    "dtype": "float32",
-    "store_dtype": "bfloat16",
+CONFIG = study_run.CONFIG | {
     "systems": SYSTEMS,
-    "chunk_size": 1024,
-    "suffix_len": 1,
-    "recompute_ratio": 0.26,
     "accuracy": {"questions": 8},
     "validation": {"questions": 2},
     "latency": {"systems": ["recompute", "cacheslide"], "warmups": 1, "repeats": 2},
@@ -45,17 +37,13 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "hotpotqa-deep.jsonl"
-    write_dataset(path, "hotpotqa-deep", "test", 3, 3, 700)
-    return str(path)
+    return study_run.deep_prompts(tmp_path_factory.mktemp("data"), 3)
 
 
 @pytest.fixture(scope="module")
 def accuracy(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("accuracy")
-    study.step_chunks(CONFIG, data, 3, str(folder / "chunks"), 2)
-    outputs = [str(folder / f"{name}.jsonl") for name in SYSTEMS]
-    study.step_accuracy(CONFIG, data, str(folder / "chunks"), 3, outputs, 2)
+    study_run.accuracy_of(CONFIG, data, folder)
     return folder
 
 

@@ -5,44 +5,27 @@ import pytest
 from cacheslide.policies.registry import load_policy
 from harness.backends.reference import EngineSettings, ReferenceBackend
 from harness.backends.responders import ReferenceResponder
-from harness.experiments.study import steps as study
 from harness.results.records import read_failures, read_records
 from harness.results.tables import receipt_totals
-from harness.tasks.data import read_examples, write_dataset
+from harness.tasks.data import read_examples
+from tests.helpers.study_run import CONFIG, accuracy_of, deep_prompts
 
 pytestmark = pytest.mark.slow
 
 SYSTEMS = ["naive_reuse", "kvcomm", "prophetkv", "cache_craft", "cacheblend_gradual", "cacheblend_code"]
-CONFIG = {
-    "run": "test",
-    "seed": 0,
-    "model": "models/tiny-llama-12m",
-    "device": "cpu",
-    "dtype": "float32",
-    "store_dtype": "float32",
-    "systems": SYSTEMS,
-    "chunk_size": 1024,
-    "suffix_len": 1,
-    "recompute_ratio": 0.26,
-    "accuracy": {"questions": 4},
-}
+SETTINGS = CONFIG | {"systems": SYSTEMS, "store_dtype": "float32", "accuracy": {"questions": 4}}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "hotpotqa-deep.jsonl"
-    write_dataset(path, "hotpotqa-deep", "test", 3, 2, 700)
-    return str(path)
+    return deep_prompts(tmp_path_factory.mktemp("data"), 2)
 
 
 @pytest.fixture(scope="module")
 def records(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("accuracy")
-    study.step_chunks(CONFIG, data, 3, str(folder / "chunks"), 2)
-    outputs = [str(folder / f"{name}.jsonl") for name in SYSTEMS]
-    study.step_accuracy(CONFIG, data, str(folder / "chunks"), 3, outputs, 2)
-    assert not any(read_failures(path) for path in outputs)
-    return {name: list(read_records(path)) for name, path in zip(SYSTEMS, outputs, strict=True)}
+    paths = accuracy_of(SETTINGS, data, tmp_path_factory.mktemp("accuracy"))
+    assert not any(read_failures(path) for path in paths.values())
+    return {name: list(read_records(path)) for name, path in paths.items()}
 
 
 def f1(records) -> float:
@@ -77,7 +60,7 @@ def test_cache_craft_mends_some_of_every_chunk_behind_an_update(records):
 def test_a_timed_first_token_and_answers_of_a_rule_that_asks(data):
     """The answers are those of a prefill a question, not of the first question's."""
     [example, *_] = read_examples(data, questions=4)
-    responder = ReferenceResponder(ReferenceBackend(CONFIG["model"]), EngineSettings())
+    responder = ReferenceResponder(ReferenceBackend(SETTINGS["model"]), EngineSettings())
     policy = load_policy("prophetkv").at_ratio(0.05)
     responder.fill([example], [policy])
     timed = responder.first_token(policy, example, 4, answer=True)

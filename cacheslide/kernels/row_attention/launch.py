@@ -69,9 +69,20 @@ def choose_tiling(work: Work, device: Device = Device()) -> Tiling:
     if work.dim > 128:
         base = replace(SMALL, keys=32, lanes=max(64, triton.next_power_of_2(group)))
     tiles = triton.cdiv(work.rows, wide // group) * work.kv_heads
-    if tiles < 1.5 * device.multiprocessors:
+    if not dense and 1 <= tiles / device.multiprocessors < 4:
+        base = _quartered(work, base)
+    elif tiles < 1.5 * device.multiprocessors:
         base = _spread(work, base, device)
     return fitting(base, work.dim, device)
+
+
+def _quartered(work: Work, base: Tiling) -> Tiling:
+    """For a load's rows in a few waves, short ones in front and long ones behind: a quarter of the keys at a time.
+
+    The longest tile alone would take longer than the device's share of all of them.
+    """
+    chunk = triton.next_power_of_2(triton.cdiv(work.span, 4))
+    return replace(base, chunk=max(1024, chunk), pack=True, stages=3) if work.span > 1024 else base
 
 
 def _spread(work: Work, base: Tiling, device: Device) -> Tiling:

@@ -113,13 +113,18 @@ def test_triton_kernels_under_the_interpreter():
     passes_interpreted("tests/cacheslide/kernels/row_attention/test_triton.py", 30)
 
 
+LOADS = ((608, 4096), (832, 8192), (1152, 8192), (1664, 16384))  # rows and span: 4k at 10 %, 8k at 5 and 10, 16k at 5
+
+
 def test_the_rule_for_tiles():
-    """Few tiles are cut along the keys, dense rows are not packed, small devices get fewer stages."""
+    """Few tiles and the uneven ones of a load are cut along the keys; dense rows are not packed; small devices get
+    fewer stages."""
     pytest.importorskip("triton")
     launch = pytest.importorskip("cacheslide.kernels.row_attention.launch")
     work = launch.Work(410, 1, 8192, 32, 8, 128, 16, torch.bfloat16)
     few, many = launch.choose_tiling(work), launch.choose_tiling(replace(work, rows=2130))
     assert few.chunk == 4096 and many.chunk == 0 and many.pack
+    assert [launch.choose_tiling(replace(work, rows=n, span=t)).chunk for n, t in LOADS] == [1024, 2048, 2048, 4096]
     assert not launch.choose_tiling(replace(work, rows=8192)).pack
     tiny = launch.Device(132, 100 << 10)
     assert launch._shared_bytes(launch.choose_tiling(replace(work, rows=2130), tiny), 128) <= 100 << 10

@@ -18,6 +18,7 @@ from tests.helpers.vllm_cope import SHAPE, Cope, exact, save_setup
 BOUNDS = {"bfloat16": (0.15, 0.8), "float32": (1e-4, 1e-3)}
 
 LARGER = {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 8, "intermediate_size": 384}
+LARGER |= {"max_position_embeddings": 4096, "initializer_range": 0.05}
 
 
 def ids(count: int, seed: int) -> tuple[int, ...]:

@@ -69,20 +69,22 @@ def choose_tiling(work: Work, device: Device = Device()) -> Tiling:
     if work.dim > 128:
         base = replace(SMALL, keys=32, lanes=max(64, triton.next_power_of_2(group)))
     tiles = triton.cdiv(work.rows, wide // group) * work.kv_heads
-    if not dense and 1 <= tiles / device.multiprocessors < 4:
-        base = _quartered(work, base)
-    elif tiles < 1.5 * device.multiprocessors:
+    waves = tiles / device.multiprocessors
+    if not dense and 0.75 <= waves < 2 and work.dim <= 128 and group <= SMALL.lanes:
+        base = _quartered(work)
+    elif waves < 1.5:
         base = _spread(work, base, device)
     return fitting(base, work.dim, device)
 
 
-def _quartered(work: Work, base: Tiling) -> Tiling:
-    """For a load's rows in a few waves, short ones in front and long ones behind: a quarter of the keys at a time.
+def _quartered(work: Work) -> Tiling:
+    """For a load's rows in few waves, short ones in front and long ones behind: a quarter of the keys at a time.
 
-    The longest tile alone would take longer than the device's share of all of them.
+    The longest tile alone would take longer than the device's share of all of them. From two waves on the merge costs
+    more than this saves.
     """
-    chunk = triton.next_power_of_2(triton.cdiv(work.span, 4))
-    return replace(base, chunk=max(1024, chunk), pack=True, stages=3) if work.span > 1024 else base
+    chunk = max(1024, triton.next_power_of_2(triton.cdiv(work.span, 4)))
+    return replace(SMALL, chunk=chunk) if chunk < work.span else SMALL
 
 
 def _spread(work: Work, base: Tiling, device: Device) -> Tiling:

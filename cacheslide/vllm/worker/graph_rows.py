@@ -5,6 +5,7 @@ so attention reads nothing for them. Their values stay finite, since a quantised
 largest number.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,8 +18,11 @@ from cacheslide.vllm.worker.attention import Room, offsets, table_of
 
 MOST_ROWS = 4096  # above this the device takes longer than the host needs to launch its work
 REQUESTS = (1, 8, 64)
+# Row counts at which matrix products fill the device (harness/experiments/kernels/load_shapes.py; docs/performance.md):
+# 448 rows take longer than 512, and from 512 on whole tiles of 128 are fastest.
+ROWS = (64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, *range(512, 2048, 128), *range(2048, MOST_ROWS + 1, 256))
 NOBODY = -(2**30)  # row index of a query that attends to nothing
-_LEAST_ROWS, _LEAST_BLOCKS = 64, 16
+_LEAST_BLOCKS = 16
 
 
 @dataclass(frozen=True)
@@ -34,22 +38,13 @@ class Size:
 def size_for(rows: int, requests: int, blocks: int, most_blocks: int, variant: str = "") -> Size | None:
     """The smallest size that holds a run; None if none does.
 
-    Rows are rounded up by at most a quarter, since padding is computed, and above 512 to whole tiles of matrix products
-    (docs/performance.md). The table's width bounds a request's keys and so the tiling of attention: it is rounded up by
-    at most a half.
+    Rows are rounded up to one of `ROWS`: above 64 by at most a third, since padding is computed. The table's width
+    bounds a request's keys and so the tiling of attention: it is rounded up by at most a half.
     """
     if not 0 < rows <= MOST_ROWS or requests > REQUESTS[-1] or blocks > most_blocks:
         return None
     wide = min(_rounded(blocks, _LEAST_BLOCKS, 2), most_blocks)
-    return Size(_rounded_rows(rows), next(n for n in REQUESTS if n >= requests), wide, variant)
-
-
-def _rounded_rows(rows: int) -> int:
-    """Rounded up to a multiple of 128 above 512 rows, of 256 above 2048."""
-    if rows <= 512:
-        return _rounded(rows, _LEAST_ROWS, 4)
-    step = 128 if rows <= 2048 else 256
-    return -(-rows // step) * step
+    return Size(ROWS[bisect_left(ROWS, rows)], next(n for n in REQUESTS if n >= requests), wide, variant)
 
 
 def _rounded(count: int, least: int, parts: int) -> int:

@@ -26,7 +26,7 @@ from cacheslide.positions.ccpe import slots_in
 from cacheslide.store import MemoryChunkStore
 from cacheslide.vllm.offline import close_engine
 from cacheslide.vllm.options import annotations_of, policy_of
-from tests.helpers.cuda_cope import BOUNDS, LARGER, CudaCope, cuda_exact, ids, turn
+from tests.helpers.cuda_cope import BOUNDS, CudaCope, cuda_exact, ids, turn
 from tests.helpers.served import logprobs, receipt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
@@ -36,7 +36,6 @@ SYSTEMS = {
     "epic": {"recompute_ratio": 0.26},
     "cacheslide": {},
 }  # EPIC's own edges would cover these chunks
-LARGER |= {"max_position_embeddings": 4096, "initializer_range": 0.05}
 
 
 @pytest.fixture(scope="module", params=BOUNDS)

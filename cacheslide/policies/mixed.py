@@ -51,11 +51,9 @@ class MixedTokens(RatioCorrection):
         count = tokens_of_ratio(self.recompute_ratio, reused.count)
         by_score, by_overlap = (tokens_of_ratio(share, count) for share in (self.remembered, self.overlap))
         chosen = choose_by_score(reused.remembered, by_score)
-        others = (~chosen).nonzero()[:, 0]
-        scores = overlap(reused, self.decay)[others]
-        scores[: max(0, count - by_score - by_overlap)] = torch.inf
-        chosen[others] = top_mask(scores, count - by_score)
-        return chosen
+        scores = overlap(reused, self.decay).masked_fill_(chosen, -torch.inf)
+        scores[(~chosen).nonzero()[: max(0, count - by_score - by_overlap), 0]] = torch.inf
+        return chosen.logical_or_(top_mask(scores, count - by_score))
 
     @property
     def needs_scores(self) -> bool:

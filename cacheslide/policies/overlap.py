@@ -60,13 +60,13 @@ def overlap(reused: ReusedTokens, decay: float = DECAY) -> Tensor:
     """
     if not len(reused.token_ids) or not reused.count:
         return torch.zeros(reused.count, dtype=torch.float64)
-    ids = tensor_of(reused.token_ids)
-    fixed = torch.zeros(len(ids), dtype=torch.bool)
+    ids, at, own, others = tensor_of(reused.token_ids), 0, [], []
     for start, length in zip(reused.starts, reused.lengths, strict=True):
-        fixed[start : start + length] = True
-    own = ids[fixed]
+        others.append(ids[at:start])
+        own.append(ids[start : (at := start + length)])
+    own, others = torch.cat(own), torch.cat([*others, ids[at:]])
     updated = torch.zeros(int(ids.max()) + 1, dtype=torch.bool)
-    updated[ids[~fixed]] = True
+    updated[others] = True
     weights = torch.where(updated[own], 1 / torch.bincount(own)[own].double(), 0.0)
     return decayed_sums(weights, decay)
 

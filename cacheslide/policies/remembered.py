@@ -22,7 +22,10 @@ def choose_by_score(scores: Tensor, count: int) -> Tensor:
     taken in order. Ranked above all known ones, a long unknown chunk would take every place; ranked below, it would
     never be recomputed. Ties go to the earlier token.
     """
-    known, unknown = (x.nonzero()[:, 0] for x in (~scores.isnan(), scores.isnan()))
+    missing = scores.isnan()
+    if not missing.any():
+        return top_mask(scores, count)
+    known, unknown = (x.nonzero()[:, 0] for x in (~missing, missing))
     by_score = tokens_of_ratio(count / max(len(scores), 1), len(known))
     chosen = torch.zeros(len(scores), dtype=torch.bool)
     chosen[known] = top_mask(scores[known], by_score)

@@ -18,9 +18,10 @@ from cacheslide.vllm.worker.attention import Room, offsets, table_of
 
 MOST_ROWS = 4096  # above this the device takes longer than the host needs to launch its work
 REQUESTS = (1, 8, 64)
-# Row counts at which matrix products fill the device (harness/experiments/kernels/load_shapes.py; docs/performance.md):
-# 448 rows take longer than 512, and from 512 on whole tiles of 128 are fastest.
-ROWS = (64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, *range(512, 2048, 128), *range(2048, MOST_ROWS + 1, 256))
+# Row counts at which the matrix products of a 7B shape fill the device (docs/performance.md): 448 rows take longer than
+# 512, 832 longer than 896.
+ROWS = (64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 432, 512, 640, 768, 816)
+ROWS += (*range(896, 1537, 128), 1632, 1792, 1920, *range(2048, MOST_ROWS + 1, 256))
 NOBODY = -(2**30)  # row index of a query that attends to nothing
 _LEAST_BLOCKS = 16
 
@@ -38,7 +39,7 @@ class Size:
 def size_for(rows: int, requests: int, blocks: int, most_blocks: int, variant: str = "") -> Size | None:
     """The smallest size that holds a run; None if none does.
 
-    Rows are rounded up to one of `ROWS`: above 64 by at most a third, since padding is computed. The table's width
+    Rows are rounded up to one of `ROWS`: above 64 by at most a quarter, since padding is computed. The table's width
     bounds a request's keys and so the tiling of attention: it is rounded up by at most a half.
     """
     if not 0 < rows <= MOST_ROWS or requests > REQUESTS[-1] or blocks > most_blocks:

@@ -168,9 +168,9 @@ def test_sizes_hold_what_they_are_for():
             for blocks in (1, 16, 17, 513, 1500, most):
                 size = size_for(rows, requested, blocks, most)
                 assert size.rows >= rows and size.requests >= requested and most >= size.blocks >= blocks
-                assert size.rows <= max(64, 4 / 3 * rows) and size.blocks <= max(16, 1.5 * blocks)
-    assert size_for(1190, 1, 513, most) == Size(1280, 1, 768) and size_for(389, 1, 1, most).rows == 512
-    assert len({size_for(n, 1, 1, most).rows for n in range(1, MOST_ROWS + 1)}) == 32
+                assert size.rows <= max(64, 1.25 * rows) and size.blocks <= max(16, 1.5 * blocks)
+    assert size_for(1190, 1, 513, most) == Size(1280, 1, 768) and size_for(440, 1, 1, most).rows == 512
+    assert len({size_for(n, 1, 1, most).rows for n in range(1, MOST_ROWS + 1)}) == 34
     for rows, requested, blocks in ((0, 1, 1), (MOST_ROWS + 1, 1, 1), (1, 65, 1), (1, 1, most + 1)):
         assert size_for(rows, requested, blocks, most) is None
 

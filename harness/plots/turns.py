@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from harness.inventory import AGENT_NAMES
 from harness.plots.labels import spread
 from harness.plots.style import BLACK, BLUE, GREY, VERMILLION, error_bar, look, new_figure, nothing
+from harness.plots.task_labels import of_task
 from harness.results.agents import turns_table
 from harness.results.runs import read_file
 
@@ -39,7 +40,7 @@ def draw(table: list[dict[str, Any]]) -> Figure:
 
 
 def _by_turn(axes: Axes, rows: list[dict[str, Any]], agent: str) -> None:
-    axes.set_title(f"{AGENT_NAMES.get(agent, agent)}: right calls by turn, exact chunks")
+    axes.set_title(of_task(f"{AGENT_NAMES.get(agent, agent)}: right calls by turn, exact chunks", [agent]))
     ends = {}
     for row in rows:
         style = look(row["system"], row["title"])

@@ -90,4 +90,4 @@ def _advantage(axes: Axes, rows: list[dict[str, Any]], label: str) -> None:
             axes.annotate(names[k], at, (0, 5), textcoords="offset points", fontsize=6.5, color=GREY, ha="center")
         highest = max(highest, e["high"] or e["value"])
     axes.set_xticks(range(len(rows)), [str(r["n"]) for r in rows])
-    axes.set(ylim=(0, 1.15 * highest), xlim=(-0.3, len(rows) - 0.5), xlabel=label)
+    axes.set(ylim=(0, 1.15 * highest), xlim=(-0.6, len(rows) - 0.4), xlabel=label)

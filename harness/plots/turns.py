@@ -85,14 +85,15 @@ def _retained(axes: Axes, rows: list[dict[str, Any]]) -> None:
         for number, (x, r) in enumerate(zip(xs, own, strict=True)):
             error_bar(axes, x, r["late"]["value"], colour, up=(r["late"]["low"], r["late"]["high"]))
             k = _limit(r)
-            text = "k = ∞" if k > r["generation"] and k >= 1000 else f"{k}"
+            never = k > r["generation"] and k >= 1000  # computes least: its label has room on the left
             axes.annotate(
-                text,
+                "k = ∞" if never else f"{k}",
                 (x, r["late"]["value"]),
-                (4, (5, -11)[number % 2]),
+                (-4 if never else 4, (5, -11)[number % 2]),
                 textcoords="offset points",
                 fontsize=7.5,
                 color=colour,
+                ha="right" if never else "left",
             )
     for r in rows:
         if r["system"] in ("cacheslide", "recompute") and r["late"]:
@@ -105,6 +106,7 @@ def _retained(axes: Axes, rows: list[dict[str, Any]]) -> None:
                 label=style.label,
                 **style.points,
             )
+    axes.margins(x=0.14)
     axes.legend(fontsize=7.5, loc="lower right")
 
 

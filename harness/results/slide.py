@@ -151,7 +151,7 @@ def summarise(out: Path, about: dict[str, Any]) -> dict[str, Any]:
         "wrong_pages_served": faults and sum(v["wrong_pages"] for v in faults["faults"]),
     }
     held = {r["condition"] for r in runs if r.get("write_bytes_per_s")}
-    slow = [f"{name}: {_stalls(found)}" for name, found in volume.items() if name in held]
+    slow = [f"{name}: {_stalls(of)}" for name, of in volume.items() if name in held]
     notes = {
         "lru_over_clean_first_bytes": "SWE-style turns, memory for a third of the pages in use; mean over runs",
         "write_stall_reduction_pct": "seconds the workload waited for the write-back queue; this disk at full speed, "

@@ -15,7 +15,7 @@ load = read_json
 
 def draw(results: dict[str, Any]) -> Figure:
     """One line per agent or data set: each prompt as a dot, the mean, and one standard deviation either side."""
-    agents = {AGENT_NAMES.get(name, name): content for name, content in results.get("agents", {}).items()}
+    agents = results.get("agents", {})
     datasets = agents | results.get("datasets", {})
     figure = new_figure(6.6, 1.5 + 0.46 * max(1, len(datasets)))
     axes = figure.add_subplot()
@@ -46,5 +46,6 @@ def draw(results: dict[str, Any]) -> Figure:
 
 
 def _named(name: str) -> str:
-    """A data set's name with its task."""
-    return f"{name}\n({task_of(name)})" if task_of(name) else name
+    """An agent's or data set's name with its task."""
+    title = AGENT_NAMES.get(name, name)
+    return f"{title}\n({task_of(name)})" if task_of(name) else title

@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from harness.plots.style import BLACK, BLUE, GREY, ORANGE, SKY, VERMILLION, new_figure, nothing
+from harness.plots.task_labels import agents_in, of_task
 from harness.results.agents import windows_table
 from harness.results.runs import read_file
 
@@ -14,8 +15,9 @@ COLOURS = (SKY, ORANGE, VERMILLION)
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """The table of a record file."""
-    return windows_table(read_file(path))
+    """The table of a record file, with the agents of its episodes."""
+    file = read_file(path)
+    return windows_table(file) | {"agents": agents_in(file)}
 
 
 def draw(table: dict[str, Any]) -> Figure:
@@ -26,7 +28,8 @@ def draw(table: dict[str, Any]) -> Figure:
         nothing(left, "no windows were measured")
         right.set_axis_off()
         return figure
-    left.set_title(f"F1 by reasoning round: {table['episodes']} episodes of about {table['tokens']:,.0f} tokens")
+    title = f"F1 by reasoning round: {table['episodes']} episodes of about {table['tokens']:,.0f} tokens"
+    left.set_title(of_task(title, table.get("agents", ())))
     looks = _looks(table["windows"])
     names, total = [], len(table["rows"])
     for i, row in enumerate(table["rows"]):

@@ -116,7 +116,7 @@ def _agent_panels(summary: dict[str, Any]) -> Iterable[dict[str, Any]]:
         left_out = [look(r["system"], r["title"]).label for r in own if r not in good]
         about = f"{own[0]['episodes']} episodes, about {own[0]['tokens']:,.0f} tokens"
         yield {
-            "title": f"{AGENT_NAMES.get(agent, agent)}: {about}{remark(good)}",
+            "title": of_task(f"{AGENT_NAMES.get(agent, agent)}: {about}{remark(good)}", [agent]),
             "xlabel": "TTFT (ms, median over episodes)",
             "ylabel": {"score": "solved share of a task", "right": "right calls on recorded turns"}[key],
             "points": [

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from harness.plots.labels import spread
 from harness.plots.style import BLUE, GREY, error_bar, look, new_figure, nothing, remark
+from harness.plots.task_labels import agents_in, of_task
 from harness.results.agent_load import load_table
 from harness.results.runs import read_file
 
@@ -19,8 +20,9 @@ MODES = {
 
 
 def load(path: str | Path) -> list[dict[str, Any]]:
-    """The table of a record file."""
-    return load_table(read_file(path))
+    """The table of a record file, each row with the agents of its episodes."""
+    file = read_file(path)
+    return [row | {"agents": agents_in(file)} for row in load_table(file)]
 
 
 def draw(table: list[dict[str, Any]]) -> Figure:
@@ -35,7 +37,8 @@ def draw(table: list[dict[str, Any]]) -> Figure:
     for column, mode in enumerate(modes):
         rows = sorted((r for r in table if r["mode"] == mode), key=lambda r: r["n"])
         title, label = MODES[mode]
-        _lines(grid[0][column], rows, "ttft", 1e3, f"{title}: TTFT{remark(rows)}", "ms")
+        title = of_task(f"{title}: TTFT{remark(rows)}", rows[0].get("agents", ()))
+        _lines(grid[0][column], rows, "ttft", 1e3, title, "ms")
         _lines(grid[1][column], rows, "qps_correct", 1.0, "Correct calls a second", "1/s")
         _advantage(grid[2][column], rows, label)
     note = f"teacher-forced, all systems the same work, {table[0]['repeats']} repeats in turns; lines: 95 % intervals"
@@ -87,4 +90,4 @@ def _advantage(axes: Axes, rows: list[dict[str, Any]], label: str) -> None:
             axes.annotate(names[k], at, (0, 5), textcoords="offset points", fontsize=6.5, color=GREY, ha="center")
         highest = max(highest, e["high"] or e["value"])
     axes.set_xticks(range(len(rows)), [str(r["n"]) for r in rows])
-    axes.set(ylim=(0, 1.15 * highest), xlim=(-0.3, len(rows) - 0.5), xlabel=label)
+    axes.set(ylim=(0, 1.15 * highest), xlim=(-0.6, len(rows) - 0.4), xlabel=label)

@@ -1,11 +1,13 @@
 """Figures 12a-d: layer latency by load-write order, write stalls, bytes written, GPU pages against PromptCache."""
 
+from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, error_bar, new_figure, nothing
+from harness.plots.task_labels import of_task
 
 POLICIES = {"clean-first": BLUE, "lru": ORANGE, "fifo": GREEN}
 ORDERS = {"locked": ORANGE, "relocate": PURPLE, "disjoint": BLUE}
@@ -54,13 +56,16 @@ def _scaled(estimate: dict[str, Any], by: float) -> dict[str, Any]:
 def _volume(summary: dict[str, Any], what: str, by: float, title: str, unit: str) -> Figure:
     figure = new_figure(9.6, 3.8)
     axes = figure.add_subplot()
-    axes.set_title(title)
-    cells = {c: v for c, v in summary["conditions"].items() if v is not None}
+    measured = sorted(summary["conditions"].items(), key=lambda c: not c[0].startswith("main"))  # the main ones first
+    cells = {c: v for c, v in measured if v is not None}
+    axes.set_title(of_task(title, (t for v in cells.values() for t in v.get("traces", ()))))
     if not cells:
         nothing(axes, "no run was measured")
         return figure
     series = {p: [_scaled(v["policies"][p][what], by) for v in cells.values()] for p in POLICIES}
-    _bars(axes, [c.replace(" ", "\n", 1) for c in cells], series, POLICIES)
+    timed = what.endswith("_s")
+    names = [f"{c}, disturbed" if timed and v.get("disturbed") else c for c, v in cells.items()]
+    _bars(axes, [fill(name, 13) for name in names], series, POLICIES)
     axes.set_ylabel(unit)
     return figure
 
@@ -80,7 +85,7 @@ def draw_d(summary: dict[str, Any]) -> Figure:
     figure = new_figure(8.2, 3.8)
     rows = summary["gpu_pages_computed"]
     for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("one template", "a template each"), strict=True):
-        axes.set_title(f"Requests on {kind}")
+        axes.set_title(of_task(f"Requests on {kind}", [r.get("trace") for r in rows or ()]))
         if not rows:
             nothing(axes, "no trace was recorded")
             continue

@@ -6,13 +6,15 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from harness.plots.style import GREY, error_bar, look, new_figure, nothing, remark
+from harness.plots.task_labels import agents_in, of_task
 from harness.results.agent_load import series_table
 from harness.results.runs import read_file
 
 
 def load(path: str | Path) -> list[dict[str, Any]]:
-    """The table of a record file."""
-    return series_table(read_file(path))
+    """The table of a record file, each row with the agents of its episodes."""
+    file = read_file(path)
+    return [row | {"agents": agents_in(file)} for row in series_table(file)]
 
 
 def draw(table: list[dict[str, Any]]) -> Figure:
@@ -22,7 +24,8 @@ def draw(table: list[dict[str, Any]]) -> Figure:
         nothing(figure.add_subplot(), "no throughput over time was measured")
         return figure
     left, right = figure.subplots(1, 2, width_ratios=(5, 3))
-    left.set_title(f"Requests completed in every second, {table[0]['concurrent']} agents at work{remark(table)}")
+    title = f"Requests completed in every second, {table[0]['concurrent']} agents at work{remark(table)}"
+    left.set_title(of_task(title, table[0].get("agents", ())))
     for i, row in enumerate(table):
         style, at = look(row["system"], row["title"]), 0
         for k, part in enumerate(row["slices"]):

@@ -8,13 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.plots.style import GREY, new_figure, nothing, remark
+from harness.plots.task_labels import agents_in, of_task
 from harness.results.agents import grid_table
 from harness.results.runs import read_file
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """The table of a record file."""
-    return grid_table(read_file(path))
+    """The table of a record file, with the agents of its episodes."""
+    file = read_file(path)
+    return grid_table(file) | {"agents": agents_in(file)}
 
 
 def draw(table: dict[str, Any]) -> Figure:
@@ -24,7 +26,8 @@ def draw(table: dict[str, Any]) -> Figure:
         nothing(figure.add_subplot(), "no heat map was measured")
         return figure
     left, right = figure.subplots(1, 2)
-    _map(left, table, lambda c: c["qps"]["value"], f"Correct calls a second{remark([table])}", "{:.1f}")
+    title = of_task(f"Correct calls a second{remark([table])}", table.get("agents", ()))
+    _map(left, table, lambda c: c["qps"]["value"], title, "{:.1f}")
     _map(right, table, lambda c: c["right"], "Share of right calls", "{:.2f}")
     every = "layer" if table["every"] == 1 else f"{table['every']} layers"
     note = f"{table['episodes']} episodes; converged rows are swapped every {every}; ring: the cell next to"

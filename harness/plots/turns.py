@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from harness.inventory import AGENT_NAMES
 from harness.plots.labels import spread
 from harness.plots.style import BLACK, BLUE, GREY, VERMILLION, error_bar, look, new_figure, nothing
+from harness.plots.task_labels import of_task
 from harness.results.agents import turns_table
 from harness.results.runs import read_file
 
@@ -39,7 +40,7 @@ def draw(table: list[dict[str, Any]]) -> Figure:
 
 
 def _by_turn(axes: Axes, rows: list[dict[str, Any]], agent: str) -> None:
-    axes.set_title(f"{AGENT_NAMES.get(agent, agent)}: right calls by turn, exact chunks")
+    axes.set_title(of_task(f"{AGENT_NAMES.get(agent, agent)}: right calls by turn, exact chunks", [agent]))
     ends = {}
     for row in rows:
         style = look(row["system"], row["title"])
@@ -84,14 +85,15 @@ def _retained(axes: Axes, rows: list[dict[str, Any]]) -> None:
         for number, (x, r) in enumerate(zip(xs, own, strict=True)):
             error_bar(axes, x, r["late"]["value"], colour, up=(r["late"]["low"], r["late"]["high"]))
             k = _limit(r)
-            text = "k = ∞" if k > r["generation"] and k >= 1000 else f"{k}"
+            never = k > r["generation"] and k >= 1000  # computes least: its label has room on the left
             axes.annotate(
-                text,
+                "k = ∞" if never else f"{k}",
                 (x, r["late"]["value"]),
-                (4, (5, -11)[number % 2]),
+                (-4 if never else 4, (5, -11)[number % 2]),
                 textcoords="offset points",
                 fontsize=7.5,
                 color=colour,
+                ha="right" if never else "left",
             )
     for r in rows:
         if r["system"] in ("cacheslide", "recompute") and r["late"]:
@@ -104,6 +106,7 @@ def _retained(axes: Axes, rows: list[dict[str, Any]]) -> None:
                 label=style.label,
                 **style.points,
             )
+    axes.margins(x=0.14)
     axes.legend(fontsize=7.5, loc="lower right")
 
 

@@ -73,6 +73,7 @@ def as_json(summary: Summary, table: Sequence[Row], before: Mapping[str, Any] | 
             "own_rules": row.own_rules,
             "real_model": row.real_model,
             "rule": claim.rule,
+            "has_rule": claim.has_rule,
             "target": claim.target,
         }
         if before:

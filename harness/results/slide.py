@@ -22,6 +22,7 @@ PAPER = {
     "startup_s_1e5_pages": 2,
 }
 MAIN = ("main sparse", "main deep")
+PAGES_OF = "deep@1"  # the trace whose pages in GPU memory are counted
 
 
 def _read(path: Path) -> Any:
@@ -75,7 +76,8 @@ def compare(runs: list[dict[str, Any]], conditions: tuple[str, ...]) -> dict[str
 
     readings = [together(quiet[u]) for u in units]
     few, calm = too_few(readings), pick(units, readings)
-    out: dict[str, Any] = {"units": len(units), "disturbed": few, "policies": {}}
+    traces = sorted({r["trace"] for r in runs if r["condition"] in conditions})
+    out: dict[str, Any] = {"units": len(units), "traces": traces, "disturbed": few, "policies": {}}
     for policy in ("clean-first", "lru", "fifo"):
         rows = [by[policy][u] for u in units]
         out["policies"][policy] = {
@@ -138,6 +140,7 @@ def summarise(out: Path, about: dict[str, Any]) -> dict[str, Any]:
     main = compare(runs, MAIN)
     traces = {k: [Template.from_dict(t) for t in v] for k, v in (_read(out / "trace.json") or {}).items()}
     latency, latency_why = _latency(orders["cuda"])
+    pages = [row | {"trace": PAGES_OF} for row in gpu_pages(traces[PAGES_OF], 16)] if traces else None
     headline = {
         "lru_over_clean_first_bytes": main and main["lru_over_clean_first_bytes"]["value"],
         "write_stall_reduction_pct": main and main["write_stall_reduction_pct_against_lru"]["value"],
@@ -147,16 +150,13 @@ def summarise(out: Path, about: dict[str, Any]) -> dict[str, Any]:
         "faults_injected": faults and sum(v["faults"] for v in faults["faults"]),
         "wrong_pages_served": faults and sum(v["wrong_pages"] for v in faults["faults"]),
     }
-    slow = (volume.get("slow disk") or {}).get("write_stall_reduction_pct_against_lru")
+    held = {r["condition"] for r in runs if r.get("write_bytes_per_s")}
+    slow = [f"{name}: {_stalls(of)}" for name, of in volume.items() if name in held]
     notes = {
         "lru_over_clean_first_bytes": "SWE-style turns, memory for a third of the pages in use; mean over runs",
         "write_stall_reduction_pct": "seconds the workload waited for the write-back queue; this disk at full speed, "
         "where stalls are short and the interval is wide (main); with writes held to 100 MiB/s: "
-        + (
-            "not measured"
-            if slow is None or slow["value"] is None
-            else "{value:.1f} [{low:.1f}, {high:.1f}]".format(**slow)
-        ),
+        + ("; ".join(slow) or "not measured"),
         "layer_latency_reduction_pct": latency_why,
         "wrong_pages_served": "every page of every chunk that was served after a fault was compared",
     }
@@ -175,13 +175,19 @@ def summarise(out: Path, about: dict[str, Any]) -> dict[str, Any]:
             "wrong_rows_read": wrong,
             "runs": len(runs),
         },
-        "gpu_pages_computed": gpu_pages(traces["deep@1"], 16) if traces else None,
+        "gpu_pages_computed": pages,
         "orders": orders,
         "scan": scan,
         "index": index,
         "faults": faults,
         "provenance": about,
     }
+
+
+def _stalls(condition: dict[str, Any] | None) -> str:
+    """A condition's reduction of write stalls against LRU, as text."""
+    e = condition and condition["write_stall_reduction_pct_against_lru"]
+    return "not measured" if not e or e["value"] is None else "{value:.1f} [{low:.1f}, {high:.1f}]".format(**e)
 
 
 def _orders(out: Path) -> dict[str, Any]:

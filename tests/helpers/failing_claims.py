@@ -71,7 +71,8 @@ def _load(mode: str, n: int) -> Change:
 
 
 def _stalls(record: Record) -> None:
-    record["slide"]["conditions"]["slow disk"]["write_stall_reduction_pct_against_lru"] |= {"value": 80.0, "low": -5.0}
+    slow = record["slide"]["conditions"]["slow disk, selection layer 4"]
+    slow["write_stall_reduction_pct_against_lru"] |= {"value": 80.0, "low": -5.0}
 
 
 def _bytes(record: Record) -> None:

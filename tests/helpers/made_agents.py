@@ -95,7 +95,7 @@ def loaded(path: Path) -> str:
             rng = Random(f"{mode}-{n}-{r}")
             systems = {s: requests(rng, share, right, n, 6 * n) for s, (right, share) in SYSTEMS.items()}
             records[f"{mode}-{n}-{r}"] = {"mode": mode, "n": n, "repeat": r, "systems": systems}
-    return write(path, _names(SYSTEMS), records)
+    return write(path, _names(SYSTEMS) | {"tasks": {"memgpt": {"count": 96}}}, records)
 
 
 def over_time(path: Path) -> str:
@@ -105,7 +105,7 @@ def over_time(path: Path) -> str:
         rng = Random(f"slice-{k}")
         systems = {s: requests(rng, share, right, 8, 120) for s, (right, share) in SYSTEMS.items()}
         records[f"slice-{k}"] = {"slice": k, "n": 8, "systems": systems}
-    return write(path, _names(SYSTEMS), records)
+    return write(path, _names(SYSTEMS) | {"tasks": {"reflexion": {"count": 64}}}, records)
 
 
 def make_agents(root: Path) -> dict[str, str]:

@@ -179,7 +179,11 @@ def _slide() -> Record:
     return {
         "orders": {"cuda": {"rows": rows, "rounds": {"host": 20}}},
         "main": condition(100.0, 3.5, stalled=0.01),
-        "conditions": {"slow disk": condition(70.0, 3.5), "selection layer 4": condition(90.0, 3.4)},
+        "conditions": {
+            "slow disk": condition(95.0, 3.5),
+            "slow disk, selection layer 4": condition(70.0, 3.3),
+            "selection layer 4": condition(90.0, 3.4),
+        },
         "gpu_pages_computed": pages,
     }
 

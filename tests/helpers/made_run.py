@@ -254,9 +254,9 @@ def make_run(root: Path, changes: dict[str, Any] | None = None, prompts_each: in
         paths["latency"].append(write(root / "latency" / f"{tokens}.jsonl", settings, records))
     rng = Random("rest")
     records = {f"{s}-{b}": throughput_record(s, b, rng, 16) for s in systems for b in (1, 2, 4)}
-    paths["throughput"] = write(root / "throughput.jsonl", {"titles": titles}, records)
+    paths["throughput"] = write(root / "throughput.jsonl", {"titles": titles, "dataset": DATASETS[1]}, records)
     records = {f"e{i}-{shift}": similarity_record(shift, rng) for i in range(4) for shift in SHIFTS}
-    paths["cksim"] = write(root / "cksim.jsonl", {}, records)
+    paths["cksim"] = write(root / "cksim.jsonl", {"dataset": DATASETS[1]}, records)
     paths["prompts"], paths["layer"] = str(root / "prompts.json"), str(root / "selection_layer.json")
     agents = {a: {"reusable_share": [0.5, 0.6, 0.7], "tokens": [500, 600, 700], "episodes": 1} for a in ("memgpt",)}
     write_json(paths["prompts"], prompts(datasets, prompts_each, rng) | {"agents": agents})

@@ -7,4 +7,4 @@ def run_record(policy, seed, written, stall):
          "page_bytes", "memory_bytes", "reference_pages", "corrected_pages", "slices", "wrong_rows"), 1
     )  # fmt: skip
     counts |= {"record_bytes": 0, "wrong_rows": 0, "spill_bytes": written, "stall_s": stall}
-    return {"condition": "main deep", "policy": policy, "seed": seed, "counts": counts}
+    return {"condition": "main deep", "trace": "deep@1", "policy": policy, "seed": seed, "counts": counts}

@@ -48,6 +48,7 @@ CONDITIONS: dict[str, tuple[str, int, int, dict[str, Any], int]] = {
     "batch 4": ("deep@1", 2, 4, {}, 0),
     "batch 6": ("deep@1", 2, 6, {}, 0),
     "selection layer 4": ("deep@4", 2, 8, {}, 0),
+    "slow disk, selection layer 4": ("deep@4", 5, 8, {}, 100 << 20),
     "shipped model's pages": ("deep@1", 2, 8, {"kv_heads": 6, "head_dim": 64}, 0),
     "memory 1/2": ("deep@1", 1, 8, {"memory": 1 / 2}, 0),
 }

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from cacheslide.errors import DataError
-from harness.inventory import AGENT_FIGURES
 from harness.plots import fig03, fig04a, fig04b, fig05, fig10, fig11, fig13, fig14, labels, style, throughput, turns
 from harness.plots.render import FIGURES, render
 from harness.plots.svg import compact
@@ -17,35 +16,15 @@ from harness.results.runs import Run, read_json
 from harness.results.summary import build_summary, summarize
 from tests.helpers import made_run
 from tests.helpers.made_agents import SYSTEMS as AGENTS_SYSTEMS
-from tests.helpers.made_agents import make_agents
-from tests.helpers.places import ROOT
+from tests.helpers.made_figures import SYSTEMS, figure_sources
 
 pytestmark = pytest.mark.slow
-
-SYSTEMS = ["recompute", "context_cache", "cacheblend", "cacheblend_stale", "naive_reuse", "cacheslide"]
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """The result file of every figure."""
-    root = tmp_path_factory.mktemp("made")
-    cfg, paths = made_run.make_run(root, {"systems": SYSTEMS}, prompts_each=5)
-    agents = make_agents(root / "agents")
-    summarize(cfg, root / "summary.json", **paths, agents=list(agents.values()))
-    prompts = paths["prompts"]
-    return {
-        **{figure: agents[section] for section, figure in AGENT_FIGURES.items()},
-        "fig03": prompts,
-        "fig04a": paths["cksim"],
-        "fig05": prompts,
-        "fig10": str(root / "summary.json"),
-        "throughput": paths["throughput"],
-        "real": str(ROOT / "results/real/summary.json"),
-        "fig03_real": str(ROOT / "results/real/sessions.json"),
-        "serving": str(ROOT / "results/h200/serving.json"),
-        "wca": made_run.wca_summary(root / "wca.json"),
-        **{f"fig12{part}": ROOT / "results/slide/summary.json" for part in "abcd"},
-    }
+    return figure_sources(tmp_path_factory.mktemp("made"))
 
 
 @pytest.mark.parametrize("name", FIGURES)

@@ -27,7 +27,7 @@ def ended(slide):
 
 def stalls(**slow):
     def change(slide):
-        slide["conditions"]["slow disk"] = condition(**{"reduction": 70.0, "ratio": 3.5} | slow)
+        slide["conditions"]["slow disk, selection layer 4"] = condition(**{"reduction": 70.0, "ratio": 3.5} | slow)
 
     return change
 
@@ -50,7 +50,7 @@ def pages(*ratios):
         ("fig12b", stalls(), Verdict.REPRODUCED, "70.0 % less [66.5, 73.5] than under LRU, whose runs wait for 20.0 %"),
         ("fig12b", stalls(reduction=50.0), Verdict.PARTLY, "50.0 % less"),
         ("fig12b", stalls(n=2), Verdict.PARTLY, "n = 2 runs"),
-        ("fig12c", stalls(ratio=9.0), Verdict.REPRODUCED, "slow disk 9.00 (n = 5)"),  # shown, not judged
+        ("fig12c", stalls(ratio=9.0), Verdict.REPRODUCED, "layer 4 9.00 (n = 5)"),  # shown, not judged
         ("fig12d", pages(1.7, 1.4), Verdict.PARTLY, "it would need 1.20"),
     ],
 )
@@ -71,5 +71,5 @@ def test_medians_alone_are_shown_and_not_judged():
 
 def test_other_work_beside_the_slow_disk_is_no_verdict():
     record = passing()
-    record["slide"]["conditions"]["slow disk"]["disturbed"] = "timings disturbed: made up"
+    record["slide"]["conditions"]["slow disk, selection layer 4"]["disturbed"] = "timings disturbed: made up"
     assert judge(BY_KEY["fig12b"], record).verdict is Verdict.NOT_JUDGED

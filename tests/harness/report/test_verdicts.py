@@ -97,11 +97,15 @@ def test_another_share_than_the_papers_is_not_judged():
 
 def test_stalls_are_judged_where_writes_are_the_bottleneck():
     record = passing()
-    assert "at the disk's own speed 100.0 %" in judge(BY_KEY["fig12b"], record).measured
-    record["slide"]["conditions"]["slow disk"] = condition(100.0, 3.5, stalled=0.04)
+    said = judge(BY_KEY["fig12b"], record).measured
+    assert "at layer 1 95.0 %" in said and "at the disk's own speed 100.0 %" in said
+    record["slide"]["conditions"]["slow disk, selection layer 4"] = condition(100.0, 3.5, stalled=0.04)
     found = judge(BY_KEY["fig12b"], record)
     assert found.verdict is Verdict.NOT_JUDGED and "less than 5 %" in found.measured
-    del record["slide"]["conditions"]["slow disk"]  # full speed alone gives no verdict
+    del record["slide"]["conditions"]["slow disk, selection layer 4"]  # neither layer 1 nor full speed gives a verdict
+    assert verdict("fig12b", record) is Verdict.NOT_RUN
+    record = passing()
+    record["conditions"]["selection_layer"] = 3  # of no measured condition
     assert verdict("fig12b", record) is Verdict.NOT_RUN
 
 

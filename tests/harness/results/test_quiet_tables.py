@@ -105,12 +105,12 @@ def test_stalls_are_of_undisturbed_runs_and_bytes_of_all(tmp_path, marked, reduc
         for policy, size, stall in (("clean-first", 100, 0.5 * slow), ("lru", 350, 2.0), ("fifo", 400, 1.0)):
             reading = BUSY if seed < marked and policy == "clean-first" else CALM
             runs.append(run_record(policy, seed, size, stall) | {"quiet": reading})
-            runs.append(runs[-1] | {"condition": "slow disk"})  # where stalls are judged
+            runs.append(runs[-1] | {"condition": "slow disk, selection layer 4"})  # where stalls are judged
     (tmp_path / "volume.jsonl").write_text("\n".join(map(json.dumps, runs)))
     found = slide.summarise(tmp_path, {})
     assert found["headline"]["lru_over_clean_first_bytes"] == pytest.approx(3.5)
     assert found["headline"]["write_stall_reduction_pct"] == (reduction and pytest.approx(reduction))
     [claim] = [c for c in CLAIMS if c.key == "fig12b"]
-    finding = judge(claim, {"slide": found})
+    finding = judge(claim, {"slide": found, "conditions": {"selection_layer": 4}})
     assert (finding.verdict is Verdict.NOT_JUDGED) is (reduction is None)
     assert reduction is not None or finding.measured.startswith(FEW)

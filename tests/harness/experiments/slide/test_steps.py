@@ -12,8 +12,12 @@ from harness.experiments.slide import index as slide_index
 from harness.experiments.slide import orders as slide_orders
 from harness.experiments.slide import replay as slide_replay
 from harness.experiments.slide import trace as slide_trace
+from harness.experiments.slide.steps import CONDITIONS
 from harness.limit import Limit
+from harness.report.claims_slide import BOTTLENECK
+from harness.report.verdicts import LEAST
 from harness.results import slide
+from harness.results.runs import read_json
 from tests.helpers.places import ROOT
 from tests.helpers.slide_runs import run_record
 
@@ -173,3 +177,12 @@ def test_the_headline_takes_the_gpu_and_the_cpu_stays_beside_it(tmp_path):
     assert "ended before" in slide.summarise(tmp_path, {})["notes"]["layer_latency_reduction_pct"]
     note = found["notes"]["layer_latency_reduction_pct"]
     assert "'disjoint'" in note and "batch 4: 24.0 [23.0, 25.0]" in note and "both, 'disjoint': 3.0" in note
+
+
+def test_the_workflow_measures_what_figure_12_is_judged_on():
+    """Stalls and bytes at the layer that keeps the answers: writes held to 100 MiB/s, and at the disk's own speed."""
+    layer = read_json(ROOT / "results/cpu/summary.json")["conditions"]["selection_layer"]
+    trace, seeds, *_, speed = CONDITIONS[f"{BOTTLENECK}, selection layer {layer}"]
+    assert trace == f"deep@{layer}" and seeds >= LEAST and speed == 100 * 2**20
+    trace, *_, speed = CONDITIONS[f"selection layer {layer}"]
+    assert trace == f"deep@{layer}" and not speed

@@ -60,8 +60,8 @@ class Study:
                 yield Task(str(self.model), part, example, names)
 
     def candidates(self) -> list[list[Cell]]:
-        """The cells of each setting whose layer is to be chosen."""
-        return [list(s.cells.values()) for s in self.settings if s.layered]
+        """The cells of all candidate layers."""
+        return batches([c for s in self.settings if s.layered for c in s.cells.values()])
 
     def fixed(self) -> list[list[Cell]]:
         """The cells without a choice of layer."""
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--records", type=Path, help="folder of the records; by default beside --out, with its name")
     parser.add_argument("--prompts", type=at_least(1), default=10, help="reported prompts of every data set")
     parser.add_argument(
-        "--layer-prompts", type=at_least(1), default=3, help="prompts of every data set to choose layers"
+        "--layer-prompts", type=at_least(1), default=2, help="prompts of every data set to choose layers"
     )
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=1, help="of the prompts")

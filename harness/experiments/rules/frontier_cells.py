@@ -17,8 +17,8 @@ RECOMPUTE = "Recompute"
 NOTHING, STALE, ISOLATED = "Nothing recomputed", "Chain, stale positions", "Isolated, nothing recomputed"
 RANDOM, DEFAULT = "Random tokens", "Mixed, two thirds remembered"
 DEFAULT_RATIO = 0.15  # of `cacheslide_mixed`, the default system
-LAYERS = (1, 2, 4, 6, 8, 12, 16)
-ASKED = (4, 8, 12, 18)  # a prefill per question each; the ledger model's question looks its entries up at layer 18
+LAYERS = (1, 4, 6, 8, 12, 16)
+ASKED = (4, 8, 18)  # a prefill per question each; the ledger model's question looks its entries up at layer 18
 COMMON = (0.05, 0.1, 0.26)
 BLENDED = (0.05, 0.15, 0.26)
 # Ratios of the systems that have one, by line of the study on a real model. Its systems without a ratio all run too.
@@ -37,7 +37,7 @@ RATIOS = {
     "CacheBlend, by V": BLENDED,
     "CacheBlend, by K": BLENDED,
     "CacheBlend, gradual": BLENDED,
-    "CacheBlend, as its code": (0.15, 0.26),
+    "CacheBlend, as its code": (0.15,),
     "CacheBlend, stale positions": (0.15,),
     "ProphetKV": (0.1, 0.2, 0.4),
 }

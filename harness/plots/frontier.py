@@ -100,10 +100,10 @@ def title_of(result: dict[str, Any]) -> str:
     count = f"{prompts[0]}" if len(prompts) == 1 else f"{prompts[0]} to {prompts[-1]}"
     seeds = f"{len(models)} training seed{'s' if len(models) > 1 else ''}"
     first = of_task("F1 lost and compute of every system", about["datasets"])
-    told = f"{first}: {seeds}, n = {count} prompts of about {about['tokens']} tokens each"
+    measured = f"{first}: {seeds}, n = {count} prompts of about {about['tokens']} tokens each"
     missing = [m["model"] for m in models if not m["complete"]]
     late = f"\nINCOMPLETE: {', '.join(missing)}" if missing else ""
-    return f"{told}\n95 % intervals over seeds and prompts; * at the layer chosen on other prompts{late}"
+    return f"{measured}\n95 % intervals over seeds and prompts; * at the layer chosen on other prompts{late}"
 
 
 def curve_of(line: str) -> str | None:

@@ -63,15 +63,15 @@ def choose_layers(settings: Iterable[Setting], records: Sequence[Record]) -> dic
     return out
 
 
-def tabulate(done: Sequence[Measured], asked: Mapping[str, int]) -> dict[str, Any]:
-    """The content of the result file; `asked` holds the prompts that a complete model has."""
+def tabulate(done: Sequence[Measured], planned: Mapping[str, int]) -> dict[str, Any]:
+    """The content of the result file; `planned` holds the prompts that a complete model has."""
     settings = done[0].settings
     answers = {s.name: _answers(s, done) for s in settings}
     rows = [_row(s, answers, done) for s in settings if answers[s.name]]
     return {
         "schema": SCHEMA,
         "level": intervals.LEVEL,
-        "models": [_about(m, answers, asked) for m in done],
+        "models": [_about(m, answers, planned) for m in done],
         "headline": headline(answers, rows),
         "front": front(rows),
         "rows": rows,
@@ -94,22 +94,24 @@ def _answers(setting: Setting, done: Sequence[Measured]) -> Answers:
     return out
 
 
-def _about(m: Measured, answers: Mapping[str, Answers], asked: Mapping[str, int]) -> dict[str, Any]:
+def _about(m: Measured, answers: Mapping[str, Answers], planned: Mapping[str, int]) -> dict[str, Any]:
     """How much of a model was measured: the prompts on which every setting was, and whether these are all."""
     own = [set(answers[s.name].get(m.model.name, {})) for s in m.settings]
     refused: dict[str, str] = {f["cell"]: f["failure"] for f in m.failures}
     complete = [o for s, o in zip(m.settings, own, strict=True) if not any(c.name in refused for c in s.cells.values())]
     prompts = len(set.intersection(*complete)) if complete else 0
     chosen = len({r["example"] for r in m.records if r["part"] == LAYERS})
-    enough = prompts >= asked["prompts"] and chosen >= asked["layer_prompts"]
+    enough = prompts >= planned["prompts"] and chosen >= planned["layer_prompts"]
     out = {"model": m.model.name, "prompts": prompts, "layer_prompts": chosen, "complete": enough}
     return out | {"failures": refused}
 
 
 def _scores(m: Measured) -> dict[str, dict[str, list[float]]]:
-    found = {s.name: layer_scores(s, m.records) for s in m.settings if s.layered}
+    by_setting = {s.name: layer_scores(s, m.records) for s in m.settings if s.layered}
     return {
-        name: {str(layer): list(pair) for layer, pair in scores.items()} for name, scores in found.items() if scores
+        name: {str(layer): list(pair) for layer, pair in scores.items()}
+        for name, scores in by_setting.items()
+        if scores
     }
 
 
@@ -139,8 +141,8 @@ def _row(setting: Setting, answers: Mapping[str, Answers], done: Sequence[Measur
 
 
 def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
 
 
 def _crossed(own: Answers, value: Callable[[str, str], Sequence[float]], scale: float) -> dict[str, Any] | None:
@@ -148,14 +150,14 @@ def _crossed(own: Answers, value: Callable[[str, str], Sequence[float]], scale: 
     values, models, prompts = [], [], []
     for model, records in own.items():
         for prompt in records:
-            found = value(model, prompt)
-            values += found
-            models += [model] * len(found)
-            prompts += [prompt] * len(found)
+            own_values = value(model, prompt)
+            values += own_values
+            models += [model] * len(own_values)
+            prompts += [prompt] * len(own_values)
     if not values:
         return None
-    told = intervals.as_json(bootstrap.crossed_mean(values, models, prompts, level=intervals.LEVEL), scale)
-    return told | {"models": len(set(models))}
+    mean = intervals.as_json(bootstrap.crossed_mean(values, models, prompts, level=intervals.LEVEL), scale)
+    return mean | {"models": len(set(models))}
 
 
 def estimate(own: Answers) -> dict[str, Any]:

@@ -165,13 +165,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ExitStack() as stack:
         studies = open_studies(args, stack)
         run(studies, args.device, args.jobs, monotonic() + 60 * args.minutes)
-    asked = {"prompts": args.prompts * len(args.datasets), "layer_prompts": args.layer_prompts * len(args.datasets)}
+    planned = {"prompts": args.prompts * len(args.datasets), "layer_prompts": args.layer_prompts * len(args.datasets)}
     done = list(studies.values())
     if not any(r["part"] == REPORTED for s in done for r in s.records):
         raise DataError("nothing was measured on the reported prompts; start again with more --minutes to go on")
     ids = {s.model.name: fingerprint(s.model) for s in done}
-    result = tabulate(done, asked) | {"settings": about(args) | asked, "fingerprints": ids}
-    origin = provenance(about(args) | asked, {}, " ".join(ids.values()))
+    result = tabulate(done, planned) | {"settings": about(args) | planned, "fingerprints": ids}
+    origin = provenance(about(args) | planned, {}, " ".join(ids.values()))
     write_json(args.out, rounded(result, DIGITS) | {"provenance": origin})
     print(show(result), flush=True)
 

@@ -18,7 +18,7 @@ NOTHING, STALE, ISOLATED = "Nothing recomputed", "Chain, stale positions", "Isol
 RANDOM, DEFAULT = "Random tokens", "Mixed, two thirds remembered"
 DEFAULT_RATIO = 0.15  # of `cacheslide_mixed`, the default system
 LAYERS = (1, 4, 6, 8, 12, 16)
-ASKED = (4, 8, 18)  # a prefill per question each; the ledger model's question looks its entries up at layer 18
+ASKED = (8, 18)  # a prefill per question each; the ledger model's question looks its entries up at layer 18
 COMMON = (0.05, 0.1, 0.26)
 BLENDED = (0.05, 0.15, 0.26)
 # Ratios of the systems that have one, by line of the study on a real model. Its systems without a ratio all run too.

@@ -86,7 +86,7 @@ def results(waiting: Waiting, device: str, jobs: int, until: float) -> Iterator[
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         running: dict[Future, Task] = {}
         while running or (waiting and monotonic() < until):
-            while waiting and len(running) < jobs + 2 and monotonic() < until:  # two ready for whoever is free
+            while waiting and len(running) < jobs + 2 and monotonic() < until:  # two more, so that no process waits
                 task = waiting.pop()
                 running[pool.submit(measure_task, device, task)] = task
             for done in wait(running, return_when=FIRST_COMPLETED).done:

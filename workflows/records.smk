@@ -48,6 +48,24 @@ rule serving:
         "scripts/plot.py"
 
 
+rule:
+    """Every system on the ledger task: F1 lost against compute (docs/ledger.md)."""
+    name:
+        "ledger-frontier"
+    input:
+        "results/benchmark/frontier.json",
+    output:
+        multiext("figures/benchmark/frontier", ".svg", ".pdf", ".png"),
+    log:
+        "results/benchmark/logs/frontier.log",
+    conda:
+        "envs/cacheslide.yaml"
+    params:
+        figure="frontier",
+    script:
+        "scripts/plot.py"
+
+
 rule unpack_agents:
     """The agents' episodes, in a separate folder: an unfinished run has its episodes in the parent folder."""
     input:

@@ -62,6 +62,37 @@ def mean(
     return _clustered_mean("mean", _vector(values), clusters, level, resamples, seed)
 
 
+def crossed_mean(
+    values: ArrayLike,
+    first: Sequence[Hashable],
+    second: Sequence[Hashable],
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of `values` [n] that belong to two crossed groups each, such as a model's seed and a prompt.
+
+    Both groups are resampled, independently (the pigeonhole bootstrap: Owen, 2007, Annals of Applied Statistics 1(2)),
+    so that the interval holds the spread between seeds and that between prompts; with few seeds it is rough. `n` of the
+    estimate counts the pairs of groups that have values. A group with one member only is not resampled.
+    """
+    sample = _vector(values)
+    if len(first) != len(sample) or len(second) != len(sample):
+        raise DataError(f"{len(sample)} values but {len(first)} and {len(second)} group labels")
+    (rows, height), (columns, width) = _numbered(first), _numbered(second)
+    sums, sizes = np.zeros((height, width)), np.zeros((height, width))
+    np.add.at(sums, (rows, columns), sample)
+    np.add.at(sizes, (rows, columns), 1)
+    draws = None
+    if height * width > 1:
+        rng = np.random.default_rng(seed)
+        down, across = (rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(float) for n in (height, width))
+        top, bottom = (((down @ table) * across).sum(axis=1) for table in (sums, sizes))
+        draws = top[bottom > 0] / bottom[bottom > 0]  # a resample of an incomplete table may be empty
+    return _estimate("mean", int((sizes > 0).sum()), len(sample), float(sample.mean()), draws, level)
+
+
 def paired_difference(
     a: ArrayLike,
     b: ArrayLike,
@@ -136,11 +167,16 @@ def _clustered_mean(
     labels = range(len(sample)) if clusters is None else clusters
     if len(labels) != len(sample):
         raise DataError(f"{len(sample)} values but {len(labels)} cluster labels")
-    number: dict[Hashable, int] = {}
-    cluster_of = np.array([number.setdefault(label, len(number)) for label in labels])
+    cluster_of, count = _numbered(labels)
     sums, sizes = np.bincount(cluster_of, weights=sample), np.bincount(cluster_of)
-    draws = _resample(len(number), resamples, seed, lambda index: sums[index].sum(axis=1) / sizes[index].sum(axis=1))
-    return _estimate(name, len(number), len(sample), float(sample.mean()), draws, level)
+    draws = _resample(count, resamples, seed, lambda index: sums[index].sum(axis=1) / sizes[index].sum(axis=1))
+    return _estimate(name, count, len(sample), float(sample.mean()), draws, level)
+
+
+def _numbered(labels: Sequence[Hashable]) -> tuple[NDArray, int]:
+    """Each label's number, in order of appearance, shape (labels,), and how many there are."""
+    number: dict[Hashable, int] = {}
+    return np.array([number.setdefault(label, len(number)) for label in labels]), len(number)
 
 
 def _resample(n: int, resamples: int, seed: int, statistic: Callable[[NDArray], NDArray]) -> NDArray | None:

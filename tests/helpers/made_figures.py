@@ -3,9 +3,11 @@
 from pathlib import Path
 
 from harness.inventory import AGENT_FIGURES
+from harness.results.records import write_json
 from harness.results.summary import summarize
 from tests.helpers import made_run
 from tests.helpers.made_agents import make_agents
+from tests.helpers.made_frontier import frontier_result
 from tests.helpers.places import ROOT
 
 SYSTEMS = ["recompute", "context_cache", "cacheblend", "cacheblend_stale", "naive_reuse", "cacheslide"]
@@ -28,5 +30,11 @@ def figure_sources(root: Path) -> dict[str, str | Path]:
         "fig03_real": str(ROOT / "results/real/sessions.json"),
         "serving": str(ROOT / "results/h200/serving.json"),
         "wca": made_run.wca_summary(root / "wca.json"),
+        "frontier": _written(root / "frontier.json"),
         **{f"fig12{part}": ROOT / "results/slide/summary.json" for part in "abcd"},
     }
+
+
+def _written(path: Path) -> Path:
+    write_json(path, frontier_result())
+    return path

@@ -74,8 +74,12 @@ def arm(line: str, family: str, correction: Correction, layer: int | None = None
     policy, ratio = load_policy(SOURCES[family]), correction.total_ratio
     if layer is not None:
         correction = correction.at_layer(layer)
-    at = ("" if ratio is None else f" {100 * ratio:g} %") + ("" if layer is None else f" at layer {layer}")
-    return Arm(f"{line}{at}", line, family, replace(policy, correction=correction), ratio, layer)
+    return Arm(named(line, ratio, layer), line, family, replace(policy, correction=correction), ratio, layer)
+
+
+def named(line: str, ratio: float | None, layer: int | None) -> str:
+    """The name of an arm of `line`."""
+    return line + ("" if ratio is None else f" {100 * ratio:g} %") + ("" if layer is None else f" at layer {layer}")
 
 
 def swept(line: str, family: str, rule: Correction, ratios: Iterable[float], layers: Iterable[int | None]) -> list[Arm]:

@@ -65,29 +65,48 @@ def open_backend(job: Job) -> ReferenceBackend:
 
 def measure(backend: ReferenceBackend, example: TaskExample, todo: Sequence[Cell]) -> Iterator[dict[str, Any]]:
     """One record a cell, from chunk caches of the previous turn, separate by prompt and kind of cache."""
-    captured = frozenset().union(*(c.capture for c in todo))
-    before = backend.prompt(example.previous)
-    stores: dict[tuple[bool, bool], MemoryChunkStore] = defaultdict(MemoryChunkStore)
+    caches = Caches(backend, example, todo)
     for cell in todo:
+        yield measure_cell(caches, cell)
+
+
+class Caches:
+    """Chunk caches of one prompt's previous turn, shared by the cells `todo` that can share them."""
+
+    def __init__(self, backend: ReferenceBackend, example: TaskExample, todo: Sequence[Cell]) -> None:
+        self.backend, self.example = backend, example
+        self._captured = frozenset().union(*(c.capture for c in todo))
+        self._before = backend.prompt(example.previous)
+        self._stores: dict[tuple[bool, bool], MemoryChunkStore] = defaultdict(MemoryChunkStore)
+
+    def engine(self, cell: Cell) -> ReuseEngine:
+        """An engine for the cell, over filled caches."""
         inputs, remembers = bool(cell.capture), cell.policy.needs_scores
-        store = stores[inputs, remembers]  # chunks with layer inputs, and with scores, have stores of their own
-        engine = backend.engine(cell.policy, store, EngineSettings(), captured if inputs else frozenset())
-        engine.build(before)
-        answers, receipts = answered(backend, engine, example, cell.asks)
-        found, columns = question_records(example, answers), ("f1", "depth", "volatile")
-        receipt = receipts[0]
-        yield {
-            "id": record_id(cell.name, example),
-            "cell": cell.name,
-            "example": prompt_id(example),
-            "mix": example.meta["mix"],
-            "device": backend.model.device,
-            "compute_fraction": sum(r.compute_fraction for r in receipts) / len(receipts),
-            "tokens_reused": receipt.tokens_reused,
-            "tokens_recomputed": receipt.tokens_recomputed,
-            "alpha": sum(receipt.alpha.values()) / len(receipt.alpha) if receipt.alpha else None,
-            **{c: [q[c] for q in found] for c in columns},
-        }
+        store = self._stores[inputs, remembers]  # chunks with layer inputs, and with scores, have stores of their own
+        captured = self._captured if inputs else frozenset()
+        engine = self.backend.engine(cell.policy, store, EngineSettings(), captured)
+        engine.build(self._before)
+        return engine
+
+
+def measure_cell(caches: Caches, cell: Cell) -> dict[str, Any]:
+    """The record of one cell on the prompt of `caches`."""
+    backend, example = caches.backend, caches.example
+    answers, receipts = answered(backend, caches.engine(cell), example, cell.asks)
+    found, columns = question_records(example, answers), ("f1", "depth", "volatile")
+    receipt = receipts[0]
+    return {
+        "id": record_id(cell.name, example),
+        "cell": cell.name,
+        "example": prompt_id(example),
+        "mix": example.meta["mix"],
+        "device": backend.model.device,
+        "compute_fraction": sum(r.compute_fraction for r in receipts) / len(receipts),
+        "tokens_reused": receipt.tokens_reused,
+        "tokens_recomputed": receipt.tokens_recomputed,
+        "alpha": sum(receipt.alpha.values()) / len(receipt.alpha) if receipt.alpha else None,
+        **{c: [q[c] for q in found] for c in columns},
+    }
 
 
 def answered(

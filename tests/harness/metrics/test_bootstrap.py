@@ -161,3 +161,41 @@ def test_mismatched_or_meaningless_arguments_are_refused():
         bootstrap.mean([1.0, 2.0], resamples=0)
     with pytest.raises(DataError, match="q must"):
         bootstrap.quantile([1.0, 2.0], 95)
+
+
+def crossed(rng, seeds=6, prompts=20, between=1.0, within=1.0):
+    """Scores of every seed on every prompt: an effect of the seed, one of the prompt, one of both."""
+    table = between * rng.normal(size=(seeds, 1)) + within * rng.normal(size=(1, prompts))
+    return (table + 0.3 * rng.normal(size=(seeds, prompts))).ravel()
+
+
+@pytest.mark.parametrize(("between", "within"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_crossed_interval_covers_where_seeds_or_prompts_differ(between, within):
+    """A bootstrap over prompts alone misses the spread of seeds; the crossed one covers (few seeds: a little less)."""
+    first, second = np.repeat(np.arange(6), 20), np.tile(np.arange(20), 6)
+
+    def estimate(x):
+        return bootstrap.crossed_mean(x, first, second, resamples=400)
+
+    covered = coverage(lambda rng: crossed(rng, between=between, within=within), estimate, 0.0)
+    assert 0.82 <= covered <= 1.0
+    if between:
+        alone = coverage(
+            lambda rng: crossed(rng, between=between, within=within),
+            lambda x: bootstrap.mean(x, second, resamples=400),
+            0.0,
+        )
+        assert alone < covered - 0.1
+
+
+def test_crossed_mean_of_one_group_resamples_the_other():
+    values, prompts = [1.0, 1.0, 1.0, 5.0], ["a", "a", "a", "b"]
+    one = bootstrap.crossed_mean(values, ["s"] * 4, prompts)
+    assert (one.n, one.values, one.value, one.low, one.high) == (2, 4, 2.0, 1.0, 5.0)
+    assert bootstrap.crossed_mean(values, prompts, ["s"] * 4).high == 5.0
+    single = bootstrap.crossed_mean([1.0, 3.0], ["s", "s"], ["a", "a"])
+    assert (single.value, single.low, single.high) == (2.0, None, None)
+    part = bootstrap.crossed_mean([1.0, 3.0], ["s", "t"], ["a", "b"])  # two of four pairs have no value
+    assert part.n == 2 and (part.low, part.high) == (1.0, 3.0)
+    with pytest.raises(DataError, match="group labels"):
+        bootstrap.crossed_mean([1.0], ["s", "t"], ["a"])

@@ -9,7 +9,21 @@ import pytest
 from PIL import Image
 
 from cacheslide.errors import DataError
-from harness.plots import fig03, fig04a, fig04b, fig05, fig10, fig11, fig13, fig14, labels, style, throughput, turns
+from harness.plots import (
+    fig03,
+    fig04a,
+    fig04b,
+    fig05,
+    fig10,
+    fig11,
+    fig13,
+    fig14,
+    frontier,
+    labels,
+    style,
+    throughput,
+    turns,
+)
 from harness.plots.render import FIGURES, render
 from harness.plots.svg import compact
 from harness.results.runs import Run, read_json
@@ -111,9 +125,21 @@ def test_figures_show_cope_where_it_was_measured_and_say_where_not(tmp_path):
     assert len(fig04a.draw(fig04a.load(paths["cksim"])).axes) == 3
 
 
+def test_the_frontier_draws_every_setting_and_says_what_is_missing(sources):
+    result = read_json(sources["frontier"])
+    assert {frontier.curve_of(r["line"]) for r in result["rows"]} == {n for c in frontier.PANELS.values() for n in c}
+    figure = frontier.draw(result)
+    drawn = [line for axes in figure.axes for line in axes.lines if line.get_label()[0] != "_"]
+    assert sum(len(line.get_xdata()) for line in drawn) == len(result["rows"])
+    assert "ledger task" in figure.get_suptitle() and "3 training seeds, n = 4" in figure.get_suptitle()
+    assert "INCOMPLETE" not in figure.get_suptitle()
+    result["models"][1] |= {"complete": False, "prompts": 2}
+    assert "n = 2 to 4" in frontier.title_of(result) and "INCOMPLETE: seed-1" in frontier.title_of(result)
+
+
 def test_figures_of_an_empty_run_say_so():
     empty = build_summary(Run({}))
-    plain = ((fig03, {}), (fig04a, []), (fig05, {}), (fig10, empty), (throughput, []))
+    plain = ((frontier, {}), (fig03, {}), (fig04a, []), (fig05, {}), (fig10, empty), (throughput, []))
     agents = ((fig04b, {}), (fig11, []), (fig13, []), (fig14, {}), (turns, []))
     for module, results in (*plain, *agents):
         figure = module.draw(results)

@@ -47,9 +47,10 @@ install-rag:  ## .venv-rag, RAGatouille's own environment
 install-slurm: install  ## add Snakemake's Slurm executor to .venv
 	@scripts/install.sh slurm
 
-smoke: install  ## the study in small: figures/smoke/, results/smoke/report.html
+smoke: install  ## the study in small, on both tasks: results/smoke/report.html, results/smoke-ledger/report.html
 	$(BIN)/python scripts/stale_lock.py
 	$(SNAKEMAKE) --configfile config/smoke.yaml -- smoke
+	$(SNAKEMAKE) --configfile config/smoke-ledger.yaml -- reproduce-all
 
 smoke-vllm: install  ## the study in small inside vLLM: results/smoke-vllm/report.html
 	$(BIN)/python scripts/stale_lock.py
@@ -90,5 +91,5 @@ lock: install  ## compile requirements/*.txt from both pyproject.toml (scripts/l
 	scripts/lock.sh
 
 clean:  ## remove what `make smoke` and the tests made; .venv stays
-	rm -rf results/smoke figures/smoke results/smoke-vllm figures/smoke-vllm .snakemake .pytest_cache .ruff_cache build bench/build *.egg-info
+	rm -rf results/smoke results/smoke-ledger results/smoke-vllm figures/smoke figures/smoke-ledger figures/smoke-vllm .snakemake .pytest_cache .ruff_cache build bench/build *.egg-info
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

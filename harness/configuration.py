@@ -10,10 +10,11 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from cacheslide import renamed
-from cacheslide.errors import ConfigError
+from cacheslide.errors import CacheSlideError, ConfigError
 from cacheslide.plain_values import check_plain
 from cacheslide.policies.registry import policy_names
 from harness.systems import VANILLA
+from harness.tasks.data import check_size
 
 TIMED = ("latency", "throughput")
 LONGEST = 600  # characters of an error message
@@ -60,6 +61,7 @@ def _check(config: MutableMapping[str, Any], rules: Mapping[str, Any]) -> None:
     for part in (*TIMED, "cksim"):
         if part in config and config[part]["dataset"] not in config["datasets"]:
             raise ConfigError(f"{part}.dataset: {config[part]['dataset']!r} is not one of this run's datasets")
+    _check_sizes(config)
     if on_vllm:
         _check_vllm(config)
     if on_vllm:
@@ -107,6 +109,18 @@ def _check_systems(config: Mapping[str, Any], on_vllm: bool) -> None:
         for system in config[part]["systems"]:
             if system not in config["systems"]:
                 raise ConfigError(f"{part}.systems: {system!r} is not one of this run's systems")
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    for part in ("accuracy", "validation", *TIMED, "cksim"):
+        given = config.get(part, {})
+        tokens = given.get("tokens", [])
+        for name in [given["dataset"]] if "dataset" in given else config["datasets"]:
+            for size in tokens if isinstance(tokens, list) else [tokens]:
+                try:
+                    check_size(name, size)
+                except CacheSlideError as wrong:
+                    raise ConfigError(f"{part}: {wrong}") from None
 
 
 def _check_vllm(config: Mapping[str, Any]) -> None:

@@ -114,6 +114,7 @@ def render(summary: Mapping[str, Any], images: Mapping[str, str], of_real: Mappi
         s=summary,
         run=summary["run"],
         opening=prose.opening(summary, table.counted(claims)),
+        tasks=table.tasks_of(summary) or "stress task",
         headline={key: summary["headline"][key] for key in KEYS},
         requirements=prose.requirements(summary),
         real=real_model.section(summary["real"]) if "real" in summary else None,

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from cacheslide.errors import DataError
+from harness.inventory import AGENT_NAMES, FIGURES
+from harness.plots.task_labels import task_of
 from harness.report import own_rules, tally
 from harness.report.claims_real import beside
 from harness.report.paper import CLAIMS
-from harness.report.verdicts import Claim, Finding, Summary, judge
+from harness.report.verdicts import Basis, Claim, Finding, Summary, judge
 from harness.results.records import write_json
 from harness.results.runs import read_json
 
@@ -24,14 +26,34 @@ class Row:
     finding: Finding
     own_rules: str
     real_model: str
+    measured_on: str
 
 
 def rows(summary: Summary) -> list[Row]:
     """Every claim judged on `summary`, in the paper's order."""
     return [
-        Row(claim, judge(claim, summary), own_rules.beside(claim.key, summary), beside(claim.key, summary))
+        Row(
+            claim,
+            judge(claim, summary),
+            own_rules.beside(claim.key, summary),
+            beside(claim.key, summary),
+            measured_on(claim, summary),
+        )
         for claim in CLAIMS
     ]
+
+
+def tasks_of(summary: Summary) -> str:
+    """The synthetic tasks of the run's questions, such as "stress task"; empty without such questions."""
+    return " and the ".join(sorted({task for r in summary["accuracy"] if (task := task_of(r["name"]))}))
+
+
+def measured_on(claim: Claim, summary: Summary) -> str:
+    """The claim's basis; for numbers of the run's own prompts the task that these are of."""
+    of_agents = claim.key.removeprefix("fig10-") in AGENT_NAMES
+    if claim.basis is Basis.STRESS and claim.target in FIGURES and not of_agents:
+        return tasks_of(summary).replace(" task", "") or claim.basis.value
+    return claim.basis.value
 
 
 def counted(table: Sequence[Row]) -> str:
@@ -67,7 +89,7 @@ def as_json(summary: Summary, table: Sequence[Row], before: Mapping[str, Any] | 
             "counts_as": claim.counts_as,
             "claim": claim.text,
             "paper": claim.paper,
-            "measured_on": claim.basis.value,
+            "measured_on": row.measured_on,
             "verdict": row.finding.verdict.value,
             "measured": row.finding.measured,
             "own_rules": row.own_rules,

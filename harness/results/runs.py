@@ -11,7 +11,7 @@ from cacheslide.errors import DataError
 from harness.results.records import RecordFile, read_file
 from harness.systems import cope_systems, scalable, to_scale
 
-MIXES = ("sparse", "deep")
+MIXES = ("sparse", "deep", "ledger")
 FILES = ("throughput", "cksim", "cksim_cope")
 REFERENCE, NAIVE, OURS = "recompute", "naive_reuse", "cacheslide"
 
@@ -74,7 +74,7 @@ class Run:
 
 
 def mix_of(dataset: str) -> str:
-    """The dependency mix of a data set named in the style of mix data sets; other data sets are their own group."""
+    """The mix of a data set called STYLE-MIX, "ledger" for the ledger task's; other data sets are their own group."""
     tail = dataset.rpartition("-")[2]
     return tail if tail in MIXES else dataset
 

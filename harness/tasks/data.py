@@ -27,6 +27,12 @@ def family_of(name: str) -> str:
     return LEDGER if name.endswith(f"-{LEDGER}") else STRESS
 
 
+def check_size(name: str, tokens: int) -> None:
+    """DataError unless prompts of about `tokens` tokens of the synthetic data set `name` can be drawn."""
+    if family_of(name) == LEDGER:
+        ledger.documents_for(tokens)
+
+
 def draw_examples(name: str, split: str, seed: int, count: int, tokens: int) -> list[TaskExample]:
     """`count` prompts of about `tokens` tokens of the synthetic data set `name`, without a file."""
     _check(name)

@@ -1,12 +1,13 @@
 """Held-out score of a checkpoint: greedy answers to synthetic questions, one question after each prompt.
 
-`python -m harness.training.evaluate --model models/tiny-llama-12m` prints a table by style, mix and length.
+`python -m harness.training.evaluate --model models/tiny-llama-12m` prints a table by style, mix and length; the ledger
+model has a mix of its own, `--model models/tiny-ledger-4m --mixes ledger`.
 """
 
 import argparse
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,8 +15,8 @@ from tokenizers import Tokenizer
 
 from cacheslide.models.families import read_config
 from harness.step import command
+from harness.tasks.data import LEDGER, draw_examples
 from harness.tasks.example import TaskExample
-from harness.tasks.synthetic.prompts import examples
 from harness.tasks.synthetic.render import STYLES
 from harness.tasks.synthetic.world import MIXES
 
@@ -84,15 +85,23 @@ def bootstrap(means: list[float], draws: int = 2000) -> list[float]:
     return [round(low, 4), round(high, 4)]
 
 
-def table(model, tokenizer, split: str, seed: int, prompts: int, lengths: list[int]) -> dict:
-    """Scores for every style, mix and length, and without context."""
+def table(
+    model,
+    tokenizer: Tokenizer,
+    split: str,
+    seed: int,
+    prompts: int,
+    lengths: Sequence[int],
+    mixes: Sequence[str] = tuple(MIXES),
+) -> dict:
+    """Scores for every style, mix and length, and without the last mix's context."""
     out = {}
     for style in STYLES:
-        for mix in MIXES:
+        for mix in mixes:
             for tokens in lengths:
-                tasks = examples(style, mix, split, seed, prompts, tokens)
+                tasks = draw_examples(f"{style}-{mix}", split, seed, prompts, tokens)
                 out[f"{style} {mix} {tokens}"] = score(model, tokenizer, tasks)
-        tasks = examples(style, "deep", split, seed, prompts, lengths[0])
+        tasks = draw_examples(f"{style}-{mixes[-1]}", split, seed, prompts, lengths[0])
         out[f"{style} no context"] = score(model, tokenizer, tasks, context=False)
     return out
 
@@ -112,6 +121,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--mixes", nargs="+", default=list(MIXES), choices=[*MIXES, LEDGER])
     parser.add_argument("--split", default="test")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=20)
@@ -123,7 +133,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
-    scores = table(model, tokenizer, args.split, args.seed, args.prompts, args.tokens)
+    scores = table(model, tokenizer, args.split, args.seed, args.prompts, args.tokens, args.mixes)
     print(show(scores))
     if args.out:
         args.out.write_text(json.dumps(scores, indent=1) + "\n")

@@ -46,6 +46,22 @@ def test_what_a_backend_cannot_do_is_refused_with_the_reason(name, changes, reas
         check(config(name, **changes), SCHEMA)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"datasets": ["hotpotqa-ledgers"]}, "accuracy: unknown synthetic data set 'hotpotqa-ledgers'"),
+        ({"accuracy": {"prompts": 1, "tokens": 768}}, "accuracy: ledger prompts have 800 to 8300 tokens, not 768"),
+        ({"latency": {"dataset": "hotpotqa-ledger", "tokens": [2048, 9000], "prompts": 1}}, "latency: .*, not 9000"),
+    ],
+)
+def test_data_that_cannot_be_drawn_is_refused_before_anything_runs(changes, reason):
+    found = config("smoke-ledger") | changes
+    for part in ("latency", "throughput", "cksim"):
+        found[part] |= {"dataset": found["datasets"][0]}
+    with pytest.raises(ConfigError, match=reason):
+        check(found, SCHEMA)
+
+
 def test_defaults_are_filled_in_and_are_those_of_the_engine():
     found = config("smoke-vllm")
     given = dict(found["vllm"])
@@ -74,8 +90,8 @@ def test_prompt_files_name_every_part_once():
     check(found, SCHEMA)
     steps = [step for step in steps_of(found) if step.name.startswith("generate_")]
     files = [path for job in jobs_of(found, steps) for path in job.outputs]
-    assert len(files) == len(set(files)) == 2 * 4 + 2 + len(found["latency"]["tokens"])
-    assert data_spec(found, "latency-4096") == {"split": "test", "prompts": 3, "tokens": 4096}
+    assert len(files) == len(set(files)) == 2 * len(found["datasets"]) + 2 + len(found["latency"]["tokens"])
+    assert data_spec(found, "latency-4096") == {"split": "test", "prompts": 2, "tokens": 4096}
     assert data_spec(found, "throughput") == {"split": "test", "prompts": 8, "tokens": 768}
     assert data_spec(found, "validation")["split"] == "validation"
     assert set(FIGURES) <= set(render.FIGURES)  # others are drawn from benchmarks, not from a run

@@ -13,7 +13,9 @@ from harness.results.summary import build_summary
 from tests.helpers import made_run
 from tests.helpers.places import ROOT
 
-LIMIT = 41 * 2**20  # of which models are 32; a part of 16 MiB and this tree travel to a GPU together
+# Models are 39 MiB of it, all else 9.2. What could still be shrunk without loss is small: JSON written without any
+# white space saves 0.08, the packed records at xz's highest setting 0.01.
+LIMIT = 49 * 2**20
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from harness.report.paper import CLAIMS
 from harness.report.verdicts import Finding, Verdict, judge
 from harness.report.words import cell, number, points, size
 from harness.results.records import write_json
-from harness.results.runs import Run, load_run
+from harness.results.runs import Run, load_run, read_json
 from harness.results.summary import build_summary
 from tests.helpers import made_run
+from tests.helpers.places import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +80,15 @@ def test_every_claim_stands_in_the_page_with_a_verdict(page, summary):
         assert finding.measured
         assert bool(claim.target) == (claim.rule != "none yet")
         assert f"<td>{claim.basis.value}</td>" in page
+
+
+def test_a_report_of_ledger_prompts_names_their_task(summary):
+    """In front of the opening sentences where the study on a real model leads, and in the claims table."""
+    of_ledger = [row | {"name": re.sub("deep|sparse", "ledger", row["name"])} for row in summary["accuracy"]]
+    real = read_json(ROOT / "results/real/summary.json")
+    page = render(summary | {"accuracy": of_ledger, "real": real}, {})
+    assert "The synthetic ledger task, whose answers" in page and "<td>ledger</td>" in page
+    assert "The synthetic stress task, whose answers" in render(summary | {"real": real}, {})
 
 
 def test_a_run_inside_vllm_says_so_and_why_it_has_no_cksim(summary):

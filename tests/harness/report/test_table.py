@@ -31,6 +31,15 @@ def test_a_row_says_what_it_was_measured_on_and_what_stood_there_before():
     assert "verdict_before" not in as_json(record, rows(record))["claims"][0]
 
 
+def test_numbers_of_ledger_prompts_are_not_said_to_be_of_the_stress_task():
+    record = passing()
+    record["accuracy"] = [row | {"name": "hotpotqa-ledger"} for row in record["accuracy"]]
+    on = {row.claim.key: row.measured_on for row in rows(record)}
+    assert on["fig10-contextcache"] == on["fig03"] == on["headline-throughput"] == "ledger"
+    assert on["fig10-reflexion"] == on["fig12c"] == on["turns"] == "stress"  # agents and traces of the other models
+    assert (on["fig12a"], on["fig05-rope"], on["fig10-mpt"]) == ("shapes", "recorded sessions", "–")
+
+
 def test_committed_table_is_what_the_rules_say_of_the_committed_results():
     summary = read_summary(ROOT / "results/cpu/summary.json")
     now = as_json(summary, rows(summary), read_before(COMMITTED / "claims_before.json"))

@@ -266,9 +266,10 @@ def test_ratio_of_sums():
 
 
 def test_mixes_by_name():
-    assert [mix_of(d) for d in ("hotpotqa-sparse", "swebench-deep", "musique", "2wikimqa-dev")] == [
+    assert [mix_of(d) for d in ("hotpotqa-sparse", "swebench-deep", "swebench-ledger", "musique", "2wikimqa-dev")] == [
         "sparse",
         "deep",
+        "ledger",
         "musique",
         "2wikimqa-dev",
     ]

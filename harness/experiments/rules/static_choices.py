@@ -56,13 +56,18 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     corrected = f"remembered, {STALE}, 26%"
     for name, cell in (("stale_loss_points", STALE), ("stale_corrected_loss_points", corrected)):
         if cell in by_name and by_name[cell]["gain_points"]:
-            gain = by_name[cell]["gain_points"]  # gain over the same tokens in place; the loss is its negative
-            out[name] = gain | {"value": -gain["value"], "low": _minus(gain["high"]), "high": _minus(gain["low"])}
+            out[name] = negated(by_name[cell]["gain_points"])  # a gain over the same tokens in place
     return out
 
 
-def _minus(x: float | None) -> float | None:
-    return None if x is None else -x
+def negated(estimate: Mapping[str, Any]) -> dict[str, Any]:
+    """The estimate of the negative value: the ends of its interval, and of its spread over seeds, change places."""
+    out = dict(estimate)
+    for low, high in (("low", "high"), ("lowest", "highest"), ("value", "value")):
+        if low in estimate:
+            pair = estimate[high], estimate[low]
+            out[low], out[high] = (None if x is None else -x for x in pair)
+    return out
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> str:

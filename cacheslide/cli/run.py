@@ -1,4 +1,4 @@
-"""`cacheslide run`: prefills a prompt under a system and answers it."""
+"""`cacheslide run`: answers a prompt under a system, with its time and compute beside plain recomputation."""
 
 import argparse
 import json
@@ -30,10 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-new-tokens", type=at_least(0), default=32, help="tokens to answer at most (default: 32)")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda (default: cpu)")
+    parser.add_argument("--no-compare", action="store_true", help="leave the recomputation beside it out")
+    parser.add_argument("--json", action="store_true", help="answers, times and receipts as one JSON object")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
+    from cacheslide.cli.answering import answer, lines, recomputing, reuse_line, warm_up
     from cacheslide.core.engine import ReuseEngine
     from cacheslide.core.prompt import Prompt
     from cacheslide.core.prompt_file import load_tokenizer, read_segments
@@ -52,8 +55,16 @@ def _run(args: argparse.Namespace) -> int:
     prompt = Prompt(tuple(read_segments(args.prompt, tokenizer)))
     if args.previous is not None:
         engine.build(Prompt(tuple(read_segments(args.previous, tokenizer))))
-    state = engine.prefill(prompt, room=args.max_new_tokens)
-    stop = frozenset(i for i in [tokenizer.eos_token_id] if i is not None)
-    ids = engine.generate(state, state.logits, args.max_new_tokens, stop)
-    print(json.dumps({"text": tokenizer.decode(ids, skip_special_tokens=True), "receipt": state.receipt.as_dict()}))
+    warm_up(engine, prompt)
+    compared = policy.reuses and not args.no_compare
+    beside = answer(recomputing(engine), prompt, tokenizer, args.max_new_tokens) if compared else None
+    own = answer(engine, prompt, tokenizer, args.max_new_tokens)
+    if args.json:
+        print(json.dumps(own.as_dict() | {"recompute": beside and beside.as_dict()}))
+        return 0
+    print(own.text.strip(), "", *lines([own, *([beside] if beside else [])]), sep="\n")
+    if policy.reuses:
+        print(reuse_line(own))
+    if beside and beside.text != own.text:
+        print(f"recompute answers differently: {beside.text.strip()}")
     return 0

@@ -50,21 +50,21 @@ def answer(engine: ReuseEngine, prompt: Prompt, tokenizer: Any, max_new_tokens: 
     return Answer(tokenizer.decode(ids, skip_special_tokens=True), median(seconds), state)
 
 
-def lines(answers: Sequence[Answer]) -> list[str]:
-    """A line an answer: system, TTFT in ms, and the compute of its prefill as a share of recompute's."""
-    rows = [(a.state.receipt.system, f"{1e3 * a.ttft:.1f} ms", 100 * a.state.receipt.compute_fraction) for a in answers]
+def lines(answers: Sequence[dict[str, Any]]) -> list[str]:
+    """A line an answer (`Answer.as_dict`): system, TTFT, and the compute of its prefill as a share of recompute's."""
+    rows = [(a["receipt"]["system"], f"{a['ttft_ms']:.1f} ms", 100 * a["receipt"]["compute_fraction"]) for a in answers]
     name, ttft = (max(len(row[i]) for row in rows) for i in (0, 1))
     return [f"{row[0]:{name}}  TTFT {row[1]:>{ttft}}  compute {row[2]:5.1f} %" for row in rows]
 
 
-def reuse_line(answer: Answer) -> str:
-    """What an answer's prefill took from the store, or why it took nothing."""
-    r = answer.state.receipt
-    if not r.chunks_hit:
-        return f"nothing reused: {r.fallback or 'the prompt has no fixed segment, or the system reuses none'}"
-    rest = r.tokens - r.tokens_reused - r.tokens_recomputed
+def reuse_line(receipt: dict[str, Any]) -> str:
+    """What a prefill took from the store, or why it took nothing."""
+    tokens, reused, corrected = (receipt[key] for key in ("tokens", "tokens_reused", "tokens_recomputed"))
+    why = receipt["fallback"]
+    if not receipt["chunks_hit"]:
+        return f"nothing reused: {why or 'the prompt has no fixed segment, or the system reuses none'}"
     return (
-        f"reused {r.tokens_reused} of {r.tokens} tokens ({r.chunks_hit} of {r.chunks} chunks, "
-        f"{r.bytes_loaded / 2**20:.1f} MiB); recomputed {r.tokens_recomputed} cached ones and {rest} others"
-        + (f"; {r.fallback}" if r.fallback else "")
+        f"reused {reused} of {tokens} tokens ({receipt['chunks_hit']} of {receipt['chunks']} chunks, "
+        f"{receipt['bytes_loaded'] / 2**20:.1f} MiB); recomputed {corrected} cached ones and "
+        f"{tokens - reused - corrected} others" + (f"; {why}" if why else "")
     )

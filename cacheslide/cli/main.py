@@ -14,6 +14,7 @@ from cacheslide.errors import CacheSlideError
 DESCRIPTION = "Reuse of the KV cache of prompt segments that keep their order but not their position."
 COMMANDS = {  # name: its line in the help; each is a module of this package with `add_arguments`
     "run": "answer a prompt with cached chunks, beside its plain recomputation",
+    "demo": "two turns of one agent on the shipped model, recomputed and with reuse",
     "serve": "an OpenAI server: vLLM with the connector",
     "systems": "list the registered reuse systems",
     "analyse": "say of recorded requests what caching would save",

@@ -59,12 +59,13 @@ def _run(args: argparse.Namespace) -> int:
     compared = policy.reuses and not args.no_compare
     beside = answer(recomputing(engine), prompt, tokenizer, args.max_new_tokens) if compared else None
     own = answer(engine, prompt, tokenizer, args.max_new_tokens)
+    shown = own.as_dict() | {"recompute": beside and beside.as_dict()}
     if args.json:
-        print(json.dumps(own.as_dict() | {"recompute": beside and beside.as_dict()}))
+        print(json.dumps(shown))
         return 0
-    print(own.text.strip(), "", *lines([own, *([beside] if beside else [])]), sep="\n")
+    print(own.text.strip(), "", *lines([a.as_dict() for a in (own, beside) if a is not None]), sep="\n")
     if policy.reuses:
-        print(reuse_line(own))
+        print(reuse_line(shown["receipt"]))
     if beside and beside.text != own.text:
         print(f"recompute answers differently: {beside.text.strip()}")
     return 0

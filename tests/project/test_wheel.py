@@ -273,6 +273,9 @@ def test_the_command_says_what_it_can_do(product, tmp_path):
         assert done.returncode == 0 and "usage: cacheslide" in done.stdout, done.stderr
     done = alone(product, tmp_path, "-m", "cacheslide.cli", "serve", "model")
     assert done.returncode == 2 and done.stderr.startswith("cacheslide: serving needs vLLM")
+    done = alone(product, tmp_path, "-m", "cacheslide.cli", "demo")
+    assert done.returncode == 2 and done.stderr.startswith("cacheslide: the shipped model is not here: it belongs to")
+    assert done.stderr.count("\n") == 1 and not done.stdout
 
 
 def test_the_wheel_alone_knows_its_own_systems(product, tmp_path):

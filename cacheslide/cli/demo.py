@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cacheslide.errors import ModelError, PolicyError
+from cacheslide.errors import ConfigError, ModelError, PolicyError
 from cacheslide.plain_values import at_least
 from cacheslide.policies.default import DEFAULT_SYSTEM
 
@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recompute-ratio", type=float, help="share of the reused tokens to recompute (default: the system's)"
     )
     parser.add_argument("--repeats", type=at_least(1), default=3, help="prefills a time is the median of (default: 3)")
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FOLDER", help="only write the turns, before.json and now.json, for `run`"
+    )
     parser.add_argument("--json", action="store_true", help="answers, times and receipts as one JSON object")
     parser.set_defaults(run=_run)
 
@@ -51,7 +54,21 @@ def shipped_model(given: Path | None) -> Path:
     )
 
 
+def write_prompts(folder: Path) -> None:
+    """Write both turns as prompt files; ConfigError where that fails."""
+    from cacheslide.cli.demo_turns import prompt_file
+
+    for number, name in enumerate(("before.json", "now.json")):
+        try:
+            (folder / name).write_text(json.dumps(prompt_file(number), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write {folder / name}: {error.strerror}") from None
+
+
 def _run(args: argparse.Namespace) -> int:
+    if args.prompts is not None:
+        write_prompts(args.prompts)
+        return 0
     folder = shipped_model(args.model)
     turns = _turns(args, folder)
     if args.json:

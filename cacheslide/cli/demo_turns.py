@@ -40,13 +40,22 @@ _WHAT = "road door table garden kitchen bridge market harbour basket wagon".spli
 
 
 def turn(number: int, tokenizer) -> list[Segment]:
-    """The segments of turn 0 or 1: about 1,900 tokens, of which the notes and the question are updated text."""
-    texts = [("system", SYSTEM, Role.REUSE), ("notes", _notes(number), Role.RECOMPUTE)]
-    texts += [(f"report {i + 1}", text, Role.REUSE) for i, text in enumerate(_reports())]
-    texts += [("question", f"\nQuestion: {QUESTION}\nAnswer: {ASKED} is", Role.RECOMPUTE)]
+    """The segments of turn 0 or 1: about 1,600 tokens, of which the notes and the question are updated text."""
+    texts = _texts(number)
     ids = [encode(tokenizer, text) for _, text, _ in texts]
     ids[0] = [*opening(tokenizer), *ids[0]]
     return [Segment(tuple(i), role, name) for i, (name, _, role) in zip(ids, texts, strict=True)]
+
+
+def prompt_file(number: int) -> dict[str, list[dict[str, str]]]:
+    """The same turn as a prompt file of `cacheslide run`."""
+    return {"segments": [{"role": role.value, "name": name, "text": text} for name, text, role in _texts(number)]}
+
+
+def _texts(number: int) -> list[tuple[str, str, Role]]:
+    texts = [("system", SYSTEM, Role.REUSE), ("notes", _notes(number), Role.RECOMPUTE)]
+    texts += [(f"report {i + 1}", text, Role.REUSE) for i, text in enumerate(_reports())]
+    return [*texts, ("question", f"\nQuestion: {QUESTION}\nAnswer: {ASKED} is", Role.RECOMPUTE)]
 
 
 def _notes(number: int) -> str:

@@ -7,7 +7,7 @@ import pytest
 from cacheslide.cli.demo import SHIPPED, shipped_model
 from cacheslide.cli.demo_turns import ANSWERS, ASKED, NOTES, SOURCE, turn
 from cacheslide.core.prompt import Role
-from cacheslide.core.prompt_file import load_tokenizer
+from cacheslide.core.prompt_file import load_tokenizer, read_segments
 from cacheslide.errors import ModelError
 from tests.helpers.commands import MODEL, run
 from tests.helpers.places import ROOT
@@ -61,3 +61,12 @@ def test_the_model_is_found_from_any_folder_and_its_absence_is_one_line(capsys, 
         assert (code, out, err.count("\n")) == (2, "", 1) and said in err
     with pytest.raises(ModelError, match="not here"):
         shipped_model(None)
+
+
+def test_the_turns_are_prompt_files_of_the_run_command(capsys, tmp_path):
+    assert run(capsys, "demo", "--prompts", str(tmp_path)) == (0, "", "")
+    tokenizer = load_tokenizer(MODEL)
+    for number, name in enumerate(("before.json", "now.json")):
+        assert read_segments(tmp_path / name, tokenizer) == turn(number, tokenizer)
+    code, _, err = run(capsys, "demo", "--prompts", str(tmp_path / "nowhere"))
+    assert code == 2 and "cannot write" in err and err.count("\n") == 1

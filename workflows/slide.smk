@@ -40,3 +40,5 @@ for part in "abcd":
             figure=f"fig12{part}",
         script:
             "scripts/plot.py"
+
+    describe(f"fig12{part}", figure_line(f"fig12{part}"))

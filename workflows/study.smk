@@ -20,6 +20,20 @@ for step in STUDY:
         script:
             "scripts/step.py"
 
+    describe(step.name, line_of(step))
+
+
+for target, reason in absent(config):
+
+    rule:
+        name:
+            target
+        input:
+            refused(reason),
+        localrule: True
+
+    describe(target, reason)
+
 
 rule pack:
     """The run's records in one file, as in results/cpu; `snakemake results/RUN/records.tar.xz` asks for it."""

@@ -15,9 +15,8 @@ ROWS = {  # key of a row: its label
 }
 
 
-def add_parser(commands) -> None:
-    """Add the command `analyse`; `commands` is argparse's subparsers action."""
-    parser = commands.add_parser("analyse", help="say of recorded requests what caching would save")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `analyse`."""
     parser.add_argument("requests", type=Path, help="JSON lines: bodies of OpenAI requests, or {'body': ...}")
     parser.add_argument("--model", type=Path, help="folder of the model's tokenizer (default: an approximation)")
     parser.add_argument("--min-tokens", type=at_least(1), default=32, help="shortest text that counts as reused (32)")

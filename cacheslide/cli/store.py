@@ -20,9 +20,8 @@ from cacheslide.store.slide.spill import spills, stale_spills
 from cacheslide.units import GIB
 
 
-def add_parser(commands) -> None:
-    """Add `store` to the command line's subcommands."""
-    parser = commands.add_parser("store", help="look at, check and clean a chunk store; serve one")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the actions of `store`."""
     actions = parser.add_subparsers(dest="action", required=True)
     for name, run, text in (
         ("stat", _stat, "what the folder holds, by namespace, as JSON"),
@@ -182,7 +181,7 @@ def _password(path: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `python -m cacheslide.cli.store`."""
     parser = argparse.ArgumentParser(prog="cacheslide")
-    add_parser(parser.add_subparsers(dest="command", required=True))
+    add_arguments(parser.add_subparsers(dest="command", required=True).add_parser("store"))
     args = parser.parse_args(argv)
     try:
         return args.run(args)

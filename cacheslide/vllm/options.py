@@ -42,6 +42,10 @@ class ServerOptions:
     ----------
     policy : str
         System of requests that name none.
+    recompute_ratio : float, optional
+        Share of the reused tokens that this system recomputes, in [0, 1]; the system's own if None.
+    layer : int, optional
+        Its selection layer, at least 0; the system's own if None.
     chunk_size, suffix_len : int
         As in `ReuseEngine`.
     namespace : str
@@ -76,6 +80,8 @@ class ServerOptions:
     """
 
     policy: str = DEFAULT_SYSTEM
+    recompute_ratio: float | None = None
+    layer: int | None = None
     chunk_size: int = 1024
     suffix_len: int = 1
     namespace: str = ""
@@ -109,6 +115,8 @@ class ServerOptions:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.isprintable() or len(value) > NAME:
                 raise ConfigError(f"{name} must be a line of at most {NAME} characters, not {shown(value)}")
+        if why := _wrong_rule(self.recompute_ratio, self.layer):
+            raise ConfigError(why)
         if self.store_device not in ("cpu", "model"):
             raise ConfigError(f"store_device must be 'cpu' or 'model', not {shown(self.store_device)}")
         if self.encode not in ENCODE:
@@ -134,7 +142,7 @@ class ServerOptions:
     @property
     def system(self) -> ReusePolicy:
         """The reuse policy of requests that name none."""
-        return policy_of(self.policy)
+        return policy_of(self.policy, self.recompute_ratio, self.layer)
 
     @property
     def tiers(self) -> StoreConfig | None:
@@ -233,13 +241,8 @@ class Annotations:
             raise PromptError(f"{FIELD}: find looks for the fixed spans itself: give no segments and no history")
         if self.encode is not None and self.encode not in ENCODE:
             raise PromptError(f"{FIELD}: encode must be one of {', '.join(ENCODE)}, not {shown(self.encode)}")
-        number = isinstance(self.recompute_ratio, int | float) and not isinstance(self.recompute_ratio, bool)
-        if self.recompute_ratio is not None and not number:
-            raise PromptError(f"{FIELD}: recompute_ratio must be a number in [0, 1], not {shown(self.recompute_ratio)}")
-        if self.recompute_ratio is not None and not 0 <= self.recompute_ratio <= 1:
-            raise PromptError(f"{FIELD}: recompute_ratio must lie in [0, 1], not {shown(self.recompute_ratio)}")
-        if self.layer is not None and not (_is_count(self.layer) and 0 <= self.layer < ROW):
-            raise PromptError(f"{FIELD}: layer must be an integer of at least 0, not {shown(self.layer)}")
+        if why := _wrong_rule(self.recompute_ratio, self.layer):
+            raise PromptError(f"{FIELD}: {why}")
         if self.history is not None and not _is_count(self.history):
             raise PromptError(f"{FIELD}: history must be the row it starts at, not {shown(self.history)}")
         if self.family is not None:
@@ -253,9 +256,11 @@ class Annotations:
         if self.history is not None:
             raise PromptError(f"{FIELD}: what a family generates is not retained: give no history")
 
-    def system(self, default: str) -> ReusePolicy:
-        """The requested reuse policy, or `default`."""
-        return policy_of(self.policy or default, self.recompute_ratio, self.layer)
+    def system(self, server: ServerOptions) -> ReusePolicy:
+        """The requested reuse policy, or the server's; the server's ratio and layer are those of its own system."""
+        name, own = self.policy or server.policy, self.policy in (None, server.policy)
+        ratio = server.recompute_ratio if own and self.recompute_ratio is None else self.recompute_ratio
+        return policy_of(name, ratio, server.layer if own and self.layer is None else self.layer)
 
     def prompt(self, token_ids) -> Prompt:
         """The annotated prompt; PromptError if a span, or the start of the history, does not fit it."""
@@ -272,6 +277,17 @@ class Annotations:
                 if start < self.history < end:
                     raise PromptError(f"{FIELD}: history starts inside the segment [{start}, {end})")
         return Prompt.from_spans(token_ids, self.segments)
+
+
+def _wrong_rule(ratio: Any, layer: Any) -> str:
+    """Why a recompute ratio or a selection layer is invalid; empty if both are valid or None."""
+    if ratio is not None and (not isinstance(ratio, int | float) or isinstance(ratio, bool)):
+        return f"recompute_ratio must be a number in [0, 1], not {shown(ratio)}"
+    if ratio is not None and not 0 <= ratio <= 1:
+        return f"recompute_ratio must lie in [0, 1], not {shown(ratio)}"
+    if layer is not None and not (_is_count(layer) and 0 <= layer < ROW):
+        return f"layer must be an integer of at least 0, not {shown(layer)}"
+    return ""
 
 
 def raw_annotations(params: Any) -> Mapping[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Figure 12a; see `fig12`."""
+"""Figure 12a: layer latency by load-write order; see `fig12`."""
 
 from harness.plots.fig12 import draw_a as draw
 from harness.results.runs import read_json as load

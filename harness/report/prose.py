@@ -80,7 +80,12 @@ CAPTIONS = {
 
 def opening(summary: Summary, counted: str = "") -> list[str]:
     """The opening paragraph, one string per sentence; `counted` is the sentence with the counts by verdict."""
-    return [*_accuracy(summary), *_speed(summary), *_missing(summary), _scope(summary), *filter(None, [counted])]
+    return [*headline_lines(summary), _scope(summary), *filter(None, [counted])]
+
+
+def headline_lines(summary: Summary) -> list[str]:
+    """The headline, one sentence a line: accuracy, time to first token, and what could not be given."""
+    return [*_accuracy(summary), *_speed(summary), *_missing(summary)]
 
 
 def requirements(summary: Summary) -> list[dict[str, Any]]:

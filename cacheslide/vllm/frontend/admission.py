@@ -103,7 +103,7 @@ def _annotations(
     annotations = Annotations.parse({FIELD: spans})
     if request.prompt_token_ids is not before:  # vLLM uses the original ids elsewhere
         _check_length(len(before), len(request.prompt_token_ids), limits)
-    policy = annotations.system(options.policy)
+    policy = annotations.system(options)
     check_served(policy, limits.layers)
     annotated = annotations.prompt(request.prompt_token_ids or ())
     if policy.transform(annotated) != annotated:

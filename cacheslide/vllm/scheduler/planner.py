@@ -78,7 +78,7 @@ class Planner:
     def _plan(self, request, annotations: Annotations) -> Tracked:
         if annotations.find and self.geometry.slots:
             raise PromptError("spans that are looked for follow no template, which calibrated slot offsets (CCPE) need")
-        policy = annotations.system(self.options.policy)
+        policy = annotations.system(self.options)
         check_served(policy, self.geometry.num_layers)
         tenant = self._tenant(request, annotations)
         if annotations.find:

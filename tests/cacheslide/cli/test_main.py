@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,11 +34,35 @@ def test_a_reader_that_has_seen_enough_is_no_error(buffered):
 def test_run_answers_from_a_store_on_disk(capsys, tmp_path):
     before, now = write(tmp_path / "b.json", NOTES + " more text here ."), write(tmp_path / "n.json", NOTES)
     args = ("--prompt", now, "--store", str(tmp_path / "s"), "--max-new-tokens", "3", "--share", "0.5", "--layer", "2")
-    code, out, _ = run(capsys, "run", MODEL, "--previous", before, *args)
+    code, out, _ = run(capsys, "run", MODEL, "--previous", before, *args, "--json")
     first = json.loads(out)
     assert code == 0 and first["receipt"]["chunks_hit"] == 2 and first["receipt"]["tokens_reused"] > 0
-    code, out, _ = run(capsys, "run", MODEL, *args)  # the second process finds the chunks of the first
-    assert json.loads(out) == first
+    assert first["ttft_ms"] > 0 and first["recompute"]["ttft_ms"] > 0
+    assert first["recompute"]["receipt"]["tokens_reused"] == 0
+    code, out, _ = run(capsys, "run", MODEL, *args, "--json", "--no-compare")  # finds the chunks of the first process
+    second = json.loads(out)
+    assert second["recompute"] is None
+    assert [second[k] for k in ("text", "receipt")] == [first[k] for k in ("text", "receipt")]
+
+
+def test_run_shows_the_answer_its_time_and_its_compute_beside_recompute(capsys, tmp_path):
+    before, now = write(tmp_path / "b.json", NOTES + " more text here ."), write(tmp_path / "n.json", NOTES)
+    args = ("run", MODEL, "--prompt", now, "--max-new-tokens", "3")
+    _, out, _ = run(capsys, *args, "--previous", before, "--json")
+    expected = json.loads(out)
+    code, out, _ = run(capsys, *args, "--previous", before)
+    answer, empty, own, beside, reused = out.splitlines()[:5]
+    receipt = expected["receipt"]
+    assert code == 0 and not empty and answer == expected["text"].strip() and answer
+    shown = re.fullmatch(r"cacheslide_mixed  TTFT +[\d.]+ ms  compute +([\d.]+) %", own)
+    assert float(shown[1]) == pytest.approx(100 * receipt["compute_fraction"], abs=0.06) and float(shown[1]) < 100
+    assert re.fullmatch(r"recompute         TTFT +[\d.]+ ms  compute 100.0 %", beside)
+    assert reused.startswith(f"reused {receipt['tokens_reused']} of {receipt['tokens']} tokens (2 of 2 chunks")
+    for more, last in (((), "nothing reused: no chunk of this prompt is in the store"), (("--no-compare",), "nothing")):
+        code, out, _ = run(capsys, *args, *more)
+        assert code == 0 and last in out and ("recompute  " in out) == (not more)
+    code, out, _ = run(capsys, *args, "--system", "recompute")
+    assert code == 0 and out.count("TTFT") == 1 and "reused" not in out
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_the_command_fills_a_folder(tmp_path, capsys):
     assert done["computed"] == done["chunks"] == 2
     assert printed.err == f"cacheslide: read by `cacheslide run --system cacheslide --store {store}`\n"
     file.write_text(json.dumps({"segments": [s | {"text": s.get("text", " new notes")} for s in segments]}))
-    run = ["run", model, "--prompt", str(file), "--store", str(store), "--max-new-tokens", "1"]
+    run = ["run", model, "--prompt", str(file), "--store", str(store), "--max-new-tokens", "1", "--json"]
     for system, hits in ((["--system", "cacheslide"], 2), ([], 0)):  # the default encodes chunks in the prompt
         assert main([*run, *system]) == 0
         assert json.loads(capsys.readouterr().out)["receipt"]["chunks_hit"] == hits

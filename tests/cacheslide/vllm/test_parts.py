@@ -112,7 +112,7 @@ def test_a_separator_that_is_no_json_is_a_text():
 def test_annotations_round_trip():
     annotations = Annotations.parse(annotations_of(TURN, policy="epic", recompute_ratio=0.5, namespace="a"))
     assert annotations.prompt(TURN.token_ids).chunks(16) == TURN.chunks(16)
-    assert annotations.system("cacheslide") == load_policy("epic").at_ratio(0.5)
+    assert annotations.system(ServerOptions(policy="cacheslide")) == load_policy("epic").at_ratio(0.5)
     assert annotations.namespace == "a" and Annotations.parse(None) is None and Annotations.parse({"other": 1}) is None
 
 

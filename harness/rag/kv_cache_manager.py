@@ -6,7 +6,7 @@ chunk that leaves the device for lack of memory, without a copy on the CPU, is a
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -145,6 +145,17 @@ class KVCacheManager:
             torch.cuda.synchronize(self.device.device)
         seconds = time.perf_counter() - began
         return Promotion(source, self.device.get(key).nbytes, seconds)
+
+    def bring(self, passages: Sequence[Segment]) -> None:
+        """Bring passages to the device and keep them there together; StoreError if its memory cannot hold them all."""
+        keys = [self.key(passage) for passage in passages]
+        for key in keys:
+            if self.device.contains(key):
+                self.device.get(key)  # used last: others leave first
+        for key in keys:
+            self.promote(key)
+        if not all(self.device.contains(key) for key in keys):
+            raise StoreError(f"{self._device_bytes} bytes on the device cannot hold a prompt's {len(keys)} chunks")
 
 
 def kernels_lack(device: torch.device) -> str:

@@ -17,7 +17,7 @@ from harness.results.provenance import file_hash
 from harness.tasks import cacheblend, hotpotqa, layout, longbench, multihop, musique
 from harness.tasks.hub import json_rows
 
-__all__ = ["PassageRow", "answer_passages", "file_hash", "others_than", "read_passages"]
+__all__ = ["PassageRow", "answer_passages", "file_hash", "others_than", "read_passages", "row_hash"]
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,13 @@ def others_than(rows: Sequence[PassageRow], known: Iterable[PassageRow]) -> list
     return [r for r in rows if not names & {r.id, r.sha256} and normalize_answer(r.question) not in asked]
 
 
+def row_hash(raw: Mapping[str, Any]) -> str:
+    """SHA-256 of a row's JSON, independent of key order and layout."""
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+
+
 def _row(raw: Mapping[str, Any], id: str | None, dataset: str, question: str, answers, texts, gold=()) -> PassageRow:
-    digest = hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+    digest = row_hash(raw)
     name = f"{dataset}-{digest[:16]}" if id is None else id
     return PassageRow(name, digest, dataset, question, tuple(answers), tuple(texts), tuple(gold))
 

@@ -46,7 +46,7 @@ def _examples(rows: Iterator[hub.Row], split: str, seed: int) -> Iterator[TaskEx
     if len(pool) < SHOTS + 2:
         raise DataError(f"{TASK}: {SHOTS} examples and two dialogues to ask about are needed, found {len(pool)} rows")
     chosen = random.Random(f"{seed}/{TASK}").sample(range(len(pool)), SHOTS)
-    shots = [(f"example_{i}", _shot(pool[j])) for i, j in enumerate(chosen)]
+    shots = [(f"example_{i}", solved(pool[j])) for i, j in enumerate(chosen)]
     asked = (row for i, row in enumerate(pool) if i not in chosen)
     # each dialogue follows the one before it in the file; the first one follows the second
     before, *rest = islice(asked, 2)
@@ -62,7 +62,7 @@ def _example(row: hub.Row, before: hub.Row, shots: list[tuple[str, str]], split:
         id=row["id"],
         task=TASK,
         system=SYSTEM,
-        updated=("dialogue", _dialogue(row), _dialogue(before)),
+        updated=("dialogue", to_summarise(row), to_summarise(before)),
         fixed=shots,
         question=Question(
             id=row["id"],
@@ -75,11 +75,13 @@ def _example(row: hub.Row, before: hub.Row, shots: list[tuple[str, str]], split:
     )
 
 
-def _dialogue(row: hub.Row) -> str:
+def to_summarise(row: hub.Row) -> str:
+    """A row's dialogue as the prompt's task."""
     return "Dialogue to summarise:\n" + _lines(row)
 
 
-def _shot(row: hub.Row) -> str:
+def solved(row: hub.Row) -> str:
+    """A row's dialogue with its summary, as an example."""
     return f"Dialogue:\n{_lines(row)}\nSummary: {row['summary'].strip()}"
 
 

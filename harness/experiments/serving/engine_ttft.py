@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from cacheslide.core.keys import PrefixKeying
 from cacheslide.core.prompt import Prompt
 from cacheslide.policies.base import ReusePolicy, unchanged
 from cacheslide.vllm.options import FIELD, annotations_of
@@ -62,8 +61,8 @@ def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> 
     before = replays(engine, arm.graphs)
     turns = [as_served(arm.system, *turn) for turn in turns]
     answers, seconds = _timed(engine, [ids for ids, _ in turns], [asked_of(arm, spans) for _, spans in turns], tokens)
-    prefix = policy_of(arm.system).keying.name == PrefixKeying.name
-    receipts = [check_reused(a.receipt, spans, prefix) for a, (_, spans) in zip(answers, turns, strict=True)]
+    exact = policy_of(arm.system).keying.exact
+    receipts = [check_reused(a.receipt, spans, exact) for a, (_, spans) in zip(answers, turns, strict=True)]
     return {
         "ttft": [a.ttft for a in answers],
         "seconds": seconds,
@@ -109,14 +108,14 @@ def check_recomputed(cached_tokens: int) -> None:
         raise RuntimeError("a recomputed prompt was found in the prefix cache")
 
 
-def check_reused(receipt: dict[str, Any], spans: Sequence[Sequence[int]] = (), prefix: bool = False) -> dict[str, Any]:
+def check_reused(receipt: dict[str, Any], spans: Sequence[Sequence[int]] = (), exact: bool = False) -> dict[str, Any]:
     """The receipt itself; RuntimeError unless every chunk was reused.
 
-    Chunks of `spans` that lie in vLLM's prefix cache count. With `prefix` any reuse is enough: such keys fit up to the
-    first updated token only.
+    Chunks of `spans` that lie in vLLM's prefix cache count. With `exact` keying any reuse is enough: such keys fit up
+    to the first updated token only.
     """
     cached = receipt["tokens_prefix_cached"]
-    if prefix and (receipt["chunks_hit"] or cached):
+    if exact and (receipt["chunks_hit"] or cached):
         return receipt
     hit = receipt["chunks_hit"] + sum(end <= cached for _, end in spans)
     if not receipt["measured"] or hit != receipt["chunks"] or receipt["fallback"]:

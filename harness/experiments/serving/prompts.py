@@ -3,6 +3,7 @@
 import random
 
 CHUNKS, REUSED = 8, 0.9
+FRONT = (0.4, 0.6)  # least and largest share of the updated text that stands in front of the chunks
 
 
 class Prompts:
@@ -30,7 +31,7 @@ class Prompts:
 
     def turn(self) -> tuple[list[int], list[list[int]]]:
         """A prompt and its fixed spans; 40 to 60 % of the updated text stand in front of the chunks."""
-        front = int(self.tokens * (1 - self.reused) * self.random.uniform(0.4, 0.6))
+        front = int(self.tokens * (1 - self.reused) * self.random.uniform(*FRONT))
         ids, spans = self.system + self._ids(front), [[0, len(self.system)]] if self.system else []
         for chunk in self.chunks:
             spans.append([len(ids), len(ids) + len(chunk)])

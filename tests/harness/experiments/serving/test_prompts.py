@@ -49,6 +49,6 @@ def test_chunks_in_the_prefix_cache_count_as_reused_and_missing_ones_do_not():
             check_reused(receipt | wrong, spans)
     with pytest.raises(RuntimeError, match="reuse did not happen"):
         check_reused(receipt)
-    assert check_reused(receipt | {"chunks_hit": 0}, prefix=True)
+    assert check_reused(receipt | {"chunks_hit": 0}, exact=True)
     with pytest.raises(RuntimeError, match="reuse did not happen"):
-        check_reused(receipt | {"chunks_hit": 0, "tokens_prefix_cached": 0}, prefix=True)
+        check_reused(receipt | {"chunks_hit": 0, "tokens_prefix_cached": 0}, exact=True)

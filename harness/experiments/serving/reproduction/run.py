@@ -46,7 +46,7 @@ def run_stage(settings: Settings, stage: Stage, out: Path, limit: Limit) -> int:
     ConfigError where the configuration's device is not there.
     """
     path = out / stage.file
-    wanted = _settings_of(settings, stage)
+    wanted = stage_settings(settings, stage)
     if path.is_file():
         print(f"{path} is complete: nothing to measure", file=sys.stderr)
         return 0
@@ -72,7 +72,8 @@ def run_stage(settings: Settings, stage: Stage, out: Path, limit: Limit) -> int:
         writer.close()
 
 
-def _settings_of(settings: Settings, stage: Stage) -> dict[str, Any]:
+def stage_settings(settings: Settings, stage: Stage) -> dict[str, Any]:
+    """What a stage's records depend on, the header of its file."""
     return json.loads(json.dumps({"reproduction": SCHEMA, "stage": stage.file, "settings": asdict(settings)}))
 
 

@@ -149,7 +149,7 @@ def _rate(run: Row, axes: Axes) -> None:
 def _grid(run: Row, axes: Axes) -> None:
     """Figure 14: the paper's rule by recompute ratio and threshold."""
     rows = [r for r in run["ttft"] if r["kind"] == "grid" and "recompute_over_ttft" in r]
-    axes.set_title("Recompute's TTFT over CacheSlide's, by ratio and threshold")
+    axes.set_title("Recompute's TTFT over CacheSlide's")
     if not rows:
         nothing(axes, "not measured")
         return

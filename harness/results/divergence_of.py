@@ -57,7 +57,7 @@ def kl_of(arm: str, rows: Mapping[str, dict]) -> dict[str, Any] | None:
     named = Arm.parse(arm)
     line = LINES.get(named.system)
     if line is None or "{}" not in line:
-        return rows.get(line)
+        return None if named.ratio is not None else rows.get(line)
     ratio = policy_of(named.system).correction.total_ratio if named.ratio is None else named.ratio
     pattern = re.compile(re.escape(line).replace(r"\{\}", r"([\d.]+) %"))
     measured = {float(m[1]) / 100: name for name in rows if (m := pattern.fullmatch(name))}

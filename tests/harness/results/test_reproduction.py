@@ -89,7 +89,9 @@ def test_divergence_is_of_the_same_rule_at_about_the_same_ratio():
     rows = {"CacheBlend, by K 15 % at layer 1": {"value": 1}, "First tokens 10 %": {"value": 2}, "EPIC 8": {"value": 3}}
     assert kl_of("cacheblend", rows)["value"] == 1  # its own 18 %
     assert kl_of("cacheblend@0.3", rows) is None and kl_of("cacheslide_first@0.1", rows)["value"] == 2
-    assert kl_of("epic_8", rows)["value"] == 3 and kl_of("recompute", rows) is None
+    assert (
+        kl_of("epic_8", rows)["value"] == 3 and kl_of("epic_8@0.1", rows) is None and kl_of("recompute", rows) is None
+    )
 
 
 def test_what_was_not_measured_is_null_with_the_reason(folders):

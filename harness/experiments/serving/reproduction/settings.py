@@ -143,8 +143,8 @@ class Settings:
 
 
 def is_reproduction(raw: dict[str, Any]) -> bool:
-    """Whether a configuration is one of these."""
-    return "base" in raw
+    """Whether a configuration is one of these: no other has a shape, or a model without systems of a study."""
+    return "shape" in raw or ("model" in raw and "run" in raw and "accuracy" not in raw)
 
 
 def read_settings(path: str | Path) -> Settings:

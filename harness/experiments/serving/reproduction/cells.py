@@ -114,7 +114,7 @@ def cells(settings: Settings) -> tuple[list[Cell], dict[str, str]]:
     out.append(replace(base, arms=arms, prefix_caching=False))
     swept = [Arm(s, ratio).name for s in scalable(served) for ratio in settings.ratios]
     for cell in (base, replace(base, tokens=WIDE)):
-        if cell is base or WIDE in settings.tokens:
+        if swept and (cell is base or WIDE in settings.tokens):
             out.append(replace(cell, axis="ratios", arms=(RECOMPUTE, *swept)))
     alone = tuple(a for a in base.arms if a != IDEAL)  # whose run is two requests
     out.append(replace(base, kind="energy", arms=alone, repeats=max(3, settings.repeats // 2)))

@@ -183,6 +183,7 @@ def shortened(settings: Settings, cell: Cell, limit: float) -> Iterable[Cell]:
     while cell.repeats > LEAST and cell_seconds(settings, cell) > limit:
         cell = replace(cell, repeats=cell.repeats - 1)
     arms = [a for a in cell.arms if a != RECOMPUTE]
+    out = [cell]
     for parts in range(1, len(arms) + 1):
         size = ceil(len(arms) / parts)
         groups = [arms[i : i + size] for i in range(0, len(arms), size)]

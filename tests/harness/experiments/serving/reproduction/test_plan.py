@@ -53,6 +53,13 @@ def test_one_axis_is_varied_at_a_time(tmp_path):
     ]  # fmt: skip
 
 
+def test_systems_without_a_ratio_are_not_swept(tmp_path):
+    made = plan(settings(tmp_path, systems=["naive_reuse"], taus=[]))
+    measured = [c for s in made.stages for c in s.cells]
+    assert {c.axis for c in measured} == {"base", "batch", "clients"}
+    assert all("naive_reuse" in c.arms for c in measured if c.kind != "server")
+
+
 def test_what_does_not_fit_is_named(tmp_path):
     own = settings(tmp_path, batches=[1, 4096], tokens=[512])
     [name] = [n for n in plan(own).left_out if "x4096" in n]

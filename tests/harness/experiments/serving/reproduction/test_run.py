@@ -77,3 +77,21 @@ def test_thresholds_of_the_papers_rule_are_a_grid(tmp_path):
     [record] = read_file(tmp_path / "out" / stage.file).records
     assert set(record["arms"]) == {"recompute", "cacheslide_tau_0.12@0.1", "cacheslide_tau_0.5@0.1"}
     assert not any(arm["failed"] for arm in record["arms"].values())
+
+
+@pytest.mark.server
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_servers_are_measured_by_a_streaming_client_beside_their_pages(tmp_path, monkeypatch, vllm_environment):
+    pytest.importorskip("vllm")
+    monkeypatch.setattr(stage_run, "open_source", lambda device, count: Made(60.0, 300.0))
+    model = save_random(tmp_path / "model", **SHAPE)
+    own = settings(tmp_path, model=str(model), systems=["naive_reuse"], engine={"block_size": 32, "enforce_eager": True,
+                                                                             "kv_cache_gib": 0.25})  # fmt: skip
+    for stage in (s for s in plan(own).stages if s.name == "server"):
+        assert run_stage(own, stage, tmp_path / "out", Limit()) == 0
+        for record in read_file(tmp_path / "out" / stage.file).records:
+            assert not record["failed_warmups"] and len(record["requests"]) == 2 * 2
+            assert not any(r["failure"] for r in record["requests"]) and all(r["tpot"] for r in record["requests"])
+            for request in record["requests"] if record["cell"]["device"] else ():
+                assert request["receipt"]["tokens_reused"] > 300

@@ -16,6 +16,7 @@ include: "workflows/common.smk"
 
 
 TABLES_ONLY = tables_option(config)
+REPRODUCTION_FILE, REPRODUCTION = reproduction_options(config)
 REAL_CONFIG, REAL_SHARDS = real_options(config)
 check_config(config)
 STUDY = only_tables(config) if TABLES_ONLY else steps_of(config)
@@ -31,6 +32,7 @@ include: "workflows/slide.smk"
 include: "workflows/wca.smk"
 include: "workflows/records.smk"
 include: "workflows/real.smk"
+include: "workflows/reproduction.smk"
 
 
 rule all:
@@ -53,5 +55,5 @@ rule:
     name:
         "reproduce-all"
     input:
-        study(),
+        gpu_figure() if REPRODUCTION else study(),
     localrule: True

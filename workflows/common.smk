@@ -6,6 +6,11 @@ from pathlib import Path
 from cacheslide.errors import CacheSlideError
 from harness.configuration import check
 from harness.experiments.real.plan import read_plan
+from harness.experiments.serving.reproduction.settings import (
+    is_reproduction,
+    read_settings,
+)
+from harness.experiments.serving.reproduction.stages import plan as reproduction_plan
 from harness.inventory import (
     AGENT_FIGURES,
     NO_AGENTS,
@@ -75,6 +80,59 @@ def real_options(config):
     if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
         stop(f"real_shards: {shards!r} is no count of at least 1")
     return str(file), shards
+
+
+def reproduction_options(config):
+    """File and plan of a reproduction on GPUs given by --configfile, else ("", None).
+
+    Its keys leave `config`, so that the other rules keep the default's.
+    """
+    if not is_reproduction(config):
+        return "", None
+    file = workflow.overwrite_configfiles[-1]
+    try:
+        if config != read_config(file):
+            stop("--config changes no key of a reproduction on GPUs: write a file")
+        made = reproduction_plan(read_settings(file))
+    except CacheSlideError as wrong:
+        stop(wrong)
+    config.clear()
+    config.update(read_config("config/smoke.yaml"))
+    return str(file), made
+
+
+def gpu_result(path):
+    """Path of a result of the reproduction."""
+    return f"results/{REPRODUCTION.settings.run}/{path}"
+
+
+def gpu_figure():
+    """The three files of the reproduction's figure."""
+    return multiext(
+        f"figures/{REPRODUCTION.settings.run}/reproduction", ".svg", ".pdf", ".png"
+    )
+
+
+def gpu_folders():
+    """Folders of records: the run's own first, then those of other sizes where they exist."""
+    own = gpu_result("reproduction")
+    return [
+        own,
+        *(
+            str(p)
+            for p in sorted(Path("results").glob("h200*/reproduction"))
+            if str(p) != own and any(p.iterdir())
+        ),
+    ]
+
+
+def gpu_beside():
+    """Options that name tables made elsewhere, where they exist."""
+    given = {
+        name: Path("results/benchmark", f"{name}.json")
+        for name in ("claims", "frontier")
+    }
+    return [f"--{name}={path}" for name, path in given.items() if path.is_file()]
 
 
 def tables_option(config):

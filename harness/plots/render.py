@@ -23,6 +23,7 @@ from harness.plots import (
     fig14,
     frontier,
     real,
+    reproduction,
     serving,
     throughput,
     turns,
@@ -49,6 +50,7 @@ FIGURES: dict[str, ModuleType] = {
     "turns": turns,
     "throughput": throughput,
     "serving": serving,
+    "reproduction": reproduction,
     "wca": wca,
 }
 

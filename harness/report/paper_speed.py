@@ -82,8 +82,8 @@ OTHER_MODELS = (
         "none yet",
         "",
         not_run(
-            "its weights are not part of this repository; config/paper.yaml runs it where they are. TTFT of its shape, "
-            "with random weights: results/h200"
+            "its weights are not part of this repository; config/checkpoint.yaml runs it where they are. TTFT of its "
+            "shape, with random weights: results/h200"
         ),
         Basis.NOTHING,
         "10",

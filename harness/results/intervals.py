@@ -42,6 +42,11 @@ def p95(values: ArrayLike) -> dict[str, Any]:
     return as_json(bootstrap.p95(values, level=LEVEL))
 
 
+def p99(values: ArrayLike) -> dict[str, Any]:
+    """99th percentile with its interval; below some hundred values it is about the largest of them."""
+    return as_json(bootstrap.quantile(values, 0.99, level=LEVEL))
+
+
 def points_lost(reference: ArrayLike, values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> dict[str, Any]:
     """Paired mean of `reference - values` in points (0 to 100): positive if the reference is better."""
     return as_json(bootstrap.paired_difference(reference, values, clusters, level=LEVEL), scale=100.0)

@@ -61,7 +61,7 @@ def tables(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         row = {name: cell[name] for name in ("tokens", "batch", "system", "store")}
         row |= {"ttft_ms": median([1e3 * x for x in own]), "mean_ttft_ms": 1e3 * _median(_means(cell))}
         row["requests_per_s"] = cell["batch"] / _median(_seconds(cell))
-        if "@" in cell["system"]:  # an arm with reuse, which has receipts
+        if "compute_fraction" in cell["runs"][0]:  # an arm with reuse, which has receipts
             share = _median([x for run in cell["runs"] for x in run["compute_fraction"]])
             row |= {"compute_fraction": share, "bytes_loaded": cell["runs"][0]["bytes_loaded"][0]}
         if base and cell["system"] != "recompute":

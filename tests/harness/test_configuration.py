@@ -77,7 +77,7 @@ def test_defaults_are_filled_in_and_are_those_of_the_engine():
 
 
 def test_any_configuration_runs_on_vllm():
-    for name in ("smoke", "cpu", "h200", "paper"):
+    for name in ("smoke", "cpu", "gpu", "checkpoint"):
         found = config(name, backend="vllm")
         found["store_dtype"] = found["dtype"]
         check(found, SCHEMA)

@@ -4,10 +4,12 @@ from pathlib import Path
 
 from harness.inventory import AGENT_FIGURES
 from harness.results.records import write_json
+from harness.results.reproduction import summarise
 from harness.results.summary import summarize
 from tests.helpers import made_run
 from tests.helpers.made_agents import make_agents
 from tests.helpers.made_frontier import frontier_result
+from tests.helpers.made_reproduction import make_records, short_plan
 from tests.helpers.places import ROOT
 
 SYSTEMS = ["recompute", "context_cache", "cacheblend", "cacheblend_stale", "naive_reuse", "cacheslide"]
@@ -30,6 +32,7 @@ def figure_sources(root: Path) -> dict[str, str | Path]:
         "fig03_real": str(ROOT / "results/real/sessions.json"),
         "serving": str(ROOT / "results/h200/serving.json"),
         "wca": made_run.wca_summary(root / "wca.json"),
+        "reproduction": _reproduction(root),
         "frontier": _written(root / "frontier.json"),
         **{f"fig12{part}": ROOT / "results/slide/summary.json" for part in "abcd"},
     }
@@ -38,3 +41,11 @@ def figure_sources(root: Path) -> dict[str, str | Path]:
 def _written(path: Path) -> Path:
     write_json(path, frontier_result())
     return path
+
+
+def _reproduction(root: Path) -> Path:
+    names = ("h200", "h200-x2")
+    folders = [make_records(root / "gpu" / n, short_plan(n)) for n in names]
+    made = summarise(folders, *(ROOT / f"results/real/{name}.json" for name in ("summary", "confirm")))
+    write_json(root / "reproduction.json", made)
+    return root / "reproduction.json"

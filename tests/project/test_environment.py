@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 POLICIES = {**PROJECT["entry-points"]["cacheslide.policies"], **BENCH["entry-points"]["cacheslide.policies"]}
 BOTH_PROJECTS = (" pyproject.toml", " bench/pyproject.toml")
 # The configurations of the study; harness.training and harness.experiments.serving.client check theirs themselves.
-OTHERS = ("training", "serving", "real")
+OTHERS = ("training", "serving", "real", "h200", "paper")
 CONFIGS = sorted(path for path in (ROOT / "config").glob("*.yaml") if not path.stem.startswith(OTHERS))
 SCHEMA_FILE = ROOT / "workflows/schemas/config.schema.yaml"
 SCHEMA = yaml.safe_load(SCHEMA_FILE.read_text())

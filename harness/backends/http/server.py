@@ -158,6 +158,12 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
+def page_of(port: int, path: str) -> str | None:
+    """The text of a page of the local server at `port`; None without an answer of status 200."""
+    body = _get(port, path)
+    return None if body is None else body.decode("utf-8", "replace")
+
+
 def _get(port: int, path: str) -> bytes | None:
     """The body of an answer of status 200, else None. Ignores proxies of the environment."""
     connection = http.client.HTTPConnection(HOST, port, timeout=5)

@@ -9,16 +9,18 @@ from cacheslide.errors import DataError
 
 @dataclass(frozen=True)
 class Shape:
-    """Prompts of exactly `tokens` ids below `vocab`; `reused` is the share of them in `chunks` fixed chunks.
+    """Prompts of exactly `tokens` ids below `vocab`; `reused` is the share of them that is fixed, in `chunks` chunks.
 
-    The prompt starts and ends with updated ids. Ids in the lowest eighth of the vocabulary, the usual place of special
-    tokens, are not used. Random ids measure speed, not quality.
+    The prompt starts and ends with updated ids; with `system`, so many of the fixed ids stand in front of it all. Ids
+    in the lowest eighth of the vocabulary, the usual place of special tokens, are not used. Random ids measure speed,
+    not quality.
     """
 
     tokens: int
     vocab: int
     reused: float = 0.9
     chunks: int = 8
+    system: int = 0
 
     def __post_init__(self) -> None:
         if self.updated < 2 * (self.chunks + 1):
@@ -26,8 +28,9 @@ class Shape:
                 f"a prompt of {self.tokens} tokens leaves {self.updated} updated ones, which is too few to move "
                 f"{self.chunks} chunks: at least {2 * (self.chunks + 1)} are needed"
             )
-        if self.tokens - self.updated < self.chunks:
-            raise DataError(f"{self.tokens - self.updated} fixed tokens cannot make {self.chunks} chunks")
+        if self.tokens - self.updated - self.system < self.chunks:
+            fixed = self.tokens - self.updated - self.system
+            raise DataError(f"{fixed} fixed tokens cannot make {self.chunks} chunks")
 
     @property
     def updated(self) -> int:
@@ -44,9 +47,10 @@ class Conversation:
     def __init__(self, shape: Shape, seed: int, number: int) -> None:
         self.shape, self.name = shape, f"{seed}-{number}-{shape.tokens}"
         rng = random.Random(f"fixed-{self.name}")
-        fixed = shape.tokens - shape.updated
+        fixed = shape.tokens - shape.updated - shape.system
         sizes = [fixed * (i + 1) // shape.chunks - fixed * i // shape.chunks for i in range(shape.chunks)]
         self.fixed = [self._ids(rng, n) for n in sizes]
+        self.system = self._ids(rng, shape.system)
 
     def _ids(self, rng: random.Random, count: int) -> tuple[int, ...]:
         return tuple(rng.randrange(self.shape.vocab // 8, self.shape.vocab) for _ in range(count))
@@ -65,6 +69,8 @@ class Conversation:
         """The prompt of turn `number`, from 0."""
         rng, segments = random.Random(f"updated-{self.name}-{number}"), []
         gaps = self._gaps(number)
+        if self.system:
+            segments.append(Segment(self.system, Role.REUSE))
         for gap, ids in zip(gaps, [*self.fixed, ()], strict=True):
             segments.append(Segment(self._ids(rng, gap), Role.RECOMPUTE))
             if ids:

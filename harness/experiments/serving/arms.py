@@ -18,26 +18,27 @@ class Arm:
     ----------
     system : str
         A registered policy.
-    ratio : float
-        Its recompute ratio.
+    ratio : float or None
+        Its recompute ratio; None for the system's own.
     graphs : bool
         Whether layers may be replayed from CUDA graphs (`ServerOptions.executor_graphs`).
     """
 
     system: str
-    ratio: float
+    ratio: float | None = None
     graphs: bool = True
 
     @property
     def name(self) -> str:
-        """Its name in records: `cacheslide@0.26`, and `cacheslide@0.26+launched` without graphs."""
-        return f"{self.system}@{self.ratio:g}{'' if self.graphs else _LAUNCHED}"
+        """Its name in records: `cacheslide@0.26`, `cacheslide` at its own ratio, `…+launched` without graphs."""
+        ratio = "" if self.ratio is None else f"@{self.ratio:g}"
+        return f"{self.system}{ratio}{'' if self.graphs else _LAUNCHED}"
 
     @classmethod
     def parse(cls, name: str) -> "Arm":
         """The arm named `name` in records."""
         system, _, ratio = name.removesuffix(_LAUNCHED).partition("@")
-        return cls(system, float(ratio), not name.endswith(_LAUNCHED))
+        return cls(system, float(ratio) if ratio else None, not name.endswith(_LAUNCHED))
 
 
 def add_arguments(parser: argparse.ArgumentParser, ratios: Sequence[float]) -> None:

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from harness.systems import VANILLA, resolve
 
 SCHEMA = "cacheslide.serving/1"
 BASELINE = "vllm"
+_ALONE = nullcontext()
 QUALITY = "not scored: the prompts are random ids; accuracy runs score the same systems"
 
 
@@ -67,18 +68,21 @@ class Measured:
 def measure(plan: ServingPlan, measured: Measured, logs: Path) -> None:
     """Start the servers one after the other and run every condition on them; results are added to `measured`."""
     for device, systems in plan.servers():
-        with _server(plan, device, systems[0], logs / f"{'-'.join(filter(None, (systems[0], device)))}.log") as server:
+        with open_server(
+            plan, device, systems[0], logs / f"{'-'.join(filter(None, (systems[0], device)))}.log"
+        ) as server:
             measured.servers.append({"systems": systems, "command": server.command[1:], "vllm": server.version()})
             for tokens in plan.tokens:
                 for clients, rate in plan.loads():
                     for system, recompute_ratio in plan.settings(systems):
                         condition = Condition(system, tokens, clients, rate, recompute_ratio, device)
                         print(f"serving: {condition.label}", file=sys.stderr, flush=True)
-                        _run(plan, condition, server, measured)
+                        run_condition(plan, condition, server, measured)
 
 
 @contextmanager
-def _server(plan: ServingPlan, device: str | None, system: str, log: Path) -> Iterator[Server]:
+def open_server(plan: ServingPlan, device: str | None, system: str, log: Path) -> Iterator[Server]:
+    """A server for `system`; with a store on `device`, for every system with the connector."""
     options = plan.options
     flags = [*engine_flags(options, plan.dtype), "--enable-prompt-tokens-details"]
     if not list(Path(plan.model).glob("tokenizer*")):
@@ -93,8 +97,11 @@ def _server(plan: ServingPlan, device: str | None, system: str, log: Path) -> It
         yield server
 
 
-def _run(plan: ServingPlan, condition: Condition, server: Server, measured: Measured) -> None:
-    shape = Shape(condition.tokens, plan.vocab, plan.reused, plan.chunks)
+def run_condition(
+    plan: ServingPlan, condition: Condition, server: Server, measured: Measured, beside: AbstractContextManager = _ALONE
+) -> None:
+    """Fill the caches, warm up and measure; `beside` is entered around the timed turns."""
+    shape = Shape(condition.tokens, plan.vocab, plan.reused, plan.chunks, plan.system_tokens)
     conversations = [Conversation(shape, plan.seed, c) for c in range(condition.clients)]
 
     client, first = HttpClient(server.endpoint), 1 + plan.warmups
@@ -111,7 +118,7 @@ def _run(plan: ServingPlan, condition: Condition, server: Server, measured: Meas
     warm = closed_loop(client, turns(1, first, plan.output_tokens), condition.clients)
     measured.warmups[condition] = [r.failure for load in (cold, warm) for r in load.results if r.failure]
     requests = turns(first, first + plan.turns, plan.output_tokens)
-    with watched() as measured.quiet[condition]:
+    with watched() as measured.quiet[condition], beside:
         if condition.rate is None:
             load = closed_loop(client, requests, condition.clients)
         else:
@@ -198,7 +205,9 @@ def main(argv: list[str] | None = None) -> int:
     measured, complete = Measured(), False
     try:
         plan = read_plan(args.config)
-        Shape(min(plan.tokens), plan.vocab, plan.reused, plan.chunks)  # a prompt too short fails before any server
+        Shape(
+            min(plan.tokens), plan.vocab, plan.reused, plan.chunks, plan.system_tokens
+        )  # a prompt too short fails before any server
         try:
             measure(plan, measured, args.out.parent / f"{args.out.stem}-logs")
             complete = True

@@ -9,12 +9,14 @@ One JSON line a cell goes to --out as soon as it is measured; `harness.results.s
 import argparse
 import json
 import os
-import random
 import time
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from cacheslide.core.prompt import Prompt
+from cacheslide.policies.base import ReusePolicy, unchanged
+from cacheslide.vllm.options import FIELD, annotations_of
 from harness.comma_lists import ints, names
 from harness.experiments.serving.arms import Arm, add_arguments, arms
 from harness.experiments.serving.engines import (
@@ -26,34 +28,12 @@ from harness.experiments.serving.engines import (
     recording,
 )
 from harness.experiments.serving.interleaved import in_turns
+from harness.experiments.serving.prompts import Prompts
 from harness.quiet import Watch
 from harness.step import command
+from harness.systems import policy_of
 
-CHUNKS, REUSED = 8, 0.9
-
-
-class Prompts:
-    """Prompts of `tokens` ids around the same eight chunks."""
-
-    def __init__(self, tokens: int, vocabulary: int, seed: int = 0) -> None:
-        self.tokens, self.vocabulary, self.random = tokens, vocabulary, random.Random(seed)
-        self.chunks = [self._ids(int(tokens * REUSED / CHUNKS)) for _ in range(CHUNKS)]
-
-    def _ids(self, count: int) -> list[int]:
-        return [self.random.randrange(10, self.vocabulary) for _ in range(count)]
-
-    def turn(self) -> tuple[list[int], list[list[int]]]:
-        """A prompt and its fixed spans; the updated text in front is 4 to 6 % of it."""
-        ids, spans = self._ids(int(self.tokens * self.random.uniform(0.04, 0.06))), []
-        for chunk in self.chunks:
-            spans.append([len(ids), len(ids) + len(chunk)])
-            ids = ids + chunk
-        return ids + self._ids(self.tokens - len(ids)), spans
-
-    def shared_prefix(self) -> list[int]:
-        """A prompt that begins with the eight chunks, the best case of a prefix cache."""
-        ids = [t for chunk in self.chunks for t in chunk]
-        return ids + self._ids(self.tokens - len(ids))
+PREFIX_CACHE = "prefix_cache"  # the arm whose plain requests read vLLM's prefix cache
 
 
 def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> dict[str, Any]:
@@ -66,18 +46,23 @@ def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> 
     if system == "prefix_cache_ideal":
         ask(engine, [prompts.shared_prefix()])  # other systems' prompts may have evicted it
         answers, seconds = _timed(engine, [prompts.shared_prefix() for _ in range(batch)], None, tokens)
-        if min(a.cached_tokens for a in answers) < 0.8 * REUSED * prompts.tokens:
+        if min(a.cached_tokens for a in answers) < 0.8 * prompts.reused * prompts.tokens:
             raise RuntimeError("the prefix cache did not hold the shared prefix")
         return {"ttft": [a.ttft for a in answers], "seconds": seconds}
     turns = [prompts.turn() for _ in range(batch)]
-    if system == "recompute":
-        answers, seconds = _timed(engine, [ids for ids, _ in turns], None, tokens)
-        check_recomputed(max(a.cached_tokens for a in answers))
-        return {"ttft": [a.ttft for a in answers], "seconds": seconds}
+    if system in ("recompute", PREFIX_CACHE):
+        fresh = system == "recompute"
+        skip = {"skip_reading_prefix_cache": True} if fresh and prompts.system else {}
+        answers, seconds = _timed(engine, [ids for ids, _ in turns], None, tokens, **skip)
+        if fresh:
+            check_recomputed(max(a.cached_tokens for a in answers))
+        return {"ttft": [a.ttft for a in answers], "seconds": seconds, "cached": [a.cached_tokens for a in answers]}
     arm = Arm.parse(system)
     before = replays(engine, arm.graphs)
+    turns = [as_served(arm.system, *turn) for turn in turns]
     answers, seconds = _timed(engine, [ids for ids, _ in turns], [asked_of(arm, spans) for _, spans in turns], tokens)
-    receipts = [check_reused(a.receipt) for a in answers]
+    exact = policy_of(arm.system).keying.exact
+    receipts = [check_reused(a.receipt, spans, exact) for a, (_, spans) in zip(answers, turns, strict=True)]
     return {
         "ttft": [a.ttft for a in answers],
         "seconds": seconds,
@@ -89,19 +74,32 @@ def once(engine, prompts: Prompts, system: str, batch: int, tokens: int = 1) -> 
     }
 
 
-def _timed(engine, prompts: list[list[int]], annotations: list[dict] | None, tokens: int) -> tuple[list[Any], float]:
+def _timed(
+    engine, prompts: list[list[int]], annotations: list[dict] | None, tokens: int, **sampling: Any
+) -> tuple[list[Any], float]:
     """The answers, and seconds until the last one was complete."""
     from cacheslide.vllm.offline import ask
 
     started = time.perf_counter()
-    answers = ask(engine, prompts, annotations, tokens=tokens)
+    answers = ask(engine, prompts, annotations, tokens=tokens, **sampling)
     return answers, time.perf_counter() - started
 
 
 def asked_of(arm: Arm, spans: list[list[int]]) -> dict[str, Any]:
     """`kv_transfer_params` of a prompt with these fixed spans served by an arm, retaining nothing."""
-    asked = {"policy": arm.system, "recompute_ratio": arm.ratio, "encode": "off"}
+    asked = {"policy": arm.system, "encode": "off"}
+    if arm.ratio is not None:
+        asked["recompute_ratio"] = arm.ratio
     return {"cacheslide": asked | {"segments": spans}}
+
+
+def as_served(system: str, ids: Sequence[int], spans: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+    """A prompt and its fixed spans as `system` sends them: window padding and reordering change the prompt."""
+    policy = policy_of(system)
+    if policy.transform is unchanged:
+        return list(ids), [list(span) for span in spans]
+    prompt = policy.transform(Prompt.from_spans(ids, spans))
+    return list(prompt.token_ids), annotations_of(prompt)[FIELD]["segments"]
 
 
 def check_recomputed(cached_tokens: int) -> None:
@@ -110,21 +108,37 @@ def check_recomputed(cached_tokens: int) -> None:
         raise RuntimeError("a recomputed prompt was found in the prefix cache")
 
 
-def check_reused(receipt: dict[str, Any]) -> dict[str, Any]:
-    """The receipt itself; RuntimeError unless every chunk was reused."""
-    if not receipt["measured"] or receipt["chunks_hit"] != receipt["chunks"] or receipt["fallback"]:
+def check_reused(receipt: dict[str, Any], spans: Sequence[Sequence[int]] = (), exact: bool = False) -> dict[str, Any]:
+    """The receipt itself; RuntimeError unless every chunk was reused.
+
+    Chunks of `spans` that lie in vLLM's prefix cache count. With `exact` keying any reuse is enough: such keys fit up
+    to the first updated token only.
+    """
+    cached = receipt["tokens_prefix_cached"]
+    if exact and (receipt["chunks_hit"] or cached):
+        return receipt
+    hit = receipt["chunks_hit"] + sum(end <= cached for _, end in spans)
+    if not receipt["measured"] or hit != receipt["chunks"] or receipt["fallback"]:
         raise RuntimeError(f"reuse did not happen: {receipt}")
     return receipt
 
 
 def fill(engine, prompts: Prompts, systems: Sequence[str] = ("cacheslide",)) -> None:
-    """Encode the eight chunks for each of `systems`, and fill the prefix cache with them."""
+    """Encode the eight chunks for each of `systems`, and fill the prefix cache with them.
+
+    Systems that need more beside a chunk's KV come first: others share their chunks, but not the other way round.
+    """
     from cacheslide.vllm.offline import ask
 
-    for system in systems:
-        ids, spans = prompts.turn()
+    for system in sorted(systems, key=lambda name: _needs(policy_of(name)), reverse=True):
+        ids, spans = as_served(system, *prompts.turn())
         ask(engine, [ids], [{"cacheslide": {"segments": spans, "policy": system, "encode": "now"}}], tokens=2)
     ask(engine, [prompts.shared_prefix()])
+
+
+def _needs(policy: ReusePolicy) -> tuple[bool, bool]:
+    """Whether chunks must hold layer inputs, and scores."""
+    return bool(policy.probe_layers), policy.needs_scores
 
 
 def cells(engine, args: argparse.Namespace, write) -> None:

@@ -41,6 +41,7 @@ class ServingPlan:
     layer: int | None = None
     reused: float = 0.9
     chunks: int = 8
+    system_tokens: int = 0
     turns: int = 4
     warmups: int = 1
     output_tokens: int = 8
@@ -55,6 +56,8 @@ class ServingPlan:
                 raise ConfigError(f"{name} is empty")
         if not isinstance(self.warmups, int) or self.warmups < 0:
             raise ConfigError(f"warmups must be an integer of at least 0, not {self.warmups!r}")
+        if type(self.system_tokens) is not int or self.system_tokens < 0:
+            raise ConfigError(f"system_tokens must be an integer of at least 0, not {self.system_tokens!r}")
         if not 0 < self.reused < 1:
             raise ConfigError(f"reused must lie between 0 and 1, not {self.reused}")
         if self.device not in ("cpu", "cuda"):

@@ -22,7 +22,7 @@ if REPRODUCTION:
                 folder=gpu_result("reproduction"),
             shell:
                 "python -m harness.experiments.serving.reproduction run --config {params.config:q} "
-                "--stage {params.stage} --minutes {params.minutes} --out {params.folder:q} > {log:q} 2>&1"
+                "--stage {params.stage:q} --minutes {params.minutes:q} --out {params.folder:q} > {log:q} 2>&1"
 
     rule reproduction_tables:
         """Tables and headline, with the records of the other size beside them where they exist."""

@@ -22,7 +22,7 @@ from harness.workflow.steps import STEPS, Step, runs_alone, step_named, steps_of
 
 pytestmark = pytest.mark.slow
 
-CONFIGS = ("smoke", "smoke-ledger", "ledger", "cpu", "smoke-vllm", "h200")
+CONFIGS = ("smoke", "smoke-ledger", "ledger", "cpu", "smoke-vllm", "gpu")
 
 
 def config(name: str = "cpu") -> dict:

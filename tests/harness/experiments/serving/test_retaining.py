@@ -41,7 +41,6 @@ def test_every_turn_is_measured_and_scoring_prefills_the_fixed_text(made):
             assert all(0 < run["ttft_ms"] <= run["idle_ms"] for run in runs)
         row = made["table"][encode]
         assert row["scored_rows_of_prompt"] == fixed / TOKENS
-        assert row["disturbed"] or row["idle_ms"]["ratio"]["value"] > 1.05  # a second prefill shows
 
 
 @pytest.mark.vllm

@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from cacheslide.core.reused import ReusedTokens
 from cacheslide.errors import PolicyError
+from cacheslide.policies.plain_correction import PlainCorrection
 
 
 def check_layer(name: str, layer: int, layers: int) -> None:
@@ -13,7 +14,7 @@ def check_layer(name: str, layer: int, layers: int) -> None:
         raise PolicyError(f"{name} selects at layer {layer}, but the model has layers 0 to {layers - 1}")
 
 
-class LayerSelection:
+class LayerSelection(PlainCorrection):
     """Base class of these corrections, which are dataclasses with `layer` and `recompute_ratio`; it has no fields.
 
     A subclass adds `begin`.
@@ -33,24 +34,9 @@ class LayerSelection:
         return self.layer
 
     @property
-    def probe_layers(self) -> frozenset[int]:
-        """No layer inputs are needed."""
-        return frozenset()
-
-    @property
     def total_ratio(self) -> float:
         """See `Correction.total_ratio`."""
         return self.recompute_ratio
-
-    @property
-    def needs_scores(self) -> bool:
-        """False: selection is by fresh deviation, not by remembered deviation."""
-        return False
-
-    @property
-    def asks(self) -> bool:
-        """False: selection does not depend on the question."""
-        return False
 
     def check(self, name: str, layers: int) -> None:
         """See `Correction.check`."""

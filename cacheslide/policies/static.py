@@ -6,6 +6,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from cacheslide.policies.deviation import check_ratio
+from cacheslide.policies.plain_correction import PlainCorrection
 
 
 class StaticRun:
@@ -23,7 +24,7 @@ class StaticRun:
 
 
 @dataclass(frozen=True)
-class StaticCorrection:
+class StaticCorrection(PlainCorrection):
     """Base class of these corrections; a subclass adds `known_before_start` and `at_ratio`."""
 
     @property
@@ -37,24 +38,9 @@ class StaticCorrection:
         return None
 
     @property
-    def probe_layers(self) -> frozenset[int]:
-        """No layer inputs are needed."""
-        return frozenset()
-
-    @property
     def total_ratio(self) -> float | None:
         """No fixed share."""
         return None
-
-    @property
-    def needs_scores(self) -> bool:
-        """No score is read."""
-        return False
-
-    @property
-    def asks(self) -> bool:
-        """The selection does not depend on the question."""
-        return False
 
     def check(self, name: str, layers: int) -> None:
         """Every model can run it."""

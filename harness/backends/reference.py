@@ -109,3 +109,12 @@ class ReferenceBackend(Tokens):
     def room(self, example: TaskExample, max_new_tokens: int) -> int:
         """Rows behind a context for all of its questions and their answers."""
         return branch_room(self.questions(example), max_new_tokens)
+
+
+def device_of(name: str) -> str:
+    """The name, checked to be a device known to torch."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as missing:
+        raise ConfigError(f"no device {name!r} here: {str(missing).splitlines()[0]}") from None
+    return name

@@ -14,12 +14,10 @@ from cacheslide.plain_values import at_least
 from harness.rag.chunk_folder import chunk_folder, save_chunk
 from harness.rag.kv_cache_manager import KVCacheManager, Place
 from harness.rag.options import add_model_options, add_retrieval_options, model_settings, open_manager
-from harness.rag.per_sample import Record, per_sample
+from harness.rag.per_sample import Record, measured
 from harness.rag.placing import place_sample
 from harness.rag.prompts import SamplePrompts
 from harness.rag.retrieval import Retrieved, read_retrieval
-from harness.results.provenance import provenance
-from harness.results.records import write_json
 from harness.step import command
 from harness.tasks.passages import PassageRow
 
@@ -77,15 +75,7 @@ def build(
             "encode_s": placed.encode_s,
         }
 
-    records, failures = per_sample(out, settings, samples.rows, work, "KV caches")
-    result = settings | {
-        "samples": records,
-        "failures": failures,
-        "summary": summary(records),
-        "provenance": provenance(settings, {samples.name: samples.sha256}, settings["model_id"]),
-    }
-    write_json(out, result)
-    return result
+    return measured(out, settings, samples, work, "KV caches", summary)
 
 
 def summary(records: Sequence[Record]) -> dict[str, Any]:

@@ -5,12 +5,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cacheslide.errors import ConfigError
 from cacheslide.plain_values import at_least
 from cacheslide.units import MIB
-from harness.backends.reference import DTYPES, ReferenceBackend
+from harness.backends.reference import DTYPES, ReferenceBackend, device_of
 from harness.rag.kv_cache_manager import KVCacheManager
 from harness.systems import VANILLA, resolve
 
@@ -41,11 +39,7 @@ def add_retrieval_options(parser: argparse.ArgumentParser) -> None:
 @cache
 def open_backend(model: str, dtype: str, device: str) -> ReferenceBackend:
     """The model, once a process; ConfigError for a device that is not there."""
-    if device not in ("cpu", "cuda"):
-        raise ConfigError(f"device must be cpu or cuda, not {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: there is no CUDA device")
-    return ReferenceBackend(model, dtype, device)
+    return ReferenceBackend(model, dtype, device_of(device))
 
 
 def open_manager(args: argparse.Namespace) -> KVCacheManager:

@@ -7,7 +7,9 @@ from typing import Any
 from tqdm import tqdm
 
 from cacheslide.errors import DataError
-from harness.results.records import guarded, read_file, reopened
+from harness.rag.samples import SampleFile
+from harness.results.provenance import provenance
+from harness.results.records import guarded, read_file, reopened, write_json
 from harness.tasks.passages import PassageRow
 
 Record = dict[str, Any]
@@ -43,3 +45,28 @@ def per_sample(
         raise DataError(f"{title}: no sample succeeded{why}")
     order = {row.id: at for at, row in enumerate(rows)}
     return sorted(done.records, key=lambda record: order[record["id"]]), done.failures
+
+
+def measured(
+    out: Path,
+    settings: dict[str, Any],
+    samples: SampleFile,
+    work: Callable[[PassageRow], Record],
+    title: str,
+    summary: Callable[[list[Record]], Any],
+    **also: Any,
+) -> dict[str, Any]:
+    """`work` of every sample; writes settings, `also`, records, failures, their `summary` and provenance to `out`."""
+    records, failures = per_sample(out, settings, samples.rows, work, title)
+    result = (
+        settings
+        | also
+        | {
+            "samples": records,
+            "failures": failures,
+            "summary": summary(records),
+            "provenance": provenance(settings, {samples.name: samples.sha256}, settings.get("model_id", "")),
+        }
+    )
+    write_json(out, result)
+    return result

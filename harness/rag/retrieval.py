@@ -8,11 +8,9 @@ from typing import Any
 
 from cacheslide.errors import ConfigError, DataError
 from cacheslide.plain_values import read_json, shown
-from harness.rag.per_sample import Record, per_sample
+from harness.rag.per_sample import Record, measured
 from harness.rag.retrievers.base import Index, Retriever, ranking
 from harness.rag.samples import SampleFile, needed_passages, read_samples
-from harness.results.provenance import provenance
-from harness.results.records import write_json
 from harness.tasks.passages import PassageRow
 
 SCHEMA = "cacheslide.rag.retrieval/1"
@@ -68,15 +66,7 @@ def retrieve(samples: SampleFile, retriever: Retriever, k: int, out: Path) -> di
 
     settings = {"schema": SCHEMA, "data": samples.about(), "retriever": retriever.about, "k": k}
     settings["samples"] = len(samples.rows)
-    records, failures = per_sample(out, settings, samples.rows, work, "retrieval")
-    result = settings | {
-        "samples": records,
-        "failures": failures,
-        "summary": summary(records, k),
-        "provenance": provenance(settings, {samples.name: samples.sha256}, ""),
-    }
-    write_json(out, result)
-    return result
+    return measured(out, settings, samples, work, "retrieval", lambda records: summary(records, k))
 
 
 def summary(records: Sequence[Record], k: int) -> dict[str, Any]:

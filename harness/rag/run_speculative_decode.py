@@ -15,14 +15,12 @@ from cacheslide.errors import StoreError
 from cacheslide.plain_values import at_least
 from harness.rag.kv_cache_manager import KVCacheManager, Place
 from harness.rag.options import add_model_options, add_retrieval_options, model_settings, open_manager
-from harness.rag.per_sample import Record, per_sample
+from harness.rag.per_sample import Record, measured
 from harness.rag.prompts import SamplePrompts
 from harness.rag.retrieval import Indices, Retrieved, read_retrieval
 from harness.rag.retrievers.base import Retriever
 from harness.rag.retrievers.registry import open_retriever
 from harness.rag.speculative_decode import DecodeSettings, decode_sample
-from harness.results.provenance import provenance
-from harness.results.records import write_json
 from harness.scoring import score
 from harness.step import command
 from harness.tasks.passages import PassageRow
@@ -66,15 +64,7 @@ def decode(
         answer = manager.backend.decode(decoder.ids)
         return {"sha256": row.sha256, "answer": answer, "scores": score(answer, row.answers), **figures}
 
-    records, failures = per_sample(out, settings, samples.rows, work, "speculative decoding")
-    result = settings | {
-        "samples": records,
-        "failures": failures,
-        "summary": summary(records, samples.metric),
-        "provenance": provenance(settings, {samples.name: samples.sha256}, settings["model_id"]),
-    }
-    write_json(out, result)
-    return result
+    return measured(out, settings, samples, work, "speculative decoding", lambda own: summary(own, samples.metric))
 
 
 def summary(records: Sequence[Record], metric: str) -> dict[str, Any]:

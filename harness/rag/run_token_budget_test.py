@@ -17,14 +17,12 @@ from cacheslide.units import MIB
 from harness.comma_lists import ints
 from harness.rag.kv_cache_manager import KVCacheManager
 from harness.rag.options import add_model_options, add_retrieval_options, model_settings, open_manager
-from harness.rag.per_sample import Record, per_sample
+from harness.rag.per_sample import Record, measured
 from harness.rag.placing import place_sample
 from harness.rag.prompts import SamplePrompts
 from harness.rag.retrieval import Retrieved, read_retrieval
 from harness.rag.samples import needed_passages
 from harness.rag.token_budget import TokenBudgetCalculator, fitting
-from harness.results.provenance import provenance
-from harness.results.records import write_json
 from harness.scoring import score
 from harness.step import command
 from harness.tasks.passages import PassageRow
@@ -69,16 +67,10 @@ def answer_under_budgets(
             record["kv_bytes"] = calculator.bytes_of(record["tokens"])
         return {"sha256": row.sha256, "budgets": own}
 
-    records, failures = per_sample(out, settings, samples.rows, work, "token budgets")
-    result = settings | {
-        "metric": samples.metric,
-        "samples": records,
-        "failures": failures,
-        "summary": [_summary(budget, records) for budget in budgets],
-        "provenance": provenance(settings, {samples.name: samples.sha256}, settings["model_id"]),
-    }
-    write_json(out, result)
-    return result
+    def summary(records: list[Record]) -> list[dict[str, Any]]:
+        return [_summary(budget, records) for budget in budgets]
+
+    return measured(out, settings, samples, work, "token budgets", summary, metric=samples.metric)
 
 
 def _under(

@@ -5,6 +5,7 @@ Rivals are all systems but recompute and CacheSlide's own.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median_high
 from typing import Any
 
 from harness.experiments.serving.arms import Arm
@@ -53,7 +54,7 @@ def _pairs(record: Record, ours: str, kl: Mapping[str, dict]) -> Iterable[Row]:
 
 
 def _fraction(arm: Mapping[str, Any]) -> float:
-    return sorted(x for run in arm["runs"] for x in run["compute_fraction"])[len(arm["runs"]) // 2]
+    return median_high(x for run in arm["runs"] for x in run["compute_fraction"])
 
 
 def _over(rival: Sequence[Record], ours: Sequence[Record]) -> Row | None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from cacheslide.errors import ConfigError, DataError
 from cacheslide.plain_values import at_least, read_json, shown
 from harness.backends.checkpoints import find_checkpoint
-from harness.backends.reference import ReferenceBackend
+from harness.backends.reference import ReferenceBackend, device_of
 from harness.experiments.real import arms as systems
 from harness.experiments.real.histories import history, measure_history
 from harness.experiments.real.measure import measure
@@ -198,15 +198,6 @@ def shard_of(text: str) -> tuple[int, int]:
     if not 0 <= at < count:
         raise ConfigError(f"--shard {text}: I counts from 0 to N - 1")
     return at, count
-
-
-def device_of(name: str) -> str:
-    """The name, checked to be a device known to torch."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as missing:
-        raise ConfigError(f"no device {name!r} here: {str(missing).splitlines()[0]}") from None
-    return name
 
 
 def read_layers(path: Path) -> dict[str, int]:

@@ -22,12 +22,12 @@ from harness.experiments.serving.reproduction.cells import Cell, grid_systems
 from harness.experiments.serving.reproduction.serve import measure_servers
 from harness.experiments.serving.reproduction.settings import Settings
 from harness.experiments.serving.reproduction.stages import (
-    ROOM_GIB,
+    REST_S,
     Stage,
     cell_seconds,
-    kv_gib,
+    memory_share,
     policies_of,
-    store_gib,
+    store_room,
 )
 from harness.gpu import Monitor, open_source
 from harness.limit import Limit
@@ -35,7 +35,6 @@ from harness.results.provenance import provenance
 from harness.results.records import RecordWriter
 
 SCHEMA = "cacheslide.reproduction/1"
-REST_S = 2.0  # in which power at rest is taken, with the engine loaded
 BATCHED_TOKENS = 16384
 Write = Callable[[Cell, Mapping[str, Any]], None]
 
@@ -111,20 +110,18 @@ def measure_engine(
 def engine_options(settings: Settings, own: list[Cell]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The connector's and `vllm.LLM`'s options for cells that share an engine."""
     longest = max(cell.tokens for cell in own)
-    room = settings.weight_gib + max(kv_gib(settings, cell) for cell in own) + ROOM_GIB
     options: dict[str, Any] = {
         "dtype": settings.dtype,
         "tensor_parallel_size": settings.tensor_parallel,
         "max_model_len": longest + 256,  # window padding may lengthen a prompt
-        "gpu_memory_utilization": round(min(0.92, room / settings.gpu_gib), 3),
+        "gpu_memory_utilization": memory_share(settings, own),
         "skip_tokenizer_init": True,
         "enable_prefix_caching": own[0].prefix_caching,
         "max_num_batched_tokens": BATCHED_TOKENS,
         "load_format": "dummy" if settings.shape else "auto",
     }
-    store = max(store_gib(settings, cell) for cell in own) or 16.0
-    connector = {"store_device": settings.store_device, "store_gib": round(store + 1, 1), "chunk_size": longest}
-    return connector, options | settings.engine
+    store = {"store_device": settings.store_device, "store_gib": store_room(settings, own)}
+    return store | {"chunk_size": longest}, options | settings.engine
 
 
 def measure_cell(engine, settings: Settings, cell: Cell, gpus: Monitor) -> dict[str, dict[str, Any]]:

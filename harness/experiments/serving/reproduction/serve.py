@@ -15,16 +15,14 @@ from harness.experiments.serving.plan import ServingPlan
 from harness.experiments.serving.reproduction.cells import Cell
 from harness.experiments.serving.reproduction.settings import Settings
 from harness.experiments.serving.reproduction.stages import (
-    ROOM_GIB,
+    REST_S,
     cell_seconds,
-    kv_gib,
+    memory_share,
     server_turns,
-    store_gib,
+    store_room,
 )
 from harness.gpu import Monitor
 from harness.limit import Limit
-
-REST_S = 2.0
 
 
 def measure_servers(
@@ -53,12 +51,11 @@ def measure_servers(
 def serving_plan(settings: Settings, model: str, own: list[Cell]) -> ServingPlan:
     """The plan of `serving.client` for cells on one server."""
     tokens = max(cell.tokens for cell in own)
-    room = settings.weight_gib + max(kv_gib(settings, cell) for cell in own) + ROOM_GIB
     vllm: dict[str, Any] = {
-        "gpu_memory_utilization": round(min(0.92, room / settings.gpu_gib), 3),
+        "gpu_memory_utilization": memory_share(settings, own),
         "load_format": "dummy" if settings.shape else "auto",
         "tensor_parallel_size": settings.tensor_parallel,
-        "store_gib": round((max(store_gib(settings, cell) for cell in own) or 16.0) + 1, 1),
+        "store_gib": store_room(settings, own),
         "max_model_len": tokens + settings.output_tokens + 256,  # window padding may lengthen a prompt
     }
     return ServingPlan(

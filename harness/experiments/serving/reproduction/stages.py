@@ -19,6 +19,7 @@ LEAST = 4  # repeats that a long cell is shortened to before its arms are split
 SCRATCH_GIB = 10.0  # activations, prefetched rows and encoding beside vLLM's own budget (docs/vllm.md)
 ROOM_GIB = 8.0  # activations and CUDA graphs within vLLM's budget
 FREE = 0.95  # of the memory
+REST_S = 2.0  # in which power at rest is taken, with the engine or server loaded
 REQUEST_S, LAP_S, DECODE_S = 0.03, 0.4, 0.01  # around every request; a turn's reading; a token of a batch
 
 
@@ -118,6 +119,17 @@ def store_gib(settings: Settings, cell: Cell) -> float:
     return 1.1 * cell.tokens * cell.reused * settings.token_gib * (copies + 4 * inputs)
 
 
+def memory_share(settings: Settings, own: Sequence[Cell]) -> float:
+    """vLLM's `gpu_memory_utilization` for cells that share an engine or a server."""
+    room = settings.weight_gib + max(kv_gib(settings, cell) for cell in own) + ROOM_GIB
+    return round(min(0.92, room / settings.gpu_gib), 3)
+
+
+def store_room(settings: Settings, own: Sequence[Cell]) -> float:
+    """The connector's `store_gib` for such cells."""
+    return round((max(store_gib(settings, cell) for cell in own) or 16.0) + 1, 1)
+
+
 def policies_of(settings: Settings, cell: Cell) -> list[ReusePolicy]:
     """The policies of a cell's arms at their ratios."""
     grid = grid_systems(settings) if cell.kind == "grid" else {}
@@ -152,9 +164,8 @@ def cell_seconds(settings: Settings, cell: Cell) -> float:
     recipes = len({p.recipe for p in policies})
     if cell.kind == "server":
         reuse = share(settings, policies[0], cell.reused) if policies else 1.0
-        turns = settings.turns * _turns_more(settings, cell)
         one = (once * reuse + REQUEST_S) * cell.batch + settings.output_tokens * DECODE_S
-        return 3 * once * cell.batch + (turns + settings.warmups) * one + 2.0
+        return 3 * once * cell.batch + (server_turns(settings, cell) + settings.warmups) * one + 2.0
     fill = 2 * recipes * once + 0.3 * len(policies) * once
     parts = [share(settings, p, cell.reused) for p in policies]
     parts += [
